@@ -1,0 +1,26 @@
+"""Lite3R: sparse-linear attention for feed-forward 3D reconstruction models and other ViT backbones, in one line."""
+
+from .apply import apply_lite3r, lite3r_disabled, remove_lite3r
+from .config import Lite3RConfig
+from .errors import Lite3RError
+from .hookspecs import hookimpl
+from .sites import AttentionSite, FusedQKV, Rope2D, Routed, SeparateQKV, TokenLayout, TokenSource
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttentionSite",
+    "FusedQKV",
+    "Lite3RConfig",
+    "Lite3RError",
+    "Rope2D",
+    "Routed",
+    "SeparateQKV",
+    "TokenLayout",
+    "TokenSource",
+    "__version__",
+    "apply_lite3r",
+    "hookimpl",
+    "lite3r_disabled",
+    "remove_lite3r",
+]

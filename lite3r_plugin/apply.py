@@ -1,0 +1,171 @@
+"""The verbs: put Lite3R into a model, switch it off for a while, take it out again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+from torch import nn
+
+from . import projections
+from .attention import ModelState, SparseLinearAttention
+from .config import Lite3RConfig
+from .errors import AdapterError, AlreadyAppliedError, BackendError, ConfigError, NoSitesError, NotAppliedError
+from .layout import GridTracker
+from .ops.backend import TRITON_HEAD_DIMS
+from .plugins import find_sites
+from .sites import AttentionSite, Routed
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def apply_lite3r(model: Model, config: Lite3RConfig | None = None, **fields: Any) -> Model:
+    """Make the attention of `model` sparse-linear, in place. Nothing outside this instance changes.
+
+    Args:
+        model: Any model that an installed adapter recognises, itself or as a part of it.
+        config: The configuration, `Lite3RConfig()` by default.
+        **fields: Fields of `Lite3RConfig` to set on top of `config`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UnknownModelError: no adapter knows the model.
+        NoSitesError: the adapter names no site that this configuration changes.
+        AlreadyAppliedError: the model, or a part of it, carries Lite3R already.
+        ConfigError, BackendError, AdapterError: a wrong field, a backend that cannot run, a wrong adapter.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"apply_lite3r takes a torch.nn.Module, got {type(model).__name__}; pass the module inside it")
+    config = (config or Lite3RConfig()).replace(**fields)
+    if lite3r_modules(model):
+        raise AlreadyAppliedError("this model carries Lite3R already; call remove_lite3r(model) first to change its configuration")
+    adapter, sites = find_sites(model)
+    hosts = _resolve(model, adapter, sites)
+    scopes = _scopes(config, adapter, sites)
+    if unknown := sorted(set(config.site_keep_ratios) - {site.fqn for site in sites}):
+        raise ConfigError(f"site_keep_ratios names {unknown[:3]}, which are no sites of this model; its sites are like {sites[0].fqn!r}")
+    state = ModelState(adapter, config)
+    # Everything is checked before anything is changed, so an error leaves the model as it was.
+    plan: dict[str, tuple[AttentionSite, bool]] = {}
+    for site in sites:
+        sparse = site.scope in scopes
+        if not sparse and not (config.fuse and _has_fusable_parts(site)):
+            state.skipped[site.fqn] = f"scope {site.scope!r} stays dense"
+            continue
+        projections.check(hosts[site.fqn], site)
+        if sparse and config.backend == "triton" and site.head_dim not in TRITON_HEAD_DIMS:
+            raise BackendError(
+                f'site {site.fqn!r} has head_dim {site.head_dim}; the Triton kernels take {TRITON_HEAD_DIMS}. Use backend="auto"'
+            )
+        plan[site.fqn] = (site, sparse)
+    for module, source in _image_modules(model, adapter, [site for site, sparse in plan.values() if sparse]).items():
+        state.trackers[source.image_module] = tracker = GridTracker(source)
+        tracker.attach(module)
+    swapped: dict[int, SparseLinearAttention] = {}  # a module that appears twice is swapped once
+    for fqn, (site, sparse) in plan.items():
+        host = hosts[fqn]
+        if id(host) not in swapped:
+            swapped[id(host)] = SparseLinearAttention(host, site, state, sparse)
+        _set_submodule(model, fqn, swapped[id(host)])
+    return model
+
+
+def remove_lite3r(model: Model) -> Model:
+    """Take Lite3R out again: the same modules, outputs and `state_dict` keys as before, bit for bit.
+
+    Raises:
+        NotAppliedError: the model carries no Lite3R.
+    """
+    modules = _require(model)
+    for fqn, module in modules.items():
+        for tracker in module.state.trackers.values():
+            tracker.detach()
+        _set_submodule(model, fqn, module.host)
+    for module in modules.values():
+        module.release()
+    return model
+
+
+@contextlib.contextmanager
+def lite3r_disabled(model: nn.Module) -> Iterator[None]:
+    """Run the dense model inside the context: the teacher, with the same weights, bit for bit, no second copy.
+
+    Raises:
+        NotAppliedError: the model carries no Lite3R.
+    """
+    modules = _require(model).values()
+    before = [module.enabled for module in modules]
+    try:
+        for module in modules:
+            module.enabled = False
+        yield
+    finally:
+        for module, enabled in zip(modules, before, strict=True):
+            module.enabled = enabled
+
+
+def lite3r_modules(model: nn.Module) -> dict[str, SparseLinearAttention]:
+    """The swapped-in modules of `model`, by fully qualified name; empty when it carries no Lite3R."""
+    return {fqn: m for fqn, m in model.named_modules(remove_duplicate=False) if isinstance(m, SparseLinearAttention)}
+
+
+def _require(model: nn.Module) -> dict[str, SparseLinearAttention]:
+    modules = lite3r_modules(model)
+    if not modules:
+        raise NotAppliedError(f"this {type(model).__name__} carries no Lite3R; call apply_lite3r(model) first")
+    return modules
+
+
+def _resolve(model: nn.Module, adapter: str, sites: Any) -> dict[str, nn.Module]:
+    hosts: dict[str, nn.Module] = {}
+    for site in sites:
+        if not isinstance(site, AttentionSite):
+            raise AdapterError(f"adapter {adapter!r} returned {type(site).__name__}, not AttentionSite")
+        if site.fqn in hosts:
+            raise AdapterError(f"adapter {adapter!r} names the site {site.fqn!r} twice")
+        hosts[site.fqn] = _submodule(model, adapter, site.fqn)
+    return hosts
+
+
+def _submodule(model: nn.Module, adapter: str, fqn: str) -> nn.Module:
+    try:
+        return model.get_submodule(fqn)
+    except AttributeError as error:
+        raise AdapterError(f"adapter {adapter!r} names {fqn!r}, but the model has no such module: {error}") from error
+
+
+def _scopes(config: Lite3RConfig, adapter: str, sites: Any) -> set[str]:
+    """The scopes that become sparse. Raises `NoSitesError` when no site has one of them."""
+    present = {site.scope for site in sites}
+    if config.scopes == "auto":
+        wanted = {"global"} & present or present
+    else:
+        wanted = set(config.scopes) & present
+    if not wanted:
+        raise NoSitesError(
+            f"the adapter {adapter!r} found no attention site with scope {config.scopes!r} in this model; "
+            + (f"it has {sorted(present)}: pass scopes={tuple(sorted(present))!r}" if present else "it has no attention sites at all")
+        )
+    return wanted
+
+
+def _has_fusable_parts(site: AttentionSite) -> bool:
+    return not isinstance(site.projections, Routed) and site.projections.rope is not None
+
+
+def _image_modules(model: nn.Module, adapter: str, sites: list[AttentionSite]) -> dict[nn.Module, Any]:
+    sources = {}
+    for site in sites:
+        if site.tokens is not None:
+            known = sources.setdefault(site.tokens.image_module, site.tokens)
+            if known != site.tokens:
+                raise AdapterError(f"adapter {adapter!r} describes the tokens from {known.image_module!r} in two ways")
+    return {_submodule(model, adapter, name): source for name, source in sources.items()}
+
+
+def _set_submodule(model: nn.Module, fqn: str, module: nn.Module) -> None:
+    parent, _, name = fqn.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)

@@ -1,0 +1,173 @@
+"""The module that takes the place of a host's attention module.
+
+It shares the host's tables of parameters, buffers, children and hooks, so whatever replaces a child (PEFT, `.to`,
+quantisation) is seen by both, `state_dict` keys stay as they were plus ``proj_lin.weight``, and the host itself is
+always there, whole, to run the dense model or to be put back.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import projections
+from .config import Lite3RConfig
+from .layout import GridTracker, order_for, pinned_tokens
+from .ops.backend import use_triton
+from .ops.qk_norm_rope import norm_rope
+from .ops.sla import linear_attention, sparse_linear_attention
+from .projections import Heads
+from .runtime import break_even_tokens
+from .sites import AttentionSite
+
+
+@dataclass
+class CallCounts:
+    """Forward calls of a site outside `torch.compile`, by what ran."""
+
+    sparse: int = 0
+    dense: int = 0
+    disabled: int = 0
+
+
+@dataclass
+class ModelState:
+    """What the sites of one model share.
+
+    Attributes:
+        adapter: Name of the model adapter.
+        config: The configuration.
+        skipped: Sites that the adapter named but that were not swapped, with the reason.
+        trackers: The grid trackers, by image module.
+    """
+
+    adapter: str
+    config: Lite3RConfig
+    skipped: dict[str, str] = field(default_factory=dict)
+    trackers: dict[str, GridTracker] = field(default_factory=dict)
+
+
+class SparseLinearAttention(nn.Module):
+    """Attention of one site: sparse softmax over critical key blocks plus a linear branch through `proj_lin`.
+
+    Args:
+        host: The module to stand in for.
+        site: Its description.
+        state: What the sites of the model share.
+        sparse: False for a site that stays dense and only has its norm and rotary embedding fused.
+
+    Attributes:
+        proj_lin: The ``[D, D]`` map of the linear branch, without bias, shared by all heads, zero at the start
+            (absent at sites that stay dense and with ``linear_branch="none"``).
+        enabled: False runs the host's own forward.
+        calls: What ran so far.
+    """
+
+    def __init__(self, host: nn.Module, site: AttentionSite, state: ModelState, sparse: bool) -> None:
+        super().__init__()
+        for table in vars(nn.Module()):
+            object.__setattr__(self, table, getattr(host, table))
+        object.__setattr__(self, "host", host)  # not a child: its children are this module's own
+        self.site = site
+        self.state = state
+        self.sparse = sparse
+        self.enabled = True
+        self.calls = CallCounts()
+        self.argument_names = tuple(inspect.signature(host.forward).parameters)
+        if sparse and state.config.linear_branch != "none":
+            like = next((p for p in host.parameters() if p.is_floating_point()), torch.empty(0))
+            self.proj_lin = nn.Linear(site.head_dim, site.head_dim, bias=False, device=like.device, dtype=like.dtype)
+            nn.init.zeros_(self.proj_lin.weight)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "host":  # not set yet, while unpickling
+                raise
+            return getattr(self.host, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the host's forward. Raises `UnsupportedAttentionError` for masks, causal order and attention dropout."""
+        if not self.enabled:
+            self._count("disabled")
+            return self.run_host(*args, **kwargs)
+        return projections.run(self, *args, **kwargs)
+
+    def run_host(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's own forward, with the parameters as they are now."""
+        self.host.training = self.training
+        return self.host.forward(*args, **kwargs)
+
+    def release(self) -> nn.Module:
+        """Give back the host, as it was before."""
+        self._modules.pop("proj_lin", None)
+        self.host.training = self.training
+        return self.host
+
+    def attend(self, heads: Heads) -> Tensor:
+        """Attention over the site's tokens. Returns ``[B, H, N, D]``."""
+        config = self.state.config
+        proj = self.proj_lin.weight if self.sparse and config.linear_branch != "none" else None
+        if not self._runs_sparse(heads.v):
+            self._count("dense")
+            q, k = self._finished(heads)
+            out = F.scaled_dot_product_attention(q, k, heads.v, scale=heads.scale)
+            if self.sparse and self.keep_ratio == 1 and config.linear_branch == "all":
+                out = out + linear_attention(q, k, heads.v, proj=proj, feature_map=config.feature_map)
+            return out
+        self._count("sparse")
+        order, pinned = None, 0
+        if self.site.tokens is not None:
+            tracker = self.state.trackers[self.site.tokens.image_module]
+            layout = tracker.layout(self.site.fqn, heads.v.shape[-2])
+            order = order_for(layout, heads.v.device)
+            pinned = pinned_tokens(layout, config.keep_special_tokens, config.keep_reference_view)
+        return sparse_linear_attention(
+            heads.q, heads.k, heads.v,
+            q_norm=heads.q_norm, k_norm=heads.k_norm, positions=heads.positions, rope_base=heads.rope_base, scale=heads.scale,
+            keep_ratio=self.keep_ratio, order=order, pinned_tokens=pinned,
+            linear=config.linear_branch, feature_map=config.feature_map, proj=proj, block_means=config.block_means,
+            block_q=config.block_q, block_k=config.block_k, backend=config.backend,
+        )  # fmt: skip
+
+    @property
+    def keep_ratio(self) -> float:
+        """The keep ratio of this site; 1 where it stays dense."""
+        return self.state.config.keep_ratio_of(self.site.fqn) if self.sparse else 1.0
+
+    def extra_repr(self) -> str:
+        config = self.state.config
+        if not self.sparse:
+            return f"scope={self.site.scope}, dense, fused norm and rotary embedding"
+        return (
+            f"scope={self.site.scope}, keep_ratio={self.keep_ratio}, blocks={config.block_q}x{config.block_k}, "
+            f"linear_branch={config.linear_branch}, block_means={config.block_means}, backend={config.backend}"
+        )
+
+    def _runs_sparse(self, v: Tensor) -> bool:
+        if not self.sparse or self.keep_ratio == 1:
+            return False
+        below = self.state.config.dense_below
+        return v.shape[-2] >= (break_even_tokens(v.device, self.keep_ratio) if below is None else below)
+
+    def _finished(self, heads: Heads) -> tuple[Tensor, Tensor]:
+        dtype = heads.v.dtype
+        if heads.q_norm is None and heads.k_norm is None and heads.rope_base is None:
+            return heads.q.to(dtype), heads.k.to(dtype)
+        needs_grad = torch.is_grad_enabled() and (heads.q.requires_grad or heads.k.requires_grad)
+        backend = self.state.config.backend if self.sparse else "auto"
+        q, k = norm_rope(
+            heads.q, heads.k, q_norm=heads.q_norm, k_norm=heads.k_norm, positions=heads.positions, rope_base=heads.rope_base,
+            triton=use_triton(backend, heads.v, needs_grad),
+        )  # fmt: skip
+        return q.to(dtype), k.to(dtype)
+
+    def _count(self, what: str) -> None:
+        if not torch.compiler.is_compiling():  # a changing int attribute would recompile the caller on every call
+            setattr(self.calls, what, getattr(self.calls, what) + 1)

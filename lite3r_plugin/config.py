@@ -1,0 +1,133 @@
+"""The one configuration object: frozen, validated, JSON round trip."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+from .errors import ConfigError
+
+Scope = Literal["global", "frame", "encoder"]
+Backend = Literal["auto", "triton", "torch"]
+FeatureMap = Literal["softmax", "elu"]
+LinearBranch = Literal["all", "marginal", "none"]
+
+CONFIG_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Lite3RConfig:
+    """What `apply_lite3r` does to a model.
+
+    Attributes:
+        keep_ratio: Share of the key blocks that each query block attends to exactly, in (0, 1]. It is SLA's
+            ``topk`` and ``1 - sparsity``. Blocks that are always kept (see ``keep_special_tokens`` and
+            ``keep_reference_view``) come on top. 1 is dense attention.
+        site_keep_ratios: Other keep ratios for single sites, by fully qualified name.
+        scopes: Which kinds of attention become sparse. ``"auto"``: the global (cross-view) sites where the model has
+            any, else every site, as in a single-image backbone.
+        linear_branch: What the linear branch sums over: ``"all"`` tokens (Lite3R, arXiv 2605.11354), only the blocks
+            that are not critical, ``"marginal"`` (SLA, arXiv 2509.24006, Eq. 5), or ``"none"``. Its output goes
+            through ``proj_lin``, which starts at zero.
+        feature_map: The kernel feature map of the linear branch, softmax over the head dimension or elu + 1.
+        block_means: Each block that is not critical enters the softmax as one key: its mean key and value, weighted
+            by its size. Needs no training.
+        keep_special_tokens: Camera, register and class tokens attend to all tokens and all attend to them.
+        keep_reference_view: The same for the patches of the first view, which defines the coordinate frame.
+        dense_below: Sites with fewer tokens than this run dense, because sparse attention does not pay there.
+            ``None``: the break-even length measured for the device (`lite3r_plugin.runtime.break_even_tokens`).
+        fuse: Replace QK norm and rotary embedding of known sites by one exact kernel, also at sites that stay dense.
+        backend: ``"triton"`` kernels, ``"torch"`` operators, or ``"auto"``: Triton where it can run.
+        block_q, block_k: Tokens per query and per key block.
+
+    Raises:
+        ConfigError: a field has a value that it does not take.
+    """
+
+    keep_ratio: float = 0.25
+    site_keep_ratios: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    scopes: tuple[Scope, ...] | Literal["auto"] = "auto"
+    linear_branch: LinearBranch = "all"
+    feature_map: FeatureMap = "softmax"
+    block_means: bool = True
+    keep_special_tokens: bool = True
+    keep_reference_view: bool = True
+    dense_below: int | None = None
+    fuse: bool = True
+    backend: Backend = "auto"
+    block_q: int = 128
+    block_k: int = 64
+
+    def __post_init__(self) -> None:
+        _check_ratio("keep_ratio", self.keep_ratio)
+        if not isinstance(self.site_keep_ratios, Mapping):
+            raise ConfigError(f"site_keep_ratios maps site names to ratios, got {self.site_keep_ratios!r}")
+        for fqn, ratio in self.site_keep_ratios.items():
+            _check_ratio(f"site_keep_ratios[{fqn!r}]", ratio)
+        object.__setattr__(self, "site_keep_ratios", dict(self.site_keep_ratios))
+        if self.scopes != "auto":
+            if isinstance(self.scopes, str) or not self.scopes:
+                raise ConfigError(f"scopes is 'auto' or a tuple of {get_args(Scope)}, got {self.scopes!r}")
+            object.__setattr__(self, "scopes", tuple(self.scopes))
+            for scope in self.scopes:
+                _check_choice("scopes", scope, get_args(Scope))
+        _check_choice("linear_branch", self.linear_branch, get_args(LinearBranch))
+        _check_choice("feature_map", self.feature_map, get_args(FeatureMap))
+        _check_choice("backend", self.backend, get_args(Backend))
+        for name in ("block_means", "keep_special_tokens", "keep_reference_view", "fuse"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is True or False, got {getattr(self, name)!r}")
+        if self.keep_reference_view and not self.keep_special_tokens:
+            raise ConfigError("keep_reference_view needs keep_special_tokens: the reference view has special tokens of its own")
+        if self.dense_below is not None and (not _is_int(self.dense_below) or self.dense_below < 0):
+            raise ConfigError(f"dense_below is a number of tokens >= 0 or None, got {self.dense_below!r}")
+        for name in ("block_q", "block_k"):
+            size = getattr(self, name)
+            if not _is_int(size) or size < 16 or size > 128 or size & (size - 1):
+                raise ConfigError(f"{name} is a power of two from 16 to 128, got {size!r}")
+        if self.block_q % self.block_k:
+            raise ConfigError(f"block_q must be a multiple of block_k, got {self.block_q} and {self.block_k}")
+
+    def replace(self, **fields: Any) -> Lite3RConfig:
+        """A copy with other values. Unknown names raise `ConfigError`, which lists the known ones."""
+        known = {f.name for f in dataclasses.fields(self)}
+        if unknown := sorted(set(fields) - known):
+            raise ConfigError(f"unknown configuration field(s) {unknown}; known are {sorted(known)}")
+        return dataclasses.replace(self, **fields)
+
+    def keep_ratio_of(self, fqn: str) -> float:
+        """The keep ratio of the site `fqn`."""
+        return self.site_keep_ratios.get(fqn, self.keep_ratio)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-serialisable dict with a ``version``, the inverse of `from_dict`."""
+        fields = dataclasses.asdict(self)
+        if self.scopes != "auto":
+            fields["scopes"] = list(self.scopes)
+        return {"version": CONFIG_VERSION, **fields}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Lite3RConfig:
+        """Build from `to_dict`'s result. Raises `ConfigError` on another version, unknown or wrong fields."""
+        fields = dict(fields)
+        version = fields.pop("version", None)
+        if version != CONFIG_VERSION:
+            raise ConfigError(f"configuration version {version!r} is not {CONFIG_VERSION}; it was written by another release")
+        if isinstance(fields.get("scopes"), list):
+            fields["scopes"] = tuple(fields["scopes"])
+        return cls().replace(**fields)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_ratio(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        raise ConfigError(f"{name} must be in (0, 1], got {value!r}; 0.1 keeps a tenth of the key blocks, 1 is dense")
+
+
+def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} must be one of {choices}, got {value!r}")

@@ -1,0 +1,49 @@
+"""Every error that the package raises on purpose. All derive from `Lite3RError`; each message says what to do."""
+
+
+class Lite3RError(Exception):
+    """Base of all errors of this package."""
+
+
+class ConfigError(Lite3RError, ValueError):
+    """A field of `Lite3RConfig` has a value that it does not take."""
+
+
+class UnknownModelError(Lite3RError):
+    """No installed model adapter recognises the model."""
+
+
+class NoSitesError(Lite3RError):
+    """The model is known, but nothing in it would change with this configuration."""
+
+
+class AdapterError(Lite3RError):
+    """A model adapter described a module that does not exist or does not fit its description."""
+
+
+class AlreadyAppliedError(Lite3RError):
+    """`apply_lite3r` was called on a model that carries Lite3R already."""
+
+
+class NotAppliedError(Lite3RError):
+    """The model does not carry Lite3R."""
+
+
+class UnsupportedAttentionError(Lite3RError):
+    """The host asked for attention that has no sparse-linear form: a mask, causal order, dropout."""
+
+
+class LayoutError(Lite3RError):
+    """The number of tokens at an attention site does not fit the images that the model was given."""
+
+
+class BackendError(Lite3RError):
+    """The requested backend cannot run these tensors."""
+
+
+class CheckpointError(Lite3RError):
+    """A Lite3R checkpoint is damaged, of another version, or belongs to another model."""
+
+
+class InputError(Lite3RError, ValueError):
+    """User input outside the model, such as an image folder or a weights file, cannot be used."""

@@ -1,0 +1,103 @@
+"""Token order: finds the layout of a forward, and the order in which blocks of tokens are compact image tiles."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .errors import LayoutError
+from .sites import TokenLayout, TokenSource
+
+TILE = 8
+
+
+class GridTracker:
+    """Remembers the patch grid of the running forward. One per image module of a model; its sites share it.
+
+    `observe` is a forward pre-hook of the image module. It must stay a plain method of a plain object, so that models
+    with Lite3R can be deep-copied and pickled.
+    """
+
+    def __init__(self, source: TokenSource) -> None:
+        self.source = source
+        self.grid: tuple[int, int] | None = None
+        self._handle: RemovableHandle | None = None
+
+    def attach(self, module: nn.Module) -> None:
+        """Watch `module`."""
+        self._handle = module.register_forward_pre_hook(self.observe, with_kwargs=True)
+
+    def detach(self) -> None:
+        """Stop watching."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Read the grid off the first tensor argument, the images ``[..., H, W]``."""
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor) and value.dim() >= 2:
+                patch_h, patch_w = self.source.patch_size
+                self.grid = (value.shape[-2] // patch_h, value.shape[-1] // patch_w)
+                return
+        raise LayoutError(
+            f"the module {self.source.image_module!r} was called without an image tensor, so the token layout is unknown; "
+            "its adapter must name a module that is given the images"
+        )
+
+    def layout(self, fqn: str, tokens: int) -> TokenLayout:
+        """The layout of a sequence of `tokens` tokens at site `fqn`. Raises `LayoutError` when the images do not fit."""
+        if self.grid is None:
+            raise LayoutError(
+                f"site {fqn!r} ran before {self.source.image_module!r} saw any image; run the model on images, or "
+                "apply_lite3r to the module that you call"
+            )
+        layout = TokenLayout(1, self.source.special_tokens, self.grid)
+        views, rest = divmod(tokens, layout.tokens_per_view)
+        if rest or not views:
+            raise LayoutError(
+                f"site {fqn!r} got {tokens} tokens, but a view has {layout.tokens_per_view} "
+                f"({self.source.special_tokens} special + {self.grid[0]} x {self.grid[1]} patches); the adapter's "
+                "patch_size or special_tokens is wrong for this model"
+            )
+        return TokenLayout(views, self.source.special_tokens, self.grid)
+
+
+def token_order(layout: TokenLayout, device: torch.device | str = "cpu") -> Tensor:
+    """Token indices ``[N]`` int32: all special tokens, then view by view the patches in tile order.
+
+    A view is cut into strips about `TILE` rows high. Each strip is read column by column, strips alternate between
+    left to right and right to left. Any 64 consecutive patches are then an image tile of about 8 x 8, exactly so
+    where the grid is a multiple of 8, without any padding.
+    """
+    rows, columns = layout.grid
+    index = torch.arange(rows * columns, device=device, dtype=torch.int32).view(rows, columns)
+    strips = index.tensor_split(max(1, round(rows / TILE)))
+    patches = torch.cat([(s.flip(1) if i % 2 else s).T.flatten() for i, s in enumerate(strips)])
+    views = torch.arange(layout.views, device=device, dtype=torch.int32)[:, None] * layout.tokens_per_view
+    special = (views + torch.arange(layout.special_tokens, device=device, dtype=torch.int32)).flatten()
+    return torch.cat((special, (views + layout.special_tokens + patches).flatten()))
+
+
+def pinned_tokens(layout: TokenLayout, special: bool, reference_view: bool) -> int:
+    """How many tokens at the start of `token_order` are always kept.
+
+    The reference view can only be pinned together with the special tokens, which come first in the order. In a
+    sequence of one view there is no reference view.
+    """
+    if layout.views > 1 and reference_view:
+        return layout.views * layout.special_tokens + math.prod(layout.grid)
+    return layout.views * layout.special_tokens if special else 0
+
+
+def order_for(layout: TokenLayout, device: torch.device) -> Tensor:
+    """`token_order` on `device`; eager calls share cached tensors, compiled ones build it in their graph."""
+    return token_order(layout, device) if torch.compiler.is_compiling() else _cached_token_order(layout, device)
+
+
+_cached_token_order = functools.lru_cache(maxsize=32)(token_order)

@@ -1,0 +1,51 @@
+"""Chooses between Triton kernels and torch operators for one call."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from ..errors import BackendError
+
+TRITON_HEAD_DIMS = (32, 64, 80, 96, 128)
+TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@functools.cache
+def triton_installed() -> bool:
+    """Whether the triton package is importable (it is not imported)."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def why_not_triton(q: Tensor, needs_grad: bool = False) -> str | None:
+    """The reason why the Triton kernels cannot take `q [..., D]`, or None when they can."""
+    if not q.is_cuda:
+        return f"the tensors are on {q.device}, not on a CUDA GPU"
+    if torch.cuda.get_device_capability(q.device) < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    if not triton_installed():
+        return "triton is not installed"
+    if q.dtype not in TRITON_DTYPES:
+        return f"the dtype is {q.dtype}; they take {', '.join(str(d) for d in TRITON_DTYPES)}"
+    if q.shape[-1] not in TRITON_HEAD_DIMS:
+        return f"the head dimension is {q.shape[-1]}; they take {TRITON_HEAD_DIMS}"
+    if needs_grad:
+        return "a gradient is needed, and the kernels have no backward pass yet"
+    return None
+
+
+def use_triton(backend: str, q: Tensor, needs_grad: bool = False) -> bool:
+    """Whether to run Triton for `q [..., D]`.
+
+    Raises:
+        BackendError: `backend` is ``"triton"`` and the kernels cannot take these tensors.
+    """
+    if backend == "torch":
+        return False
+    reason = why_not_triton(q, needs_grad)
+    if reason is not None and backend == "triton":
+        raise BackendError(f'backend="triton" cannot run here: {reason}. Use backend="auto" or "torch".')
+    return reason is None

@@ -1,0 +1,47 @@
+"""Definition of the block map: which key blocks each query block attends to exactly (SLA, arXiv 2509.24006, Eq. 2, 3).
+
+    score[i, j] = mean(Q_i) . mean(K_j)          blocks as image tiles
+    kept(i)     = pinned blocks, and of the others the `kept - pinned` with the highest score
+
+SLA subtracts the mean key before pooling and applies a softmax; neither changes the order within a row, so neither
+is done here. Scores are built in slabs of query blocks: memory is O(query blocks x kept), never a full map.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+SLAB_BYTES = 64 << 20
+
+
+def kept_blocks(key_blocks: int, keep_ratio: float, pinned: int) -> int:
+    """Key blocks that a query block attends to: the pinned ones and `keep_ratio` of the others, at least one."""
+    free = key_blocks - pinned
+    return pinned + min(free, max(math.ceil(keep_ratio * free - 1e-9), 1))
+
+
+def block_map(q_mean: Tensor, k_mean: Tensor, *, kept: int, pinned: int = 0) -> Tensor:
+    """Indices of the kept key blocks of each query block, ascending.
+
+    Args:
+        q_mean: ``[B, H, query blocks, D]`` pooled queries.
+        k_mean: ``[B, H, key blocks, D]`` pooled keys.
+        kept: Key blocks to keep, pinned ones included.
+        pinned: The first `pinned` key blocks are always kept.
+
+    Returns:
+        kv_indices: ``[B, H, query blocks, kept]`` int32.
+    """
+    rows, columns = q_mean.shape[-2], k_mean.shape[-2]
+    slab = max(1, SLAB_BYTES // (4 * columns * q_mean.shape[0] * q_mean.shape[1]))
+    keys = k_mean.transpose(-1, -2)
+    indices = []
+    for start in range(0, rows, slab):
+        scores = q_mean[..., start : start + slab, :] @ keys
+        scores = scores.nan_to_num(nan=-torch.finfo(scores.dtype).max)
+        scores[..., :pinned] = math.inf
+        indices.append(scores.topk(kept, dim=-1, sorted=False).indices.sort(-1).values.to(torch.int32))
+    return torch.cat(indices, -2)

@@ -1,0 +1,82 @@
+"""Sparse-linear attention: the whole operator, from q, k, v in host order to the output in host order."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backend import use_triton
+from ..block_map import block_map, kept_blocks
+from ..qk_norm_rope import HeadNorm, prepare_qkv
+from . import naive
+
+__all__ = ["linear_attention", "sparse_linear_attention"]
+
+linear_attention = naive.linear_attention
+
+
+def sparse_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    keep_ratio: float,
+    order: Tensor | None = None,
+    pinned_tokens: int = 0,
+    q_norm: HeadNorm | None = None,
+    k_norm: HeadNorm | None = None,
+    positions: Tensor | None = None,
+    rope_base: float | None = None,
+    scale: float | None = None,
+    linear: str = "none",
+    feature_map: str = "softmax",
+    proj: Tensor | None = None,
+    block_means: bool = False,
+    block_q: int = 128,
+    block_k: int = 64,
+    backend: str = "auto",
+) -> Tensor:
+    """Sparse-linear attention (SLA, arXiv 2509.24006; Lite3R, arXiv 2605.11354).
+
+    Args:
+        q, k, v: ``[B, H, N, D]``, any strides.
+        keep_ratio: Share of the key blocks that are not pinned to keep for each query block, in (0, 1].
+        order: ``[N]`` int permutation that makes blocks of consecutive tokens compact, or None.
+        pinned_tokens: The blocks that hold the first `pinned_tokens` tokens (in `order`) attend to all keys, and all
+            queries attend to them.
+        q_norm, k_norm, positions, rope_base: Norm and rotary embedding to apply first; see `prepare_qkv`.
+        scale, linear, feature_map, proj, block_means, block_q, block_k: See `naive.sparse_linear_attention`.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+
+    Returns:
+        ``[B, H, N, D]`` in v's dtype, in the order of the input tokens.
+
+    Raises:
+        BackendError: `backend` is ``"triton"`` and the kernels cannot take these tensors.
+    """
+    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, proj))
+    triton = use_triton(backend, v, needs_grad)
+    tokens = v.shape[-2]
+    if order is not None:
+        order = order.to(device=v.device)
+    prepared = prepare_qkv(
+        q, k, v, order=order, q_norm=q_norm, k_norm=k_norm, positions=positions, rope_base=rope_base,
+        block_q=block_q, block_k=block_k, triton=triton,
+    )  # fmt: skip
+    pinned_keys = -(-pinned_tokens // block_k)
+    kept = kept_blocks(-(-tokens // block_k), keep_ratio, pinned_keys)
+    kv_indices = block_map(prepared.q_mean.detach(), prepared.k_mean.detach(), kept=kept, pinned=pinned_keys, triton=triton)
+    options = dict(
+        pinned=-(-pinned_tokens // block_q), scale=scale, linear=linear, feature_map=feature_map, proj=proj,
+        block_means=block_means, block_q=block_q, block_k=block_k,
+    )  # fmt: skip
+    if triton:
+        from . import kernels
+
+        means = (prepared.k_mean, prepared.v_mean) if block_means else None
+        options.pop("block_means")
+        return kernels.sparse_linear_attention(*prepared[:3], kv_indices, order=order, means=means, **options)
+    out = naive.sparse_linear_attention(*prepared[:3], kv_indices, **options)
+    if order is None:
+        return out
+    return torch.empty_like(out).index_copy(-2, order.long(), out)

@@ -1,0 +1,149 @@
+"""Definition of sparse-linear attention over ordered tokens (SLA, arXiv 2509.24006; Lite3R, arXiv 2605.11354, Eq. 5).
+
+Queries come in blocks I, keys in blocks J; kept(I) are the *critical* key blocks of I, all others are *marginal*.
+
+    O_sparse(q) = sum_j p_j v_j,  p = softmax over the tokens j of the critical blocks of  q . k_j * scale
+    with `block_means`, each marginal block J enters that softmax as one key:
+                  logit  q . mean(K_J) * scale + log |J|,  value  mean(V_J)
+    O_linear(q) = phi(q) H / (phi(q) Z),  H = sum_j phi(k_j)^T v_j,  Z = sum_j phi(k_j)^T
+                  over all tokens (linear="all", Lite3R) or over those of marginal blocks ("marginal", SLA Eq. 5)
+    O           = O_sparse + O_linear Proj^T
+
+Pinned query blocks (the first ones) attend to all keys; they have no marginal blocks. phi is softmax over the head
+dimension or elu + 1. Work is done in slabs of query blocks, so no N x N buffer ever exists: this also serves CPUs and
+GPUs without Triton. Arithmetic is FP32 (FP64 for FP64 input).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ..qk_norm_rope.naive import block_means as mean_over_blocks
+from ..qk_norm_rope.naive import block_sizes
+
+SLAB_BYTES = 128 << 20
+
+
+def phi(x: Tensor, feature_map: str) -> Tensor:
+    """The positive feature map of the linear branch over the last dimension."""
+    return F.softmax(x, -1) if feature_map == "softmax" else F.elu(x) + 1
+
+
+def linear_state(k: Tensor, v: Tensor, feature_map: str) -> tuple[Tensor, Tensor]:
+    """H ``[B, H, D, D]`` and Z ``[B, H, D]`` over all tokens of k, v ``[B, H, N, D]``, in FP32."""
+    wide = torch.promote_types(k.dtype, torch.float32)
+    features = phi(k.to(wide), feature_map)
+    return features.mT @ v.to(wide), features.sum(-2)
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, proj: Tensor, feature_map: str = "softmax") -> Tensor:
+    """The linear branch over all tokens, through Proj: ``[B, H, N, D]`` in q's dtype. Linear in N, any device."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    state, total = linear_state(k, v, feature_map)
+    features = phi(q.to(wide), feature_map)
+    return (features @ (state @ proj.to(wide).mT) / (features @ total[..., None])).to(q.dtype)
+
+
+def sparse_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_indices: Tensor,
+    *,
+    pinned: int = 0,
+    scale: float | None = None,
+    linear: str = "none",
+    feature_map: str = "softmax",
+    proj: Tensor | None = None,
+    block_means: bool = False,
+    block_q: int = 128,
+    block_k: int = 64,
+) -> Tensor:
+    """Sparse-linear attention of ordered tokens; see the module's docstring.
+
+    Args:
+        q, k, v: ``[B, H, N, D]``.
+        kv_indices: ``[B, H, ceil(N / block_q), kept]`` int, the critical key blocks of each query block.
+        pinned: The first `pinned` query blocks attend to all keys.
+        scale: Factor of the scores, ``D ** -0.5`` by default.
+        linear: ``"all"``, ``"marginal"`` or ``"none"``.
+        feature_map: ``"softmax"`` or ``"elu"``.
+        proj: ``[D, D]`` weight of Proj, as in `torch.nn.Linear`; needed unless `linear` is ``"none"``.
+        block_means: Marginal blocks enter the softmax by their means.
+        block_q, block_k: Tokens per block.
+
+    Returns:
+        ``[B, H, N, D]`` in q's dtype.
+    """
+    batch, heads, tokens, dim = q.shape
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scale = dim**-0.5 if scale is None else scale
+    columns, kept = -(-tokens // block_k), kv_indices.shape[-1]
+    keys = _in_blocks(k.to(wide), block_k)  # [B, H, columns, block_k, D]
+    values = _in_blocks(v.to(wide), block_k)
+    sizes = block_sizes(tokens, block_k, q.device)
+    valid = torch.arange(block_k, device=q.device) < sizes[:, None]  # [columns, block_k]
+    means = (mean_over_blocks(k, block_k), mean_over_blocks(v, block_k)) if block_means else None
+    features = phi(keys, feature_map) * valid[..., None] if linear == "marginal" else None
+    states = None if features is None else (features.mT @ values, features.sum(-2))
+    whole = linear_state(k, v, feature_map) if linear == "all" else None
+    proj = None if proj is None else proj.to(wide)
+
+    def attend(first: int, last: int, critical: Tensor, q: Tensor, *_: Tensor) -> Tensor:
+        """Output of query blocks first..last, whose critical key blocks are `critical` [B, H, last - first, n]."""
+        rows = _in_blocks(q.to(wide)[..., first * block_q : last * block_q, :], block_q)
+        flat = critical.long().flatten(-2)[..., None, None]
+        k_near = keys.take_along_dim(flat, 2).unflatten(2, critical.shape[-2:]).flatten(3, 4)
+        v_near = values.take_along_dim(flat, 2).unflatten(2, critical.shape[-2:]).flatten(3, 4)
+        logits = rows @ k_near.mT * scale
+        logits = logits.masked_fill(~valid[critical.long()].flatten(-2)[..., None, :], float("-inf"))
+        marginal = torch.ones(*critical.shape[:-1], columns, dtype=torch.bool, device=q.device)
+        marginal.scatter_(-1, critical.long(), False)
+        if means is not None:
+            k_far, v_far = (x[:, :, None].to(wide) for x in means)
+            far = rows @ k_far.mT * scale + sizes.to(wide).log()
+            logits = torch.cat((logits, far.masked_fill(~marginal[..., None, :], float("-inf"))), -1)
+        weights = logits.softmax(-1)
+        near = logits.shape[-1] - (columns if means is not None else 0)
+        out = weights[..., :near] @ v_near
+        if means is not None:
+            out = out + weights[..., near:] @ v_far
+        if linear != "none":
+            row_features = phi(rows, feature_map)
+            if whole is not None:
+                state, total = whole[0][:, :, None], whole[1][:, :, None]
+            else:
+                mask = marginal.to(wide)
+                state = torch.einsum("bhrc,bhcde->bhrde", mask, states[0])
+                total = torch.einsum("bhrc,bhcd->bhrd", mask, states[1])
+            norm = (row_features @ total[..., None]).clamp_min(torch.finfo(wide).tiny)
+            out = out + row_features @ state / norm @ proj.mT
+        return out.flatten(-3, -2)
+
+    def slabs(first: int, last: int, near: int) -> range:
+        row_bytes = batch * heads * 4 * (near * block_k * (2 * dim + 2 * block_q) + (dim * dim if linear == "marginal" else 0))
+        return range(first, last, max(1, SLAB_BYTES // row_bytes))
+
+    rows = kv_indices.shape[-2]
+    pinned = min(pinned, rows)
+    everything = torch.arange(columns, device=q.device).expand(batch, heads, 1, columns)
+    outputs = []
+    for first, last, near in ((0, pinned, columns), (pinned, rows, kept)):
+        steps = slabs(first, last, near)
+        for start in steps:
+            stop = min(start + steps.step, last)
+            critical = everything.expand(-1, -1, stop - start, -1) if last == pinned else kv_indices[:, :, start:stop]
+            arguments = (start, stop, critical, q, k, v) + (() if proj is None else (proj,))
+            if torch.is_grad_enabled() and any(x.requires_grad for x in arguments[3:]):
+                outputs.append(checkpoint(attend, *arguments, use_reentrant=False))
+            else:
+                outputs.append(attend(*arguments))
+    return torch.cat(outputs, -2)[..., :tokens, :].to(q.dtype)
+
+
+def _in_blocks(x: Tensor, block: int) -> Tensor:
+    """``[B, H, N, D] -> [B, H, ceil(N / block), block, D]``, padded with zeros."""
+    return F.pad(x, (0, 0, 0, -x.shape[-2] % block)).unflatten(-2, (-1, block))

@@ -1,0 +1,178 @@
+"""The ways in which a site makes q, k and v and uses the attention output, one per class in `sites`."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .errors import AdapterError, UnsupportedAttentionError
+from .ops.qk_norm_rope import HeadNorm
+from .sites import AttentionSite, FusedQKV, Routed, SeparateQKV
+
+if TYPE_CHECKING:
+    from .attention import SparseLinearAttention
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Queries, keys and values ``[B, H, N, D]`` with what is still to be done to q and k before attention."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_norm: HeadNorm | None = None
+    k_norm: HeadNorm | None = None
+    positions: Tensor | None = None
+    rope_base: float | None = None
+    scale: float | None = None
+
+
+def check(host: nn.Module, site: AttentionSite) -> None:
+    """Raise `AdapterError` unless `host` has the children that `site` names, in the right sizes."""
+    spec = site.projections
+    if isinstance(spec, Routed):
+        return
+    width = spec.num_heads * site.head_dim
+    if isinstance(spec, FusedQKV):
+        linears = {spec.qkv: (None, 3 * width), spec.out: (width, None)}
+    else:
+        linears = {name: (None, width) for name in (spec.q, spec.k, spec.v)} | {spec.out: (width, None)}
+    for name, (inputs, outputs) in linears.items():
+        child = _child(host, name, site)
+        for what, expected in (("in_features", inputs), ("out_features", outputs)):
+            found = getattr(child, what, None)
+            if expected is not None and found is not None and found != expected:
+                raise AdapterError(
+                    f"site {site.fqn!r}: {name}.{what} is {found}, but {spec.num_heads} heads of {site.head_dim} need {expected}; "
+                    "correct num_heads or head_dim in the adapter"
+                )
+    for name in (spec.q_norm, spec.k_norm, spec.out_drop, spec.attn_drop):
+        if name is not None:
+            _child(host, name, site)
+    if spec.positions is not None and spec.positions not in inspect.signature(host.forward).parameters:
+        raise AdapterError(f"site {site.fqn!r}: the host's forward has no argument {spec.positions!r}")
+    if spec.rope is not None and site.head_dim % 4:
+        raise AdapterError(f"site {site.fqn!r}: an axial rotary embedding needs a head_dim that is a multiple of 4, not {site.head_dim}")
+
+
+def run(module: SparseLinearAttention, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a site: project, attend, project out."""
+    spec = module.site.projections
+    if isinstance(spec, Routed) or not module.state.config.fuse:
+        return _run_routed(module, *args, **kwargs)
+    x, positions, refused = _arguments(module, spec.positions, args, kwargs)
+    if refused is None and module.training and spec.attn_drop is not None and getattr(module, spec.attn_drop).p > 0:
+        refused = "dropout of attention weights"
+    if refused is not None:
+        if module.sparse:
+            raise UnsupportedAttentionError(_refusal(module, refused))
+        return module.run_host(*args, **kwargs)
+    shape = (spec.num_heads, module.site.head_dim)
+    if isinstance(spec, FusedQKV):
+        q, k, v = getattr(module, spec.qkv)(x).unflatten(-1, (3, *shape)).permute(2, 0, 3, 1, 4).unbind(0)
+    else:
+        q, k, v = (getattr(module, name)(x).unflatten(-1, shape).transpose(1, 2) for name in (spec.q, spec.k, spec.v))
+    q, q_norm = _norm(module, spec.q_norm, q)
+    k, k_norm = _norm(module, spec.k_norm, k)
+    base = spec.rope.base if spec.rope is not None and positions is not None else None
+    out = module.attend(Heads(q, k, v, q_norm, k_norm, positions, base))
+    out = getattr(module, spec.out)(out.transpose(1, 2).flatten(2))
+    if spec.out_drop is not None:
+        out = getattr(module, spec.out_drop)(out)
+    return (out, None) if isinstance(spec, SeparateQKV) and spec.returns_weights else out
+
+
+def head_norm(norm: nn.Module, dim: int) -> HeadNorm | None:
+    """`norm` as data for the fused kernel; None when it is not a LayerNorm or RMSNorm over exactly `dim` features."""
+    if type(norm) is nn.LayerNorm and norm.normalized_shape == (dim,):
+        return HeadNorm("layer", norm.weight, norm.bias, norm.eps)
+    if type(norm) is nn.RMSNorm and norm.normalized_shape == (dim,):
+        return HeadNorm("rms", norm.weight, None, torch.finfo(torch.float32).eps if norm.eps is None else norm.eps)
+    return None
+
+
+class _Redirect(TorchFunctionMode):
+    """Sends the calls of `scaled_dot_product_attention` inside its context to `attend`, and counts them."""
+
+    def __init__(self, attend: Any) -> None:
+        super().__init__()
+        self.attend = attend
+        self.calls = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            self.calls += 1
+            return self.attend(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _run_routed(module: SparseLinearAttention, *args: Any, **kwargs: Any) -> Any:
+    def attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        refused = None
+        if attn_mask is not None:
+            refused = "an attention mask"
+        elif is_causal:
+            refused = "causal attention"
+        elif dropout_p:
+            refused = "dropout of attention weights"
+        elif query.shape[-2] != key.shape[-2]:
+            refused = f"cross-attention of {query.shape[-2]} queries to {key.shape[-2]} keys"
+        elif enable_gqa and query.shape[-3] != key.shape[-3]:
+            refused = "grouped-query attention"
+        elif query.dim() != 4 or query.shape[-1] != module.site.head_dim or value.shape[-1] != module.site.head_dim:
+            refused = f"heads of shape {tuple(query.shape)} where the adapter says head_dim={module.site.head_dim}"
+        if refused is not None:
+            raise UnsupportedAttentionError(_refusal(module, refused))
+        return module.attend(Heads(query, key, value, scale=scale))
+
+    if not module.sparse:
+        return module.run_host(*args, **kwargs)
+    with _Redirect(attend) as redirect:
+        out = module.run_host(*args, **kwargs)
+    if redirect.calls != 1:
+        raise UnsupportedAttentionError(
+            f"site {module.site.fqn!r}: its forward called scaled_dot_product_attention {redirect.calls} times, not once, so "
+            "Lite3R cannot take its place. Switch the host to its SDPA attention (transformers: "
+            'attn_implementation="sdpa"; timm: fused_attn=True), or correct the adapter'
+        )
+    return out
+
+
+def _arguments(
+    module: SparseLinearAttention, positions: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor | None, str | None]:
+    """The hidden states, the positions, and what else was given that sparse attention cannot honour (or None)."""
+    given = dict(zip(module.argument_names, args, strict=False)) | kwargs
+    x = given.pop(module.argument_names[0])
+    where = given.pop(positions, None) if positions is not None else None
+    refused = [name for name, value in given.items() if value is not None and value is not False]
+    return x, where, f"the argument(s) {refused}" if refused else None
+
+
+def _norm(module: SparseLinearAttention, name: str | None, x: Tensor) -> tuple[Tensor, HeadNorm | None]:
+    """`x` and the norm left to the kernel; a norm that the kernel does not know is applied here."""
+    norm = getattr(module, name) if name is not None else None
+    if norm is None or type(norm) is nn.Identity:
+        return x, None
+    known = head_norm(norm, x.shape[-1])
+    return (x, known) if known is not None else (norm(x), None)
+
+
+def _refusal(module: SparseLinearAttention, what: str) -> str:
+    return (
+        f"site {module.site.fqn!r} was given {what}, which sparse-linear attention does not support. Run it inside "
+        "lite3r_disabled(model), or leave its scope out of Lite3RConfig.scopes"
+    )
+
+
+def _child(host: nn.Module, name: str, site: AttentionSite) -> nn.Module:
+    child = getattr(host, name, None)
+    if not isinstance(child, nn.Module):
+        raise AdapterError(f"site {site.fqn!r}: {type(host).__name__} has no child {name!r}; correct the adapter's projections")
+    return child

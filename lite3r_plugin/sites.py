@@ -1,0 +1,152 @@
+"""How a model adapter describes where attention happens.
+
+An adapter returns one `AttentionSite` per attention module. The site says how the module makes q, k and v
+(its *projections*) and how the sequence that it sees is laid out (its *tokens*).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+from .config import Scope
+
+
+@dataclass(frozen=True)
+class Rope2D:
+    """Axial rotary embedding (RoFormer, arXiv 2104.09864, on two axes, as in CroCo v2, VGGT, DA3 and Pi3).
+
+    The first half of the head dimension turns with the token's first coordinate, the second half with the other. In a
+    half of size h, element i is paired with element i + h/2, and both turn by ``position * base ** (-2i / h)``.
+    """
+
+    base: float = 100.0
+
+
+@dataclass(frozen=True)
+class FusedQKV:
+    """One Linear makes q, k and v: ``qkv(x).view(B, N, 3, H, D)``. Names are children of the attention module.
+
+    The site runs the whole path itself: qkv, norms, rotary embedding, attention, output projection, dropout.
+
+    Attributes:
+        num_heads: H.
+        qkv, out: The input and output Linears.
+        q_norm, k_norm: Norms over the head dimension, or None.
+        attn_drop: Dropout of attention weights, which must be inactive; or None.
+        out_drop: Dropout after ``out``, or None.
+        rope: The rotary embedding, or None.
+        positions: Name of the forward argument with the token coordinates ``[B, N, 2]``; None where there are none.
+    """
+
+    num_heads: int
+    qkv: str = "qkv"
+    out: str = "proj"
+    q_norm: str | None = None
+    k_norm: str | None = None
+    attn_drop: str | None = None
+    out_drop: str | None = None
+    rope: Rope2D | None = None
+    positions: str | None = None
+
+
+@dataclass(frozen=True)
+class SeparateQKV:
+    """Three Linears make q, k and v. Names are children of the attention module.
+
+    Attributes:
+        num_heads: H.
+        q, k, v, out: The Linears.
+        q_norm, k_norm, attn_drop, out_drop, rope, positions: As in `FusedQKV`.
+        returns_weights: The host returns ``(output, attention weights)``; the site returns ``(output, None)``.
+    """
+
+    num_heads: int
+    q: str = "q_proj"
+    k: str = "k_proj"
+    v: str = "v_proj"
+    out: str = "out_proj"
+    q_norm: str | None = None
+    k_norm: str | None = None
+    attn_drop: str | None = None
+    out_drop: str | None = None
+    rope: Rope2D | None = None
+    positions: str | None = None
+    returns_weights: bool = False
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Anything else: the host's own forward runs, and its one call of `scaled_dot_product_attention` is redirected.
+
+    Attributes:
+        num_heads: H, which may be found out only from a forward: then None.
+    """
+
+    num_heads: int | None = None
+
+
+Projections = FusedQKV | SeparateQKV | Routed
+
+
+@dataclass(frozen=True)
+class TokenSource:
+    """How to find the `TokenLayout` of a forward: from the images that one module of the model is given.
+
+    Attributes:
+        image_module: Fully qualified name of a module whose first tensor argument holds the images, ``[..., H, W]``,
+            and that runs before the attention sites in every forward (the patch embedding is the natural choice).
+        patch_size: Height and width of a patch in pixels. The grid is ``(H // patch_h, W // patch_w)``.
+        special_tokens: Number of camera, register or class tokens in front of the patches of each view.
+    """
+
+    image_module: str
+    patch_size: tuple[int, int]
+    special_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention module of a model.
+
+    Attributes:
+        fqn: Fully qualified name of the module, as in `torch.nn.Module.get_submodule`.
+        scope: ``"global"``: one sequence holds the tokens of all views; ``"frame"``: of one view; ``"encoder"``: of
+            one view, inside the image encoder in front of a multi-view transformer.
+        head_dim: D, the size of a head.
+        projections: How q, k and v are made.
+        tokens: How the sequence is laid out; None where it has no image grid (then token order is kept).
+    """
+
+    fqn: str
+    scope: Scope
+    head_dim: int
+    projections: Projections
+    tokens: TokenSource | None = None
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """The sequence of an attention site in one forward.
+
+    Attributes:
+        views: S, the number of views in the sequence.
+        special_tokens: Tokens in front of the patches of each view.
+        grid: Patch rows and columns of a view.
+    """
+
+    views: int
+    special_tokens: int
+    grid: tuple[int, int]
+
+    @property
+    def tokens_per_view(self) -> int:
+        """P."""
+        return self.special_tokens + self.grid[0] * self.grid[1]
+
+    @property
+    def num_tokens(self) -> int:
+        """N = S * P."""
+        return self.views * self.tokens_per_view
+
+
