@@ -4,17 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from lite3r_plugin import AttentionSite, FusedQKV, Rope2D, TokenSource, hookimpl
+from lite3r_plugin import AttentionSite, TokenSource, hookimpl
 
-
-def _is_aggregator(module: nn.Module) -> bool:
-    """VGGT's aggregator by structure, so that forks under any module path are known too."""
-    return (
-        isinstance(getattr(module, "frame_blocks", None), nn.ModuleList)
-        and isinstance(getattr(module, "global_blocks", None), nn.ModuleList)
-        and isinstance(getattr(module, "patch_embed", None), nn.Module)
-        and isinstance(getattr(module, "patch_start_idx", None), int)
-    )
+from . import _qkv
+from ._vit import encoder_sites
 
 
 @hookimpl
@@ -23,19 +16,26 @@ def lite3r_attention_sites(model: nn.Module) -> list[AttentionSite] | None:
     sites = []
     for prefix, module in model.named_modules():
         if _is_aggregator(module):
-            sites += _aggregator_sites(prefix + "." if prefix else "", module)
+            sites += _aggregator_sites(f"{prefix}." if prefix else "", module)
     return sites or None
 
 
+def _is_aggregator(module: nn.Module) -> bool:
+    """VGGT's aggregator by structure, so that forks under any module path are known too."""
+    return (
+        _qkv.has_attention(getattr(module, "frame_blocks", None))
+        and _qkv.has_attention(getattr(module, "global_blocks", None))
+        and isinstance(getattr(module, "patch_embed", None), nn.Module)
+        and isinstance(getattr(module, "patch_start_idx", None), int)
+        and hasattr(module, "patch_size")
+    )
+
+
 def _aggregator_sites(prefix: str, aggregator: nn.Module) -> list[AttentionSite]:
-    tokens = TokenSource(f"{prefix}patch_embed", (aggregator.patch_size,) * 2, aggregator.patch_start_idx)
+    tokens = TokenSource(f"{prefix}patch_embed", _qkv.patch_size(aggregator), aggregator.patch_start_idx)
     sites = []
     for scope in ("frame", "global"):
         for i, block in enumerate(getattr(aggregator, f"{scope}_blocks")):
-            attn = block.attn
-            rope = Rope2D(attn.rope.base_frequency) if attn.rope is not None else None
-            projections = FusedQKV(
-                attn.num_heads, q_norm="q_norm", k_norm="k_norm", attn_drop="attn_drop", out_drop="proj_drop", rope=rope, positions="pos"
-            )
-            sites.append(AttentionSite(f"{prefix}{scope}_blocks.{i}.attn", scope, attn.head_dim, projections, tokens))
-    return sites
+            projections = _qkv.projections(block.attn, "pos")
+            sites.append(AttentionSite(f"{prefix}{scope}_blocks.{i}.attn", scope, _qkv.head_dim(block.attn), projections, tokens))
+    return sites + encoder_sites(f"{prefix}patch_embed.", aggregator.patch_embed)

@@ -1,0 +1,44 @@
+"""Exact fixes for Depth Anything 3: the same numbers up to rounding, fewer launches, no waits for the GPU."""
+
+from __future__ import annotations
+
+from types import MethodType
+
+import torch
+from torch import Tensor, nn
+
+from . import _exact
+from ._vggt_strong import token_positions
+
+
+def optimize(model: nn.Module) -> list[str] | None:
+    """Fix a `DepthAnything3Net` in place. Works in FP32 and, unlike the host itself, with BF16 weights without autocast."""
+    encoder = getattr(getattr(model, "backbone", None), "pretrained", None)
+    if not hasattr(encoder, "_prepare_rope") or not hasattr(encoder, "alt_start"):
+        return None
+    fixes = []
+    if encoder.rope is not None:
+        _exact.use_table_rope(encoder)
+        encoder._prepare_rope = MethodType(_prepare_rope, encoder)
+        fixes.append("rotary embedding from tables and cached token positions, no wait for the GPU")
+    if hasattr(model.head, "_add_pos_embed"):
+        _exact.cache_position_embedding(model.head, "_add_pos_embed")
+        _exact.finish_in_fp32(model.head.scratch.output_conv2)
+        if hasattr(model.head.scratch, "output_conv2_aux"):
+            _exact.finish_in_fp32(model.head.scratch.output_conv2_aux[-1])
+        fixes.append("position embeddings of the depth head cached; it runs in the dtype of the weights, its last activation in FP32")
+    if model.cam_dec is not None:
+        # Its last Linears are given FP32 by the host whatever the weights are.
+        model.cam_dec.float().register_forward_pre_hook(_input_in_fp32)
+        fixes.append("camera decoder in FP32")
+    return fixes or None
+
+
+def _prepare_rope(encoder: nn.Module, B: int, S: int, H: int, W: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Coordinates ``[B, S, P, 2]`` of the tokens for local blocks, and for global ones, where all patches share one."""
+    local = token_positions(B * S, H // encoder.patch_size, W // encoder.patch_size, encoder.patch_start_idx, device)
+    return local.unflatten(0, (B, S)), local.clamp(max=1).unflatten(0, (B, S))
+
+
+def _input_in_fp32(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(x.float() for x in args)

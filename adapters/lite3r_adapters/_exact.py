@@ -1,0 +1,85 @@
+"""Exact fixes that VGGT and its relatives share. All of them change one instance, never a class or a module."""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MAX_POSITIONS = 1024
+
+
+class TableRope(nn.Module):
+    """Axial rotary embedding from precomputed tables.
+
+    It takes the place of a module that looks up ``positions.max()`` on the device in every call, which waits for the
+    GPU and forbids CUDA graphs. The angles are computed in FP32, whatever the dtype of the tables.
+
+    Args:
+        head_dim: D, a multiple of 4.
+        base: Base of the rotary frequencies.
+        like: A tensor with the device and the dtype of the tables.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, head_dim: int, base: float, like: Tensor) -> None:
+        super().__init__()
+        self.base_frequency = base
+        half = head_dim // 2
+        frequencies = 1.0 / base ** (torch.arange(0, half, 2, device=like.device).float() / half)
+        angles = torch.arange(MAX_POSITIONS, device=like.device).float()[:, None] * frequencies
+        self.register_buffer("cos", angles.cos().to(like.dtype), persistent=False)
+        self.register_buffer("sin", angles.sin().to(like.dtype), persistent=False)
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Rotate ``[B, H, N, D]`` by positions ``[B, N, 2]``, which must be below `MAX_POSITIONS`."""
+        cos = self.cos[positions][:, None].to(tokens.dtype)  # [B, 1, N, 2, D/4]
+        sin = self.sin[positions][:, None].to(tokens.dtype)
+        first, second = tokens.unflatten(-1, (2, 2, -1)).unbind(-2)  # [B, H, N, 2, D/4]
+        return torch.stack((first * cos - second * sin, second * cos + first * sin), -2).flatten(-3)
+
+
+def use_table_rope(owner: nn.Module) -> None:
+    """Replace `owner.rope` and every reference to it below `owner` by one `TableRope`."""
+    rope = owner.rope
+    users = [module for module in owner.modules() if getattr(module, "rope", None) is rope]
+    attention = next(module for module in users if hasattr(module, "qkv"))
+    weight = attention.qkv.weight
+    table = TableRope(attention.qkv.in_features // attention.num_heads, rope.base_frequency, weight)
+    for module in users:
+        module.rope = table
+
+
+def cache_position_embedding(head: nn.Module, method: str) -> None:
+    """Let a DPT head add its position embedding from a cache, in the dtype of the features.
+
+    The host computes it in FP64 in every call, and its FP32 result promotes BF16 features.
+
+    Args:
+        head: The head.
+        method: Name of the method ``(features, width, height, ratio)`` that adds the embedding.
+    """
+    cache: dict[Any, Tensor] = {}
+    host = getattr(type(head), method)
+
+    def add(head: nn.Module, x: Tensor, width: int, height: int, ratio: float = 0.1) -> Tensor:
+        key = (x.shape[1:], width, height, ratio, x.dtype, x.device)
+        if key not in cache:
+            zeros = x.new_zeros((1, *x.shape[1:]), dtype=torch.promote_types(x.dtype, torch.float32))
+            cache[key] = host(head, zeros, width, height, ratio).to(x.dtype)
+        return x + cache[key]
+
+    setattr(head, method, MethodType(add, head))
+
+
+def finish_in_fp32(module: nn.Module) -> None:
+    """Give the output of `module` back in FP32: the activations that follow it need the precision."""
+    module.register_forward_hook(_to_fp32)
+
+
+def _to_fp32(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    return output.float()

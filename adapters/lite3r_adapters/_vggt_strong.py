@@ -1,0 +1,77 @@
+"""Exact fixes for VGGT: the same numbers up to rounding, fewer launches, no waits for the GPU, less memory."""
+
+from __future__ import annotations
+
+import functools
+from types import MethodType
+
+import torch
+from torch import Tensor, nn
+
+from lite3r_plugin.errors import AdapterError, InputError
+
+from . import _exact
+
+
+def optimize(model: nn.Module) -> list[str] | None:
+    """Fix a VGGT in place. Works in FP32 and, unlike the host itself, with BF16 weights without autocast."""
+    aggregator = getattr(model, "aggregator", None)
+    if not hasattr(aggregator, "frame_blocks") or not hasattr(aggregator, "global_blocks"):
+        return None
+    if list(aggregator.aa_order) != ["frame", "global"] or aggregator.aa_block_size != 1 or aggregator.rope is None:
+        raise AdapterError("the exact fixes know VGGT's aggregator with alternating frame and global blocks and a rotary embedding only")
+    _exact.use_table_rope(aggregator)
+    layers = {len(aggregator.frame_blocks) - 1}
+    for name in ("depth_head", "point_head"):
+        head = getattr(model, name, None)
+        if head is not None:
+            layers.update(head.intermediate_layer_idx)
+            _exact.cache_position_embedding(head, "_apply_pos_embed")
+            _exact.finish_in_fp32(head.scratch.output_conv2)
+    if getattr(model, "track_head", None) is not None:
+        layers.update(model.track_head.feature_extractor.intermediate_layer_idx)
+    if getattr(model, "camera_head", None) is not None:
+        model.camera_head.register_forward_hook(_poses_in_fp32)
+    aggregator.forward = MethodType(functools.partial(_forward, layers=frozenset(layers)), aggregator)
+    return [
+        "rotary embedding from tables, no wait for the GPU",
+        f"only the layers {sorted(layers)} of {len(aggregator.frame_blocks)} are kept for the heads",
+        "token positions and the heads' position embeddings cached",
+        "heads run in the dtype of the weights, their last activation in FP32",
+    ]
+
+
+def _forward(aggregator: nn.Module, images: Tensor, *, layers: frozenset[int]) -> tuple[list[Tensor | None], int]:
+    """As the host's aggregator: images ``[B, S, 3, H, W]`` to one ``[B, S, P, 2C]`` per layer, None where no head reads it."""
+    batch, views = images.shape[:2]
+    rows, columns = (size // aggregator.patch_size for size in images.shape[-2:])
+    patches = aggregator.patch_embed(((images - aggregator._resnet_mean) / aggregator._resnet_std).flatten(0, 1))
+    if isinstance(patches, dict):
+        patches = patches["x_norm_patchtokens"]
+    # Row 0 of the special tokens belongs to the reference view, row 1 to all others.
+    special = torch.cat((aggregator.camera_token, aggregator.register_token), 2)
+    special = torch.cat((special[:, :1], special[:, 1:].expand(-1, views - 1, -1, -1)), 1).expand(batch, -1, -1, -1)
+    tokens = torch.cat((special.flatten(0, 1).to(patches.dtype), patches), 1)
+    per_view, width = tokens.shape[1:]
+    frame_shape, global_shape = (batch * views, per_view), (batch, views * per_view)
+    positions = token_positions(batch * views, rows, columns, aggregator.patch_start_idx, images.device)
+    kept: list[Tensor | None] = []
+    for i, (frame_block, global_block) in enumerate(zip(aggregator.frame_blocks, aggregator.global_blocks, strict=True)):
+        in_frame = tokens = frame_block(tokens.view(*frame_shape, width), pos=positions)
+        tokens = global_block(tokens.view(*global_shape, width), pos=positions.view(*global_shape, 2))
+        pair = (x.view(batch, views, per_view, width) for x in (in_frame, tokens)) if i in layers else None
+        kept.append(None if pair is None else torch.cat(tuple(pair), -1))
+    return kept, aggregator.patch_start_idx
+
+
+@functools.lru_cache(maxsize=8)
+def token_positions(views: int, rows: int, columns: int, special: int, device: torch.device) -> Tensor:
+    """Coordinates ``[views, P, 2]`` of the tokens: zero for the special ones, from 1 for the patches."""
+    if max(rows, columns) >= _exact.MAX_POSITIONS:
+        raise InputError(f"images of {rows} x {columns} patches are too large; the rotary tables have {_exact.MAX_POSITIONS} positions")
+    grid = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), -1).flatten(0, 1) + 1
+    return torch.cat((grid.new_zeros(special, 2), grid)).expand(views, -1, -1).contiguous().to(device)
+
+
+def _poses_in_fp32(module: nn.Module, args: tuple[object, ...], output: list[Tensor]) -> list[Tensor]:
+    return [pose.float() for pose in output]

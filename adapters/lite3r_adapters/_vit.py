@@ -1,0 +1,22 @@
+"""The DINOv2 image encoder in front of VGGT's and Pi3's transformers."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lite3r_plugin import AttentionSite, TokenSource
+
+from . import _qkv
+
+
+def encoder_sites(prefix: str, encoder: nn.Module) -> list[AttentionSite]:
+    """Encoder sites of the DINOv2 at `prefix`, which ends in a dot; none when the encoder is a plain convolution."""
+    registers, patches = getattr(encoder, "num_register_tokens", None), getattr(encoder, "patch_embed", None)
+    if not isinstance(registers, int) or not isinstance(patches, nn.Module):
+        return []
+    tokens = TokenSource(f"{prefix}patch_embed", _qkv.patch_size(encoder), special_tokens=1 + registers)
+    return [
+        AttentionSite(f"{prefix}{name}", "encoder", _qkv.head_dim(attn), _qkv.projections(attn, "pos"), tokens)
+        for name, attn in encoder.named_modules()
+        if _qkv.is_attention(attn)
+    ]

@@ -1,0 +1,38 @@
+"""Depth Anything 3: the DINOv2 backbone whose odd blocks, from `alt_start` on, attend across views."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lite3r_plugin import AttentionSite, TokenSource, hookimpl
+
+from . import _qkv
+
+
+@hookimpl
+def lite3r_attention_sites(model: nn.Module) -> list[AttentionSite] | None:
+    """Sites of every Depth Anything 3 backbone inside `model`; the nested model has two."""
+    sites = []
+    for prefix, module in model.named_modules():
+        if _is_backbone(module):
+            sites += _backbone_sites(f"{prefix}." if prefix else "", module)
+    return sites or None
+
+
+def _is_backbone(module: nn.Module) -> bool:
+    """By structure, so that forks under any module path are known too."""
+    return (
+        _qkv.has_attention(getattr(module, "blocks", None))
+        and isinstance(getattr(module, "patch_embed", None), nn.Module)
+        and all(isinstance(getattr(module, name, None), int) for name in ("alt_start", "rope_start", "num_register_tokens"))
+    )
+
+
+def _backbone_sites(prefix: str, backbone: nn.Module) -> list[AttentionSite]:
+    tokens = TokenSource(f"{prefix}patch_embed", _qkv.patch_size(backbone), special_tokens=1 + backbone.num_register_tokens)
+    sites = []
+    for i, block in enumerate(backbone.blocks):
+        scope = "global" if backbone.alt_start != -1 and i >= backbone.alt_start and i % 2 == 1 else "frame"
+        projections = _qkv.projections(block.attn, "pos")
+        sites.append(AttentionSite(f"{prefix}blocks.{i}.attn", scope, _qkv.head_dim(block.attn), projections, tokens))
+    return sites

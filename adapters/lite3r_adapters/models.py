@@ -1,0 +1,14 @@
+"""Models that `lite3r reconstruct` can build: VGGT, Depth Anything 3, Pi3."""
+
+from __future__ import annotations
+
+from lite3r_plugin import hookimpl
+from lite3r_plugin.reconstruction import ModelEntry
+
+
+@hookimpl
+def lite3r_models() -> dict[str, ModelEntry]:
+    """Entries of the built-in families. Nothing of their libraries is imported here."""
+    from . import _da3_model, _pi3_model, _vggt_model
+
+    return {**_vggt_model.ENTRIES, **_da3_model.ENTRIES, **_pi3_model.ENTRIES}

@@ -1,0 +1,45 @@
+"""Pi3 and Pi3X: the decoder, whose odd blocks attend across views, the per-view heads and the image encoder."""
+
+from __future__ import annotations
+
+import inspect
+
+from torch import nn
+
+from lite3r_plugin import AttentionSite, TokenSource, hookimpl
+
+from . import _qkv
+from ._vit import encoder_sites
+
+
+@hookimpl
+def lite3r_attention_sites(model: nn.Module) -> list[AttentionSite] | None:
+    """Sites of every Pi3 inside `model`."""
+    sites = []
+    for prefix, module in model.named_modules():
+        if _is_pi3(module):
+            sites += _pi3_sites(f"{prefix}." if prefix else "", module)
+    return sites or None
+
+
+def _is_pi3(module: nn.Module) -> bool:
+    """By structure, so that forks under any module path are known too."""
+    return (
+        _qkv.has_attention(getattr(module, "decoder", None))
+        and isinstance(getattr(module, "encoder", None), nn.Module)
+        and isinstance(getattr(module, "register_token", None), nn.Parameter)
+        and isinstance(getattr(module, "patch_start_idx", None), int)
+        and hasattr(module, "patch_size")
+    )
+
+
+def _pi3_sites(prefix: str, model: nn.Module) -> list[AttentionSite]:
+    tokens = TokenSource(f"{prefix}encoder", _qkv.patch_size(model), model.patch_start_idx)
+    global_sites = {f"decoder.{i}.attn" for i in range(1, len(model.decoder), 2)}
+    sites = []
+    for name, attn in model.named_modules():
+        # Self-attention with token coordinates: the decoder and the point, confidence and camera heads.
+        if _qkv.is_attention(attn) and "xpos" in inspect.signature(attn.forward).parameters:
+            scope = "global" if name in global_sites else "frame"
+            sites.append(AttentionSite(f"{prefix}{name}", scope, _qkv.head_dim(attn), _qkv.projections(attn, "xpos"), tokens))
+    return sites + encoder_sites(f"{prefix}encoder.", model.encoder)

@@ -1,0 +1,52 @@
+"""timm: plain ViT, DINOv2, DINOv3, EVA-02, Perception Encoder, SigLIP and other models with its self-attention modules."""
+
+from __future__ import annotations
+
+import inspect
+
+from torch import nn
+
+from lite3r_plugin import AttentionSite, Routed, TokenSource, hookimpl
+
+_ARGUMENTS = {"x", "rope", "attn_mask", "is_causal"}
+_PARAMETERS = {"q_bias", "v_bias"}  # others, such as a table of relative positions, mean that attention gets a bias
+
+
+@hookimpl(trylast=True)
+def lite3r_attention_sites(model: nn.Module) -> list[AttentionSite] | None:
+    """Sites of every timm self-attention module inside `model`."""
+    modules = dict(model.named_modules())
+    sites = []
+    for name, module in modules.items():
+        if _is_attention(module):
+            sites.append(AttentionSite(name, "frame", module.head_dim, Routed(module.num_heads), _tokens(modules, name)))
+    return sites or None
+
+
+def _is_attention(module: nn.Module) -> bool:
+    """`Attention`, `AttentionRope` or `EvaAttention` by structure, so that vendored copies are known too."""
+    return (
+        hasattr(module, "fused_attn")
+        and isinstance(getattr(module, "num_heads", None), int)
+        and isinstance(getattr(module, "head_dim", None), int)
+        and isinstance(getattr(module, "proj", None), nn.Module)
+        and any(isinstance(getattr(module, name, None), nn.Module) for name in ("qkv", "q_proj"))
+        and {name for name, _ in module.named_parameters(recurse=False)} <= _PARAMETERS
+        and set(inspect.signature(module.forward).parameters) <= _ARGUMENTS
+    )
+
+
+def _tokens(modules: dict[str, nn.Module], name: str) -> TokenSource | None:
+    """Tokens of the innermost vision transformer around the module `name`; None where they are not prefix plus grid."""
+    while name:
+        name = name.rpartition(".")[0]
+        vit = modules[name]
+        patches, special = getattr(vit, "patch_embed", None), getattr(vit, "num_prefix_tokens", None)
+        if isinstance(patches, nn.Module) and isinstance(special, int):
+            conv = getattr(patches, "proj", None)
+            drops_patches = getattr(getattr(vit, "patch_drop", None), "prob", 0) > 0
+            if not isinstance(conv, nn.Conv2d) or conv.kernel_size != conv.stride or drops_patches:
+                return None
+            # The convolution, not the patch embedding, which may pad the image first.
+            return TokenSource(f"{name}.patch_embed.proj".lstrip("."), conv.stride, special)
+    return None

@@ -1,0 +1,309 @@
+"""The conformance kit for model adapters: one call in a test tells whether an adapter describes its model rightly."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import io
+import pickle
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .apply import apply_lite3r, lite3r_disabled, lite3r_modules, remove_lite3r
+from .attention import SparseLinearAttention
+from .config import Lite3RConfig
+from .errors import AdapterError
+from .layout import pinned_tokens
+from .ops.block_map.naive import kept_blocks
+
+# Blocks so small that a test image has many, everything sparse, and only special tokens exempt from it.
+TEST_CONFIG = Lite3RConfig(keep_ratio=0.1, dense_below=0, keep_reference_view=False, backend="torch", block_q=16, block_k=16)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterReport:
+    """What `check_adapter` saw.
+
+    Attributes:
+        adapter: Name of the adapter that answered.
+        scopes: Number of sites that ran sparse, by scope.
+        tokens: Tokens of the longest sequence at a sparse site.
+        dense_error: Largest difference to the dense model at ``keep_ratio=1`` (as `check_adapter` defines it).
+        sparse_change: Largest difference to the dense model at the small keep ratio.
+        pickled: False when pickling was not checked, because the dense model cannot be pickled either.
+    """
+
+    adapter: str
+    scopes: Mapping[str, int]
+    tokens: int
+    dense_error: float
+    sparse_change: float
+    pickled: bool
+
+    def __str__(self) -> str:
+        sites = " + ".join(f"{count} {scope}" for scope, count in sorted(self.scopes.items()))
+        return (
+            f"adapter {self.adapter!r} is fine: {sites} sites of up to {self.tokens} tokens, error {self.dense_error:.1e} "
+            f"at keep_ratio=1, change {self.sparse_change:.1e} when sparse"
+            + ("" if self.pickled else " (the dense model cannot be pickled)")
+        )
+
+
+def check_adapter(
+    model: nn.Module,
+    example_inputs: tuple[Any, ...] | Mapping[str, Any] | Callable[[nn.Module], Any],
+    *,
+    atol: float = 1e-5,
+    **apply_options: Any,
+) -> AdapterReport:
+    """Check that an installed adapter describes `model` rightly; the model is left as it was.
+
+    Checked: an adapter answers and its sites exist; ``keep_ratio=1`` equals the dense model; `lite3r_disabled` and
+    `remove_lite3r` are bit-exact; a small keep ratio runs every sparse site sparse and changes the output; deepcopy,
+    pickle and state dict give the same output again; the token layout fits the images.
+
+    Args:
+        model: In eval mode, with FP32 (or FP64) parameters. Random weights and few, narrow layers are enough.
+        example_inputs: Positional arguments as a tuple, keyword arguments as a mapping, or a function that runs the
+            model it is given. Two or more views of a size that is no square find the most mistakes.
+        atol: Largest difference to the dense model at ``keep_ratio=1``, absolute, or relative to the largest entry of
+            an output tensor that has entries above 1.
+        **apply_options: Fields of `Lite3RConfig` on top of `TEST_CONFIG`, such as ``scopes=("frame",)``.
+
+    Returns:
+        What was seen, printable.
+
+    Raises:
+        AdapterError: a check failed; the message says which, where and what to look at.
+        Lite3RError: the package itself refused, as it would in use: `UnknownModelError` when no adapter knows the
+            model, `LayoutError` when ``patch_size`` or ``special_tokens`` is wrong, and so on.
+    """
+    config = TEST_CONFIG.replace(**apply_options)
+    _check_arguments(model, config)
+    before = _snapshot(model)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        try:
+            return _check(model, example_inputs, atol, config)
+        finally:
+            if lite3r_modules(model):
+                remove_lite3r(model)
+            _compare_snapshots(before, _snapshot(model))
+
+
+def _check(model: nn.Module, example_inputs: Any, atol: float, config: Lite3RConfig) -> AdapterReport:
+    def run(model: nn.Module) -> dict[str, Tensor]:
+        torch.manual_seed(0)  # for models that draw numbers
+        return dict(_tensors(_call(model, example_inputs)))
+
+    dense = run(model)
+    if not dense:
+        raise AdapterError("the model's output holds no tensor, so there is nothing to compare; pass a function that returns one")
+    _expect_equal(dense, run(model), "the dense model gives two different outputs for the same input: make it deterministic first")
+    pickled = _can_pickle(model)
+
+    apply_lite3r(model, config, keep_ratio=1.0, site_keep_ratios={})
+    sites = _sparse_sites(model)
+    error, where = _difference(dense, run(model))
+    _expect_calls(sites, "dense")
+    if not error <= atol:
+        raise AdapterError(
+            f"keep_ratio=1 differs from the dense model by {error:.2e} at output{where} (atol={atol:g}): the projections do not describe "
+            "the attention module. Look at num_heads, the norms, the rotary base and its positions, and what else its forward does; "
+            "Routed() runs the host's own forward"
+        )
+    with lite3r_disabled(model):
+        _expect_equal(dense, run(model), "lite3r_disabled is not the dense model bit for bit")
+    remove_lite3r(model)
+    _expect_equal(dense, run(model), "remove_lite3r did not bring the dense model back bit for bit")
+
+    apply_lite3r(model, config)
+    adapter = next(iter(lite3r_modules(model).values())).state.adapter
+    sites = _sparse_sites(model)
+    with _token_counts(sites) as tokens:
+        sparse = run(model)
+    _expect_calls(sites, "sparse")
+    _expect_dropped(sites, tokens, config)
+    change, _ = _difference(dense, sparse)
+    if not change > error:
+        raise AdapterError(
+            f"keep_ratio={config.keep_ratio} ran {len(sites)} sites sparse but changed the output by {change:.1e} only, no more than "
+            f"rounding: the model does not use what they return, or its weights are so small (layer scales, initial values) that it "
+            "makes no difference. Give the example larger random weights, or return hidden states"
+        )
+    _expect_equal(sparse, run(copy.deepcopy(model)), "a deep copy gives another output")
+    if pickled:
+        _expect_equal(sparse, run(pickle.loads(pickle.dumps(model))), "a pickled copy gives another output")
+    _check_state_dict(model, run)
+    with lite3r_disabled(model):
+        _expect_equal(dense, run(model), "lite3r_disabled is not the dense model bit for bit")
+    remove_lite3r(model)
+    _expect_equal(dense, run(model), "remove_lite3r did not bring the dense model back bit for bit")
+    scopes = Counter(site.site.scope for site in sites.values())
+    return AdapterReport(adapter, dict(scopes), max(tokens.values()), error, change, pickled)
+
+
+def _check_arguments(model: nn.Module, config: Lite3RConfig) -> None:
+    if config.keep_ratio == 1:
+        raise AdapterError("keep_ratio=1 drops nothing; leave it out or pass less (equality at 1 is checked anyway)")
+    if config.dense_below is None:
+        raise AdapterError("dense_below=None would leave a small example dense; leave it out")
+    training = [name for name, module in model.named_modules() if module.training]
+    if training:
+        raise AdapterError(f"{training[0] or 'the model'} is in training mode; call model.eval() first")
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype not in (torch.float32, torch.float64):
+            raise AdapterError(f"the parameter {name!r} is {parameter.dtype}; rounding would hide mistakes, call model.float() first")
+
+
+def _check_state_dict(model: nn.Module, run: Callable[[nn.Module], dict[str, Tensor]]) -> None:
+    """Save, spoil and load: through a file in between, with a trained (random) linear branch."""
+    branches = [site.proj_lin.weight for site in _sparse_sites(model).values() if hasattr(site, "proj_lin")]
+    for weight in branches:
+        nn.init.normal_(weight, std=0.1)
+    expected = run(model)
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    for weight in branches:
+        nn.init.ones_(weight)
+    file.seek(0)
+    model.load_state_dict(torch.load(file, weights_only=True))
+    _expect_equal(expected, run(model), "the model gives another output after its state dict was saved and loaded")
+
+
+def _call(model: nn.Module, example_inputs: Any) -> Any:
+    if callable(example_inputs):
+        return example_inputs(model)
+    inputs = copy.deepcopy(example_inputs)
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+def _tensors(output: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in nested mappings, sequences, dataclasses and plain objects, with its path; detached copies."""
+    if isinstance(output, Tensor):
+        yield path, output.detach().clone()
+    elif isinstance(output, Mapping):
+        for key, value in output.items():
+            yield from _tensors(value, f"{path}[{key!r}]")
+    elif isinstance(output, (list, tuple)):
+        for i, value in enumerate(output):
+            yield from _tensors(value, f"{path}[{i}]")
+    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
+        for field in dataclasses.fields(output):
+            yield from _tensors(getattr(output, field.name), f"{path}.{field.name}")
+
+
+def _difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> tuple[float, str]:
+    """Largest difference of floating-point tensors, and the path of that tensor.
+
+    Absolute, but relative to the largest entry of a tensor whose entries exceed 1, such as a camera matrix in pixels.
+    """
+    if expected.keys() != found.keys():
+        raise AdapterError(f"the output changed its structure: {sorted(expected.keys() ^ found.keys())[:3]} are in one of the two only")
+    largest, where = 0.0, ""
+    for path, x in expected.items():
+        y = found[path]
+        if x.shape != y.shape or x.dtype != y.dtype:
+            raise AdapterError(f"output{path} was {x.dtype} {tuple(x.shape)} and is now {y.dtype} {tuple(y.shape)}")
+        if not x.is_floating_point() or not x.numel():
+            continue
+        same = (x == y) | (x.isnan() & y.isnan())
+        size = x.double().abs().masked_fill(~x.isfinite(), 0).max().clamp_min(1)
+        error = ((x.double() - y.double()).abs().masked_fill(same, 0).nan_to_num(nan=torch.inf).max() / size).item()
+        if error > largest:
+            largest, where = error, path
+    return largest, where
+
+
+def _expect_equal(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], message: str) -> None:
+    difference, where = _difference(expected, found)
+    if difference:
+        raise AdapterError(f"{message} (difference {difference:.2e} at output{where})")
+    for path, x in expected.items():
+        if not x.is_floating_point() and not torch.equal(x, found[path]):
+            raise AdapterError(f"{message} (at output{path})")
+
+
+def _sparse_sites(model: nn.Module) -> dict[str, SparseLinearAttention]:
+    return {fqn: module for fqn, module in lite3r_modules(model).items() if module.sparse}
+
+
+def _expect_calls(sites: Mapping[str, SparseLinearAttention], kind: str) -> None:
+    """Every site was called, and only as `kind`."""
+    unused = [fqn for fqn, site in sites.items() if not any(dataclasses.astuple(site.calls))]
+    if unused:
+        raise AdapterError(
+            f"{len(unused)} of {len(sites)} sites never ran, such as {unused[0]!r}: the adapter names modules that this forward does not call"
+        )
+    for fqn, site in sites.items():
+        if getattr(site.calls, kind) == 0 or sum(dataclasses.astuple(site.calls)) != getattr(site.calls, kind):
+            raise AdapterError(f"site {fqn!r} was to run {kind} but ran {site.calls}: the host calls it in a way that the site refuses")
+
+
+@contextlib.contextmanager
+def _token_counts(sites: Mapping[str, SparseLinearAttention]) -> Iterator[dict[str, int]]:
+    """Tokens in the longest sequence of each site, filled while the context is open."""
+    counts: dict[str, int] = {}
+
+    def watch(fqn: str, site: SparseLinearAttention) -> Callable[[Any], Tensor]:
+        def attend(heads: Any) -> Tensor:
+            counts[fqn] = max(counts.get(fqn, 0), heads.v.shape[-2])
+            return SparseLinearAttention.attend(site, heads)
+
+        return attend
+
+    try:
+        for fqn, site in sites.items():
+            site.__dict__["attend"] = watch(fqn, site)
+        yield counts
+    finally:
+        for site in sites.values():
+            site.__dict__.pop("attend", None)
+
+
+def _expect_dropped(sites: Mapping[str, SparseLinearAttention], tokens: Mapping[str, int], config: Lite3RConfig) -> None:
+    """Some site had more key blocks than it keeps."""
+    for fqn, site in sites.items():
+        blocks, pinned = -(-tokens[fqn] // config.block_k), 0
+        if site.site.tokens is not None:
+            layout = site.state.trackers[site.site.tokens.image_module].layout(fqn, tokens[fqn])
+            pinned = -(-pinned_tokens(layout, config.keep_special_tokens, config.keep_reference_view) // config.block_k)
+        if kept_blocks(blocks, config.keep_ratio_of(fqn), pinned) < blocks:
+            return
+    fqn = max(tokens, key=tokens.__getitem__)
+    raise AdapterError(
+        f"the example is too small to drop anything: {tokens[fqn]} tokens at {fqn!r} are {-(-tokens[fqn] // config.block_k)} key blocks of "
+        f"{config.block_k}, all of which are kept. Use larger images, more views or smaller blocks"
+    )
+
+
+def _can_pickle(model: nn.Module) -> bool:
+    try:
+        pickle.dumps(model)
+    except Exception:  # whatever a host's __reduce__ or __getstate__ raises
+        return False
+    return True
+
+
+def _snapshot(model: nn.Module) -> dict[str, Any]:
+    """What `check_adapter` must leave alone, under the words of its message."""
+    modules = list(model.named_modules(remove_duplicate=False))
+    return {
+        "modules": {name: id(module) for name, module in modules},
+        "training flags": {name: module.training for name, module in modules},
+        "forward hooks": {name: len(module._forward_hooks) + len(module._forward_pre_hooks) for name, module in modules},
+        "parameters": {name: id(value) for name, value in model.named_parameters(remove_duplicate=False)},
+        "state_dict keys": list(model.state_dict()),
+    }
+
+
+def _compare_snapshots(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    for what, was in before.items():
+        if was != after[what]:
+            raise AdapterError(f"the {what} of the model are not the same as before")
