@@ -37,3 +37,13 @@ def lite3r_attention_sites(model: nn.Module) -> Sequence[AttentionSite] | None:
 @hookspec
 def lite3r_models() -> Mapping[str, ModelEntry]:
     """Models that the command line can build, by name. All adapters' answers are collected."""
+
+
+@hookspec(firstresult=True)
+def lite3r_optimize(model: nn.Module) -> Sequence[str] | None:
+    """Apply exact fixes to `model` in place, the same numbers up to rounding; None when this adapter does not know it.
+
+    The answer says in words what was fixed. Afterwards the model must also run with BF16 weights without autocast, and
+    its forward must not wait for the GPU. Only the given instance may change. `lite3r bench` builds its strong dense
+    baseline with it.
+    """
