@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 DEFAULT_VARIANTS = "stock,strong,lite3r,lite3r-strong"
+TABLE_WIDTH = 150
 
 
 def bench(
@@ -45,7 +46,8 @@ def bench(
     )  # fmt: skip
     report = run.run()
     console = Console()
-    console.print(table(report), width=max(console.width, 150))
+    console.width = max(console.width, TABLE_WIDTH)
+    console.print(table(report))
     for key, value in report.conditions.items():
         console.print(f"  {key}: {value}", markup=False, highlight=False)
 

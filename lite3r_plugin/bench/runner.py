@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo
 from torch import Tensor, nn
 
 from ..apply import lite3r_modules
@@ -116,8 +115,9 @@ class Bench:
                 self.report.save(self.path)
             self._log_cell(cell)
             measure.release_memory(self.device)
-        subject.module = module = None
-        torch._dynamo.reset()
+        if subject.compiled_blocks:
+            torch._dynamo.reset()
+        subject = module = None
         measure.release_memory(self.device)
 
     def _measure(self, subject: Subject, cell: Cell) -> None:

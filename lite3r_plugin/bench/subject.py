@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch._dynamo
 from torch import Tensor, nn
 
 from ..apply import lite3r_modules
