@@ -1,9 +1,11 @@
 """Lite3R: sparse-linear attention for feed-forward 3D reconstruction models and other ViT backbones, in one line."""
 
 from .apply import apply_lite3r, lite3r_disabled, remove_lite3r
+from .checkpoint import load_lite3r, save_lite3r
 from .config import Lite3RConfig
 from .errors import Lite3RError
 from .hookspecs import hookimpl
+from .report import describe
 from .sites import AttentionSite, FusedQKV, Rope2D, Routed, SeparateQKV, TokenLayout, TokenSource
 
 __version__ = "0.1.0"
@@ -20,7 +22,10 @@ __all__ = [
     "TokenSource",
     "__version__",
     "apply_lite3r",
+    "describe",
     "hookimpl",
     "lite3r_disabled",
+    "load_lite3r",
     "remove_lite3r",
+    "save_lite3r",
 ]

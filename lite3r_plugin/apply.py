@@ -79,7 +79,7 @@ def remove_lite3r(model: Model) -> Model:
     Raises:
         NotAppliedError: the model carries no Lite3R.
     """
-    modules = _require(model)
+    modules = require_lite3r(model)
     for fqn, module in modules.items():
         for tracker in module.state.trackers.values():
             tracker.detach()
@@ -96,7 +96,7 @@ def lite3r_disabled(model: nn.Module) -> Iterator[None]:
     Raises:
         NotAppliedError: the model carries no Lite3R.
     """
-    modules = _require(model).values()
+    modules = require_lite3r(model).values()
     before = [module.enabled for module in modules]
     try:
         for module in modules:
@@ -112,7 +112,8 @@ def lite3r_modules(model: nn.Module) -> dict[str, SparseLinearAttention]:
     return {fqn: m for fqn, m in model.named_modules(remove_duplicate=False) if isinstance(m, SparseLinearAttention)}
 
 
-def _require(model: nn.Module) -> dict[str, SparseLinearAttention]:
+def require_lite3r(model: nn.Module) -> dict[str, SparseLinearAttention]:
+    """`lite3r_modules`; raises `NotAppliedError` when there are none."""
     modules = lite3r_modules(model)
     if not modules:
         raise NotAppliedError(f"this {type(model).__name__} carries no Lite3R; call apply_lite3r(model) first")

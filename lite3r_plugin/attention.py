@@ -19,20 +19,25 @@ from . import projections
 from .config import Lite3RConfig
 from .layout import GridTracker, order_for, pinned_tokens
 from .ops.backend import use_triton
+from .ops.block_map import density
 from .ops.qk_norm_rope import norm_rope
 from .ops.sla import linear_attention, sparse_linear_attention
 from .projections import Heads
-from .runtime import break_even_tokens
-from .sites import AttentionSite
+from .runtime import sparse_pays
+from .sites import AttentionSite, TokenLayout
 
 
 @dataclass
 class CallCounts:
-    """Forward calls of a site outside `torch.compile`, by what ran."""
+    """Forward calls of a site outside `torch.compile`, by what ran, and the density of the last sparse one.
+
+    The density is the share of (query block, key block) pairs that were computed exactly, pinned ones included.
+    """
 
     sparse: int = 0
     dense: int = 0
     disabled: int = 0
+    density: float | None = None
 
 
 @dataclass
@@ -112,26 +117,29 @@ class SparseLinearAttention(nn.Module):
 
     def attend(self, heads: Heads) -> Tensor:
         """Attention over the site's tokens. Returns ``[B, H, N, D]``."""
-        config = self.state.config
+        config, (batch, num_heads, tokens, dim) = self.state.config, heads.v.shape
+        if self.sparse and config.backend == "triton":
+            use_triton("triton", heads.v)  # raises also where this length runs dense
         proj = self.proj_lin.weight if self.sparse and config.linear_branch != "none" else None
-        if not self._runs_sparse(heads.v):
+        layout = self._layout(tokens)
+        pinned = pinned_tokens(layout, config.keep_special_tokens, config.keep_reference_view) if layout is not None else 0
+        share = density(tokens, self.keep_ratio, pinned, config.block_q, config.block_k)
+        if config.dense_below is None:
+            pays = sparse_pays(heads.v.device, tokens, batch * num_heads, dim, share)
+        else:
+            pays = tokens >= config.dense_below
+        if self.keep_ratio == 1 or not pays:
             self._count("dense")
             q, k = self._finished(heads)
             out = F.scaled_dot_product_attention(q, k, heads.v, scale=heads.scale)
             if self.sparse and self.keep_ratio == 1 and config.linear_branch == "all":
                 out = out + linear_attention(q, k, heads.v, proj=proj, feature_map=config.feature_map)
             return out
-        self._count("sparse")
-        order, pinned = None, 0
-        if self.site.tokens is not None:
-            tracker = self.state.trackers[self.site.tokens.image_module]
-            layout = tracker.layout(self.site.fqn, heads.v.shape[-2])
-            order = order_for(layout, heads.v.device)
-            pinned = pinned_tokens(layout, config.keep_special_tokens, config.keep_reference_view)
+        self._count("sparse", share)
         return sparse_linear_attention(
             heads.q, heads.k, heads.v,
             q_norm=heads.q_norm, k_norm=heads.k_norm, positions=heads.positions, rope_base=heads.rope_base, scale=heads.scale,
-            keep_ratio=self.keep_ratio, order=order, pinned_tokens=pinned,
+            keep_ratio=self.keep_ratio, order=None if layout is None else order_for(layout, heads.v.device), pinned_tokens=pinned,
             linear=config.linear_branch, feature_map=config.feature_map, proj=proj, block_means=config.block_means,
             block_q=config.block_q, block_k=config.block_k, backend=config.backend,
         )  # fmt: skip
@@ -150,11 +158,10 @@ class SparseLinearAttention(nn.Module):
             f"linear_branch={config.linear_branch}, block_means={config.block_means}, backend={config.backend}"
         )
 
-    def _runs_sparse(self, v: Tensor) -> bool:
-        if not self.sparse or self.keep_ratio == 1:
-            return False
-        below = self.state.config.dense_below
-        return v.shape[-2] >= (break_even_tokens(v.device, self.keep_ratio) if below is None else below)
+    def _layout(self, tokens: int) -> TokenLayout | None:
+        if not self.sparse or self.site.tokens is None:
+            return None
+        return self.state.trackers[self.site.tokens.image_module].layout(self.site.fqn, tokens)
 
     def _finished(self, heads: Heads) -> tuple[Tensor, Tensor]:
         dtype = heads.v.dtype
@@ -168,6 +175,7 @@ class SparseLinearAttention(nn.Module):
         )  # fmt: skip
         return q.to(dtype), k.to(dtype)
 
-    def _count(self, what: str) -> None:
+    def _count(self, what: str, share: float | None = None) -> None:
         if not torch.compiler.is_compiling():  # a changing int attribute would recompile the caller on every call
             setattr(self.calls, what, getattr(self.calls, what) + 1)
+            self.calls.density = self.calls.density if share is None else share

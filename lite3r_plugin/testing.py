@@ -286,7 +286,7 @@ def _expect_dropped(sites: Mapping[str, SparseLinearAttention], tokens: Mapping[
 def _can_pickle(model: nn.Module) -> bool:
     try:
         pickle.dumps(model)
-    except Exception:  # whatever a host's __reduce__ or __getstate__ raises
+    except (pickle.PicklingError, AttributeError, TypeError, NotImplementedError, RuntimeError):
         return False
     return True
 

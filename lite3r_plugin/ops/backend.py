@@ -32,6 +32,8 @@ def why_not_triton(q: Tensor, needs_grad: bool = False) -> str | None:
         return f"the dtype is {q.dtype}; they take {', '.join(str(d) for d in TRITON_DTYPES)}"
     if q.shape[-1] not in TRITON_HEAD_DIMS:
         return f"the head dimension is {q.shape[-1]}; they take {TRITON_HEAD_DIMS}"
+    if q.dtype == torch.float32 and q.shape[-1] > 64:
+        return f"FP32 tiles of head dimension {q.shape[-1]} do not fit into shared memory; they take FP32 up to 64"
     if needs_grad:
         return "a gradient is needed, and the kernels have no backward pass yet"
     return None

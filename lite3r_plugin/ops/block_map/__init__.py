@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import naive
-from .naive import kept_blocks
+from .naive import density, kept_blocks
 
-__all__ = ["block_map", "kept_blocks"]
+__all__ = ["block_map", "density", "kept_blocks"]
 
 
 def block_map(q_mean: Tensor, k_mean: Tensor, *, kept: int, pinned: int = 0, triton: bool = False) -> Tensor:

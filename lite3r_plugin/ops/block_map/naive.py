@@ -1,7 +1,8 @@
 """Definition of the block map: which key blocks each query block attends to exactly (SLA, arXiv 2509.24006, Eq. 2, 3).
 
     score[i, j] = mean(Q_i) . mean(K_j)          blocks as image tiles
-    kept(i)     = pinned blocks, and of the others the `kept - pinned` with the highest score
+    kept(i)     = pinned blocks, and of the others the `kept - pinned` with the highest score (of equals the first;
+                  NaN counts as lowest)
 
 SLA subtracts the mean key before pooling and applies a softmax; neither changes the order within a row, so neither
 is done here. Scores are built in slabs of query blocks: memory is O(query blocks x kept), never a full map.
@@ -23,6 +24,14 @@ def kept_blocks(key_blocks: int, keep_ratio: float, pinned: int) -> int:
     return pinned + min(free, max(math.ceil(keep_ratio * free - 1e-9), 1))
 
 
+def density(tokens: int, keep_ratio: float, pinned_tokens: int, block_q: int, block_k: int) -> float:
+    """Share of all (query block, key block) pairs that are computed exactly, pinned ones included."""
+    rows, columns = -(-tokens // block_q), -(-tokens // block_k)
+    pinned_rows = min(-(-pinned_tokens // block_q), rows)
+    kept = kept_blocks(columns, keep_ratio, -(-pinned_tokens // block_k))
+    return (pinned_rows * columns + (rows - pinned_rows) * kept) / (rows * columns)
+
+
 def block_map(q_mean: Tensor, k_mean: Tensor, *, kept: int, pinned: int = 0) -> Tensor:
     """Indices of the kept key blocks of each query block, ascending.
 
@@ -41,7 +50,9 @@ def block_map(q_mean: Tensor, k_mean: Tensor, *, kept: int, pinned: int = 0) -> 
     indices = []
     for start in range(0, rows, slab):
         scores = q_mean[..., start : start + slab, :] @ keys
-        scores = scores.nan_to_num(nan=-torch.finfo(scores.dtype).max)
-        scores[..., :pinned] = math.inf
-        indices.append(scores.topk(kept, dim=-1, sorted=False).indices.sort(-1).values.to(torch.int32))
+        scores = scores.masked_fill(scores.isnan(), -math.inf)
+        ranked = scores[..., pinned:].sort(dim=-1, descending=True, stable=True).indices + pinned
+        always = torch.arange(pinned, device=scores.device).expand(*scores.shape[:-1], pinned)
+        chosen = torch.cat((always, ranked[..., : kept - pinned]), -1)
+        indices.append(chosen.sort(-1).values.to(torch.int32))
     return torch.cat(indices, -2)

@@ -65,18 +65,18 @@ def sparse_linear_attention(
     )  # fmt: skip
     pinned_keys = -(-pinned_tokens // block_k)
     kept = kept_blocks(-(-tokens // block_k), keep_ratio, pinned_keys)
-    kv_indices = block_map(prepared.q_mean.detach(), prepared.k_mean.detach(), kept=kept, pinned=pinned_keys, triton=triton)
+    maps = dict(kept=kept, pinned=pinned_keys)
     options = dict(
         pinned=-(-pinned_tokens // block_q), scale=scale, linear=linear, feature_map=feature_map, proj=proj,
-        block_means=block_means, block_q=block_q, block_k=block_k,
+        block_q=block_q, block_k=block_k,
     )  # fmt: skip
     if triton:
+        from ..block_map.kernels import block_map_with_bits
         from . import kernels
 
+        kv_indices, bits = block_map_with_bits(prepared.q_mean, prepared.k_mean, **maps)
         means = (prepared.k_mean, prepared.v_mean) if block_means else None
-        options.pop("block_means")
-        return kernels.sparse_linear_attention(*prepared[:3], kv_indices, order=order, means=means, **options)
-    out = naive.sparse_linear_attention(*prepared[:3], kv_indices, **options)
-    if order is None:
-        return out
-    return torch.empty_like(out).index_copy(-2, order.long(), out)
+        return kernels.sparse_linear_attention(*prepared[:3], kv_indices, tokens=tokens, bits=bits, means=means, order=order, **options)
+    kv_indices = block_map(prepared.q_mean.detach(), prepared.k_mean.detach(), **maps)
+    out = naive.sparse_linear_attention(*prepared[:3], kv_indices, block_means=block_means, **options)
+    return out if order is None else torch.empty_like(out).index_copy(-2, order.long(), out)

@@ -86,42 +86,39 @@ def sparse_linear_attention(
     values = _in_blocks(v.to(wide), block_k)
     sizes = block_sizes(tokens, block_k, q.device)
     valid = torch.arange(block_k, device=q.device) < sizes[:, None]  # [columns, block_k]
-    means = (mean_over_blocks(k, block_k), mean_over_blocks(v, block_k)) if block_means else None
-    features = phi(keys, feature_map) * valid[..., None] if linear == "marginal" else None
-    states = None if features is None else (features.mT @ values, features.sum(-2))
-    whole = linear_state(k, v, feature_map) if linear == "all" else None
+    log_valid = torch.zeros_like(valid, dtype=wide).masked_fill(~valid, -torch.inf)
+    means = (mean_over_blocks(k, block_k), mean_over_blocks(v, block_k))
+    if linear == "marginal":
+        features = phi(keys, feature_map) * valid[..., None]
+        states = features.mT @ values, features.sum(-2)
+    elif linear == "all":
+        whole = linear_state(k, v, feature_map)
     proj = None if proj is None else proj.to(wide)
 
     def attend(first: int, last: int, critical: Tensor, q: Tensor, *_: Tensor) -> Tensor:
         """Output of query blocks first..last, whose critical key blocks are `critical` [B, H, last - first, n]."""
         rows = _in_blocks(q.to(wide)[..., first * block_q : last * block_q, :], block_q)
-        flat = critical.long().flatten(-2)[..., None, None]
-        k_near = keys.take_along_dim(flat, 2).unflatten(2, critical.shape[-2:]).flatten(3, 4)
-        v_near = values.take_along_dim(flat, 2).unflatten(2, critical.shape[-2:]).flatten(3, 4)
-        logits = rows @ k_near.mT * scale
-        logits = logits.masked_fill(~valid[critical.long()].flatten(-2)[..., None, :], float("-inf"))
-        marginal = torch.ones(*critical.shape[:-1], columns, dtype=torch.bool, device=q.device)
-        marginal.scatter_(-1, critical.long(), False)
-        if means is not None:
-            k_far, v_far = (x[:, :, None].to(wide) for x in means)
-            far = rows @ k_far.mT * scale + sizes.to(wide).log()
-            logits = torch.cat((logits, far.masked_fill(~marginal[..., None, :], float("-inf"))), -1)
-        weights = logits.softmax(-1)
-        near = logits.shape[-1] - (columns if means is not None else 0)
-        out = weights[..., :near] @ v_near
-        if means is not None:
-            out = out + weights[..., near:] @ v_far
-        if linear != "none":
-            row_features = phi(rows, feature_map)
-            if whole is not None:
-                state, total = whole[0][:, :, None], whole[1][:, :, None]
-            else:
-                mask = marginal.to(wide)
-                state = torch.einsum("bhrc,bhcde->bhrde", mask, states[0])
-                total = torch.einsum("bhrc,bhcd->bhrd", mask, states[1])
-            norm = (row_features @ total[..., None]).clamp_min(torch.finfo(wide).tiny)
-            out = out + row_features @ state / norm @ proj.mT
-        return out.flatten(-3, -2)
+        critical = critical.long()
+        flat = critical.flatten(2)[..., None, None]
+        near_k, near_v = (x.take_along_dim(flat, 2).unflatten(2, critical.shape[2:]).flatten(3, 4) for x in (keys, values))
+        bias = log_valid[critical].flatten(3)
+        marginal = torch.ones(*critical.shape[:3], columns, dtype=torch.bool, device=q.device).scatter(-1, critical, False)
+        if block_means:
+            far_k, far_v = (x[:, :, None].expand(-1, -1, rows.shape[2], -1, -1) for x in means)
+            near_k, near_v = torch.cat((near_k, far_k), 3), torch.cat((near_v, far_v), 3)
+            bias = torch.cat((bias, sizes.to(wide).log().where(marginal, -torch.inf)), 3)
+        out = F.scaled_dot_product_attention(
+            *(x.flatten(0, 2)[:, None] for x in (rows, near_k, near_v)), attn_mask=bias.flatten(0, 2)[:, None, None], scale=scale
+        ).view_as(rows)
+        if linear == "none":
+            return out.flatten(2, 3)
+        if linear == "all":
+            state, total = (x[:, :, None] for x in whole)
+        else:
+            state, total = (torch.einsum("bhrc,bhc...->bhr...", marginal.to(wide), x) for x in states)
+        features = phi(rows, feature_map)
+        norm = (features @ total[..., None]).clamp_min(torch.finfo(wide).tiny)
+        return (out + features @ state / norm @ proj.mT).flatten(2, 3)
 
     def slabs(first: int, last: int, near: int) -> range:
         row_bytes = batch * heads * 4 * (near * block_k * (2 * dim + 2 * block_q) + (dim * dim if linear == "marginal" else 0))

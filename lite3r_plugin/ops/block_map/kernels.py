@@ -1,0 +1,71 @@
+"""Triton twin of `naive`: scores by matrix products in slabs, selection by one kernel, exact and deterministic.
+
+A program holds one row of scores. It finds the kept-th largest value by building its bits from the top (32 counts over
+the row), keeps what is above it and the first of what equals it, and writes the kept indices in ascending order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .naive import SLAB_BYTES
+
+
+@triton.jit(do_not_specialize=["columns", "kept", "pinned", "words", "out_row_offset", "rows", "out_rows"])
+def _select_kernel(Scores, Indices, Bits, columns, kept, pinned, words, out_row_offset, rows, out_rows, WIDTH: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    column = tl.arange(0, WIDTH)
+    inside = column < columns
+    score = tl.load(Scores + (head * rows + row) * columns + column, mask=inside, other=0.0)
+    score = tl.where(score == score, score + 0.0, float("-inf"))  # NaN counts as lowest; -0 equals 0
+    bits = score.to(tl.int32, bitcast=True)
+    # The order of floats as the order of unsigned integers; 0 is below every float and stands for padding.
+    rank = tl.where(bits < 0, ~bits, bits | -2147483648).to(tl.uint32, bitcast=True)
+    rank = tl.where(inside, rank, 0)
+    rank = tl.where(column < pinned, 4294967295, rank).to(tl.uint32)
+    threshold = tl.zeros([], tl.uint32)
+    for i in tl.static_range(32):
+        candidate = threshold | (1 << (31 - i))
+        enough = tl.sum((rank >= candidate).to(tl.int32), 0) >= kept
+        threshold = tl.where(enough, candidate, threshold).to(tl.uint32)
+    above = (rank > threshold).to(tl.int32)
+    equal = (rank == threshold).to(tl.int32)
+    room = kept - tl.sum(above, 0)
+    chosen = above | (equal & (tl.cumsum(equal, 0) <= room).to(tl.int32))
+    out = head * out_rows + out_row_offset + row
+    tl.store(Indices + out * kept + tl.cumsum(chosen, 0) - 1, column, mask=chosen == 1)
+    words_of = tl.reshape(chosen, (WIDTH // 32, 32)) << tl.arange(0, 32)[None, :]
+    word = tl.arange(0, WIDTH // 32)
+    tl.store(Bits + out * words + word, tl.sum(words_of, 1), mask=word < words)
+
+
+def block_map(q_mean: Tensor, k_mean: Tensor, *, kept: int, pinned: int = 0) -> Tensor:
+    """As `naive.block_map`."""
+    return block_map_with_bits(q_mean, k_mean, kept=kept, pinned=pinned)[0]
+
+
+def block_map_with_bits(q_mean: Tensor, k_mean: Tensor, *, kept: int, pinned: int = 0) -> tuple[Tensor, Tensor]:
+    """As `naive.block_map`, and the same as a bit set ``[B, H, query blocks, ceil(key blocks / 32)]`` int32."""
+    batch, heads, rows, _ = q_mean.shape
+    columns = k_mean.shape[-2]
+    words = -(-columns // 32)
+    indices = torch.empty(batch, heads, rows, kept, device=q_mean.device, dtype=torch.int32)
+    bits = torch.empty(batch, heads, rows, words, device=q_mean.device, dtype=torch.int32)
+    slab = max(1, SLAB_BYTES // (4 * columns * batch * heads))
+    width = max(32, triton.next_power_of_2(columns))
+    for start in range(0, rows, slab):
+        scores = q_mean[..., start : start + slab, :] @ k_mean.transpose(-1, -2)
+        _select_kernel[(scores.shape[-2], batch * heads)](
+            scores, indices, bits, columns, kept, pinned, words, start, scores.shape[-2], rows,
+            WIDTH=width, **launch_options(width),
+        )  # fmt: skip
+    return indices, bits
+
+
+def launch_options(width: int) -> dict[str, int]:
+    """Warps of the selection kernel for rows of `width` scores."""
+    return dict(num_warps=min(16, max(1, width // 256)))

@@ -1,0 +1,189 @@
+"""Triton twin of `naive`: one pass over q, k, v that norms, rotates, reorders and pools.
+
+A program holds one query block of tokens and walks over a few heads, so the rotary angles are computed once and never
+stored. A head is held as two halves of D/2: element i of one is the rotary partner of element i of the other.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .naive import HeadNorm, Prepared
+
+NORMS = {None: 0, "layer": 1, "rms": 2}
+
+
+@triton.jit
+def _norm_rotate(x1, x2, W, B, lanes1, lanes2, live_lane, cos, sin, eps, D: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr):
+    if NORM == 1:
+        mean = (tl.sum(x1, 1) + tl.sum(x2, 1)) / D
+        x1 = tl.where(live_lane[None, :], x1 - mean[:, None], 0.0)
+        x2 = tl.where(live_lane[None, :], x2 - mean[:, None], 0.0)
+    if NORM != 0:
+        scale = tl.rsqrt((tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)) / D + eps)
+        x1 = x1 * scale[:, None] * tl.load(W + lanes1, mask=live_lane, other=0.0).to(tl.float32)[None, :]
+        x2 = x2 * scale[:, None] * tl.load(W + lanes2, mask=live_lane, other=0.0).to(tl.float32)[None, :]
+    if NORM == 1:
+        x1 += tl.load(B + lanes1, mask=live_lane, other=0.0).to(tl.float32)[None, :]
+        x2 += tl.load(B + lanes2, mask=live_lane, other=0.0).to(tl.float32)[None, :]
+    if ROPE:
+        y1 = x1 * cos - x2 * sin
+        x2 = x2 * cos + x1 * sin
+        x1 = y1
+    return x1, x2
+
+
+@triton.jit
+def _store_means(M, x, live, base, lanes, live_lane, first_row, N, blocks, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Mean of each BLOCK of the ROWS rows of x, over rows below N, into rows of M."""
+    HALF: tl.constexpr = x.shape[1]
+    x = tl.where(live[:, None], x, 0.0)
+    sums = tl.sum(tl.reshape(x, (ROWS // BLOCK, BLOCK, HALF)), 1)
+    sub = tl.arange(0, ROWS // BLOCK)
+    counts = tl.minimum(tl.maximum(N - first_row - sub * BLOCK, 1), BLOCK).to(tl.float32)
+    block = first_row // BLOCK + sub
+    tl.store(M + (base * blocks + block)[:, None] * D + lanes[None, :], sums / counts[:, None], mask=(block < blocks)[:, None] & live_lane[None, :])
+
+
+@triton.jit(do_not_specialize=["N", "out_rows", "q_blocks", "k_blocks", "p_stride_b", "p_stride_n", "p_stride_c"])
+def _prepare_kernel(
+    Q, K, V, Order, Positions, QW, QB, KW, KB, QOut, KOut, VOut, QMean, KMean, VMean,
+    q_stride_b, q_stride_h, q_stride_n, k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
+    p_stride_b, p_stride_n, p_stride_c,
+    N, H, out_rows, q_blocks, k_blocks, log2_base, q_eps, k_eps,
+    D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, HEADS: tl.constexpr,
+    Q_NORM: tl.constexpr, K_NORM: tl.constexpr, ROPE: tl.constexpr, ORDERED: tl.constexpr, POOL: tl.constexpr,
+):  # fmt: skip
+    first_row = tl.program_id(0) * ROWS
+    batch = tl.program_id(2).to(tl.int64)
+    rows = first_row + tl.arange(0, ROWS)
+    live = rows < N
+    source = rows
+    if ORDERED:
+        source = tl.load(Order + rows, mask=live, other=0)
+    source = source.to(tl.int64)
+    lane = tl.arange(0, HALF)
+    live_lane = lane < D // 2
+    lanes1 = (lane // (D // 4)) * (D // 2) + lane % (D // 4)
+    lanes2 = lanes1 + D // 4
+    inside = live[:, None] & live_lane[None, :]
+    written = (rows < out_rows)[:, None] & live_lane[None, :]
+    cos = tl.zeros([ROWS, HALF], tl.float32)
+    sin = cos
+    if ROPE:
+        place = Positions + batch * p_stride_b + source * p_stride_n
+        first = tl.load(place, mask=live, other=0).to(tl.float32)
+        second = tl.load(place + p_stride_c, mask=live, other=0).to(tl.float32)
+        frequency = tl.exp2(-log2_base * (lane % (D // 4)).to(tl.float32) / (D // 4))
+        angle = tl.where((lane < D // 4)[None, :], first[:, None], second[:, None]) * frequency[None, :]
+        cos = tl.cos(angle)
+        sin = tl.sin(angle)
+    for i in range(HEADS):
+        head = tl.program_id(1) * HEADS + i
+        base = batch * H + head
+        to = (base * out_rows + rows)[:, None] * D
+        at = Q + batch * q_stride_b + head * q_stride_h + source[:, None] * q_stride_n
+        x1 = tl.load(at + lanes1[None, :], mask=inside, other=0.0).to(tl.float32)
+        x2 = tl.load(at + lanes2[None, :], mask=inside, other=0.0).to(tl.float32)
+        x1, x2 = _norm_rotate(x1, x2, QW, QB, lanes1, lanes2, live_lane, cos, sin, q_eps, D, Q_NORM, ROPE)
+        if POOL:
+            _store_means(QMean, x1, live, base, lanes1, live_lane, first_row, N, q_blocks, D, ROWS, ROWS)
+            _store_means(QMean, x2, live, base, lanes2, live_lane, first_row, N, q_blocks, D, ROWS, ROWS)
+            x1 = tl.where(live[:, None], x1, 0.0)
+            x2 = tl.where(live[:, None], x2, 0.0)
+        tl.store(QOut + to + lanes1[None, :], x1.to(QOut.dtype.element_ty), mask=written)
+        tl.store(QOut + to + lanes2[None, :], x2.to(QOut.dtype.element_ty), mask=written)
+        at = K + batch * k_stride_b + head * k_stride_h + source[:, None] * k_stride_n
+        x1 = tl.load(at + lanes1[None, :], mask=inside, other=0.0).to(tl.float32)
+        x2 = tl.load(at + lanes2[None, :], mask=inside, other=0.0).to(tl.float32)
+        x1, x2 = _norm_rotate(x1, x2, KW, KB, lanes1, lanes2, live_lane, cos, sin, k_eps, D, K_NORM, ROPE)
+        if POOL:
+            _store_means(KMean, x1, live, base, lanes1, live_lane, first_row, N, k_blocks, D, ROWS, BLOCK_K)
+            _store_means(KMean, x2, live, base, lanes2, live_lane, first_row, N, k_blocks, D, ROWS, BLOCK_K)
+            x1 = tl.where(live[:, None], x1, 0.0)
+            x2 = tl.where(live[:, None], x2, 0.0)
+        tl.store(KOut + to + lanes1[None, :], x1.to(KOut.dtype.element_ty), mask=written)
+        tl.store(KOut + to + lanes2[None, :], x2.to(KOut.dtype.element_ty), mask=written)
+        if POOL:
+            at = V + batch * v_stride_b + head * v_stride_h + source[:, None] * v_stride_n
+            x1 = tl.load(at + lanes1[None, :], mask=inside, other=0.0)
+            x2 = tl.load(at + lanes2[None, :], mask=inside, other=0.0)
+            tl.store(VOut + to + lanes1[None, :], x1, mask=written)
+            tl.store(VOut + to + lanes2[None, :], x2, mask=written)
+            _store_means(VMean, x1.to(tl.float32), live, base, lanes1, live_lane, first_row, N, k_blocks, D, ROWS, BLOCK_K)
+            _store_means(VMean, x2.to(tl.float32), live, base, lanes2, live_lane, first_row, N, k_blocks, D, ROWS, BLOCK_K)
+
+
+def prepare_qkv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    order: Tensor | None = None,
+    q_norm: HeadNorm | None = None,
+    k_norm: HeadNorm | None = None,
+    positions: Tensor | None = None,
+    rope_base: float | None = None,
+    block_q: int = 128,
+    block_k: int = 64,
+) -> Prepared:
+    """As `naive.prepare_qkv`, but q, k, v come back padded with zeros to a multiple of `block_q` tokens."""
+    batch, heads, tokens, dim = v.shape
+    padded = -(-tokens // block_q) * block_q
+    out = [torch.empty(batch, heads, padded, dim, device=v.device, dtype=v.dtype) for _ in range(3)]
+    means = [
+        torch.empty(batch, heads, -(-tokens // block), dim, device=v.device, dtype=torch.float32) for block in (block_q, block_k, block_k)
+    ]
+    _launch(q, k, v, order, q_norm, k_norm, positions, rope_base, out, means, block_q, block_k)
+    return Prepared(*out, *means)
+
+
+def norm_rope(
+    q: Tensor, k: Tensor, *, q_norm: HeadNorm | None, k_norm: HeadNorm | None, positions: Tensor | None, rope_base: float | None
+) -> tuple[Tensor, Tensor]:
+    """As `naive.norm_rope` on q and on k, in one launch, back in their own dtypes."""
+    out = [torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (q, k)]
+    _launch(q, k, None, None, q_norm, k_norm, positions, rope_base, out, None, 64, 64)
+    return out[0], out[1]
+
+
+def _launch(q, k, v, order, q_norm, k_norm, positions, rope_base, out, means, rows, block_k) -> None:
+    q, k, v = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    pool = means is not None
+    v, v_out = (v, out[2]) if pool else (k, out[1])
+    batch, heads, tokens, dim = q.shape
+    blocks = -(-tokens // rows)
+    rope = positions is not None and rope_base is not None
+    per_program = next(n for n in (4, 2, 1) if heads % n == 0 and (n == 1 or blocks * batch * (heads // n) >= 256))
+    nothing = out[0]
+    q_norm, k_norm = q_norm or HeadNorm(None, None, None, 0.0), k_norm or HeadNorm(None, None, None, 0.0)
+    weights = [w for norm in (q_norm, k_norm) for w in _affine(norm, dim, q.device)]
+    _prepare_kernel[(blocks, heads // per_program, batch)](
+        q, k, v, nothing if order is None else order, positions if rope else nothing,
+        *(nothing if w is None else w for w in weights), out[0], out[1], v_out, *(means if pool else (nothing,) * 3),
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        *((_broadcast_stride(positions, batch), *positions.stride()[1:]) if rope else (0, 0, 0)),
+        tokens, heads, out[0].shape[2],
+        means[0].shape[2] if pool else 0, means[1].shape[2] if pool else 0,
+        math.log2(rope_base) if rope else 0.0, q_norm.eps, k_norm.eps,
+        D=dim, HALF=triton.next_power_of_2(dim // 2), ROWS=rows, BLOCK_K=block_k, HEADS=per_program,
+        Q_NORM=NORMS[q_norm.kind], K_NORM=NORMS[k_norm.kind], ROPE=rope, ORDERED=order is not None, POOL=pool,
+        num_warps=8 if rows * dim >= 8192 else 4,
+    )  # fmt: skip
+
+
+def _broadcast_stride(positions: Tensor, batch: int) -> int:
+    return 0 if positions.shape[0] == 1 and batch > 1 else positions.stride(0)
+
+
+def _affine(norm: HeadNorm, dim: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias of a norm; ones and zeros where it has none."""
+    if norm.kind is None:
+        return None, None
+    weight = torch.ones(dim, device=device) if norm.weight is None else norm.weight
+    return weight, torch.zeros(dim, device=device) if norm.bias is None and norm.kind == "layer" else norm.bias

@@ -1,0 +1,249 @@
+"""Triton twin of `naive`: one kernel for the sparse softmax, the block means and the linear branch.
+
+A program holds one query block in registers and streams its critical key blocks through an online softmax (as in
+FlashAttention, arXiv 2205.14135). q, k, v come padded with zeros to whole query blocks, so only the scores of the last
+key block are masked. Programs of pinned query blocks, which stream all keys, start first: they take longest.
+
+The linear branch over all tokens needs one D x D state per head, computed once by `_linear_state_kernel`; Proj is folded
+into it. Over marginal blocks it is that state minus what the program adds up over its critical blocks.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LINEAR = {"none": 0, "all": 1, "marginal": 2}
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _phi(x, live, SOFTMAX: tl.constexpr, AXIS: tl.constexpr):
+    """The feature map over axis AXIS of x (FP32); `live`, of x's rank, marks the true head dimensions."""
+    if SOFTMAX:
+        x = tl.where(live, x, float("-inf"))
+        x = tl.exp(x - tl.max(x, AXIS, keep_dims=True))
+        return x / tl.sum(x, AXIS, keep_dims=True)
+    return tl.where(live, tl.where(x > 0, x + 1.0, tl.exp(tl.minimum(x, 0.0))), 0.0)
+
+
+# Sizes must not specialise the kernels: any number of views and any image size run the same binary.
+@triton.jit(do_not_specialize=["N", "blocks_per_split"])
+def _linear_state_kernel(
+    K, V, State, Total, N, padded, blocks_per_split,
+    D: tl.constexpr, DP: tl.constexpr, BLOCK_K: tl.constexpr, SOFTMAX: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Partial sums of phi(k)^T v and of phi(k) over `blocks_per_split` key blocks of one head."""
+    split = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    d = tl.arange(0, DP)
+    live = d < D
+    state = tl.zeros([DP, DP], tl.float32)
+    total = tl.zeros([DP], tl.float32)
+    for i in range(0, blocks_per_split):
+        rows = (split * blocks_per_split + i) * BLOCK_K + tl.arange(0, BLOCK_K)
+        inside = (rows < N)[:, None] & live[None, :]
+        at = (head * padded + rows)[:, None] * D + d[None, :]
+        k = tl.load(K + at, mask=inside, other=0.0)
+        v = tl.load(V + at, mask=inside, other=0.0)
+        features = tl.where((rows < N)[:, None], _phi(k.to(tl.float32), live[None, :], SOFTMAX, 1), 0.0).to(v.dtype)
+        state = tl.dot(tl.trans(features), v, state, input_precision=PRECISION)
+        total += tl.sum(features.to(tl.float32), 0)
+    out = head * tl.num_programs(0) + split
+    both = live[:, None] & live[None, :]
+    tl.store(State + (out * D + d)[:, None] * D + d[None, :], state / N, mask=both)
+    tl.store(Total + out * D + d, total / N, mask=live)
+
+
+@triton.jit(do_not_specialize=["N", "rows", "columns", "kept", "words", "pinned"])
+def _sparse_linear_kernel(
+    Q, K, V, Indices, Bits, KMean, VMean, State, Total, Proj, Order, Out,
+    N, padded, heads, rows, columns, kept, words, pinned, scale_log2,
+    D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    LINEAR: tl.constexpr, SOFTMAX: tl.constexpr, MEANS: tl.constexpr, ORDERED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    programs = tl.num_programs(0) // rows * pinned  # those of pinned query blocks come first
+    if pid < programs:
+        head = (pid // pinned).to(tl.int64)
+        row = pid % pinned
+        near = columns
+    else:
+        head = ((pid - programs) // (rows - pinned)).to(tl.int64)
+        row = pinned + (pid - programs) % (rows - pinned)
+        near = kept
+    d = tl.arange(0, DP)
+    live = d < D
+    n = row * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    lanes = tl.arange(0, BLOCK_K)
+    dtype: tl.constexpr = V.dtype.element_ty
+    keys = K + head * padded * D
+    values = V + head * padded * D
+    queries = Q + (head * padded + n)[:, None] * D + d[None, :]
+    chosen = Indices + (head * rows + row) * kept
+    if D == DP:
+        q = tl.load(queries)
+    else:
+        q = tl.load(queries, mask=live[None, :], other=0.0)
+    top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    weight = tl.zeros([BLOCK_Q], tl.float32)
+    acc = tl.zeros([BLOCK_Q, DP], tl.float32)
+    if LINEAR == 2:
+        near_state = tl.zeros([DP, DP], tl.float32)
+        near_total = tl.zeros([DP], tl.float32)
+    for i in range(0, near):
+        block = tl.where(row < pinned, i, tl.load(chosen + i, mask=row >= pinned, other=0))
+        offset = (block * BLOCK_K + lanes).to(tl.int64) * D
+        if D == DP:
+            k = tl.load(keys + offset[None, :] + d[:, None])
+            v = tl.load(values + offset[:, None] + d[None, :])
+        else:
+            k = tl.load(keys + offset[None, :] + d[:, None], mask=live[:, None], other=0.0)
+            v = tl.load(values + offset[:, None] + d[None, :], mask=live[None, :], other=0.0)
+        score = tl.dot(q, k, input_precision=PRECISION) * scale_log2
+        if (block + 1) * BLOCK_K > N:
+            score = tl.where((block * BLOCK_K + lanes < N)[None, :], score, float("-inf"))
+        new_top = tl.maximum(top, tl.max(score, 1))
+        p = tl.exp2(score - new_top[:, None])
+        decay = tl.exp2(top - new_top)
+        weight = weight * decay + tl.sum(p, 1)
+        acc = tl.dot(p.to(dtype), v, acc * decay[:, None], input_precision=PRECISION)
+        top = new_top
+        if LINEAR == 2:
+            features = _phi(k.to(tl.float32), live[:, None], SOFTMAX, 0)
+            features = tl.where((block * BLOCK_K + lanes < N)[None, :], features, 0.0).to(dtype)
+            near_state = tl.dot(features, v, near_state, input_precision=PRECISION)
+            near_total += tl.sum(features.to(tl.float32), 1)
+    if MEANS:
+        far = columns
+        if row < pinned:
+            far = 0
+        for first in range(0, far, BLOCK_K):
+            block = first + lanes
+            at = (head * columns + block) * D
+            inside = block < columns
+            k = tl.load(KMean + at[None, :] + d[:, None], mask=inside[None, :] & live[:, None], other=0.0)
+            v = tl.load(VMean + at[:, None] + d[None, :], mask=inside[:, None] & live[None, :], other=0.0)
+            word = tl.load(Bits + (head * rows + row) * words + block // 32, mask=inside, other=-1)
+            marginal = ((word >> (block % 32)) & 1) == 0
+            size = tl.maximum(tl.minimum(N - block * BLOCK_K, BLOCK_K), 1).to(tl.float32)
+            score = tl.dot(q, k, input_precision=PRECISION) * scale_log2 + tl.log2(size)[None, :]
+            score = tl.where((marginal & inside)[None, :], score, float("-inf"))
+            new_top = tl.maximum(top, tl.max(score, 1))
+            p = tl.exp2(score - new_top[:, None])
+            decay = tl.exp2(top - new_top)
+            weight = weight * decay + tl.sum(p, 1)
+            acc = tl.dot(p.to(dtype), v, acc * decay[:, None], input_precision=PRECISION)
+            top = new_top
+    out = acc / weight[:, None]
+    if LINEAR == 1 or (LINEAR == 2 and near < columns):
+        features = _phi(q.to(tl.float32), live[None, :], SOFTMAX, 1)
+        both = live[:, None] & live[None, :]
+        state = tl.load(State + (head * D + d)[:, None] * D + d[None, :], mask=both, other=0.0)
+        total = tl.load(Total + head * D + d, mask=live, other=0.0)
+        if LINEAR == 2:
+            state -= near_state / N
+            total -= near_total / N
+        norm = tl.maximum(tl.sum(features * total[None, :], 1), 1e-38)
+        linear = tl.dot(features.to(dtype), state.to(dtype), input_precision=PRECISION) / norm[:, None]
+        if LINEAR == 2:
+            proj = tl.load(Proj + d[None, :] * D + d[:, None], mask=both, other=0.0)
+            linear = tl.dot(linear.to(dtype), proj.to(dtype), input_precision=PRECISION)
+        out += linear
+    to = n
+    inside = n < N
+    if ORDERED:
+        to = tl.load(Order + n, mask=inside, other=0)
+    to = ((head // heads) * N + to) * heads + head % heads  # [B, N, H, D]
+    tl.store(Out + to[:, None] * D + d[None, :], out.to(dtype), mask=inside[:, None] & live[None, :])
+
+
+def linear_state(k: Tensor, v: Tensor, tokens: int, feature_map: str, block_k: int = 64) -> tuple[Tensor, Tensor]:
+    """As `naive.linear_state` over the first `tokens` tokens of k, v ``[B, H, padded, D]``, both divided by `tokens`."""
+    batch, heads, padded, dim = k.shape
+    blocks = -(-tokens // block_k)
+    splits = min(blocks, max(1, 1024 // (batch * heads)))
+    per_split = -(-blocks // splits)
+    splits = -(-blocks // per_split)
+    state = torch.empty(batch, heads, splits, dim, dim, device=k.device, dtype=torch.float32)
+    total = torch.empty(batch, heads, splits, dim, device=k.device, dtype=torch.float32)
+    _linear_state_kernel[(splits, batch * heads)](
+        k, v, state, total, tokens, padded, per_split,
+        D=dim, DP=triton.next_power_of_2(dim), BLOCK_K=block_k, SOFTMAX=feature_map == "softmax", PRECISION=_precision(k),
+        **state_options(k.dtype),
+    )  # fmt: skip
+    return state.sum(2), total.sum(2)
+
+
+def sparse_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_indices: Tensor,
+    *,
+    tokens: int,
+    bits: Tensor | None = None,
+    means: tuple[Tensor, Tensor] | None = None,
+    order: Tensor | None = None,
+    pinned: int = 0,
+    scale: float | None = None,
+    linear: str = "none",
+    feature_map: str = "softmax",
+    proj: Tensor | None = None,
+    block_q: int = 128,
+    block_k: int = 64,
+) -> Tensor:
+    """As `naive.sparse_linear_attention`, on padded tensors and with the output scattered back to host order.
+
+    Args:
+        q, k, v: ``[B, H, padded, D]`` contiguous, zeros after the first `tokens` tokens, padded a multiple of `block_q`.
+        kv_indices: ``[B, H, ceil(tokens / block_q), kept]`` int32.
+        tokens: N.
+        bits: The same as a bit set; needed with `means`. See `block_map.kernels.block_map_with_bits`.
+        means: Mean keys and values ``[B, H, ceil(tokens / block_k), D]`` for marginal blocks, or None.
+        order: ``[N]`` int32: output row of each token, or None.
+        pinned, scale, linear, feature_map, proj, block_q, block_k: As in the naive twin.
+
+    Returns:
+        ``[B, H, N, D]``, a view of ``[B, N, H, D]``.
+    """
+    batch, heads, padded, dim = q.shape
+    rows, kept = kv_indices.shape[-2:]
+    columns = -(-tokens // block_k)
+    pinned = min(pinned, rows)
+    out = torch.empty(batch, tokens, heads, dim, device=q.device, dtype=v.dtype)
+    state = total = nothing = out
+    if linear != "none":
+        state, total = linear_state(k, v, tokens, feature_map, block_k)
+        if linear == "all":
+            state = state @ proj.to(state.dtype).mT
+    k_mean, v_mean = (nothing, nothing) if means is None else (x.to(v.dtype) for x in means)
+    _sparse_linear_kernel[(rows * batch * heads,)](
+        q, k, v, kv_indices, nothing if means is None else bits, k_mean, v_mean, state, total, nothing if proj is None else proj,
+        nothing if order is None else order, out,
+        tokens, padded, heads, rows, columns, kept, 0 if means is None else bits.shape[-1], pinned,
+        (dim**-0.5 if scale is None else scale) * LOG2_E,
+        D=dim, DP=triton.next_power_of_2(dim), BLOCK_Q=block_q, BLOCK_K=block_k, LINEAR=LINEAR[linear],
+        SOFTMAX=feature_map == "softmax", MEANS=means is not None, ORDERED=order is not None, PRECISION=_precision(q),
+        **launch_options(block_q, dim, q.dtype),
+    )  # fmt: skip
+    return out.transpose(1, 2)
+
+
+def launch_options(block_q: int, dim: int, dtype: torch.dtype) -> dict[str, int]:
+    """Warps and pipeline stages of the sparse kernel. FP32 tiles take up to six times the shared memory: no pipeline."""
+    if dtype == torch.float32:
+        return dict(num_warps=8, num_stages=1)
+    return dict(num_warps=4 if block_q <= 64 or dim <= 64 else 8, num_stages=3 if dim <= 64 else 2)
+
+
+def state_options(dtype: torch.dtype) -> dict[str, int]:
+    """Warps and pipeline stages of the linear-state kernel."""
+    return dict(num_warps=4, num_stages=1 if dtype == torch.float32 else 3)
+
+
+def _precision(x: Tensor) -> str:
+    """FP32 operands are multiplied in three TF32 products, which is FP32 accuracy; others in their own precision."""
+    return "tf32x3" if x.dtype == torch.float32 else "ieee"

@@ -1,0 +1,96 @@
+"""Pi3: on a structural double always, on the real package where it can be imported."""
+
+from __future__ import annotations
+
+import hosts
+import pytest
+import torch
+from properties import assert_bf16_is_as_exact_as_dense, assert_compiled_equals_eager, assert_threads_do_not_mix, enlarge_layer_scales
+from torch import nn
+
+from lite3r_plugin import FusedQKV, Rope2D
+from lite3r_plugin.plugins import find_sites
+from lite3r_plugin.testing import check_adapter
+
+pytestmark = pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda':UserWarning")
+IMAGES = (1, 3, 3, 70, 98)
+
+
+def real(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    """Pi3 with a small encoder, four decoder blocks and one block per head."""
+    module = pytest.importorskip("pi3.models.pi3")
+    vit = pytest.importorskip("pi3.models.dinov2.models.vision_transformer")
+
+    def small_encoder(pretrained: bool) -> nn.Module:
+        encoder = vit.vit_small(img_size=56, patch_size=14, num_register_tokens=4, block_chunks=0, init_values=1.0)
+        encoder.blocks = encoder.blocks[:2]
+        return encoder
+
+    monkeypatch.setattr(module, "dinov2_vitl14_reg", small_encoder)
+    model = module.Pi3(decoder_size="small")
+    model.decoder = model.decoder[:4]
+    for head in (model.point_decoder, model.conf_decoder, model.camera_decoder):
+        head.blocks = head.blocks[:1]
+    return model
+
+
+@pytest.fixture(params=["double", "real"])
+def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    model = hosts.Pi3() if request.param == "double" else real(monkeypatch)
+    enlarge_layer_scales(model)
+    return model.eval()
+
+
+def test_sites(model: nn.Module) -> None:
+    adapter, sites = find_sites(model)
+    assert adapter == "pi3"
+    scopes = {site.fqn: site.scope for site in sites}
+    assert [scopes[f"decoder.{i}.attn"] for i in range(4)] == ["frame", "global", "frame", "global"]
+    assert scopes["point_decoder.blocks.0.attn"] == scopes["camera_decoder.blocks.0.attn"] == "frame"
+    assert scopes["encoder.blocks.0.attn"] == "encoder"
+    decoder = next(site for site in sites if site.fqn == "decoder.1.attn")
+    assert isinstance(decoder.projections, FusedQKV)
+    assert decoder.projections.rope == Rope2D(100.0)
+    assert decoder.projections.positions == "xpos"
+    assert (decoder.tokens.image_module, decoder.tokens.special_tokens) == ("encoder", 5)
+
+
+def test_conformance(model: nn.Module) -> None:
+    report = check_adapter(model, (torch.rand(IMAGES),))
+    assert report.scopes == {"global": 2}
+    assert report.tokens == 3 * (5 + 5 * 7)
+
+
+def test_conformance_of_all_scopes(model: nn.Module) -> None:
+    report = check_adapter(model, (torch.rand(IMAGES),), scopes=("global", "frame", "encoder"))
+    assert set(report.scopes) == {"global", "frame", "encoder"}
+
+
+def test_bf16() -> None:
+    assert_bf16_is_as_exact_as_dense(hosts.Pi3().eval(), torch.rand(IMAGES))
+
+
+def test_compile() -> None:
+    images = torch.rand(IMAGES)
+    assert_compiled_equals_eager(hosts.Pi3().eval(), lambda m: m(images))
+
+
+def test_threads(model: nn.Module) -> None:
+    few, many = torch.rand(1, 2, 3, 56, 98), torch.rand(IMAGES)
+    assert_threads_do_not_mix(model, (lambda m: m(few), lambda m: m(many)))
+
+
+def test_pi3x_sites(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The multimodal Pi3X in full size, without memory: pose injection and the metric head's cross-attention are left out."""
+    module = pytest.importorskip("pi3.models.pi3x")
+    linspace = torch.linspace
+    monkeypatch.setattr(torch, "linspace", lambda *args, **kwargs: linspace(*args, **{**kwargs, "device": "cpu"}))
+    with torch.device("meta"):
+        model = module.Pi3X()
+    adapter, sites = find_sites(model)
+    assert adapter == "pi3"
+    names = [site.fqn for site in sites]
+    assert [n for n in names if n.startswith("decoder.")] == [f"decoder.{i}.attn" for i in range(36)]
+    assert [s.fqn for s in sites if s.scope == "global"] == [f"decoder.{i}.attn" for i in range(1, 36, 2)]
+    assert sum(s.scope == "encoder" for s in sites) == 24
+    assert not any(n.startswith(("pose_inject_blk", "metric_decoder", "depth_encoder")) for n in names)

@@ -1,0 +1,72 @@
+"""What must hold for every model with Lite3R, beyond `lite3r_plugin.testing.check_adapter`."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from lite3r_plugin import apply_lite3r
+from lite3r_plugin.testing import TEST_CONFIG, _tensors
+
+Run = Callable[[nn.Module], object]
+
+
+def outputs(model: nn.Module, run: Run) -> dict[str, Tensor]:
+    """Every tensor of ``run(model)``, by path."""
+    with torch.no_grad():
+        return dict(_tensors(run(model)))
+
+
+def enlarge_layer_scales(model: nn.Module, value: float = 0.3) -> None:
+    """Freshly built models hide their blocks behind tiny layer scales; make the blocks count."""
+    for name, parameter in model.named_parameters():
+        if name.rpartition(".")[2] in ("gamma", "lambda1"):
+            nn.init.constant_(parameter, value)
+
+
+def assert_bf16_is_as_exact_as_dense(model: nn.Module, images: Tensor) -> None:
+    """At ``keep_ratio=1`` the error to FP32 is at most twice that of the dense BF16 model, for every output."""
+    reference = outputs(model, lambda m: m(images))
+    dense = copy.deepcopy(model).bfloat16()
+    student = apply_lite3r(copy.deepcopy(dense), TEST_CONFIG, keep_ratio=1.0)
+    expected, found = (outputs(m, lambda m: m(images.bfloat16())) for m in (dense, student))
+    for path, x in reference.items():
+        if x.is_floating_point():
+            error, allowed = ((y[path].float() - x).norm().item() for y in (found, expected))
+            assert error <= 2 * allowed, (path, error, allowed)
+
+
+def assert_compiled_equals_eager(model: nn.Module, run: Run) -> None:
+    """Sparse, under `torch.compile`."""
+    model = apply_lite3r(copy.deepcopy(model), TEST_CONFIG)
+    expected = outputs(model, run)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    for path, x in outputs(compiled, run).items():
+        torch.testing.assert_close(x, expected[path], atol=1e-5, rtol=1e-5, equal_nan=True)
+    torch._dynamo.reset()
+
+
+def assert_threads_do_not_mix(model: nn.Module, runs: tuple[Run, Run]) -> None:
+    """Two models with different keep ratios on different inputs, side by side, give what they give alone."""
+    models = [apply_lite3r(copy.deepcopy(model), TEST_CONFIG, keep_ratio=ratio) for ratio in (0.1, 0.6)]
+    expected = [outputs(m, run) for m, run in zip(models, runs, strict=True)]
+    found: list[list[dict[str, Tensor]]] = [[], []]
+
+    def work(i: int) -> None:
+        found[i] += [outputs(models[i], runs[i]) for _ in range(3)]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for alone, repeated in zip(expected, found, strict=True):
+        assert len(repeated) == 3
+        for together in repeated:
+            for path, x in alone.items():
+                torch.testing.assert_close(together[path], x, atol=0, rtol=0, equal_nan=True)
