@@ -1,0 +1,163 @@
+"""Triton kernels against their naive twins: on a GPU as compiled, elsewhere in Triton's interpreter at small sizes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from numerics import assert_as_accurate, relative_error
+from torch import Tensor
+
+from lite3r_plugin.ops.block_map import kept_blocks
+from lite3r_plugin.ops.block_map import naive as block_map_naive
+from lite3r_plugin.ops.qk_norm_rope import HeadNorm
+from lite3r_plugin.ops.qk_norm_rope import naive as prepare_naive
+from lite3r_plugin.ops.sla import naive as sla_naive
+
+prepare_kernels = pytest.importorskip("lite3r_plugin.ops.qk_norm_rope.kernels")
+block_map_kernels = pytest.importorskip("lite3r_plugin.ops.block_map.kernels")
+sla_kernels = pytest.importorskip("lite3r_plugin.ops.sla.kernels")
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+BLOCKS = dict(block_q=128, block_k=64) if GPU else dict(block_q=32, block_k=16)
+LENGTHS = (1, 63, 257, 1374, 5497) if GPU else (1, 15, 97)
+# tl.dot of bfloat16 is wrong in Triton's interpreter
+DTYPES = (torch.bfloat16, torch.float16, torch.float32) if GPU else (torch.float16, torch.float32)
+DIMS = (32, 64, 80, 96, 128) if GPU else (32, 80)
+BRANCHES = [("none", "softmax", False), ("none", "softmax", True), ("all", "softmax", True), ("all", "elu", False),
+            ("marginal", "softmax", False), ("marginal", "elu", True)]  # fmt: skip
+
+
+def random_qkv(tokens: int, dim: int, dtype: torch.dtype, batch: int = 2, heads: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v ``[B, H, N, D]`` as views of one qkv Linear's output, as hosts make them."""
+    qkv = torch.randn(batch, tokens, 3, heads, dim, device=DEVICE).to(dtype)
+    return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def layer_norm(dim: int) -> HeadNorm:
+    return HeadNorm("layer", torch.randn(dim, device=DEVICE), torch.randn(dim, device=DEVICE), 1e-5)
+
+
+@pytest.mark.parametrize("norm", ["none", "layer", "rms", "layer without affine"])
+@pytest.mark.parametrize("rope", [False, True])
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("tokens", LENGTHS)
+def test_prepare_qkv(tokens: int, dim: int, rope: bool, norm: str) -> None:
+    dtype = torch.float16
+    q, k, v = random_qkv(tokens, dim, dtype)
+    norms = {
+        "none": None,
+        "layer": layer_norm(dim),
+        "rms": HeadNorm("rms", torch.randn(dim, device=DEVICE), None, 1e-6),
+        "layer without affine": HeadNorm("layer", None, None, 1e-6),
+    }
+    options: dict[str, Any] = dict(q_norm=norms[norm], k_norm=norms[norm], order=torch.randperm(tokens, device=DEVICE).int(), **BLOCKS)
+    if rope:
+        options |= dict(positions=torch.randint(0, 40, (2, tokens, 2), device=DEVICE), rope_base=100.0)
+    result = prepare_kernels.prepare_qkv(q, k, v, **options)
+    same = prepare_naive.prepare_qkv(q, k, v, **options)
+    reference = prepare_naive.prepare_qkv(q.double(), k.double(), v.double(), **options)
+    for name, got, torch_result, exact in zip(result._fields, result, same, reference, strict=True):
+        assert got.dtype == (torch.float32 if "mean" in name else dtype)
+        assert_as_accurate(got if "mean" in name else got[:, :, :tokens], torch_result, exact)
+    for padded in result[:3]:
+        assert padded.shape[2] % BLOCKS["block_q"] == 0
+        assert not padded[:, :, tokens:].any()
+    q2, k2 = prepare_kernels.norm_rope(
+        q, k, q_norm=norms[norm], k_norm=norms[norm], positions=options.get("positions"), rope_base=options.get("rope_base")
+    )
+    plain = prepare_naive.norm_rope(q.double(), norm=norms[norm], positions=options.get("positions"), rope_base=options.get("rope_base"))
+    assert_as_accurate(q2, plain.to(dtype), plain)
+    assert k2.shape == k.shape
+
+
+@pytest.mark.parametrize("case", ["random", "equal", "with nan", "with infinity", "signed zeros"])
+@pytest.mark.parametrize(("rows", "columns", "kept", "pinned"), [(3, 7, 3, 1), (5, 40, 40, 2), (2, 33, 1, 0), (1, 1, 1, 1), (4, 100, 17, 5)])
+def test_block_map(rows: int, columns: int, kept: int, pinned: int, case: str) -> None:
+    q, k = torch.randn(1, 2, rows, 32, device=DEVICE), torch.randn(1, 2, columns, 32, device=DEVICE)
+    if case == "equal":
+        k = k[:, :, :1].expand_as(k)
+    elif case == "with nan":
+        k[:, :, columns // 2] = math.nan
+    elif case == "with infinity":
+        q, k[:, :, 0] = q.abs(), math.inf
+    elif case == "signed zeros":
+        q, k = q[..., :1] * 0, k[..., :1]
+    expected = block_map_naive.block_map(q, k, kept=kept, pinned=pinned)
+    indices, bits = block_map_kernels.block_map_with_bits(q, k, kept=kept, pinned=pinned)
+    assert torch.equal(indices, expected)
+    unpacked = ((bits[..., None] >> torch.arange(32, device=DEVICE)) & 1).flatten(-2).bool()
+    assert torch.equal(unpacked[..., :columns], torch.zeros_like(unpacked).scatter(-1, expected.long(), True)[..., :columns])
+    assert not unpacked[..., columns:].any()
+
+
+def run_both(q: Tensor, k: Tensor, v: Tensor, order: Tensor, pinned_tokens: int, keep_ratio: float, branch: Any, proj: Tensor) -> Any:
+    """(Triton result, torch result of the same dtype, torch result in FP32) for the same block map."""
+    linear, feature_map, means = branch
+    tokens, block_q, block_k = q.shape[-2], BLOCKS["block_q"], BLOCKS["block_k"]
+    prepared = prepare_kernels.prepare_qkv(q, k, v, order=order, **BLOCKS)
+    pinned_keys = -(-pinned_tokens // block_k)
+    kept = kept_blocks(-(-tokens // block_k), keep_ratio, pinned_keys)
+    indices, bits = block_map_kernels.block_map_with_bits(prepared.q_mean, prepared.k_mean, kept=kept, pinned=pinned_keys)
+    options = dict(pinned=-(-pinned_tokens // block_q), linear=linear, feature_map=feature_map, proj=proj if linear != "none" else None, **BLOCKS)
+    far = (prepared.k_mean, prepared.v_mean) if means else None
+    got = sla_kernels.sparse_linear_attention(*prepared[:3], indices, tokens=tokens, bits=bits, means=far, order=order, **options)
+
+    def naive(wide: bool) -> Tensor:
+        ordered = [x[:, :, order.long()].float() if wide else x[:, :, order.long()] for x in (q, k, v)]
+        out = sla_naive.sparse_linear_attention(*ordered, indices, block_means=means, **options)
+        return torch.empty_like(out).index_copy(-2, order.long(), out)
+
+    return got, naive(False), naive(True)
+
+
+@pytest.mark.parametrize("branch", BRANCHES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [32, 64, 96] if GPU else [32])
+@pytest.mark.parametrize("tokens", LENGTHS)
+def test_sparse_linear_attention(tokens: int, dim: int, dtype: torch.dtype, branch: Any) -> None:
+    if dtype == torch.float32 and dim > 64:
+        pytest.skip("the package does not launch FP32 tiles of this size")
+    q, k, v = random_qkv(tokens, dim, dtype)
+    order, proj = torch.randperm(tokens, device=DEVICE).int(), torch.randn(dim, dim, device=DEVICE) * 0.3
+    assert_as_accurate(*run_both(q, k, v, order, min(tokens // 3, 20), 0.2, branch, proj))
+
+
+@pytest.mark.parametrize("case", ["equal scores", "huge logits", "constant keys"])
+def test_adversarial_inputs(case: str) -> None:
+    q, k, v = (x.clone() for x in random_qkv(LENGTHS[-2], 32, torch.float32))
+    if case == "equal scores":
+        q.zero_()
+    elif case == "huge logits":
+        q.mul_(1e3)
+    else:
+        k.copy_(k[:, :, :1].expand_as(k))
+    tokens = q.shape[-2]
+    got, _, reference = run_both(q, k, v, torch.arange(tokens, device=DEVICE).int(), 0, 0.3, ("all", "softmax", True), torch.eye(32, device=DEVICE))
+    assert relative_error(got, reference) < 1e-5
+
+
+def test_forward_is_deterministic() -> None:
+    q, k, v = random_qkv(LENGTHS[-1], 32, DTYPES[0])
+    order, proj = torch.randperm(q.shape[-2], device=DEVICE).int(), torch.randn(32, 32, device=DEVICE)
+    results = [run_both(q, k, v, order, 5, 0.2, ("marginal", "softmax", True), proj)[0] for _ in range(3)]
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.gpu
+def test_more_views_do_not_recompile() -> None:
+    """Any length runs the same binary."""
+    def binaries() -> int:
+        kernels = (prepare_kernels._prepare_kernel, sla_kernels._sparse_linear_kernel, sla_kernels._linear_state_kernel)
+        return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
+
+    proj = torch.eye(64, device=DEVICE)
+    counts = []
+    for views in (2, 3, 5, 8, 16):
+        q, k, v = random_qkv(views * 261, 64, torch.bfloat16, batch=1)
+        run_both(q, k, v, torch.arange(q.shape[-2], device=DEVICE).int(), 5, 0.2, ("all", "softmax", True), proj)
+        counts.append(binaries())
+    assert counts[0] == counts[-1]
