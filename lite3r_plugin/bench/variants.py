@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,10 +13,7 @@ import torch
 from torch import nn
 
 from ..apply import apply_lite3r, lite3r_modules
-from ..attention import SparseLinearAttention
 from ..errors import NoSitesError
-from ..layout import pinned_tokens
-from ..ops.block_map import kept_blocks
 from ..plugins import get_manager
 
 PROJ_STD = 0.02
@@ -102,47 +100,26 @@ def observe(module: nn.Module) -> Iterator[Observed]:
     """Watch the forward inside the context; the answer is complete after it."""
     observed, handles = Observed(), []
     dtypes: dict[str, set[str]] = defaultdict(set)
-    sites = {fqn: site for fqn, site in lite3r_modules(module).items() if site.sparse}
-    before = {fqn: dict(vars(site.calls)) for fqn, site in lite3r_modules(module).items()}
-    lengths: dict[str, int] = {}
+    before = {fqn: dataclasses.replace(site.calls) for fqn, site in lite3r_modules(module).items()}
 
     def see_dtype(part: str) -> Any:
         return lambda module, args, output: dtypes[part].add(str(output.dtype).removeprefix("torch."))
 
-    def see_length(fqn: str) -> Any:
-        return lambda module, args, kwargs: lengths.__setitem__(fqn, next(iter((*args, *kwargs.values()))).shape[-2])
-
     for fqn, child in module.named_modules():
         if isinstance(child, (nn.Linear, nn.Conv2d)):
             handles.append(child.register_forward_hook(see_dtype(fqn.partition(".")[0])))
-    for fqn, site in sites.items():
-        handles.append(site.register_forward_pre_hook(see_length(fqn), with_kwargs=True))
     try:
         yield observed
     finally:
         for handle in handles:
             handle.remove()
     observed.compute_dtypes = {part: sorted(names) for part, names in dtypes.items()}
-    after = {fqn: vars(site.calls) for fqn, site in lite3r_modules(module).items()}
-    calls = {fqn: {what: n - before[fqn][what] for what, n in counts.items()} for fqn, counts in after.items()}
-    for counts in calls.values():
-        for what, n in counts.items():
-            observed.sites[what] = observed.sites.get(what, 0) + n
-    blocks = [_score_blocks(sites[fqn], n, calls[fqn]["sparse"] > 0) for fqn, n in lengths.items()]
-    if blocks:
-        observed.density = sum(computed for computed, _ in blocks) / sum(total for _, total in blocks)
-
-
-def _score_blocks(site: SparseLinearAttention, tokens: int, ran_sparse: bool) -> tuple[int, int]:
-    """Score blocks that a site computed for a sequence of `tokens` tokens, and how many there are."""
-    config = site.state.config
-    rows, columns = -(-tokens // config.block_q), -(-tokens // config.block_k)
-    if not ran_sparse:
-        return rows * columns, rows * columns
-    pinned = 0
-    if site.site.tokens is not None:
-        layout = site.state.trackers[site.site.tokens.image_module].layout(site.site.fqn, tokens)
-        pinned = pinned_tokens(layout, config.keep_special_tokens, config.keep_reference_view)
-    pinned_rows = min(rows, -(-pinned // config.block_q))
-    kept = kept_blocks(columns, site.keep_ratio, -(-pinned // config.block_k))
-    return pinned_rows * columns + (rows - pinned_rows) * kept, rows * columns
+    densities = []
+    for fqn, site in lite3r_modules(module).items():
+        for what in ("sparse", "dense", "disabled"):
+            calls = getattr(site.calls, what) - getattr(before[fqn], what)
+            observed.sites[what] = observed.sites.get(what, 0) + calls
+            if calls and site.sparse:
+                densities.append(site.calls.density if what == "sparse" else 1.0)
+    if densities:
+        observed.density = sum(densities) / len(densities)

@@ -26,7 +26,7 @@ BLOCKS = dict(block_q=128, block_k=64) if GPU else dict(block_q=32, block_k=16)
 LENGTHS = (1, 63, 257, 1374, 5497) if GPU else (1, 15, 97)
 # tl.dot of bfloat16 is wrong in Triton's interpreter
 DTYPES = (torch.bfloat16, torch.float16, torch.float32) if GPU else (torch.float16, torch.float32)
-DIMS = (32, 64, 80, 96, 128) if GPU else (32, 80)
+DIMS = (64, 80) if GPU else (32, 80)
 BRANCHES = [("none", "softmax", False), ("none", "softmax", True), ("all", "softmax", True), ("all", "elu", False),
             ("marginal", "softmax", False), ("marginal", "elu", True)]  # fmt: skip
 
@@ -116,7 +116,7 @@ def run_both(q: Tensor, k: Tensor, v: Tensor, order: Tensor, pinned_tokens: int,
 
 @pytest.mark.parametrize("branch", BRANCHES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dim", [32, 64, 96] if GPU else [32])
+@pytest.mark.parametrize("dim", [64, 96] if GPU else [32])
 @pytest.mark.parametrize("tokens", LENGTHS)
 def test_sparse_linear_attention(tokens: int, dim: int, dtype: torch.dtype, branch: Any) -> None:
     if dtype == torch.float32 and dim > 64:
