@@ -1,0 +1,311 @@
+"""Train the testbed on procedural scenes in a fixed time: ``accelerate launch -m lite3r_plugin.testbed.train --minutes 8 --out DIR``.
+
+The learning rate falls to zero at the end of the given time, whatever the speed of the machine, so each run ends annealed. A
+run that is given ``--resume DIR`` starts from the weights and the optimizer of an earlier one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ..errors import ConfigError, InputError
+from ..scenes import ARCS, ProcScenes, TextureBank
+from .evaluate import evaluate
+from .losses import Batch, TrainingModel
+from .model import Testbed, TestbedConfig
+
+STATE_NAME = "training.pt"
+METRICS_NAME = "metrics.json"
+VIEWS_PER_SCENE = 8
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the curriculum, in which all shapes are fixed.
+
+    Attributes:
+        until: Share of the run's time at which it ends.
+        size: Height and width of the images in pixels.
+        views: Views of a sample; steps take turns. Divisors of `VIEWS_PER_SCENE`.
+        arcs: Angles in radians over which the cameras of a scene spread.
+    """
+
+    until: float
+    size: int
+    views: tuple[int, ...]
+    arcs: tuple[float, ...] = ARCS
+
+
+CURRICULUM = (
+    Stage(until=0.15, size=112, views=(4,), arcs=ARCS[:3]),
+    Stage(until=0.68, size=112, views=(4, 8)),
+    Stage(until=1.0, size=224, views=(4, 8)),
+)
+SMOKE = (Stage(until=0.5, size=32, views=(4,)), Stage(until=1.0, size=48, views=(8,)))
+SMOKE_MODEL = TestbedConfig(dim=64, depth=2, stem=16)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Settings of a run.
+
+    Attributes:
+        out: Folder for the weights, the state to resume from, and the metrics.
+        minutes: Length of the run, compilation and evaluation included.
+        resume: Folder of an earlier run to start from.
+        views_per_step: Views of a batch at 112 x 112 pixels; at other sizes as many as have the same number of pixels.
+        learning_rate, weight_decay, warmup: Of AdamW; warm-up in steps.
+        match_weight: Weight of the correspondence loss; a third of it in the last third of the run.
+        skip_stages: Stages of the curriculum to leave out, from the first.
+        textures, seed: Size of the texture bank, and seed of everything.
+        evaluation_scenes: Held-out scenes, each of four views.
+        log_every, evaluate_every: In seconds.
+        compile: Compile the model and the renderer.
+        smoke: A run of seconds with a tiny model, to see that everything works; `max_steps` ends it.
+        max_steps: End after so many steps, if given.
+    """
+
+    out: Path
+    minutes: float = 8.0
+    resume: Path | None = None
+    views_per_step: int = 384
+    learning_rate: float = 8e-4
+    weight_decay: float = 0.05
+    warmup: int = 400
+    match_weight: float = 0.2
+    skip_stages: int = 0
+    textures: int = 384
+    seed: int = 0
+    evaluation_scenes: int = 64
+    log_every: float = 20.0
+    evaluate_every: float = 75.0
+    compile: bool = True
+    smoke: bool = False
+    max_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.minutes <= 0 or self.views_per_step % (12 * VIEWS_PER_SCENE) and not self.smoke:
+            raise ConfigError(f"minutes > 0 and views_per_step a multiple of {12 * VIEWS_PER_SCENE} are needed, got {self}")
+
+
+class Trainer:
+    """One run."""
+
+    def __init__(self, config: TrainingConfig) -> None:
+        self.config = config
+        self.started = time.monotonic()
+        self.step = 0
+        self.warm_at = 0.0  # when the first step, which compiles, was over
+        self.accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
+        self.device = self.accelerator.device
+        rank = self.accelerator.process_index
+        torch.manual_seed(config.seed)
+        torch._dynamo.config.recompile_limit = 64  # the default is fewer than the shapes of the curriculum
+        self.stages = (SMOKE if config.smoke else CURRICULUM)[config.skip_stages :]
+        if not self.stages:
+            raise ConfigError(f"skip_stages leaves no stage of {len(CURRICULUM)}, got {config.skip_stages}")
+        self.model = TrainingModel(Testbed(SMOKE_MODEL if config.smoke else None))
+        state = _read_state(config.resume) if config.resume else None
+        if state is not None:
+            _load(self.model, state["model"], config.resume)
+        if config.compile:
+            bed = self.model.model
+            for module in (*bed.aggregator.frame_blocks, *bed.aggregator.global_blocks, bed.aggregator.patch_embed):
+                module.compile(dynamic=False)
+            bed.depth_head.compile(dynamic=False)
+            bed.point_head.compile(dynamic=False)
+        fused = self.device.type == "cuda"
+        optimizer = torch.optim.AdamW(_groups(self.model, config.weight_decay), config.learning_rate, (0.9, 0.95), fused=fused)
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        if state is not None:
+            self.optimizer.load_state_dict(state["optimizer"])
+        size = 32 if config.smoke else 128
+        bank = TextureBank.procedural(12 if config.smoke else config.textures, size, self.device, seed=config.seed)
+        # A resumed run goes on with new scenes, and every process has its own.
+        seed = config.seed + 1000 * rank + (state["step"] if state else 0) + 1
+        self.scenes = ProcScenes(bank, self.device, seed, compile=config.compile)
+        self.held_out = self._held_out()
+        self.history: list[dict[str, Any]] = []
+
+    def run(self) -> dict[str, Any]:
+        """Train until the time is up. Returns the final metrics, which are also written."""
+        logged = evaluated = self._elapsed()
+        sums: dict[str, Tensor] = {}
+        steps = views = 0
+        stage = None
+        self._say(f"{sum(p.numel() for p in self.model.model.parameters()) / 1e6:.1f} M parameters on {self.device}")
+        while (progress := self._progress()) < 1 and self.step != self.config.max_steps:
+            current = next(s for s in self.stages if progress < s.until)
+            if current is not stage:
+                stage = current
+                self._say(f"stage: {stage.size} px, {stage.views} views, arcs {stage.arcs}")
+            batch = self._batch(stage)
+            losses = self._train_step(batch, progress)
+            sums = {name: sums[name] + value if sums else value for name, value in losses.items()}
+            if self.step == 1:
+                losses["total"].item()  # waits for the device
+                self.warm_at = logged = self._elapsed()
+                self._say(f"first step done, total loss {losses['total'].item():.3f}")
+            steps, views = steps + 1, views + batch["ok"].numel() * self.accelerator.num_processes
+            if self.step % 10 == 0 and self.device.type == "cuda":
+                torch.cuda.synchronize()  # otherwise the clock runs behind the device
+            now = self._elapsed()
+            if now - logged >= self.config.log_every or self.step == self.config.max_steps:
+                means = {name: (value / steps).item() for name, value in sums.items()}
+                if not math.isfinite(means["total"]):
+                    raise InputError(f"the loss is not finite at step {self.step}: lower --learning-rate, or resume from --out")
+                text = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
+                self._say(f"step {self.step:6d}  {views / (now - logged):6.0f} views/s  lr {self._rate(progress):.1e}  {text}")
+                logged, sums, steps, views = now, {}, 0, 0
+            if now - evaluated >= self.config.evaluate_every:
+                evaluated = now
+                self._evaluate(stage.size)
+                self.save()
+                logged = self._elapsed()
+                sums, steps, views = {}, 0, 0
+        for size in sorted({s.size for s in self.stages}):
+            self._evaluate(size)
+        self.save()
+        return self.history[-1]
+
+    def save(self) -> None:
+        """Write weights, state and metrics, each file at once or not at all."""
+        if not self.accelerator.is_main_process:
+            return
+        out = self.config.out
+        out.mkdir(parents=True, exist_ok=True)
+        self.model.model.save_pretrained(out)
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
+        part = out / (STATE_NAME + ".part")
+        torch.save(state, part)
+        part.replace(out / STATE_NAME)
+        part = out / (METRICS_NAME + ".part")
+        part.write_text(json.dumps({"steps": self.step, "seconds": round(self._elapsed(), 1), "history": self.history}, indent=2) + "\n")
+        part.replace(out / METRICS_NAME)
+
+    def _train_step(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._rate(progress)
+        match_weight = self.config.match_weight / (1 if progress < 2 / 3 else 3)
+        loss, losses = self.wrapped(batch, match_weight)
+        self.accelerator.backward(loss)
+        self.accelerator.clip_grad_norm_(self.wrapped.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return losses
+
+    def _batch(self, stage: Stage) -> Batch:
+        """New scenes, all of `VIEWS_PER_SCENE` views for one shape of the renderer, then cut into samples."""
+        if self.config.smoke:
+            count, chunk = 1, VIEWS_PER_SCENE
+        else:
+            count = max(1, round(self.config.views_per_step * (112 / stage.size) ** 2 / VIEWS_PER_SCENE))
+            chunk = count * VIEWS_PER_SCENE // 3
+        self.scenes.sampler.arcs, self.scenes.max_views_per_chunk = stage.arcs, chunk
+        sample = self.scenes(count, VIEWS_PER_SCENE, stage.size, stage.size)
+        views = stage.views[self.step % len(stage.views)]
+        return {k: sample[k].reshape(-1, views, *sample[k].shape[2:]) for k in ("rgb", "depth", "valid", "ok", "K", "w2c")}
+
+    def _held_out(self) -> dict[int, Batch]:
+        """Scenes with seeds and textures that training does not see, for each image size."""
+        config = self.config
+        count = 2 if config.smoke else config.evaluation_scenes
+        size = 32 if config.smoke else 128
+        bank = TextureBank.procedural(12 if config.smoke else 128, size, self.device, seed=config.seed + 77_777)
+        samples = {}
+        for size in {s.size for s in self.stages}:
+            scenes = ProcScenes(bank, self.device, seed=88_888, max_views_per_chunk=32)
+            samples[size] = scenes(count, 4, size, size)
+        return samples
+
+    def _evaluate(self, size: int) -> None:
+        # The compiled forward would be compiled again for these shapes without gradients.
+        with torch.compiler.set_stance("force_eager"):
+            measures = evaluate(self.model.model, self.held_out[size], autocast=self.device.type == "cuda")
+        self.history.append({"step": self.step, "seconds": round(self._elapsed(), 1), "size": size, **measures})
+        self._say(f"held out, {size} px: " + "  ".join(f"{name} {value:.3f}" for name, value in measures.items()))
+
+    def _rate(self, progress: float) -> float:
+        warm = min(1.0, (self.step + 1) / self.config.warmup)
+        return self.config.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+    def _elapsed(self) -> float:
+        return time.monotonic() - self.started
+
+    def _progress(self) -> float:
+        """Share of the time after the first step that is over, the same in all processes."""
+        share = (self._elapsed() - self.warm_at) / max(60 * self.config.minutes - self.warm_at, 1e-6) if self.step else 0.0
+        if self.accelerator.num_processes == 1:
+            return share
+        return self.accelerator.reduce(torch.tensor(share, device=self.device), "mean").item()
+
+    def _say(self, text: str) -> None:
+        self.accelerator.print(f"[{self._elapsed():6.1f} s] {text}", flush=True)
+
+
+def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weights of linear maps and convolutions decay; biases, norms, gains and tokens do not."""
+    decays = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    parameters = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if id(p) in decays], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if id(p) not in decays], "weight_decay": 0.0},
+    ]
+
+
+def _read_state(directory: Path) -> dict[str, Any]:
+    try:
+        return torch.load(directory / STATE_NAME, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise InputError(f"cannot resume from {directory / STATE_NAME}: {error}") from error
+
+
+def _load(model: nn.Module, weights: dict[str, Tensor], directory: Path | None) -> None:
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise InputError(f"the run in {directory} trained another model: {error}") from error
+
+
+def parse(arguments: Sequence[str] | None = None) -> TrainingConfig:
+    """The settings from the command line."""
+    defaults = TrainingConfig(Path())
+    parser = argparse.ArgumentParser(prog="lite3r_plugin.testbed.train", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for weights, state and metrics")
+    parser.add_argument("--resume", type=Path, help="folder of an earlier run to start from")
+    parser.add_argument("--minutes", type=float, default=defaults.minutes, help="length of the run, compilation included")
+    parser.add_argument("--views-per-step", type=int, default=defaults.views_per_step, help="views of 112 px a step; fewer of larger ones")
+    parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
+    parser.add_argument("--warmup", type=int, default=defaults.warmup, help="steps")
+    parser.add_argument("--match-weight", type=float, default=defaults.match_weight, help="weight of the correspondence loss")
+    parser.add_argument("--skip-stages", type=int, default=0, help="stages of the curriculum to leave out, from the first")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-steps", type=int, help="end after so many steps")
+    parser.add_argument("--no-compile", dest="compile", action="store_false")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model on tiny images, to see that everything works")
+    return TrainingConfig(**vars(parser.parse_args(arguments)))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    try:
+        Trainer(parse(arguments)).run()
+    except (ConfigError, InputError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
