@@ -15,6 +15,6 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
 def assert_as_accurate(value: Tensor, same_dtype: Tensor, reference: Tensor, factor: float = 2.0) -> None:
     """`value` is at most `factor` times as far from the FP32 (or FP64) `reference` as the torch result `same_dtype`."""
     assert value.shape == reference.shape
-    floor = 4 * torch.finfo(torch.float32).eps  # below this both are rounding of FP32 sums in another order
+    floor = 32 * torch.finfo(torch.float32).eps  # FP32 accuracy: sums in another order, products of three TF32 terms
     error, allowed = relative_error(value, reference), max(factor * relative_error(same_dtype, reference), floor)
     assert error <= allowed, f"relative error {error:.2e}, allowed {allowed:.2e}"

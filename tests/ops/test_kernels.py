@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from numerics import assert_as_accurate, relative_error
+from numerics import assert_as_accurate
 from torch import Tensor
 
 from lite3r_plugin.ops.block_map import kept_blocks
@@ -15,6 +15,7 @@ from lite3r_plugin.ops.block_map import naive as block_map_naive
 from lite3r_plugin.ops.qk_norm_rope import HeadNorm
 from lite3r_plugin.ops.qk_norm_rope import naive as prepare_naive
 from lite3r_plugin.ops.sla import naive as sla_naive
+from lite3r_plugin.ops.sla import sparse_linear_attention
 
 prepare_kernels = pytest.importorskip("lite3r_plugin.ops.qk_norm_rope.kernels")
 block_map_kernels = pytest.importorskip("lite3r_plugin.ops.block_map.kernels")
@@ -95,7 +96,7 @@ def test_block_map(rows: int, columns: int, kept: int, pinned: int, case: str) -
 
 
 def run_both(q: Tensor, k: Tensor, v: Tensor, order: Tensor, pinned_tokens: int, keep_ratio: float, branch: Any, proj: Tensor) -> Any:
-    """(Triton result, torch result of the same dtype, torch result in FP32) for the same block map."""
+    """(Triton result, torch result of the same dtype, torch result in FP64) for the same block map."""
     linear, feature_map, means = branch
     tokens, block_q, block_k = q.shape[-2], BLOCKS["block_q"], BLOCKS["block_k"]
     prepared = prepare_kernels.prepare_qkv(q, k, v, order=order, **BLOCKS)
@@ -107,7 +108,7 @@ def run_both(q: Tensor, k: Tensor, v: Tensor, order: Tensor, pinned_tokens: int,
     got = sla_kernels.sparse_linear_attention(*prepared[:3], indices, tokens=tokens, bits=bits, means=far, order=order, **options)
 
     def naive(wide: bool) -> Tensor:
-        ordered = [x[:, :, order.long()].float() if wide else x[:, :, order.long()] for x in (q, k, v)]
+        ordered = [x[:, :, order.long()].double() if wide else x[:, :, order.long()] for x in (q, k, v)]
         out = sla_naive.sparse_linear_attention(*ordered, indices, block_means=means, **options)
         return torch.empty_like(out).index_copy(-2, order.long(), out)
 
@@ -136,8 +137,17 @@ def test_adversarial_inputs(case: str) -> None:
     else:
         k.copy_(k[:, :, :1].expand_as(k))
     tokens = q.shape[-2]
-    got, _, reference = run_both(q, k, v, torch.arange(tokens, device=DEVICE).int(), 0, 0.3, ("all", "softmax", True), torch.eye(32, device=DEVICE))
-    assert relative_error(got, reference) < 1e-5
+    result = run_both(q, k, v, torch.arange(tokens, device=DEVICE).int(), 0, 0.3, ("all", "softmax", True), torch.eye(32, device=DEVICE))
+    assert_as_accurate(*result)
+
+
+@pytest.mark.parametrize("linear", ["all", "marginal"])
+def test_autocast_does_not_reach_into_the_operator(linear: str) -> None:
+    q, k, v = random_qkv(LENGTHS[-1], 64, torch.float32)
+    options: dict[str, Any] = dict(keep_ratio=0.3, linear=linear, proj=torch.randn(64, 64, device=DEVICE), block_means=True, **BLOCKS)
+    plain = sparse_linear_attention(q, k, v, **options)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert torch.equal(sparse_linear_attention(q, k, v, **options), plain)
 
 
 def test_forward_is_deterministic() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,12 @@ from . import naive
 
 __all__ = ["linear_attention", "sparse_linear_attention"]
 
-linear_attention = naive.linear_attention
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, proj: Tensor, feature_map: str) -> Tensor:
+    """`naive.linear_attention` (same arguments), untouched by autocast."""
+    with torch.autocast(v.device.type, enabled=False):
+        return naive.linear_attention(q, k, v, proj=proj, feature_map=feature_map)
+
 
 
 def sparse_linear_attention(
@@ -54,22 +61,27 @@ def sparse_linear_attention(
     Raises:
         BackendError: `backend` is ``"triton"`` and the kernels cannot take these tensors.
     """
+    # Autocast would run the pooled scores and the linear state in half precision.
+    with torch.autocast(v.device.type, enabled=False):
+        return _sparse_linear_attention(
+            q, k, v, order=order, pinned_tokens=pinned_tokens, keep_ratio=keep_ratio, proj=proj, block_means=block_means,
+            block_q=block_q, block_k=block_k, backend=backend,
+            prepare=dict(q_norm=q_norm, k_norm=k_norm, positions=positions, rope_base=rope_base),
+            branch=dict(scale=scale, linear=linear, feature_map=feature_map),
+        )  # fmt: skip
+
+
+def _sparse_linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, order: Tensor | None, pinned_tokens: int, keep_ratio: float, proj: Tensor | None,
+    block_means: bool, block_q: int, block_k: int, backend: str, prepare: dict[str, Any], branch: dict[str, Any],
+) -> Tensor:  # fmt: skip
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, proj))
     triton = use_triton(backend, v, needs_grad)
     tokens = v.shape[-2]
-    if order is not None:
-        order = order.to(device=v.device)
-    prepared = prepare_qkv(
-        q, k, v, order=order, q_norm=q_norm, k_norm=k_norm, positions=positions, rope_base=rope_base,
-        block_q=block_q, block_k=block_k, triton=triton,
-    )  # fmt: skip
+    prepared = prepare_qkv(q, k, v, order=order, block_q=block_q, block_k=block_k, triton=triton, **prepare)
     pinned_keys = -(-pinned_tokens // block_k)
-    kept = kept_blocks(-(-tokens // block_k), keep_ratio, pinned_keys)
-    maps = dict(kept=kept, pinned=pinned_keys)
-    options = dict(
-        pinned=-(-pinned_tokens // block_q), scale=scale, linear=linear, feature_map=feature_map, proj=proj,
-        block_q=block_q, block_k=block_k,
-    )  # fmt: skip
+    maps = dict(kept=kept_blocks(-(-tokens // block_k), keep_ratio, pinned_keys), pinned=pinned_keys)
+    options = dict(pinned=-(-pinned_tokens // block_q), proj=proj, block_q=block_q, block_k=block_k, **branch)
     if triton:
         from ..block_map.kernels import block_map_with_bits
         from . import kernels
