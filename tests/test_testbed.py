@@ -150,5 +150,7 @@ def test_the_command_trains_and_resumes(tmp_path: Path) -> None:
     assert {"abs_rel", "rotation", "auc30", "mean_rotation"} <= set(metrics["history"][-1])
     main(["--smoke", "--no-compile", "--max-steps", "1", "--out", str(tmp_path / "b"), "--resume", str(tmp_path / "a")])
     assert Testbed.from_pretrained(tmp_path / "b").config.depth == 2
+    (tmp_path / "a" / "training.pt").unlink()  # the weights alone do too
+    main(["--smoke", "--no-compile", "--max-steps", "1", "--out", str(tmp_path / "b"), "--resume", str(tmp_path / "a")])
     with pytest.raises(SystemExit, match="cannot resume"):
         main(["--smoke", "--out", str(tmp_path / "c"), "--resume", str(tmp_path / "nowhere")])

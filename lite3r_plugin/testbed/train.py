@@ -1,7 +1,7 @@
 """Train the testbed on procedural scenes in a fixed time: ``accelerate launch -m lite3r_plugin.testbed.train --minutes 8 --out DIR``.
 
 The learning rate falls to zero at the end of the given time, whatever the speed of the machine, so each run ends annealed. A
-run that is given ``--resume DIR`` starts from the weights and the optimizer of an earlier one.
+run that is given ``--resume DIR`` starts from the weights of an earlier one, and from its optimizer where ``training.pt`` is there.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..errors import ConfigError, InputError
 from ..scenes import ARCS, ProcScenes, TextureBank
 from .evaluate import evaluate
 from .losses import Batch, TrainingModel
-from .model import Testbed, TestbedConfig
+from .model import WEIGHTS_NAME, Testbed, TestbedConfig
 
 STATE_NAME = "training.pt"
 METRICS_NAME = "metrics.json"
@@ -116,8 +116,11 @@ class Trainer:
         self.stages = (SMOKE if config.smoke else CURRICULUM)[config.skip_stages :]
         if not self.stages:
             raise ConfigError(f"skip_stages leaves no stage of {len(CURRICULUM)}, got {config.skip_stages}")
-        self.model = TrainingModel(Testbed(SMOKE_MODEL if config.smoke else None))
         state = _read_state(config.resume) if config.resume else None
+        if config.resume and state is None:
+            self.model = TrainingModel(Testbed.from_pretrained(config.resume).train())
+        else:
+            self.model = TrainingModel(Testbed(SMOKE_MODEL if config.smoke else None))
         if state is not None:
             _load(self.model, state["model"], config.resume)
         if config.compile:
@@ -133,7 +136,7 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
         size = 32 if config.smoke else 128
         bank = TextureBank.procedural(12 if config.smoke else config.textures, size, self.device, seed=config.seed)
-        # A resumed run goes on with new scenes, and every process has its own.
+        # Every process has its own scenes; a resumed run goes on with new ones where it knows how far the earlier one was.
         seed = config.seed + 1000 * rank + (state["step"] if state else 0) + 1
         self.scenes = ProcScenes(bank, self.device, seed, compile=config.compile)
         self.held_out = self._held_out()
@@ -266,7 +269,10 @@ def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     ]
 
 
-def _read_state(directory: Path) -> dict[str, Any]:
+def _read_state(directory: Path) -> dict[str, Any] | None:
+    """The state of an earlier run; None where the folder holds only its weights."""
+    if not (directory / STATE_NAME).exists() and (directory / WEIGHTS_NAME).exists():
+        return None
     try:
         return torch.load(directory / STATE_NAME, map_location="cpu", weights_only=True)
     except Exception as error:
