@@ -1,4 +1,4 @@
-"""Models that `lite3r reconstruct` can build: VGGT, Depth Anything 3, Pi3."""
+"""Models that the command line can build: VGGT, Depth Anything 3, Pi3, and the testbed of the package."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from lite3r_plugin.reconstruction import ModelEntry
 @hookimpl
 def lite3r_models() -> dict[str, ModelEntry]:
     """Entries of the built-in families. Nothing of their libraries is imported here."""
-    from . import _da3_model, _pi3_model, _vggt_model
+    from . import _da3_model, _pi3_model, _testbed_model, _vggt_model
 
-    return {**_vggt_model.ENTRIES, **_da3_model.ENTRIES, **_pi3_model.ENTRIES}
+    return {**_vggt_model.ENTRIES, **_da3_model.ENTRIES, **_pi3_model.ENTRIES, **_testbed_model.entries()}

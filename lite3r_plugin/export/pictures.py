@@ -46,10 +46,10 @@ def save_picture(path: Path, panels: Sequence[Panel], title: str, clouds: Sequen
     shown = [i * views // columns for i in range(columns)]
     cell_w = max(1.35, min(2.6, 11.0 / columns))
     row_h = cell_w * height / width
-    cloud_h = 3.6 if clouds else 0.0
-    total_w = columns * cell_w + 1.0
+    total_w = max(columns * cell_w + 1.0, 6.5)
+    cloud_h = total_w / len(clouds) * max(p.shape[0] / p.shape[1] for _, p in clouds) if clouds else 0.0
     heights = [row_h + 0.34] * len(panels) + ([cloud_h + 0.34] if clouds else [])
-    figure = Figure(figsize=(max(total_w, 6.5), sum(heights) + 0.6), dpi=110, layout="constrained", facecolor="white")
+    figure = Figure(figsize=(total_w, sum(heights) + 0.6), dpi=110, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     rows = figure.subfigures(len(heights), 1, height_ratios=heights)
