@@ -94,6 +94,6 @@ def pad_centre(image: Image.Image, width: int, height: int) -> Image.Image:
     return canvas
 
 
-def _natural(path: Path) -> list[tuple[int, str]]:
+def _natural(path: Path) -> list[tuple[int, int, str]]:
     parts = re.findall(r"[0-9]+|[^0-9]+", path.name.lower())
-    return [(int(part), "") if part[0] in "0123456789" else (-1, part) for part in parts]
+    return [(0, int(part), "") if part[0] in "0123456789" else (1, 0, part) for part in parts]
