@@ -27,12 +27,12 @@ def has_attention(blocks: Any) -> bool:
     return isinstance(blocks, nn.ModuleList) and len(blocks) > 0 and all(is_attention(getattr(b, "attn", None)) for b in blocks)
 
 
-def head_dim(attn: nn.Module) -> int:
+def head_dim(attn: Any) -> int:
     """D."""
     return attn.proj.in_features // attn.num_heads
 
 
-def projections(attn: nn.Module, positions: str) -> FusedQKV | Routed:
+def projections(attn: Any, positions: str) -> FusedQKV | Routed:
     """How `attn` makes q, k and v; `positions` names its argument with the token coordinates.
 
     A fork's attention may do more (a cache, token merging, a gate). Then it has other arguments, children or
@@ -40,25 +40,32 @@ def projections(attn: nn.Module, positions: str) -> FusedQKV | Routed:
     """
     rope = getattr(attn, "rope", None)
     base = getattr(rope, "base_frequency", getattr(rope, "base", None))
+    arguments = set(inspect.signature(attn.forward).parameters)
     plain = (
         {name for name, _ in attn.named_children()} <= _CHILDREN
         and not list(attn.parameters(recurse=False))
-        and set(inspect.signature(attn.forward).parameters) <= {"x", "attn_bias", "attn_mask", positions}
+        and arguments <= {"x", "attn_bias", "attn_mask", positions}
         and (rope is None or isinstance(base, (int, float)))
         and getattr(rope, "F0", 1.0) == 1.0
     )
     if not plain:
         return Routed(attn.num_heads)
-    present = {name: name for name in ("q_norm", "k_norm", "attn_drop") if hasattr(attn, name)}
-    if hasattr(attn, "proj_drop"):
-        present["out_drop"] = "proj_drop"
-    if rope is not None:
-        return FusedQKV(attn.num_heads, **present, rope=Rope2D(float(base)), positions=positions)
-    takes_positions = positions in inspect.signature(attn.forward).parameters
-    return FusedQKV(attn.num_heads, **present, positions=positions if takes_positions else None)
+
+    def present(name: str) -> str | None:
+        return name if hasattr(attn, name) else None
+
+    return FusedQKV(
+        attn.num_heads,
+        q_norm=present("q_norm"),
+        k_norm=present("k_norm"),
+        attn_drop=present("attn_drop"),
+        out_drop=present("proj_drop"),
+        rope=None if base is None else Rope2D(float(base)),
+        positions=positions if positions in arguments else None,
+    )
 
 
-def patch_size(module: nn.Module) -> tuple[int, int]:
+def patch_size(module: Any) -> tuple[int, int]:
     """Height and width of a patch from ``module.patch_size``, one number or two."""
     size = module.patch_size
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))

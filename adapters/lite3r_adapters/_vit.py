@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from lite3r_plugin import AttentionSite, TokenSource
@@ -9,7 +11,7 @@ from lite3r_plugin import AttentionSite, TokenSource
 from . import _qkv
 
 
-def encoder_sites(prefix: str, encoder: nn.Module) -> list[AttentionSite]:
+def encoder_sites(prefix: str, encoder: Any) -> list[AttentionSite]:
     """Encoder sites of the DINOv2 at `prefix`, which ends in a dot; none when the encoder is a plain convolution."""
     registers, patches = getattr(encoder, "num_register_tokens", None), getattr(encoder, "patch_embed", None)
     if not isinstance(registers, int) or not isinstance(patches, nn.Module):

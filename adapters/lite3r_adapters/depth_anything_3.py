@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from lite3r_plugin import AttentionSite, TokenSource, hookimpl
@@ -28,7 +30,7 @@ def _is_backbone(module: nn.Module) -> bool:
     )
 
 
-def _backbone_sites(prefix: str, backbone: nn.Module) -> list[AttentionSite]:
+def _backbone_sites(prefix: str, backbone: Any) -> list[AttentionSite]:
     tokens = TokenSource(f"{prefix}patch_embed", _qkv.patch_size(backbone), special_tokens=1 + backbone.num_register_tokens)
     sites = []
     for i, block in enumerate(backbone.blocks):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 from torch import nn
 
@@ -33,7 +34,7 @@ def _is_pi3(module: nn.Module) -> bool:
     )
 
 
-def _pi3_sites(prefix: str, model: nn.Module) -> list[AttentionSite]:
+def _pi3_sites(prefix: str, model: Any) -> list[AttentionSite]:
     tokens = TokenSource(f"{prefix}encoder", _qkv.patch_size(model), model.patch_start_idx)
     global_sites = {f"decoder.{i}.attn" for i in range(1, len(model.decoder), 2)}
     sites = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 from torch import nn
 
@@ -15,7 +16,7 @@ _PARAMETERS = {"q_bias", "v_bias"}  # others, such as a table of relative positi
 @hookimpl(trylast=True)
 def lite3r_attention_sites(model: nn.Module) -> list[AttentionSite] | None:
     """Sites of every timm self-attention module inside `model`."""
-    modules = dict(model.named_modules())
+    modules: dict[str, Any] = dict(model.named_modules())
     sites = []
     for name, module in modules.items():
         if _is_attention(module):
@@ -23,7 +24,7 @@ def lite3r_attention_sites(model: nn.Module) -> list[AttentionSite] | None:
     return sites or None
 
 
-def _is_attention(module: nn.Module) -> bool:
+def _is_attention(module: Any) -> bool:
     """`Attention`, `AttentionRope` or `EvaAttention` by structure, so that vendored copies are known too."""
     return (
         hasattr(module, "fused_attn")
@@ -36,7 +37,7 @@ def _is_attention(module: nn.Module) -> bool:
     )
 
 
-def _tokens(modules: dict[str, nn.Module], name: str) -> TokenSource | None:
+def _tokens(modules: dict[str, Any], name: str) -> TokenSource | None:
     """Tokens of the innermost vision transformer around the module `name`; None where they are not prefix plus grid."""
     while name:
         name = name.rpartition(".")[0]
@@ -48,5 +49,5 @@ def _tokens(modules: dict[str, nn.Module], name: str) -> TokenSource | None:
             if not isinstance(conv, nn.Conv2d) or conv.kernel_size != conv.stride or drops_patches:
                 return None
             # The convolution, not the patch embedding, which may pad the image first.
-            return TokenSource(f"{name}.patch_embed.proj".lstrip("."), conv.stride, special)
+            return TokenSource(f"{name}.patch_embed.proj".lstrip("."), (conv.stride[0], conv.stride[1]), special)
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -20,7 +21,7 @@ def lite3r_attention_sites(model: nn.Module) -> list[AttentionSite] | None:
     pretrained = getattr(sys.modules.get("transformers"), "PreTrainedModel", None)
     if pretrained is None:
         return None
-    modules = dict(model.named_modules())
+    modules: dict[str, Any] = dict(model.named_modules())
     sites = []
     for name, module in modules.items():
         if not _is_self_attention(module):
@@ -39,25 +40,25 @@ def _is_self_attention(module: nn.Module) -> bool:
     return sum(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters) == 1  # cross-attention has more
 
 
-def _scale(module: nn.Module) -> float | None:
+def _scale(module: Any) -> float | None:
     return getattr(module, "scaling", getattr(module, "scale", None))
 
 
-def _head_dim(module: nn.Module) -> int:
+def _head_dim(module: Any) -> int:
     for name in ("head_dim", "attention_head_size"):
         if isinstance(getattr(module, name, None), int):
             return getattr(module, name)
-    return round(_scale(module) ** -2)
+    return round((_scale(module) or 1.0) ** -2)
 
 
-def _around(modules: dict[str, nn.Module], name: str) -> Iterator[tuple[str, nn.Module]]:
+def _around(modules: dict[str, Any], name: str) -> Iterator[tuple[str, Any]]:
     """The modules around the module `name`, from the inside out."""
     while name:
         name = name.rpartition(".")[0]
         yield name, modules[name]
 
 
-def _tokens(modules: dict[str, nn.Module], name: str, config: object) -> TokenSource | None:
+def _tokens(modules: dict[str, Any], name: str, config: object) -> TokenSource | None:
     """Tokens from the one patch convolution next to the attention; None where they are not special tokens plus grid."""
     channels = getattr(config, "num_channels", 3)
     for prefix, outer in _around(modules, name):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from lite3r_plugin import AttentionSite, TokenSource, hookimpl
@@ -20,7 +22,7 @@ def lite3r_attention_sites(model: nn.Module) -> list[AttentionSite] | None:
     return sites or None
 
 
-def _is_aggregator(module: nn.Module) -> bool:
+def _is_aggregator(module: Any) -> bool:
     """VGGT's aggregator by structure, so that forks under any module path are known too."""
     return (
         _qkv.has_attention(getattr(module, "frame_blocks", None))
@@ -31,7 +33,7 @@ def _is_aggregator(module: nn.Module) -> bool:
     )
 
 
-def _aggregator_sites(prefix: str, aggregator: nn.Module) -> list[AttentionSite]:
+def _aggregator_sites(prefix: str, aggregator: Any) -> list[AttentionSite]:
     tokens = TokenSource(f"{prefix}patch_embed", _qkv.patch_size(aggregator), aggregator.patch_start_idx)
     sites = []
     for scope in ("frame", "global"):
