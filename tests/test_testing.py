@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lite3r_plugin import AttentionSite, FusedQKV, Rope2D, Routed, TokenSource, apply_lite3r, hookimpl
 from lite3r_plugin.apply import lite3r_modules
-from lite3r_plugin.errors import AdapterError, AlreadyAppliedError, LayoutError, UnknownModelError
+from lite3r_plugin.errors import AdapterError, AlreadyAppliedError, LayoutError, UnknownModelError, UnsupportedAttentionError
 from lite3r_plugin.plugins import get_manager
 from lite3r_plugin.testing import check_adapter
 
@@ -99,7 +99,7 @@ def test_inputs_may_be_keywords_or_a_function(register: Register, net: nn.Module
     "wrong",
     [
         FusedQKV(2, rope=Rope2D(100.0), positions="pos"),  # norms forgotten
-        FusedQKV(2, q_norm="q_norm", k_norm="k_norm"),  # rotary embedding forgotten
+        FusedQKV(2, q_norm="q_norm", k_norm="k_norm", positions="pos"),  # rotary embedding forgotten
         FusedQKV(2, q_norm="q_norm", k_norm="k_norm", rope=Rope2D(50.0), positions="pos"),
         FusedQKV(2, q_norm="k_norm", k_norm="k_norm", rope=Rope2D(100.0), positions="pos"),
     ],
@@ -107,13 +107,19 @@ def test_inputs_may_be_keywords_or_a_function(register: Register, net: nn.Module
 def test_wrong_projections_are_found(register: Register, net: nn.Module, wrong: FusedQKV) -> None:
     nn.init.normal_(net.across.q_norm.weight)
     register(dataclasses.replace(RIGHT, projections=wrong))
-    with pytest.raises(AdapterError):
+    with pytest.raises(AdapterError, match="keep_ratio=1 differs"):
         check(net)
     assert not lite3r_modules(net)
 
 
+def test_positions_that_the_adapter_does_not_know_are_refused(register: Register, net: nn.Module) -> None:
+    register(dataclasses.replace(RIGHT, projections=FusedQKV(2, q_norm="q_norm", k_norm="k_norm")))
+    with pytest.raises(UnsupportedAttentionError, match=r"\['pos'\]"):
+        check(net)
+
+
 def test_the_message_names_output_and_error(register: Register, net: nn.Module) -> None:
-    register(dataclasses.replace(RIGHT, projections=FusedQKV(2)))
+    register(dataclasses.replace(RIGHT, projections=FusedQKV(2, positions="pos")))
     with pytest.raises(AdapterError, match=r"keep_ratio=1 differs .* at output\['tokens'\].*rotary base"):
         check(net)
 
@@ -164,8 +170,8 @@ def test_no_effect_on_the_output(register: Register, net: nn.Module) -> None:
 
 def test_training_mode(register: Register, net: nn.Module) -> None:
     register(RIGHT)
-    net.across.train()
-    with pytest.raises(AdapterError, match=r"across is in training mode; call model.eval\(\)"):
+    net.across.proj.train()
+    with pytest.raises(AdapterError, match=r"across.proj is in training mode; call model.eval\(\)"):
         check(net)
 
 

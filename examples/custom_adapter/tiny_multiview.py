@@ -27,6 +27,7 @@ class TinyMultiView(nn.Module):
 
     def __init__(self, dim: int = 64, num_heads: int = 2, depth: int = 2, patch_size: int = 16) -> None:
         super().__init__()
+        self.dim, self.num_heads, self.patch_size = dim, num_heads, patch_size
         self.to_patches = nn.Conv2d(3, dim, patch_size, patch_size)
         self.camera = nn.Parameter(torch.randn(dim))
         self.cross_view = nn.ModuleList(CrossViewAttention(dim, num_heads) for _ in range(depth))
@@ -48,10 +49,9 @@ def lite3r_attention_sites(model: nn.Module) -> list[AttentionSite] | None:
     for name, module in model.named_modules():
         if isinstance(module, TinyMultiView):
             dot = f"{name}." if name else ""
-            tokens = TokenSource(f"{dot}to_patches", module.to_patches.kernel_size, special_tokens=1)
-            for i, attn in enumerate(module.cross_view):
-                projections = SeparateQKV(attn.num_heads, q="query", k="key", v="value", out="out")
-                sites.append(
-                    AttentionSite(f"{dot}cross_view.{i}", "global", attn.query.out_features // attn.num_heads, projections, tokens)
-                )
+            tokens = TokenSource(f"{dot}to_patches", (module.patch_size, module.patch_size), special_tokens=1)
+            projections = SeparateQKV(module.num_heads, q="query", k="key", v="value", out="out")
+            head_dim = module.dim // module.num_heads
+            for i in range(len(module.cross_view)):
+                sites.append(AttentionSite(f"{dot}cross_view.{i}", "global", head_dim, projections, tokens))
     return sites or None

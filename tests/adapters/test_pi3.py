@@ -77,7 +77,8 @@ def test_compile() -> None:
 
 def test_threads(model: nn.Module) -> None:
     few, many = torch.rand(1, 2, 3, 56, 98), torch.rand(IMAGES)
-    assert_threads_do_not_mix(model, (lambda m: m(few), lambda m: m(many)))
+    # Not bit for bit: Pi3 itself switches SDPA backends by `sdpa_kernel`, which is process-wide, so its own threads race.
+    assert_threads_do_not_mix(model, (lambda m: m(few), lambda m: m(many)), atol=1e-5)
 
 
 def test_pi3x_sites(monkeypatch: pytest.MonkeyPatch) -> None:
