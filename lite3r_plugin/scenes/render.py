@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .layout import SceneSampler
 from .textures import TextureBank
-from .tracing import Scene, shade, trace
+from .tracing import Scene, shade, trace, unshadowed
 
 ARCS = (0.35, 0.8, 1.6, 3.1, 6.28)
 
@@ -27,7 +27,7 @@ class ProcScenes:
         supersampling: Rays a pixel in each direction, for antialiasing.
         max_views_per_chunk: Views that are rendered together, which bounds the memory.
         augment: Random gain and white balance a view, and noise.
-        compile: Compile the ray casting and the shading.
+        compile: Compile what every ray does with every primitive: the casting of view rays and of shadow rays.
         arcs: Angles in radians, one of which each scene's cameras spread over.
     """
 
@@ -52,7 +52,7 @@ class ProcScenes:
         self.sampler = SceneSampler(bank.T, self.device, seed, groups, free, pictures, ellipsoids, cylinders, arcs)
         self.max_views_per_chunk = max_views_per_chunk
         self._trace = torch.compile(trace, dynamic=False) if compile else trace
-        self._shade = torch.compile(shade, dynamic=False) if compile else shade
+        self._unshadowed = torch.compile(unshadowed, dynamic=False) if compile else unshadowed
 
     @torch.no_grad()
     def __call__(self, B: int = 1, V: int = 4, H: int = 224, W: int = 224, want_points: bool = False) -> dict[str, Tensor]:
@@ -91,7 +91,7 @@ class ProcScenes:
             return d, t, k, s["outdoor"][:, None, None] & (k == counts.room) & above_ground
 
         d, t, k, sky = cast(ss)
-        colour, n = self._shade(counts, self.bank, s, o, d, t, k, f * ss)
+        colour, n = shade(counts, self.bank, s, o, d, t, k, f * ss, self._unshadowed)
         elevation = F.normalize(d, dim=-1)[..., 2].clamp(0, 1)[..., None]
         horizon, zenith = torch.tensor([[0.75, 0.82, 0.9], [0.25, 0.45, 0.8]], device=d.device)
         colour = torch.where(sky[..., None], (horizon * (1 - elevation) + zenith * elevation) * 0.9, colour)

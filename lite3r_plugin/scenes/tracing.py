@@ -6,6 +6,7 @@ shapes: B scenes, V views, P rays of a view, K primitives without the room (whic
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -71,13 +72,24 @@ def trace(counts: Primitives, c: Tensor, M: Tensor, on: Tensor, o: Tensor, d: Te
     return nearest.values, nearest.indices
 
 
-def shade(counts: Primitives, bank: TextureBank, s: Scene, o: Tensor, d: Tensor, t: Tensor, k: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
+def shade(
+    counts: Primitives,
+    bank: TextureBank,
+    s: Scene,
+    o: Tensor,
+    d: Tensor,
+    t: Tensor,
+    k: Tensor,
+    f: Tensor,
+    unshadowed: Callable[[Primitives, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
     """Light that comes back along each ray: textured diffuse and specular, two point lights, one with shadows.
 
     Args:
         counts, bank, s: Numbers of primitives, textures, the scene of `layout.sample_scene`.
         o, d: Rays as in `trace`; t, k: its result.
         f: Focal lengths in pixels ``[B, V]``, which choose the mip level.
+        unshadowed: The function of that name, or its compiled form.
 
     Returns:
         Linear radiance and world normals, both ``[B, V, P, 3]``.
@@ -105,7 +117,7 @@ def shade(counts: Primitives, bank: TextureBank, s: Scene, o: Tensor, d: Tensor,
         light = to_light / distance2.sqrt()[:, None]
         lit = (n * light).sum(-1).clamp(min=0)
         if i == 0:
-            lit = lit * _unshadowed(counts, s, p + n * 2e-3, to_light)
+            lit = lit * unshadowed(counts, s["c"], s["M"], s["on"], p + n * 2e-3, to_light)
         energy = (lit / (1 + distance2 / 6.0))[:, None] * s["lcol"][:, i][scene] * 1.8
         halfway = F.normalize(light - view, dim=-1)
         colour = colour + energy * (albedo + (specular * (n * halfway).sum(-1).clamp(min=0) ** 40)[:, None])
@@ -143,9 +155,9 @@ def _surface(counts: Primitives, s: Scene, scene: Tensor, k: Tensor, p: Tensor) 
     return flat, n, u, v, face
 
 
-def _unshadowed(counts: Primitives, s: Scene, p: Tensor, to_light: Tensor) -> Tensor:
-    """1 where nothing stands between p and p + to_light, else 0; both ``[N, 3]``; returns ``[N]``."""
-    c, M, on = s["c"], s["M"], s["on"][:, None]
+def unshadowed(counts: Primitives, c: Tensor, M: Tensor, on: Tensor, p: Tensor, to_light: Tensor) -> Tensor:
+    """1 where nothing stands between p and p + to_light, else 0; both ``[N, 3]``; returns ``[N]``. c, M, on as in `trace`."""
+    on = on[:, None]
     B, K1 = M.shape[:2]
     n = p.shape[0] // B
     to_local = M.permute(0, 3, 1, 2).reshape(B, 3, K1 * 3)

@@ -139,6 +139,7 @@ class Trainer:
         # Every process has its own scenes; a resumed run goes on with new ones where it knows how far the earlier one was.
         seed = config.seed + 1000 * rank + (state["step"] if state else 0) + 1
         self.scenes = ProcScenes(bank, self.device, seed, compile=config.compile)
+        self.eager_scenes = ProcScenes(bank, self.device, seed)
         self.held_out = self._held_out()
         self.history: list[dict[str, Any]] = []
 
@@ -217,10 +218,20 @@ class Trainer:
         else:
             count = max(1, round(self.config.views_per_step * (112 / stage.size) ** 2 / VIEWS_PER_SCENE))
             chunk = count * VIEWS_PER_SCENE // 3
-        self.scenes.sampler.arcs, self.scenes.max_views_per_chunk = stage.arcs, chunk
-        sample = self.scenes(count, VIEWS_PER_SCENE, stage.size, stage.size)
+        try:
+            sample = self._render(self.scenes, count, chunk, stage)
+        except Exception as error:  # the compilers of some releases fail on the renderer
+            if self.scenes is self.eager_scenes:
+                raise
+            self._say(f"the renderer does not compile here and goes on uncompiled: {str(error).strip().splitlines()[-1][:200]}")
+            self.scenes = self.eager_scenes
+            sample = self._render(self.scenes, count, chunk, stage)
         views = stage.views[self.step % len(stage.views)]
         return {k: sample[k].reshape(-1, views, *sample[k].shape[2:]) for k in ("rgb", "depth", "valid", "ok", "K", "w2c")}
+
+    def _render(self, scenes: ProcScenes, count: int, chunk: int, stage: Stage) -> dict[str, Tensor]:
+        scenes.sampler.arcs, scenes.max_views_per_chunk = stage.arcs, chunk
+        return scenes(count, VIEWS_PER_SCENE, stage.size, stage.size)
 
     def _held_out(self) -> dict[int, Batch]:
         """Scenes with seeds and textures that training does not see, for each image size."""
