@@ -1,0 +1,96 @@
+"""Lite3RConfig: defaults, validation with messages, JSON round trip."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from typing import Any
+
+import pytest
+
+from lite3r_plugin import Lite3RConfig
+from lite3r_plugin.errors import ConfigError, Lite3RError
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"keep_ratio": 0}, "keep_ratio must be in (0, 1], got 0"),
+        ({"keep_ratio": 1.01}, "got 1.01"),
+        ({"keep_ratio": float("nan")}, "got nan"),
+        ({"keep_ratio": True}, "got True"),
+        ({"keep_ratio": "0.5"}, "got '0.5'"),
+        ({"site_keep_ratios": {"a.b": 2}}, "site_keep_ratios['a.b'] must be in (0, 1], got 2"),
+        ({"site_keep_ratios": [0.1]}, "site_keep_ratios maps site names to ratios"),
+        ({"scopes": "global"}, "scopes is 'auto' or a tuple"),
+        ({"scopes": ()}, "scopes is 'auto' or a tuple"),
+        ({"scopes": ("global", "cross")}, "scopes must be one of ('global', 'frame', 'encoder'), got 'cross'"),
+        ({"linear_branch": "some"}, "linear_branch must be one of ('all', 'marginal', 'none'), got 'some'"),
+        ({"feature_map": "relu"}, "feature_map must be one of"),
+        ({"backend": "cuda"}, "backend must be one of"),
+        ({"block_means": 1}, "block_means is True or False, got 1"),
+        ({"keep_special_tokens": False}, "keep_reference_view needs keep_special_tokens"),
+        ({"dense_below": -1}, "dense_below is a number of tokens >= 0 or None, got -1"),
+        ({"dense_below": 1.5}, "got 1.5"),
+        ({"block_q": 100}, "block_q is a power of two from 16 to 128, got 100"),
+        ({"block_k": 8}, "block_k is a power of two from 16 to 128, got 8"),
+        ({"block_q": 256}, "got 256"),
+        ({"block_q": 32, "block_k": 64}, "block_q must be a multiple of block_k, got 32 and 64"),
+    ],
+)
+def test_wrong_values_are_named(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        Lite3RConfig(**fields)
+
+
+def test_a_config_error_is_a_value_error_too() -> None:
+    assert issubclass(ConfigError, ValueError)
+    assert issubclass(ConfigError, Lite3RError)
+
+
+def test_replace_changes_fields_and_names_unknown_ones() -> None:
+    config = Lite3RConfig()
+    assert config.replace(keep_ratio=0.5) == Lite3RConfig(keep_ratio=0.5)
+    assert config == Lite3RConfig()
+    with pytest.raises(ConfigError, match=r"keep_rate.*keep_ratio"):
+        config.replace(keep_rate=0.5)
+
+
+def test_it_is_frozen_and_keeps_no_reference_to_what_it_was_given() -> None:
+    ratios = {"a": 0.5}
+    config = Lite3RConfig(site_keep_ratios=ratios, scopes=["frame"])  # type: ignore[arg-type]
+    ratios["a"] = 7.0
+    assert config.keep_ratio_of("a") == 0.5
+    assert config.keep_ratio_of("b") == config.keep_ratio
+    assert config.scopes == ("frame",)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.keep_ratio = 0.5  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Lite3RConfig(),
+        Lite3RConfig(
+            keep_ratio=0.1, site_keep_ratios={"a.0": 0.3}, scopes=("global", "frame"), linear_branch="marginal", feature_map="elu",
+            block_means=False, keep_special_tokens=True, keep_reference_view=False, dense_below=0, fuse=False, backend="torch",
+            block_q=64, block_k=32,
+        ),
+    ],
+)  # fmt: skip
+def test_json_round_trip(config: Lite3RConfig) -> None:
+    assert Lite3RConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_every_field_is_in_the_dict() -> None:
+    assert set(Lite3RConfig().to_dict()) == {f.name for f in dataclasses.fields(Lite3RConfig)} | {"version"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"version": 99}, "version 99 is not 1"), ({"version": None}, "version None"), ({"new": 1}, "new"), ({"keep_ratio": 3}, "keep_ratio")],
+)
+def test_foreign_dicts_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Lite3RConfig.from_dict(Lite3RConfig().to_dict() | change)
