@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .apply import apply_lite3r, lite3r_modules, remove_lite3r, require_lite3r
 from .config import Lite3RConfig
-from .errors import CheckpointError, ConfigError
+from .errors import CheckpointError, ConfigError, NoSitesError
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -57,7 +57,7 @@ def load_lite3r(model: Model, directory: str | os.PathLike[str]) -> Model:
     record, weights = _read(directory)
     try:
         apply_lite3r(model, Lite3RConfig.from_dict(record["config"]))
-    except ConfigError as error:
+    except (ConfigError, NoSitesError) as error:
         raise CheckpointError(f"{directory / CONFIG_NAME} does not fit this {type(model).__name__}: {error}") from error
     try:
         _check(model, record, weights, directory)
@@ -90,6 +90,8 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise CheckpointError(f"{directory / CONFIG_NAME} has format {version!r}, this release reads {FORMAT_VERSION}")
     if missing := {"adapter", "config", "sites"} - set(record):
         raise CheckpointError(f"{directory / CONFIG_NAME} lacks {sorted(missing)}; save it again with save_lite3r")
+    if wrong := [name for name in ("config", "sites") if not isinstance(record[name], dict)]:
+        raise CheckpointError(f"{directory / CONFIG_NAME} is damaged: {wrong[0]!r} is no JSON object; save it again with save_lite3r")
     return record, weights
 
 
@@ -106,7 +108,9 @@ def _check(model: nn.Module, record: dict[str, Any], weights: dict[str, Tensor],
     stored = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if expected != stored:
         other = sorted(dict(expected.items() ^ stored.items()))
-        raise CheckpointError(f"{directory / WEIGHTS_NAME} does not fit its configuration: {other[0]!r} is missing, extra or of another shape")
+        raise CheckpointError(
+            f"{directory / WEIGHTS_NAME} does not fit its configuration: {other[0]!r} is missing, extra or of another shape"
+        )
 
 
 def _replace(path: Path, write: Any) -> None:

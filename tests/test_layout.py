@@ -102,5 +102,7 @@ def test_a_site_before_any_image_is_named() -> None:
 def test_counts_that_do_not_fit_are_named(tokens: int) -> None:
     watcher = tracker()
     watcher.observe(nn.Identity(), (torch.zeros(1, 3, 8, 12),), {})
-    with pytest.raises(LayoutError, match=rf"got {tokens} tokens, but a view has 7 \(1 special \+ 2 x 3 patches\).*patch_size or special_tokens"):
+    with pytest.raises(
+        LayoutError, match=rf"got {tokens} tokens, but a view has 7 \(1 special \+ 2 x 3 patches\).*patch_size or special_tokens"
+    ):
         watcher.layout("a", tokens)

@@ -71,7 +71,10 @@ def test_the_first_answer_wins_and_third_parties_are_asked_first(install: Instal
     install(Entry("theirs", adapter("theirs", nn.Linear), FOREIGN), Entry("ours", adapter("ours")))
     assert find_sites(nn.Linear(1, 1))[0] == "theirs"
     assert find_sites(nn.Identity())[0] == "ours"
-    assert [(a.name, a.distribution, a.version) for a in list_adapters()] == [("theirs", "their-package", "3.2"), ("ours", "lite3r-plugin", "0.1.0")]
+    assert [(a.name, a.distribution, a.version) for a in list_adapters()] == [
+        ("theirs", "their-package", "3.2"),
+        ("ours", "lite3r-plugin", "0.1.0"),
+    ]
 
 
 def test_general_adapters_are_asked_last_even_of_third_parties(install: Install) -> None:
@@ -156,6 +159,10 @@ def test_a_third_partys_model_entry_wins(install: Install) -> None:
 
 def test_the_installed_adapters_all_load() -> None:
     get_manager.cache_clear()
-    names = {e.name for e in importlib.metadata.entry_points(group="lite3r.adapters") if e.dist is not None and e.dist.name == plugins.DISTRIBUTION}
+    names = {
+        e.name
+        for e in importlib.metadata.entry_points(group="lite3r.adapters")
+        if e.dist is not None and e.dist.name == plugins.DISTRIBUTION
+    }
     assert {"vggt", "depth_anything_3", "pi3", "timm", "transformers"} <= names
     assert names <= {name for name, _ in get_manager().list_name_plugin()}

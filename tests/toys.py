@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pluggy
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lite3r_plugin import AttentionSite, FusedQKV, Routed, SeparateQKV, TokenSource, hookimpl
+from lite3r_plugin import AttentionSite, FusedQKV, Routed, SeparateQKV, TokenSource, hookimpl, hookspecs, plugins
 
 PATCH, SPECIAL = 4, 2
 
@@ -116,3 +118,14 @@ def toy_answer(model: nn.Module) -> list[AttentionSite] | None:
         if isinstance(module, Toy):
             found += sites(module, f"{name}." if name else "")
     return found or None
+
+
+@pytest.fixture(name="adapter")
+def toy_adapter(monkeypatch: pytest.MonkeyPatch) -> Adapter:
+    """The only installed adapter knows Toy; a test may exchange its answer."""
+    toy = Adapter(toy_answer)
+    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager.add_hookspecs(hookspecs)
+    manager.register(toy, name="toy")
+    monkeypatch.setattr(plugins, "get_manager", lambda: manager)
+    return toy

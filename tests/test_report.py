@@ -1,0 +1,52 @@
+"""describe: the numbers are right and the text says them."""
+
+from __future__ import annotations
+
+import pytest
+from toys import Toy, images, toy_adapter
+
+from lite3r_plugin import apply_lite3r, describe
+from lite3r_plugin.ops.block_map import density
+from lite3r_plugin.testing import TEST_CONFIG
+
+__all__ = ["toy_adapter"]  # the fixture
+pytestmark = pytest.mark.usefixtures("adapter")
+
+SPARSE = TEST_CONFIG.replace(keep_ratio=0.3)
+
+
+def test_numbers_before_a_call() -> None:
+    model = Toy()
+    parameters = sum(p.numel() for p in model.parameters())
+    report = describe(apply_lite3r(model.requires_grad_(False), SPARSE))
+    assert (report.model, report.adapter, report.config) == ("Toy", "toy", SPARSE)
+    assert (report.parameters, report.branch_parameters, report.trainable_parameters) == (parameters, 512, 512)
+    assert report.bytes_by_dtype == {"float32": 4 * (parameters + 512)}
+
+
+def test_calls_and_density() -> None:
+    model = apply_lite3r(Toy(), SPARSE, site_keep_ratios={"cross.1": 1.0})
+    for _ in range(3):
+        model(images())
+    calls = {site.fqn: site.calls for site in describe(model).sites}
+    assert (calls["cross.0"].sparse, calls["cross.0"].dense) == (3, 0)
+    assert (calls["cross.1"].sparse, calls["cross.1"].dense) == (0, 3)
+    assert calls["cross.0"].density == density(246, 0.3, 6, 16, 16)
+    assert calls["cross.1"].density is None
+
+
+def test_bytes_follow_the_dtype() -> None:
+    model = apply_lite3r(Toy(), SPARSE).half()
+    assert set(describe(model).bytes_by_dtype) == {"float16"}
+
+
+def test_the_text() -> None:
+    model = apply_lite3r(Toy(), SPARSE, site_keep_ratios={"cross.1": 0.5})
+    model(images())
+    lines = str(describe(model)).splitlines()
+    assert lines[0] == "Lite3R on Toy (adapter 'toy')"
+    assert "  1 global sites sparse-linear: keep_ratio 0.3, blocks 16 x 16, linear branch all (softmax), block means on" in lines
+    assert "  1 global sites sparse-linear: keep_ratio 0.5, blocks 16 x 16, linear branch all (softmax), block means on" in lines
+    assert "  always kept: special tokens; backend torch" in lines
+    assert "  2 sites untouched: scope 'frame' stays dense" in lines
+    assert "calls so far: 2 sparse, 0 dense (shorter than break-even), density of the last 0.5" in str(describe(model))
