@@ -26,6 +26,7 @@ class _Group(TyperGroup):
                 _show.warn(str(message))
 
         with warnings.catch_warnings():
+            warnings.simplefilter("default")
             warnings.showwarning = show
             try:
                 return super().invoke(ctx)

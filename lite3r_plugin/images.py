@@ -56,16 +56,15 @@ def load_image(path: Path) -> Image.Image:
             image = ImageOps.exif_transpose(file)
             if image.mode.startswith("I"):  # 16-bit grey; 32-bit containers hold 16-bit values too
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-            elif image.mode == "F":
-                raise InputError(f"{path} has floating-point pixels; save it with 8 or 16 bits per channel")
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
-    except InputError:
-        raise
+            rgb, floating = image.convert("RGB"), image.mode == "F"
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, DecompressionBombError ...
         raise InputError(f"{path} cannot be read as an image ({error}); replace it or take it out of the folder") from error
+    if floating:
+        raise InputError(f"{path} has floating-point pixels; save it with 8 or 16 bits per channel")
+    return rgb
 
 
 def load_images(paths: Sequence[Path]) -> list[Image.Image]:

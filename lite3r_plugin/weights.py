@@ -89,10 +89,11 @@ def _download(repository: str) -> Path:
     try:
         return Path(hf_hub_download(repository, HUB_FILE))
     except Exception as error:  # no network, no such repository, gated, no such file, disk full: many libraries' errors
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
         raise InputError(
-            f"{HUB_FILE} of {repository} cannot be had from the Hugging Face Hub ({type(error).__name__}: {str(error).strip().splitlines()[0]}). "
-            f"Check the id and the network, log in with `hf auth login` if the repository is gated, download the file elsewhere and pass its "
-            f"path, or pass {RANDOM!r} to measure time and memory only"
+            f"{HUB_FILE} of {repository} cannot be had from the Hugging Face Hub ({reason}). Check the id and the network, log in with "
+            f"`hf auth login` if the repository is gated, download the file elsewhere and pass its path, or pass {RANDOM!r} to measure "
+            "time and memory only"
         ) from error
 
 

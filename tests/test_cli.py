@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import trimesh
-from lite3r_adapters import _testbed_model
 from PIL import Image
 from typer.testing import CliRunner, Result
 
 import lite3r_plugin
+from lite3r_adapters import _testbed_model
 from lite3r_plugin import hookimpl, plugins
 from lite3r_plugin.cli import app
 from lite3r_plugin.plugins import AdapterWarning

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lite3r_adapters import _da3_model, _pi3_model, _vggt_model
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+from lite3r_adapters import _da3_model, _pi3_model, _vggt_model
 from lite3r_plugin.errors import AdapterError, InputError
 from lite3r_plugin.images import choose_views, find_images, load_image
 from lite3r_plugin.reconstruction import ModelEntry, Prediction, depth_error, fit_intrinsics, unproject
@@ -190,7 +190,7 @@ def test_random_weights_are_the_same_every_time() -> None:
 
 
 def test_missing_libraries_and_defaults() -> None:
-    with pytest.raises(InputError, match="needs the library 'no_such_library'.*: pip install it"):
+    with pytest.raises(InputError, match=r"needs the library 'no_such_library'.*: pip install it"):
         entry(library="no_such_library", install="pip install it").build("random")
     with pytest.raises(InputError, match="no default weights"):
         entry().build()
@@ -198,7 +198,7 @@ def test_missing_libraries_and_defaults() -> None:
     def create() -> nn.Module:
         raise ImportError("no cv2")
 
-    with pytest.raises(InputError, match="cannot be imported .no cv2"):
+    with pytest.raises(InputError, match=r"cannot be imported .no cv2"):
         entry(create=create).build("random")
 
 

@@ -30,7 +30,7 @@ def _create(name: str) -> nn.Module:
     from depth_anything_3.cfg import create_object, load_config
     from depth_anything_3.registry import MODEL_REGISTRY
 
-    return create_object(load_config(MODEL_REGISTRY[name]))
+    return create_object(load_config(MODEL_REGISTRY[name]))  # pyright: ignore[reportArgumentType]
 
 
 def _rename(name: str) -> str:

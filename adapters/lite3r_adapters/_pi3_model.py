@@ -17,7 +17,7 @@ PIXEL_LIMIT = 255_000
 
 
 def _create() -> nn.Module:
-    from pi3.models.pi3 import Pi3
+    from pi3.models.pi3 import Pi3  # pyright: ignore[reportMissingImports]
 
     return Pi3()
 

@@ -27,8 +27,8 @@ def _create() -> nn.Module:
 def preprocess(images: Sequence[Image.Image]) -> Tensor:
     """All at one size: the first one's shape, longest side 224 pixels, multiples of 8."""
     scale = LONGEST_SIDE / max(images[0].size) / PATCH
-    size = tuple(max(1, round(side * scale)) * PATCH for side in images[0].size)
-    return to_tensor([image.resize(size, Image.Resampling.LANCZOS) for image in images])
+    width, height = (max(1, round(side * scale)) * PATCH for side in images[0].size)
+    return to_tensor([image.resize((width, height), Image.Resampling.LANCZOS) for image in images])
 
 
 def predict(model: nn.Module, images: Tensor) -> Prediction:

@@ -16,7 +16,7 @@ PATCH = 14
 
 def _create() -> nn.Module:
     """VGGT without the point and track heads: points come from depth and cameras, as its authors recommend."""
-    from vggt.models.vggt import VGGT
+    from vggt.models.vggt import VGGT  # pyright: ignore[reportMissingImports]
 
     return VGGT(enable_point=False, enable_track=False)
 
@@ -38,7 +38,7 @@ def preprocess(images: Sequence[Image.Image]) -> Tensor:
 
 def predict(model: nn.Module, images: Tensor) -> Prediction:
     """Depth and cameras from the model, points by unprojection. `images` ``[S, 3, H, W]`` in [0, 1]."""
-    from vggt.utils.pose_enc import pose_encoding_to_extri_intri
+    from vggt.utils.pose_enc import pose_encoding_to_extri_intri  # pyright: ignore[reportMissingImports]
 
     output = model(images[None])
     world_to_camera, intrinsics = pose_encoding_to_extri_intri(output["pose_enc"].float(), images.shape[-2:])

@@ -7,7 +7,7 @@ import io
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,18 +27,21 @@ class Run:
 
     Attributes:
         prediction: What it predicted.
-        seconds: Median time of a run.
-        runs: How many runs were timed.
+        times: Seconds of each timed run.
         peak_bytes: Most memory in use meanwhile, weights included: on the CPU of the process, on a GPU of its tensors;
             None where the system does not tell.
         density: Share of the score blocks computed exactly at the sites that may be sparse; None without Lite3R.
     """
 
     prediction: Prediction
-    seconds: float
-    runs: int
+    times: tuple[float, ...]
     peak_bytes: int | None
     density: float | None
+
+    @property
+    def seconds(self) -> float:
+        """Median time of a run."""
+        return statistics.median(self.times)
 
 
 def choose_device(name: str) -> torch.device:
@@ -74,7 +77,7 @@ def run_model(entry: ModelEntry, model: nn.Module, images: Tensor, dtype: torch.
         InputError: the memory does not suffice.
     """
     autocast = torch.autocast(images.device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
-    seconds = []
+    predictions, times = [], []
     with quiet(), torch.no_grad(), autocast, _explained_memory_errors(images):
         if warm_up:
             entry.predict(model, images)
@@ -82,10 +85,17 @@ def run_model(entry: ModelEntry, model: nn.Module, images: Tensor, dtype: torch.
         for _ in range(runs):
             _synchronize(images.device)
             start = time.perf_counter()
-            prediction = entry.predict(model, images)
+            predictions[:] = [entry.predict(model, images)]
             _synchronize(images.device)
-            seconds.append(time.perf_counter() - start)
-    return Run(prediction, statistics.median(seconds), runs, read_peak(images.device), _density(model))
+            times.append(time.perf_counter() - start)
+    return Run(predictions[0], tuple(times), read_peak(images.device), _density(model))
+
+
+def merge(runs: Sequence[Run]) -> Run:
+    """Several runs of the same thing as one: all times, the highest peak, the last prediction."""
+    peaks = [run.peak_bytes for run in runs if run.peak_bytes is not None]
+    times = tuple(t for run in runs for t in run.times)
+    return Run(runs[-1].prediction, times, max(peaks, default=None), runs[-1].density)
 
 
 @contextlib.contextmanager
@@ -116,7 +126,7 @@ def read_peak(device: torch.device) -> int | None:
 
 
 def _density(model: nn.Module) -> float | None:
-    calls = [site.calls for site in lite3r_modules(model).values() if site.sparse]
+    calls = [site.calls for site in lite3r_modules(model).values() if site.sparse and site.enabled]
     densities = [call.density if call.sparse and call.density is not None else 1.0 for call in calls]
     return statistics.fmean(densities) if densities else None
 

@@ -53,7 +53,7 @@ def table_of_runs(title: str, runs: Mapping[str, Run], errors: Mapping[str, Mapp
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("")
     for header in ("time", "density", "peak memory", *(f"{what}\nmean / p95 / max" for what in errors)):
-        table.add_column(header, justify="right")
+        table.add_column(header, justify="right", no_wrap=header == "time")
     for name, run in runs.items():
         row = [_seconds(run), "1 (dense)" if run.density is None else f"{run.density:.2f}", _bytes(run.peak_bytes)]
         row += [_error(column.get(name)) for column in errors.values()]
@@ -62,7 +62,10 @@ def table_of_runs(title: str, runs: Mapping[str, Run], errors: Mapping[str, Mapp
 
 
 def _seconds(run: Run) -> str:
-    return f"{run.seconds:.2f} s" if run.seconds >= 1 else f"{run.seconds * 1e3:.0f} ms"
+    """The median, and where there are several runs the fastest and the slowest, which show how far to trust it."""
+    unit, factor, digits = ("s", 1, 2) if run.seconds >= 1 else ("ms", 1e3, 0)
+    median, low, high = (f"{t * factor:.{digits}f}" for t in (run.seconds, min(run.times), max(run.times)))
+    return f"{median} {unit}" + (f"\n({low} to {high})" if len(run.times) > 1 else "")
 
 
 def _bytes(n: int | None) -> str:

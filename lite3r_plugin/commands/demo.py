@@ -12,6 +12,8 @@ from ..config import Lite3RConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ._run import Run
+
 SIZE = 224  # the resolution that the testbed was trained for
 TEXTURES, TEXTURE_SIZE = 64, 128
 
@@ -30,13 +32,13 @@ def demo(
     """Run the packaged test model on a rendered scene, dense and with Lite3R, and compare both with the truth."""
     import torch
 
-    from ..apply import apply_lite3r
+    from ..apply import apply_lite3r, lite3r_disabled
     from ..errors import InputError
     from ..export import Panel, point_cloud, render, save_picture, save_ply
     from ..reconstruction import depth_error
     from ..report import describe
     from ..weights import RANDOM
-    from ._run import choose_device, run_model
+    from ._run import choose_device, merge, run_model
     from ._show import console, progress, say, table_of_runs, warn
     from .reconstruct import DENSE, LITE3R, find_entry, panels
 
@@ -48,15 +50,19 @@ def demo(
     except OSError as error:
         raise InputError(f"the folder {out} cannot be made: {error.strerror}") from error
     with progress() as bar:
-        task = bar.add_task("Rendering a scene", total=4)
+        task = bar.add_task("Rendering a scene", total=2 + repeats)
         model = entry.build(weights, where)  # first, because its weights may be missing
         images, truth = _scene(views, seed)
         images = images.to(where)
-        bar.update(task, advance=1, description="Running the test model, dense")
-        runs = {DENSE: run_model(entry, model, images, torch.float32, repeats, warm_up=where.type == "cuda")}
-        bar.update(task, advance=1, description="Running it with Lite3R")
         apply_lite3r(model, config)
-        runs[LITE3R] = run_model(entry, model, images, torch.float32, repeats, warm_up=where.type == "cuda")
+        samples: dict[str, list[Run]] = {DENSE: [], LITE3R: []}
+        for i in range(repeats):  # in turns, so that whatever else the machine does meanwhile slows both
+            bar.update(task, advance=1, description=f"Running the test model, dense and with Lite3R, {i + 1} of {repeats}")
+            warm_up = where.type == "cuda" and i == 0
+            with lite3r_disabled(model):
+                samples[DENSE].append(run_model(entry, model, images, torch.float32, warm_up=warm_up))
+            samples[LITE3R].append(run_model(entry, model, images, torch.float32, warm_up=warm_up))
+        runs = {name: merge(sample) for name, sample in samples.items()}
         applied = str(describe(model))
         bar.update(task, advance=1, description="Writing")
         clouds = {name: point_cloud(run.prediction, max_points=400_000) for name, run in runs.items()}

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ..export import Panel
-    from ..reconstruction import ModelEntry
+    from ..reconstruction import DepthError, ModelEntry
     from ._run import Run
 
 DENSE, LITE3R = "dense", "Lite3R"
@@ -144,7 +144,7 @@ def _describe_inputs(entry: ModelEntry, pictures: list[Image.Image], weights: st
     return notes
 
 
-def _compare(runs: dict[str, Run]) -> dict[str, dict[str, object]]:
+def _compare(runs: dict[str, Run]) -> dict[str, dict[str, DepthError]]:
     from ..reconstruction import depth_error
 
     if len(runs) < 2:

@@ -52,8 +52,7 @@ def save_picture(path: Path, panels: Sequence[Panel], title: str, clouds: Sequen
     figure = Figure(figsize=(total_w, sum(heights) + 0.6), dpi=110, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
-    rows = figure.subfigures(len(heights), 1, height_ratios=heights)
-    rows = list(rows) if len(heights) > 1 else [rows]
+    rows: Any = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     depth_scale = _depth_scale([panel.maps for panel in panels if panel.kind == "depth"])
     for row, panel in zip(rows, panels, strict=False):
         _draw_panel(row, panel, shown, depth_scale)
@@ -78,13 +77,13 @@ def _draw_panel(row: Any, panel: Panel, shown: list[int], depth_scale: tuple[flo
     elif panel.kind == "error":
         maps = maps * 100
         options = {"cmap": "magma", "vmin": 0, "vmax": max(_quantile(maps, 0.99), 1e-6)}
-    for axis, view in zip(axes, shown, strict=True):
-        picture = axis.imshow(maps[view].numpy(), interpolation="nearest", **options)
+    drawn = [axis.imshow(maps[view].numpy(), interpolation="nearest", **options) for axis, view in zip(axes, shown, strict=True)]
+    for axis in axes:
         axis.axis("off")
     if panel.kind == "image":
         bar.axis("off")
     else:
-        row.colorbar(picture, cax=bar, extend="max", label="% of depth" if panel.kind == "error" else "depth")
+        row.colorbar(drawn[0], cax=bar, extend="max", label="% of depth" if panel.kind == "error" else "depth")
         bar.yaxis.label.set_fontsize(8)
         bar.tick_params(labelsize=7)
 

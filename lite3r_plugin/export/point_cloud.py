@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ def save_ply(cloud: PointCloud, path: Path) -> None:
     """Write a binary PLY with colours, all at once. Raises `InputError` when that fails."""
     import trimesh
 
-    data = trimesh.PointCloud(cloud.points.numpy(), colors=cloud.colors.numpy()).export(file_type="ply")
+    data: Any = trimesh.PointCloud(cloud.points.numpy(), colors=cloud.colors.numpy()).export(file_type="ply")
     write_atomically(path, data)
 
 
