@@ -128,7 +128,9 @@ def test_gradients(linear: str, means: bool) -> None:
     kv_indices = some_map(67, 2)[:1, :1]
 
     def run(q: Tensor, k: Tensor, v: Tensor, proj: Tensor) -> Tensor:
-        options = dict(pinned=1, linear=linear, proj=proj if linear != "none" else None, block_means=means, block_q=BLOCK_Q, block_k=BLOCK_K)
+        options = dict(
+            pinned=1, linear=linear, proj=proj if linear != "none" else None, block_means=means, block_q=BLOCK_Q, block_k=BLOCK_K
+        )
         return naive.sparse_linear_attention(q, k, v, kv_indices, **options)
 
     assert torch.autograd.gradcheck(run, (q, k, v, proj), fast_mode=True)
@@ -185,7 +187,9 @@ def test_norms_order_and_means(kind: Any) -> None:
 # The block map.
 
 
-@pytest.mark.parametrize(("columns", "ratio", "pinned", "expected"), [(10, 0.3, 0, 3), (10, 0.01, 2, 3), (10, 0.5, 10, 10), (7, 0.1, 0, 1), (30, 0.1, 0, 3)])
+@pytest.mark.parametrize(
+    ("columns", "ratio", "pinned", "expected"), [(10, 0.3, 0, 3), (10, 0.01, 2, 3), (10, 0.5, 10, 10), (7, 0.1, 0, 1), (30, 0.1, 0, 3)]
+)
 def test_kept_blocks(columns: int, ratio: float, pinned: int, expected: int) -> None:
     assert kept_blocks(columns, ratio, pinned) == expected
 

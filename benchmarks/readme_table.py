@@ -1,0 +1,83 @@
+"""Writes the README's tables from stored reports: ``python benchmarks/readme_table.py``.
+
+A table stands between ``<!-- table: FILE -->`` and ``<!-- end of table -->``, where FILE is a report of `lite3r bench`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+HEADER = (
+    "views",
+    "stock",
+    "strong dense",
+    "Lite3R on stock",
+    "Lite3R on strong",
+    "gain on stock",
+    "gain on strong",
+    "peak memory",
+    "density",
+)
+
+
+def render(report: dict[str, Any]) -> str:
+    """The table of a report, in Markdown, with its conditions."""
+    cells = {(cell["views"], cell["variant"]): cell for cell in report["cells"]}
+    lines = ["| " + " | ".join(HEADER) + " |", "|" + " ---: |" * len(HEADER)]
+    for views in sorted({views for views, _ in cells}):
+        row = {name: cells.get((views, name)) for name in ("stock", "strong", "lite3r", "lite3r-strong")}
+        best, stock = row["lite3r-strong"], row["stock"]
+        lines.append(
+            f"| {views} | " + " | ".join(_time(cell) for cell in row.values())
+            + f" | {_ratio(best, 'stock')} | {_ratio(best, 'strong')} | {_memory(stock)} → {_memory(best)} | {_density(best)} |"
+        )  # fmt: skip
+    c = report["conditions"]
+    options = ", ".join(f"`{name}={value!r}`" for name, value in c["lite3r_options"].items())
+    lines += [
+        "",
+        f"{c['summary'].partition(' (')[0]}, {c['resolution']} × {c['resolution']} pixels, {options}, on one {c['device']}, torch {c['torch']}, "
+        f"triton {c['triton']}, {c['date'][:10]}, commit {c['commit']}. Median milliseconds of a whole forward. Weights: {c['weights']}.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def update(text: str) -> str:
+    """`text` with every table rendered anew from its file."""
+    return TABLE.sub(lambda match: match[1] + render(json.loads((ROOT / match[2]).read_text())) + match[3], text)
+
+
+def _measured(cell: dict[str, Any] | None) -> dict[str, Any] | None:
+    return cell["candidates"][cell["best"]] if cell is not None and cell["best"] is not None else None
+
+
+def _time(cell: dict[str, Any] | None) -> str:
+    measured = _measured(cell)
+    if measured is not None:
+        return f"{measured['median_ms']:,.0f} ms"
+    return "" if cell is None else {"oom": "out of memory"}.get(cell["status"], cell["status"])
+
+
+def _memory(cell: dict[str, Any] | None) -> str:
+    measured = _measured(cell)
+    return f"{measured['peak_bytes'] / 2**30:.1f} GiB" if measured is not None and measured["peak_bytes"] else "-"
+
+
+def _ratio(cell: dict[str, Any] | None, over: str) -> str:
+    value = None if cell is None else cell[f"speedup_over_{over}"]
+    return "" if value is None else f"{value:.2f} ×"
+
+
+def _density(cell: dict[str, Any] | None) -> str:
+    value = None if cell is None else cell["density"]
+    return "" if value is None else "dense" if value == 1 else f"{value:.2f}"
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(update(readme.read_text()))
