@@ -15,7 +15,7 @@ from .errors import AdapterError, AlreadyAppliedError, BackendError, ConfigError
 from .layout import GridTracker
 from .ops.backend import TRITON_HEAD_DIMS
 from .plugins import find_sites
-from .sites import AttentionSite, Routed
+from .sites import AttentionSite, Routed, TokenSource
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -61,9 +61,10 @@ def apply_lite3r(model: Model, config: Lite3RConfig | None = None, **fields: Any
                 f'site {site.fqn!r} has head_dim {site.head_dim}; the Triton kernels take {TRITON_HEAD_DIMS}. Use backend="auto"'
             )
         plan[site.fqn] = (site, sparse)
-    for module, source in _image_modules(model, adapter, [site for site, sparse in plan.values() if sparse]).items():
-        state.trackers[source.image_module] = tracker = GridTracker(source)
-        tracker.attach(module)
+    image_modules = _image_modules(model, adapter, [site for site, sparse in plan.values() if sparse])
+    for name, (module, source) in image_modules.items():
+        state.trackers[name] = GridTracker(source)
+        state.trackers[name].attach(module)
     swapped: dict[int, SparseLinearAttention] = {}  # a module that appears twice is swapped once
     for fqn, (site, sparse) in plan.items():
         host = hosts[fqn]
@@ -157,14 +158,15 @@ def _has_fusable_parts(site: AttentionSite) -> bool:
     return not isinstance(site.projections, Routed) and site.projections.rope is not None
 
 
-def _image_modules(model: nn.Module, adapter: str, sites: list[AttentionSite]) -> dict[nn.Module, Any]:
-    sources = {}
+def _image_modules(model: nn.Module, adapter: str, sites: list[AttentionSite]) -> dict[str, tuple[nn.Module, TokenSource]]:
+    """The modules that are given the images, by the name that the sites use, and how each is read."""
+    sources: dict[str, TokenSource] = {}
     for site in sites:
         if site.tokens is not None:
             known = sources.setdefault(site.tokens.image_module, site.tokens)
             if known != site.tokens:
                 raise AdapterError(f"adapter {adapter!r} describes the tokens from {known.image_module!r} in two ways")
-    return {_submodule(model, adapter, name): source for name, source in sources.items()}
+    return {name: (_submodule(model, adapter, name), source) for name, source in sources.items()}
 
 
 def _set_submodule(model: nn.Module, fqn: str, module: nn.Module) -> None:

@@ -88,6 +88,7 @@ class SparseLinearAttention(nn.Module):
             like = next((p for p in host.parameters() if p.is_floating_point()), torch.empty(0))
             self.proj_lin = nn.Linear(site.head_dim, site.head_dim, bias=False, device=like.device, dtype=like.dtype)
             nn.init.zeros_(self.proj_lin.weight)
+            self.proj_lin.train(host.training)
 
     def __getattr__(self, name: str) -> Any:
         try:
