@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lite3r_plugin.images import to_tensor
-from lite3r_plugin.reconstruction import ModelEntry, Prediction
+from lite3r_plugin.reconstruction import ModelEntry, Prediction, unproject
 
 LONGEST_SIDE = 224
 PATCH = 8
@@ -32,12 +32,12 @@ def preprocess(images: Sequence[Image.Image]) -> Tensor:
 
 
 def predict(model: nn.Module, images: Tensor) -> Prediction:
-    """Everything comes from the model. `images` ``[S, 3, H, W]`` in [0, 1]."""
+    """Depth and cameras from the model, points by unprojection, which is sharper than its point head. `images` ``[S, 3, H, W]`` in [0, 1]."""
     output = {name: value[0] for name, value in model(images[None]).items()}
     return Prediction(
         depth=output["depth"],
         confidence=output["depth_conf"],
-        points=output["points"],
+        points=unproject(output["depth"], output["world_to_camera"], output["intrinsics"]),
         world_to_camera=output["world_to_camera"],
         intrinsics=output["intrinsics"],
         images=images.permute(0, 2, 3, 1),

@@ -62,7 +62,7 @@ def save_ply(cloud: PointCloud, path: Path) -> None:
     write_atomically(path, data)
 
 
-def render(cloud: PointCloud, size: tuple[int, int] = (480, 720), turn: float = 25.0, lift: float = 15.0) -> Tensor:
+def render(cloud: PointCloud, size: tuple[int, int] = (480, 720), turn: float = 18.0, lift: float = 10.0) -> Tensor:
     """A picture ``[H, W, 3]`` uint8 of the cloud from outside: turned and lifted by degrees around its middle.
 
     World coordinates are those of the first camera (x right, y down, z forward) in all models here, so the picture
