@@ -32,7 +32,7 @@ def preprocess(images: Sequence[Image.Image]) -> Tensor:
 
 
 def predict(model: nn.Module, images: Tensor) -> Prediction:
-    """Depth and cameras from the model, points by unprojection, which is sharper than its point head. `images` ``[S, 3, H, W]`` in [0, 1]."""
+    """Depth and cameras from the model, points by unprojection: sharper than its point head. `images` ``[S, 3, H, W]`` in [0, 1]."""
     output = {name: value[0] for name, value in model(images[None]).items()}
     return Prediction(
         depth=output["depth"],
