@@ -33,7 +33,7 @@ def milliseconds(run: Any, budget: float = 0.15) -> float:
     run()
     torch.cuda.synchronize()
     times: list[float] = []
-    while sum(times) < budget * 1e3 and len(times) < 50 or len(times) < 5:
+    while (sum(times) < budget * 1e3 and len(times) < 50) or len(times) < 5:
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         run()
@@ -64,11 +64,13 @@ def measure(views: int, ratios: list[float], heads: int, dim: int, block_q: int)
             "sparse+marginal": dict(linear="marginal", proj=proj),
         }.items():
             record[label] = milliseconds(
-                lambda options=options: sparse_linear_attention(q, k, v, keep_ratio=ratio, block_q=block_q, backend="triton", **options)
+                lambda options=options, ratio=ratio: sparse_linear_attention(
+                    q, k, v, keep_ratio=ratio, block_q=block_q, backend="triton", **options
+                )
             )
         prepared = prepare_qkv(q, k, v, block_q=block_q, block_k=64)
         kept = kept_blocks(-(-tokens // 64), ratio, 0)
-        indices, bits = block_map_with_bits(prepared.q_mean, prepared.k_mean, kept=kept)
+        indices, _ = block_map_with_bits(prepared.q_mean, prepared.k_mean, kept=kept)
         record["part prepare"] = milliseconds(lambda: prepare_qkv(q, k, v, block_q=block_q, block_k=64))
         record["part map"] = milliseconds(lambda: block_map_with_bits(prepared.q_mean, prepared.k_mean, kept=kept))  # noqa: B023
         record["part linear state"] = milliseconds(lambda: kernels.linear_state(prepared.k, prepared.v, tokens, "softmax"))  # noqa: B023

@@ -40,8 +40,9 @@ def render(report: dict[str, Any]) -> str:
     options = ", ".join(f"`{name}={value!r}`" for name, value in c["lite3r_options"].items())
     lines += [
         "",
-        f"{c['summary'].partition(' (')[0]}, {c['resolution']} × {c['resolution']} pixels, {options}, on one {c['device']}, torch {c['torch']}, "
-        f"triton {c['triton']}, {c['date'][:10]}, commit {c['commit']}. Median milliseconds of a whole forward. Weights: {c['weights']}.",
+        f"{c['summary'].partition(' (')[0]}, {c['resolution']} × {c['resolution']} pixels, {options}, on one {c['device']}, "
+        f"torch {c['torch']}, triton {c['triton']}, {c['date'][:10]}, "
+        f"commit {c['commit']}. Median milliseconds of a whole forward. Weights: {c['weights']}.",
         "",
     ]
     return "\n".join(lines)

@@ -141,11 +141,11 @@ def _submodule(model: nn.Module, adapter: str, fqn: str) -> nn.Module:
 
 def _scopes(config: Lite3RConfig, adapter: str, sites: Any) -> set[str]:
     """The scopes that become sparse. Raises `NoSitesError` when no site has one of them."""
-    present = {site.scope for site in sites}
+    present: set[str] = {site.scope for site in sites}
     if config.scopes == "auto":
-        wanted = {"global"} & present or present
+        wanted = present & {"global"} or present
     else:
-        wanted = set(config.scopes) & present
+        wanted = present.intersection(config.scopes)
     if not wanted:
         raise NoSitesError(
             f"the adapter {adapter!r} found no attention site with scope {config.scopes!r} in this model; "

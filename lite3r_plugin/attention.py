@@ -133,7 +133,7 @@ class SparseLinearAttention(nn.Module):
             self._count("dense")
             q, k = self._finished(heads)
             out = F.scaled_dot_product_attention(q, k, heads.v, scale=heads.scale)
-            if self.sparse and self.keep_ratio == 1 and config.linear_branch == "all":
+            if proj is not None and self.keep_ratio == 1 and config.linear_branch == "all":
                 out = out + linear_attention(q, k, heads.v, proj=proj, feature_map=config.feature_map)
             return out
         self._count("sparse", share)

@@ -37,6 +37,7 @@ def lite3r_attention_sites(model: nn.Module) -> Sequence[AttentionSite] | None:
 @hookspec
 def lite3r_models() -> Mapping[str, ModelEntry]:
     """Models that the command line can build, by name. All adapters' answers are collected."""
+    raise NotImplementedError
 
 
 @hookspec(firstresult=True)

@@ -7,7 +7,7 @@ import importlib.metadata
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
@@ -66,7 +66,7 @@ def find_sites(model: nn.Module) -> tuple[str, Sequence[AttentionSite]]:
     for implementation in reversed(manager.hook.lite3r_attention_sites.get_hookimpls()):
         names.append(implementation.plugin_name)
         try:
-            sites = implementation.function(model)
+            sites: Any = implementation.function(model)
         except Lite3RError:
             raise
         except Exception as error:
@@ -86,7 +86,8 @@ def model_entries() -> dict[str, ModelEntry]:
     """Models that the command line can build, by name; a third party's entry wins over a built-in one of that name."""
     entries: dict[str, ModelEntry] = {}
     for implementation in get_manager().hook.lite3r_models.get_hookimpls():
-        entries.update(implementation.function())
+        found: Any = implementation.function()
+        entries.update(found)
     return entries
 
 
@@ -100,9 +101,7 @@ def list_adapters() -> list[AdapterInfo]:
         dist = distributions.get(name)
         summary = ((getattr(plugin, "__doc__", None) or "").strip().splitlines() or [""])[0]
         build = getattr(plugin, "lite3r_models", None)
-        infos.append(
-            AdapterInfo(name, dist.name if dist else "", dist.version if dist else "", summary, tuple(build() if build else ()))
-        )
+        infos.append(AdapterInfo(name, dist.name if dist else "", dist.version if dist else "", summary, tuple(build() if build else ())))
     return infos
 
 

@@ -42,7 +42,7 @@ def check(host: nn.Module, site: AttentionSite) -> None:
     if isinstance(spec, FusedQKV):
         linears = {spec.qkv: (None, 3 * width), spec.out: (width, None)}
     else:
-        linears = {name: (None, width) for name in (spec.q, spec.k, spec.v)} | {spec.out: (width, None)}
+        linears = {spec.q: (None, width), spec.k: (None, width), spec.v: (None, width), spec.out: (width, None)}
     for name, (inputs, outputs) in linears.items():
         child = _child(host, name, site)
         for what, expected in (("in_features", inputs), ("out_features", outputs)):

@@ -59,14 +59,16 @@ class Report:
                 f"  {count} {scope} sites sparse-linear: keep_ratio {ratio:g}, blocks {config.block_q} x {config.block_k}, "
                 f"linear branch {config.linear_branch} ({config.feature_map}), block means {_on(config.block_means)}"
             )
-        pinned = [name for name, kept in (("special tokens", config.keep_special_tokens), ("reference view", config.keep_reference_view)) if kept]
+        always = {"special tokens": config.keep_special_tokens, "reference view": config.keep_reference_view}
+        pinned = [name for name, kept in always.items() if kept]
         lines.append(f"  always kept: {', '.join(pinned) or 'nothing'}; backend {config.backend}")
         for scope, count in sorted(Counter(s.scope for s in self.sites if not s.sparse).items()):
             lines.append(f"  {count} {scope} sites dense, norm and rotary embedding fused")
         for reason, count in Counter(self.skipped.values()).items():
             lines.append(f"  {count} sites untouched: {reason}")
         densities = [s.calls.density for s in sparse if s.calls.density is not None]
-        ran = f"calls so far: {sum(s.calls.sparse for s in sparse)} sparse, {sum(s.calls.dense for s in sparse)} dense (shorter than break-even)"
+        calls = sum(s.calls.sparse for s in sparse), sum(s.calls.dense for s in sparse)
+        ran = f"calls so far: {calls[0]} sparse, {calls[1]} dense (shorter than break-even)"
         lines.append(f"  {ran}" + (f", density of the last {max(densities):.3f}" if densities else ""))
         lines.append(
             f"  parameters {self.parameters:,} + linear branches {self.branch_parameters:,}; trainable {self.trainable_parameters:,}; "

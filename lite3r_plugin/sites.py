@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-
 from .config import Scope
 
 
@@ -148,5 +147,3 @@ class TokenLayout:
     def num_tokens(self) -> int:
         """N = S * P."""
         return self.views * self.tokens_per_view
-
-

@@ -240,7 +240,8 @@ def _expect_calls(sites: Mapping[str, SparseLinearAttention], kind: str) -> None
     unused = [fqn for fqn, counts in calls.items() if not any(counts.values())]
     if unused:
         raise AdapterError(
-            f"{len(unused)} of {len(sites)} sites never ran, such as {unused[0]!r}: the adapter names modules that this forward does not call"
+            f"{len(unused)} of {len(sites)} sites never ran, such as {unused[0]!r}: the adapter names modules that this forward "
+            "does not call"
         )
     for fqn, counts in calls.items():
         if counts[kind] == 0 or sum(counts.values()) != counts[kind]:

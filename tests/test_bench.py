@@ -164,7 +164,8 @@ def test_table_has_both_ratios(run) -> None:
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(table(report))
     text = console.export_text()
-    assert "x strong" in text and "lite3r-strong" in text
+    assert "x strong" in text
+    assert "lite3r-strong" in text
 
 
 class Fragile(nn.Module):

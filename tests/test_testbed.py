@@ -110,7 +110,8 @@ def test_pose_errors_and_auc(sample: dict[str, torch.Tensor]) -> None:
     pose, ok = sample["w2c"], torch.ones(2, 4, dtype=torch.bool)
     rotation, translation = pose_errors(relative_to_first(pose), pose, ok)
     assert rotation.shape == (12,)
-    assert rotation.max() < 0.1 and translation.max() < 0.5
+    assert rotation.max() < 0.1
+    assert translation.max() < 0.5
     assert auc(torch.tensor([0.0, 15.0, 90.0]), 30) == pytest.approx(50)
 
 

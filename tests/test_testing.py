@@ -164,7 +164,7 @@ def test_too_few_tokens(register: Register, net: nn.Module) -> None:
 def test_no_effect_on_the_output(register: Register, net: nn.Module) -> None:
     register(RIGHT)
     nn.init.zeros_(net.across.proj.weight)
-    with pytest.raises(AdapterError, match="changed the output by .* only"):
+    with pytest.raises(AdapterError, match=r"changed the output by .* only"):
         check(net)
 
 

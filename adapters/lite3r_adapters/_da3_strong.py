@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,8 @@ from ._vggt_strong import token_positions
 
 def optimize(model: nn.Module) -> list[str] | None:
     """Fix a `DepthAnything3Net` in place. Works in FP32 and, unlike the host itself, with BF16 weights without autocast."""
-    encoder = getattr(getattr(model, "backbone", None), "pretrained", None)
+    host: Any = model
+    encoder: Any = getattr(getattr(model, "backbone", None), "pretrained", None)
     if not hasattr(encoder, "_prepare_rope") or not hasattr(encoder, "alt_start"):
         return None
     fixes = []
@@ -21,20 +23,20 @@ def optimize(model: nn.Module) -> list[str] | None:
         _exact.use_table_rope(encoder)
         encoder._prepare_rope = MethodType(_prepare_rope, encoder)
         fixes.append("rotary embedding from tables and cached token positions, no wait for the GPU")
-    if hasattr(model.head, "_add_pos_embed"):
-        _exact.cache_position_embedding(model.head, "_add_pos_embed")
-        _exact.finish_in_fp32(model.head.scratch.output_conv2)
-        if hasattr(model.head.scratch, "output_conv2_aux"):
-            _exact.finish_in_fp32(model.head.scratch.output_conv2_aux[-1])
+    if hasattr(host.head, "_add_pos_embed"):
+        _exact.cache_position_embedding(host.head, "_add_pos_embed")
+        _exact.finish_in_fp32(host.head.scratch.output_conv2)
+        if hasattr(host.head.scratch, "output_conv2_aux"):
+            _exact.finish_in_fp32(host.head.scratch.output_conv2_aux[-1])
         fixes.append("position embeddings of the depth head cached; it runs in the dtype of the weights, its last activation in FP32")
-    if model.cam_dec is not None:
+    if host.cam_dec is not None:
         # Its last Linears are given FP32 by the host whatever the weights are.
-        model.cam_dec.float().register_forward_pre_hook(_input_in_fp32)
+        host.cam_dec.float().register_forward_pre_hook(_input_in_fp32)
         fixes.append("camera decoder in FP32")
     return fixes or None
 
 
-def _prepare_rope(encoder: nn.Module, B: int, S: int, H: int, W: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _prepare_rope(encoder: Any, B: int, S: int, H: int, W: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Coordinates ``[B, S, P, 2]`` of the tokens for local blocks, and for global ones, where all patches share one."""
     local = token_positions(B * S, H // encoder.patch_size, W // encoder.patch_size, encoder.patch_start_idx, device)
     return local.unflatten(0, (B, S)), local.clamp(max=1).unflatten(0, (B, S))

@@ -45,9 +45,9 @@ class TableRope(nn.Module):
 
 def use_table_rope(owner: nn.Module) -> None:
     """Replace `owner.rope` and every reference to it below `owner` by one `TableRope`."""
-    rope = owner.rope
+    rope: Any = owner.rope
     users = [module for module in owner.modules() if getattr(module, "rope", None) is rope]
-    attention = next(module for module in users if hasattr(module, "qkv"))
+    attention: Any = next(module for module in users if hasattr(module, "qkv"))
     weight = attention.qkv.weight
     table = TableRope(attention.qkv.in_features // attention.num_heads, rope.base_frequency, weight)
     for module in users:

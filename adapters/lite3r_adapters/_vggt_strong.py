@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from . import _exact
 
 def optimize(model: nn.Module) -> list[str] | None:
     """Fix a VGGT in place. Works in FP32 and, unlike the host itself, with BF16 weights without autocast."""
-    aggregator = getattr(model, "aggregator", None)
+    aggregator: Any = getattr(model, "aggregator", None)
     if not hasattr(aggregator, "frame_blocks") or not hasattr(aggregator, "global_blocks"):
         return None
     if list(aggregator.aa_order) != ["frame", "global"] or aggregator.aa_block_size != 1 or aggregator.rope is None:
@@ -23,15 +24,17 @@ def optimize(model: nn.Module) -> list[str] | None:
     _exact.use_table_rope(aggregator)
     layers = {len(aggregator.frame_blocks) - 1}
     for name in ("depth_head", "point_head"):
-        head = getattr(model, name, None)
+        head: Any = getattr(model, name, None)
         if head is not None:
             layers.update(head.intermediate_layer_idx)
             _exact.cache_position_embedding(head, "_apply_pos_embed")
             _exact.finish_in_fp32(head.scratch.output_conv2)
-    if getattr(model, "track_head", None) is not None:
-        layers.update(model.track_head.feature_extractor.intermediate_layer_idx)
-    if getattr(model, "camera_head", None) is not None:
-        model.camera_head.register_forward_hook(_poses_in_fp32)
+    track_head: Any = getattr(model, "track_head", None)
+    if track_head is not None:
+        layers.update(track_head.feature_extractor.intermediate_layer_idx)
+    camera_head: Any = getattr(model, "camera_head", None)
+    if camera_head is not None:
+        camera_head.register_forward_hook(_poses_in_fp32)
     aggregator.forward = MethodType(functools.partial(_forward, layers=frozenset(layers)), aggregator)
     return [
         "rotary embedding from tables, no wait for the GPU",
@@ -41,7 +44,7 @@ def optimize(model: nn.Module) -> list[str] | None:
     ]
 
 
-def _forward(aggregator: nn.Module, images: Tensor, *, layers: frozenset[int]) -> tuple[list[Tensor | None], int]:
+def _forward(aggregator: Any, images: Tensor, *, layers: frozenset[int]) -> tuple[list[Tensor | None], int]:
     """As the host's aggregator: images ``[B, S, 3, H, W]`` to one ``[B, S, P, 2C]`` per layer, None where no head reads it."""
     batch, views = images.shape[:2]
     rows, columns = (size // aggregator.patch_size for size in images.shape[-2:])

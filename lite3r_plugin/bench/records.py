@@ -103,9 +103,10 @@ class Report:
     def speedup(self, cell: Cell, over: str) -> float | None:
         """How many times faster `cell` is than the variant `over` at the same number of views."""
         other = self.find(over, cell.views)
-        if other is None or other.winner is None or cell.winner is None:
+        mine, theirs = cell.winner, None if other is None else other.winner
+        if mine is None or theirs is None or mine.median_ms is None or theirs.median_ms is None:
             return None
-        return other.winner.median_ms / cell.winner.median_ms
+        return theirs.median_ms / mine.median_ms
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-serialisable data."""

@@ -108,7 +108,7 @@ class Bench:
                     self._measure(subject, cell)
             except torch.cuda.OutOfMemoryError as caught:
                 cell.status, cell.error = "oom", measure.short(caught)
-            except Exception as caught:  # noqa: BLE001 - whatever a host raises is a result too
+            except Exception as caught:  # whatever a host raises is a result too
                 cell.status, cell.error = "error", measure.short(caught)
             self.report.cells.append(cell)
             if self.path is not None:
@@ -121,7 +121,7 @@ class Bench:
         measure.release_memory(self.device)
 
     def _measure(self, subject: Subject, cell: Cell) -> None:
-        module = subject.module
+        module = subject.network
         sites = lite3r_modules(module)
         cell.config = next(iter(sites.values())).state.config.to_dict() if sites else None
         cell.weight_bytes = weight_bytes(module)
@@ -139,9 +139,9 @@ class Bench:
             expected = reference(outputs)
             del outputs
             subject.measure_candidates(forward, cell, expected)
-        ran = {name: candidate for name, candidate in cell.candidates.items() if candidate.median_ms is not None}
+        ran = {name: candidate.median_ms for name, candidate in cell.candidates.items() if candidate.median_ms is not None}
         if ran:
-            cell.best = min(ran, key=lambda name: ran[name].median_ms)
+            cell.best = min(ran, key=ran.__getitem__)
         else:
             cell.status = "error"
             cell.error = "; ".join(f"{name}: {candidate.reason}" for name, candidate in cell.candidates.items())
@@ -153,7 +153,7 @@ class Bench:
         what = f"{cell.status} {cell.error}"
         if cell.winner is not None:
             others = ", ".join(
-                f"{name} {'failed: ' + c.reason[:90] if c.median_ms is None else f'{c.median_ms:.1f}'}"
+                f"{name} {'failed: ' + (c.reason or '')[:90] if c.median_ms is None else f'{c.median_ms:.1f}'}"
                 for name, c in cell.candidates.items()
             )
             gib = f", {cell.winner.peak_bytes / 2**30:.2f} GiB" if cell.winner.peak_bytes is not None else ""

@@ -47,6 +47,12 @@ class Subject:
     compile_failure: str | None = None
     compiled_blocks: list[tuple[nn.Module, Any]] = dataclasses.field(default_factory=list)
 
+    @property
+    def network(self) -> nn.Module:
+        """`module` of a variant that could be prepared."""
+        assert self.module is not None
+        return self.module
+
     @contextlib.contextmanager
     def ready(self, images: Tensor, cell: Cell) -> Iterator[Callable[[], Any]]:
         """The forward on `images` as this variant runs it, without compilation."""
@@ -63,7 +69,7 @@ class Subject:
         with contextlib.ExitStack() as stack:
             for mode in modes:
                 stack.enter_context(mode)
-            yield lambda: self.bench.model.run(self.module, images)
+            yield lambda: self.bench.model.run(self.network, images)
 
     def measure_candidates(self, forward: Callable[[], Any], cell: Cell, expected: dict[str, Tensor]) -> None:
         """Fill the cell's candidates. `expected`: outputs of an eager forward, which the other ways must reproduce."""
@@ -98,7 +104,7 @@ class Subject:
                 candidate = measure.measure(forward, self.bench.device, self.bench.min_runs)
         except torch.cuda.OutOfMemoryError as error:
             return Candidate(reason=measure.short(error))
-        except Exception as error:  # noqa: BLE001 - whatever the compiler raises is a result
+        except Exception as error:  # whatever the compiler raises is a result
             self.compile_failure = measure.short(error)
             return Candidate(reason=self.compile_failure)
         candidate.prepare_s = seconds
@@ -115,7 +121,7 @@ class Subject:
             return Candidate(reason="there is no CUDA device")
         if not self.bench.graphs:
             return Candidate(reason="CUDA graphs are switched off")
-        if base.median_ms > measure.GRAPH_LIMIT_S * 1e3:
+        if base.median_ms is not None and base.median_ms > measure.GRAPH_LIMIT_S * 1e3:
             return Candidate(reason=f"one run takes longer than {measure.GRAPH_LIMIT_S:g} s, so launches do not matter")
         start = time.monotonic()
         try:
@@ -125,7 +131,7 @@ class Subject:
             graph.replay()
             difference = fidelity(tensors(outputs), expected)
             candidate = measure.measure(graph.replay, device, self.bench.min_runs)
-        except Exception as error:  # noqa: BLE001 - a forward that waits for the GPU cannot be captured: a result
+        except Exception as error:  # a forward that waits for the GPU cannot be captured: a result
             return Candidate(reason=measure.short(error))
         candidate.prepare_s, (candidate.peak_bytes, candidate.reserved_bytes) = seconds, peaks
         candidate.notes = {"difference_to_eager": difference}
@@ -135,10 +141,10 @@ class Subject:
     def _compiled(self) -> Iterator[None]:
         """Blocks run compiled inside the context. Attention that may be sparse stays eager: it is Triton already."""
         if not self.compiled_blocks:
-            for block in repeated_blocks(self.module):
+            for block in repeated_blocks(self.network):
                 block.compile(dynamic=True)
                 self.compiled_blocks.append((block, block._compiled_call_impl))
-        sites = [site for site in lite3r_modules(self.module).values() if site.sparse]
+        sites = [site for site in lite3r_modules(self.network).values() if site.sparse]
         try:
             for site in sites:
                 site.forward = torch.compiler.disable(site.forward)
@@ -154,7 +160,7 @@ class Subject:
 
     def _probe(self, views: int) -> Tensor:
         """Queries as at a global attention site at this number of views, to choose the backend of dense attention."""
-        _, sites = find_sites(self.module)
+        _, sites = find_sites(self.network)
         site = min(sites, key=lambda site: site.scope != "global")
         tokens, heads = views * 1024, site.projections.num_heads or 16
         if site.tokens is not None:

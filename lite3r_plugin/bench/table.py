@@ -27,11 +27,11 @@ def table(report: Report) -> Table:
 
 def _numbers(report: Report, cell: Cell) -> list[str]:
     won = cell.winner
-    if won is None:
+    if won is None or won.median_ms is None:
         return [f"{cell.status}: {cell.error}"[:60]]
     stock = report.find("stock", cell.views)
     memory = None
-    if stock is not None and stock.winner is not None and won.peak_bytes:
+    if stock is not None and stock.winner is not None and stock.winner.peak_bytes and won.peak_bytes:
         memory = stock.winner.peak_bytes / won.peak_bytes
     depth = next((value for name, value in cell.fidelity.items() if name in ("depth_rel_l2", "output_rel_l2")), None)
     return [

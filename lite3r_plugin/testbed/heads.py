@@ -25,8 +25,7 @@ class DenseHead(nn.Module):
         self.skip = nn.Conv2d(fine_dim, fine_hidden, 1)
         self.refine = nn.Sequential(nn.GELU(), nn.Conv2d(fine_hidden, 2 * fine_hidden, 3, 1, 1), nn.GELU())
         self.out = nn.Conv2d(2 * fine_hidden, 16 * channels, 1)
-        nn.init.normal_(self.out.weight, std=0.01)
-        nn.init.zeros_(self.out.bias)
+        _start_small(self.out)
 
     def forward(self, tokens: Tensor, fine: Tensor, grid: tuple[int, int]) -> Tensor:
         """tokens: ``[B, h * w, C]``; fine: ``[B, F, 2h, 2w]``; grid: (h, w). Returns ``[B, channels, 8h, 8w]`` in FP32."""
@@ -45,9 +44,9 @@ class CameraHead(nn.Module):
         self.project = nn.Linear(dim, width)
         self.first_view = nn.Parameter(torch.zeros(width))
         self.trunk = nn.ModuleList(Block(width, head_dim, 2.0, layer_scale) for _ in range(2))
-        self.out = nn.Sequential(nn.LayerNorm(2 * width), nn.Linear(2 * width, width), nn.GELU(), nn.Linear(width, 9))
-        nn.init.normal_(self.out[-1].weight, std=0.01)
-        nn.init.zeros_(self.out[-1].bias)
+        last = nn.Linear(width, 9)
+        _start_small(last)
+        self.out = nn.Sequential(nn.LayerNorm(2 * width), nn.Linear(2 * width, width), nn.GELU(), last)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens: ``[B, S, C]``, one camera token a view. Returns pose encodings ``[B, S, 9]`` in FP32 (see `cameras`)."""
@@ -60,3 +59,9 @@ class CameraHead(nn.Module):
         translation, turn, fov = raw.split((3, 4, 2), -1)
         turn = turn + (torch.arange(4, device=turn.device) == 3)  # starts near the identity
         return torch.cat((translation, F.normalize(turn, dim=-1), torch.pi * torch.sigmoid(fov - 0.7)), -1)
+
+
+def _start_small(layer: nn.Linear | nn.Conv2d) -> None:
+    nn.init.normal_(layer.weight, std=0.01)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)

@@ -97,7 +97,7 @@ def correspondences(batch: Batch, patch: int, max_queries: int = 256, tolerance:
         Patches of the other view ``[B, S, n, S, 4]`` around each query, and their bilinear weights, which are zero where the
         point is not seen and within the same view.
     """
-    batch_size, views, height, width = batch["depth"].shape
+    _, views, height, width = batch["depth"].shape
     rows, columns = height // patch, width // patch
     step = 1 if rows * columns <= max_queries else 2
     offset = patch // 2

@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -96,7 +96,7 @@ class TrainingConfig:
     max_steps: int | None = None
 
     def __post_init__(self) -> None:
-        if self.minutes <= 0 or self.views_per_step % (12 * VIEWS_PER_SCENE) and not self.smoke:
+        if self.minutes <= 0 or (self.views_per_step % (12 * VIEWS_PER_SCENE) and not self.smoke):
             raise ConfigError(f"minutes > 0 and views_per_step a multiple of {12 * VIEWS_PER_SCENE} are needed, got {self}")
 
 
@@ -155,7 +155,7 @@ class Trainer:
             if current is not stage:
                 stage = current
                 self._say(f"stage: {stage.size} px, {stage.views} views, arcs {stage.arcs}")
-            batch = self._batch(stage)
+            batch = self._batch(current)
             losses = self._train_step(batch, progress)
             sums = {name: sums[name] + value if sums else value for name, value in losses.items()}
             if self.step == 1:
@@ -175,7 +175,7 @@ class Trainer:
                 logged, sums, steps, views = now, {}, 0, 0
             if now - evaluated >= self.config.evaluate_every:
                 evaluated = now
-                self._evaluate(stage.size)
+                self._evaluate(current.size)
                 self.save()
                 logged = self._elapsed()
                 sums, steps, views = {}, 0, 0
@@ -264,7 +264,8 @@ class Trainer:
         share = (self._elapsed() - self.warm_at) / max(60 * self.config.minutes - self.warm_at, 1e-6) if self.step else 0.0
         if self.accelerator.num_processes == 1:
             return share
-        return self.accelerator.reduce(torch.tensor(share, device=self.device), "mean").item()
+        reduced = self.accelerator.reduce(torch.tensor(share, device=self.device), "mean")
+        return float(cast("Tensor", reduced))
 
     def _say(self, text: str) -> None:
         self.accelerator.print(f"[{self._elapsed():6.1f} s] {text}", flush=True)

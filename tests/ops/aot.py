@@ -61,7 +61,8 @@ def variants() -> list[tuple[str, Any, str, dict[str, Any], dict[str, int]]]:
                 options = sla.launch_options(128, dim, torch.float32 if dtype == "fp32" else torch.bfloat16)
                 found.append(("sparse_linear", sla._sparse_linear_kernel, dtype, constants, options))
             constants = dict(D=dim, DP=padded, BLOCK_K=64, SOFTMAX=True, PRECISION=precision)
-            found.append(("linear_state", sla._linear_state_kernel, dtype, constants, sla.state_options(torch.float32 if dtype == "fp32" else torch.bfloat16)))
+            options = sla.state_options(torch.float32 if dtype == "fp32" else torch.bfloat16)
+            found.append(("linear_state", sla._linear_state_kernel, dtype, constants, options))
     for width in (32, 1024, 32768):
         found.append(("select", block_map._select_kernel, "fp32", dict(WIDTH=width), block_map.launch_options(width)))
     return found

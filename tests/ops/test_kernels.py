@@ -76,7 +76,9 @@ def test_prepare_qkv(tokens: int, dim: int, rope: bool, norm: str) -> None:
 
 
 @pytest.mark.parametrize("case", ["random", "equal", "with nan", "with infinity", "signed zeros"])
-@pytest.mark.parametrize(("rows", "columns", "kept", "pinned"), [(3, 7, 3, 1), (5, 40, 40, 2), (2, 33, 1, 0), (1, 1, 1, 1), (4, 100, 17, 5)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "kept", "pinned"), [(3, 7, 3, 1), (5, 40, 40, 2), (2, 33, 1, 0), (1, 1, 1, 1), (4, 100, 17, 5)]
+)
 def test_block_map(rows: int, columns: int, kept: int, pinned: int, case: str) -> None:
     q, k = torch.randn(1, 2, rows, 32, device=DEVICE), torch.randn(1, 2, columns, 32, device=DEVICE)
     if case == "equal":
@@ -103,7 +105,9 @@ def run_both(q: Tensor, k: Tensor, v: Tensor, order: Tensor, pinned_tokens: int,
     pinned_keys = -(-pinned_tokens // block_k)
     kept = kept_blocks(-(-tokens // block_k), keep_ratio, pinned_keys)
     indices, bits = block_map_kernels.block_map_with_bits(prepared.q_mean, prepared.k_mean, kept=kept, pinned=pinned_keys)
-    options = dict(pinned=-(-pinned_tokens // block_q), linear=linear, feature_map=feature_map, proj=proj if linear != "none" else None, **BLOCKS)
+    options = dict(
+        pinned=-(-pinned_tokens // block_q), linear=linear, feature_map=feature_map, proj=proj if linear != "none" else None, **BLOCKS
+    )
     far = (prepared.k_mean, prepared.v_mean) if means else None
     got = sla_kernels.sparse_linear_attention(*prepared[:3], indices, tokens=tokens, bits=bits, means=far, order=order, **options)
 
@@ -160,6 +164,7 @@ def test_forward_is_deterministic() -> None:
 @pytest.mark.gpu
 def test_more_views_do_not_recompile() -> None:
     """Any length runs the same binary."""
+
     def binaries() -> int:
         kernels = (prepare_kernels._prepare_kernel, sla_kernels._sparse_linear_kernel, sla_kernels._linear_state_kernel)
         return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())

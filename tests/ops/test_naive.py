@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lite3r_plugin.ops.block_map import block_map, density, kept_blocks
-from lite3r_plugin.ops.qk_norm_rope import HeadNorm, naive as prepare
+from lite3r_plugin.ops.qk_norm_rope import HeadNorm
+from lite3r_plugin.ops.qk_norm_rope import naive as prepare
 from lite3r_plugin.ops.sla import naive, sparse_linear_attention
 from lite3r_plugin.ops.sla.naive import phi
 

@@ -47,7 +47,8 @@ def _store_means(M, x, live, base, lanes, live_lane, first_row, N, blocks, D: tl
     sub = tl.arange(0, ROWS // BLOCK)
     counts = tl.minimum(tl.maximum(N - first_row - sub * BLOCK, 1), BLOCK).to(tl.float32)
     block = first_row // BLOCK + sub
-    tl.store(M + (base * blocks + block)[:, None] * D + lanes[None, :], sums / counts[:, None], mask=(block < blocks)[:, None] & live_lane[None, :])
+    means = M + (base * blocks + block)[:, None] * D + lanes[None, :]
+    tl.store(means, sums / counts[:, None], mask=(block < blocks)[:, None] & live_lane[None, :])
 
 
 @triton.jit(do_not_specialize=["N", "out_rows", "q_blocks", "k_blocks", "p_stride_b", "p_stride_n", "p_stride_c"])

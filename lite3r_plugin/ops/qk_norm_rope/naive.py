@@ -79,9 +79,7 @@ def block_sizes(tokens: int, block: int, device: torch.device) -> Tensor:
     return (tokens - starts).clamp(max=block)
 
 
-def norm_rope(
-    x: Tensor, *, norm: HeadNorm | None = None, positions: Tensor | None = None, rope_base: float | None = None
-) -> Tensor:
+def norm_rope(x: Tensor, *, norm: HeadNorm | None = None, positions: Tensor | None = None, rope_base: float | None = None) -> Tensor:
     """Norm and rotate queries or keys ``[B, H, N, D]``, in FP32 (FP64 for FP64 input)."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     if norm is not None:

@@ -21,7 +21,6 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, proj: Tensor, feature_m
         return naive.linear_attention(q, k, v, proj=proj, feature_map=feature_map)
 
 
-
 def sparse_linear_attention(
     q: Tensor,
     k: Tensor,
@@ -80,8 +79,8 @@ def _sparse_linear_attention(
     tokens = v.shape[-2]
     prepared = prepare_qkv(q, k, v, order=order, block_q=block_q, block_k=block_k, triton=triton, **prepare)
     pinned_keys = -(-pinned_tokens // block_k)
-    maps = dict(kept=kept_blocks(-(-tokens // block_k), keep_ratio, pinned_keys), pinned=pinned_keys)
-    options = dict(pinned=-(-pinned_tokens // block_q), proj=proj, block_q=block_q, block_k=block_k, **branch)
+    maps: dict[str, Any] = dict(kept=kept_blocks(-(-tokens // block_k), keep_ratio, pinned_keys), pinned=pinned_keys)
+    options: dict[str, Any] = dict(pinned=-(-pinned_tokens // block_q), proj=proj, block_q=block_q, block_k=block_k, **branch)
     if triton:
         from ..block_map.kernels import block_map_with_bits
         from . import kernels

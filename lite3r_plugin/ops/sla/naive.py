@@ -16,6 +16,8 @@ GPUs without Triton. Arithmetic is FP32 (FP64 for FP64 input).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -88,12 +90,13 @@ def sparse_linear_attention(
     valid = torch.arange(block_k, device=q.device) < sizes[:, None]  # [columns, block_k]
     log_valid = torch.zeros_like(valid, dtype=wide).masked_fill(~valid, -torch.inf)
     means = (mean_over_blocks(k, block_k), mean_over_blocks(v, block_k))
+    states = ()  # H and Z, of every key block or of all tokens
     if linear == "marginal":
         features = phi(keys, feature_map) * valid[..., None]
         states = features.mT @ values, features.sum(-2)
     elif linear == "all":
-        whole = linear_state(k, v, feature_map)
-    proj = None if proj is None else proj.to(wide)
+        states = linear_state(k, v, feature_map)
+    proj = proj.to(wide) if proj is not None and linear != "none" else None
 
     def attend(first: int, last: int, critical: Tensor, q: Tensor, *_: Tensor) -> Tensor:
         """Output of query blocks first..last, whose critical key blocks are `critical` [B, H, last - first, n]."""
@@ -110,10 +113,10 @@ def sparse_linear_attention(
         out = F.scaled_dot_product_attention(
             *(x.flatten(0, 2)[:, None] for x in (rows, near_k, near_v)), attn_mask=bias.flatten(0, 2)[:, None, None], scale=scale
         ).view_as(rows)
-        if linear == "none":
+        if proj is None:
             return out.flatten(2, 3)
         if linear == "all":
-            state, total = (x[:, :, None] for x in whole)
+            state, total = (x[:, :, None] for x in states)
         else:
             state, total = (torch.einsum("bhrc,bhc...->bhr...", marginal.to(wide), x) for x in states)
         features = phi(rows, feature_map)
@@ -133,7 +136,7 @@ def sparse_linear_attention(
         for start in steps:
             stop = min(start + steps.step, last)
             critical = everything.expand(-1, -1, stop - start, -1) if last == pinned else kv_indices[:, :, start:stop]
-            arguments = (start, stop, critical, q, k, v) + (() if proj is None else (proj,))
+            arguments: tuple[Any, ...] = (start, stop, critical, q, k, v) + (() if proj is None else (proj,))
             if torch.is_grad_enabled() and any(x.requires_grad for x in arguments[3:]):
                 outputs.append(checkpoint(attend, *arguments, use_reentrant=False))
             else:
