@@ -45,8 +45,9 @@ def apply_lite3r(model: Model, config: Lite3RConfig | None = None, **fields: Any
     adapter, sites = find_sites(model)
     hosts = _resolve(model, adapter, sites)
     scopes = _scopes(config, adapter, sites)
-    if unknown := sorted(set(config.site_keep_ratios) - {site.fqn for site in sites}):
-        raise ConfigError(f"site_keep_ratios names {unknown[:3]}, which are no sites of this model; its sites are like {sites[0].fqn!r}")
+    if unused := sorted(set(config.site_keep_ratios) - {site.fqn for site in sites if site.scope in scopes}):
+        example = next(site.fqn for site in sites if site.scope in scopes)
+        raise ConfigError(f"site_keep_ratios names {unused[:3]}, which are no sites that become sparse; those are like {example!r}")
     state = ModelState(adapter, config)
     # Everything is checked before anything is changed, so an error leaves the model as it was.
     plan: dict[str, tuple[AttentionSite, bool]] = {}

@@ -90,8 +90,10 @@ def test_no_site_with_the_wanted_scope(adapter: Adapter) -> None:
 
 
 def test_a_keep_ratio_for_no_site() -> None:
-    with pytest.raises(ConfigError, match=r"site_keep_ratios names \['cross\.7'\].*its sites are like 'frame\.0'"):
+    with pytest.raises(ConfigError, match=r"site_keep_ratios names \['cross\.7'\].*those are like 'cross\.0'"):
         apply_lite3r(Toy(), site_keep_ratios={"cross.7": 0.5})
+    with pytest.raises(ConfigError, match=r"site_keep_ratios names \['frame\.0'\], which are no sites that become sparse"):
+        apply_lite3r(Toy(), site_keep_ratios={"frame.0": 0.5})
 
 
 def test_an_unknown_option() -> None:
