@@ -15,11 +15,12 @@ TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DO
 HEADER = (
     "views",
     "stock",
-    "strong dense",
     "Lite3R on stock",
+    "gain",
+    "strong dense",
     "Lite3R on strong",
+    "gain",
     "gain on stock",
-    "gain on strong",
     "peak memory",
     "density",
 )
@@ -30,12 +31,13 @@ def render(report: dict[str, Any]) -> str:
     cells = {(cell["views"], cell["variant"]): cell for cell in report["cells"]}
     lines = ["| " + " | ".join(HEADER) + " |", "|" + " ---: |" * len(HEADER)]
     for views in sorted({views for views, _ in cells}):
-        row = {name: cells.get((views, name)) for name in ("stock", "strong", "lite3r", "lite3r-strong")}
-        best, stock = row["lite3r-strong"], row["stock"]
-        lines.append(
-            f"| {views} | " + " | ".join(_time(cell) for cell in row.values())
-            + f" | {_ratio(best, 'stock')} | {_ratio(best, 'strong')} | {_memory(stock)} → {_memory(best)} | {_density(best)} |"
+        stock, one_line, strong, both = (cells.get((views, name)) for name in ("stock", "lite3r", "strong", "lite3r-strong"))
+        row = (
+            str(views), _time(stock), _time(one_line), _ratio(one_line, "stock"),
+            _time(strong), _time(both), _ratio(both, "strong"), _ratio(both, "stock"),
+            f"{_memory(stock)} → {_memory(both)}", _density(both),
         )  # fmt: skip
+        lines.append("| " + " | ".join(row) + " |")
     c = report["conditions"]
     options = ", ".join(f"`{name}={value!r}`" for name, value in c["lite3r_options"].items())
     lines += [
