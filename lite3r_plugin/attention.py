@@ -170,6 +170,8 @@ class SparseLinearAttention(nn.Module):
             return heads.q.to(dtype), heads.k.to(dtype)
         needs_grad = torch.is_grad_enabled() and (heads.q.requires_grad or heads.k.requires_grad)
         backend = self.state.config.backend if self.sparse else "auto"
+        if needs_grad and backend == "auto":
+            backend = "torch"  # dense attention with gradients is as fast as the host's own
         q, k = norm_rope(
             heads.q, heads.k, q_norm=heads.q_norm, k_norm=heads.k_norm, positions=heads.positions, rope_base=heads.rope_base,
             triton=use_triton(backend, heads.v, needs_grad),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
+import warnings
 
 import torch
 from torch import Tensor
@@ -12,6 +14,10 @@ from ..errors import BackendError
 
 TRITON_HEAD_DIMS = (32, 64, 80, 96, 128)
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class SlowPathWarning(UserWarning):
+    """Something that has a kernel ran in plain torch operators on a GPU."""
 
 
 @functools.cache
@@ -40,7 +46,7 @@ def why_not_triton(q: Tensor, needs_grad: bool = False) -> str | None:
 
 
 def use_triton(backend: str, q: Tensor, needs_grad: bool = False) -> bool:
-    """Whether to run Triton for `q [..., D]`.
+    """Whether to run Triton for `q [..., D]`. Falling back on a GPU warns: plain torch operators are slow there.
 
     Raises:
         BackendError: `backend` is ``"triton"`` and the kernels cannot take these tensors.
@@ -48,6 +54,16 @@ def use_triton(backend: str, q: Tensor, needs_grad: bool = False) -> bool:
     if backend == "torch":
         return False
     reason = why_not_triton(q, needs_grad)
-    if reason is not None and backend == "triton":
+    if reason is None:
+        return True
+    if backend == "triton":
         raise BackendError(f'backend="triton" cannot run here: {reason}. Use backend="auto" or "torch".')
-    return reason is None
+    if q.is_cuda and not torch.compiler.is_compiling():
+        hint = "; run inference under torch.no_grad()" if needs_grad else ""
+        warnings.warn(f"Lite3R runs plain torch operators on this GPU, which is slow: {reason}{hint}", SlowPathWarning, stacklevel=2)
+    return False
+
+
+def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Makes x's GPU the current one: Triton launches on the current GPU, whatever its arguments are on."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..backend import on_device_of
 from . import naive
 from .naive import HeadNorm, Prepared
 
@@ -35,7 +36,8 @@ def norm_rope(
     if triton:
         from . import kernels
 
-        return kernels.norm_rope(q, k, q_norm=q_norm, k_norm=k_norm, positions=positions, rope_base=rope_base)
+        with on_device_of(q):
+            return kernels.norm_rope(q, k, q_norm=q_norm, k_norm=k_norm, positions=positions, rope_base=rope_base)
     return (
         naive.norm_rope(q, norm=q_norm, positions=positions, rope_base=rope_base).to(q.dtype),
         naive.norm_rope(k, norm=k_norm, positions=positions, rope_base=rope_base).to(k.dtype),

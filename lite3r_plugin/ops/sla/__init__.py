@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import use_triton
+from ..backend import on_device_of, use_triton
 from ..block_map import block_map, kept_blocks
 from ..qk_norm_rope import HeadNorm, prepare_qkv
 from . import naive
@@ -61,7 +61,7 @@ def sparse_linear_attention(
         BackendError: `backend` is ``"triton"`` and the kernels cannot take these tensors.
     """
     # Autocast would run the pooled scores and the linear state in half precision.
-    with torch.autocast(v.device.type, enabled=False):
+    with torch.autocast(v.device.type, enabled=False), on_device_of(v):
         return _sparse_linear_attention(
             q, k, v, order=order, pinned_tokens=pinned_tokens, keep_ratio=keep_ratio, proj=proj, block_means=block_means,
             block_q=block_q, block_k=block_k, backend=backend,
