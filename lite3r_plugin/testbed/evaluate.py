@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .cameras import relative_to_first
+from ..metrics import auc, depth_metrics, pair_errors
 
 
 @torch.no_grad()
@@ -36,10 +36,11 @@ def evaluate(model: nn.Module, sample: dict[str, Tensor], scenes_at_once: int = 
         flat, _ = depth_errors(torch.ones_like(part["depth"]), part["depth"], part["valid"])
         rotation, translation = pose_errors(predicted["world_to_camera"].float(), part["w2c"], part["ok"])
         identity = torch.eye(3, 4, device=part["w2c"].device).expand_as(part["w2c"])
-        still, _ = pose_errors(identity, part["w2c"], part["ok"])
-        rows.append({"abs_rel": abs_rel, "delta1": delta1, "flat": flat, "rotation": rotation, "translation": translation, "still": still})
+        still, aside = pose_errors(identity, part["w2c"], part["ok"])
+        poses = {"rotation": rotation, "translation": translation, "still": still, "aside": aside}
+        rows.append({"abs_rel": abs_rel, "delta1": delta1, "flat": flat, **poses})
     model.train(was_training)
-    every = {name: torch.cat([row[name] for row in rows]).cpu() for name in rows[0]}
+    every = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
     worse = torch.maximum(every["rotation"], every["translation"])
     return {
         "abs_rel": every["abs_rel"].mean().item(),
@@ -50,41 +51,24 @@ def evaluate(model: nn.Module, sample: dict[str, Tensor], scenes_at_once: int = 
         "auc5": auc(worse, 5),
         "mean_abs_rel": every["flat"].mean().item(),
         "mean_rotation": every["still"].median().item(),
-        "mean_auc30": auc(torch.maximum(every["still"], torch.full_like(every["still"], 90.0)), 30),
+        "mean_auc30": auc(torch.maximum(every["still"], every["aside"]), 30),
     }
 
 
 def depth_errors(predicted: Tensor, depth: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """AbsRel and share of pixels within 25 % of each scene that has valid pixels; depth maps are ``[B, S, H, W]``."""
-    abs_rel, delta1 = [], []
-    for mine, true, mask in zip(predicted, depth, valid, strict=True):
-        if mask.any():
-            mine, true = mine[mask], true[mask]
-            mine = mine * (true / mine).median()
-            abs_rel.append(((mine - true).abs() / true).mean())
-            delta1.append((torch.maximum(mine / true, true / mine) < 1.25).float().mean())
-    none = depth.new_zeros(0)
-    return (torch.stack(abs_rel), torch.stack(delta1)) if abs_rel else (none, none)
+    rows = [depth_metrics(*scene) for scene in zip(predicted, depth, valid, strict=True) if scene[2].any()]
+    return torch.tensor([row.abs_rel for row in rows]), torch.tensor([row.delta1 for row in rows])
 
 
 def pose_errors(predicted: Tensor, world_to_camera: Tensor, ok: Tensor) -> tuple[Tensor, Tensor]:
     """Errors in degrees of relative rotations and of directions of relative translations, over all pairs of views that are `ok`.
 
-    Cameras are world to camera, ``[B, S, 3, 4]``; ok: ``[B, S]``. Returns two ``[pairs]``. The direction of no motion is 90
-    degrees off.
+    Cameras are world to camera, ``[B, S, 3, 4]``; ok: ``[B, S]``. Returns two ``[pairs]``, of pairs that have a baseline. The
+    direction of no motion is 90 degrees off.
     """
-    rotation, translation = [], []
-    for first in range(predicted.shape[1] - 1):
-        mine = relative_to_first(predicted[:, first:])[:, 1:]
-        true = relative_to_first(world_to_camera[:, first:])[:, 1:]
-        mask = ok[:, first + 1 :] & ok[:, first : first + 1]
-        cosine = ((mine[..., :3] * true[..., :3]).sum((-1, -2)) - 1) / 2
-        rotation.append(torch.rad2deg(cosine.clamp(-1, 1).acos())[mask])
-        cosine = torch.cosine_similarity(mine[..., 3], true[..., 3], dim=-1)
-        translation.append(torch.rad2deg(cosine.clamp(-1, 1).acos())[mask])
-    return torch.cat(rotation), torch.cat(translation)
-
-
-def auc(errors: Tensor, threshold: float) -> float:
-    """Area under the curve of recall over error up to `threshold`, in percent."""
-    return 100 * (1 - errors / threshold).clamp(min=0).mean().item()
+    scenes = zip(predicted, world_to_camera, ok, strict=True)
+    pairs = [pair_errors(mine[mask], true[mask]) for mine, true, mask in scenes if mask.sum() > 1]
+    if not pairs:
+        return torch.zeros(0), torch.zeros(0)
+    return torch.cat([p.rotation[p.defined] for p in pairs]), torch.cat([p.translation[p.defined] for p in pairs])
