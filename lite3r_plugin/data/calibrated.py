@@ -104,7 +104,7 @@ def _strecha(folder: Path, name: str) -> Scene:
 def _find(
     path: Path, holds: Callable[[Path], bool], load: Callable[[Path, str], Scene], wanted: str
 ) -> tuple[list[str], Callable[[str], Scene]]:
-    found = [path.resolve()] if holds(path) else [folder for folder in folders(path) if holds(folder)]
+    found = [path] if holds(path) else [folder for folder in folders(path) if holds(folder)]
     if not found:
         raise InputError(f"{path} holds no scene: {wanted}")
     return [p.name for p in found], partial(_load, found[0].parent, load)

@@ -43,7 +43,7 @@ Pose = tuple[str, int, Tensor]  # name of the image, id of the camera, world to 
 
 def colmap(path: Path) -> Scenes:
     """One COLMAP workspace, or a folder of them."""
-    found = [path.resolve()] if _model(path) else [folder for folder in folders(path) if _model(folder)]
+    found = [path] if _model(path) else [folder for folder in folders(path) if _model(folder)]
     if not found:
         raise InputError(f"{path} holds no COLMAP model: cameras and images, .bin or .txt, in sparse/0, sparse or the folder itself")
     return Scenes([p.name for p in found], partial(_load, found[0].parent))

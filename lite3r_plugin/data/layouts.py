@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from .seven_scenes import seven_scenes
 
 def images(path: Path) -> Scenes:
     """A folder of photographs of one scene, or a folder of such folders. No cameras, no depth."""
-    found = [path.resolve()] if _has_images(path) else [folder for folder in folders(path) if _has_images(folder)]
+    found = [path] if _has_images(path) else [folder for folder in folders(path) if _has_images(folder)]
     if not found:
         find_images(path)  # says what is there instead
     return Scenes([p.name for p in found], partial(_photographs, found[0].parent))
@@ -63,7 +64,7 @@ def open_scenes(spec: str, split: Literal["train", "test"] | None = None) -> Sce
 
 
 def _folder(name: str) -> Path:
-    path = Path(name).expanduser()
+    path = Path(os.path.abspath(Path(name).expanduser()))  # a name even for "." and ".."; links keep theirs
     if not name or not path.is_dir():
         raise InputError(f"{name or 'an empty path'} is no folder; name the folder that holds the data")
     return path

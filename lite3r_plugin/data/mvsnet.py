@@ -84,7 +84,7 @@ def read_pairs(path: Path) -> dict[int, tuple[int, ...]]:
 
 def _find(path: Path, images: str, depths: str) -> tuple[list[str], Callable[[str], Scene]]:
     if (path / images).is_dir():
-        names, root = [path.resolve().name], path.resolve().parent
+        names, root = [path.name], path.parent
     else:
         names, root = [folder.name for folder in folders(path) if (folder / images).is_dir()], path
     if not names:

@@ -24,7 +24,6 @@ INTRINSICS = "camera-intrinsics.txt"
 
 def seven_scenes(path: Path) -> Scenes:
     """All scenes (``chess/seq-01``), one scene (``seq-01``), or one sequence; the test sequences are those of ``TestSplit.txt``."""
-    path = path.resolve()
     found = _sequences(path, 2)
     if not found:
         raise InputError(f"{path} holds no frame-*.color.* file, nor do the folders in it")
