@@ -20,6 +20,10 @@ torch.use_deterministic_algorithms(True, warn_only=True)
 torch.utils.deterministic.fill_uninitialized_memory = True
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--data-root", help="folder with real samples, one folder for each layout of lite3r_plugin.data, for tests/data")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
