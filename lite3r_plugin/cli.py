@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 from .bench.command import bench
 from .commands.adapters import adapters
 from .commands.demo import demo
+from .commands.evaluate import evaluate
 from .commands.reconstruct import reconstruct
 from .errors import Lite3RError
 
@@ -63,6 +64,7 @@ def _options(
 app.command()(demo)
 app.command()(reconstruct)
 app.command()(bench)
+app.command("eval")(evaluate)
 app.command()(adapters)
 
 

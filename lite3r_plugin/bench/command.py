@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -32,11 +31,12 @@ def bench(
     import torch
     from rich.console import Console
 
+    from ..commands._options import parse_fields
     from .models import find_model
     from .runner import Bench
     from .table import table
 
-    options = _options(set_ or [])
+    options = parse_fields(set_ or [], "--set")
     if keep_ratio is not None:
         options["keep_ratio"] = keep_ratio
     run = Bench(
@@ -59,18 +59,3 @@ def _numbers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
         raise InputError(f"--views takes numbers separated by commas, such as 2,4,8, got {text!r}") from error
-
-
-def _options(items: list[str]) -> dict[str, Any]:
-    from ..errors import InputError
-
-    options = {}
-    for item in items:
-        name, equals, value = item.partition("=")
-        if not equals:
-            raise InputError(f"--set takes name=value, such as --set linear_branch=none, got {item!r}")
-        try:
-            options[name] = json.loads(value)
-        except json.JSONDecodeError:
-            options[name] = value
-    return options

@@ -63,7 +63,13 @@ class Comparison:
         if method not in self.scores or row not in ROWS:
             raise InputError(f"{row!r} of {method!r} was not measured; there are {sorted(self.scores)} with {list(ROWS)}")
         family, field, _ = ROWS[row]
-        return [getattr(getattr(score, family), field) for score in self.scores[method]]
+        found = (getattr(score, family) for score in self.scores[method])
+        return [math.nan if measures is None else getattr(measures, field) for measures in found]
+
+    def rows(self) -> list[str]:
+        """The keys of `ROWS`; those of depth and points only where some reference has depth."""
+        with_depth = any(score.depth is not None for scores in self.scores.values() for score in scores)
+        return [row for row, (family, _, _) in ROWS.items() if with_depth or family == "pose"]
 
     def mean(self, method: str, row: str) -> float:
         """Mean of a measure over the scenes for which it is defined."""
@@ -78,7 +84,7 @@ class Comparison:
         """One row per measure: means of every method, and the difference of two with its 95 % interval."""
         from rich.table import Table
 
-        scenes = len(self.values(dense, "AbsRel"))
+        scenes = len(self.values(dense, "AUC@5, %"))
         undefined = sum(score.pose.undefined for score in self.scores[dense])
         pairs = sum(score.pose.pairs for score in self.scores[dense])
         table = Table(
@@ -90,7 +96,8 @@ class Comparison:
         for name in self.scores:
             table.add_column(name, justify="right")
         table.add_column(f"{accelerated} - {dense} [95 %]".replace("[", r"\["), justify="right")
-        for row, (_, _, up) in ROWS.items():
+        for row in self.rows():
+            up = ROWS[row][2]
             interval = self.difference(dense, accelerated, row)
             bounds = rf"{interval.difference:+.4g} \[{interval.low:+.4g}, {interval.high:+.4g}]" + (" *" if interval.clear else "")
             table.add_row(f"{row} {'↑' if up else '↓'}", *(f"{self.mean(name, row):.4g}" for name in self.scores), bounds)

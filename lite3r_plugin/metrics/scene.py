@@ -52,11 +52,11 @@ class Geometry:
 
 @dataclass(frozen=True)
 class SceneMetrics(Record):
-    """All measures of one scene."""
+    """All measures of one scene; depth and points are None where the reference has cameras alone."""
 
-    depth: DepthMetrics
+    depth: DepthMetrics | None
     pose: PoseMetrics
-    points: PointMetrics
+    points: PointMetrics | None
 
 
 def scene_metrics(predicted: Geometry, reference: Geometry, threshold: float | None = None, max_points: int = 100_000) -> SceneMetrics:
@@ -70,6 +70,8 @@ def scene_metrics(predicted: Geometry, reference: Geometry, threshold: float | N
     Raises:
         InputError: the two do not fit together, or nothing can be compared.
     """
+    if not known_depth(reference).any():
+        return SceneMetrics(None, pose_metrics(predicted.world_to_camera, reference.world_to_camera), None)
     return SceneMetrics(
         depth_metrics(predicted.depth, reference.depth, reference.valid),
         pose_metrics(predicted.world_to_camera, reference.world_to_camera),
@@ -77,16 +79,19 @@ def scene_metrics(predicted: Geometry, reference: Geometry, threshold: float | N
     )
 
 
+def known_depth(scene: Geometry) -> Tensor:
+    """Bool ``[S, H, W]`` on the CPU: where the depth is known and valid."""
+    depth = scene.depth.detach().to("cpu")
+    known = depth.isfinite() & (depth > 0)
+    return known if scene.valid is None else known & scene.valid.to("cpu")
+
+
 def constant_geometry(reference: Geometry) -> Geometry:
     """What a model gets that ignores the images: one depth everywhere (the best one for the scene), and cameras that are all equal.
 
-    It is told the true focal length, and its one depth is the median of the truth.
+    It is told the true focal length, and its one depth is the median of the truth (1 where no depth is known).
     """
-    depth = reference.depth.detach().to("cpu", torch.float64)
-    known = depth.isfinite() & (depth > 0)
-    if reference.valid is not None:
-        known &= reference.valid.to("cpu")
-    if not known.any():
-        raise InputError("the reference depth has no valid pixel")
+    depth, known = reference.depth.detach().to("cpu", torch.float64), known_depth(reference)
+    middle = depth[known].median().item() if known.any() else 1.0
     same = torch.eye(3, 4, dtype=torch.float64).expand(len(depth), 3, 4)
-    return Geometry(torch.full_like(depth, depth[known].median().item()), same, reference.intrinsics)
+    return Geometry(torch.full_like(depth, middle), same, reference.intrinsics)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lite3r_plugin.errors import InputError
-from lite3r_plugin.metrics import Geometry, constant_geometry, fidelity, scene_metrics
+from lite3r_plugin.metrics import Comparison, Geometry, constant_geometry, fidelity, scene_metrics
 
 MakeGeometry = Callable[..., Geometry]
 
@@ -78,9 +78,25 @@ def test_the_constant_prediction(scene: MakeGeometry) -> None:
     assert found.depth.scales == pytest.approx((1,))
     assert found.pose.translation_mean == 90
     assert found.pose.auc30 == 0
-    unknown = dataclasses.replace(truth, depth=torch.zeros_like(truth.depth))
-    with pytest.raises(InputError, match="no valid pixel"):
-        constant_geometry(unknown)
+
+
+@pytest.mark.parametrize("how", ["no depth", "nothing valid"])
+def test_a_reference_with_cameras_alone(scene: MakeGeometry, how: str) -> None:
+    truth, mine = scene(1), scene(2)
+    unknown = (
+        dict(depth=torch.zeros_like(truth.depth)) if how == "no depth" else dict(valid=torch.zeros_like(truth.depth, dtype=torch.bool))
+    )
+    cameras = dataclasses.replace(truth, **unknown)
+    found = scene_metrics(mine, cameras)
+    assert found.depth is None
+    assert found.points is None
+    assert found.pose == scene_metrics(mine, truth).pose
+    assert found.to_dict()["depth"] is None
+    comparison = Comparison()
+    comparison.add(cameras, {"dense": mine, "lite3r": mine})
+    assert comparison.rows()[0] == "rotation, degrees"
+    assert "AbsRel" not in comparison.rows()
+    assert math.isnan(comparison.mean("dense", "AbsRel"))
 
 
 @pytest.mark.parametrize("field", ["world_to_camera", "intrinsics", "depth"])
