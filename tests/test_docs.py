@@ -73,7 +73,10 @@ def test_every_hook_is_documented() -> None:
     assert [hook for hook in hooks if hook not in text] == []
 
 
-@pytest.mark.parametrize("document", [*DOCUMENTS, "CONTRIBUTING.md", "benchmarks/README.md", "examples/custom_adapter/README.md"])
+@pytest.mark.parametrize(
+    "document",
+    [*DOCUMENTS, "CONTRIBUTING.md", "benchmarks/README.md", "examples/custom_adapter/README.md", "examples/lightglue/README.md"],
+)
 def test_links_within_the_repository_lead_somewhere(document: str) -> None:
     file = ROOT / document
     targets = [t.partition("#")[0] for t in re.findall(r"\]\(([^)\s]+)\)", file.read_text()) if "://" not in t]
