@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lite3r_plugin.errors import ConfigError
 from lite3r_plugin.ops.block_map import block_map, density, kept_blocks
 from lite3r_plugin.ops.qk_norm_rope import HeadNorm
 from lite3r_plugin.ops.qk_norm_rope import naive as prepare
@@ -290,3 +291,10 @@ def test_autocast_does_not_reach_the_operator() -> None:
     expected = sparse_linear_attention(q, k, v, **options)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(sparse_linear_attention(q, k, v, **options), expected)
+
+
+@pytest.mark.parametrize("linear", ["all", "marginal"])
+def test_a_linear_branch_without_its_matrix_is_an_error(linear: str) -> None:
+    q, k, v = qkv(31)
+    with pytest.raises(ConfigError, match=f"linear='{linear}' needs proj"):
+        sparse_linear_attention(q, k, v, keep_ratio=0.5, linear=linear, block_q=BLOCK_Q, block_k=BLOCK_K)

@@ -43,11 +43,6 @@ def _select_kernel(Scores, Indices, Bits, columns, kept, pinned, words, out_row_
     tl.store(Bits + out * words + word, tl.sum(words_of, 1), mask=word < words)
 
 
-def block_map(q_mean: Tensor, k_mean: Tensor, *, kept: int, pinned: int = 0) -> Tensor:
-    """As `naive.block_map`."""
-    return block_map_with_bits(q_mean, k_mean, kept=kept, pinned=pinned)[0]
-
-
 def block_map_with_bits(q_mean: Tensor, k_mean: Tensor, *, kept: int, pinned: int = 0) -> tuple[Tensor, Tensor]:
     """As `naive.block_map`, and the same as a bit set ``[B, H, query blocks, ceil(key blocks / 32)]`` int32."""
     batch, heads, rows, _ = q_mean.shape

@@ -59,11 +59,13 @@ def sparse_linear_attention(
 
     Raises:
         BackendError: `backend` is ``"triton"`` and the kernels cannot take these tensors.
+        ConfigError: `linear` needs a `proj` that was not given.
     """
     # Autocast would run the pooled scores and the linear state in half precision.
     with torch.autocast(v.device.type, enabled=False), on_device_of(v):
         return _sparse_linear_attention(
-            q, k, v, order=order, pinned_tokens=pinned_tokens, keep_ratio=keep_ratio, proj=proj, block_means=block_means,
+            q, k, v, order=order, pinned_tokens=pinned_tokens, keep_ratio=keep_ratio,
+            proj=naive.needed_proj(linear, proj), block_means=block_means,
             block_q=block_q, block_k=block_k, backend=backend,
             prepare=dict(q_norm=q_norm, k_norm=k_norm, positions=positions, rope_base=rope_base),
             branch=dict(scale=scale, linear=linear, feature_map=feature_map),

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ...errors import ConfigError
 from ..qk_norm_rope.naive import block_means as mean_over_blocks
 from ..qk_norm_rope.naive import block_sizes
 
@@ -32,6 +33,13 @@ SLAB_BYTES = 128 << 20
 def phi(x: Tensor, feature_map: str) -> Tensor:
     """The positive feature map of the linear branch over the last dimension."""
     return F.softmax(x, -1) if feature_map == "softmax" else F.elu(x) + 1
+
+
+def needed_proj(linear: str, proj: Tensor | None) -> Tensor | None:
+    """`proj` where the linear branch is on, else None. Raises `ConfigError` when it is on and there is none."""
+    if linear != "none" and proj is None:
+        raise ConfigError(f"linear={linear!r} needs proj, the [D, D] weight that its output goes through")
+    return proj if linear != "none" else None
 
 
 def linear_state(k: Tensor, v: Tensor, feature_map: str) -> tuple[Tensor, Tensor]:
@@ -79,6 +87,9 @@ def sparse_linear_attention(
 
     Returns:
         ``[B, H, N, D]`` in q's dtype.
+
+    Raises:
+        ConfigError: `linear` needs a `proj` that was not given.
     """
     batch, heads, tokens, dim = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -89,14 +100,15 @@ def sparse_linear_attention(
     sizes = block_sizes(tokens, block_k, q.device)
     valid = torch.arange(block_k, device=q.device) < sizes[:, None]  # [columns, block_k]
     log_valid = torch.zeros_like(valid, dtype=wide).masked_fill(~valid, -torch.inf)
-    means = (mean_over_blocks(k, block_k), mean_over_blocks(v, block_k))
+    means = (mean_over_blocks(k, block_k), mean_over_blocks(v, block_k)) if block_means else ()
     states = ()  # H and Z, of every key block or of all tokens
     if linear == "marginal":
         features = phi(keys, feature_map) * valid[..., None]
         states = features.mT @ values, features.sum(-2)
     elif linear == "all":
         states = linear_state(k, v, feature_map)
-    proj = proj.to(wide) if proj is not None and linear != "none" else None
+    proj = needed_proj(linear, proj)
+    proj = None if proj is None else proj.to(wide)
 
     def attend(first: int, last: int, critical: Tensor, q: Tensor, *_: Tensor) -> Tensor:
         """Output of query blocks first..last, whose critical key blocks are `critical` [B, H, last - first, n]."""
