@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from .apply import apply_lite3r, lite3r_modules, remove_lite3r, require_lite3r
 from .config import Lite3RConfig
 from .errors import CheckpointError, ConfigError, NoSitesError
+from .files import replacing
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -39,8 +39,10 @@ def save_lite3r(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         "config": state.config.to_dict(),
         "sites": {fqn: {"head_dim": m.site.head_dim, "sparse": m.sparse} for fqn, m in modules.items()},
     }
-    _replace(directory / WEIGHTS_NAME, lambda path: save_file(_branches(model), path))
-    _replace(directory / CONFIG_NAME, lambda path: path.write_text(json.dumps(record, indent=2) + "\n"))
+    with replacing(directory / WEIGHTS_NAME) as path:
+        save_file(_branches(model), path)
+    with replacing(directory / CONFIG_NAME) as path:
+        path.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def load_lite3r(model: Model, directory: str | os.PathLike[str]) -> Model:
@@ -111,15 +113,3 @@ def _check(model: nn.Module, record: dict[str, Any], weights: dict[str, Tensor],
         raise CheckpointError(
             f"{directory / WEIGHTS_NAME} does not fit its configuration: {other[0]!r} is missing, extra or of another shape"
         )
-
-
-def _replace(path: Path, write: Any) -> None:
-    """Write a file beside `path` and move it there, so that a crash leaves the old file or the new one."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import InputError
+from .errors import InputError
 
 
 def check_output(path: Path, suffix: str) -> None:
@@ -21,12 +23,21 @@ def check_output(path: Path, suffix: str) -> None:
         raise InputError(f"the folder {folder} is not writable; choose another one")
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` beside `path`, then move it there, so that no reader ever sees half a file. Raises `InputError`."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write to; it takes the place of `path` at the end, so that nobody ever sees half a file."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        beside.write_bytes(data)
+        yield beside
         os.replace(beside, path)
-    except OSError as error:
+    finally:
         beside.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, data: bytes | str) -> None:
+    """Write `data` to `path`, whole or not at all. Raises `InputError`."""
+    try:
+        with replacing(path) as beside:
+            beside.write_bytes(data.encode() if isinstance(data, str) else data)
+    except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}") from error

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-import os
 import platform
 import subprocess
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..errors import InputError
+from ..files import write_atomically
 from ..ops.backend import triton_installed
 
 REPORT_VERSION = 1
@@ -118,12 +117,7 @@ class Report:
 
     def save(self, path: Path) -> None:
         """Write the JSON file in one step: a reader sees the old or the new one, never a part."""
-        temporary = path.with_name(path.name + ".part")
-        try:
-            temporary.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
-            os.replace(temporary, path)
-        except OSError as error:
-            raise InputError(f"cannot write the report {str(path)!r}: {error}") from error
+        write_atomically(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
 
 def machine(device: torch.device, commit: str | None) -> dict[str, Any]:

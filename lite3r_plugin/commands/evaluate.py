@@ -62,7 +62,7 @@ def evaluate(
     from ..apply import apply_lite3r, lite3r_disabled
     from ..config import Lite3RConfig
     from ..data import open_scenes, pick_views
-    from ..export import check_output
+    from ..files import check_output, write_atomically
     from ..metrics import Comparison, fidelity
     from ..report import describe
     from ..weights import RANDOM
@@ -117,7 +117,7 @@ def evaluate(
             "seed": seed,
             "weights": weights,
         }
-        json_path.write_text(json.dumps(record, indent=1) + "\n")
+        write_atomically(json_path, json.dumps(record, indent=1) + "\n")
         say(f"wrote {json_path}")
 
 

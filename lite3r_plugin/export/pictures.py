@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .files import write_atomically
+from ..files import write_atomically
 
 MAX_COLUMNS = 8
 

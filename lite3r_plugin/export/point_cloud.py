@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..files import write_atomically
 from ..reconstruction import Prediction
-from .files import write_atomically
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..errors import ConfigError, InputError
+from ..files import replacing
 from .cameras import decode_pose
 from .heads import CameraHead, DenseHead
 from .layers import AxialRope, Block, PatchStem
@@ -177,12 +178,10 @@ class Testbed(nn.Module):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         weights = {name: value.detach().half().contiguous().cpu() for name, value in self.state_dict().items()}
-        part = directory / (WEIGHTS_NAME + ".part")
-        save_file(weights, part)
-        part.replace(directory / WEIGHTS_NAME)
-        part = directory / (CONFIG_NAME + ".part")
-        part.write_text(json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
-        part.replace(directory / CONFIG_NAME)
+        with replacing(directory / WEIGHTS_NAME) as part:
+            save_file(weights, part)
+        with replacing(directory / CONFIG_NAME) as part:
+            part.write_text(json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, path: str | Path | None = None, device: torch.device | str = "cpu") -> Testbed:

@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..errors import ConfigError, InputError
+from ..files import replacing, write_atomically
 from ..scenes import ARCS, ProcScenes, TextureBank
 from .evaluate import evaluate
 from .losses import Batch, TrainingModel
@@ -192,12 +193,10 @@ class Trainer:
         out.mkdir(parents=True, exist_ok=True)
         self.model.model.save_pretrained(out)
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
-        part = out / (STATE_NAME + ".part")
-        torch.save(state, part)
-        part.replace(out / STATE_NAME)
-        part = out / (METRICS_NAME + ".part")
-        part.write_text(json.dumps({"steps": self.step, "seconds": round(self._elapsed(), 1), "history": self.history}, indent=2) + "\n")
-        part.replace(out / METRICS_NAME)
+        with replacing(out / STATE_NAME) as part:
+            torch.save(state, part)
+        metrics = {"steps": self.step, "seconds": round(self._elapsed(), 1), "history": self.history}
+        write_atomically(out / METRICS_NAME, json.dumps(metrics, indent=2) + "\n")
 
     def _train_step(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         for group in self.optimizer.param_groups:
