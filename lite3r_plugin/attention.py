@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from . import projections
 from .config import Lite3RConfig
+from .heads import Heads
 from .layout import GridTracker, order_for, pinned_tokens
 from .ops.backend import use_triton
 from .ops.block_map import density
 from .ops.qk_norm_rope import norm_rope
 from .ops.sla import linear_attention, sparse_linear_attention
-from .projections import Heads
-from .runtime import sparse_pays
+from .runtime import break_even
 from .sites import AttentionSite, TokenLayout
 
 
@@ -83,6 +83,7 @@ class SparseLinearAttention(nn.Module):
         self.sparse = sparse
         self.enabled = True
         self.calls = CallCounts()
+        self.attended_to_itself = False  # seen to be no cross-attention, at a `Routed` site with several arguments
         self.argument_names = tuple(inspect.signature(host.forward).parameters)
         if sparse and state.config.linear_branch != "none":
             like = next((p for p in host.parameters() if p.is_floating_point()), torch.empty(0))
@@ -118,30 +119,21 @@ class SparseLinearAttention(nn.Module):
 
     def attend(self, heads: Heads) -> Tensor:
         """Attention over the site's tokens. Returns ``[B, H, N, D]``."""
-        config, (batch, num_heads, tokens, dim) = self.state.config, heads.v.shape
+        config, tokens = self.state.config, heads.v.shape[-2]
         if self.sparse and config.backend == "triton":
             use_triton("triton", heads.v)  # raises also where this length runs dense
-        proj = self.proj_lin.weight if self.sparse and config.linear_branch != "none" else None
         layout = self._layout(tokens)
         pinned = pinned_tokens(layout, config.keep_special_tokens, config.keep_reference_view) if layout is not None else 0
-        share = density(tokens, self.keep_ratio, pinned, config.block_q, config.block_k)
-        if config.dense_below is None:
-            pays = sparse_pays(heads.v.device, tokens, batch * num_heads, dim, share)
-        else:
-            pays = tokens >= config.dense_below
-        if self.keep_ratio == 1 or not pays:
+        if not self._pays(heads.v, pinned):
             self._count("dense")
-            q, k = self._finished(heads)
-            out = F.scaled_dot_product_attention(q, k, heads.v, scale=heads.scale)
-            if proj is not None and self.keep_ratio == 1 and config.linear_branch == "all":
-                out = out + linear_attention(q, k, heads.v, proj=proj, feature_map=config.feature_map)
-            return out
-        self._count("sparse", share)
+            return self._dense(heads)
+        if not torch.compiler.is_compiling():
+            self._count("sparse", density(tokens, self.keep_ratio, pinned, config.block_q, config.block_k))
         return sparse_linear_attention(
             heads.q, heads.k, heads.v,
             q_norm=heads.q_norm, k_norm=heads.k_norm, positions=heads.positions, rope_base=heads.rope_base, scale=heads.scale,
             keep_ratio=self.keep_ratio, order=None if layout is None else order_for(layout, heads.v.device), pinned_tokens=pinned,
-            linear=config.linear_branch, feature_map=config.feature_map, proj=proj, block_means=config.block_means,
+            linear=config.linear_branch, feature_map=config.feature_map, proj=self._proj(), block_means=config.block_means,
             block_q=config.block_q, block_k=config.block_k, backend=config.backend,
         )  # fmt: skip
 
@@ -158,6 +150,29 @@ class SparseLinearAttention(nn.Module):
             f"scope={self.site.scope}, keep_ratio={self.keep_ratio}, blocks={config.block_q}x{config.block_k}, "
             f"linear_branch={config.linear_branch}, block_means={config.block_means}, backend={config.backend}"
         )
+
+    def _pays(self, v: Tensor, pinned: int) -> bool:
+        """Whether to run sparse: asked for, or expected to be faster."""
+        config, (batch, num_heads, tokens, dim) = self.state.config, v.shape
+        if self.keep_ratio == 1:
+            return False
+        if config.dense_below is not None:
+            return tokens >= config.dense_below
+        compiling = torch.compiler.is_compiling()
+        may_measure = not compiling and not (v.is_cuda and torch.cuda.is_current_stream_capturing())
+        mean_share = 1 / config.block_k if config.block_means else 0.0
+        return break_even(v.device, num_heads * dim, self.keep_ratio, mean_share, may_measure).pays(batch, tokens, pinned)
+
+    def _proj(self) -> Tensor | None:
+        return self.proj_lin.weight if self.sparse and self.state.config.linear_branch != "none" else None
+
+    def _dense(self, heads: Heads) -> Tensor:
+        config, proj = self.state.config, self._proj()
+        q, k = self._finished(heads)
+        out = F.scaled_dot_product_attention(q, k, heads.v, scale=heads.scale)
+        if proj is not None and self.keep_ratio == 1 and config.linear_branch == "all":
+            out = out + linear_attention(q, k, heads.v, proj=proj, feature_map=config.feature_map)
+        return out
 
     def _layout(self, tokens: int) -> TokenLayout | None:
         if not self.sparse or self.site.tokens is None:

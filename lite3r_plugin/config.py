@@ -36,7 +36,7 @@ class Lite3RConfig:
         keep_special_tokens: Camera, register and class tokens attend to all tokens and all attend to them.
         keep_reference_view: The same for the patches of the first view, which defines the coordinate frame.
         dense_below: Sites with fewer tokens than this run dense, because sparse attention does not pay there.
-            ``None``: where measurements say so for the length and density at hand (`lite3r_plugin.runtime.sparse_pays`).
+            ``None``: where measurements say so for the length and density at hand (`lite3r_plugin.runtime.break_even`).
         fuse: Replace QK norm and rotary embedding of known sites by one exact kernel, also at sites that stay dense.
         backend: ``"triton"`` kernels, ``"torch"`` operators, or ``"auto"``: Triton where it can run.
         block_q, block_k: Tokens per query and per key block.

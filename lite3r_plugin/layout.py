@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import math
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -58,8 +58,8 @@ class GridTracker:
                 "apply_lite3r to the module that you call"
             )
         layout = TokenLayout(1, self.source.special_tokens, self.grid)
-        views, rest = divmod(tokens, layout.tokens_per_view)
-        if rest or not views:
+        views = tokens // layout.tokens_per_view  # not divmod, which torch.compile does not know for dynamic sizes
+        if tokens % layout.tokens_per_view or not views:
             raise LayoutError(
                 f"site {fqn!r} got {tokens} tokens, but a view has {layout.tokens_per_view} "
                 f"({self.source.special_tokens} special + {self.grid[0]} x {self.grid[1]} patches); the adapter's "
@@ -73,12 +73,21 @@ def token_order(layout: TokenLayout, device: torch.device | str = "cpu") -> Tens
 
     A view is cut into strips about `TILE` rows high. Each strip is read column by column, strips alternate between
     left to right and right to left. Any 64 consecutive patches are then an image tile of about 8 x 8, exactly so
-    where the grid is a multiple of 8, without any padding.
+    where the grid is a multiple of 8, without any padding. It is arithmetic on indices alone, so that a compiled graph
+    serves any number of views.
     """
     rows, columns = layout.grid
-    index = torch.arange(rows * columns, device=device, dtype=torch.int32).view(rows, columns)
-    strips = index.tensor_split(max(1, round(rows / TILE)))
-    patches = torch.cat([(s.flip(1) if i % 2 else s).T.flatten() for i, s in enumerate(strips)])
+    strips = max(1, (rows + TILE // 2) // TILE)
+    low, taller = rows // strips, rows % strips  # the first `taller` strips have one row more
+    patch = torch.arange(rows * columns, device=device, dtype=torch.int32)
+    beyond = (patch >= taller * (low + 1) * columns).int()  # 1 in the strips of `low` rows
+    patch = patch - beyond * (taller * (low + 1) * columns)
+    height = low + 1 - beyond
+    strip, within = patch // (height * columns), patch % (height * columns)
+    row = beyond * (taller * (low + 1)) + strip * height + within % height
+    column = within // height
+    backwards = (strip + beyond * taller) % 2
+    patches = row * columns + column + backwards * (columns - 1 - 2 * column)
     views = torch.arange(layout.views, device=device, dtype=torch.int32)[:, None] * layout.tokens_per_view
     special = (views + torch.arange(layout.special_tokens, device=device, dtype=torch.int32)).flatten()
     return torch.cat((special, (views + layout.special_tokens + patches).flatten()))
@@ -95,9 +104,26 @@ def pinned_tokens(layout: TokenLayout, special: bool, reference_view: bool) -> i
     return layout.views * layout.special_tokens if special else 0
 
 
+_orders: OrderedDict[tuple[TokenLayout, torch.device], Tensor] = OrderedDict()
+_captured: dict[tuple[TokenLayout, torch.device], Tensor] = {}
+MAX_ORDERS = 32
+
+
 def order_for(layout: TokenLayout, device: torch.device) -> Tensor:
-    """`token_order` on `device`; eager calls share cached tensors, compiled ones build it in their graph."""
-    return token_order(layout, device) if torch.compiler.is_compiling() else _cached_token_order(layout, device)
-
-
-_cached_token_order = functools.lru_cache(maxsize=32)(token_order)
+    """`token_order` on `device`. Eager calls share cached tensors; compiled graphs, and CUDA graphs without one, build it."""
+    if torch.compiler.is_compiling():
+        return token_order(layout, device)
+    key = (layout, device)
+    order = _orders.get(key)
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if order is None:
+        if capturing:  # its memory is the graph's, and holds nothing before the first replay
+            return token_order(layout, device)
+        with torch.inference_mode(False):  # it may be saved for a backward pass later
+            order = token_order(layout).to(device)  # copied, so that it is there for every stream
+        _orders[key] = order
+        if len(_orders) > MAX_ORDERS:
+            _orders.popitem(last=False)
+    if capturing:
+        _captured[key] = order  # the graph reads this memory for as long as it lives
+    return order

@@ -3,34 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from . import routed
 from .errors import AdapterError, UnsupportedAttentionError
+from .heads import Heads, refusal
 from .ops.qk_norm_rope import HeadNorm
 from .sites import AttentionSite, FusedQKV, Routed, SeparateQKV
 
 if TYPE_CHECKING:
     from .attention import SparseLinearAttention
-
-
-@dataclass(frozen=True)
-class Heads:
-    """Queries, keys and values ``[B, H, N, D]`` with what is still to be done to q and k before attention."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    q_norm: HeadNorm | None = None
-    k_norm: HeadNorm | None = None
-    positions: Tensor | None = None
-    rope_base: float | None = None
-    scale: float | None = None
 
 
 def check(host: nn.Module, site: AttentionSite) -> None:
@@ -65,13 +50,13 @@ def run(module: SparseLinearAttention, *args: Any, **kwargs: Any) -> Any:
     """The forward of a site: project, attend, project out."""
     spec = module.site.projections
     if isinstance(spec, Routed) or not module.state.config.fuse:
-        return _run_routed(module, *args, **kwargs)
+        return routed.run(module, *args, **kwargs)
     x, positions, refused = _arguments(module, spec.positions, args, kwargs)
     if refused is None and module.training and spec.attn_drop is not None and getattr(module, spec.attn_drop).p > 0:
         refused = "dropout of attention weights"
     if refused is not None:
         if module.sparse:
-            raise UnsupportedAttentionError(_refusal(module, refused))
+            raise UnsupportedAttentionError(refusal(module, refused))
         return module.run_host(*args, **kwargs)
     shape = (spec.num_heads, module.site.head_dim)
     if isinstance(spec, FusedQKV):
@@ -97,53 +82,6 @@ def head_norm(norm: nn.Module, dim: int) -> HeadNorm | None:
     return None
 
 
-class _Redirect(TorchFunctionMode):
-    """Sends the calls of `scaled_dot_product_attention` inside its context to `attend`, and counts them."""
-
-    def __init__(self, attend: Any) -> None:
-        super().__init__()
-        self.attend = attend
-        self.calls = 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            self.calls += 1
-            return self.attend(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-def _run_routed(module: SparseLinearAttention, *args: Any, **kwargs: Any) -> Any:
-    def attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-        refused = None
-        if attn_mask is not None:
-            refused = "an attention mask"
-        elif is_causal:
-            refused = "causal attention"
-        elif dropout_p:
-            refused = "dropout of attention weights"
-        elif query.shape[-2] != key.shape[-2]:
-            refused = f"cross-attention of {query.shape[-2]} queries to {key.shape[-2]} keys"
-        elif enable_gqa and query.shape[-3] != key.shape[-3]:
-            refused = "grouped-query attention"
-        elif query.dim() != 4 or query.shape[-1] != module.site.head_dim or value.shape[-1] != module.site.head_dim:
-            refused = f"heads of shape {tuple(query.shape)} where the adapter says head_dim={module.site.head_dim}"
-        if refused is not None:
-            raise UnsupportedAttentionError(_refusal(module, refused))
-        return module.attend(Heads(query, key, value, scale=scale))
-
-    if not module.sparse:
-        return module.run_host(*args, **kwargs)
-    with _Redirect(attend) as redirect:
-        out = module.run_host(*args, **kwargs)
-    if redirect.calls != 1:
-        raise UnsupportedAttentionError(
-            f"site {module.site.fqn!r}: its forward called scaled_dot_product_attention {redirect.calls} times, not once, so "
-            "Lite3R cannot take its place. Switch the host to its SDPA attention (transformers: "
-            'attn_implementation="sdpa"; timm: fused_attn=True), or correct the adapter'
-        )
-    return out
-
-
 def _arguments(
     module: SparseLinearAttention, positions: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor | None, str | None]:
@@ -162,13 +100,6 @@ def _norm(module: SparseLinearAttention, name: str | None, x: Tensor) -> tuple[T
         return x, None
     known = head_norm(norm, x.shape[-1])
     return (x, known) if known is not None else (norm(x), None)
-
-
-def _refusal(module: SparseLinearAttention, what: str) -> str:
-    return (
-        f"site {module.site.fqn!r} was given {what}, which sparse-linear attention does not support. Run it inside "
-        "lite3r_disabled(model), or leave its scope out of Lite3RConfig.scopes"
-    )
 
 
 def _child(host: nn.Module, name: str, site: AttentionSite) -> nn.Module:

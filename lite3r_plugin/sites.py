@@ -80,9 +80,12 @@ class Routed:
 
     Attributes:
         num_heads: H, which may be found out only from a forward: then None.
+        same_tokens: The queries are of the same tokens as the keys and values, although they come from different
+            arguments of the host's forward. Where that is not said, such a call is taken for cross-attention and raises.
     """
 
     num_heads: int | None = None
+    same_tokens: bool = False
 
 
 Projections = FusedQKV | SeparateQKV | Routed

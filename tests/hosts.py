@@ -98,7 +98,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patch_embed(x)
-        x = torch.cat((self.special.expand(len(x), -1, -1), x), 1)
+        x = torch.cat((self.special.expand(x.shape[0], -1, -1), x), 1)
         for block in self.blocks:
             x = block(x)
         return x[:, 1 + self.num_register_tokens :]
@@ -186,7 +186,7 @@ class Pi3(nn.Module):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         batch, views, _, height, width = images.shape
         x = self.encoder(images.flatten(0, 1))
-        x = torch.cat((self.register_token[0].expand(len(x), -1, -1), x), 1)
+        x = torch.cat((self.register_token[0].expand(x.shape[0], -1, -1), x), 1)
         pos = grid_positions(batch * views, height // 14, width // 14, 5)
         for i, block in enumerate(self.decoder):
             shape = (batch, -1) if i % 2 else (batch * views, -1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -40,14 +40,20 @@ def assert_bf16_is_as_exact_as_dense(model: nn.Module, images: Tensor) -> None:
             assert error <= 2 * allowed, (path, error, allowed)
 
 
-def assert_compiled_equals_eager(model: nn.Module, run: Run, backend: str = "eager") -> None:
-    """Sparse, under `torch.compile`. `Routed` sites need a backend that lowers to ATen, as all real ones do."""
+def assert_compiled_equals_eager(
+    model: nn.Module, run: Callable[[nn.Module, Tensor], object], inputs: Sequence[Tensor], *, dynamic: int = 1, fullgraph: bool = True
+) -> None:
+    """Sparse, under `torch.compile`, as one graph that serves all `inputs`, which differ in dimension `dynamic`."""
     model = apply_lite3r(copy.deepcopy(model), TEST_CONFIG)
-    expected = outputs(model, run)
+    expected = [outputs(model, lambda m, x=x: run(m, x)) for x in inputs]
     torch._dynamo.reset()
-    model.compile(backend=backend)
-    for path, x in outputs(model, run).items():
-        torch.testing.assert_close(x, expected[path], atol=1e-5, rtol=1e-5, equal_nan=True)
+    model.compile(backend="eager", fullgraph=fullgraph)
+    for i, x in enumerate(inputs):
+        torch._dynamo.mark_dynamic(x, dynamic)
+        with torch.compiler.set_stance("fail_on_recompile" if i and fullgraph else "default"):
+            found = outputs(model, lambda m, x=x: run(m, x))
+        for path, y in found.items():
+            torch.testing.assert_close(y, expected[i][path], atol=1e-5, rtol=1e-5, equal_nan=True)
     torch._dynamo.reset()
 
 

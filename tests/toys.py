@@ -71,7 +71,7 @@ class Toy(nn.Module):
     def forward(self, images: Tensor, **options: Any) -> Tensor:
         batch, views = images.shape[:2]
         x = self.embed(images.flatten(0, 1)).flatten(2).transpose(1, 2)
-        x = torch.cat((self.special.expand(len(x), -1, -1), x), 1)
+        x = torch.cat((self.special.expand(x.shape[0], -1, -1), x), 1)
         for frame, cross in zip(self.frame, self.cross, strict=True):
             x = x + frame(x)
             joint = x.unflatten(0, (batch, views)).flatten(1, 2)

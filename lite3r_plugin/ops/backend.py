@@ -1,4 +1,4 @@
-"""Chooses between Triton kernels and torch operators for one call."""
+"""Chooses between Triton kernels and torch operators for one call; registers operators for compilers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import contextlib
 import functools
 import importlib.util
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +22,12 @@ class SlowPathWarning(UserWarning):
     """Something that has a kernel ran in plain torch operators on a GPU."""
 
 
+def constant_in_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compiler.assume_constant_result`, which would import the whole compiler: traced calls run, and are constants."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 @functools.cache
 def triton_installed() -> bool:
     """Whether the triton package is importable (it is not imported)."""
@@ -28,18 +36,28 @@ def triton_installed() -> bool:
 
 def why_not_triton(q: Tensor, needs_grad: bool = False) -> str | None:
     """The reason why the Triton kernels cannot take `q [..., D]`, or None when they can."""
-    if not q.is_cuda:
-        return f"the tensors are on {q.device}, not on a CUDA GPU"
-    if torch.cuda.get_device_capability(q.device) < (8, 0):
+    return _why_not(q.device, q.dtype, q.shape[-1], needs_grad)
+
+
+@constant_in_graphs
+def _why_not(device: torch.device, dtype: torch.dtype, dim: int, needs_grad: bool) -> str | None:
+    return _why_not_cached(device, dtype, dim, needs_grad)
+
+
+@functools.lru_cache(maxsize=256)
+def _why_not_cached(device: torch.device, dtype: torch.dtype, dim: int, needs_grad: bool) -> str | None:
+    if device.type != "cuda":
+        return f"the tensors are on {device}, not on a CUDA GPU"
+    if torch.cuda.get_device_capability(device) < (8, 0):
         return "the GPU is older than compute capability 8.0"
     if not triton_installed():
         return "triton is not installed"
-    if q.dtype not in TRITON_DTYPES:
-        return f"the dtype is {q.dtype}; they take {', '.join(str(d) for d in TRITON_DTYPES)}"
-    if q.shape[-1] not in TRITON_HEAD_DIMS:
-        return f"the head dimension is {q.shape[-1]}; they take {TRITON_HEAD_DIMS}"
-    if q.dtype == torch.float32 and q.shape[-1] > 64:
-        return f"FP32 tiles of head dimension {q.shape[-1]} do not fit into shared memory; they take FP32 up to 64"
+    if dtype not in TRITON_DTYPES:
+        return f"the dtype is {dtype}; they take {', '.join(str(d) for d in TRITON_DTYPES)}"
+    if dim not in TRITON_HEAD_DIMS:
+        return f"the head dimension is {dim}; they take {TRITON_HEAD_DIMS}"
+    if dtype == torch.float32 and dim > 64:
+        return f"FP32 tiles of head dimension {dim} do not fit into shared memory; they take FP32 up to 64"
     if needs_grad:
         return "a gradient is needed, and the kernels have no backward pass yet"
     return None
@@ -67,3 +85,17 @@ def use_triton(backend: str, q: Tensor, needs_grad: bool = False) -> bool:
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Makes x's GPU the current one: Triton launches on the current GPU, whatever its arguments are on."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def register(name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Define the operator ``lite3r::name`` of `torch.library`, which compilers keep as it is, and return it.
+
+    Args:
+        name, schema: Its name, its arguments and results.
+        function: What runs, on any device. Its results share no memory with its arguments.
+        fake: Empty tensors like the results, from tensors without data.
+    """
+    torch.library.define(f"lite3r::{name}", schema)
+    torch.library.impl(f"lite3r::{name}", ("cpu", "cuda"))(function)
+    torch.library.register_fake(f"lite3r::{name}")(fake)
+    return getattr(torch.ops.lite3r, name).default

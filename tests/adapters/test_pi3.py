@@ -71,8 +71,8 @@ def test_bf16() -> None:
 
 
 def test_compile() -> None:
-    images = torch.rand(IMAGES)
-    assert_compiled_equals_eager(hosts.Pi3().eval(), lambda m: m(images))
+    images = [torch.rand(1, views, *IMAGES[2:]) for views in (3, 2, 5)]
+    assert_compiled_equals_eager(hosts.Pi3().eval(), lambda m, x: m(x), images)
 
 
 def test_threads(model: nn.Module) -> None:

@@ -117,8 +117,7 @@ def test_bf16(vit: nn.Module) -> None:
 
 
 def test_compile(vit: nn.Module) -> None:
-    images = torch.rand(1, 3, 128, 96)
-    assert_compiled_equals_eager(vit, lambda m: m(images), "aot_eager")
+    assert_compiled_equals_eager(vit, lambda m, x: m(x), [torch.rand(batch, 3, 128, 96) for batch in (3, 2, 5)], dynamic=0)
 
 
 def test_threads(vit: nn.Module) -> None:

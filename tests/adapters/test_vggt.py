@@ -109,8 +109,8 @@ def test_bf16(aggregator: nn.Module) -> None:
 
 
 def test_compile(aggregator: nn.Module) -> None:
-    images = torch.rand(IMAGES)
-    assert_compiled_equals_eager(aggregator, lambda m: m(images))
+    """From three views on: VGGT's own code compiles two apart, where the views after the first are one."""
+    assert_compiled_equals_eager(aggregator, lambda m, x: m(x), [torch.rand(1, views, *IMAGES[2:]) for views in (3, 5, 4)])
 
 
 def test_threads(model: nn.Module) -> None:

@@ -17,6 +17,7 @@ from lite3r_plugin.ops.sla import sparse_linear_attention
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Makes `gpu(dtype, head_dim)`, which looks like a tensor on an H100."""
+    backend._why_not_cached.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     return lambda dtype=torch.bfloat16, dim=64: SimpleNamespace(
         is_cuda=True, device=torch.device("cuda"), dtype=dtype, shape=(1, 2, 9, dim)
@@ -46,9 +47,11 @@ def test_falling_back_on_a_gpu_warns(gpu: Any, dtype: torch.dtype, dim: int, nee
 
 
 def test_an_old_gpu(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    q = gpu()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with pytest.raises(BackendError, match=r"older than compute capability 8\.0"):
-        use_triton("triton", gpu())
+        use_triton("triton", q)
+    backend._why_not_cached.cache_clear()
 
 
 def test_a_cpu_falls_back_without_a_warning() -> None:

@@ -20,9 +20,9 @@ from torch import Tensor
 
 
 class HeadNorm(NamedTuple):
-    """A norm over the head dimension: ``kind``, ``weight [D]`` and ``bias [D]`` (or None), ``eps``."""
+    """A norm over the head dimension: ``kind`` (None: no norm), ``weight [D]`` and ``bias [D]`` (or None), ``eps``."""
 
-    kind: Literal["layer", "rms"]
+    kind: Literal["layer", "rms"] | None
     weight: Tensor | None
     bias: Tensor | None
     eps: float
@@ -82,7 +82,7 @@ def block_sizes(tokens: int, block: int, device: torch.device) -> Tensor:
 def norm_rope(x: Tensor, *, norm: HeadNorm | None = None, positions: Tensor | None = None, rope_base: float | None = None) -> Tensor:
     """Norm and rotate queries or keys ``[B, H, N, D]``, in FP32 (FP64 for FP64 input)."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    if norm is not None:
+    if norm is not None and norm.kind is not None:
         x = apply_norm(x, norm)
     if rope_base is not None and positions is not None:
         x = rotate(x, positions, rope_base)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ..backend import on_device_of, use_triton
-from ..block_map import block_map, kept_blocks
-from ..qk_norm_rope import HeadNorm, prepare_qkv
-from . import naive
+from ..qk_norm_rope import NO_NORM, HeadNorm
+from . import naive, operator
 
 __all__ = ["linear_attention", "sparse_linear_attention"]
 
@@ -61,35 +57,15 @@ def sparse_linear_attention(
         BackendError: `backend` is ``"triton"`` and the kernels cannot take these tensors.
         ConfigError: `linear` needs a `proj` that was not given.
     """
-    # Autocast would run the pooled scores and the linear state in half precision.
-    with torch.autocast(v.device.type, enabled=False), on_device_of(v):
-        return _sparse_linear_attention(
-            q, k, v, order=order, pinned_tokens=pinned_tokens, keep_ratio=keep_ratio,
-            proj=naive.needed_proj(linear, proj), block_means=block_means,
-            block_q=block_q, block_k=block_k, backend=backend,
-            prepare=dict(q_norm=q_norm, k_norm=k_norm, positions=positions, rope_base=rope_base),
-            branch=dict(scale=scale, linear=linear, feature_map=feature_map),
-        )  # fmt: skip
-
-
-def _sparse_linear_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, order: Tensor | None, pinned_tokens: int, keep_ratio: float, proj: Tensor | None,
-    block_means: bool, block_q: int, block_k: int, backend: str, prepare: dict[str, Any], branch: dict[str, Any],
-) -> Tensor:  # fmt: skip
-    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, proj))
-    triton = use_triton(backend, v, needs_grad)
-    tokens = v.shape[-2]
-    prepared = prepare_qkv(q, k, v, order=order, block_q=block_q, block_k=block_k, triton=triton, **prepare)
-    pinned_keys = -(-pinned_tokens // block_k)
-    maps: dict[str, Any] = dict(kept=kept_blocks(-(-tokens // block_k), keep_ratio, pinned_keys), pinned=pinned_keys)
-    options: dict[str, Any] = dict(pinned=-(-pinned_tokens // block_q), proj=proj, block_q=block_q, block_k=block_k, **branch)
-    if triton:
-        from ..block_map.kernels import block_map_with_bits
-        from . import kernels
-
-        kv_indices, bits = block_map_with_bits(prepared.q_mean, prepared.k_mean, **maps)
-        means = (prepared.k_mean, prepared.v_mean) if block_means else None
-        return kernels.sparse_linear_attention(*prepared[:3], kv_indices, tokens=tokens, bits=bits, means=means, order=order, **options)
-    kv_indices = block_map(prepared.q_mean.detach(), prepared.k_mean.detach(), **maps)
-    out = naive.sparse_linear_attention(*prepared[:3], kv_indices, block_means=block_means, **options)
-    return out if order is None else torch.empty_like(out).index_copy(-2, order.long(), out)
+    proj = naive.needed_proj(linear, proj)
+    q_norm, k_norm = q_norm or NO_NORM, k_norm or NO_NORM
+    tensors = (q, k, v, q_norm.weight, q_norm.bias, k_norm.weight, k_norm.bias, proj)
+    options = (
+        order, positions, pinned_tokens, keep_ratio, q_norm.kind, q_norm.eps, k_norm.kind, k_norm.eps,
+        rope_base, scale, linear, feature_map, block_means, block_q, block_k, backend,
+    )  # fmt: skip
+    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if not torch.compiler.is_compiling():
+        return operator.run(*tensors, *options, needs_grad=needs_grad)
+    out = operator.train(*tensors, *options)[0] if needs_grad else operator.infer(*tensors, *options)
+    return out.transpose(1, 2)

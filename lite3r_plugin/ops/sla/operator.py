@@ -1,0 +1,125 @@
+"""The whole operator with flat arguments, and the same as operators of `torch.library`.
+
+`run` is what an eager call runs: the torch path there has gradients by autograd. `torch.compile` and `torch.export` see
+three opaque operators instead, so that a graph holds one node for each site and serves any number of tokens:
+
+    lite3r::sparse_linear_attention            no gradients
+    lite3r::sparse_linear_attention_train      returns what its backward needs as well
+    lite3r::sparse_linear_attention_backward
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backend import on_device_of, register, use_triton
+from ..block_map import block_map, kept_blocks
+from ..qk_norm_rope import HeadNorm, prepare_qkv
+from . import naive
+
+TENSORS = "Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? q_bias, Tensor? k_weight, Tensor? k_bias, Tensor? proj"
+DIFFERENTIABLE = 8  # of them, all in TENSORS
+OPTIONS = (
+    "Tensor? order, Tensor? positions, SymInt pinned_tokens, float keep_ratio, str? q_kind, float q_eps, str? k_kind, float k_eps, "
+    "float? rope_base, float? scale, str linear, str feature_map, bool block_means, int block_q, int block_k, str backend"
+)
+
+
+def run(
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, q_bias: Tensor | None, k_weight: Tensor | None, k_bias: Tensor | None,
+    proj: Tensor | None, order: Tensor | None, positions: Tensor | None, pinned_tokens: int, keep_ratio: float,
+    q_kind: Any, q_eps: float, k_kind: Any, k_eps: float, rope_base: float | None, scale: float | None,
+    linear: str, feature_map: str, block_means: bool, block_q: int, block_k: int, backend: str, needs_grad: bool = False,
+) -> Tensor:  # fmt: skip
+    """`sparse_linear_attention` of the package above, norms and branch in parts. Returns ``[B, H, N, D]`` in v's dtype."""
+    # Autocast would run the pooled scores and the linear state in half precision.
+    with torch.autocast(v.device.type, enabled=False), on_device_of(v):
+        triton = use_triton(backend, v, needs_grad)
+        tokens = v.shape[-2]
+        prepared = prepare_qkv(
+            q, k, v, order=order, q_norm=HeadNorm(q_kind, q_weight, q_bias, q_eps), k_norm=HeadNorm(k_kind, k_weight, k_bias, k_eps),
+            positions=positions, rope_base=rope_base, block_q=block_q, block_k=block_k, triton=triton,
+        )  # fmt: skip
+        pinned_keys = -(-pinned_tokens // block_k)
+        kept = kept_blocks(-(-tokens // block_k), keep_ratio, pinned_keys)
+        options: dict[str, Any] = dict(
+            pinned=-(-pinned_tokens // block_q),
+            scale=scale,
+            linear=linear,
+            feature_map=feature_map,
+            proj=proj,
+            block_q=block_q,
+            block_k=block_k,
+        )
+        if triton:
+            from ..block_map.kernels import block_map_with_bits
+            from . import kernels
+
+            kv_indices, bits = block_map_with_bits(prepared.q_mean, prepared.k_mean, kept=kept, pinned=pinned_keys)
+            means = (prepared.k_mean, prepared.v_mean) if block_means else None
+            return kernels.sparse_linear_attention(*prepared[:3], kv_indices, tokens=tokens, bits=bits, means=means, order=order, **options)
+        kv_indices = block_map(prepared.q_mean.detach(), prepared.k_mean.detach(), kept=kept, pinned=pinned_keys)
+        out = naive.sparse_linear_attention(*prepared[:3], kv_indices, block_means=block_means, **options)
+        return out if order is None else torch.empty_like(out).index_copy(-2, order.long(), out)
+
+
+def _rows_first(out: Tensor) -> Tensor:
+    """``[B, H, N, D] -> [B, N, H, D]`` contiguous, the layout that a graph can rely on; free for the kernels' outputs."""
+    return out.transpose(1, 2).contiguous()
+
+
+def _infer(*arguments: Any) -> Tensor:
+    return _rows_first(run(*arguments))
+
+
+def _train(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
+    return _rows_first(run(*arguments, needs_grad=True)), []
+
+
+def _backward(grad: Tensor, saved: list[Tensor], needed: list[bool], *arguments: Any) -> list[Tensor]:
+    """Gradients of the tensors that are `needed`, by autograd through the torch path, run again."""
+    tensors = zip(arguments[:DIFFERENTIABLE], needed, strict=True)
+    with torch.enable_grad():
+        leaves: list[Any] = [None if x is None else x.detach().requires_grad_(need) for x, need in tensors]
+        out = run(*leaves, *arguments[DIFFERENTIABLE:], needs_grad=True).transpose(1, 2)
+        wanted = [x for x in leaves if x is not None and x.requires_grad]
+        grads = torch.autograd.grad(out, wanted, grad, allow_unused=True, materialize_grads=True)
+    return [x.contiguous() for x in grads]
+
+
+def _fake_out(*arguments: Any) -> Tensor:
+    v = arguments[2]
+    batch, heads, tokens, dim = v.shape
+    return v.new_empty(batch, tokens, heads, dim)
+
+
+def _fake_backward(grad: Tensor, saved: list[Tensor], needed: list[bool], *arguments: Any) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x, need in zip(arguments, needed, strict=False) if need]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
+    tensors = [x for x in (*inputs, *output[1]) if isinstance(x, Tensor)]
+    ctx.save_for_backward(*tensors)
+    ctx.inputs = [None if isinstance(x, Tensor) else (x,) for x in inputs]  # None: the next of the saved tensors
+
+
+def _differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    saved = iter(ctx.saved_tensors)
+    inputs = [next(saved) if x is None else x[0] for x in ctx.inputs]
+    needed = [bool(x) for x in ctx.needs_input_grad[:DIFFERENTIABLE]]
+    grads = iter(torch.ops.lite3r.sparse_linear_attention_backward(grad, list(saved), needed, *inputs))
+    return (*(next(grads) if need else None for need in needed), *(None for _ in inputs[DIFFERENTIABLE:]))
+
+
+infer = register("sparse_linear_attention", f"({TENSORS}, {OPTIONS}) -> Tensor", _infer, _fake_out)
+train = register("sparse_linear_attention_train", f"({TENSORS}, {OPTIONS}) -> (Tensor, Tensor[])", _train, lambda *a: (_fake_out(*a), []))
+register(
+    "sparse_linear_attention_backward",
+    f"(Tensor grad, Tensor[] saved, bool[] needed, {TENSORS}, {OPTIONS}) -> Tensor[]",
+    _backward,
+    _fake_backward,
+)
+torch.library.register_autograd("lite3r::sparse_linear_attention_train", _differentiate, setup_context=_keep)

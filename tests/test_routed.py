@@ -1,0 +1,114 @@
+"""`Routed` sites: self-attention is told from cross-attention of the same length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from toys import Adapter, Attention, Toy, images, toy_adapter
+
+from lite3r_plugin import AttentionSite, Routed, apply_lite3r, remove_lite3r
+from lite3r_plugin.errors import UnsupportedAttentionError
+from lite3r_plugin.testing import TEST_CONFIG
+
+SPARSE = TEST_CONFIG.replace(keep_ratio=0.3)
+
+__all__ = ["toy_adapter"]  # the fixture
+pytestmark = pytest.mark.usefixtures("adapter", "inference")
+
+
+@pytest.fixture
+def inference() -> Iterator[None]:
+    torch._dynamo.reset()
+    with torch.no_grad():
+        yield
+    torch._dynamo.reset()
+
+
+def one_site(projections: Routed) -> Any:
+    return lambda model: [AttentionSite("cross.0", "global", 16, projections)]
+
+
+class TwoInputs(nn.Module):
+    """Attention to `context`, or to x where `crosses` is False; both are turned by `rope`."""
+
+    def __init__(self, dim: int, num_heads: int, crosses: bool) -> None:
+        super().__init__()
+        self.num_heads, self.crosses = num_heads, crosses
+        self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, context: Tensor | None = None, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        source = x if context is None or not self.crosses else context
+        q = self.q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        k, v = self.kv(source).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        if rope is not None:
+            q, k = (torch.cat((y[..., :2], y[..., 2:] * rope[0]), -1) + rope[1] for y in (q, k))
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def two_inputs() -> dict[str, Any]:
+    return dict(context=torch.randn(1, 246, 32), rope=(torch.rand(246, 14), torch.rand(246, 16)))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_cross_attention_of_equal_lengths_raises(compiled: bool, adapter: Adapter) -> None:
+    model = apply_lite3r(Toy(make=lambda dim, heads: TwoInputs(dim, heads, True)), SPARSE)
+    run = torch.compile(model, backend="eager") if compiled else model  # which falls back to Python, to raise there
+    with pytest.raises(UnsupportedAttentionError, match=r"site 'cross\.0' was given cross-attention, whose queries and values come from"):
+        run(images(), **two_inputs())
+    with pytest.raises(UnsupportedAttentionError, match=r"let the adapter say Routed\(same_tokens=True\)"):
+        run(images(), context=two_inputs()["context"])
+    remove_lite3r(model)
+    adapter.answer = one_site(Routed(2, same_tokens=True))
+    assert apply_lite3r(model, SPARSE)(images(), **two_inputs()).isfinite().all()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_self_attention_may_be_given_more_than_its_tokens(compiled: bool) -> None:
+    model = apply_lite3r(Toy(make=lambda dim, heads: TwoInputs(dim, heads, False)), SPARSE)
+    run = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
+    assert run(images(), **two_inputs()).isfinite().all()
+
+
+def test_the_same_tokens_under_two_names_are_self_attention(adapter: Adapter) -> None:
+    adapter.answer = one_site(Routed(2))
+    site = apply_lite3r(Toy(make=lambda dim, heads: TwoInputs(dim, heads, True)), SPARSE).cross[0]
+    x = torch.randn(1, 246, 32)
+    assert site(x, x, (torch.rand(246, 14), torch.rand(246, 16))).isfinite().all()
+
+
+class LearnedValues(Attention):
+    """Values that no input has a part in."""
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        q, k, _ = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, torch.ones(q.shape))
+        return out.transpose(1, 2).flatten(2)
+
+
+def test_values_from_nowhere_raise(adapter: Adapter) -> None:
+    adapter.answer = one_site(Routed(2))
+    site = apply_lite3r(Toy(make=lambda dim, heads: LearnedValues(dim, heads, "routed")), SPARSE).cross[0]
+    with pytest.raises(UnsupportedAttentionError, match="values that come from no argument of its forward"):
+        site(torch.randn(1, 246, 32), torch.randn(246, 32))
+
+
+def test_what_a_compiler_hides_is_asked_for_once_without_it() -> None:
+    """`q, k, v = tensor` unpacks without a trace under `torch.compile`, but not in a call before."""
+
+    class Unpacks(TwoInputs):
+        def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+            q, k, v = torch.cat((self.q(x), self.kv(x)), -1).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+            return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    context = dict(context=torch.randn(1, 246, 32))
+    model = apply_lite3r(Toy(make=lambda dim, heads: Unpacks(dim, heads, False)), SPARSE)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="run the model without it once before"):
+        torch.compile(model, backend="eager", fullgraph=True)(images(), **context)
+    expected = model(images(), **context)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(images(), **context), expected)
