@@ -138,6 +138,14 @@ def test_gradients(linear: str, means: bool) -> None:
     assert torch.autograd.gradcheck(run, (q, k, v, proj), fast_mode=True)
 
 
+def test_gradients_of_queries_without_a_marginal_block() -> None:
+    """Pinned queries see everything exactly; their empty linear branch gives 0, not 0 / 0, also in FP32."""
+    q, k, v = (x.float().requires_grad_() for x in qkv(67))
+    proj = torch.randn(D, D, requires_grad=True)
+    out = naive.sparse_linear_attention(q, k, v, some_map(67, 2), pinned=1, linear="marginal", proj=proj, block_q=BLOCK_Q, block_k=BLOCK_K)
+    assert all(x.isfinite().all() for x in torch.autograd.grad((100 * out).sum(), (q, k, v, proj)))
+
+
 # The pass before attention.
 
 

@@ -132,7 +132,8 @@ def sparse_linear_attention(
         else:
             state, total = (torch.einsum("bhrc,bhc...->bhr...", marginal.to(wide), x) for x in states)
         features = phi(rows, feature_map)
-        norm = (features @ total[..., None]).clamp_min(torch.finfo(wide).tiny)
+        norm = features @ total[..., None]
+        norm = torch.where(norm > 0, norm, 1)  # without a marginal block 0 / 0 is 0, and so is its gradient
         return (out + features @ state / norm @ proj.mT).flatten(2, 3)
 
     def slabs(first: int, last: int, near: int) -> range:
