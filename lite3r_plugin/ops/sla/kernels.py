@@ -1,7 +1,7 @@
 """Triton twin of `naive`: one kernel for the sparse softmax, the block means and the linear branch.
 
-A program holds one query block in registers and streams its critical key blocks through an online softmax (as in
-FlashAttention, arXiv 2205.14135). q, k, v come padded with zeros to whole query blocks, so only the scores of the last
+A program holds one query block, or a tile of it, in registers and streams its critical key blocks through an online
+softmax (as in FlashAttention, arXiv 2205.14135). q, k, v come padded with zeros to whole query blocks, so only the scores of the last
 key block are masked. Programs of pinned query blocks, which stream all keys, start first: they take longest.
 
 The linear branch over all tokens needs one D x D state per head, computed once by `_linear_state_kernel`; Proj is folded
@@ -10,6 +10,8 @@ into it. Over marginal blocks it is that state minus what the program adds up ov
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -17,6 +19,21 @@ from torch import Tensor
 
 LINEAR = {"none": 0, "all": 1, "marginal": 2}
 LOG2_E = 1.4426950408889634
+
+
+class Residuals(NamedTuple):
+    """What a backward pass needs of a forward pass.
+
+    Attributes:
+        lse: ``[B, H, padded]`` FP32, base-2 logarithm of the softmax denominator of each ordered query; None unless asked for.
+        linear: ``[B, N, H, D]``, the linear branch before Proj in host order; None unless asked for.
+        state, total: The linear state over all tokens, divided by their number; None without a linear branch.
+    """
+
+    lse: Tensor | None
+    linear: Tensor | None
+    state: Tensor | None
+    total: Tensor | None
 
 
 @triton.jit
@@ -59,13 +76,16 @@ def _linear_state_kernel(
 
 @triton.jit(do_not_specialize=["N", "rows", "columns", "kept", "words", "pinned"])
 def _sparse_linear_kernel(
-    Q, K, V, Indices, Bits, KMean, VMean, State, Total, Proj, Order, Out,
+    Q, K, V, Indices, Bits, KMean, VMean, State, Total, Proj, Order, Out, Lse, Linear,
     N, padded, heads, rows, columns, kept, words, pinned, scale_log2,
-    D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    LINEAR: tl.constexpr, SOFTMAX: tl.constexpr, MEANS: tl.constexpr, ORDERED: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
+    LINEAR: tl.constexpr, SOFTMAX: tl.constexpr, MEANS: tl.constexpr, ORDERED: tl.constexpr,
+    SAVE_LSE: tl.constexpr, SAVE_LINEAR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    programs = tl.num_programs(0) // rows * pinned  # those of pinned query blocks come first
+    TILES: tl.constexpr = BLOCK_Q // TILE_Q
+    STEPS: tl.constexpr = BLOCK_K // TILE_K
+    pid = tl.program_id(0) // TILES
+    programs = tl.num_programs(0) // TILES // rows * pinned  # those of pinned query blocks come first
     if pid < programs:
         head = (pid // pinned).to(tl.int64)
         row = pid % pinned
@@ -76,8 +96,8 @@ def _sparse_linear_kernel(
         near = kept
     d = tl.arange(0, DP)
     live = d < D
-    n = row * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    lanes = tl.arange(0, BLOCK_K)
+    n = row * BLOCK_Q + tl.program_id(0) % TILES * TILE_Q + tl.arange(0, TILE_Q)
+    lanes = tl.arange(0, TILE_K)
     dtype: tl.constexpr = V.dtype.element_ty
     keys = K + head * padded * D
     values = V + head * padded * D
@@ -87,15 +107,16 @@ def _sparse_linear_kernel(
         q = tl.load(queries)
     else:
         q = tl.load(queries, mask=live[None, :], other=0.0)
-    top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
-    weight = tl.zeros([BLOCK_Q], tl.float32)
-    acc = tl.zeros([BLOCK_Q, DP], tl.float32)
+    top = tl.full([TILE_Q], float("-inf"), tl.float32)
+    weight = tl.zeros([TILE_Q], tl.float32)
+    acc = tl.zeros([TILE_Q, DP], tl.float32)
     if LINEAR == 2:
         near_state = tl.zeros([DP, DP], tl.float32)
         near_total = tl.zeros([DP], tl.float32)
-    for i in range(0, near):
-        block = tl.where(row < pinned, i, tl.load(chosen + i, mask=row >= pinned, other=0))
-        offset = (block * BLOCK_K + lanes).to(tl.int64) * D
+    for i in range(0, near * STEPS):
+        block = tl.where(row < pinned, i // STEPS, tl.load(chosen + i // STEPS, mask=row >= pinned, other=0))
+        key = block * BLOCK_K + i % STEPS * TILE_K
+        offset = (key + lanes).to(tl.int64) * D
         if D == DP:
             k = tl.load(keys + offset[None, :] + d[:, None])
             v = tl.load(values + offset[:, None] + d[None, :])
@@ -103,8 +124,8 @@ def _sparse_linear_kernel(
             k = tl.load(keys + offset[None, :] + d[:, None], mask=live[:, None], other=0.0)
             v = tl.load(values + offset[:, None] + d[None, :], mask=live[None, :], other=0.0)
         score = tl.dot(q, k, input_precision=PRECISION) * scale_log2
-        if (block + 1) * BLOCK_K > N:
-            score = tl.where((block * BLOCK_K + lanes < N)[None, :], score, float("-inf"))
+        if key + TILE_K > N:
+            score = tl.where((key + lanes < N)[None, :], score, float("-inf"))
         new_top = tl.maximum(top, tl.max(score, 1))
         p = tl.exp2(score - new_top[:, None])
         decay = tl.exp2(top - new_top)
@@ -113,14 +134,14 @@ def _sparse_linear_kernel(
         top = new_top
         if LINEAR == 2:
             features = _phi(k.to(tl.float32), live[:, None], SOFTMAX, 0)
-            features = tl.where((block * BLOCK_K + lanes < N)[None, :], features, 0.0).to(dtype)
+            features = tl.where((key + lanes < N)[None, :], features, 0.0).to(dtype)
             near_state = tl.dot(features, v, near_state, input_precision=PRECISION)
             near_total += tl.sum(features.to(tl.float32), 1)
     if MEANS:
         far = columns
         if row < pinned:
             far = 0
-        for first in range(0, far, BLOCK_K):
+        for first in range(0, far, TILE_K):
             block = first + lanes
             at = (head * columns + block) * D
             inside = block < columns
@@ -138,6 +159,14 @@ def _sparse_linear_kernel(
             acc = tl.dot(p.to(dtype), v, acc * decay[:, None], input_precision=PRECISION)
             top = new_top
     out = acc / weight[:, None]
+    if SAVE_LSE:
+        tl.store(Lse + head * padded + n, top + tl.log2(weight))
+    to = n
+    inside = n < N
+    if ORDERED:
+        to = tl.load(Order + n, mask=inside, other=0)
+    to = ((head // heads) * N + to) * heads + head % heads  # [B, N, H, D]
+    inside = inside[:, None] & live[None, :]
     if LINEAR == 1 or (LINEAR == 2 and near < columns):
         features = _phi(q.to(tl.float32), live[None, :], SOFTMAX, 1)
         both = live[:, None] & live[None, :]
@@ -146,18 +175,17 @@ def _sparse_linear_kernel(
         if LINEAR == 2:
             state -= near_state / N
             total -= near_total / N
-        norm = tl.maximum(tl.sum(features * total[None, :], 1), 1e-38)
+        norm = tl.maximum(tl.sum(features * total[None, :], 1), 1e-37)
         linear = tl.dot(features.to(dtype), state.to(dtype), input_precision=PRECISION) / norm[:, None]
-        if LINEAR == 2:
+        if SAVE_LINEAR:
+            tl.store(Linear + to[:, None] * D + d[None, :], linear.to(dtype), mask=inside)
+        if LINEAR == 2 or SAVE_LINEAR:
             proj = tl.load(Proj + d[None, :] * D + d[:, None], mask=both, other=0.0)
             linear = tl.dot(linear.to(dtype), proj.to(dtype), input_precision=PRECISION)
         out += linear
-    to = n
-    inside = n < N
-    if ORDERED:
-        to = tl.load(Order + n, mask=inside, other=0)
-    to = ((head // heads) * N + to) * heads + head % heads  # [B, N, H, D]
-    tl.store(Out + to[:, None] * D + d[None, :], out.to(dtype), mask=inside[:, None] & live[None, :])
+    elif SAVE_LINEAR:
+        tl.store(Linear + to[:, None] * D + d[None, :], tl.zeros([TILE_Q, DP], dtype), mask=inside)
+    tl.store(Out + to[:, None] * D + d[None, :], out.to(dtype), mask=inside)
 
 
 def linear_state(k: Tensor, v: Tensor, tokens: int, feature_map: str, block_k: int = 64) -> tuple[Tensor, Tensor]:
@@ -195,6 +223,18 @@ def sparse_linear_attention(
     block_q: int = 128,
     block_k: int = 64,
 ) -> Tensor:
+    """`forward` without residuals."""
+    return forward(
+        q, k, v, kv_indices, tokens=tokens, bits=bits, means=means, order=order, pinned=pinned, scale=scale, linear=linear,
+        feature_map=feature_map, proj=proj, block_q=block_q, block_k=block_k,
+    )[0]  # fmt: skip
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, kv_indices: Tensor, *, tokens: int, bits: Tensor | None, means: tuple[Tensor, Tensor] | None,
+    order: Tensor | None, pinned: int, scale: float | None, linear: str, feature_map: str, proj: Tensor | None, block_q: int,
+    block_k: int, save_lse: bool = False, save_linear: bool = False,
+) -> tuple[Tensor, Residuals]:
     """As `naive.sparse_linear_attention`, on padded tensors and with the output scattered back to host order.
 
     Args:
@@ -205,38 +245,42 @@ def sparse_linear_attention(
         means: Mean keys and values ``[B, H, ceil(tokens / block_k), D]`` for marginal blocks, or None.
         order: ``[N]`` int32: output row of each token, or None.
         pinned, scale, linear, feature_map, proj, block_q, block_k: As in the naive twin.
+        save_lse, save_linear: Which residuals to store.
 
     Returns:
-        ``[B, H, N, D]``, a view of ``[B, N, H, D]``.
+        ``[B, H, N, D]``, a view of ``[B, N, H, D]``, and the residuals.
     """
     batch, heads, padded, dim = q.shape
     rows, kept = kv_indices.shape[-2:]
     columns = -(-tokens // block_k)
     pinned = min(pinned, rows)
     out = torch.empty(batch, tokens, heads, dim, device=q.device, dtype=v.dtype)
-    state = total = nothing = out
-    if linear != "none":
-        state, total = linear_state(k, v, tokens, feature_map, block_k)
-        if linear == "all":
-            state = state @ proj.to(state.dtype).mT
+    lse = torch.empty(batch, heads, padded, device=q.device, dtype=torch.float32) if save_lse else None
+    save_linear = save_linear and linear != "none"
+    branch = torch.empty_like(out) if save_linear else None
+    nothing = out
+    state, total = (None, None) if linear == "none" else linear_state(k, v, tokens, feature_map, block_k)
+    folded = state @ proj.to(state.dtype).mT if linear == "all" and not save_linear else state
     k_mean, v_mean = (nothing, nothing) if means is None else (x.to(v.dtype) for x in means)
-    _sparse_linear_kernel[(rows * batch * heads,)](
-        q, k, v, kv_indices, nothing if means is None else bits, k_mean, v_mean, state, total, nothing if proj is None else proj,
-        nothing if order is None else order, out,
+    options = launch_options(block_q, block_k, dim, q.dtype)
+    _sparse_linear_kernel[(rows * batch * heads * (block_q // options["TILE_Q"]),)](
+        q, k, v, kv_indices, nothing if means is None else bits, k_mean, v_mean,
+        *(nothing if x is None else x for x in (folded, total, proj, order, out, lse, branch)),
         tokens, padded, heads, rows, columns, kept, 0 if means is None else bits.shape[-1], pinned,
         (dim**-0.5 if scale is None else scale) * LOG2_E,
         D=dim, DP=triton.next_power_of_2(dim), BLOCK_Q=block_q, BLOCK_K=block_k, LINEAR=LINEAR[linear],
-        SOFTMAX=feature_map == "softmax", MEANS=means is not None, ORDERED=order is not None, PRECISION=_precision(q),
-        **launch_options(block_q, dim, q.dtype),
+        SOFTMAX=feature_map == "softmax", MEANS=means is not None, ORDERED=order is not None,
+        SAVE_LSE=save_lse, SAVE_LINEAR=save_linear, PRECISION=_precision(q), **options,
     )  # fmt: skip
-    return out.transpose(1, 2)
+    return out.transpose(1, 2), Residuals(lse, branch, state, total)
 
 
-def launch_options(block_q: int, dim: int, dtype: torch.dtype) -> dict[str, int]:
-    """Warps and pipeline stages of the sparse kernel. FP32 tiles take up to six times the shared memory: no pipeline."""
+def launch_options(block_q: int, block_k: int, dim: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tiles, warps and pipeline stages of the sparse kernel. FP32 operands take up to six times the shared memory of BF16."""
     if dtype == torch.float32:
-        return dict(num_warps=8, num_stages=1)
-    return dict(num_warps=4 if block_q <= 64 or dim <= 64 else 8, num_stages=3 if dim <= 64 else 2)
+        wide = dim > 64
+        return dict(TILE_Q=min(block_q, 32 if wide else 128), TILE_K=min(block_k, 16 if wide else 64), num_warps=8, num_stages=1)
+    return dict(TILE_Q=block_q, TILE_K=block_k, num_warps=4 if block_q <= 64 or dim <= 64 else 8, num_stages=3 if dim <= 64 else 2)
 
 
 def state_options(dtype: torch.dtype) -> dict[str, int]:

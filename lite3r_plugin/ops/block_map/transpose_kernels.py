@@ -1,0 +1,112 @@
+"""The block map for a backward pass, from its bit set alone: by query block, and by key block with work cut into parts.
+
+The lists come from the bit set of the map by counting and filling, a program for 32 key blocks of one head, so they are
+in ascending order and the same on every run. Their total length is known beforehand; nothing waits for the GPU.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ROWS = 128
+
+
+class Columns(NamedTuple):
+    """The map by key block.
+
+    A key block that many query blocks attend to (a pinned one: all of them) would be one long program. Its list is cut
+    into *early* parts of exactly `part` query blocks and a last one of at most `part`.
+
+    Attributes:
+        rows: ``[B, H, total]`` int32, the query blocks of key block 0, of key block 1, ...
+        starts: ``[B, H, columns + 1]`` int32, where the list of each key block starts in `rows`.
+        early_starts: ``[B, H, columns + 1]`` int32, where its early parts start among those of the head.
+        early_columns: ``[B, H, slots]`` int32, the key block of each early part; `columns` where there is none.
+        part: Query blocks in an early part.
+    """
+
+    rows: Tensor
+    starts: Tensor
+    early_starts: Tensor
+    early_columns: Tensor
+    part: int
+
+
+@triton.jit(do_not_specialize=["rows", "columns", "words", "pinned", "total"])
+def _columns_kernel(Bits, Starts, Counts, List, rows, columns, words, pinned, total, ROWS: tl.constexpr, FILL: tl.constexpr):
+    """Counts the query blocks of 32 key blocks, or writes them to their lists; pinned query blocks attend to all."""
+    word = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    column = word * 32 + tl.arange(0, 32)
+    inside = column < columns
+    to = tl.zeros([32], tl.int32)
+    if FILL:
+        to += tl.load(Starts + head * (columns + 1) + column, mask=inside, other=0)
+    for first in range(0, rows, ROWS):
+        row = first + tl.arange(0, ROWS)
+        bits = tl.load(Bits + (head * rows + row) * words + word, mask=row < rows, other=0)
+        bits = tl.where(row < pinned, -1, bits)
+        chosen = (bits[:, None] >> tl.arange(0, 32)[None, :]) & 1
+        if FILL:
+            at = head * total + to[None, :] + tl.cumsum(chosen, 0) - 1
+            tl.store(List + at, row[:, None] + tl.zeros_like(chosen), mask=(chosen == 1) & inside[None, :])
+        to += tl.sum(chosen, 0)
+    if not FILL:
+        tl.store(Counts + head * columns + column, to, mask=inside)
+
+
+@triton.jit(do_not_specialize=["kept", "words"])
+def _indices_kernel(Bits, Indices, kept, words, WIDTH: tl.constexpr):
+    """Writes the positions of the bits of one row, ascending."""
+    row = tl.program_id(0).to(tl.int64)
+    word = tl.arange(0, WIDTH)
+    bits = tl.load(Bits + row * words + word, mask=word < words, other=0)
+    chosen = (bits[:, None] >> tl.arange(0, 32)[None, :]) & 1
+    counts = tl.sum(chosen, 1)
+    to = (tl.cumsum(counts, 0) - counts)[:, None] + tl.cumsum(chosen, 1) - 1
+    tl.store(Indices + row * kept + to, word[:, None] * 32 + tl.arange(0, 32)[None, :], mask=chosen == 1)
+
+
+def indices_of(bits: Tensor, kept: int) -> Tensor:
+    """The map as indices ``[B, H, query blocks, kept]`` int32, from its bit set, which has `kept` bits in each row."""
+    *rows, words = bits.shape
+    indices = torch.empty(*rows, kept, device=bits.device, dtype=torch.int32)
+    _indices_kernel[(bits.numel() // words,)](bits, indices, kept, words, WIDTH=triton.next_power_of_2(words), num_warps=4)
+    return indices
+
+
+def by_key_block(bits: Tensor, *, columns: int, kept: int, pinned: int) -> Columns:
+    """The map by key block, from the bit set `bits` ``[B, H, query blocks, ceil(columns / 32)]`` int32.
+
+    Args:
+        bits: As `kernels.block_map_with_bits` makes it.
+        columns: Number of key blocks.
+        kept: Key blocks that a query block attends to.
+        pinned: The first `pinned` query blocks attend to all key blocks, whatever their bits are.
+    """
+    batch, heads, rows, words = bits.shape
+    total = pinned * columns + (rows - pinned) * kept
+    # Twice the mean length: most key blocks stay whole, and the parts of the others take little memory.
+    part = max(2 * -(-total // columns), 1)
+    counts = torch.empty(batch, heads, columns, device=bits.device, dtype=torch.int32)
+    lists = torch.empty(batch, heads, total, device=bits.device, dtype=torch.int32)
+    sizes = (rows, columns, words, pinned, total)
+    grid = (-(-columns // 32), batch * heads)
+    _columns_kernel[grid](bits, counts, counts, lists, *sizes, ROWS=ROWS, FILL=False, num_warps=4)
+    starts = _prefix(counts)
+    _columns_kernel[grid](bits, starts, counts, lists, *sizes, ROWS=ROWS, FILL=True, num_warps=4)
+    early_starts = _prefix((counts - 1).clamp_min(0) // part)
+    slots = torch.arange(total // part if rows > part else 0, device=bits.device, dtype=torch.int32)
+    early = torch.searchsorted(early_starts[..., 1:].contiguous(), slots.expand(batch, heads, -1).contiguous(), right=True, out_int32=True)
+    return Columns(lists, starts, early_starts, early, part)
+
+
+def _prefix(counts: Tensor) -> Tensor:
+    """Sums of what comes before each element, and of all: ``[..., n] -> [..., n + 1]`` int32."""
+    return F.pad(counts.cumsum(-1, dtype=torch.int32), (1, 0))

@@ -1,0 +1,229 @@
+"""Gradients of the operator over ordered, padded tokens: the launches of the backward kernels.
+
+The twin of what autograd makes of `naive.sparse_linear_attention`. Only what is asked for is computed, nothing waits for
+the GPU, and no sum depends on the order in which programs run.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ..block_map.transpose_kernels import by_key_block
+from .backward_kernels import _dkv_kernel, _dmeans_kernel, _dq_kernel
+from .backward_options import dkv_options, dmeans_options, dq_options, rows_options
+from .kernels import LINEAR, LOG2_E, Residuals, _precision
+from .linear_backward_kernels import _dproj_kernel, _rows_kernel
+
+PROGRAMS = 512  # of kernels that add up over many query blocks: enough to fill a GPU, few enough for little memory
+
+
+class Problem(NamedTuple):
+    """One call of the operator, as its forward pass saw it.
+
+    Attributes:
+        q, k, v: ``[B, H, padded, D]`` contiguous, zeros after the first `tokens` tokens.
+        kv_indices, bits: The block map, as indices and as a bit set.
+        means: Mean keys and values ``[B, H, ceil(tokens / block_k), D]``, or None without block means.
+        proj: ``[D, D]``, or None without a linear branch.
+        order: ``[N]`` int32, or None.
+        tokens, pinned: N, and the number of query blocks that attend to all keys.
+        scale, linear, feature_map, block_q, block_k: As in the naive twin.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    kv_indices: Tensor
+    bits: Tensor
+    means: tuple[Tensor, Tensor] | None
+    proj: Tensor | None
+    order: Tensor | None
+    tokens: int
+    pinned: int
+    scale: float
+    linear: str
+    feature_map: str
+    block_q: int
+    block_k: int
+
+
+class Gradients(NamedTuple):
+    """Gradients of `Problem`'s tensors: q, k, v ``[B, H, padded, D]`` in v's dtype, those of block means included; proj FP32."""
+
+    q: Tensor | None
+    k: Tensor | None
+    v: Tensor | None
+    proj: Tensor | None
+
+
+def proj_backward(grad: Tensor, linear: Tensor) -> Tensor:
+    """Gradient ``[D, D]`` FP32 of Proj alone, from that of the output ``[B, H, N, D]`` and `Residuals.linear`: one pass."""
+    grad = _rows_contiguous(grad)
+    batch, heads, tokens, dim = grad.shape
+    tile = 64
+    tiles = -(-tokens // tile)
+    per_split = -(-tiles // min(tiles, max(1, PROGRAMS // (batch * heads))))
+    splits = -(-tiles // per_split)
+    out = torch.empty(batch * heads * splits, dim, dim, device=grad.device, dtype=torch.float32)
+    _dproj_kernel[(splits, batch * heads)](
+        grad, linear, out, tokens, heads, per_split, *grad.stride()[:3],
+        D=dim, DP=triton.next_power_of_2(dim), TILE=tile, PRECISION=_precision(grad),
+        num_warps=4 if dim <= 64 else 8, num_stages=1 if grad.dtype == torch.float32 else 3,
+    )  # fmt: skip
+    return out.sum(0)
+
+
+def backward(problem: Problem, residuals: Residuals, out: Tensor, grad: Tensor, *, needs_q: bool, needs_kv: bool) -> Gradients:
+    """Gradients of q, of k and v, and (if there is a linear branch) of Proj.
+
+    Args:
+        problem, residuals: The call, with `Residuals.lse`.
+        out: Its output, ``[B, H, N, D]``, a view of contiguous ``[B, N, H, D]``, in host order.
+        grad: The gradient of `out`, ``[B, H, N, D]``, any strides.
+        needs_q, needs_kv: Whether the gradient of q, and those of k and v, are wanted.
+    """
+    columns, kept = -(-problem.tokens // problem.block_k), problem.kv_indices.shape[-1]
+    rows = problem.kv_indices.shape[-2]
+    problem = problem._replace(pinned=min(problem.pinned, rows))
+    if kept == columns or problem.pinned == rows:  # no block is marginal
+        problem = problem._replace(means=None, linear="none" if problem.linear == "marginal" else problem.linear)
+    if problem.means is not None:
+        problem = problem._replace(means=(problem.means[0].to(problem.v.dtype), problem.means[1].to(problem.v.dtype)))
+    shared = _by_rows(problem, residuals, out, _rows_contiguous(grad))
+    dq = _query_gradient(problem, residuals, shared) if needs_q else None
+    dk, dv = _key_gradients(problem, residuals, shared) if needs_kv else (None, None)
+    dproj = torch.zeros_like(problem.proj, dtype=torch.float32) if shared.dproj is None and problem.proj is not None else shared.dproj
+    return Gradients(dq, dk, dv, dproj)
+
+
+class _Rows(NamedTuple):
+    """What `_rows_kernel` makes of each query: dO in token order, delta, and the gradients of the linear branch."""
+
+    do: Tensor
+    delta: Tensor
+    dq: Tensor
+    dnum: Tensor
+    dnorm: Tensor
+    dproj: Tensor | None
+    dstate: Tensor
+    dtotal: Tensor
+
+
+def _by_rows(p: Problem, residuals: Residuals, out: Tensor, grad: Tensor) -> _Rows:
+    batch, heads, padded, dim = p.q.shape
+    rows, kept = p.kv_indices.shape[-2:]
+    branch = p.linear != "none"
+    splits = min(rows, max(1, PROGRAMS // (batch * heads))) if branch else rows
+    per_split = -(-rows // splits)
+    splits = -(-rows // per_split)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32, when: bool = True) -> Tensor:
+        return torch.empty(batch * heads, *shape, device=p.q.device, dtype=dtype) if when else p.q
+
+    marginal = p.linear == "marginal"
+    result = _Rows(
+        do=torch.empty_like(p.q), delta=empty(padded), dq=torch.empty_like(p.q),
+        dnum=empty(padded, dim, dtype=p.q.dtype, when=marginal), dnorm=empty(padded, when=marginal),
+        dproj=empty(splits, dim, dim, when=branch), dstate=empty(splits, dim, dim, when=branch), dtotal=empty(splits, dim, when=branch),
+    )  # fmt: skip
+    _rows_kernel[(splits, batch * heads)](
+        p.q, p.k, p.v, out, grad, *(p.q if x is None else x for x in (p.order, p.kv_indices, residuals.state, residuals.total, p.proj)),
+        *result, p.tokens, padded, heads, rows, -(-p.tokens // p.block_k), kept, p.pinned, per_split, *grad.stride()[:3],
+        **_sizes(p), ORDERED=p.order is not None, **_branch(p), **rows_options(p),
+    )  # fmt: skip
+    if not branch:
+        return result._replace(dproj=None)
+    return result._replace(dproj=_sum(result.dproj).sum(0), dstate=_sum(result.dstate), dtotal=_sum(result.dtotal))
+
+
+def _query_gradient(p: Problem, residuals: Residuals, shared: _Rows) -> Tensor:
+    batch, heads, padded, dim = p.q.shape
+    rows, kept = p.kv_indices.shape[-2:]
+    columns = -(-p.tokens // p.block_k)
+    # A pinned query block attends to all keys: cut, lest its program runs on when all others are done.
+    per_split = max(1, min(columns, 2 * kept))
+    splits = -(-columns // per_split)
+    partial = torch.empty(batch, heads, p.pinned, splits, p.block_q, dim, device=p.q.device, dtype=torch.float32)
+    dq = shared.dq
+    options = dq_options(p)
+    k_mean, v_mean = p.means or (p.q, p.q)
+    _dq_kernel[(batch * heads * (p.pinned * splits + rows - p.pinned) * (p.block_q // options["TILE_Q"]),)](
+        p.q, p.k, p.v, shared.do, residuals.lse, shared.delta, p.kv_indices, p.bits, k_mean, v_mean, dq, partial,
+        p.tokens, padded, rows, columns, kept, p.bits.shape[-1], p.pinned, splits, per_split, p.scale, p.scale * LOG2_E,
+        **_sizes(p), MEANS=p.means is not None, ADD=p.linear != "none", PRECISION=_precision(p.q), **options,
+    )  # fmt: skip
+    if p.pinned:
+        first = dq[:, :, : p.pinned * p.block_q]
+        total = partial.sum(3).flatten(2, 3)
+        first.copy_(total + first if p.linear != "none" else total)
+    return dq
+
+
+def _key_gradients(p: Problem, residuals: Residuals, shared: _Rows) -> tuple[Tensor, Tensor]:
+    batch, heads, padded, dim = p.q.shape
+    columns, kept = -(-p.tokens // p.block_k), p.kv_indices.shape[-1]
+    work = by_key_block(p.bits, columns=columns, kept=kept, pinned=p.pinned)
+    slots = work.early_columns.shape[-1]
+    marginal = p.linear == "marginal"
+    mean_grads = _mean_gradients(p, residuals, shared) if p.means is not None else (p.q, p.q)
+
+    def parts(*shape: int) -> Tensor:
+        return torch.empty(batch, heads, slots, *shape, device=p.q.device, dtype=torch.float32)
+
+    early = (parts(p.block_k, dim), parts(p.block_k, dim), *((parts(dim, dim), parts(dim)) if marginal else (p.q, p.q)))
+    dk, dv = torch.empty_like(p.k), torch.empty_like(p.v)
+    for is_early, programs in ((True, slots), (False, columns)):
+        if programs == 0:
+            continue
+        options = dkv_options(p, is_early)
+        _dkv_kernel[(batch * heads * programs * (p.block_k // options["TILE_K"]),)](
+            p.q, p.k, p.v, shared.do, residuals.lse, shared.delta, shared.dnum, shared.dnorm,
+            work.rows, work.starts, work.early_starts, work.early_columns, *early, *mean_grads, shared.dstate, shared.dtotal, dk, dv,
+            p.tokens, padded, columns, work.rows.shape[-1], slots, work.part, p.scale, p.scale * LOG2_E,
+            **_sizes(p), EARLY=is_early, MEANS=p.means is not None, **_branch(p), **options,
+        )  # fmt: skip
+    if padded > columns * p.block_k:
+        dk[:, :, columns * p.block_k :] = dv[:, :, columns * p.block_k :] = 0
+    return dk, dv
+
+
+def _mean_gradients(p: Problem, residuals: Residuals, shared: _Rows) -> tuple[Tensor, Tensor]:
+    """Gradients of the mean keys and values, ``[B * H, columns, D]`` FP32."""
+    assert p.means is not None
+    batch, heads, padded, dim = p.q.shape
+    rows, columns = p.kv_indices.shape[-2], -(-p.tokens // p.block_k)
+    options = dmeans_options(p)
+    tiles = -(-columns // options["TILE_K"])
+    per_split = -(-(rows - p.pinned) // max(1, 4 * PROGRAMS // (tiles * batch * heads)))
+    splits = -(-(rows - p.pinned) // per_split)
+    dk, dv = torch.empty(2, batch * heads, splits, columns, dim, device=p.q.device, dtype=torch.float32)
+    _dmeans_kernel[(tiles, splits, batch * heads)](
+        p.q, *p.means, shared.do, residuals.lse, shared.delta, p.bits, dk, dv,
+        p.tokens, padded, rows, columns, p.bits.shape[-1], p.pinned, per_split, p.scale * LOG2_E,
+        **_sizes(p), PRECISION=_precision(p.q), **options,
+    )  # fmt: skip
+    return _sum(dk).mul_(p.scale), _sum(dv)
+
+
+def _sum(parts: Tensor) -> Tensor:
+    """The sum over dimension 1."""
+    return parts.sum(1)
+
+
+def _sizes(p: Problem) -> dict[str, int]:
+    dim = p.q.shape[-1]
+    return dict(D=dim, DP=triton.next_power_of_2(dim), BLOCK_Q=p.block_q, BLOCK_K=p.block_k)
+
+
+def _branch(p: Problem) -> dict[str, object]:
+    """Sums of the linear branch are much smaller than their terms: more precise than BF16 operands."""
+    wide = "tf32x3" if p.q.dtype == torch.float32 else "tf32"
+    return dict(LINEAR=LINEAR[p.linear], SOFTMAX=p.feature_map == "softmax", PRECISION=_precision(p.q), WIDE_PRECISION=wide)
+
+
+def _rows_contiguous(grad: Tensor) -> Tensor:
+    return grad if grad.stride(-1) == 1 else grad.contiguous()

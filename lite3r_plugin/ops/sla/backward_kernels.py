@@ -1,0 +1,247 @@
+"""Gradients of the sparse softmax (and of its block means) with respect to q, k and v.
+
+With p the softmax weights, restored from the logarithm of their denominator, and delta = dO . O_sparse:
+
+    dV_j = sum_i p_ij dO_i      dS_ij = p_ij (dO_i . v_j - delta_i)
+    dQ_i = scale sum_j dS_ij k_j      dK_j = scale sum_i dS_ij q_i
+
+A program of `_dq_kernel` holds a query block and streams its key blocks; one of `_dkv_kernel` holds a key block and streams
+the query blocks that attend to it; one of `_dmeans_kernel` holds mean keys and streams all query blocks. Long lists are
+cut into parts whose sums are stored and added in a fixed order: no atomics, the same bits on every run.
+
+All tensors are in token order, ``[B, H, padded, D]``; dO is zero and delta is zero where there is no token.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .kernels import _phi
+
+
+@triton.jit
+def _rows_of(P, first, lanes, d, D: tl.constexpr):
+    """Rows ``first + lanes`` of a ``[*, D]`` matrix."""
+    at = (first + lanes)[:, None] * D + d[None, :]
+    if D == d.shape[0]:
+        return tl.load(P + at)
+    return tl.load(P + at, mask=(d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def phi_backward(features, grad, SOFTMAX: tl.constexpr):
+    """Gradient with respect to x of phi(x) over the rows, whose values are `features`, from that of phi(x)."""
+    if SOFTMAX:
+        return features * (grad - tl.sum(features * grad, 1)[:, None])
+    return grad * tl.minimum(features, 1.0)  # elu(x) + 1 is x + 1 above zero, and its own derivative below
+
+
+@triton.jit(do_not_specialize=["N", "rows", "columns", "kept", "words", "pinned", "splits", "per_split"])
+def _dq_kernel(
+    Q, K, V, DO, Lse, Delta, Indices, Bits, KMean, VMean, DQ, Partial,
+    N, padded, rows, columns, kept, words, pinned, splits, per_split, scale, scale_log2,
+    D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
+    MEANS: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dQ of a tile of a query block, added to what is in DQ if ADD; sums over a part of the keys for a pinned one."""
+    TILES: tl.constexpr = BLOCK_Q // TILE_Q
+    STEPS: tl.constexpr = BLOCK_K // TILE_K
+    tile = tl.program_id(0) % TILES
+    pid = tl.program_id(0) // TILES
+    heads = tl.num_programs(0) // TILES // (pinned * splits + rows - pinned)
+    long = pid < heads * pinned * splits  # first, as they take longest
+    other = pid - heads * pinned * splits
+    head = tl.where(long, pid // tl.maximum(pinned * splits, 1), other // tl.maximum(rows - pinned, 1)).to(tl.int64)
+    row = tl.where(long, pid // splits % tl.maximum(pinned, 1), pinned + other % tl.maximum(rows - pinned, 1))
+    first = tl.where(long, pid % splits * per_split, 0)
+    last = tl.where(long, tl.minimum(first + per_split, columns), kept)
+    d = tl.arange(0, DP)
+    lanes = tl.arange(0, TILE_K)
+    at = head * padded + row * BLOCK_Q + tile * TILE_Q
+    own = tl.arange(0, TILE_Q)
+    dtype: tl.constexpr = V.dtype.element_ty
+    q = _rows_of(Q, at, own, d, D)
+    do = _rows_of(DO, at, own, d, D)
+    lse = tl.load(Lse + at + own)
+    delta = tl.load(Delta + at + own)
+    chosen = Indices + (head * rows + row) * kept
+    acc = tl.zeros([TILE_Q, DP], tl.float32)
+    for i in range(first * STEPS, last * STEPS):
+        block = tl.where(long, i // STEPS, tl.load(chosen + i // STEPS, mask=row >= pinned, other=0))
+        key = block * BLOCK_K + i % STEPS * TILE_K
+        k = _rows_of(K, head * padded + key, lanes, d, D)
+        v = _rows_of(V, head * padded + key, lanes, d, D)
+        score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 - lse[:, None]
+        if key + TILE_K > N:
+            score = tl.where((key + lanes < N)[None, :], score, float("-inf"))
+        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        ds = tl.exp2(score) * (dp - delta[:, None])
+        acc = tl.dot(ds.to(dtype), k, acc, input_precision=PRECISION)
+    if MEANS:
+        for start in range(0, tl.where(long, 0, columns), TILE_K):
+            block = start + lanes
+            inside = block < columns
+            mask = inside[:, None] & (d < D)[None, :]
+            mean = (head * columns + block)[:, None] * D + d[None, :]
+            k = tl.load(KMean + mean, mask=mask, other=0.0)
+            v = tl.load(VMean + mean, mask=mask, other=0.0)
+            word = tl.load(Bits + (head * rows + row) * words + block // 32, mask=inside, other=-1)
+            marginal = inside & (((word >> (block % 32)) & 1) == 0)
+            size = tl.maximum(tl.minimum(N - block * BLOCK_K, BLOCK_K), 1).to(tl.float32)
+            score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 + tl.log2(size)[None, :] - lse[:, None]
+            score = tl.where(marginal[None, :], score, float("-inf"))
+            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            ds = tl.exp2(score) * (dp - delta[:, None])
+            acc = tl.dot(ds.to(dtype), k, acc, input_precision=PRECISION)
+    acc *= scale
+    mask = (own < TILE_Q)[:, None] & (d < D)[None, :]
+    if long:
+        to = (((head * pinned + row) * splits + pid % splits) * BLOCK_Q + tile * TILE_Q + own)[:, None] * D + d[None, :]
+        tl.store(Partial + to, acc, mask=mask)
+    else:
+        to = (at + own)[:, None] * D + d[None, :]
+        if ADD:
+            acc += tl.load(DQ + to, mask=mask, other=0.0).to(tl.float32)
+        tl.store(DQ + to, acc.to(dtype), mask=mask)
+
+
+@triton.jit(do_not_specialize=["N", "columns", "total", "slots", "part"])
+def _dkv_kernel(
+    Q, K, V, DO, Lse, Delta, DNum, DNorm, Rows, Starts, EarlyStarts, EarlyColumns, PartK, PartV, PartState, PartTotal,
+    MeanDK, MeanDV, DState, DTotal, DK, DV,
+    N, padded, columns, total, slots, part, scale, scale_log2,
+    D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
+    EARLY: tl.constexpr, LINEAR: tl.constexpr, SOFTMAX: tl.constexpr, MEANS: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Sums over an early part of a key block's list, or dK and dV of a tile of a key block from those and the rest."""
+    TILES: tl.constexpr = BLOCK_K // TILE_K
+    STEPS: tl.constexpr = BLOCK_Q // TILE_Q
+    tile = tl.program_id(0) % TILES
+    pid = tl.program_id(0) // TILES
+    d = tl.arange(0, DP)
+    own = tl.arange(0, TILE_K)
+    lanes = tl.arange(0, TILE_Q)
+    dtype: tl.constexpr = V.dtype.element_ty
+    if EARLY:
+        head = (pid // slots).to(tl.int64)
+        column = tl.load(EarlyColumns + pid)
+        if column >= columns:
+            return
+    else:
+        head = (pid // columns).to(tl.int64)
+        column = pid % columns
+    at = head * (columns + 1) + column
+    early = tl.load(EarlyStarts + at)
+    parts = tl.load(EarlyStarts + at + 1) - early
+    first = tl.load(Starts + at)
+    last = tl.load(Starts + at + 1)
+    if EARLY:
+        first += (pid % slots - early) * part
+        last = first + part
+    else:
+        first += parts * part
+    key = column * BLOCK_K + tile * TILE_K
+    k = _rows_of(K, head * padded + key, own, d, D)
+    v = _rows_of(V, head * padded + key, own, d, D)
+    dk = tl.zeros([TILE_K, DP], tl.float32)
+    dv = tl.zeros([TILE_K, DP], tl.float32)
+    if LINEAR == 2:
+        state = tl.zeros([DP, DP], tl.float32)
+        norm = tl.zeros([DP], tl.float32)
+    for i in range(first * STEPS, last * STEPS):
+        row = tl.load(Rows + head * total + i // STEPS)
+        at = head * padded + row * BLOCK_Q + i % STEPS * TILE_Q
+        q = _rows_of(Q, at, lanes, d, D)
+        do = _rows_of(DO, at, lanes, d, D)
+        score = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2 - tl.load(Lse + at + lanes)[None, :]
+        p = tl.exp2(score)
+        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        dv = tl.dot(p.to(dtype), do, dv, input_precision=PRECISION)
+        ds = p * (dp - tl.load(Delta + at + lanes)[None, :])
+        dk = tl.dot(ds.to(dtype), q, dk, input_precision=PRECISION)
+        if LINEAR == 2:
+            features = _phi(q.to(tl.float32), (d < D)[None, :], SOFTMAX, 1)
+            norm += tl.sum(features * tl.load(DNorm + at + lanes)[:, None], 0)
+            state = tl.dot(tl.trans(features.to(dtype)), _rows_of(DNum, at, lanes, d, D), state, input_precision=PRECISION)
+    live = (own < TILE_K)[:, None] & (d < D)[None, :]
+    both = (d < D)[:, None] & (d < D)[None, :]
+    if EARLY:
+        to = ((pid * BLOCK_K + tile * TILE_K).to(tl.int64) + own)[:, None] * D + d[None, :]
+        tl.store(PartK + to, dk, mask=live)
+        tl.store(PartV + to, dv, mask=live)
+        if LINEAR == 2:
+            tl.store(PartState + (pid.to(tl.int64) * D + d)[:, None] * D + d[None, :], state, mask=both & (tile == 0))
+            tl.store(PartTotal + pid.to(tl.int64) * D + d, norm, mask=(d < D) & (tile == 0))
+    else:
+        for i in range(0, parts):
+            slot = head * slots + early + i
+            to = (slot * BLOCK_K + tile * TILE_K + own)[:, None] * D + d[None, :]
+            dk += tl.load(PartK + to, mask=live, other=0.0)
+            dv += tl.load(PartV + to, mask=live, other=0.0)
+            if LINEAR == 2:
+                state += tl.load(PartState + (slot * D + d)[:, None] * D + d[None, :], mask=both, other=0.0)
+                norm += tl.load(PartTotal + slot * D + d, mask=d < D, other=0.0)
+        dk *= scale
+        if MEANS:
+            size = tl.minimum(N - column * BLOCK_K, BLOCK_K).to(tl.float32)
+            mean = (head * columns + column) * D + d
+            dk += (tl.load(MeanDK + mean, mask=d < D, other=0.0) / size)[None, :]
+            dv += (tl.load(MeanDV + mean, mask=d < D, other=0.0) / size)[None, :]
+        if LINEAR != 0:
+            whole = tl.load(DState + (head * D + d)[:, None] * D + d[None, :], mask=both, other=0.0)
+            whole_norm = tl.load(DTotal + head * D + d, mask=d < D, other=0.0)
+            if LINEAR == 2:
+                whole -= state
+                whole_norm -= norm
+            features = _phi(k.to(tl.float32), (d < D)[None, :], SOFTMAX, 1)
+            grad = tl.dot(v.to(tl.float32), tl.trans(whole), input_precision=WIDE_PRECISION) + whole_norm[None, :]
+            dk += phi_backward(features, grad, SOFTMAX) / N
+            dv += tl.dot(features, whole, input_precision=WIDE_PRECISION) / N
+        inside = live & (key + own < N)[:, None]
+        to = (head * padded + key + own)[:, None] * D + d[None, :]
+        tl.store(DK + to, tl.where(inside, dk, 0.0).to(dtype), mask=live)
+        tl.store(DV + to, tl.where(inside, dv, 0.0).to(dtype), mask=live)
+
+
+@triton.jit(do_not_specialize=["N", "rows", "columns", "words", "pinned", "per_split"])
+def _dmeans_kernel(
+    Q, KMean, VMean, DO, Lse, Delta, Bits, PartK, PartV,
+    N, padded, rows, columns, words, pinned, per_split, scale_log2,
+    D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dK (before the scale) and dV of TILE_K mean keys, summed over `per_split` query blocks where they are marginal."""
+    STEPS: tl.constexpr = BLOCK_Q // TILE_Q
+    split = tl.program_id(1)
+    head = tl.program_id(2).to(tl.int64)
+    d = tl.arange(0, DP)
+    lanes = tl.arange(0, TILE_Q)
+    dtype: tl.constexpr = VMean.dtype.element_ty
+    block = tl.program_id(0) * TILE_K + tl.arange(0, TILE_K)
+    inside = block < columns
+    mask = inside[:, None] & (d < D)[None, :]
+    mean = (head * columns + block)[:, None] * D + d[None, :]
+    k = tl.load(KMean + mean, mask=mask, other=0.0)
+    v = tl.load(VMean + mean, mask=mask, other=0.0)
+    log_size = tl.log2(tl.maximum(tl.minimum(N - block * BLOCK_K, BLOCK_K), 1).to(tl.float32))
+    dk = tl.zeros([TILE_K, DP], tl.float32)
+    dv = tl.zeros([TILE_K, DP], tl.float32)
+    first = pinned + split * per_split
+    for i in range(first * STEPS, tl.minimum(first + per_split, rows) * STEPS):
+        row = i // STEPS
+        at = head * padded + row * BLOCK_Q + i % STEPS * TILE_Q
+        q = _rows_of(Q, at, lanes, d, D)
+        do = _rows_of(DO, at, lanes, d, D)
+        word = tl.load(Bits + (head * rows + row) * words + block // 32, mask=inside, other=-1)
+        marginal = inside & (((word >> (block % 32)) & 1) == 0)
+        score = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2 + log_size[:, None] - tl.load(Lse + at + lanes)[None, :]
+        p = tl.where(marginal[:, None], tl.exp2(score), 0.0)
+        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        dv = tl.dot(p.to(dtype), do, dv, input_precision=PRECISION)
+        ds = p * (dp - tl.load(Delta + at + lanes)[None, :])
+        dk = tl.dot(ds.to(dtype), q, dk, input_precision=PRECISION)
+    to = ((head * tl.num_programs(1) + split) * columns + block)[:, None] * D + d[None, :]
+    tl.store(PartK + to, dk, mask=mask)
+    tl.store(PartV + to, dv, mask=mask)

@@ -1,0 +1,34 @@
+"""Tiles, warps and pipeline stages of the backward kernels, so that registers and shared memory suffice."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from .backward import Problem
+
+
+def dq_options(p: Problem) -> dict[str, int]:
+    """Of the kernel that holds queries."""
+    if p.q.dtype == torch.float32:
+        return dict(TILE_Q=min(p.block_q, 32), TILE_K=min(p.block_k, 16), num_warps=4, num_stages=1)
+    return dict(TILE_Q=p.block_q, TILE_K=p.block_k, num_warps=4, num_stages=2)
+
+
+def dkv_options(p: Problem, early: bool) -> dict[str, int]:
+    """Of the kernel that holds keys."""
+    if p.q.dtype == torch.float32:
+        return dict(TILE_Q=min(p.block_q, 16), TILE_K=min(p.block_k, 32), num_warps=4, num_stages=1)
+    return dict(TILE_Q=min(p.block_q, 64), TILE_K=p.block_k, num_warps=4, num_stages=2)
+
+
+def dmeans_options(p: Problem) -> dict[str, int]:
+    """Of the kernel that holds mean keys."""
+    return dkv_options(p, True)
+
+
+def rows_options(p: Problem) -> dict[str, int]:
+    """Of the kernel of the linear branch."""
+    return dict(TILE_Q=min(p.block_q, 32), TILE_K=min(p.block_k, 64), num_warps=4, num_stages=2)

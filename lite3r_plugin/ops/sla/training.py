@@ -1,0 +1,182 @@
+"""The whole operator with gradients, in Triton: what its forward pass keeps, and its backward pass.
+
+Where only Proj learns, the linear branch before Proj is kept, one tensor of the size of the output. Where q, k, v (or the
+norms before them) learn, the inputs and the output are kept, which the layers around the operator mostly keep as well,
+and little more: the ordered tensors are made again.
+
+Arguments are those of `operator.run`, flat; `needed` says which of the first eight, the tensors, need a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..backend import on_device_of
+from ..block_map import kept_blocks
+from ..block_map.kernels import block_map_with_bits
+from ..block_map.transpose_kernels import indices_of
+from ..qk_norm_rope import HeadNorm, Prepared
+from ..qk_norm_rope.backward_kernels import input_gradient
+from ..qk_norm_rope.kernels import prepare_qkv
+from . import kernels
+from .backward import Problem, backward, proj_backward
+
+TENSORS = 8
+
+
+class Call(NamedTuple):
+    """The flat arguments."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_weight: Tensor | None
+    q_bias: Tensor | None
+    k_weight: Tensor | None
+    k_bias: Tensor | None
+    proj: Tensor | None
+    order: Tensor | None
+    positions: Tensor | None
+    pinned_tokens: int
+    keep_ratio: float
+    q_kind: Any
+    q_eps: float
+    k_kind: Any
+    k_eps: float
+    rope_base: float | None
+    scale: float | None
+    linear: str
+    feature_map: str
+    block_means: bool
+    block_q: int
+    block_k: int
+
+    @property
+    def norms(self) -> dict[str, HeadNorm]:
+        return dict(
+            q_norm=HeadNorm(self.q_kind, self.q_weight, self.q_bias, self.q_eps),
+            k_norm=HeadNorm(self.k_kind, self.k_weight, self.k_bias, self.k_eps),
+        )
+
+    @property
+    def turned(self) -> dict[str, Any]:
+        return dict(order=self.order, positions=self.positions, rope_base=self.rope_base)
+
+    @property
+    def pinned_keys(self) -> int:
+        return -(-self.pinned_tokens // self.block_k)
+
+    @property
+    def kept(self) -> int:
+        return kept_blocks(-(-self.v.shape[-2] // self.block_k), self.keep_ratio, self.pinned_keys)
+
+    def prepared(self) -> Prepared:
+        return prepare_qkv(self.q, self.k, self.v, **self.norms, **self.turned, block_q=self.block_q, block_k=self.block_k)
+
+    def problem(self, prepared: Prepared, kv_indices: Tensor, bits: Tensor) -> Problem:
+        return Problem(
+            *prepared[:3], kv_indices, bits, prepared[4:] if self.block_means else None, self.proj, self.order, self.v.shape[-2],
+            -(-self.pinned_tokens // self.block_q), self.v.shape[-1] ** -0.5 if self.scale is None else self.scale,
+            self.linear, self.feature_map, self.block_q, self.block_k,
+        )  # fmt: skip
+
+
+def train_forward(needed: Sequence[bool], *arguments: Any) -> tuple[Tensor, list[Tensor]]:
+    """The output ``[B, H, N, D]``, a view of ``[B, N, H, D]``, and what `train_backward` needs besides it and the arguments."""
+    call = Call(*arguments)
+    softmax = any(needed[:7])
+    with torch.autocast(call.v.device.type, enabled=False), on_device_of(call.v), torch.no_grad():
+        prepared = call.prepared()
+        kv_indices, bits = block_map_with_bits(prepared.q_mean, prepared.k_mean, kept=call.kept, pinned=call.pinned_keys)
+        problem = call.problem(prepared, kv_indices, bits)
+        out, residuals = kernels.forward(
+            *problem[:3], kv_indices, save_lse=softmax, save_linear=not softmax,
+            **{name: getattr(problem, name) for name in Problem._fields[4:]},
+        )  # fmt: skip
+    if not softmax:
+        return out, [x for x in (residuals.linear,) if x is not None]
+    return out, [x for x in (residuals.lse, bits, residuals.state, residuals.total) if x is not None]
+
+
+def train_saved(needed: Sequence[bool], *arguments: Any) -> list[Tensor]:
+    """Empty tensors like those that `train_forward` keeps, for tracing."""
+    call = Call(*arguments)
+    batch, heads, tokens, dim = call.v.shape
+    if not any(needed[:7]):
+        return [call.v.new_empty(batch, tokens, heads, dim)]
+    rows, words = -(-tokens // call.block_q), -(-(-(-tokens // call.block_k)) // 32)
+    saved = [
+        call.v.new_empty(batch, heads, rows * call.block_q, dtype=torch.float32),
+        call.v.new_empty(batch, heads, rows, words, dtype=torch.int32),
+    ]
+    if call.linear != "none":
+        saved += [call.v.new_empty(batch, heads, *shape, dtype=torch.float32) for shape in ((dim, dim), (dim,))]
+    return saved
+
+
+def train_backward(grad: Tensor, out: Tensor | None, saved: Sequence[Tensor], needed: Sequence[bool], *arguments: Any) -> list[Tensor | None]:
+    """Gradients of the first eight arguments, None where not needed.
+
+    Args:
+        grad: Gradient of the output, ``[B, H, N, D]``, any strides.
+        out: The output ``[B, H, N, D]``; not needed when only Proj learns.
+        saved: What `train_forward` returned.
+        needed, arguments: As there.
+    """
+    call = Call(*arguments)
+    with torch.autocast(grad.device.type, enabled=False), on_device_of(grad), torch.no_grad():
+        grads: list[Tensor | None] = [None] * TENSORS
+        if not any(needed[:7]):
+            grads[7] = proj_backward(grad, saved[0])
+        else:
+            assert out is not None
+            lse, bits, *state = saved
+            residuals = kernels.Residuals(lse, None, *state) if state else kernels.Residuals(lse, None, None, None)
+            problem = call.problem(call.prepared(), indices_of(bits, call.kept), bits)
+            wanted = [any(needed[i] for i in group) for group in ((0, 3, 4), (1, 5, 6), (2,))]
+            found = backward(problem, residuals, out, grad, needs_q=wanted[0], needs_kv=wanted[1] or wanted[2])
+            grads[7] = found.proj
+            for i, norm in enumerate((*call.norms.values(), None)):
+                ordered = found[i]
+                if not wanted[i] or ordered is None:
+                    continue
+                after = call.turned if i < 2 else dict(order=call.order)
+                weights = slice(3 + 2 * i, 5 + 2 * i)
+                affine = i < 2 and any(needed[weights])
+                result = input_gradient(call[i], ordered, norm=norm, affine=affine, **after)
+                grads[i] = result.x
+                if i < 2:
+                    grads[weights] = result.weight, result.bias
+    return [
+        x.to(like.dtype) if x is not None and need else None
+        for x, need, like in zip(grads, needed, arguments, strict=False)
+    ]  # fmt: skip
+
+
+class SparseLinearAttention(torch.autograd.Function):
+    """`train_forward` and `train_backward` for eager autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        ctx.needed = [isinstance(x, Tensor) and need for x, need in zip(arguments[:TENSORS], ctx.needs_input_grad, strict=False)]
+        out, saved = train_forward(ctx.needed, *arguments)
+        full = any(ctx.needed[:7])
+        # Where only Proj learns, the inputs are not kept alive.
+        tensors = [x if isinstance(x, Tensor) and (full or i == 7) else None for i, x in enumerate(arguments)]
+        ctx.save_for_backward(out if full else None, *tensors, *saved)
+        ctx.others = [None if isinstance(x, Tensor) else x for x in arguments]
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        out, *rest = ctx.saved_tensors
+        tensors, saved = rest[: len(ctx.others)], rest[len(ctx.others) :]
+        arguments = [other if tensor is None else tensor for tensor, other in zip(tensors, ctx.others, strict=True)]
+        grads = train_backward(grad, out, saved, ctx.needed, *arguments)
+        return (*grads, *(None for _ in arguments[TENSORS:]))
