@@ -129,13 +129,23 @@ def measure(device: torch.device) -> AttentionCosts:
         return _time(lambda: sparse_linear_attention(q, k, v, keep_ratio=keep_ratio, linear="all", proj=proj), device)
 
     with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(device):
-        short, long = 2048, 16384
-        dense = milliseconds(long, None) / long**2
-        some, half, brief = milliseconds(long, 0.1), milliseconds(long, 0.5), milliseconds(short, 0.1)
-    slowdown = max(0.1, (half - some) / (0.4 * dense * long**2))
-    some, brief = some - slowdown * 0.1 * dense * long**2, brief - slowdown * 0.1 * dense * short**2
-    per_token = max(0.0, (some - brief) / (long - short))
-    return AttentionCosts(dense, slowdown, per_token, max(0.0, brief - per_token * short))
+        return fit(
+            milliseconds(LONG, None), milliseconds(LONG, FEW), milliseconds(LONG, MANY), milliseconds(SHORT, FEW)
+        )  # fmt: skip
+
+
+SHORT, LONG = 2048, 16384  # tokens
+FEW, MANY = 0.1, 0.5  # keep ratios
+
+
+def fit(dense: float, few: float, many: float, few_short: float) -> AttentionCosts:
+    """The costs that explain times of dense and of sparse attention: of LONG sequences, the last of a SHORT one."""
+    dense /= LONG**2
+    slowdown = max(0.1, (many - few) / ((MANY - FEW) * dense * LONG**2))
+    few -= slowdown * FEW * dense * LONG**2
+    few_short -= slowdown * FEW * dense * SHORT**2
+    per_token = max(0.0, (few - few_short) / (LONG - SHORT))
+    return AttentionCosts(dense, slowdown, per_token, max(0.0, few_short - per_token * SHORT))
 
 
 def _time(call: Callable[[], object], device: torch.device, repeats: int = 10) -> float:

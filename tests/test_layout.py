@@ -8,7 +8,7 @@ from torch import nn
 
 from lite3r_plugin import TokenLayout, TokenSource
 from lite3r_plugin.errors import LayoutError
-from lite3r_plugin.layout import GridTracker, order_for, pinned_tokens, token_order
+from lite3r_plugin.layout import MAX_ORDERS, GridTracker, _captured, _orders, order_for, pinned_tokens, token_order
 
 GRIDS = [(1, 1), (1, 30), (30, 1), (7, 9), (8, 8), (16, 24), (37, 37), (28, 37), (11, 50), (12, 20), (20, 12), (4, 64)]
 
@@ -74,6 +74,34 @@ def test_pinned_tokens(views: int, special: bool, reference: bool, expected: int
 def test_eager_orders_are_cached() -> None:
     layout = TokenLayout(2, 1, (3, 5))
     assert order_for(layout, torch.device("cpu")) is order_for(layout, torch.device("cpu"))
+
+
+def test_cached_orders_made_in_inference_mode_can_be_saved_for_a_backward_pass() -> None:
+    with torch.inference_mode():
+        order = order_for(TokenLayout(3, 2, (3, 7)), torch.device("cpu"))
+    assert not order.is_inference()
+
+
+def test_the_cache_of_orders_is_bounded() -> None:
+    for rows in range(1, 3 * MAX_ORDERS):
+        order_for(TokenLayout(1, 0, (rows, 2)), torch.device("cpu"))
+    assert len(_orders) == MAX_ORDERS
+    assert (TokenLayout(1, 0, (3 * MAX_ORDERS - 1, 2)), torch.device("cpu")) in _orders
+
+
+@pytest.mark.gpu
+def test_orders_and_cuda_graphs() -> None:
+    """A graph may build its order, then nobody else may have it; or read a cached one, which then stays."""
+    device, known, unknown = torch.device("cuda", 0), TokenLayout(2, 1, (9, 5)), TokenLayout(2, 1, (5, 9))
+    cached = order_for(known, device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        inside = [order_for(known, device), order_for(unknown, device)]
+    assert inside[0] is cached
+    assert order_for(unknown, device) is not inside[1]
+    assert any(order is cached for order in _captured.values())
+    graph.replay()
+    assert torch.equal(inside[1].cpu(), token_order(unknown))
 
 
 def tracker(special: int = 1) -> GridTracker:
