@@ -101,43 +101,57 @@ def backward(problem: Problem, residuals: Residuals, out: Tensor, grad: Tensor, 
 
 
 class _Rows(NamedTuple):
-    """What `_rows_kernel` makes of each query: dO in token order, delta, and the gradients of the linear branch."""
+    """What `_rows_kernel` makes of each query: dO in token order, delta, and the gradients of the linear branch.
+
+    `dstate` and `dtotal` are of the linear state over all tokens, divided by N twice; `mu` is the mean value.
+    """
 
     do: Tensor
     delta: Tensor
     dq: Tensor
     dnum: Tensor
     dnorm: Tensor
-    dproj: Tensor | None
     dstate: Tensor
     dtotal: Tensor
+    mu: Tensor
+    dproj: Tensor | None
 
 
 def _by_rows(p: Problem, residuals: Residuals, out: Tensor, grad: Tensor) -> _Rows:
     batch, heads, padded, dim = p.q.shape
     rows, kept = p.kv_indices.shape[-2:]
-    branch = p.linear != "none"
-    splits = min(rows, max(1, PROGRAMS // (batch * heads))) if branch else rows
-    per_split = -(-rows // splits)
+    branch, marginal = p.linear != "none", p.linear == "marginal"
+    per_split = -(-rows // max(1, PROGRAMS // (batch * heads))) if branch else 1
     splits = -(-rows // per_split)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32, when: bool = True) -> Tensor:
         return torch.empty(batch * heads, *shape, device=p.q.device, dtype=dtype) if when else p.q
 
-    marginal = p.linear == "marginal"
-    result = _Rows(
-        do=torch.empty_like(p.q), delta=empty(padded), dq=torch.empty_like(p.q),
-        dnum=empty(padded, dim, dtype=p.q.dtype, when=marginal), dnorm=empty(padded, when=marginal),
-        dproj=empty(splits, dim, dim, when=branch), dstate=empty(splits, dim, dim, when=branch), dtotal=empty(splits, dim, when=branch),
-    )  # fmt: skip
+    do, dq, delta = torch.empty_like(p.q), torch.empty_like(p.q), empty(padded)
+    dnum, dnorm = empty(padded, dim, dtype=p.q.dtype, when=marginal), empty(padded, when=marginal)
+    outer, dtotal, dproj = empty(splits, dim, dim, when=branch), empty(splits, dim, when=branch), empty(splits, dim, dim, when=marginal)
+    state = total = mu = mu_proj = p.q
+    if branch:
+        assert p.proj is not None and residuals.state is not None and residuals.total is not None
+        # Products of D x D matrices in FP64: they cost nothing, and TF32 may be on for FP32.
+        state, total, proj = residuals.state.double().flatten(0, 1), residuals.total.double().flatten(0, 1), p.proj.double()
+        mu = state.sum(-2) / total.sum(-1, keepdim=True)
+        mu_proj = mu @ proj.mT
+        centred = state - total[..., None] * mu[..., None, :]
+        if not marginal:
+            centred = centred @ proj.mT
     _rows_kernel[(splits, batch * heads)](
-        p.q, p.k, p.v, out, grad, *(p.q if x is None else x for x in (p.order, p.kv_indices, residuals.state, residuals.total, p.proj)),
-        *result, p.tokens, padded, heads, rows, -(-p.tokens // p.block_k), kept, p.pinned, per_split, *grad.stride()[:3],
+        p.q, p.k, p.v, out, grad, p.q if p.order is None else p.order, p.kv_indices,
+        *((x.float() for x in (centred, total, mu, proj, mu_proj)) if branch else (p.q,) * 5),
+        do, delta, dq, dnum, dnorm, outer, dtotal, dproj,
+        p.tokens, padded, heads, rows, kept, p.pinned, per_split, *grad.stride()[:3],
         **_sizes(p), ORDERED=p.order is not None, **_branch(p), **rows_options(p),
     )  # fmt: skip
     if not branch:
-        return result._replace(dproj=None)
-    return result._replace(dproj=_sum(result.dproj).sum(0), dstate=_sum(result.dstate), dtotal=_sum(result.dtotal))
+        return _Rows(do, delta, dq, dnum, dnorm, p.q, p.q, p.q, None)
+    outer, dtotal = outer.sum(1).double(), dtotal.sum(1)
+    dproj = dproj.sum((0, 1)) if marginal else (outer.mT @ state).sum(0).float()
+    return _Rows(do, delta, dq, dnum, dnorm, (outer @ proj / p.tokens).float(), dtotal / p.tokens, mu.float(), dproj)
 
 
 def _query_gradient(p: Problem, residuals: Residuals, shared: _Rows) -> Tensor:
@@ -182,7 +196,8 @@ def _key_gradients(p: Problem, residuals: Residuals, shared: _Rows) -> tuple[Ten
         options = dkv_options(p, is_early)
         _dkv_kernel[(batch * heads * programs * (p.block_k // options["TILE_K"]),)](
             p.q, p.k, p.v, shared.do, residuals.lse, shared.delta, shared.dnum, shared.dnorm,
-            work.rows, work.starts, work.early_starts, work.early_columns, *early, *mean_grads, shared.dstate, shared.dtotal, dk, dv,
+            work.rows, work.starts, work.early_starts, work.early_columns, *early, *mean_grads,
+            shared.dstate, shared.dtotal, shared.mu, dk, dv,
             p.tokens, padded, columns, work.rows.shape[-1], slots, work.part, p.scale, p.scale * LOG2_E,
             **_sizes(p), EARLY=is_early, MEANS=p.means is not None, **_branch(p), **options,
         )  # fmt: skip
@@ -206,12 +221,7 @@ def _mean_gradients(p: Problem, residuals: Residuals, shared: _Rows) -> tuple[Te
         p.tokens, padded, rows, columns, p.bits.shape[-1], p.pinned, per_split, p.scale * LOG2_E,
         **_sizes(p), PRECISION=_precision(p.q), **options,
     )  # fmt: skip
-    return _sum(dk).mul_(p.scale), _sum(dv)
-
-
-def _sum(parts: Tensor) -> Tensor:
-    """The sum over dimension 1."""
-    return parts.sum(1)
+    return dk.sum(1).mul_(p.scale), dv.sum(1)
 
 
 def _sizes(p: Problem) -> dict[str, int]:
@@ -220,9 +230,7 @@ def _sizes(p: Problem) -> dict[str, int]:
 
 
 def _branch(p: Problem) -> dict[str, object]:
-    """Sums of the linear branch are much smaller than their terms: more precise than BF16 operands."""
-    wide = "tf32x3" if p.q.dtype == torch.float32 else "tf32"
-    return dict(LINEAR=LINEAR[p.linear], SOFTMAX=p.feature_map == "softmax", PRECISION=_precision(p.q), WIDE_PRECISION=wide)
+    return dict(LINEAR=LINEAR[p.linear], SOFTMAX=p.feature_map == "softmax", PRECISION=_precision(p.q))
 
 
 def _rows_contiguous(grad: Tensor) -> Tensor:

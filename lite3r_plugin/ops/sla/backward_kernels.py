@@ -109,11 +109,10 @@ def _dq_kernel(
 @triton.jit(do_not_specialize=["N", "columns", "total", "slots", "part"])
 def _dkv_kernel(
     Q, K, V, DO, Lse, Delta, DNum, DNorm, Rows, Starts, EarlyStarts, EarlyColumns, PartK, PartV, PartState, PartTotal,
-    MeanDK, MeanDV, DState, DTotal, DK, DV,
+    MeanDK, MeanDV, DState, DTotal, Mu, DK, DV,
     N, padded, columns, total, slots, part, scale, scale_log2,
     D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
-    EARLY: tl.constexpr, LINEAR: tl.constexpr, SOFTMAX: tl.constexpr, MEANS: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE_PRECISION: tl.constexpr,
+    EARLY: tl.constexpr, LINEAR: tl.constexpr, SOFTMAX: tl.constexpr, MEANS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sums over an early part of a key block's list, or dK and dV of a tile of a key block from those and the rest."""
     TILES: tl.constexpr = BLOCK_K // TILE_K
@@ -193,12 +192,13 @@ def _dkv_kernel(
             whole = tl.load(DState + (head * D + d)[:, None] * D + d[None, :], mask=both, other=0.0)
             whole_norm = tl.load(DTotal + head * D + d, mask=d < D, other=0.0)
             if LINEAR == 2:
-                whole -= state
-                whole_norm -= norm
+                whole -= state / N
+                whole_norm -= norm / N
             features = _phi(k.to(tl.float32), (d < D)[None, :], SOFTMAX, 1)
-            grad = tl.dot(v.to(tl.float32), tl.trans(whole), input_precision=WIDE_PRECISION) + whole_norm[None, :]
-            dk += phi_backward(features, grad, SOFTMAX) / N
-            dv += tl.dot(features, whole, input_precision=WIDE_PRECISION) / N
+            centred = v.to(tl.float32) - tl.load(Mu + head * D + d, mask=d < D, other=0.0)[None, :]
+            grad = tl.dot(centred.to(dtype), tl.trans(whole.to(dtype)), input_precision=PRECISION) + whole_norm[None, :]
+            dk += phi_backward(features, grad, SOFTMAX)
+            dv = tl.dot(features.to(dtype), whole.to(dtype), dv, input_precision=PRECISION)
         inside = live & (key + own < N)[:, None]
         to = (head * padded + key + own)[:, None] * D + d[None, :]
         tl.store(DK + to, tl.where(inside, dk, 0.0).to(dtype), mask=live)
