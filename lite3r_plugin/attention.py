@@ -183,13 +183,11 @@ class SparseLinearAttention(nn.Module):
         dtype = heads.v.dtype
         if heads.q_norm is None and heads.k_norm is None and heads.rope_base is None:
             return heads.q.to(dtype), heads.k.to(dtype)
-        needs_grad = torch.is_grad_enabled() and (heads.q.requires_grad or heads.k.requires_grad)
-        backend = self.state.config.backend if self.sparse else "auto"
-        if needs_grad and backend == "auto":
-            backend = "torch"  # dense attention with gradients is as fast as the host's own
+        learns = torch.is_grad_enabled() and (heads.q.requires_grad or heads.k.requires_grad)
+        backend = "torch" if learns else self.state.config.backend if self.sparse else "auto"  # torch has gradients of this
         q, k = norm_rope(
             heads.q, heads.k, q_norm=heads.q_norm, k_norm=heads.k_norm, positions=heads.positions, rope_base=heads.rope_base,
-            triton=use_triton(backend, heads.v, needs_grad),
+            triton=use_triton(backend, heads.v),
         )  # fmt: skip
         return q.to(dtype), k.to(dtype)
 

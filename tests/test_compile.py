@@ -16,7 +16,7 @@ from lite3r_plugin import apply_lite3r, runtime
 from lite3r_plugin.ops.backend import constant_in_graphs
 from lite3r_plugin.ops.qk_norm_rope import HeadNorm
 from lite3r_plugin.ops.sla import operator, sparse_linear_attention
-from lite3r_plugin.testbed.model import Testbed
+from lite3r_plugin.testbed.model import Testbed, TestbedConfig
 from lite3r_plugin.testing import TEST_CONFIG
 
 __all__ = ["toy_adapter"]  # the fixture
@@ -47,11 +47,10 @@ def some_views(views: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return x
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("options", [{}, {"keep_ratio": 1.0}, {"dense_below": 10**6}], ids=["sparse", "all kept", "dense"])
-def test_one_graph_serves_all_views(toy: Toy, options: dict[str, Any], backend: str) -> None:
+def test_one_graph_serves_all_views(toy: Toy, options: dict[str, Any]) -> None:
     model = apply_lite3r(toy, TEST_CONFIG, **options)
-    graphs = CompileCounterWithBackend(backend)
+    graphs = CompileCounterWithBackend("eager")
     compiled = torch.compile(model, backend=graphs, fullgraph=True)
     with torch.no_grad():
         for views in (3, 2, 7):
@@ -74,7 +73,7 @@ def test_there_is_one_more_graph_where_sparse_attention_pays(monkeypatch: pytest
     compiled = torch.compile(model, backend=graphs, fullgraph=True)
     ran = []
     with torch.no_grad():
-        for views in range(2, 12):
+        for views in range(2, 9):
             torch.testing.assert_close(compiled(some_views(views)), model(images(views)))
             ran.append(model.cross[0].calls.sparse)
     assert ran[2] == 0
@@ -110,7 +109,7 @@ def test_export_with_any_number_of_views(toy: Toy, strict: bool) -> None:
 
 
 def test_the_testbed() -> None:
-    model = apply_lite3r(Testbed().eval(), TEST_CONFIG)
+    model = apply_lite3r(Testbed(TestbedConfig(dim=64, head_dim=32, depth=2, stem=8)).eval(), TEST_CONFIG)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
         for i, views in enumerate((4, 3, 5)):
@@ -131,32 +130,49 @@ def test_the_default_compiler() -> None:
             torch.testing.assert_close(compiled(some_views(views)), model(images(views)))
 
 
-def flat_arguments(linear: str, needs_grad: bool) -> tuple[Any, ...]:
+def flat_arguments(linear: str, learns: str) -> tuple[Any, ...]:
     """Arguments of the operators, with a norm, a rotary embedding, an order, and everything that may be absent absent once."""
-    tokens, dim = 50, 8
+    tokens, dim = 50, 32
     q, k, v = torch.randn(1, tokens, 3, 2, dim).permute(2, 0, 3, 1, 4).unbind(0)
     norm = HeadNorm("layer", torch.rand(dim), torch.rand(dim), 1e-5)
     tensors = (q, k, v, norm.weight, norm.bias, None, None, torch.randn(dim, dim) if linear != "none" else None)
-    tensors = tuple(None if x is None else x.clone().requires_grad_(needs_grad) for x in tensors)
+    tensors = [None if x is None else x.clone().requires_grad_(learns == "all" or i == 7) for i, x in enumerate(tensors)]
     order, positions = torch.randperm(tokens).int(), torch.randint(0, 9, (1, tokens, 2))
     return (
         *tensors, order, positions, 5, 0.3, "layer", 1e-5, None, 0.0, 100.0, None, linear, "softmax", linear == "all", 32, 16, "auto",
     )  # fmt: skip
 
 
+@pytest.fixture(params=["torch", "triton"])
+def triton(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the operators take the Triton path, also on the CPU."""
+    if request.param == "triton":
+        pytest.importorskip("triton")
+        monkeypatch.setattr(operator, "use_triton", lambda backend, v: backend != "torch")
+    return request.param == "triton"
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # opcheck's own
-@pytest.mark.parametrize("linear", ["all", "marginal", "none"])
-def test_the_operators_keep_their_contracts(linear: str) -> None:
-    torch.library.opcheck(operator.infer, flat_arguments(linear, needs_grad=False))
-    torch.library.opcheck(operator.train, flat_arguments(linear, needs_grad=True))
+@pytest.mark.parametrize("linear", ["all", "none"])
+@pytest.mark.parametrize("learns", ["all", "proj"])
+def test_the_operators_keep_their_contracts(linear: str, learns: str, triton: bool) -> None:
+    """Triton in its interpreter."""
+    arguments = flat_arguments(linear, learns)
+    torch.library.opcheck(operator.infer, [x.detach() if isinstance(x, Tensor) else x for x in arguments])
+    needed = [x is not None and x.requires_grad for x in arguments[: operator.DIFFERENTIABLE]]
+    if any(needed):
+        torch.library.opcheck(operator.train, (needed, *arguments))
 
 
-def test_gradients_of_the_operator_are_those_of_the_eager_call() -> None:
-    arguments = flat_arguments("marginal", needs_grad=True)
-    leaves = [x for x in arguments[: operator.DIFFERENTIABLE] if x is not None]
-    grad = torch.randn(1, 50, 2, 8)
-    expected = torch.autograd.grad(operator.run(*arguments, needs_grad=True).transpose(1, 2), leaves, grad)
-    torch.testing.assert_close(torch.autograd.grad(operator.train(*arguments)[0], leaves, grad), expected)
+@pytest.mark.parametrize("learns", ["all", "proj"])
+def test_gradients_of_the_operator_are_those_of_the_eager_call(learns: str, triton: bool) -> None:
+    arguments = flat_arguments("marginal", learns)
+    leaves = [x for x in arguments[: operator.DIFFERENTIABLE] if x is not None and x.requires_grad]
+    needed = [x is not None and x.requires_grad for x in arguments[: operator.DIFFERENTIABLE]]
+    grad = torch.randn(1, 50, 2, 32)
+    expected = torch.autograd.grad(operator.run(*arguments[:-1], "torch").transpose(1, 2), leaves, grad)
+    found = torch.autograd.grad(operator.train(needed, *arguments)[0], leaves, grad)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_constants_of_graphs_are_marked_as_torch_does() -> None:

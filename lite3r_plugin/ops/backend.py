@@ -34,18 +34,18 @@ def triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def why_not_triton(q: Tensor, needs_grad: bool = False) -> str | None:
+def why_not_triton(q: Tensor) -> str | None:
     """The reason why the Triton kernels cannot take `q [..., D]`, or None when they can."""
-    return _why_not(q.device, q.dtype, q.shape[-1], needs_grad)
+    return _why_not(q.device, q.dtype, int(q.shape[-1]))
 
 
 @constant_in_graphs
-def _why_not(device: torch.device, dtype: torch.dtype, dim: int, needs_grad: bool) -> str | None:
-    return _why_not_cached(device, dtype, dim, needs_grad)
+def _why_not(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
+    return _why_not_cached(device, dtype, dim)
 
 
 @functools.lru_cache(maxsize=256)
-def _why_not_cached(device: torch.device, dtype: torch.dtype, dim: int, needs_grad: bool) -> str | None:
+def _why_not_cached(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
     if device.type != "cuda":
         return f"the tensors are on {device}, not on a CUDA GPU"
     if torch.cuda.get_device_capability(device) < (8, 0):
@@ -56,14 +56,10 @@ def _why_not_cached(device: torch.device, dtype: torch.dtype, dim: int, needs_gr
         return f"the dtype is {dtype}; they take {', '.join(str(d) for d in TRITON_DTYPES)}"
     if dim not in TRITON_HEAD_DIMS:
         return f"the head dimension is {dim}; they take {TRITON_HEAD_DIMS}"
-    if dtype == torch.float32 and dim > 64:
-        return f"FP32 tiles of head dimension {dim} do not fit into shared memory; they take FP32 up to 64"
-    if needs_grad:
-        return "a gradient is needed, and the kernels have no backward pass yet"
     return None
 
 
-def use_triton(backend: str, q: Tensor, needs_grad: bool = False) -> bool:
+def use_triton(backend: str, q: Tensor) -> bool:
     """Whether to run Triton for `q [..., D]`. Falling back on a GPU warns: plain torch operators are slow there.
 
     Raises:
@@ -71,14 +67,13 @@ def use_triton(backend: str, q: Tensor, needs_grad: bool = False) -> bool:
     """
     if backend == "torch":
         return False
-    reason = why_not_triton(q, needs_grad)
+    reason = why_not_triton(q)
     if reason is None:
         return True
     if backend == "triton":
         raise BackendError(f'backend="triton" cannot run here: {reason}. Use backend="auto" or "torch".')
     if q.is_cuda and not torch.compiler.is_compiling():
-        hint = "; run inference under torch.no_grad()" if needs_grad else ""
-        warnings.warn(f"Lite3R runs plain torch operators on this GPU, which is slow: {reason}{hint}", SlowPathWarning, stacklevel=2)
+        warnings.warn(f"Lite3R runs plain torch operators on this GPU, which is slow: {reason}", SlowPathWarning, stacklevel=2)
     return False
 
 

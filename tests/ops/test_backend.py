@@ -31,19 +31,14 @@ def test_a_gpu_tensor_runs_triton(gpu: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "dim", "needs_grad", "reason"),
-    [
-        (torch.float64, 64, False, "the dtype is torch.float64"),
-        (torch.bfloat16, 72, False, "the head dimension is 72"),
-        (torch.float32, 128, False, "FP32 tiles of head dimension 128"),
-        (torch.bfloat16, 64, True, "a gradient is needed.*no_grad"),
-    ],
+    ("dtype", "dim", "reason"),
+    [(torch.float64, 64, "the dtype is torch.float64"), (torch.bfloat16, 72, "the head dimension is 72")],
 )
-def test_falling_back_on_a_gpu_warns(gpu: Any, dtype: torch.dtype, dim: int, needs_grad: bool, reason: str) -> None:
+def test_falling_back_on_a_gpu_warns(gpu: Any, dtype: torch.dtype, dim: int, reason: str) -> None:
     with pytest.warns(SlowPathWarning, match=reason):
-        assert not use_triton("auto", gpu(dtype, dim), needs_grad)
+        assert not use_triton("auto", gpu(dtype, dim))
     with pytest.raises(BackendError, match='backend="triton" cannot run here'):
-        use_triton("triton", gpu(dtype, dim), needs_grad)
+        use_triton("triton", gpu(dtype, dim))
 
 
 def test_an_old_gpu(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:

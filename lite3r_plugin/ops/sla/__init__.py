@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..backend import use_triton
 from ..qk_norm_rope import NO_NORM, HeadNorm
 from . import naive, operator
 
@@ -64,8 +65,12 @@ def sparse_linear_attention(
         order, positions, pinned_tokens, keep_ratio, q_norm.kind, q_norm.eps, k_norm.kind, k_norm.eps,
         rope_base, scale, linear, feature_map, block_means, block_q, block_k, backend,
     )  # fmt: skip
-    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    if not torch.compiler.is_compiling():
-        return operator.run(*tensors, *options, needs_grad=needs_grad)
-    out = operator.train(*tensors, *options)[0] if needs_grad else operator.infer(*tensors, *options)
-    return out.transpose(1, 2)
+    needed = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
+    if torch.compiler.is_compiling():
+        out = operator.train(needed, *tensors, *options)[0] if any(needed) else operator.infer(*tensors, *options)
+        return out.transpose(1, 2)
+    if any(needed) and use_triton(backend, v):
+        from .training import SparseLinearAttention
+
+        return SparseLinearAttention.apply(*tensors, *options[:-1])
+    return operator.run(*tensors, *options)

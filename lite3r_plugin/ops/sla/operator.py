@@ -32,12 +32,12 @@ def run(
     q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, q_bias: Tensor | None, k_weight: Tensor | None, k_bias: Tensor | None,
     proj: Tensor | None, order: Tensor | None, positions: Tensor | None, pinned_tokens: int, keep_ratio: float,
     q_kind: Any, q_eps: float, k_kind: Any, k_eps: float, rope_base: float | None, scale: float | None,
-    linear: str, feature_map: str, block_means: bool, block_q: int, block_k: int, backend: str, needs_grad: bool = False,
+    linear: str, feature_map: str, block_means: bool, block_q: int, block_k: int, backend: str,
 ) -> Tensor:  # fmt: skip
     """`sparse_linear_attention` of the package above, norms and branch in parts. Returns ``[B, H, N, D]`` in v's dtype."""
     # Autocast would run the pooled scores and the linear state in half precision.
     with torch.autocast(v.device.type, enabled=False), on_device_of(v):
-        triton = use_triton(backend, v, needs_grad)
+        triton = use_triton(backend, v)
         tokens = v.shape[-2]
         prepared = prepare_qkv(
             q, k, v, order=order, q_norm=HeadNorm(q_kind, q_weight, q_bias, q_eps), k_norm=HeadNorm(k_kind, k_weight, k_bias, k_eps),
@@ -66,28 +66,44 @@ def run(
         return out if order is None else torch.empty_like(out).index_copy(-2, order.long(), out)
 
 
-def _rows_first(out: Tensor) -> Tensor:
-    """``[B, H, N, D] -> [B, N, H, D]`` contiguous, the layout that a graph can rely on; free for the kernels' outputs."""
-    return out.transpose(1, 2).contiguous()
+def _rows_first(x: Tensor) -> Tensor:
+    """``[B, H, N, D] -> [B, N, H, D]`` contiguous, the layout that a graph can rely on; free for what the kernels return."""
+    return x.transpose(1, 2).contiguous()
+
+
+def _runs_triton(arguments: tuple[Any, ...]) -> bool:
+    return use_triton(arguments[-1], arguments[2])
 
 
 def _infer(*arguments: Any) -> Tensor:
     return _rows_first(run(*arguments))
 
 
-def _train(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
-    return _rows_first(run(*arguments, needs_grad=True)), []
+def _train(needed: list[bool], *arguments: Any) -> tuple[Tensor, list[Tensor]]:
+    if not _runs_triton(arguments):
+        return _infer(*arguments), []
+    from . import training
+
+    out, saved = training.train_forward(needed, *arguments[:-1])
+    return _rows_first(out), saved
 
 
-def _backward(grad: Tensor, saved: list[Tensor], needed: list[bool], *arguments: Any) -> list[Tensor]:
-    """Gradients of the tensors that are `needed`, by autograd through the torch path, run again."""
-    tensors = zip(arguments[:DIFFERENTIABLE], needed, strict=True)
-    with torch.enable_grad():
-        leaves: list[Any] = [None if x is None else x.detach().requires_grad_(need) for x, need in tensors]
-        out = run(*leaves, *arguments[DIFFERENTIABLE:], needs_grad=True).transpose(1, 2)
-        wanted = [x for x in leaves if x is not None and x.requires_grad]
-        grads = torch.autograd.grad(out, wanted, grad, allow_unused=True, materialize_grads=True)
-    return [x.contiguous() for x in grads]
+def _backward(grad: Tensor, out: Tensor | None, saved: list[Tensor], needed: list[bool], *arguments: Any) -> list[Tensor]:
+    """Gradients of the tensors that are `needed`; on the torch path by autograd through it, run again."""
+    if _runs_triton(arguments):
+        from . import training
+
+        out = None if out is None else out.transpose(1, 2)
+        found = training.train_backward(grad.transpose(1, 2), out, saved, needed, *arguments[:-1])
+        grads = [x for x in found if x is not None]
+    else:
+        tensors = zip(arguments[:DIFFERENTIABLE], needed, strict=True)
+        with torch.enable_grad():
+            leaves: list[Any] = [None if x is None else x.detach().requires_grad_(need) for x, need in tensors]
+            wanted = [x for x in leaves if x is not None and x.requires_grad]
+            result = run(*leaves, *arguments[DIFFERENTIABLE:]).transpose(1, 2)
+            grads = torch.autograd.grad(result, wanted, grad, allow_unused=True, materialize_grads=True)
+    return [_rows_first(x).transpose(1, 2) if x.dim() == 4 else x.contiguous() for x in grads]
 
 
 def _fake_out(*arguments: Any) -> Tensor:
@@ -96,29 +112,43 @@ def _fake_out(*arguments: Any) -> Tensor:
     return v.new_empty(batch, tokens, heads, dim)
 
 
-def _fake_backward(grad: Tensor, saved: list[Tensor], needed: list[bool], *arguments: Any) -> list[Tensor]:
-    return [x.new_empty(x.shape) for x, need in zip(arguments, needed, strict=False) if need]
+def _fake_train(needed: list[bool], *arguments: Any) -> tuple[Tensor, list[Tensor]]:
+    if not _runs_triton(arguments):
+        return _fake_out(*arguments), []
+    from . import training
+
+    return _fake_out(*arguments), training.train_saved(needed, *arguments[:-1])
+
+
+def _fake_backward(grad: Tensor, out: Tensor | None, saved: list[Tensor], needed: list[bool], *arguments: Any) -> list[Tensor]:
+    tensors = [x for x, need in zip(arguments, needed, strict=False) if need]
+    return [x.new_empty(grad.shape).transpose(1, 2) if x.dim() == 4 else x.new_empty(x.shape) for x in tensors]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
-    tensors = [x for x in (*inputs, *output[1]) if isinstance(x, Tensor)]
-    ctx.save_for_backward(*tensors)
-    ctx.inputs = [None if isinstance(x, Tensor) else (x,) for x in inputs]  # None: the next of the saved tensors
+    """Keep what the backward pass needs: all inputs; with Triton the output too, but only Proj where nothing else learns."""
+    needed, *arguments = inputs
+    out, saved = output
+    only_proj = bool(saved) and not any(needed[:-1])
+    tensors = [x if isinstance(x, Tensor) and (not only_proj or i == len(needed) - 1) else None for i, x in enumerate(arguments)]
+    ctx.save_for_backward(out if saved and not only_proj else None, *tensors, *saved)
+    ctx.others = [None if isinstance(x, Tensor) else x for x in arguments]
+    ctx.needed = needed
 
 
 def _differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    saved = iter(ctx.saved_tensors)
-    inputs = [next(saved) if x is None else x[0] for x in ctx.inputs]
-    needed = [bool(x) for x in ctx.needs_input_grad[:DIFFERENTIABLE]]
-    grads = iter(torch.ops.lite3r.sparse_linear_attention_backward(grad, list(saved), needed, *inputs))
-    return (*(next(grads) if need else None for need in needed), *(None for _ in inputs[DIFFERENTIABLE:]))
+    out, *rest = ctx.saved_tensors
+    count = len(ctx.others)
+    arguments = [other if x is None else x for x, other in zip(rest[:count], ctx.others, strict=True)]
+    grads = iter(torch.ops.lite3r.sparse_linear_attention_backward(grad, out, rest[count:], ctx.needed, *arguments))
+    return (None, *(next(grads) if need else None for need in ctx.needed), *(None for _ in arguments[DIFFERENTIABLE:]))
 
 
 infer = register("sparse_linear_attention", f"({TENSORS}, {OPTIONS}) -> Tensor", _infer, _fake_out)
-train = register("sparse_linear_attention_train", f"({TENSORS}, {OPTIONS}) -> (Tensor, Tensor[])", _train, lambda *a: (_fake_out(*a), []))
+train = register("sparse_linear_attention_train", f"(bool[] needed, {TENSORS}, {OPTIONS}) -> (Tensor, Tensor[])", _train, _fake_train)
 register(
     "sparse_linear_attention_backward",
-    f"(Tensor grad, Tensor[] saved, bool[] needed, {TENSORS}, {OPTIONS}) -> Tensor[]",
+    f"(Tensor grad, Tensor? out, Tensor[] saved, bool[] needed, {TENSORS}, {OPTIONS}) -> Tensor[]",
     _backward,
     _fake_backward,
 )
