@@ -79,7 +79,16 @@ def use_triton(backend: str, q: Tensor) -> bool:
 
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Makes x's GPU the current one: Triton launches on the current GPU, whatever its arguments are on."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    if not x.is_cuda or torch.cuda.current_device() == x.device.index:
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Keeps autocast for x's device from what is inside, which chooses its precision itself."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def register(name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:

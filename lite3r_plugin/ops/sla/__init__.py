@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backend import use_triton
+from ..backend import use_triton, without_autocast
 from ..qk_norm_rope import NO_NORM, HeadNorm
 from . import naive, operator
 
@@ -14,7 +14,7 @@ __all__ = ["linear_attention", "sparse_linear_attention"]
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, proj: Tensor, feature_map: str) -> Tensor:
     """`naive.linear_attention` (same arguments), untouched by autocast."""
-    with torch.autocast(v.device.type, enabled=False):
+    with without_autocast(v):
         return naive.linear_attention(q, k, v, proj=proj, feature_map=feature_map)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import on_device_of, register, use_triton
+from ..backend import on_device_of, register, use_triton, without_autocast
 from ..block_map import block_map, kept_blocks
 from ..qk_norm_rope import HeadNorm, prepare_qkv
 from . import naive
@@ -36,7 +36,7 @@ def run(
 ) -> Tensor:  # fmt: skip
     """`sparse_linear_attention` of the package above, norms and branch in parts. Returns ``[B, H, N, D]`` in v's dtype."""
     # Autocast would run the pooled scores and the linear state in half precision.
-    with torch.autocast(v.device.type, enabled=False), on_device_of(v):
+    with without_autocast(v), on_device_of(v):
         triton = use_triton(backend, v)
         tokens = v.shape[-2]
         prepared = prepare_qkv(
