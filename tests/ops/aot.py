@@ -64,7 +64,7 @@ def variants() -> list[tuple[str, Any, str, dict[str, Any], dict[str, int]]]:
             options = sla.state_options(torch.float32 if dtype == "fp32" else torch.bfloat16)
             found.append(("linear_state", sla._linear_state_kernel, dtype, constants, options))
     for width in (32, 1024, 32768):
-        found.append(("select", block_map._select_kernel, "fp32", dict(WIDTH=width), block_map.launch_options(width)))
+        found.append(("select", block_map._select_kernel, "fp32", dict(WIDTH=width, BITS=True), block_map.launch_options(width)))
     return found
 
 

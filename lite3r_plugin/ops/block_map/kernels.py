@@ -11,11 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .naive import SLAB_BYTES
+from ...errors import BackendError
+
+MAX_COLUMNS = 32768  # key blocks that a program can hold
+SLAB_BYTES = 256 << 20
+MAX_SLABS = 16
 
 
 @triton.jit(do_not_specialize=["columns", "kept", "pinned", "words", "out_row_offset", "rows", "out_rows"])
-def _select_kernel(Scores, Indices, Bits, columns, kept, pinned, words, out_row_offset, rows, out_rows, WIDTH: tl.constexpr):
+def _select_kernel(Scores, Indices, Bits, columns, kept, pinned, words, out_row_offset, rows, out_rows, WIDTH: tl.constexpr, BITS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
     column = tl.arange(0, WIDTH)
@@ -38,27 +42,40 @@ def _select_kernel(Scores, Indices, Bits, columns, kept, pinned, words, out_row_
     chosen = above | (equal & (tl.cumsum(equal, 0) <= room).to(tl.int32))
     out = head * out_rows + out_row_offset + row
     tl.store(Indices + out * kept + tl.cumsum(chosen, 0) - 1, column, mask=chosen == 1)
-    words_of = tl.reshape(chosen, (WIDTH // 32, 32)) << tl.arange(0, 32)[None, :]
-    word = tl.arange(0, WIDTH // 32)
-    tl.store(Bits + out * words + word, tl.sum(words_of, 1), mask=word < words)
+    if BITS:
+        words_of = tl.reshape(chosen, (WIDTH // 32, 32)) << tl.arange(0, 32)[None, :]
+        word = tl.arange(0, WIDTH // 32)
+        tl.store(Bits + out * words + word, tl.sum(words_of, 1), mask=word < words)
 
 
-def block_map_with_bits(q_mean: Tensor, k_mean: Tensor, *, kept: int, pinned: int = 0) -> tuple[Tensor, Tensor]:
-    """As `naive.block_map`, and the same as a bit set ``[B, H, query blocks, ceil(key blocks / 32)]`` int32."""
+def block_map_with_bits(
+    q_mean: Tensor, k_mean: Tensor, *, kept: int, pinned: int = 0, bits: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """As `naive.block_map`, and the same as a bit set ``[B, H, query blocks, ceil(key blocks / 32)]`` int32 where `bits`.
+
+    Scores take `SLAB_BYTES` or a `MAX_SLABS`-th of the whole map, whichever is more: launches do not grow with the length.
+
+    Raises:
+        BackendError: there are more than `MAX_COLUMNS` key blocks.
+    """
     batch, heads, rows, _ = q_mean.shape
     columns = k_mean.shape[-2]
+    if columns > MAX_COLUMNS:
+        raise BackendError(f"the sequence has {columns} key blocks, the kernels take {MAX_COLUMNS}; use a larger block_k or backend='torch'")
     words = -(-columns // 32)
     indices = torch.empty(batch, heads, rows, kept, device=q_mean.device, dtype=torch.int32)
-    bits = torch.empty(batch, heads, rows, words, device=q_mean.device, dtype=torch.int32)
-    slab = max(1, SLAB_BYTES // (4 * columns * batch * heads))
+    chosen = torch.empty(batch, heads, rows, words, device=q_mean.device, dtype=torch.int32) if bits else None
+    keys = k_mean.transpose(-1, -2)
+    slab = max(1, SLAB_BYTES // (4 * columns * batch * heads), -(-rows // MAX_SLABS))
     width = max(32, triton.next_power_of_2(columns))
     for start in range(0, rows, slab):
-        scores = q_mean[..., start : start + slab, :] @ k_mean.transpose(-1, -2)
+        scores = q_mean[..., start : start + slab, :] @ keys
         _select_kernel[(scores.shape[-2], batch * heads)](
-            scores, indices, bits, columns, kept, pinned, words, start, scores.shape[-2], rows,
-            WIDTH=width, **launch_options(width),
+            scores, indices, indices if chosen is None else chosen, columns, kept, pinned, words, start, scores.shape[-2], rows,
+            WIDTH=width, BITS=bits, **launch_options(width),
         )  # fmt: skip
-    return indices, bits
+        del scores  # before the next slab is allocated
+    return indices, chosen
 
 
 def launch_options(width: int) -> dict[str, int]:

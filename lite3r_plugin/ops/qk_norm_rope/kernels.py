@@ -85,7 +85,7 @@ def _prepare_kernel(
         cos = tl.cos(angle)
         sin = tl.sin(angle)
     for i in range(HEADS):
-        head = tl.program_id(1) * HEADS + i
+        head = (tl.program_id(1) * HEADS + i).to(tl.int64)
         base = batch * H + head
         to = (base * out_rows + rows)[:, None] * D
         at = Q + batch * q_stride_b + head * q_stride_h + source[:, None] * q_stride_n

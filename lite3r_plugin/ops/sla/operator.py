@@ -58,7 +58,7 @@ def run(
             from ..block_map.kernels import block_map_with_bits
             from . import kernels
 
-            kv_indices, bits = block_map_with_bits(prepared.q_mean, prepared.k_mean, kept=kept, pinned=pinned_keys)
+            kv_indices, bits = block_map_with_bits(prepared.q_mean, prepared.k_mean, kept=kept, pinned=pinned_keys, bits=block_means)
             means = (prepared.k_mean, prepared.v_mean) if block_means else None
             return kernels.sparse_linear_attention(*prepared[:3], kv_indices, tokens=tokens, bits=bits, means=means, order=order, **options)
         kv_indices = block_map(prepared.q_mean.detach(), prepared.k_mean.detach(), kept=kept, pinned=pinned_keys)
