@@ -19,7 +19,7 @@ from lite3r_plugin.ops.qk_norm_rope import kernels as qk_norm_rope
 from lite3r_plugin.ops.sla import kernels as sla
 
 INDEX_POINTERS = {"Order": "*i32", "Indices": "*i32", "Bits": "*i32", "Positions": "*i64"}
-FP32_POINTERS = {"QMean", "KMean", "VMean", "Scores", "State", "Total", "QW", "QB", "KW", "KB", "Proj"}
+FP32_POINTERS = {"QMean", "KMean", "VMean", "Scores", "State", "Total", "Lse", "QW", "QB", "KW", "KB", "Proj"}
 FP32_SCALARS = {"log2_base", "q_eps", "k_eps", "scale_log2"}
 
 
@@ -53,12 +53,13 @@ def variants() -> list[tuple[str, Any, str, dict[str, Any], dict[str, int]]]:
                     ORDERED=pool, POOL=pool,
                 )  # fmt: skip
                 found.append(("prepare", qk_norm_rope._prepare_kernel, dtype, constants, dict(num_warps=8)))
-            for linear, softmax, means in ((1, True, True), (2, False, False)):
+            for linear, softmax, means, save in ((1, True, True, False), (2, False, False, False), (1, True, True, True)):
                 constants = dict(
                     D=dim, DP=padded, BLOCK_Q=128, BLOCK_K=64, LINEAR=linear, SOFTMAX=softmax, MEANS=means, ORDERED=True,
-                    PRECISION=precision,
+                    SAVE_LSE=save, SAVE_LINEAR=save, PRECISION=precision,
                 )  # fmt: skip
-                options = sla.launch_options(128, dim, torch.float32 if dtype == "fp32" else torch.bfloat16)
+                options = sla.launch_options(128, 64, dim, torch.float32 if dtype == "fp32" else torch.bfloat16)
+                constants |= {name: options.pop(name) for name in ("TILE_Q", "TILE_K")}
                 found.append(("sparse_linear", sla._sparse_linear_kernel, dtype, constants, options))
             constants = dict(D=dim, DP=padded, BLOCK_K=64, SOFTMAX=True, PRECISION=precision)
             options = sla.state_options(torch.float32 if dtype == "fp32" else torch.bfloat16)

@@ -10,6 +10,7 @@ import torch
 from numerics import assert_as_accurate
 from torch import Tensor
 
+from lite3r_plugin.errors import BackendError
 from lite3r_plugin.ops.block_map import kept_blocks
 from lite3r_plugin.ops.block_map import naive as block_map_naive
 from lite3r_plugin.ops.qk_norm_rope import HeadNorm
@@ -77,7 +78,8 @@ def test_prepare_qkv(tokens: int, dim: int, rope: bool, norm: str) -> None:
 
 @pytest.mark.parametrize("case", ["random", "equal", "with nan", "with infinity", "signed zeros"])
 @pytest.mark.parametrize(
-    ("rows", "columns", "kept", "pinned"), [(3, 7, 3, 1), (5, 40, 40, 2), (2, 33, 1, 0), (1, 1, 1, 1), (4, 100, 17, 5)]
+    ("rows", "columns", "kept", "pinned"),
+    [(3, 7, 3, 1), (5, 40, 40, 2), (2, 33, 1, 0), (1, 1, 1, 1), (4, 100, 17, 5), (2, 21469, 430, 100)],
 )
 def test_block_map(rows: int, columns: int, kept: int, pinned: int, case: str) -> None:
     q, k = torch.randn(1, 2, rows, 32, device=DEVICE), torch.randn(1, 2, columns, 32, device=DEVICE)
@@ -176,3 +178,17 @@ def test_more_views_do_not_recompile() -> None:
         run_both(q, k, v, torch.arange(q.shape[-2], device=DEVICE).int(), 5, 0.2, ("all", "softmax", True), proj)
         counts.append(binaries())
     assert counts[0] == counts[-1]
+
+
+def test_the_map_in_slabs_without_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k = torch.randn(2, 2, 37, 32, device=DEVICE), torch.randn(2, 2, 50, 32, device=DEVICE)
+    monkeypatch.setattr(block_map_kernels, "SLAB_BYTES", 1)
+    indices, bits = block_map_kernels.block_map_with_bits(q, k, kept=9, pinned=2, bits=False)
+    assert bits is None
+    assert torch.equal(indices, block_map_naive.block_map(q, k, kept=9, pinned=2))
+
+
+def test_a_sequence_too_long_for_the_map_says_what_to_do() -> None:
+    q, k = torch.zeros(1, 1, 1, 4, device=DEVICE), torch.zeros(1, 1, block_map_kernels.MAX_COLUMNS + 1, 4, device=DEVICE)
+    with pytest.raises(BackendError, match="has 32769 key blocks, the kernels take 32768; use a larger block_k"):
+        block_map_kernels.block_map_with_bits(q, k, kept=1)

@@ -63,7 +63,7 @@ def _undo_kernel(
         db1 = dw1
         db2 = dw1
     for i in range(HEADS):
-        head = tl.program_id(1) * HEADS + i
+        head = (tl.program_id(1) * HEADS + i).to(tl.int64)
         at = G + batch * g_stride_b + head * g_stride_h + rows.to(tl.int64)[:, None] * g_stride_n
         g1 = tl.load(at + lanes1[None, :], mask=inside, other=0.0).to(tl.float32)
         g2 = tl.load(at + lanes2[None, :], mask=inside, other=0.0).to(tl.float32)
