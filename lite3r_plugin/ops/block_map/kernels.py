@@ -19,7 +19,9 @@ MAX_SLABS = 16
 
 
 @triton.jit(do_not_specialize=["columns", "kept", "pinned", "words", "out_row_offset", "rows", "out_rows"])
-def _select_kernel(Scores, Indices, Bits, columns, kept, pinned, words, out_row_offset, rows, out_rows, WIDTH: tl.constexpr, BITS: tl.constexpr):
+def _select_kernel(
+    Scores, Indices, Bits, columns, kept, pinned, words, out_row_offset, rows, out_rows, WIDTH: tl.constexpr, BITS: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
     column = tl.arange(0, WIDTH)
@@ -48,9 +50,7 @@ def _select_kernel(Scores, Indices, Bits, columns, kept, pinned, words, out_row_
         tl.store(Bits + out * words + word, tl.sum(words_of, 1), mask=word < words)
 
 
-def block_map_with_bits(
-    q_mean: Tensor, k_mean: Tensor, *, kept: int, pinned: int = 0, bits: bool = True
-) -> tuple[Tensor, Tensor | None]:
+def block_map_with_bits(q_mean: Tensor, k_mean: Tensor, *, kept: int, pinned: int = 0, bits: bool = True) -> tuple[Tensor, Tensor | None]:
     """As `naive.block_map`, and the same as a bit set ``[B, H, query blocks, ceil(key blocks / 32)]`` int32 where `bits`.
 
     Scores take `SLAB_BYTES` or a `MAX_SLABS`-th of the whole map, whichever is more: launches do not grow with the length.
@@ -61,7 +61,9 @@ def block_map_with_bits(
     batch, heads, rows, _ = q_mean.shape
     columns = k_mean.shape[-2]
     if columns > MAX_COLUMNS:
-        raise BackendError(f"the sequence has {columns} key blocks, the kernels take {MAX_COLUMNS}; use a larger block_k or backend='torch'")
+        raise BackendError(
+            f"the sequence has {columns} key blocks, the kernels take {MAX_COLUMNS}; use a larger block_k or backend='torch'"
+        )
     words = -(-columns // 32)
     indices = torch.empty(batch, heads, rows, kept, device=q_mean.device, dtype=torch.int32)
     chosen = torch.empty(batch, heads, rows, words, device=q_mean.device, dtype=torch.int32) if bits else None
