@@ -34,8 +34,8 @@ def _select_kernel(
     rank = tl.where(inside, rank, 0)
     rank = tl.where(column < pinned, 4294967295, rank).to(tl.uint32)
     threshold = tl.zeros([], tl.uint32)
-    for i in tl.static_range(32):
-        candidate = threshold | (1 << (31 - i))
+    for i in range(32):
+        candidate = threshold | (tl.full([], 2147483648, tl.uint32) >> i)
         enough = tl.sum((rank >= candidate).to(tl.int32), 0) >= kept
         threshold = tl.where(enough, candidate, threshold).to(tl.uint32)
     above = (rank > threshold).to(tl.int32)
