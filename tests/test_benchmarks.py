@@ -1,0 +1,110 @@
+"""The scripts in benchmarks/ run, on a CPU at small sizes, and can tell right from wrong."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+SMALL = ["--device", "cpu", "--heads", "2", "--head-dim", "32", "--dtype", "float32", "--keep-ratio", "0.2"]
+
+
+@pytest.fixture(autouse=True)
+def _scripts() -> Iterator[None]:
+    sys.path.insert(0, str(BENCHMARKS))
+    yield
+    sys.path.remove(str(BENCHMARKS))
+
+
+def test_the_bench_of_attention(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import bench_attention
+
+    path = tmp_path / "records.json"
+    records = bench_attention.main([*SMALL, "--tokens", "300,500", "--methods", "dense,ours,sla,saf3r", "--json", str(path)])
+    assert json.loads(path.read_text())["records"] == records
+    found = {(r["tokens"], r["method"]): r for r in records}
+    for tokens in (300, 500):
+        ours = found[tokens, "ours"]
+        assert ours["forward_ms"] > 0
+        assert "backward_ms" in ours  # a difference, which noise can make negative at this size
+        assert "backward_ms" in found[tokens, "ours, Proj learns"]
+        assert "not importable" in found[tokens, "sla"]["reason"]  # the peers are no part of the test environment
+        assert "not importable" in found[tokens, "saf3r"]["reason"]
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith(("300 |", "500 |")) for line in lines) == len(records)
+
+
+def test_no_method_is_begun_after_the_time_budget() -> None:
+    import bench_attention
+
+    records = bench_attention.main([*SMALL, "--tokens", "300", "--methods", "dense,ours", "--time-budget", "0"])
+    assert {r["reason"] for r in records} == {"the time budget is used up"}
+
+
+def test_flex_attention_gets_our_blocks() -> None:
+    """Its mask as pairs of tokens: the kept blocks, nothing else."""
+    import contestants
+    from torch.nn.attention.flex_attention import BlockMask
+
+    p = contestants.make_problem(1000, 2, 32, 0.2, torch.device("cpu"), torch.float32)
+    made: list[BlockMask] = []
+    original = BlockMask.from_kv_blocks
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BlockMask, "from_kv_blocks", lambda *args, **kwargs: made.append(original(*args, **kwargs)) or made[0])
+        next(contestants.flex(p))
+    blocks = made[0].to_dense().bool()
+    expected = torch.zeros_like(blocks).scatter(-1, p.indices.long(), True)
+    assert torch.equal(blocks, expected)
+    assert blocks.shape[-2:] == (8, 16)
+
+
+def test_a_roofline_in_numbers() -> None:
+    from roofline import Peaks, Work
+
+    peaks, work = Peaks(flops=1e15, exps=4e12, bytes=2e12), Work(flops=1e12, exps=8e9, bytes=1e9)
+    assert peaks.least_ms(work) == {"matmul": pytest.approx(1.0), "exp": pytest.approx(2.0), "memory": pytest.approx(0.5)}
+    assert peaks.bound(work, ms=4.0, eager_ms=4.1) == "exp 50%"
+    assert peaks.bound(work, ms=4.0, eager_ms=8.0) == "exp 50%, launches"
+
+
+def test_sparse_work_is_its_share_of_dense_work() -> None:
+    import contestants
+
+    p = contestants.make_problem(64 * 40, 2, 32, 0.25, torch.device("cpu"), torch.float32)
+    forward, _ = contestants.sparse_work(p, means=False, linear=False, whole=False)
+    assert forward.flops == pytest.approx(0.25 * next(contestants.dense(p)).forward.flops)
+    assert forward.exps == pytest.approx(0.25 * next(contestants.dense(p)).forward.exps)
+
+
+@pytest.mark.parametrize("fault", [None, "wrong order", "wrong branch"])
+def test_the_check_at_scale_finds_faults(monkeypatch: pytest.MonkeyPatch, fault: str | None) -> None:
+    import check_scale
+
+    run = check_scale.sparse_linear_attention
+
+    def faulty(*args: Any, **options: Any) -> torch.Tensor:
+        if fault == "wrong order":
+            return run(*args, **options).roll(1, -2)
+        return run(*args, **options | dict(linear="marginal"))
+
+    if fault is not None:
+        monkeypatch.setattr(check_scale, "sparse_linear_attention", faulty)
+    assert check_scale.main([*SMALL, "--views", "2"]) == (0 if fault is None else 1)
+
+
+def test_the_check_at_scale_finds_bad_choices() -> None:
+    import check_scale
+
+    q_mean, k_mean = torch.randn(8), torch.randn(30, 8)
+    scores = k_mean @ q_mean
+    best = scores[2:].topk(5).indices + 2
+    pinned = torch.arange(2)
+    assert check_scale.wrong_choices(q_mean, k_mean, torch.cat((pinned, best)), 2) == 0
+    worst = torch.cat((pinned, best[:-1], scores[2:].argmin()[None] + 2))
+    assert check_scale.wrong_choices(q_mean, k_mean, worst, 2) == 1
