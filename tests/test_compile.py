@@ -148,7 +148,7 @@ def triton(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> b
     """Whether the operators take the Triton path, also on the CPU."""
     if request.param == "triton":
         pytest.importorskip("triton")
-        monkeypatch.setattr(operator, "use_triton", lambda backend, v: backend != "torch")
+        monkeypatch.setattr(operator, "use_triton", lambda backend, v, needs_grad=False: backend != "torch")
     return request.param == "triton"
 
 

@@ -34,21 +34,22 @@ def triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def why_not_triton(q: Tensor) -> str | None:
+def why_not_triton(q: Tensor, needs_grad: bool = False) -> str | None:
     """The reason why the Triton kernels cannot take `q [..., D]`, or None when they can."""
-    return _why_not(q.device, q.dtype, int(q.shape[-1]))
+    return _why_not(q.device, q.dtype, int(q.shape[-1]), needs_grad)
 
 
 @constant_in_graphs
-def _why_not(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
-    return _why_not_cached(device, dtype, dim)
+def _why_not(device: torch.device, dtype: torch.dtype, dim: int, needs_grad: bool) -> str | None:
+    return _why_not_cached(device, dtype, dim, needs_grad)
 
 
 @functools.lru_cache(maxsize=256)
-def _why_not_cached(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
+def _why_not_cached(device: torch.device, dtype: torch.dtype, dim: int, needs_grad: bool) -> str | None:
     if device.type != "cuda":
         return f"the tensors are on {device}, not on a CUDA GPU"
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
         return "the GPU is older than compute capability 8.0"
     if not triton_installed():
         return "triton is not installed"
@@ -56,10 +57,25 @@ def _why_not_cached(device: torch.device, dtype: torch.dtype, dim: int) -> str |
         return f"the dtype is {dtype}; they take {', '.join(str(d) for d in TRITON_DTYPES)}"
     if dim not in TRITON_HEAD_DIMS:
         return f"the head dimension is {dim}; they take {TRITON_HEAD_DIMS}"
+    if shared_kib(dtype, dim, needs_grad) > SHARED_KIB.get(capability, 99):
+        what = "gradients need more" if needs_grad else "they need more"
+        return f"{what} shared memory for {dtype} and head dimension {dim} than this GPU has"
     return None
 
 
-def use_triton(backend: str, q: Tensor) -> bool:
+SHARED_KIB = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 1): 227, (10, 3): 227}  # of a block; else 99
+
+
+def shared_kib(dtype: torch.dtype, dim: int, needs_grad: bool) -> int:
+    """Shared memory that the largest kernel takes, rounded up; `tests/ops/test_aot.py` checks it."""
+    if dtype == torch.float32:
+        forward, backward = (128, 192) if dim <= 64 else (160, 640)
+    else:
+        forward, backward = 97, 97 if dim <= 64 else 112
+    return backward if needs_grad else forward
+
+
+def use_triton(backend: str, q: Tensor, needs_grad: bool = False) -> bool:
     """Whether to run Triton for `q [..., D]`. Falling back on a GPU warns: plain torch operators are slow there.
 
     Raises:
@@ -67,7 +83,7 @@ def use_triton(backend: str, q: Tensor) -> bool:
     """
     if backend == "torch":
         return False
-    reason = why_not_triton(q)
+    reason = why_not_triton(q, needs_grad)
     if reason is None:
         return True
     if backend == "triton":

@@ -69,8 +69,8 @@ def sparse_linear_attention(
     if torch.compiler.is_compiling():
         out = operator.train(needed, *tensors, *options)[0] if any(needed) else operator.infer(*tensors, *options)
         return out.transpose(1, 2)
-    if any(needed) and use_triton(backend, v):
+    if any(needed) and use_triton(backend, v, needs_grad=True):
         from .training import SparseLinearAttention
 
         return SparseLinearAttention.apply(*tensors, *options[:-1])
-    return operator.run(*tensors, *options)
+    return operator.run(*tensors, *options, needs_grad=any(needed))

@@ -32,12 +32,12 @@ def run(
     q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, q_bias: Tensor | None, k_weight: Tensor | None, k_bias: Tensor | None,
     proj: Tensor | None, order: Tensor | None, positions: Tensor | None, pinned_tokens: int, keep_ratio: float,
     q_kind: Any, q_eps: float, k_kind: Any, k_eps: float, rope_base: float | None, scale: float | None,
-    linear: str, feature_map: str, block_means: bool, block_q: int, block_k: int, backend: str,
+    linear: str, feature_map: str, block_means: bool, block_q: int, block_k: int, backend: str, needs_grad: bool = False,
 ) -> Tensor:  # fmt: skip
     """`sparse_linear_attention` of the package above, norms and branch in parts. Returns ``[B, H, N, D]`` in v's dtype."""
     # Autocast would run the pooled scores and the linear state in half precision.
     with without_autocast(v), on_device_of(v):
-        triton = use_triton(backend, v)
+        triton = use_triton(backend, v, needs_grad)
         tokens = v.shape[-2]
         prepared = prepare_qkv(
             q, k, v, order=order, q_norm=HeadNorm(q_kind, q_weight, q_bias, q_eps), k_norm=HeadNorm(k_kind, k_weight, k_bias, k_eps),
@@ -71,8 +71,8 @@ def _rows_first(x: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous()
 
 
-def _runs_triton(arguments: tuple[Any, ...]) -> bool:
-    return use_triton(arguments[-1], arguments[2])
+def _trains_on_triton(arguments: tuple[Any, ...]) -> bool:
+    return use_triton(arguments[-1], arguments[2], needs_grad=True)
 
 
 def _infer(*arguments: Any) -> Tensor:
@@ -80,8 +80,8 @@ def _infer(*arguments: Any) -> Tensor:
 
 
 def _train(needed: list[bool], *arguments: Any) -> tuple[Tensor, list[Tensor]]:
-    if not _runs_triton(arguments):
-        return _infer(*arguments), []
+    if not _trains_on_triton(arguments):
+        return _rows_first(run(*arguments, needs_grad=True)), []
     from . import training
 
     out, saved = training.train_forward(needed, *arguments[:-1])
@@ -90,7 +90,7 @@ def _train(needed: list[bool], *arguments: Any) -> tuple[Tensor, list[Tensor]]:
 
 def _backward(grad: Tensor, out: Tensor | None, saved: list[Tensor], needed: list[bool], *arguments: Any) -> list[Tensor]:
     """Gradients of the tensors that are `needed`; on the torch path by autograd through it, run again."""
-    if _runs_triton(arguments):
+    if _trains_on_triton(arguments):
         from . import training
 
         out = None if out is None else out.transpose(1, 2)
@@ -101,7 +101,7 @@ def _backward(grad: Tensor, out: Tensor | None, saved: list[Tensor], needed: lis
         with torch.enable_grad():
             leaves: list[Any] = [None if x is None else x.detach().requires_grad_(need) for x, need in tensors]
             wanted = [x for x in leaves if x is not None and x.requires_grad]
-            result = run(*leaves, *arguments[DIFFERENTIABLE:]).transpose(1, 2)
+            result = run(*leaves, *arguments[DIFFERENTIABLE:], needs_grad=True).transpose(1, 2)
             grads = torch.autograd.grad(result, wanted, grad, allow_unused=True, materialize_grads=True)
     return [_rows_first(x).transpose(1, 2) if x.dim() == 4 else x.contiguous() for x in grads]
 
@@ -113,7 +113,7 @@ def _fake_out(*arguments: Any) -> Tensor:
 
 
 def _fake_train(needed: list[bool], *arguments: Any) -> tuple[Tensor, list[Tensor]]:
-    if not _runs_triton(arguments):
+    if not _trains_on_triton(arguments):
         return _fake_out(*arguments), []
     from . import training
 
