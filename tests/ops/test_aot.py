@@ -1,21 +1,41 @@
-"""All kernels compile for the supported GPU generations on a machine without a GPU."""
+"""All kernels compile for the supported GPU generations on a machine without a GPU, and so do the operator's own launches."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import lite3r_plugin
+
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize("capability", [80, 89, 90])
-def test_kernels_compile_ahead_of_time(capability: int) -> None:
-    # A fresh process: Triton decides at import whether kernels are interpreted, as they are in this one.
-    script = Path(__file__).with_name("aot.py")
+def script(name: str, *arguments: str) -> str:
+    """What a script of this folder prints in a fresh process: Triton decides at import whether kernels are interpreted, as in this one."""
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(Path.home()), "TRITON_DEFAULT_FP_FUSION": "1"}
-    done = subprocess.run([sys.executable, str(script), str(capability)], capture_output=True, text=True, env=environment, check=False)
+    environment["PYTHONPATH"] = str(Path(lite3r_plugin.__file__).parents[1])  # the same package as here
+    command = [sys.executable, str(Path(__file__).with_name(name)), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(f"sm_{capability}") >= 20
+    return done.stdout
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile_ahead_of_time(capability: int) -> None:
+    assert script("aot.py", str(capability)).count(f"sm_{capability}") >= 20
+
+
+@pytest.mark.parametrize(("capability", "cases"), [(89, 3), (90, 6)])
+def test_the_operator_compiles_and_fits(capability: int, cases: int) -> None:
+    """With the arguments of real launches; as many of them for a long sequence as for a short one."""
+    report = json.loads(script("launches.py", str(capability)))
+    assert len(report) == cases
+    for case in report:
+        assert case["shared"] <= case["allowed"], case["case"]
+        assert case["as_many_when_long"], case["case"]
+        assert len(case["forward"]) <= 4
+        assert len(case["backward"]) == {"all": 12, "proj": 1, "nothing": 0}[case["case"].split()[-2]]
