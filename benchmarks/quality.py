@@ -134,7 +134,7 @@ class Bench:
         if variant.key not in self.projections:
             if self.training is None:
                 views = min(8, *self.args.views)
-                scenes = open_scenes(f"procedural:scenes={self.args.calibration},views={views},seed=7,{self._render()}", None)
+                scenes = open_scenes(f"procedural:scenes={self.args.calibration},views={views},seed=7,{self.rendering}", None)
                 self.training = [model_inputs(self.entry, sample_views(self.entry, scene, range(views))) for scene in scenes]
             entry, autocast = self.entry, torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
             wrapped = _Predict(entry, self.model)
@@ -146,7 +146,9 @@ class Bench:
             for fqn, weight in self.projections[variant.key].items():
                 sites[fqn].proj_lin.weight.copy_(weight)
 
-    def _render(self) -> str:
+    @property
+    def rendering(self) -> str:
+        """Option of procedural scenes: where they are rendered."""
         return f"device={self.device.type}"
 
 
@@ -263,7 +265,7 @@ def main() -> None:
 
     rows = variants(args.keep_ratios, args.keep_ratios[len(args.keep_ratios) // 2])
     for views in args.views:
-        for data in (f"procedural:scenes={args.scenes},seed=1,{bench._render()}", *args.data):
+        for data in (f"procedural:scenes={args.scenes},seed=1,{bench.rendering}", *args.data):
             evaluate(bench, store, data, views, rows, save)
     save()
     write_atomically(args.markdown, quality_report.markdown(store, f"results/{args.json.name}"))
