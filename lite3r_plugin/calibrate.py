@@ -31,6 +31,7 @@ FOLDS = 8
 # The linear branch is read off as the change that a Proj of GAIN * identity makes, so that half precision rounds it
 # relative to itself and not to the sparse output that it comes added to.
 GAIN = 256.0
+FLOOR = 1e-10
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def calibrate(model: nn.Module, inputs: Iterable[Any]) -> Calibration:
     """Fit `proj_lin` of every sparse site of `model`, in place, so that its attention comes closest to dense attention.
 
     Args:
-        model: After `apply_lite3r`, with a linear branch. What `proj_lin` held before is replaced.
+        model: After `apply_lite3r`, with a linear branch, in eval mode. What `proj_lin` held before is replaced.
         inputs: At least two inputs of the model, as different as its later inputs will be: a tensor or a tuple is passed by
             position, a mapping by keyword. They are used once, so a generator will do. No labels are needed.
 
@@ -91,7 +92,8 @@ def calibrate(model: nn.Module, inputs: Iterable[Any]) -> Calibration:
     sites = {fqn: site for fqn, site in require_lite3r(model).items() if site.sparse and site.keep_ratio < 1}
     if not sites:
         raise ConfigError("no site is sparse (keep_ratio is 1), so there is nothing to calibrate")
-    if next(iter(sites.values())).state.config.linear_branch == "none":
+    sites = {fqn: site for fqn, site in sites.items() if site.state.config.linear_branch != "none"}  # parts may differ
+    if not sites:
         raise ConfigError("calibration fits the linear branch, and linear_branch is 'none'; apply_lite3r(model, linear_branch='all')")
     observers = {fqn: _Observer(site.site.head_dim) for fqn, site in sites.items()}
     count = 0
@@ -109,7 +111,7 @@ def calibrate(model: nn.Module, inputs: Iterable[Any]) -> Calibration:
         raise InputError(f"calibration needs at least two inputs, one to fit and one to judge by, got {count}")
     reached = {fqn: observer for fqn, observer in observers.items() if observer.folds}
     if not reached:
-        raise InputError("the inputs reach no sparse site; give what the model's forward takes")
+        raise InputError("the inputs reach no sparse site; give what the model's forward takes, outside lite3r_disabled")
     # All fits come before the first change, so an error leaves the model as it was.
     fits = {fqn: _fit(fqn, observer) for fqn, observer in reached.items()}
     for fqn, (weight, _) in fits.items():
@@ -134,7 +136,9 @@ class _Sums:
     def ridge(self, strength: float) -> Tensor:
         """W ``[D, D]``, the weight of a Linear."""
         mean = self.mean / self.count
-        spread = ((self.gram.trace() / self.count - mean @ mean) / len(mean)).clamp(min=torch.finfo(torch.float64).tiny)
+        power = self.gram.trace() / self.count
+        # An l that is the same at all tokens has no spread beyond rounding; the floor keeps its system solvable.
+        spread = torch.maximum(power - mean @ mean, FLOOR * power).clamp(min=1e-300) / len(mean)
         eye = torch.eye(len(mean), dtype=torch.float64)
         return torch.linalg.solve(self.gram / self.count + strength * spread * eye, self.cross.T / self.count).T
 
