@@ -4,7 +4,8 @@
     python benchmarks/quality.py --device cuda --data 7scenes:PATH --data dtu-idr:PATH --data strecha:PATH
 
 Writes every measure of every scene to a JSON file and the tables to a Markdown file. Results are stored after every variant, and
-a run that is started again with the same options goes on where it ended. `--model` takes any model that `lite3r adapters` lists.
+a run that is started again under the same conditions, weights included, goes on where it ended. `--model` takes any model that
+`lite3r adapters` lists.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import sys
@@ -27,6 +29,7 @@ from torch import Tensor, nn
 
 import lite3r_plugin
 from lite3r_plugin import attention
+from lite3r_plugin.apply import lite3r_modules
 from lite3r_plugin.calibrate import calibrate
 from lite3r_plugin.commands._run import choose_device, choose_dtype, quiet, run_model
 from lite3r_plugin.commands.evaluate import geometry, model_inputs, reference_of, sample_views
@@ -130,7 +133,7 @@ class Bench:
 
     def _calibrated(self, variant: Variant) -> None:
         """Fit once a variant, on scenes with other textures than any that is evaluated."""
-        sites = {fqn: m for fqn, m in attention_modules(self.model).items() if "proj_lin" in m._modules}
+        sites = {fqn: m for fqn, m in lite3r_modules(self.model).items() if "proj_lin" in m._modules}
         if variant.key not in self.projections:
             if self.training is None:
                 views = min(8, *self.args.views)
@@ -163,11 +166,6 @@ class _Predict(nn.Module):
         return self.entry.predict(self.model, images)
 
 
-def attention_modules(model: nn.Module) -> dict[str, attention.SparseLinearAttention]:
-    """The swapped-in modules."""
-    return {fqn: m for fqn, m in model.named_modules() if isinstance(m, attention.SparseLinearAttention)}
-
-
 def measures(predicted: Geometry, reference: Geometry, teacher: Geometry | None) -> dict[str, float | None]:
     """One scene, flat: the measures that `quality_report` prints, and more."""
     scores = scene_metrics(predicted, reference, points=False)
@@ -189,11 +187,15 @@ def scenes_of(spec: str, views: int, draws: int) -> list[tuple[Scene, list[int]]
 
 def evaluate(bench: Bench, store: dict[str, Any], data: str, views: int, rows: Sequence[Variant], save: Any) -> None:
     """All `rows` on one data set with one number of views, into ``store["groups"]``."""
-    group = store["groups"].setdefault(f"{data.partition(':')[0]}/{views}", {"data": data, "views": views, "rows": {}})
+    layout, _, rest = data.partition(":")
+    name, label = f"{layout}/{views}", data if layout == "procedural" else f"{layout}:{Path(rest).name}"
+    if store["groups"].get(name, {}).get("data") != label:
+        store["groups"][name] = {"data": label, "views": views, "rows": {}}
+    group = store["groups"][name]
     if all(row.key in group["rows"] for row in rows):
         return
-    spec = f"{data},views={views}" if data.startswith("procedural:") else data
-    drawn = scenes_of(spec, views, 1 if data.startswith("procedural:") else bench.args.draws)
+    spec, draws = (f"{data},views={views}", 1) if layout == "procedural" else (data, bench.args.draws)
+    drawn = scenes_of(spec, views, draws)
     samples = [sample_views(bench.entry, scene, indices) for scene, indices in drawn]
     references = [reference_of(sample) for sample in samples]
     inputs = [model_inputs(bench.entry, sample) for sample in samples]
@@ -218,6 +220,14 @@ def evaluate(bench: Bench, store: dict[str, Any], data: str, views: int, rows: S
             group["rows"][row.key] = {"density": density, "keep_ratio": row.keep_ratio, "scenes": scored}
             save()
             say(f"{data} {views} views: {row.key}")
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Of all parameters and buffers, so that results of other weights are never gone on with."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def say(text: str) -> None:
@@ -254,11 +264,16 @@ def main() -> None:
     conditions = {
         "model": args.model, "weights": args.weights or "default", "device": gpu, "dtype": str(bench.dtype).removeprefix("torch."),
         "torch": torch.__version__, "lite3r_plugin": lite3r_plugin.__version__, "calibration": args.calibration,
-        "blocks": "128 x 64", "rule": "spread",
+        "blocks": "128 x 64", "rule": "spread", "scenes": args.scenes, "draws": args.draws, "weights_sha256": weights_hash(bench.model),
     }  # fmt: skip
     store: dict[str, Any] = {"conditions": conditions, "groups": {}}
-    if args.json.exists() and (old := json.loads(args.json.read_text())).get("conditions") == conditions:
-        store = old
+    if args.json.exists():
+        old = json.loads(args.json.read_text())
+        before = old.get("conditions", {})
+        if other := sorted(name for name in before.keys() | conditions.keys() if before.get(name) != conditions.get(name)):
+            say(f"{args.json} was measured with other {', '.join(other)}: starting anew")
+        else:
+            store = old
 
     def save() -> None:
         write_atomically(args.json, json.dumps(store, indent=None, separators=(",", ":"), allow_nan=False) + "\n")

@@ -9,6 +9,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+
+from lite3r_plugin.testbed import Testbed
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -81,6 +84,34 @@ def test_run(load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     monkeypatch.setattr(quality.Bench, "run", lambda *_: pytest.fail("measured again"))
     quality.main()
     assert "wrote" in capsys.readouterr().err
+
+
+def test_results_of_other_conditions_are_not_gone_on_with(load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """More scenes or other weights start anew."""
+    quality = load("quality")
+    every = quality.variants
+    monkeypatch.setattr(quality, "variants", lambda *given: every(*given)[:1])
+    path = tmp_path / "q.json"
+
+    def run(scenes: str) -> dict:
+        options = ["--small", "--views", "2", "--json", str(path), "--markdown", str(tmp_path / "q.md"), "--scenes", scenes]
+        monkeypatch.setattr(sys, "argv", ["quality.py", *options])
+        quality.main()
+        return json.loads(path.read_text())
+
+    assert run("1")["groups"]["procedural/2"]["sets"] == 1
+    stored = run("2")
+    assert stored["groups"]["procedural/2"]["sets"] == 2
+    assert "other scenes: starting anew" in capsys.readouterr().err
+    model = Testbed.from_pretrained()
+    assert stored["conditions"]["weights_sha256"] == quality.weights_hash(model)
+    with torch.no_grad():
+        model.depth_head.project.bias[0] += 1
+    stored["conditions"]["weights_sha256"] = quality.weights_hash(model)
+    stored["groups"]["procedural/2"]["rows"]["dense"] = "of other weights"
+    path.write_text(json.dumps(stored))
+    assert isinstance(run("2")["groups"]["procedural/2"]["rows"]["dense"], dict)
+    assert "other weights_sha256: starting anew" in capsys.readouterr().err
 
 
 def test_stored_table_is_the_one_of_the_stored_measures(load) -> None:
