@@ -33,7 +33,7 @@ class Lite3RConfig:
             ``"marginal"`` gains much more (benchmarks/quality.md), but its kernel is slower.
         feature_map: The kernel feature map of the linear branch, softmax over the head dimension or elu + 1.
         block_means: Each block that is not critical enters the softmax as one key: its mean key and value, weighted
-            by its size. Needs no training; halves the change of depth on the testbed (benchmarks/quality.md).
+            by its size. Needs no training; takes 40 to 50 % off the change of depth on the testbed (benchmarks/quality.md).
         keep_special_tokens: Camera, register and class tokens attend to all tokens and all attend to them.
         keep_reference_view: The same for the patches of the first view, which defines the coordinate frame.
         dense_below: Sites with fewer tokens than this run dense, because sparse attention does not pay there.
