@@ -32,7 +32,7 @@ class Stage:
 CURRICULUM = (
     Stage(share=0.15, size=112, views=(4,), arcs=ARCS[:3]),
     Stage(share=0.5, size=112, views=(4, 8)),
-    Stage(share=0.35, size=224, views=(8,)),
+    Stage(share=0.6, size=224, views=(8,)),
 )
 SMOKE = (Stage(share=0.3, size=32, views=(4,)), Stage(share=0.3, size=32, views=(4, 8)), Stage(share=0.4, size=48, views=(8,)))
 SMOKE_MODEL = TestbedConfig(dim=64, depth=2, stem=16)
@@ -48,7 +48,7 @@ class TrainingConfig:
         resume: Folder of an earlier run to start from.
         views_per_step: Views of a batch at 112 x 112 pixels; at other sizes as many as have the same number of pixels.
         learning_rate, weight_decay, warmup: Of both optimizers; warm-up in steps.
-        camera_weight: Weight of the losses of rotation and translation, beside 1 for depth and points.
+        camera_weight: Weight of the camera losses, beside 1 for depth and points.
         match_weight: Weight of the correspondence loss; a third of it in the last third of the run.
         replay: Steps that one batch of rendered scenes serves, each time with other orders, groups and colours of its views.
         stages: Stages of the curriculum that are run, counted from 1. A run that goes on where another ended leaves out the first.

@@ -59,6 +59,7 @@ class Trainer:
                 module.compile(dynamic=False)
             bed.depth_head.compile(dynamic=False)
             bed.point_head.compile(dynamic=False)
+            self.model.losses = torch.compile(self.model.losses, dynamic=False)
         self.wrapped, *self.optimizers = self.accelerator.prepare(self.model, *make_optimizers(self.model, config, self.device))
         if state is not None:
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
