@@ -8,6 +8,7 @@ always there, whole, to run the dense model or to be put back.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,6 +71,7 @@ class SparseLinearAttention(nn.Module):
         proj_lin: The ``[D, D]`` map of the linear branch, without bias, shared by all heads, zero at the start
             (absent at sites that stay dense and with ``linear_branch="none"``).
         enabled: False runs the host's own forward.
+        observer: Takes the place of `attend` while it is set, as calibration does to see queries, keys and values.
         calls: What ran so far.
     """
 
@@ -82,6 +84,7 @@ class SparseLinearAttention(nn.Module):
         self.state = state
         self.sparse = sparse
         self.enabled = True
+        self.observer: Callable[[SparseLinearAttention, Heads], Tensor] | None = None
         self.calls = CallCounts()
         self.attended_to_itself = False  # seen to be no cross-attention, at a `Routed` site with several arguments
         self.argument_names = tuple(inspect.signature(host.forward).parameters)
@@ -119,21 +122,37 @@ class SparseLinearAttention(nn.Module):
 
     def attend(self, heads: Heads) -> Tensor:
         """Attention over the site's tokens. Returns ``[B, H, N, D]``."""
+        if self.observer is not None:
+            return self.observer(self, heads)
         config, tokens = self.state.config, heads.v.shape[-2]
         if self.sparse and config.backend == "triton":
             use_triton("triton", heads.v)  # raises also where this length runs dense
-        layout = self._layout(tokens)
-        pinned = pinned_tokens(layout, config.keep_special_tokens, config.keep_reference_view) if layout is not None else 0
+        proj = self.proj_lin.weight if self.sparse and config.linear_branch != "none" else None
+        pinned = self._pinned(self._layout(tokens))
         if not self._pays(heads.v, pinned):
             self._count("dense")
-            return self._dense(heads)
+            return self.dense(heads, proj if self.keep_ratio == 1 and config.linear_branch == "all" else None)
         if not torch.compiler.is_compiling():
             self._count("sparse", density(tokens, self.keep_ratio, pinned, config.block_q, config.block_k))
+        return self.sparse_linear(heads, proj)
+
+    def dense(self, heads: Heads, proj: Tensor | None = None) -> Tensor:
+        """Attention of all tokens to all, plus the linear branch over all of them through `proj`, if there is one."""
+        q, k = self._finished(heads)
+        out = F.scaled_dot_product_attention(q, k, heads.v, scale=heads.scale)
+        if proj is not None:
+            out = out + linear_attention(q, k, heads.v, proj=proj, feature_map=self.state.config.feature_map)
+        return out
+
+    def sparse_linear(self, heads: Heads, proj: Tensor | None) -> Tensor:
+        """Sparse attention as configured, plus the linear branch through `proj`, if there is one, whatever pays."""
+        config, layout = self.state.config, self._layout(heads.v.shape[-2])
         return sparse_linear_attention(
             heads.q, heads.k, heads.v,
             q_norm=heads.q_norm, k_norm=heads.k_norm, positions=heads.positions, rope_base=heads.rope_base, scale=heads.scale,
-            keep_ratio=self.keep_ratio, order=None if layout is None else order_for(layout, heads.v.device), pinned_tokens=pinned,
-            linear=config.linear_branch, feature_map=config.feature_map, proj=self._proj(), block_means=config.block_means,
+            keep_ratio=self.keep_ratio, order=None if layout is None else order_for(layout, heads.v.device),
+            pinned_tokens=self._pinned(layout), linear="none" if proj is None else config.linear_branch, proj=proj,
+            feature_map=config.feature_map, block_means=config.block_means,
             block_q=config.block_q, block_k=config.block_k, backend=config.backend,
         )  # fmt: skip
 
@@ -163,21 +182,14 @@ class SparseLinearAttention(nn.Module):
         mean_share = 1 / config.block_k if config.block_means else 0.0
         return break_even(v.device, num_heads * dim, self.keep_ratio, mean_share, may_measure).pays(batch, tokens, pinned)
 
-    def _proj(self) -> Tensor | None:
-        return self.proj_lin.weight if self.sparse and self.state.config.linear_branch != "none" else None
-
-    def _dense(self, heads: Heads) -> Tensor:
-        config, proj = self.state.config, self._proj()
-        q, k = self._finished(heads)
-        out = F.scaled_dot_product_attention(q, k, heads.v, scale=heads.scale)
-        if proj is not None and self.keep_ratio == 1 and config.linear_branch == "all":
-            out = out + linear_attention(q, k, heads.v, proj=proj, feature_map=config.feature_map)
-        return out
-
     def _layout(self, tokens: int) -> TokenLayout | None:
         if not self.sparse or self.site.tokens is None:
             return None
         return self.state.trackers[self.site.tokens.image_module].layout(self.site.fqn, tokens)
+
+    def _pinned(self, layout: TokenLayout | None) -> int:
+        config = self.state.config
+        return pinned_tokens(layout, config.keep_special_tokens, config.keep_reference_view) if layout is not None else 0
 
     def _finished(self, heads: Heads) -> tuple[Tensor, Tensor]:
         dtype = heads.v.dtype

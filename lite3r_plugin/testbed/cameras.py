@@ -56,4 +56,5 @@ def unproject(depth: Tensor, intrinsics: Tensor, world_to_camera: Tensor) -> Ten
     rays = torch.cat(((pixels - centre) / focal, torch.ones_like(depth[..., None])), -1)
     camera_points = rays * depth[..., None]
     rotation, translation = world_to_camera[..., None, :, :3], world_to_camera[..., None, None, :, 3]
-    return (camera_points - translation) @ rotation  # row vectors: R^T (x - t)
+    # R^T (x - t), as a sum: a matrix product would become one small product for each row of pixels
+    return ((camera_points - translation)[..., None] * rotation[..., None, :, :]).sum(-2)

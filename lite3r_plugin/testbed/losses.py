@@ -26,36 +26,41 @@ class TrainingModel(nn.Module):
         self.matchers = nn.ModuleList(nn.Linear(2 * model.config.dim, feature_dim) for _ in self.taps)
         self.log_scale = nn.Parameter(torch.full((len(self.taps),), 2.3))
 
-    def forward(self, batch: Batch, match_weight: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: Batch, match_weight: float, camera_weight: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
         """The total loss, and its parts detached.
 
         Args:
             batch: A sample of `lite3r_plugin.scenes.ProcScenes`.
             match_weight: Weight of the correspondence loss.
+            camera_weight: Weight of the losses of rotation and translation, against the first view and between all pairs.
         """
         outputs, fine = self.model.aggregator(batch["rgb"])
         predicted = self.model.decode(outputs, fine)
         with torch.autocast(batch["rgb"].device.type, enabled=False):
-            losses = supervised_losses(predicted, batch)
-            start = self.model.aggregator.patch_start_idx
-            patch = self.model.aggregator.patch_size
-            grid = (batch["rgb"].shape[-2] // patch, batch["rgb"].shape[-1] // patch)
-            index, weight = correspondences(batch, patch)
-            match = [
-                match_loss(matcher(outputs[tap][:, :, start:].float()), grid, index, weight, log_scale)
-                for tap, matcher, log_scale in zip(self.taps, self.matchers, self.log_scale, strict=True)
-            ]
-            losses["match"] = torch.stack(match).mean()
-            total = losses["depth"] + losses["points"] + losses["rotation"] + losses["translation"] + losses["fov"]
-            total = total + 0.1 * losses["confidence"] + match_weight * losses["match"]
+            losses = self.losses(predicted, [outputs[tap] for tap in self.taps], batch)
+        camera = losses["rotation"] + losses["translation"] + 0.5 * (losses["pair_rotation"] + losses["pair_translation"])
+        total = losses["depth"] + losses["points"] + losses["fov"] + 0.1 * losses["confidence"]
+        total = total + camera_weight * camera + match_weight * losses["match"]
         return total, {"total": total.detach()} | {name: value.detach() for name, value in losses.items()}
+
+    def losses(self, predicted: dict[str, Tensor], tapped: list[Tensor], batch: Batch) -> dict[str, Tensor]:
+        """All parts of the loss, unweighted; a function of tensors alone, which a trainer may compile."""
+        start, patch = self.model.aggregator.patch_start_idx, self.model.aggregator.patch_size
+        grid = (batch["rgb"].shape[-2] // patch, batch["rgb"].shape[-1] // patch)
+        index, weight = correspondences(batch, patch)
+        match = [
+            match_loss(matcher(tokens[:, :, start:].float()), grid, index, weight, log_scale)
+            for tokens, matcher, log_scale in zip(tapped, self.matchers, self.log_scale, strict=True)
+        ]
+        return supervised_losses(predicted, batch) | {"match": torch.stack(match).mean()}
 
 
 def supervised_losses(predicted: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
     """Losses of `Testbed.forward`'s result against the sample it was computed from.
 
     Depth and points are compared by the L1 norm of their logarithms, rotations by the Frobenius norm, and the confidence of a
-    pixel is fitted to its error, which it does not change.
+    pixel is fitted to its error, which it does not change. Translations between pairs of views are compared in units of their
+    distance, because angles between views are what counts (as in Pi3, arXiv 2507.13347, which has no reference view at all).
     """
     height, width = batch["depth"].shape[-2:]
     pose = relative_to_first(batch["w2c"])
@@ -70,17 +75,36 @@ def supervised_losses(predicted: dict[str, Tensor], batch: Batch) -> dict[str, T
     depth_error = (predicted["depth"].log() - depth.log()).abs()
     point_error = (signed_log1p(predicted["points"]) - signed_log1p(points)).abs().sum(-1)
     confidence = _nll(predicted["depth_conf"], depth_error) + _nll(predicted["points_conf"], point_error)
-    turn = predicted["world_to_camera"][..., :3] - pose[..., :3]
-    shift = predicted["world_to_camera"][..., 3] - pose[..., 3] / scale[:, None, None]
+    target = torch.cat((pose[..., :3], pose[..., 3:] / scale[:, None, None, None]), -1)
+    turn, shift = (predicted["world_to_camera"] - target).split((3, 1), -1)
+    pair_turn, pair_shift, pairs = _pair_errors(predicted["world_to_camera"], target, ok)
     fov = predicted["pose_enc"][..., 7:] - fov_of(batch["K"], height, width)
     return {
         "depth": _mean(depth_error, valid),
         "points": _mean(point_error, valid),
         "confidence": _mean(confidence, valid),
         "rotation": _mean((turn.square().sum((-1, -2)) + 1e-6).sqrt(), ok),
-        "translation": _mean((shift.square().sum(-1) + 1e-6).sqrt(), ok),
+        "translation": _mean((shift.square().sum((-1, -2)) + 1e-6).sqrt(), ok),
+        "pair_rotation": _mean(pair_turn, pairs),
+        "pair_translation": _mean(pair_shift, pairs),
         "fov": _mean(fov.abs().sum(-1), ok),
     }
+
+
+def _pair_errors(predicted: Tensor, target: Tensor, ok: Tensor, nearest: float = 0.05) -> tuple[Tensor, Tensor, Tensor]:
+    """Errors of rotation and of translation over its length, and which pairs count, each ``[B, S, S]``."""
+
+    def relative(pose: Tensor) -> tuple[Tensor, Tensor]:
+        rotation, translation = pose[..., :3], pose[..., 3]
+        turn = torch.einsum("bjkl,biml->bijkm", rotation, rotation)
+        return turn, translation[:, None] - torch.einsum("bijkm,bim->bijk", turn, translation)
+
+    (turn, shift), (true_turn, true_shift) = relative(predicted), relative(target)
+    distance = true_shift.norm(dim=-1)
+    pairs = ok[:, :, None] & ok[:, None] & (distance > nearest)
+    turn_error = ((turn - true_turn).square().sum((-1, -2)) + 1e-6).sqrt()
+    shift_error = ((shift - true_shift).square().sum(-1) + 1e-6).sqrt() / distance.clamp(min=nearest)
+    return turn_error, shift_error, pairs
 
 
 @torch.no_grad()

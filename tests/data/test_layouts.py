@@ -120,6 +120,7 @@ def test_procedural_scenes_are_the_same_every_time_and_agree() -> None:
         ("dtu:/no/such/folder", "/no/such/folder is no folder"),
         ("procedural:views=1", "views >= 2"),
         ("procedural:colour=3", "scenes=NUMBER"),
+        ("procedural:device=tpu", "on the cpu"),
     ],
 )
 def test_wrong_names_are_refused(spec: str, message: str) -> None:
