@@ -132,7 +132,9 @@ def _by_rows(p: Problem, residuals: Residuals, out: Tensor, grad: Tensor) -> _Ro
     outer, dtotal, dproj = empty(splits, dim, dim, when=branch), empty(splits, dim, when=branch), empty(splits, dim, dim, when=marginal)
     state = total = mu = mu_proj = p.q
     if branch:
-        assert p.proj is not None and residuals.state is not None and residuals.total is not None
+        assert p.proj is not None
+        assert residuals.state is not None
+        assert residuals.total is not None
         # Products of D x D matrices in FP64: they cost nothing, and TF32 may be on for FP32.
         state, total, proj = residuals.state.double().flatten(0, 1), residuals.total.double().flatten(0, 1), p.proj.double()
         mu = state.sum(-2) / total.sum(-1, keepdim=True)

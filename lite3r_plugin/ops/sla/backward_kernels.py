@@ -24,7 +24,7 @@ from .kernels import _phi
 def _rows_of(P, first, lanes, d, D: tl.constexpr):
     """Rows ``first + lanes`` of a ``[*, D]`` matrix."""
     at = (first + lanes)[:, None] * D + d[None, :]
-    if D == d.shape[0]:
+    if d.shape[0] == D:
         return tl.load(P + at)
     return tl.load(P + at, mask=(d < D)[None, :], other=0.0)
 

@@ -231,9 +231,24 @@ def sparse_linear_attention(
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, kv_indices: Tensor, *, tokens: int, bits: Tensor | None, means: tuple[Tensor, Tensor] | None,
-    order: Tensor | None, pinned: int, scale: float | None, linear: str, feature_map: str, proj: Tensor | None, block_q: int,
-    block_k: int, save_lse: bool = False, save_linear: bool = False,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_indices: Tensor,
+    *,
+    tokens: int,
+    bits: Tensor | None,
+    means: tuple[Tensor, Tensor] | None,
+    order: Tensor | None,
+    pinned: int,
+    scale: float | None,
+    linear: str,
+    feature_map: str,
+    proj: Tensor | None,
+    block_q: int,
+    block_k: int,
+    save_lse: bool = False,
+    save_linear: bool = False,
 ) -> tuple[Tensor, Residuals]:
     """As `naive.sparse_linear_attention`, on padded tensors and with the output scattered back to host order.
 

@@ -93,6 +93,7 @@ def train_forward(needed: Sequence[bool], *arguments: Any) -> tuple[Tensor, list
     with torch.autocast(call.v.device.type, enabled=False), on_device_of(call.v), torch.no_grad():
         prepared = call.prepared()
         kv_indices, bits = block_map_with_bits(prepared.q_mean, prepared.k_mean, kept=call.kept, pinned=call.pinned_keys)
+        assert bits is not None
         problem = call.problem(prepared, kv_indices, bits)
         out, residuals = kernels.forward(
             *problem[:3], kv_indices, save_lse=softmax, save_linear=not softmax,
@@ -109,7 +110,8 @@ def train_saved(needed: Sequence[bool], *arguments: Any) -> list[Tensor]:
     batch, heads, tokens, dim = call.v.shape
     if not any(needed[:7]):
         return [call.v.new_empty(batch, tokens, heads, dim)]
-    rows, words = -(-tokens // call.block_q), -(-(-(-tokens // call.block_k)) // 32)
+    rows, columns = -(-tokens // call.block_q), -(-tokens // call.block_k)
+    words = -(-columns // 32)
     saved = [
         call.v.new_empty(batch, heads, rows * call.block_q, dtype=torch.float32),
         call.v.new_empty(batch, heads, rows, words, dtype=torch.int32),
@@ -119,7 +121,9 @@ def train_saved(needed: Sequence[bool], *arguments: Any) -> list[Tensor]:
     return saved
 
 
-def train_backward(grad: Tensor, out: Tensor | None, saved: Sequence[Tensor], needed: Sequence[bool], *arguments: Any) -> list[Tensor | None]:
+def train_backward(
+    grad: Tensor, out: Tensor | None, saved: Sequence[Tensor], needed: Sequence[bool], *arguments: Any
+) -> list[Tensor | None]:
     """Gradients of the first eight arguments, None where not needed.
 
     Args:
@@ -145,10 +149,10 @@ def train_backward(grad: Tensor, out: Tensor | None, saved: Sequence[Tensor], ne
                 ordered = found[i]
                 if not wanted[i] or ordered is None:
                     continue
-                after = call.turned if i < 2 else dict(order=call.order)
+                after: dict[str, Any] = call.turned if i < 2 else dict(order=call.order)
                 weights = slice(3 + 2 * i, 5 + 2 * i)
                 affine = i < 2 and any(needed[weights])
-                result = input_gradient(call[i], ordered, norm=norm, affine=affine, **after)
+                result = input_gradient((call.q, call.k, call.v)[i], ordered, norm=norm, affine=affine, **after)
                 grads[i] = result.x
                 if i < 2:
                     grads[weights] = result.weight, result.bias
@@ -174,7 +178,8 @@ class SparseLinearAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
         out, *rest = ctx.saved_tensors
         tensors, saved = rest[: len(ctx.others)], rest[len(ctx.others) :]
         arguments = [other if tensor is None else tensor for tensor, other in zip(tensors, ctx.others, strict=True)]
