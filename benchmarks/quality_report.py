@@ -29,7 +29,7 @@ Measured by `python benchmarks/quality.py`, read in [README.md](README.md); ever
 
 {conditions}
 
-**How to read it.** The model is the testbed that comes with the package (18 M parameters, trained on rendered scenes for 24
+**How to read it.** The model is the testbed that comes with the package (18 M parameters, trained on rendered scenes for 33
 minutes), so only differences to its own dense row mean anything: its absolute numbers must not be compared with those of full-size
 models. `constant` ignores the images: one depth, equal cameras. AbsRel and δ1 are after one median scale per scene; angles are
 medians over pairs of views, averaged over scenes; AUC is of the larger of the two angles, in percent. `against dense` compares with
