@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lite3r_plugin.ops.fp8 import Quantized, dequantize, quantize
+
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
     """||value - reference|| / ||reference|| in FP64; NaN stays NaN and fails every comparison."""
@@ -18,3 +20,17 @@ def assert_as_accurate(value: Tensor, same_dtype: Tensor, reference: Tensor, fac
     floor = 32 * torch.finfo(torch.float32).eps  # FP32 accuracy: sums in another order, products of three TF32 terms
     error, allowed = relative_error(value, reference), max(factor * relative_error(same_dtype, reference), floor)
     assert error <= allowed, f"relative error {error:.2e}, allowed {allowed:.2e}"
+
+
+def assert_quantizes(found: Quantized, exact: Tensor) -> None:
+    """`found` holds the rows of `exact` (FP64) in FP8: nearly always its codes, never more than one FP8 rounding away."""
+    expected = quantize(exact, found.data.dtype)
+    assert found.data.shape == exact.shape
+    torch.testing.assert_close(found.scale, expected.scale, rtol=1e-5, atol=0, equal_nan=True)
+    other = found.data.view(torch.uint8) != expected.data.view(torch.uint8)
+    other &= ~((found.data.float() == 0) & (expected.data.float() == 0))  # signed zeros
+    assert other.double().mean() < 0.01 if exact.numel() else True
+    info = torch.finfo(found.data.dtype)
+    step = torch.maximum(exact.abs() * info.eps, found.scale * (info.tiny * info.eps))
+    difference = dequantize(found, torch.float64) - dequantize(expected, torch.float64)
+    assert (difference.abs() <= step * 1.01).logical_or(exact.isnan() & difference.isnan()).all()

@@ -1,0 +1,156 @@
+"""Definition of FP8 rows, of the operations that end in them, and of the Linear between two of them.
+
+Every row of the last dimension (a token of an activation, an output channel of a weight) has one FP32 scale:
+
+    amax  = max |x| over the finite entries of the row, at least 1e-8
+    scale = amax / MAX                                   MAX = 448 for E4M3, 57344 for E5M2
+    data  = FP8(clamp(x * (MAX / amax), -MAX, MAX))      rounded to nearest, ties to even
+    x'    = data * scale
+    Y     = X' W'^T + bias                               products and sums in FP32, rounded once at the end
+
+This is the quantiser of Lite3R (arXiv 2605.11354, Eqs. 6 to 11) with what its text leaves open: an infinity saturates
+to the largest finite entry of its row (and can be counted), NaN stays NaN and spoils nothing but itself, a row of zeros
+stays zero. Formats as in FP8-LM's and NVIDIA's common specification (arXiv 2209.05433): E4M3 for weights and activations,
+E5M2, with more range and less precision, for gradients.
+
+What comes before the quantisation (a norm, an activation function, a residual sum) is done in FP32 (FP64 for FP64
+input) and not rounded in between. GELU and SiLU take infinities at their limits, 0 and infinity, which torch does on some
+devices and in some lengths of vectors only.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+E4M3 = torch.float8_e4m3fn
+E5M2 = torch.float8_e5m2
+EPS = 1e-8
+
+
+class Quantized(NamedTuple):
+    """Rows in FP8: ``data [..., C]`` in `E4M3` or `E5M2`, ``scale [..., 1]`` in FP32."""
+
+    data: Tensor
+    scale: Tensor
+
+
+def quantize(x: Tensor, dtype: torch.dtype = E4M3, infinities: Tensor | None = None) -> Quantized:
+    """Quantise the rows of x.
+
+    Args:
+        x: ``[..., C]``, floating point.
+        dtype: `E4M3` or `E5M2`.
+        infinities: A tensor of one integer to which the number of infinities in x is added, or None.
+    """
+    if infinities is not None:
+        infinities += x.isinf().sum()
+    x = _wide(x)
+    largest = torch.finfo(dtype).max
+    magnitude = x.abs()
+    finite = magnitude.masked_fill(~(magnitude < torch.inf), 0)
+    # amax of an empty row has no value
+    amax = (finite.amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)).clamp_min(EPS)
+    data = (x * (largest / amax)).clamp(-largest, largest).to(dtype)
+    return Quantized(data, (amax / largest).float())
+
+
+def dequantize(x: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``[..., C]`` in `dtype`, the product rounded once."""
+    return (x.data.to(torch.promote_types(dtype, torch.float32)) * x.scale).to(dtype)
+
+
+def fake_quantize(x: Tensor, dtype: torch.dtype = E4M3, infinities: Tensor | None = None) -> Tensor:
+    """x rounded to FP8 rows and back, in x's dtype; its gradient is passed straight through (Eq. 9)."""
+    rounded: Any = _StraightThrough.apply(x, dtype, infinities)
+    return rounded
+
+
+def linear(x: Quantized, weight: Quantized, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``x' weight'^T + bias``.
+
+    Args:
+        x: ``[..., C]``.
+        weight: ``[C_out, C]``.
+        bias: ``[C_out]`` or None.
+        dtype: Of the result.
+
+    Returns:
+        ``[..., C_out]``.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    with torch.autocast(x.data.device.type, enabled=False):
+        out = F.linear(x.data.to(wide), weight.data.to(wide)) * x.scale * weight.scale.flatten()
+    return (out if bias is None else out + bias).to(dtype)
+
+
+def layer_norm_quantize(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, infinities: Tensor | None = None) -> Quantized:
+    """LayerNorm over the last dimension of x ``[..., C]``, then `quantize`."""
+    x = _wide(x)
+    weight, bias = (None if p is None else p.to(x.dtype) for p in (weight, bias))
+    with torch.autocast(x.device.type, enabled=False):
+        return quantize(F.layer_norm(x, x.shape[-1:], weight, bias, eps), infinities=infinities)
+
+
+def residual_norm_quantize(
+    x: Tensor,
+    update: Tensor,
+    gain: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    infinities: Tensor | None = None,
+) -> tuple[Tensor, Quantized]:
+    """The residual sum ``x + gain * update`` and `layer_norm_quantize` of it.
+
+    Args:
+        x, update: ``[..., C]``.
+        gain: ``[C]``, a layer scale, or None for 1.
+        weight, bias, eps: Of the LayerNorm.
+        infinities: See `quantize`.
+
+    Returns:
+        The sum, in the dtype to which x and update promote, and the norm of that rounded sum in FP8: a norm that the
+        host computed afterwards would see the rounded sum too.
+    """
+    update_wide = _wide(update) if gain is None else _wide(update) * gain
+    total = (_wide(x) + update_wide).to(torch.promote_types(x.dtype, update.dtype))
+    return total, layer_norm_quantize(total, weight, bias, eps, infinities)
+
+
+def gelu_quantize(x: Tensor, approximate: str = "none", infinities: Tensor | None = None) -> Quantized:
+    """`torch.nn.functional.gelu` of x ``[..., C]``, then `quantize`."""
+    x = _wide(x)
+    return quantize(_at_limits(x, F.gelu(x, approximate=approximate)), infinities=infinities)
+
+
+def swiglu_quantize(x: Tensor, infinities: Tensor | None = None) -> Quantized:
+    """``silu(gate) * value`` of x ``[..., 2C] = (gate, value)``, then `quantize`: ``[..., C]``."""
+    gate, value = _wide(x).chunk(2, -1)
+    return quantize(_at_limits(gate, F.silu(gate)) * value, infinities=infinities)
+
+
+def heads_quantize(x: Tensor, infinities: Tensor | None = None) -> Quantized:
+    """An attention output ``[B, H, N, D]``, its heads put side by side, then `quantize`: ``[B, N, H * D]``."""
+    return quantize(x.transpose(1, 2).flatten(2), infinities=infinities)
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype, infinities: Tensor | None) -> Tensor:
+        return dequantize(quantize(x, dtype, infinities), x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0], None, None
+
+
+def _at_limits(x: Tensor, activated: Tensor) -> Tensor:
+    return torch.where(x.isinf(), F.relu(x), activated)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
