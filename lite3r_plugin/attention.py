@@ -20,6 +20,7 @@ from .config import Lite3RConfig
 from .layout import GridTracker, order_for, pinned_tokens
 from .ops.backend import use_triton
 from .ops.block_map import density
+from .ops.fp8 import fake_quantize
 from .ops.qk_norm_rope import norm_rope
 from .ops.sla import linear_attention, sparse_linear_attention
 from .projections import Heads
@@ -49,12 +50,18 @@ class ModelState:
         config: The configuration.
         skipped: Sites that the adapter named but that were not swapped, with the reason.
         trackers: The grid trackers, by image module.
+        sites: All sites that the adapter named.
+        blocks: The transformer blocks around them, by name.
+        notes: What `describe` is to say besides, such as why something runs in another way than asked.
     """
 
     adapter: str
     config: Lite3RConfig
     skipped: dict[str, str] = field(default_factory=dict)
     trackers: dict[str, GridTracker] = field(default_factory=dict)
+    sites: tuple[AttentionSite, ...] = ()
+    blocks: dict[str, nn.Module] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 class SparseLinearAttention(nn.Module):
@@ -71,6 +78,7 @@ class SparseLinearAttention(nn.Module):
             (absent at sites that stay dense and with ``linear_branch="none"``).
         enabled: False runs the host's own forward.
         calls: What ran so far.
+        te_projection: Runs `proj_lin` in TransformerEngine where gradients are wanted, or None.
     """
 
     def __init__(self, host: nn.Module, site: AttentionSite, state: ModelState, sparse: bool) -> None:
@@ -84,9 +92,11 @@ class SparseLinearAttention(nn.Module):
         self.enabled = True
         self.calls = CallCounts()
         self.argument_names = tuple(inspect.signature(host.forward).parameters)
+        self.te_projection: Any = None
         if sparse and state.config.linear_branch != "none":
             like = next((p for p in host.parameters() if p.is_floating_point()), torch.empty(0))
-            self.proj_lin = nn.Linear(site.head_dim, site.head_dim, bias=False, device=like.device, dtype=like.dtype)
+            dtype = torch.float32 if state.config.precision == "fp8_qat" else like.dtype  # steps are smaller than BF16's
+            self.proj_lin = nn.Linear(site.head_dim, site.head_dim, bias=False, device=like.device, dtype=dtype)
             nn.init.zeros_(self.proj_lin.weight)
             self.proj_lin.train(host.training)
 
@@ -116,12 +126,18 @@ class SparseLinearAttention(nn.Module):
         self.host.training = self.training
         return self.host
 
+    def round_projection(self) -> None:
+        """Put into `proj_lin`, for good, the weight that training for FP8 used."""
+        if (weight := self._projection()) is not None:
+            with torch.no_grad():
+                self.proj_lin.weight.copy_(weight)
+
     def attend(self, heads: Heads) -> Tensor:
         """Attention over the site's tokens. Returns ``[B, H, N, D]``."""
         config, (batch, num_heads, tokens, dim) = self.state.config, heads.v.shape
         if self.sparse and config.backend == "triton":
             use_triton("triton", heads.v)  # raises also where this length runs dense
-        proj = self.proj_lin.weight if self.sparse and config.linear_branch != "none" else None
+        proj = self._projection()
         layout = self._layout(tokens)
         pinned = pinned_tokens(layout, config.keep_special_tokens, config.keep_reference_view) if layout is not None else 0
         share = density(tokens, self.keep_ratio, pinned, config.block_q, config.block_k)
@@ -137,13 +153,15 @@ class SparseLinearAttention(nn.Module):
                 out = out + linear_attention(q, k, heads.v, proj=proj, feature_map=config.feature_map)
             return out
         self._count("sparse", share)
-        return sparse_linear_attention(
+        in_te = self.te_projection is not None and proj is not None and torch.is_grad_enabled()
+        out = sparse_linear_attention(
             heads.q, heads.k, heads.v,
             q_norm=heads.q_norm, k_norm=heads.k_norm, positions=heads.positions, rope_base=heads.rope_base, scale=heads.scale,
             keep_ratio=self.keep_ratio, order=None if layout is None else order_for(layout, heads.v.device), pinned_tokens=pinned,
-            linear=config.linear_branch, feature_map=config.feature_map, proj=proj, block_means=config.block_means,
-            block_q=config.block_q, block_k=config.block_k, backend=config.backend,
+            linear="none" if in_te else config.linear_branch, feature_map=config.feature_map, proj=None if in_te else proj,
+            block_means=config.block_means, block_q=config.block_q, block_k=config.block_k, backend=config.backend,
         )  # fmt: skip
+        return out + self._branch_in_te(heads) if in_te else out
 
     @property
     def keep_ratio(self) -> float:
@@ -158,6 +176,20 @@ class SparseLinearAttention(nn.Module):
             f"scope={self.site.scope}, keep_ratio={self.keep_ratio}, blocks={config.block_q}x{config.block_k}, "
             f"linear_branch={config.linear_branch}, block_means={config.block_means}, backend={config.backend}"
         )
+
+    def _branch_in_te(self, heads: Heads) -> Tensor:
+        q, k = self._finished(heads)
+        identity = torch.eye(q.shape[-1], device=q.device)
+        branch = linear_attention(q, k, heads.v, proj=identity, feature_map=self.state.config.feature_map)
+        return self.te_projection(branch, self.proj_lin.weight)
+
+    def _projection(self) -> Tensor | None:
+        """The weight of the linear branch. While training for FP8 it is rounded to FP8; its input, which the attention
+        kernels make and use at once, is not."""
+        if not self.sparse or self.state.config.linear_branch == "none":
+            return None
+        weight = self.proj_lin.weight
+        return fake_quantize(weight) if self.state.config.precision == "fp8_qat" else weight
 
     def _layout(self, tokens: int) -> TokenLayout | None:
         if not self.sparse or self.site.tokens is None:
