@@ -16,6 +16,7 @@ from .config import Fp8Backend, Lite3RConfig
 from .errors import AdapterError, AlreadyAppliedError, BackendError, ConfigError, ConvertedError, Lite3RError, NoSitesError, NotAppliedError
 from .fp8 import convert as fp8
 from .fp8 import te
+from .fp8.block import check as check_block
 from .fp8.linear import Fp8Linear
 from .fp8.qat import FakeQuantLinear
 from .fp8.scope import find_blocks, modules_in
@@ -56,8 +57,12 @@ def apply_lite3r(model: Model, config: Lite3RConfig | None = None, **fields: Any
     if unused := sorted(set(config.site_keep_ratios) - {site.fqn for site in sites if site.scope in scopes}):
         example = next(site.fqn for site in sites if site.scope in scopes)
         raise ConfigError(f"site_keep_ratios names {unused[:3]}, which are no sites that become sparse; those are like {example!r}")
-    state = ModelState(adapter, config, sites=tuple(sites), blocks=find_blocks(model, sites))
     # Everything is checked before anything is changed, so an error leaves the model as it was.
+    for site in sites:
+        check_block(model, site)
+    # The state is of full precision until the weights are really in FP8.
+    state_config = config.replace(precision="full") if config.precision == "fp8" else config
+    state = ModelState(adapter, state_config, sites=tuple(sites), blocks=find_blocks(model, sites))
     plan: dict[str, tuple[AttentionSite, bool]] = {}
     for site in sites:
         sparse = site.scope in scopes
@@ -132,6 +137,13 @@ def convert(model: Model, backend: Fp8Backend | None = None, *, tokens: int | No
         ]
         for module in modules.values() if state.config.precision == "fp8_qat" else ():
             module.round_projection()
+    return finish_conversion(model, config)
+
+
+def finish_conversion(model: Model, config: Lite3RConfig) -> Model:
+    """Fuse the blocks of a `model` whose Linears are in FP8 and give it the configuration. Returns it."""
+    modules = require_lite3r(model)
+    state = next(iter(modules.values())).state
     state.config = config
     sites = {module.site.fqn: module for module in modules.values()}
     takes_fp8 = {fqn for fqn, module in sites.items() if projections.takes_fp8(module)}

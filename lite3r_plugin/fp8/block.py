@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import AdapterError
 from ..ops.backend import on_device_of
 from ..ops.fp8 import Quantized, passes
 from ..sites import AttentionSite, PreNormBlock
@@ -76,19 +77,30 @@ class Fp8Block(StandIn):
         return passes(x).gelu_quantize(x, "tanh" if self.block.activation == "gelu_tanh" else "none", infinities=count)
 
 
-def why_not_fused(host: nn.Module, block: PreNormBlock) -> str | None:
-    """The reason why `Fp8Block` cannot stand in for `host`, or None when it can.
+def check(model: nn.Module, site: AttentionSite) -> None:
+    """Raise `AdapterError` unless `model` has the block that `site` names, with all its parts."""
+    block = site.block
+    if block is None:
+        return
+    try:
+        if not site.fqn.startswith(f"{block.fqn}."):
+            raise AttributeError("the site is not inside")
+        host = model.get_submodule(block.fqn)
+        for name in (block.norm1, block.norm2, block.up, block.down):
+            host.get_submodule(name)
+        for name in (block.gain1, block.gain2):
+            if name is not None:
+                host.get_parameter(name)
+    except AttributeError as error:
+        raise AdapterError(f"site {site.fqn!r}: the block {block.fqn!r} is not as described: {error}; correct the adapter") from error
 
-    Raises:
-        AttributeError: the host lacks a part that `block` names.
-    """
+
+def why_not_fused(host: nn.Module, block: PreNormBlock) -> str | None:
+    """The reason why `Fp8Block` cannot stand in for `host`, or None when it can."""
     for name in (block.norm1, block.norm2):
         norm = host.get_submodule(name)
         if type(norm) is not nn.LayerNorm or len(norm.normalized_shape) != 1:
             return f"{name} is {type(norm).__name__}, not a LayerNorm over the channels"
-    for name in (block.gain1, block.gain2):
-        if name is not None:
-            host.get_parameter(name)
     for name in (block.up, block.down):
         linear = host.get_submodule(name)
         if not isinstance(linear, Fp8Linear):

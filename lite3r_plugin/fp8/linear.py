@@ -112,6 +112,14 @@ class Fp8Linear(nn.Module):
         super()._apply(move, recurse)
         return self
 
+    # Plain pickle brings back no FP8 tensor (torch.save does).
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_buffers": {**self._buffers, "weight_data": self.weight_data.view(torch.uint8)}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._buffers["weight_data"] = self.weight_data.view(E4M3)
+
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         if f"{prefix}weight" in state_dict:
             raise ConvertedError(
