@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from ..config import Fp8Backend
 from ..errors import ConvertedError
 from ..ops.fp8 import E4M3, Quantized, dequantize, fake_quantize, passes
 from . import backends, te
+from .derived import Derived
 from .qat import compute_dtype
 
 
@@ -49,6 +51,7 @@ class Fp8Linear(nn.Module):
         self.register_buffer("infinities", torch.zeros(1, dtype=torch.int64, device=device), persistent=False)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
         self._te = te.TeLinear()
+        self._bf16_bias: Derived[Tensor] = Derived()
 
     @classmethod
     def quantized(cls, linear: nn.Linear, backend: Fp8Backend) -> Fp8Linear:
@@ -87,7 +90,10 @@ class Fp8Linear(nn.Module):
                 )
             if self.backend == "te":
                 return self._te(input, self).to(dtype)
-        return backends.run(self.backend, input, self._quantized(), self.bias, dtype, self.infinities)
+        bias = self.bias
+        if bias is not None and self.backend == "torch":  # whose matrix product takes no other
+            bias = self._bf16_bias.get(bias, functools.partial(bias.to, torch.bfloat16))
+        return backends.run(self.backend, input, self._quantized(), bias, dtype, self.infinities)
 
     def of_heads(self, input: Tensor) -> Tensor:
         """`forward` of an attention output ``[B, H, N, D]``, its heads put side by side: ``[B, N, C_out]``."""

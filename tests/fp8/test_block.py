@@ -14,9 +14,9 @@ from toys import PATCH, SPECIAL, Adapter, Attention, toy_adapter
 
 from lite3r_plugin import AttentionSite, FusedQKV, PreNormBlock, TokenSource, apply_lite3r
 from lite3r_plugin.errors import AdapterError
-from lite3r_plugin.fp8.block import Fp8Block
+from lite3r_plugin.fp8.block import Fp8Block, mlp
 from lite3r_plugin.fp8.linear import Fp8Linear
-from lite3r_plugin.ops.fp8 import naive
+from lite3r_plugin.ops.fp8 import naive, quantize
 from lite3r_plugin.testing import check_adapter
 
 __all__ = ["toy_adapter"]  # the fixture
@@ -155,6 +155,19 @@ def test_equals_the_host(kind: str, scaled: bool, calls: list[str]) -> None:
     assert relative_error(fused, host_forward(model, images())) < 5e-3
     for dtype in (torch.bfloat16, torch.float16):
         assert model.to(dtype)(images().to(dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "swiglu"])
+@pytest.mark.parametrize("rows_at_once", [1, 5, 14])
+@torch.no_grad()
+def test_an_mlp_in_parts(activation: str, rows_at_once: int, calls: list[str]) -> None:
+    up = Fp8Linear.quantized(nn.Linear(DIM, 64), "emulated")
+    down = Fp8Linear.quantized(nn.Linear(32 if activation == "swiglu" else 64, DIM), "emulated")
+    x = quantize(torch.randn(2, 7, DIM))
+    expected = mlp(x, up, down, activation)
+    calls.clear()
+    torch.testing.assert_close(mlp(x, up, down, activation, rows_at_once), expected)
+    assert len([call for call in calls if call != "quantize"]) == -(-14 // rows_at_once)
 
 
 @torch.no_grad()

@@ -68,6 +68,18 @@ class TestPasses:
         x = 3 * random(rows, width, dtype=dtype)
         assert_quantizes(kernels.gelu_quantize(x, approximate), torch.nn.functional.gelu(x.double(), approximate=approximate), other=0.02)
 
+    def test_into_given_tensors(self, rows: int, width: int, dtype: torch.dtype) -> None:
+        x = random(rows, 2 * width, dtype=dtype)
+        for module in (kernels, naive):
+            for op, columns in (("gelu_quantize", width), ("swiglu_quantize", 2 * width)):
+                expected = getattr(module, op)(x[:, :columns])
+                whole = Quantized(torch.zeros(rows + 2, width, device=DEVICE).to(E4M3), torch.zeros(rows + 2, 1, device=DEVICE), dtype)
+                part = Quantized(whole.data[1:-1], whole.scale[1:-1], dtype)
+                assert getattr(module, op)(x[:, :columns], out=part) is part
+                assert torch.equal(dequantize(part), dequantize(expected))
+                assert not whole.data[[0, -1]].float().any()
+                assert not whole.scale[[0, -1]].any()
+
     def test_swiglu(self, rows: int, width: int, dtype: torch.dtype) -> None:
         x = 3 * random(rows, 2 * width, dtype=dtype)
         gate, value = x.double().chunk(2, -1)

@@ -123,14 +123,14 @@ def residual_norm_quantize(
     return total, rows._replace(dtype=total.dtype)
 
 
-def gelu_quantize(x: Tensor, approximate: str = "none", infinities: Tensor | None = None) -> Quantized:
+def gelu_quantize(x: Tensor, approximate: str = "none", infinities: Tensor | None = None, out: Quantized | None = None) -> Quantized:
     """As `naive.gelu_quantize`."""
-    return _launch(x, activation=approximate, infinities=infinities)
+    return _launch(x, activation=approximate, infinities=infinities, out=out)
 
 
-def swiglu_quantize(x: Tensor, infinities: Tensor | None = None) -> Quantized:
+def swiglu_quantize(x: Tensor, infinities: Tensor | None = None, out: Quantized | None = None) -> Quantized:
     """As `naive.swiglu_quantize`."""
-    return _launch(x, activation="swiglu", infinities=infinities)
+    return _launch(x, activation="swiglu", infinities=infinities, out=out)
 
 
 def heads_quantize(x: Tensor, infinities: Tensor | None = None) -> Quantized:
@@ -151,6 +151,7 @@ def _launch(
     activation: str | None = None,
     heads: bool = False,
     infinities: Tensor | None = None,
+    out: Quantized | None = None,
 ) -> Quantized:
     x = x if x.stride(-1) == 1 else x.contiguous()
     if heads:
@@ -161,18 +162,20 @@ def _launch(
         x = x.reshape(-1, x.shape[-1])
         tokens, strides = 1, (0, 0, x.stride(0))
     width, rows = shape[-1], math.prod(shape[:-1])
-    data = torch.empty(shape, device=x.device, dtype=E4M3)
-    scale = torch.empty(*shape[:-1], 1, device=x.device, dtype=torch.float32)
+    if out is None:
+        data, scale = torch.empty(shape, device=x.device, dtype=E4M3), torch.empty(*shape[:-1], 1, device=x.device)
+        out = Quantized(data, scale, x.dtype)
     weight, bias, eps = norm or (None, None, 0.0)
     update, gain, total = residual or (None, None, None)
     if update is not None:
         update = update.reshape(-1, width)
         update = update if update.stride(-1) == 1 else update.contiguous()
     _rows_kernel[(rows,)](
-        x, *(x if p is None else p for p in (update, gain, weight, bias, total)), data, scale, scale if infinities is None else infinities,
+        x, *(x if p is None else p for p in (update, gain, weight, bias, total)),
+        out.data, out.scale, out.scale if infinities is None else infinities,
         tokens, *strides, 0 if update is None else update.stride(0), eps,
         C=width, BLOCK=triton.next_power_of_2(width), HEAD_DIM=dim, RESIDUAL=update is not None, GAIN=gain is not None,
         NORM=norm is not None, WEIGHT=weight is not None, BIAS=bias is not None, ACTIVATION=ACTIVATIONS[activation],
         COUNT=infinities is not None, INTERPRETED=not x.is_cuda, num_warps=warps(width),
     )  # fmt: skip
-    return Quantized(data, scale, x.dtype)
+    return out

@@ -139,17 +139,17 @@ def sum_dtype(x: Tensor, update: Tensor, gain: Tensor | None) -> torch.dtype:
     return dtype if gain is None else torch.promote_types(dtype, gain.dtype)
 
 
-def gelu_quantize(x: Tensor, approximate: str = "none", infinities: Tensor | None = None) -> Quantized:
-    """`torch.nn.functional.gelu` of x ``[..., C]``, then `quantize`."""
+def gelu_quantize(x: Tensor, approximate: str = "none", infinities: Tensor | None = None, out: Quantized | None = None) -> Quantized:
+    """`torch.nn.functional.gelu` of x ``[..., C]``, then `quantize`, into the contiguous tensors of `out` if given."""
     wide = _wide(x)
     activated = _at_limits(wide, F.gelu(wide, approximate=approximate))
-    return quantize(activated, infinities=infinities)._replace(dtype=x.dtype)
+    return _into(out, quantize(activated, infinities=infinities)._replace(dtype=x.dtype))
 
 
-def swiglu_quantize(x: Tensor, infinities: Tensor | None = None) -> Quantized:
-    """``silu(gate) * value`` of x ``[..., 2C] = (gate, value)``, then `quantize`: ``[..., C]``."""
+def swiglu_quantize(x: Tensor, infinities: Tensor | None = None, out: Quantized | None = None) -> Quantized:
+    """``silu(gate) * value`` of x ``[..., 2C] = (gate, value)``, then `quantize`: ``[..., C]``, into `out` if given."""
     gate, value = _wide(x).chunk(2, -1)
-    return quantize(_at_limits(gate, F.silu(gate)) * value, infinities=infinities)._replace(dtype=x.dtype)
+    return _into(out, quantize(_at_limits(gate, F.silu(gate)) * value, infinities=infinities)._replace(dtype=x.dtype))
 
 
 def heads_quantize(x: Tensor, infinities: Tensor | None = None) -> Quantized:
@@ -165,6 +165,14 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0], None
+
+
+def _into(out: Quantized | None, result: Quantized) -> Quantized:
+    if out is None:
+        return result
+    out.data.copy_(result.data)
+    out.scale.copy_(result.scale)
+    return out
 
 
 def _at_limits(x: Tensor, activated: Tensor) -> Tensor:
