@@ -1,6 +1,7 @@
 """Lite3R: sparse-linear attention for feed-forward 3D reconstruction models and other ViT backbones, in one line."""
 
 from .apply import apply_lite3r, convert, lite3r_disabled, remove_lite3r
+from .calibrate import calibrate
 from .checkpoint import load_lite3r, save_lite3r
 from .config import Lite3RConfig
 from .errors import Lite3RError
@@ -23,6 +24,7 @@ __all__ = [
     "TokenSource",
     "__version__",
     "apply_lite3r",
+    "calibrate",
     "convert",
     "describe",
     "hookimpl",

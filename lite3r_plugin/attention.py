@@ -8,6 +8,7 @@ always there, whole, to run the dense model or to be put back.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,6 +78,7 @@ class SparseLinearAttention(nn.Module):
         proj_lin: The ``[D, D]`` map of the linear branch, without bias, shared by all heads, zero at the start
             (absent at sites that stay dense and with ``linear_branch="none"``).
         enabled: False runs the host's own forward.
+        observer: Takes the place of `attend` while it is set, as calibration does to see queries, keys and values.
         calls: What ran so far.
         te_projection: Runs `proj_lin` in TransformerEngine where gradients are wanted, or None.
     """
@@ -90,6 +92,7 @@ class SparseLinearAttention(nn.Module):
         self.state = state
         self.sparse = sparse
         self.enabled = True
+        self.observer: Callable[[SparseLinearAttention, Heads], Tensor] | None = None
         self.calls = CallCounts()
         self.argument_names = tuple(inspect.signature(host.forward).parameters)
         self.te_projection: Any = None
@@ -134,34 +137,44 @@ class SparseLinearAttention(nn.Module):
 
     def attend(self, heads: Heads) -> Tensor:
         """Attention over the site's tokens. Returns ``[B, H, N, D]``."""
+        if self.observer is not None:
+            return self.observer(self, heads)
         config, (batch, num_heads, tokens, dim) = self.state.config, heads.v.shape
         if self.sparse and config.backend == "triton":
             use_triton("triton", heads.v)  # raises also where this length runs dense
         proj = self._projection()
-        layout = self._layout(tokens)
-        pinned = pinned_tokens(layout, config.keep_special_tokens, config.keep_reference_view) if layout is not None else 0
-        share = density(tokens, self.keep_ratio, pinned, config.block_q, config.block_k)
+        share = density(tokens, self.keep_ratio, self._pinned(self._layout(tokens)), config.block_q, config.block_k)
         if config.dense_below is None:
             pays = sparse_pays(heads.v.device, tokens, batch * num_heads, dim, share)
         else:
             pays = tokens >= config.dense_below
         if self.keep_ratio == 1 or not pays:
             self._count("dense")
-            q, k = self._finished(heads)
-            out = F.scaled_dot_product_attention(q, k, heads.v, scale=heads.scale)
-            if proj is not None and self.keep_ratio == 1 and config.linear_branch == "all":
-                out = out + linear_attention(q, k, heads.v, proj=proj, feature_map=config.feature_map)
-            return out
+            return self.dense(heads, proj if self.keep_ratio == 1 and config.linear_branch == "all" else None)
         self._count("sparse", share)
-        in_te = self.te_projection is not None and proj is not None and torch.is_grad_enabled()
-        out = sparse_linear_attention(
+        if self.te_projection is not None and proj is not None and torch.is_grad_enabled():
+            return self.sparse_linear(heads, None) + self._branch_in_te(heads)
+        return self.sparse_linear(heads, proj)
+
+    def dense(self, heads: Heads, proj: Tensor | None = None) -> Tensor:
+        """Attention of all tokens to all, plus the linear branch over all of them through `proj`, if there is one."""
+        q, k = self._finished(heads)
+        out = F.scaled_dot_product_attention(q, k, heads.v, scale=heads.scale)
+        if proj is not None:
+            out = out + linear_attention(q, k, heads.v, proj=proj, feature_map=self.state.config.feature_map)
+        return out
+
+    def sparse_linear(self, heads: Heads, proj: Tensor | None) -> Tensor:
+        """Sparse attention as configured, plus the linear branch through `proj`, if there is one, whatever pays."""
+        config, layout = self.state.config, self._layout(heads.v.shape[-2])
+        return sparse_linear_attention(
             heads.q, heads.k, heads.v,
             q_norm=heads.q_norm, k_norm=heads.k_norm, positions=heads.positions, rope_base=heads.rope_base, scale=heads.scale,
-            keep_ratio=self.keep_ratio, order=None if layout is None else order_for(layout, heads.v.device), pinned_tokens=pinned,
-            linear="none" if in_te else config.linear_branch, feature_map=config.feature_map, proj=None if in_te else proj,
-            block_means=config.block_means, block_q=config.block_q, block_k=config.block_k, backend=config.backend,
+            keep_ratio=self.keep_ratio, order=None if layout is None else order_for(layout, heads.v.device),
+            pinned_tokens=self._pinned(layout), linear="none" if proj is None else config.linear_branch, proj=proj,
+            feature_map=config.feature_map, block_means=config.block_means,
+            block_q=config.block_q, block_k=config.block_k, backend=config.backend,
         )  # fmt: skip
-        return out + self._branch_in_te(heads) if in_te else out
 
     @property
     def keep_ratio(self) -> float:
@@ -195,6 +208,10 @@ class SparseLinearAttention(nn.Module):
         if not self.sparse or self.site.tokens is None:
             return None
         return self.state.trackers[self.site.tokens.image_module].layout(self.site.fqn, tokens)
+
+    def _pinned(self, layout: TokenLayout | None) -> int:
+        config = self.state.config
+        return pinned_tokens(layout, config.keep_special_tokens, config.keep_reference_view) if layout is not None else 0
 
     def _finished(self, heads: Heads) -> tuple[Tensor, Tensor]:
         dtype = heads.v.dtype

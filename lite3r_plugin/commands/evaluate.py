@@ -87,14 +87,14 @@ def evaluate(
         for scene in found:
             for draw in range(draws):
                 bar.update(task, advance=1, description=f"{scene.name}, dense and with Lite3R")
-                sample = _sample(entry, scene, pick_views(scene, views, rule.value, seed + 1_000_003 * draw))
-                images = _inputs(entry, sample).to(where)
+                sample = sample_views(entry, scene, pick_views(scene, views, rule.value, seed + 1_000_003 * draw))
+                images = model_inputs(entry, sample).to(where)
                 with lite3r_disabled(net):
                     dense = _run.run_model(entry, net, images, number).prediction
                 run = _run.run_model(entry, net, images, number)
                 densities.append(1.0 if run.density is None else run.density)
-                comparison.add(_reference(sample), {DENSE: _geometry(dense), LITE3R: _geometry(run.prediction)})
-                teacher.append(fidelity(_geometry(run.prediction), _geometry(dense)))
+                comparison.add(reference_of(sample), {DENSE: geometry(dense), LITE3R: geometry(run.prediction)})
+                teacher.append(fidelity(geometry(run.prediction), geometry(dense)))
         bar.update(task, advance=1)
 
     if weights == RANDOM:
@@ -121,7 +121,7 @@ def evaluate(
         say(f"wrote {json_path}")
 
 
-def _sample(entry: ModelEntry, scene: Scene, indices: list[int]) -> Views:
+def sample_views(entry: ModelEntry, scene: Scene, indices: list[int]) -> Views:
     """The views at the size that the model makes of the first image, cut and resized with exact cameras and depth."""
     from ..data.files import read_image
 
@@ -134,7 +134,7 @@ def _sample(entry: ModelEntry, scene: Scene, indices: list[int]) -> Views:
     return sample.relative()
 
 
-def _inputs(entry: ModelEntry, sample: Views) -> Tensor:
+def model_inputs(entry: ModelEntry, sample: Views) -> Tensor:
     inputs = entry.preprocess(_pictures(sample.images))
     if inputs.shape[-2:] != sample.images.shape[-2:]:
         raise InputError(
@@ -151,7 +151,7 @@ def _pictures(images: Tensor) -> list[Any]:
     return [Image.fromarray((x.permute(1, 2, 0) * 255).round().byte().numpy()) for x in images]
 
 
-def _reference(sample: Views) -> Geometry:
+def reference_of(sample: Views) -> Geometry:
     from ..metrics import Geometry
 
     assert sample.world_to_camera is not None  # `_sample` refuses views without cameras
@@ -159,7 +159,7 @@ def _reference(sample: Views) -> Geometry:
     return Geometry(sample.depth, sample.world_to_camera, sample.intrinsics, sample.valid)
 
 
-def _geometry(prediction: Prediction) -> Geometry:
+def geometry(prediction: Prediction) -> Geometry:
     from ..metrics import Geometry
 
     return Geometry(prediction.depth, prediction.world_to_camera, prediction.intrinsics)

@@ -52,20 +52,23 @@ class Geometry:
 
 @dataclass(frozen=True)
 class SceneMetrics(Record):
-    """All measures of one scene; depth and points are None where the reference has cameras alone."""
+    """All measures of one scene; depth and points are None where the reference has cameras alone, points where they were left out."""
 
     depth: DepthMetrics | None
     pose: PoseMetrics
     points: PointMetrics | None
 
 
-def scene_metrics(predicted: Geometry, reference: Geometry, threshold: float | None = None, max_points: int = 100_000) -> SceneMetrics:
+def scene_metrics(
+    predicted: Geometry, reference: Geometry, threshold: float | None = None, max_points: int = 100_000, points: bool = True
+) -> SceneMetrics:
     """Compare a reconstruction with the truth at the reference's valid pixels.
 
     Args:
         predicted: At the size of the reference; its own mask is not used.
         reference: What is known of the scene.
         threshold, max_points: As in `point_metrics`.
+        points: Whether to measure points, which takes longest.
 
     Raises:
         InputError: the two do not fit together, or nothing can be compared.
@@ -75,7 +78,9 @@ def scene_metrics(predicted: Geometry, reference: Geometry, threshold: float | N
     return SceneMetrics(
         depth_metrics(predicted.depth, reference.depth, reference.valid),
         pose_metrics(predicted.world_to_camera, reference.world_to_camera),
-        point_metrics(predicted.points(), reference.points(), reference.valid, threshold=threshold, max_points=max_points),
+        point_metrics(predicted.points(), reference.points(), reference.valid, threshold=threshold, max_points=max_points)
+        if points
+        else None,
     )
 
 

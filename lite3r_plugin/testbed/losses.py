@@ -26,12 +26,13 @@ class TrainingModel(nn.Module):
         self.matchers = nn.ModuleList(nn.Linear(2 * model.config.dim, feature_dim) for _ in self.taps)
         self.log_scale = nn.Parameter(torch.full((len(self.taps),), 2.3))
 
-    def forward(self, batch: Batch, match_weight: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: Batch, match_weight: float, camera_weight: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
         """The total loss, and its parts detached.
 
         Args:
             batch: A sample of `lite3r_plugin.scenes.ProcScenes`.
             match_weight: Weight of the correspondence loss.
+            camera_weight: Weight of the losses of rotation and translation.
         """
         outputs, fine = self.model.aggregator(batch["rgb"])
         predicted = self.model.decode(outputs, fine)
@@ -46,7 +47,7 @@ class TrainingModel(nn.Module):
                 for tap, matcher, log_scale in zip(self.taps, self.matchers, self.log_scale, strict=True)
             ]
             losses["match"] = torch.stack(match).mean()
-            total = losses["depth"] + losses["points"] + losses["rotation"] + losses["translation"] + losses["fov"]
+            total = losses["depth"] + losses["points"] + camera_weight * (losses["rotation"] + losses["translation"]) + losses["fov"]
             total = total + 0.1 * losses["confidence"] + match_weight * losses["match"]
         return total, {"total": total.detach()} | {name: value.detach() for name, value in losses.items()}
 

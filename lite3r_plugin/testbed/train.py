@@ -12,7 +12,6 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,83 +21,15 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, InputError
 from ..files import replacing, write_atomically
-from ..scenes import ARCS, ProcScenes, TextureBank
+from ..scenes import ProcScenes, TextureBank
 from .evaluate import evaluate
 from .losses import Batch, TrainingModel
-from .model import WEIGHTS_NAME, Testbed, TestbedConfig
+from .model import WEIGHTS_NAME, Testbed
+from .optimizers import make_optimizers
+from .settings import CURRICULUM, SMOKE, SMOKE_MODEL, VIEWS_PER_SCENE, Stage, TrainingConfig
 
 STATE_NAME = "training.pt"
 METRICS_NAME = "metrics.json"
-VIEWS_PER_SCENE = 8
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A part of the curriculum, in which all shapes are fixed.
-
-    Attributes:
-        until: Share of the run's time at which it ends.
-        size: Height and width of the images in pixels.
-        views: Views of a sample; steps take turns. Divisors of `VIEWS_PER_SCENE`.
-        arcs: Angles in radians over which the cameras of a scene spread.
-    """
-
-    until: float
-    size: int
-    views: tuple[int, ...]
-    arcs: tuple[float, ...] = ARCS
-
-
-CURRICULUM = (
-    Stage(until=0.15, size=112, views=(4,), arcs=ARCS[:3]),
-    Stage(until=0.68, size=112, views=(4, 8)),
-    Stage(until=1.0, size=224, views=(4, 8)),
-)
-SMOKE = (Stage(until=0.5, size=32, views=(4,)), Stage(until=1.0, size=48, views=(8,)))
-SMOKE_MODEL = TestbedConfig(dim=64, depth=2, stem=16)
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """Settings of a run.
-
-    Attributes:
-        out: Folder for the weights, the state to resume from, and the metrics.
-        minutes: Length of the run, compilation and evaluation included.
-        resume: Folder of an earlier run to start from.
-        views_per_step: Views of a batch at 112 x 112 pixels; at other sizes as many as have the same number of pixels.
-        learning_rate, weight_decay, warmup: Of AdamW; warm-up in steps.
-        match_weight: Weight of the correspondence loss; a third of it in the last third of the run.
-        skip_stages: Stages of the curriculum to leave out, from the first.
-        textures, seed: Size of the texture bank, and seed of everything.
-        evaluation_scenes: Held-out scenes, each of four views.
-        log_every, evaluate_every: In seconds.
-        compile: Compile the model and the renderer.
-        smoke: A run of seconds with a tiny model, to see that everything works; `max_steps` ends it.
-        max_steps: End after so many steps, if given.
-    """
-
-    out: Path
-    minutes: float = 8.0
-    resume: Path | None = None
-    views_per_step: int = 384
-    learning_rate: float = 8e-4
-    weight_decay: float = 0.05
-    warmup: int = 400
-    match_weight: float = 0.2
-    skip_stages: int = 0
-    textures: int = 384
-    seed: int = 0
-    evaluation_scenes: int = 64
-    log_every: float = 20.0
-    evaluate_every: float = 75.0
-    compile: bool = True
-    smoke: bool = False
-    max_steps: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.minutes <= 0 or (self.views_per_step % (12 * VIEWS_PER_SCENE) and not self.smoke):
-            raise ConfigError(f"minutes > 0 and views_per_step a multiple of {12 * VIEWS_PER_SCENE} are needed, got {self}")
 
 
 class Trainer:
@@ -114,9 +45,7 @@ class Trainer:
         rank = self.accelerator.process_index
         torch.manual_seed(config.seed)
         torch._dynamo.config.recompile_limit = 64  # the default is fewer than the shapes of the curriculum
-        self.stages = (SMOKE if config.smoke else CURRICULUM)[config.skip_stages :]
-        if not self.stages:
-            raise ConfigError(f"skip_stages leaves no stage of {len(CURRICULUM)}, got {config.skip_stages}")
+        self.stages = [(SMOKE if config.smoke else CURRICULUM)[i - 1] for i in sorted(set(config.stages))]
         state = _read_state(config.resume) if config.resume else None
         if config.resume and state is None:
             self.model = TrainingModel(Testbed.from_pretrained(config.resume).train())
@@ -130,11 +59,10 @@ class Trainer:
                 module.compile(dynamic=False)
             bed.depth_head.compile(dynamic=False)
             bed.point_head.compile(dynamic=False)
-        fused = self.device.type == "cuda"
-        optimizer = torch.optim.AdamW(_groups(self.model, config.weight_decay), config.learning_rate, (0.9, 0.95), fused=fused)
-        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        self.wrapped, *self.optimizers = self.accelerator.prepare(self.model, *make_optimizers(self.model, config, self.device))
         if state is not None:
-            self.optimizer.load_state_dict(state["optimizer"])
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
         size = 32 if config.smoke else 128
         bank = TextureBank.procedural(12 if config.smoke else config.textures, size, self.device, seed=config.seed)
         # Every process has its own scenes; a resumed run goes on with new ones where it knows how far the earlier one was.
@@ -143,6 +71,8 @@ class Trainer:
         self.eager_scenes = ProcScenes(bank, self.device, seed)
         self.held_out = self._held_out()
         self.history: list[dict[str, Any]] = []
+        self._rendered: tuple[Stage, Batch] | None = None
+        self._uses = 0
 
     def run(self) -> dict[str, Any]:
         """Train until the time is up. Returns the final metrics, which are also written."""
@@ -152,7 +82,7 @@ class Trainer:
         stage = None
         self._say(f"{sum(p.numel() for p in self.model.model.parameters()) / 1e6:.1f} M parameters on {self.device}")
         while (progress := self._progress()) < 1 and self.step != self.config.max_steps:
-            current = next(s for s in self.stages if progress < s.until)
+            current = self._stage(progress)
             if current is not stage:
                 stage = current
                 self._say(f"stage: {stage.size} px, {stage.views} views, arcs {stage.arcs}")
@@ -192,26 +122,42 @@ class Trainer:
         out = self.config.out
         out.mkdir(parents=True, exist_ok=True)
         self.model.model.save_pretrained(out)
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
+        state = {"model": self.model.state_dict(), "step": self.step}
+        state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
         with replacing(out / STATE_NAME) as part:
             torch.save(state, part)
         metrics = {"steps": self.step, "seconds": round(self._elapsed(), 1), "history": self.history}
         write_atomically(out / METRICS_NAME, json.dumps(metrics, indent=2) + "\n")
 
     def _train_step(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._rate(progress)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self._rate(progress)
         match_weight = self.config.match_weight / (1 if progress < 2 / 3 else 3)
-        loss, losses = self.wrapped(batch, match_weight)
+        loss, losses = self.wrapped(batch, match_weight, self.config.camera_weight)
         self.accelerator.backward(loss)
         self.accelerator.clip_grad_norm_(self.wrapped.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return losses
 
     def _batch(self, stage: Stage) -> Batch:
-        """New scenes, all of `VIEWS_PER_SCENE` views for one shape of the renderer, then cut into samples."""
+        """Views of scenes in samples: new scenes, or the last ones in another order, so with another view as the world."""
+        if self._rendered is None or self._rendered[0] is not stage or self._uses == self.config.replay:
+            self._rendered, self._uses = (stage, self._new_scenes(stage)), 0
+        self._uses += 1
+        scenes = self._rendered[1]
+        order = torch.rand(scenes["ok"].shape, device=self.device).argsort(1)
+        row = torch.arange(len(order), device=self.device)[:, None]
+        views = stage.views[self.step % len(stage.views)]
+        batch = {k: x[row, order].reshape(-1, views, *x.shape[2:]) for k, x in scenes.items()}
+        gain = 1 + 0.1 * (torch.rand(*batch["rgb"].shape[:3], 1, 1, device=self.device) - 0.5)
+        return batch | {"rgb": (batch["rgb"] * gain).clamp(0, 1)}
+
+    def _new_scenes(self, stage: Stage) -> Batch:
+        """New scenes, all of `VIEWS_PER_SCENE` views for one shape of the renderer."""
         if self.config.smoke:
             count, chunk = 1, VIEWS_PER_SCENE
         else:
@@ -225,8 +171,7 @@ class Trainer:
             self._say(f"the renderer does not compile here and goes on uncompiled: {str(error).strip().splitlines()[-1][:200]}")
             self.scenes = self.eager_scenes
             sample = self._render(self.scenes, count, chunk, stage)
-        views = stage.views[self.step % len(stage.views)]
-        return {k: sample[k].reshape(-1, views, *sample[k].shape[2:]) for k in ("rgb", "depth", "valid", "ok", "K", "w2c")}
+        return {k: sample[k] for k in ("rgb", "depth", "valid", "ok", "K", "w2c")}
 
     def _render(self, scenes: ProcScenes, count: int, chunk: int, stage: Stage) -> dict[str, Tensor]:
         scenes.sampler.arcs, scenes.max_views_per_chunk = stage.arcs, chunk
@@ -241,7 +186,7 @@ class Trainer:
         samples = {}
         for size in {s.size for s in self.stages}:
             scenes = ProcScenes(bank, self.device, seed=88_888, max_views_per_chunk=32)
-            samples[size] = scenes(count, 4, size, size)
+            samples[size] = scenes(count, VIEWS_PER_SCENE, size, size)
         return samples
 
     def _evaluate(self, size: int) -> None:
@@ -254,6 +199,13 @@ class Trainer:
     def _rate(self, progress: float) -> float:
         warm = min(1.0, (self.step + 1) / self.config.warmup)
         return self.config.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+    def _stage(self, progress: float) -> Stage:
+        left = progress * sum(stage.share for stage in self.stages)
+        for stage in self.stages[:-1]:
+            if (left := left - stage.share) < 0:
+                return stage
+        return self.stages[-1]
 
     def _elapsed(self) -> float:
         return time.monotonic() - self.started
@@ -268,16 +220,6 @@ class Trainer:
 
     def _say(self, text: str) -> None:
         self.accelerator.print(f"[{self._elapsed():6.1f} s] {text}", flush=True)
-
-
-def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weights of linear maps and convolutions decay; biases, norms, gains and tokens do not."""
-    decays = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
-    parameters = list(model.parameters())
-    return [
-        {"params": [p for p in parameters if id(p) in decays], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if id(p) not in decays], "weight_decay": 0.0},
-    ]
 
 
 def _read_state(directory: Path) -> dict[str, Any] | None:
@@ -308,7 +250,9 @@ def parse(arguments: Sequence[str] | None = None) -> TrainingConfig:
     parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
     parser.add_argument("--warmup", type=int, default=defaults.warmup, help="steps")
     parser.add_argument("--match-weight", type=float, default=defaults.match_weight, help="weight of the correspondence loss")
-    parser.add_argument("--skip-stages", type=int, default=0, help="stages of the curriculum to leave out, from the first")
+    parser.add_argument("--camera-weight", type=float, default=defaults.camera_weight, help="weight of the camera losses")
+    parser.add_argument("--replay", type=int, default=defaults.replay, help="steps that one batch of rendered scenes serves")
+    parser.add_argument("--stages", type=int, nargs="+", default=defaults.stages, help="stages of the curriculum to run, from 1")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-steps", type=int, help="end after so many steps")
     parser.add_argument("--no-compile", dest="compile", action="store_false")

@@ -76,3 +76,17 @@ def test_sorting_keeps_what_belongs_together():
 @pytest.mark.parametrize("keypoints", [0, 1])
 def test_few_keypoints_can_be_sorted(keypoints):
     assert morton_order(torch.ones(1, keypoints, 2)).shape == (1, keypoints)
+
+
+def test_fp8_is_rounded_and_undone() -> None:
+    """Inside, Linears see FP8 weights and inputs; outside, the model is bit for bit what it was."""
+    evaluate = pytest.importorskip("evaluate", reason="needs the extra 'evaluate'")
+    model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(32, 64))
+    x = torch.randn(5, 64)
+    before, weight = model(x), model[0].weight.detach().clone()
+    with evaluate.fp8_linears(model), torch.no_grad():
+        error = (model[0](x) - torch.nn.functional.linear(x, weight, model[0].bias)).norm() / before.norm()
+        assert 0 < error < 0.1
+        assert not torch.equal(model[0].weight, weight)
+    assert torch.equal(model(x), before)
+    assert isinstance(model[0].weight, torch.nn.Parameter)

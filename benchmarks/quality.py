@@ -1,0 +1,276 @@
+"""What each way of approximating attention costs in quality, over data sets, numbers of views and keep ratios.
+
+    python benchmarks/quality.py --small                                    # a CPU and three minutes
+    python benchmarks/quality.py --device cuda --data 7scenes:PATH --data dtu-idr:PATH --data strecha:PATH
+
+Writes every measure of every scene to a JSON file and the tables to a Markdown file. Results are stored after every variant, and
+a run that is started again with the same options goes on where it ended. `--model` takes any model that `lite3r adapters` lists.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import quality_report
+import torch
+from torch import Tensor, nn
+
+import lite3r_plugin
+from lite3r_plugin import attention
+from lite3r_plugin.calibrate import calibrate
+from lite3r_plugin.commands._run import choose_device, choose_dtype, quiet, run_model
+from lite3r_plugin.commands.evaluate import geometry, model_inputs, reference_of, sample_views
+from lite3r_plugin.commands.reconstruct import find_entry
+from lite3r_plugin.data import Scene, open_scenes, pick_views
+from lite3r_plugin.files import write_atomically
+from lite3r_plugin.layout import TokenLayout
+from lite3r_plugin.metrics import Geometry, constant_geometry, fidelity, scene_metrics
+from lite3r_plugin.reconstruction import ModelEntry
+
+HERE = Path(__file__).parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One way to run the model: a row of the table.
+
+    Attributes:
+        name: Of the method.
+        keep_ratio: 1 for the dense model.
+        fields: Of `Lite3RConfig`.
+        calibrated: Fit the linear branch to training scenes first.
+        raster: Blocks of tokens in raster order instead of tiles.
+    """
+
+    name: str
+    keep_ratio: float = 1.0
+    fields: tuple[tuple[str, Any], ...] = ()
+    calibrated: bool = False
+    raster: bool = False
+
+    @property
+    def key(self) -> str:
+        """Name and keep ratio."""
+        return self.name if self.keep_ratio == 1 else f"{self.name} {self.keep_ratio}"
+
+
+def variants(keep_ratios: Sequence[float], order_ratio: float) -> list[Variant]:
+    """All rows; the order of tokens and what is pinned are varied at `order_ratio` alone."""
+    rows = [Variant("dense")]
+    for keep in keep_ratios:
+        sparse, means = (("linear_branch", "none"), ("block_means", False)), (("linear_branch", "none"), ("block_means", True))
+        rows += [
+            Variant("sparse", keep, sparse),
+            Variant("sparse + linear, all", keep, (("linear_branch", "all"), ("block_means", False)), calibrated=True),
+            Variant("sparse + linear, marginal", keep, (("linear_branch", "marginal"), ("block_means", False)), calibrated=True),
+            Variant("sparse + means", keep, means),
+            Variant("sparse + means + linear, all", keep, (("linear_branch", "all"), ("block_means", True)), calibrated=True),
+            Variant("sparse + means + linear, marginal", keep, (("linear_branch", "marginal"), ("block_means", True)), calibrated=True),
+        ]
+        if keep == order_ratio:
+            rows += [
+                Variant("sparse, raster order", keep, sparse, raster=True),
+                Variant("sparse + means, raster order", keep, means, raster=True),
+                Variant("sparse, reference view not pinned", keep, (*sparse, ("keep_reference_view", False))),
+                Variant("sparse, nothing pinned", keep, (*sparse, ("keep_reference_view", False), ("keep_special_tokens", False))),
+                Variant("sparse + means, reference view not pinned", keep, (*means, ("keep_reference_view", False))),
+            ]
+    return rows
+
+
+def raster_order(layout: TokenLayout, device: torch.device) -> Tensor:
+    """As `lite3r_plugin.layout.token_order`, but patches row by row."""
+    token = torch.arange(layout.views * layout.tokens_per_view, device=device, dtype=torch.int32).view(layout.views, -1)
+    return torch.cat((token[:, : layout.special_tokens].flatten(), token[:, layout.special_tokens :].flatten()))
+
+
+class Bench:
+    """The model and how it is run."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.device = choose_device(args.device)
+        self.dtype = choose_dtype(args.dtype, self.device)
+        self.entry: ModelEntry = find_entry(args.model)
+        with quiet():
+            self.model: nn.Module = self.entry.build(args.weights, self.device)
+        self.args = args
+        self.projections: dict[str, dict[str, Tensor]] = {}
+        self.training: list[Tensor] | None = None
+
+    @contextlib.contextmanager
+    def running(self, variant: Variant) -> Iterator[None]:
+        """The model as `variant`."""
+        if variant.keep_ratio == 1:
+            yield
+            return
+        lite3r_plugin.apply_lite3r(self.model, keep_ratio=variant.keep_ratio, dense_below=0, **dict(variant.fields))
+        order = mock.patch.object(attention, "order_for", raster_order) if variant.raster else contextlib.nullcontext()
+        try:
+            with order:
+                if variant.calibrated:
+                    self._calibrated(variant)
+                yield
+        finally:
+            lite3r_plugin.remove_lite3r(self.model)
+
+    def run(self, inputs: Tensor) -> tuple[Geometry, float]:
+        """The prediction for ``[S, 3, H, W]``, and the density."""
+        run = run_model(self.entry, self.model, inputs.to(self.device), self.dtype)
+        return geometry(run.prediction), 1.0 if run.density is None else run.density
+
+    def _calibrated(self, variant: Variant) -> None:
+        """Fit once a variant, on scenes with other textures than any that is evaluated."""
+        sites = {fqn: m for fqn, m in attention_modules(self.model).items() if "proj_lin" in m._modules}
+        if variant.key not in self.projections:
+            if self.training is None:
+                views = min(8, *self.args.views)
+                scenes = open_scenes(f"procedural:scenes={self.args.calibration},views={views},seed=7,{self.rendering}", None)
+                self.training = [model_inputs(self.entry, sample_views(self.entry, scene, range(views))) for scene in scenes]
+            entry, autocast = self.entry, torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+            wrapped = _Predict(entry, self.model)
+            with autocast, quiet():
+                report = calibrate(wrapped, (x.to(self.device) for x in self.training))
+            say(str(report))
+            self.projections[variant.key] = {fqn: m.proj_lin.weight.detach().clone() for fqn, m in sites.items()}
+        with torch.no_grad():
+            for fqn, weight in self.projections[variant.key].items():
+                sites[fqn].proj_lin.weight.copy_(weight)
+
+    @property
+    def rendering(self) -> str:
+        """Option of procedural scenes: where they are rendered."""
+        return f"device={self.device.type}"
+
+
+class _Predict(nn.Module):
+    """A model whose forward is how the command line runs it."""
+
+    def __init__(self, entry: ModelEntry, model: nn.Module) -> None:
+        super().__init__()
+        self.entry, self.model = entry, model
+
+    def forward(self, images: Tensor) -> object:
+        return self.entry.predict(self.model, images)
+
+
+def attention_modules(model: nn.Module) -> dict[str, attention.SparseLinearAttention]:
+    """The swapped-in modules."""
+    return {fqn: m for fqn, m in model.named_modules() if isinstance(m, attention.SparseLinearAttention)}
+
+
+def measures(predicted: Geometry, reference: Geometry, teacher: Geometry | None) -> dict[str, float | None]:
+    """One scene, flat: the measures that `quality_report` prints, and more."""
+    scores = scene_metrics(predicted, reference, points=False)
+    row = {f"pose.{name}": value for name, value in dataclasses.asdict(scores.pose).items()}
+    if scores.depth is not None:
+        row |= {f"depth.{name}": getattr(scores.depth, name) for name in ("abs_rel", "rmse", "delta1", "delta2", "delta3")}
+    if teacher is not None:
+        near = fidelity(predicted, teacher)
+        row |= {f"teacher.{name}": value for name, value in dataclasses.asdict(near).items()}
+    return {name: value if math.isfinite(value) else None for name, value in row.items()}
+
+
+def scenes_of(spec: str, views: int, draws: int) -> list[tuple[Scene, list[int]]]:
+    """Draws of views from all scenes that have enough."""
+    found = open_scenes(spec)
+    enough = [scene for scene in found if len(scene) >= views]
+    return [(scene, pick_views(scene, views, "spread", 1_000_003 * draw)) for draw in range(draws) for scene in enough]
+
+
+def evaluate(bench: Bench, store: dict[str, Any], data: str, views: int, rows: Sequence[Variant], save: Any) -> None:
+    """All `rows` on one data set with one number of views, into ``store["groups"]``."""
+    group = store["groups"].setdefault(f"{data.partition(':')[0]}/{views}", {"data": data, "views": views, "rows": {}})
+    if all(row.key in group["rows"] for row in rows):
+        return
+    spec = f"{data},views={views}" if data.startswith("procedural:") else data
+    drawn = scenes_of(spec, views, 1 if data.startswith("procedural:") else bench.args.draws)
+    samples = [sample_views(bench.entry, scene, indices) for scene, indices in drawn]
+    references = [reference_of(sample) for sample in samples]
+    inputs = [model_inputs(bench.entry, sample) for sample in samples]
+    teachers: list[Geometry | None] = [None] * len(samples)
+    group["sets"] = len(samples)
+    if samples:
+        group["size"] = list(inputs[0].shape[-2:])
+    with ThreadPoolExecutor(bench.args.workers) as pool:
+        for row in rows:
+            if row.key in group["rows"] and row.keep_ratio != 1:
+                continue
+            with bench.running(row):
+                results = [bench.run(x) for x in inputs]
+            predicted = [prediction for prediction, _ in results]
+            if row.keep_ratio == 1:
+                teachers = list(predicted)
+                constants = [constant_geometry(reference) for reference in references]
+                scored = list(pool.map(measures, constants, references, [None] * len(samples)))
+                group["rows"]["constant"] = {"density": None, "scenes": scored}
+            scored = list(pool.map(measures, predicted, references, teachers))
+            density = sum(d for _, d in results) / max(len(results), 1)
+            group["rows"][row.key] = {"density": density, "keep_ratio": row.keep_ratio, "scenes": scored}
+            save()
+            say(f"{data} {views} views: {row.key}")
+
+
+def say(text: str) -> None:
+    """To standard error, so that progress and results do not mix."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def parse() -> argparse.Namespace:
+    """Options; `--small` changes the defaults."""
+    small = "--small" in sys.argv
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="few procedural scenes, one number of views, one keep ratio")
+    parser.add_argument("--model", default="testbed")
+    parser.add_argument("--weights", help="a file or a Hub id; by default the model's own")
+    parser.add_argument("--data", action="append", default=[], help="LAYOUT:PATH, beside procedural scenes; may be repeated")
+    parser.add_argument("--scenes", type=int, default=4 if small else 24, help="procedural scenes")
+    parser.add_argument("--calibration", type=int, default=4 if small else 16, help="procedural scenes that the linear branch is fitted to")
+    parser.add_argument("--draws", type=int, default=6, help="sets of views from each real scene")
+    parser.add_argument("--views", type=int, nargs="+", default=[8] if small else [8, 16, 32])
+    parser.add_argument("--keep-ratios", type=float, nargs="+", default=[0.25] if small else [0.5, 0.25, 0.125])
+    parser.add_argument("--device", default="cpu" if small else "auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--workers", type=int, default=2 if small else 8, help="threads that measure")
+    parser.add_argument("--json", type=Path, default=HERE / "results" / ("quality_small.json" if small else "quality.json"))
+    parser.add_argument("--markdown", type=Path, default=HERE / ("results/quality_small.md" if small else "quality.md"))
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure what is not there yet, then write the tables."""
+    args = parse()
+    bench = Bench(args)
+    gpu = torch.cuda.get_device_name(bench.device) if bench.device.type == "cuda" else "CPU"
+    conditions = {
+        "model": args.model, "weights": args.weights or "default", "device": gpu, "dtype": str(bench.dtype).removeprefix("torch."),
+        "torch": torch.__version__, "lite3r_plugin": lite3r_plugin.__version__, "calibration": args.calibration,
+        "blocks": "128 x 64", "rule": "spread",
+    }  # fmt: skip
+    store: dict[str, Any] = {"conditions": conditions, "groups": {}}
+    if args.json.exists() and (old := json.loads(args.json.read_text())).get("conditions") == conditions:
+        store = old
+
+    def save() -> None:
+        write_atomically(args.json, json.dumps(store, indent=None, separators=(",", ":"), allow_nan=False) + "\n")
+
+    rows = variants(args.keep_ratios, args.keep_ratios[len(args.keep_ratios) // 2])
+    for views in args.views:
+        for data in (f"procedural:scenes={args.scenes},seed=1,{bench.rendering}", *args.data):
+            evaluate(bench, store, data, views, rows, save)
+    save()
+    write_atomically(args.markdown, quality_report.markdown(store, f"results/{args.json.name}"))
+    say(f"wrote {args.json} and {args.markdown}")
+
+
+if __name__ == "__main__":
+    main()
