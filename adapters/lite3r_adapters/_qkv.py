@@ -78,7 +78,7 @@ def pre_norm_block(fqn: str, block: Any, positions: str) -> PreNormBlock | None:
     plain = (
         {"norm1", "attn", "norm2", "mlp"} <= parts.keys() <= _BLOCK_CHILDREN
         and not list(block.parameters(recurse=False))
-        and set(inspect.signature(block.forward).parameters) <= {"x", "attn_bias", "attn_mask", positions}
+        and set(inspect.signature(block.forward).parameters) <= {"x", "x_or_x_list", "attn_bias", "attn_mask", positions}
     )
     if not plain:
         return None
