@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -112,3 +114,15 @@ def test_fusing_never_makes_it_pay_less(gpu, tokens: int) -> None:
     gpu(9, 0)
     for outputs in (256, 1024, 3072, 4096):
         assert fp8_pays(CUDA, tokens, 1024, outputs, fused=True) >= fp8_pays(CUDA, tokens, 1024, outputs, fused=False)
+
+
+def test_nothing_that_was_measured_slower_is_said_to_pay(gpu) -> None:
+    gpu(9, 0)
+    results = Path(__file__).parents[2] / "benchmarks" / "results" / "h100_fp8.json"
+    paying = 0
+    for record in json.loads(results.read_text())["linears"]:
+        for name, fused in (("fp8 fused", True), ("fp8", False)):
+            pays = fp8_pays(CUDA, record["tokens"], record["inputs"], record["outputs"], fused=fused)
+            assert not pays or record["ms"][name] < record["ms"]["bf16"], (record, name)
+            paying += pays
+    assert paying >= 14
