@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 from numerics import assert_as_accurate, relative_error
-from torch import Tensor
+from torch import Tensor, nn
 
+from lite3r_plugin import AttentionSite, Lite3RConfig, Routed
+from lite3r_plugin.attention import ModelState, SparseLinearAttention
+from lite3r_plugin.heads import Heads
 from lite3r_plugin.ops.qk_norm_rope import NO_NORM, HeadNorm
 from lite3r_plugin.ops.sla import operator
 
@@ -125,6 +128,17 @@ def test_gradients_at_the_edges(pinned_tokens: int, keep_ratio: float, branch: A
 def test_only_what_is_asked_for(learns: tuple[str, ...], branch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = some_arguments(LENGTHS[-1], 32, torch.float32, branch, norm="layer")
     assert_gradients(arguments, monkeypatch, [name in learns for name in NAMES])
+
+
+def test_norms_learn_where_a_site_runs_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though their queries and keys do not."""
+    monkeypatch.setattr("lite3r_plugin.attention.use_triton", lambda backend, v: backend != "torch")
+    site = AttentionSite("site", "global", 32, Routed())
+    module = SparseLinearAttention(nn.Linear(1, 1), site, ModelState("test", Lite3RConfig()), sparse=True)
+    weight = torch.ones(32, device=DEVICE, requires_grad=True)
+    q, k, v = torch.randn(3, 1, 2, 50, 32, device=DEVICE).unbind(0)
+    out = module.dense(Heads(q, k, v, q_norm=HeadNorm("rms", weight, None, 1e-6)))
+    assert torch.autograd.grad(out.square().sum(), weight)[0].norm() > 0
 
 
 def test_gradients_are_deterministic() -> None:
