@@ -192,7 +192,7 @@ def flex(p: Problem) -> Iterator[Contestant]:
 def _compiled_flex() -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=True)
+    return torch.compile(flex_attention, dynamic=False)
 
 
 def saf3r(p: Problem) -> Iterator[Contestant]:

@@ -1,13 +1,13 @@
 """Lite3R: sparse-linear attention for feed-forward 3D reconstruction models and other ViT backbones, in one line."""
 
-from .apply import apply_lite3r, lite3r_disabled, remove_lite3r
+from .apply import apply_lite3r, convert, lite3r_disabled, remove_lite3r
 from .calibrate import calibrate
 from .checkpoint import load_lite3r, save_lite3r
 from .config import Lite3RConfig
 from .errors import Lite3RError
 from .hookspecs import hookimpl
 from .report import describe
-from .sites import AttentionSite, FusedQKV, Rope2D, Routed, SeparateQKV, TokenLayout, TokenSource
+from .sites import AttentionSite, FusedQKV, PreNormBlock, Rope2D, Routed, SeparateQKV, TokenLayout, TokenSource
 
 __version__ = "0.1.0"
 
@@ -16,6 +16,7 @@ __all__ = [
     "FusedQKV",
     "Lite3RConfig",
     "Lite3RError",
+    "PreNormBlock",
     "Rope2D",
     "Routed",
     "SeparateQKV",
@@ -24,6 +25,7 @@ __all__ = [
     "__version__",
     "apply_lite3r",
     "calibrate",
+    "convert",
     "describe",
     "hookimpl",
     "lite3r_disabled",

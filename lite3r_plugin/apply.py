@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 from torch import nn
 
 from . import projections
 from .attention import ModelState, SparseLinearAttention
-from .config import Lite3RConfig
-from .errors import AdapterError, AlreadyAppliedError, BackendError, ConfigError, NoSitesError, NotAppliedError
+from .config import Fp8Backend, Lite3RConfig
+from .errors import AdapterError, AlreadyAppliedError, BackendError, ConfigError, ConvertedError, Lite3RError, NoSitesError, NotAppliedError
+from .fp8 import convert as fp8
+from .fp8 import te
+from .fp8.block import check as check_block
+from .fp8.linear import Fp8Linear
+from .fp8.qat import FakeQuantLinear
+from .fp8.scope import find_blocks, modules_in
 from .layout import GridTracker
-from .ops.backend import TRITON_HEAD_DIMS
+from .ops.backend import TRITON_HEAD_DIMS, SlowPathWarning
 from .plugins import find_sites
 from .sites import AttentionSite, Routed, TokenSource
+from .stand_in import replace_modules
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -48,8 +57,12 @@ def apply_lite3r(model: Model, config: Lite3RConfig | None = None, **fields: Any
     if unused := sorted(set(config.site_keep_ratios) - {site.fqn for site in sites if site.scope in scopes}):
         example = next(site.fqn for site in sites if site.scope in scopes)
         raise ConfigError(f"site_keep_ratios names {unused[:3]}, which are no sites that become sparse; those are like {example!r}")
-    state = ModelState(adapter, config)
     # Everything is checked before anything is changed, so an error leaves the model as it was.
+    for site in sites:
+        check_block(model, site)
+    # The state is of full precision until the weights are really in FP8.
+    state_config = config.replace(precision="full") if config.precision == "fp8" else config
+    state = ModelState(adapter, state_config, sites=tuple(sites), blocks=find_blocks(model, sites))
     plan: dict[str, tuple[AttentionSite, bool]] = {}
     for site in sites:
         sparse = site.scope in scopes
@@ -72,6 +85,69 @@ def apply_lite3r(model: Model, config: Lite3RConfig | None = None, **fields: Any
         if id(host) not in swapped:
             swapped[id(host)] = SparseLinearAttention(host, site, state, sparse)
         _set_submodule(model, fqn, swapped[id(host)])
+    if config.precision == "fp8_qat":
+        fp8.fake_quantize_linears(model, block_linears(model))
+        if config.fp8_backend == "te":
+            _train_in_te(swapped.values(), state)
+    elif config.precision == "fp8":
+        try:
+            convert(model)
+        except Lite3RError:
+            _release(model)
+            raise
+    return model
+
+
+def convert(model: Model, backend: Fp8Backend | None = None, *, tokens: int | None = None) -> Model:
+    """Store the Linears of the transformer blocks of `model` in FP8 and run them so, in place. There is no way back.
+
+    A model that was converted before gets its backends chosen again, for the device that it is on now.
+
+    Args:
+        model: A model with Lite3R.
+        backend: What is to run the Linears; `Lite3RConfig.fp8_backend` by default.
+        tokens: Rows of a typical input of a Linear (batch times views times tokens of a view). With ``"auto"``, Linears
+            that would not be faster in FP8 at that size stay as they are. None: all are converted, for the memory.
+
+    Returns:
+        The same model.
+
+    Raises:
+        NotAppliedError: the model carries no Lite3R.
+        NoSitesError: there is no Linear to convert.
+        BackendError: the backend cannot run here, or nothing would be faster at `tokens`.
+        ConvertedError: a weight is not finite.
+    """
+    modules = require_lite3r(model)
+    state = next(iter(modules.values())).state
+    config = state.config.replace(precision="fp8", fp8_backend=backend or state.config.fp8_backend)
+    if state.config.precision == "fp8":
+        fp8.rebind(state.blocks.values(), config.fp8_backend)
+        fp8.unfuse_blocks(model)
+    else:
+        fused = {id(linear) for linear in block_linears(model, [site.block.fqn for site in state.sites if site.block is not None])}
+        plans = fp8.plan(block_linears(model), config.fp8_backend, tokens, lambda linear: id(linear) in fused)
+        if not plans:
+            raise NoSitesError(f"no transformer block of this {type(model).__name__} has a torch.nn.Linear to convert")
+        if all(plan.backend is None for plan in plans):
+            raise BackendError(f"no Linear of this model is faster in FP8 at {tokens} tokens here; leave out tokens= to convert for memory")
+        fp8.convert_linears(model, plans)
+        state.notes += [
+            f"{count} Linears left as they are: {reason}" for reason, count in Counter(p.reason for p in plans if p.reason).items()
+        ]
+        for module in modules.values() if state.config.precision == "fp8_qat" else ():
+            module.round_projection()
+    return finish_conversion(model, config)
+
+
+def finish_conversion(model: Model, config: Lite3RConfig) -> Model:
+    """Fuse the blocks of a `model` whose Linears are in FP8 and give it the configuration. Returns it."""
+    modules = require_lite3r(model)
+    state = next(iter(modules.values())).state
+    state.config = config
+    sites = {module.site.fqn: module for module in modules.values()}
+    takes_fp8 = {fqn for fqn, module in sites.items() if projections.takes_fp8(module)}
+    fp8.fuse_blocks(model, state.sites, state.blocks, takes_fp8)
     return model
 
 
@@ -80,15 +156,22 @@ def remove_lite3r(model: Model) -> Model:
 
     Raises:
         NotAppliedError: the model carries no Lite3R.
+        ConvertedError: its weights are in FP8.
     """
+    _require_original_weights(model, "remove_lite3r")
+    _release(model)
+    return model
+
+
+def _release(model: nn.Module) -> None:
     modules = require_lite3r(model)
+    replace_modules(model, {m: m.release for m in model.modules() if isinstance(m, FakeQuantLinear)})
     for fqn, module in modules.items():
         for tracker in module.state.trackers.values():
             tracker.detach()
         _set_submodule(model, fqn, module.host)
     for module in modules.values():
         module.release()
-    return model
 
 
 @contextlib.contextmanager
@@ -97,8 +180,10 @@ def lite3r_disabled(model: nn.Module) -> Iterator[None]:
 
     Raises:
         NotAppliedError: the model carries no Lite3R.
+        ConvertedError: its weights are in FP8.
     """
-    modules = require_lite3r(model).values()
+    _require_original_weights(model, "lite3r_disabled")
+    modules = [m for m in model.modules() if isinstance(m, (SparseLinearAttention, FakeQuantLinear))]
     before = [module.enabled for module in modules]
     try:
         for module in modules:
@@ -120,6 +205,33 @@ def require_lite3r(model: nn.Module) -> dict[str, SparseLinearAttention]:
     if not modules:
         raise NotAppliedError(f"this {type(model).__name__} carries no Lite3R; call apply_lite3r(model) first")
     return modules
+
+
+def _train_in_te(modules: Iterable[SparseLinearAttention], state: ModelState) -> None:
+    """Let TransformerEngine run the projections in training, or note why it cannot."""
+    branches = [module for module in modules if "proj_lin" in module._modules]
+    reasons = {te.why_not_projection(module.proj_lin.weight, state.config.linear_branch) for module in branches}
+    if reasons == {None}:
+        for module in branches:
+            module.te_projection = te.TeProjection()
+    elif reason := next((r for r in reasons if r is not None), None):
+        note = f"the linear branches train in emulated FP8, not in TransformerEngine: {reason}"
+        state.notes.append(note)
+        warnings.warn(f"Lite3R: {note}", SlowPathWarning, stacklevel=4)
+
+
+def _require_original_weights(model: nn.Module, what: str) -> None:
+    if any(module.state.config.precision == "fp8" for module in require_lite3r(model).values()):
+        raise ConvertedError(f"{what} needs the weights that convert(model) replaced by FP8; build the model again for the dense one")
+
+
+def block_linears(model: nn.Module, blocks: Iterable[str] | None = None) -> list[Any]:
+    """The Linears of the transformer blocks of these names, by default of all, in full precision, in training or in FP8."""
+    modules = require_lite3r(model).values()
+    state = next(iter(modules)).state
+    chosen = [state.blocks[name] for name in (state.blocks if blocks is None else blocks)]
+    branches = [m.proj_lin for m in modules if "proj_lin" in m._modules]
+    return [linear for kind in (nn.Linear, FakeQuantLinear, Fp8Linear) for linear in modules_in(chosen, kind, skip=branches)]
 
 
 def _resolve(model: nn.Module, adapter: str, sites: Any) -> dict[str, nn.Module]:

@@ -22,6 +22,7 @@ from .heads import Heads
 from .layout import GridTracker, order_for, pinned_tokens
 from .ops.backend import use_triton
 from .ops.block_map import density
+from .ops.fp8 import fake_quantize
 from .ops.qk_norm_rope import norm_rope
 from .ops.sla import linear_attention, sparse_linear_attention
 from .runtime import break_even
@@ -50,12 +51,18 @@ class ModelState:
         config: The configuration.
         skipped: Sites that the adapter named but that were not swapped, with the reason.
         trackers: The grid trackers, by image module.
+        sites: All sites that the adapter named.
+        blocks: The transformer blocks around them, by name.
+        notes: What `describe` is to say besides, such as why something runs in another way than asked.
     """
 
     adapter: str
     config: Lite3RConfig
     skipped: dict[str, str] = field(default_factory=dict)
     trackers: dict[str, GridTracker] = field(default_factory=dict)
+    sites: tuple[AttentionSite, ...] = ()
+    blocks: dict[str, nn.Module] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 class SparseLinearAttention(nn.Module):
@@ -73,6 +80,7 @@ class SparseLinearAttention(nn.Module):
         enabled: False runs the host's own forward.
         observer: Takes the place of `attend` while it is set, as calibration does to see queries, keys and values.
         calls: What ran so far.
+        te_projection: Runs `proj_lin` in TransformerEngine where gradients are wanted, or None.
     """
 
     def __init__(self, host: nn.Module, site: AttentionSite, state: ModelState, sparse: bool) -> None:
@@ -88,9 +96,11 @@ class SparseLinearAttention(nn.Module):
         self.calls = CallCounts()
         self.attended_to_itself = False  # seen to be no cross-attention, at a `Routed` site with several arguments
         self.argument_names = tuple(inspect.signature(host.forward).parameters)
+        self.te_projection: Any = None
         if sparse and state.config.linear_branch != "none":
             like = next((p for p in host.parameters() if p.is_floating_point()), torch.empty(0))
-            self.proj_lin = nn.Linear(site.head_dim, site.head_dim, bias=False, device=like.device, dtype=like.dtype)
+            dtype = torch.float32 if state.config.precision == "fp8_qat" else like.dtype  # steps are smaller than BF16's
+            self.proj_lin = nn.Linear(site.head_dim, site.head_dim, bias=False, device=like.device, dtype=dtype)
             nn.init.zeros_(self.proj_lin.weight)
             self.proj_lin.train(host.training)
 
@@ -120,6 +130,12 @@ class SparseLinearAttention(nn.Module):
         self.host.training = self.training
         return self.host
 
+    def round_projection(self) -> None:
+        """Put into `proj_lin`, for good, the weight that training for FP8 used."""
+        if (weight := self._projection()) is not None:
+            with torch.no_grad():
+                self.proj_lin.weight.copy_(weight)
+
     def attend(self, heads: Heads) -> Tensor:
         """Attention over the site's tokens. Returns ``[B, H, N, D]``."""
         if self.observer is not None:
@@ -127,13 +143,15 @@ class SparseLinearAttention(nn.Module):
         config, tokens = self.state.config, heads.v.shape[-2]
         if self.sparse and config.backend == "triton":
             use_triton("triton", heads.v)  # raises also where this length runs dense
-        proj = self.proj_lin.weight if self.sparse and config.linear_branch != "none" else None
+        proj = self._projection()
         pinned = self._pinned(self._layout(tokens))
         if not self._pays(heads.v, pinned):
             self._count("dense")
             return self.dense(heads, proj if self.keep_ratio == 1 and config.linear_branch == "all" else None)
         if not torch.compiler.is_compiling():
             self._count("sparse", density(tokens, self.keep_ratio, pinned, config.block_q, config.block_k))
+        if self.te_projection is not None and proj is not None and torch.is_grad_enabled():
+            return self.sparse_linear(heads, None) + self._branch_in_te(heads)
         return self.sparse_linear(heads, proj)
 
     def dense(self, heads: Heads, proj: Tensor | None = None) -> Tensor:
@@ -181,6 +199,20 @@ class SparseLinearAttention(nn.Module):
         may_measure = not compiling and not (v.is_cuda and torch.cuda.is_current_stream_capturing())
         mean_share = 1 / config.block_k if config.block_means else 0.0
         return break_even(v.device, num_heads * dim, self.keep_ratio, mean_share, may_measure).pays(batch, tokens, pinned)
+
+    def _branch_in_te(self, heads: Heads) -> Tensor:
+        q, k = self._finished(heads)
+        identity = torch.eye(q.shape[-1], device=q.device)
+        branch = linear_attention(q, k, heads.v, proj=identity, feature_map=self.state.config.feature_map)
+        return self.te_projection(branch, self.proj_lin.weight)
+
+    def _projection(self) -> Tensor | None:
+        """The weight of the linear branch. While training for FP8 it is rounded to FP8; its input, which the attention
+        kernels make and use at once, is not."""
+        if not self.sparse or self.state.config.linear_branch == "none":
+            return None
+        weight = self.proj_lin.weight
+        return fake_quantize(weight) if self.state.config.precision == "fp8_qat" else weight
 
     def _layout(self, tokens: int) -> TokenLayout | None:
         if not self.sparse or self.site.tokens is None:

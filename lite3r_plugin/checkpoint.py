@@ -1,4 +1,4 @@
-"""Save and load what Lite3R adds to a model: the linear branches in safetensors and a versioned JSON configuration."""
+"""Save and load what Lite3R adds to a model: the linear branches, the FP8 weights, a versioned JSON configuration."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import os
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .apply import apply_lite3r, lite3r_modules, remove_lite3r, require_lite3r
+from .apply import apply_lite3r, block_linears, finish_conversion, lite3r_modules, remove_lite3r, require_lite3r
 from .config import Lite3RConfig
 from .errors import CheckpointError, ConfigError, NoSitesError
 from .files import replacing
+from .fp8 import stored
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -23,8 +25,14 @@ CONFIG_NAME = "lite3r_config.json"
 FORMAT_VERSION = 1
 
 
-def save_lite3r(model: nn.Module, directory: str | os.PathLike[str]) -> None:
-    """Write the configuration and the linear branches of `model` to `directory`, each file atomically.
+def save_lite3r(model: nn.Module, directory: str | os.PathLike[str], *, whole: bool = False) -> None:
+    """Write the configuration and what Lite3R added to `model` to `directory`, each file atomically.
+
+    Args:
+        model: A model with Lite3R. Of a converted one, the FP8 weights are written too.
+        directory: Where to.
+        whole: Write everything else that the model holds as well, so that `load_lite3r` can fill a model that has no
+            weights, made under ``torch.device("meta")``.
 
     Raises:
         NotAppliedError: the model carries no Lite3R.
@@ -36,19 +44,33 @@ def save_lite3r(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     record = {
         "format": FORMAT_VERSION,
         "adapter": state.adapter,
-        "config": state.config.to_dict(),
+        # Which backend runs FP8 depends on the machine that loads.
+        "config": (state.config.replace(fp8_backend="auto") if state.config.precision == "fp8" else state.config).to_dict(),
         "sites": {fqn: {"head_dim": m.site.head_dim, "sparse": m.sparse} for fqn, m in modules.items()},
+        "fp8": stored.fp8_shapes(model),
+        "whole": whole,
     }
+    weights = {**_branches(model), **stored.fp8_tensors(model), **(stored.other_tensors(model) if whole else {})}
     with replacing(directory / WEIGHTS_NAME) as path:
-        save_file(_branches(model), path)
+        save_file(weights, path)
     with replacing(directory / CONFIG_NAME) as path:
         path.write_text(json.dumps(record, indent=2) + "\n")
 
 
-def load_lite3r(model: Model, directory: str | os.PathLike[str]) -> Model:
-    """Apply the stored configuration to the dense `model` and load the linear branches, in place.
+def load_lite3r(model: Model, directory: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Model:
+    """Apply the stored configuration to the dense `model` and load what `save_lite3r` wrote, in place.
 
-    Everything is checked before the model keeps any change: after an error it is the dense model again.
+    Everything is checked before the model keeps any change: after an error it is the dense model again. FP8 weights
+    take the place of the original ones as they are; no copy in high precision is made, and a model on the meta device
+    never has any.
+
+    Args:
+        model: The dense model, with its weights, or on the meta device without.
+        directory: What `save_lite3r` wrote; with ``whole=True``, if the model is on the meta device and is to be complete.
+        device: Where the tensors of a model on the meta device go.
+
+    Returns:
+        The same model.
 
     Raises:
         CheckpointError: files are missing or damaged, of another version, or belong to another model.
@@ -56,9 +78,13 @@ def load_lite3r(model: Model, directory: str | os.PathLike[str]) -> Model:
         UnknownModelError: no adapter knows the model.
     """
     directory = Path(directory)
+    device = torch.device(device)
     record, weights = _read(directory)
     try:
-        apply_lite3r(model, Lite3RConfig.from_dict(record["config"]))
+        config = Lite3RConfig.from_dict(record["config"])
+        if config.precision != "fp8" and record["fp8"]:
+            raise ConfigError(f"precision is {config.precision!r}, but there are FP8 weights")
+        apply_lite3r(model, config.replace(precision="full") if config.precision == "fp8" else config)
     except (ConfigError, NoSitesError) as error:
         raise CheckpointError(f"{directory / CONFIG_NAME} does not fit this {type(model).__name__}: {error}") from error
     try:
@@ -66,8 +92,10 @@ def load_lite3r(model: Model, directory: str | os.PathLike[str]) -> Model:
     except CheckpointError:
         remove_lite3r(model)
         raise
-    model.load_state_dict(weights, strict=False)
-    return model
+    if config.precision == "fp8":
+        stored.install(model, record["fp8"], weights, device)
+    stored.fill(model, {name: tensor for name, tensor in weights.items() if not _is_fp8(name, record)}, device)
+    return finish_conversion(model, config) if config.precision == "fp8" else model
 
 
 def _branches(model: nn.Module) -> dict[str, Tensor]:
@@ -76,6 +104,11 @@ def _branches(model: nn.Module) -> dict[str, Tensor]:
         for fqn, module in lite3r_modules(model).items()
         if "proj_lin" in module._modules
     }
+
+
+def _is_fp8(name: str, record: dict[str, Any]) -> bool:
+    owner, _, kind = name.rpartition(".")
+    return kind in ("weight_data", "weight_scale") and owner in record["fp8"]
 
 
 def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -90,9 +123,9 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     version = record.get("format") if isinstance(record, dict) else None
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{directory / CONFIG_NAME} has format {version!r}, this release reads {FORMAT_VERSION}")
-    if missing := {"adapter", "config", "sites"} - set(record):
+    if missing := {"adapter", "config", "sites", "fp8", "whole"} - set(record):
         raise CheckpointError(f"{directory / CONFIG_NAME} lacks {sorted(missing)}; save it again with save_lite3r")
-    if wrong := [name for name in ("config", "sites") if not isinstance(record[name], dict)]:
+    if wrong := [name for name in ("config", "sites", "fp8") if not isinstance(record[name], dict)]:
         raise CheckpointError(f"{directory / CONFIG_NAME} is damaged: {wrong[0]!r} is no JSON object; save it again with save_lite3r")
     return record, weights
 
@@ -106,10 +139,13 @@ def _check(model: nn.Module, record: dict[str, Any], weights: dict[str, Tensor],
             f"{directory} belongs to another model: it was saved for {len(record['sites'])} sites of adapter {record['adapter']!r}, this "
             f"{type(model).__name__} has {len(found)}; the first that differs is {other[0]!r}"
         )
-    expected = {name: tuple(tensor.shape) for name, tensor in _branches(model).items()}
-    stored = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    if expected != stored:
-        other = sorted(dict(expected.items() ^ stored.items()))
+    stored.check(model, record["fp8"], weights, block_linears(model), str(directory / WEIGHTS_NAME))
+    replaced = {f"{fqn}.weight" for fqn in record["fp8"]}
+    everything = {name: t for name, t in stored.other_tensors(model).items() if name not in replaced} if record["whole"] else {}
+    expected = {name: tuple(tensor.shape) for name, tensor in {**_branches(model), **everything}.items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items() if not _is_fp8(name, record)}
+    if expected != found:
+        other = sorted(dict(expected.items() ^ found.items()))
         raise CheckpointError(
             f"{directory / WEIGHTS_NAME} does not fit its configuration: {other[0]!r} is missing, extra or of another shape"
         )

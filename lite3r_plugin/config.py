@@ -12,6 +12,8 @@ Scope = Literal["global", "frame", "encoder"]
 Backend = Literal["auto", "triton", "torch"]
 FeatureMap = Literal["softmax", "elu"]
 LinearBranch = Literal["all", "marginal", "none"]
+Precision = Literal["full", "fp8_qat", "fp8"]
+Fp8Backend = Literal["auto", "torch", "te", "weight_only", "emulated"]
 
 CONFIG_VERSION = 1
 
@@ -41,6 +43,13 @@ class Lite3RConfig:
         fuse: Replace QK norm and rotary embedding of known sites by one exact kernel, also at sites that stay dense.
         backend: ``"triton"`` kernels, ``"torch"`` operators, or ``"auto"``: Triton where it can run.
         block_q, block_k: Tokens per query and per key block.
+        precision: Of the Linears inside the transformer blocks. ``"full"``: as they are. ``"fp8_qat"``: their inputs and
+            weights, and `proj_lin`, are rounded to FP8 in the forward pass, for training; `convert` makes it real.
+            ``"fp8"``: `apply_lite3r` converts at once.
+        fp8_backend: What runs the Linears of a converted model: ``"torch"`` (`torch._scaled_mm`, compute capability 8.9
+            and later), ``"te"`` (TransformerEngine), ``"weight_only"`` (compute capability 8.0 and later: memory, not
+            speed), ``"emulated"`` (anywhere, slow), or ``"auto"``: the fastest that can run. With ``"fp8_qat"`` and
+            ``"te"``, `proj_lin` trains in TransformerEngine where that can run.
 
     Raises:
         ConfigError: a field has a value that it does not take.
@@ -59,6 +68,8 @@ class Lite3RConfig:
     backend: Backend = "auto"
     block_q: int = 128
     block_k: int = 64
+    precision: Precision = "full"
+    fp8_backend: Fp8Backend = "auto"
 
     def __post_init__(self) -> None:
         _check_ratio("keep_ratio", self.keep_ratio)
@@ -76,6 +87,8 @@ class Lite3RConfig:
         _check_choice("linear_branch", self.linear_branch, get_args(LinearBranch))
         _check_choice("feature_map", self.feature_map, get_args(FeatureMap))
         _check_choice("backend", self.backend, get_args(Backend))
+        _check_choice("precision", self.precision, get_args(Precision))
+        _check_choice("fp8_backend", self.fp8_backend, get_args(Fp8Backend))
         for name in ("block_means", "keep_special_tokens", "keep_reference_view", "fuse"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is True or False, got {getattr(self, name)!r}")

@@ -29,6 +29,10 @@ class NotAppliedError(Lite3RError):
     """The model does not carry Lite3R."""
 
 
+class ConvertedError(Lite3RError):
+    """The model holds FP8 weights: what was asked needs the original ones, which are gone."""
+
+
 class UnsupportedAttentionError(Lite3RError):
     """The host asked for attention that has no sparse-linear form: a mask, causal order, dropout."""
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from . import routed
 from .errors import AdapterError, UnsupportedAttentionError
+from .fp8.linear import Fp8Linear
 from .heads import Heads, refusal
 from .ops.qk_norm_rope import HeadNorm
 from .sites import AttentionSite, FusedQKV, Routed, SeparateQKV
@@ -46,6 +47,16 @@ def check(host: nn.Module, site: AttentionSite) -> None:
         raise AdapterError(f"site {site.fqn!r}: an axial rotary embedding needs a head_dim that is a multiple of 4, not {site.head_dim}")
 
 
+def takes_fp8(module: SparseLinearAttention) -> bool:
+    """Whether the site's input may be in FP8 already: nothing but its FP8 Linears reads it."""
+    spec = module.site.projections
+    if isinstance(spec, Routed) or not module.state.config.fuse:
+        return False
+    names = (spec.qkv,) if isinstance(spec, FusedQKV) else (spec.q, spec.k, spec.v)
+    linears = [getattr(module, name) for name in names]
+    return all(isinstance(linear, Fp8Linear) and linear.takes_fp8 for linear in linears)
+
+
 def run(module: SparseLinearAttention, *args: Any, **kwargs: Any) -> Any:
     """The forward of a site: project, attend, project out."""
     spec = module.site.projections
@@ -67,7 +78,8 @@ def run(module: SparseLinearAttention, *args: Any, **kwargs: Any) -> Any:
     k, k_norm = _norm(module, spec.k_norm, k)
     base = spec.rope.base if spec.rope is not None and positions is not None else None
     out = module.attend(Heads(q, k, v, q_norm, k_norm, positions, base))
-    out = getattr(module, spec.out)(out.transpose(1, 2).flatten(2))
+    linear = getattr(module, spec.out)
+    out = linear.of_heads(out) if isinstance(linear, Fp8Linear) else linear(out.transpose(1, 2).flatten(2))
     if spec.out_drop is not None:
         out = getattr(module, spec.out_drop)(out)
     return (out, None) if isinstance(spec, SeparateQKV) and spec.returns_weights else out

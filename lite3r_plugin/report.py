@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
-from .apply import require_lite3r
+from .apply import block_linears, require_lite3r
 from .attention import CallCounts
 from .config import Lite3RConfig
+from .fp8.linear import Fp8Linear
+from .fp8.qat import FakeQuantLinear
+
+FULL_PRECISION = "in full precision"
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,11 @@ class Report:
         trainable_parameters: Parameters of the model with ``requires_grad``.
         parameters: All parameters of the model.
         bytes_by_dtype: Bytes of parameters and buffers, by dtype.
+        linears: Linears of the transformer blocks, by what runs them.
+        fp8_bytes: Bytes of weights in FP8 and of their scales, and what the same weights take in BF16.
+        infinities: Infinities that FP8 Linears saturated so far.
+        peak_bytes: The most that this process has had allocated on the model's GPU; None on other devices.
+        notes: What runs in another way than asked, and why.
     """
 
     model: str
@@ -48,6 +58,11 @@ class Report:
     trainable_parameters: int
     parameters: int
     bytes_by_dtype: dict[str, int]
+    linears: dict[str, int]
+    fp8_bytes: tuple[int, int]
+    infinities: int
+    peak_bytes: int | None
+    notes: tuple[str, ...]
 
     def __str__(self) -> str:
         config = self.config
@@ -70,9 +85,17 @@ class Report:
         calls = sum(s.calls.sparse for s in sparse), sum(s.calls.dense for s in sparse)
         ran = f"calls so far: {calls[0]} sparse, {calls[1]} dense (shorter than break-even)"
         lines.append(f"  {ran}" + (f", density of the last {max(densities):.3f}" if densities else ""))
+        if any(kind != FULL_PRECISION for kind in self.linears):
+            lines.append(f"  Linears: {', '.join(f'{count} {kind}' for kind, count in self.linears.items())}")
+            lines.append(f"  infinities saturated so far: {self.infinities}")
+        if self.fp8_bytes[0]:
+            stored, before = self.fp8_bytes
+            lines.append(f"  FP8 weights {stored / 2**20:.1f} MiB with their scales, {stored / before:.3f} of BF16")
+        lines += [f"  {note}" for note in self.notes]
         lines.append(
             f"  parameters {self.parameters:,} + linear branches {self.branch_parameters:,}; trainable {self.trainable_parameters:,}; "
             + ", ".join(f"{size / 2**20:.1f} MiB {dtype}" for dtype, size in self.bytes_by_dtype.items())
+            + ("" if self.peak_bytes is None else f"; peak on this GPU {self.peak_bytes / 2**20:.1f} MiB")
         )
         return "\n".join(lines)
 
@@ -90,6 +113,8 @@ def describe(model: nn.Module) -> Report:
     sizes: Counter[str] = Counter()
     for tensor in (*parameters, *model.buffers()):
         sizes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel() * tensor.element_size()
+    fp8_linears = [m for m in model.modules() if isinstance(m, Fp8Linear)]
+    device = parameters[0].device if parameters else torch.device("cpu")
     return Report(
         model=type(model).__name__,
         adapter=state.adapter,
@@ -100,7 +125,23 @@ def describe(model: nn.Module) -> Report:
         trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
         parameters=sum(p.numel() for p in parameters) - sum(branch.values()),
         bytes_by_dtype=dict(sizes),
+        linears=dict(Counter(_kind(m) for m in block_linears(model))),
+        fp8_bytes=(
+            sum(m.weight_data.nbytes + m.weight_scale.nbytes for m in fp8_linears),
+            sum(2 * m.weight_data.numel() for m in fp8_linears),
+        ),
+        infinities=sum(
+            int(m.infinities) for m in model.modules() if isinstance(m, (Fp8Linear, FakeQuantLinear)) and not m.infinities.is_meta
+        ),
+        peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        notes=tuple(state.notes),
     )
+
+
+def _kind(linear: nn.Module) -> str:
+    if isinstance(linear, Fp8Linear):
+        return f"in FP8 ({linear.backend})"
+    return "rounded to FP8 in training" if isinstance(linear, FakeQuantLinear) else FULL_PRECISION
 
 
 def _on(flag: bool) -> str:

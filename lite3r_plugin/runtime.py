@@ -1,4 +1,4 @@
-"""Decisions that depend on the machine: from which length on sparse attention pays.
+"""Decisions that depend on the machine: from which length on sparse attention pays, and where FP8 does.
 
 The times of both kinds of attention follow from four numbers for each chip, `AttentionCosts`. They are known for the
 H100 (benchmarks/results); on another GPU they are measured once, by `measure`, and kept in the user's cache.
@@ -186,3 +186,38 @@ def _save(name: str, costs: AttentionCosts) -> None:
         write_atomically(_file(name), json.dumps({"versions": _versions(), "costs": dataclasses.asdict(costs)}, indent=1) + "\n")
     except (OSError, InputError) as error:
         logger.warning("The measurement cannot be kept, so the next process repeats it: %s", error)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fp8Costs:
+    """What FP8 saves and costs in one Linear, in milliseconds.
+
+    It saves ``per_product`` for each multiplication; it costs ``per_call``, and where no operation before it quantises the
+    input on the way, a pass over the input: ``per_pass + per_byte * bytes``, BF16 read and FP8 written.
+    """
+
+    per_product: float
+    per_call: float
+    per_pass: float
+    per_byte: float
+
+
+# Single Linears of VGGT's sizes at 2,748 to 43,968 tokens on an H100 (benchmarks/results/h100_fp8.json), a launch from Python for
+# a pass of its own included; no size that was slower in FP8 is predicted to be faster.
+H100_FP8 = Fp8Costs(per_product=1.2e-12, per_call=0.005, per_pass=0.01, per_byte=3.8e-10)
+
+
+def fp8_pays(device: torch.device, tokens: int, inputs: int, outputs: int, fused: bool) -> bool:
+    """Whether a Linear is expected to be faster in FP8 than in BF16.
+
+    Args:
+        device: GPUs with FP8 are judged by the measurements on an H100; elsewhere FP8 saves memory only.
+        tokens: Rows of the input.
+        inputs, outputs: Its size.
+        fused: Whether the operation before it quantises its input.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+        return False
+    costs = H100_FP8
+    extra = 0.0 if fused else costs.per_pass + costs.per_byte * 3 * tokens * inputs
+    return costs.per_product * tokens * inputs * outputs > costs.per_call + extra

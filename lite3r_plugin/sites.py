@@ -7,6 +7,7 @@ An adapter returns one `AttentionSite` per attention module. The site says how t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from .config import Scope
 
@@ -92,6 +93,34 @@ Projections = FusedQKV | SeparateQKV | Routed
 
 
 @dataclass(frozen=True)
+class PreNormBlock:
+    """The transformer block around a site, whose forward is exactly, with dropouts inactive,
+
+        x = x + gain1 * attention(norm1(x))
+        x = x + gain2 * down(activation(up(norm2(x))))
+
+    and whose further arguments go to the attention under the same names. A converted (FP8) model then runs it with each
+    quantisation fused into the operation before it. Names are descendants of the block.
+
+    Attributes:
+        fqn: Fully qualified name of the block.
+        norm1, norm2: LayerNorms.
+        up, down: The Linears of the MLP.
+        activation: ``"gelu"``, ``"gelu_tanh"``, or ``"swiglu"``: ``silu(first half) * second half`` of what `up` gives.
+        gain1, gain2: Parameters ``[C]`` (layer scale), or None.
+    """
+
+    fqn: str
+    up: str
+    down: str
+    activation: Literal["gelu", "gelu_tanh", "swiglu"] = "gelu"
+    norm1: str = "norm1"
+    norm2: str = "norm2"
+    gain1: str | None = None
+    gain2: str | None = None
+
+
+@dataclass(frozen=True)
 class TokenSource:
     """How to find the `TokenLayout` of a forward: from the images that one module of the model is given.
 
@@ -118,6 +147,8 @@ class AttentionSite:
         head_dim: D, the size of a head.
         projections: How q, k and v are made.
         tokens: How the sequence is laid out; None where it has no image grid (then token order is kept).
+        block: The transformer block around the module, where it has the usual structure; None: its Linears are found,
+            but it runs as it is.
     """
 
     fqn: str
@@ -125,6 +156,7 @@ class AttentionSite:
     head_dim: int
     projections: Projections
     tokens: TokenSource | None = None
+    block: PreNormBlock | None = None
 
 
 @dataclass(frozen=True)

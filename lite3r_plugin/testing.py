@@ -18,6 +18,7 @@ from .apply import apply_lite3r, lite3r_disabled, lite3r_modules, remove_lite3r
 from .attention import SparseLinearAttention
 from .config import Lite3RConfig
 from .errors import AdapterError, AlreadyAppliedError
+from .fp8.described import check as check_blocks
 
 # Blocks so small that a test image has many, everything sparse, and only special tokens exempt from it.
 TEST_CONFIG = Lite3RConfig(keep_ratio=0.1, dense_below=0, keep_reference_view=False, backend="torch", block_q=16, block_k=16)
@@ -62,8 +63,8 @@ def check_adapter(
     """Check that an installed adapter describes `model` rightly; the model is left as it was.
 
     Checked: an adapter answers and its sites exist; ``keep_ratio=1`` equals the dense model; `lite3r_disabled` and
-    `remove_lite3r` are bit-exact; a small keep ratio runs every sparse site sparse and changes the output; deepcopy,
-    pickle and state dict give the same output again; the token layout fits the images.
+    `remove_lite3r` are bit-exact; blocks do what is said of them; a small keep ratio runs every sparse site sparse and
+    changes the output; deepcopy, pickle and state dict give the same output again; the token layout fits the images.
 
     Args:
         model: In eval mode, with FP32 (or FP64) parameters. Random weights and few, narrow layers are enough.
@@ -118,6 +119,7 @@ def _check(model: nn.Module, example_inputs: Any, atol: float, config: Lite3RCon
         _expect_equal(dense, run(model), "lite3r_disabled is not the dense model bit for bit")
     remove_lite3r(model)
     _expect_equal(dense, run(model), "remove_lite3r did not bring the dense model back bit for bit")
+    check_blocks(model, next(iter(sites.values())).state.sites, run, atol)
 
     apply_lite3r(model, config)
     adapter = next(iter(lite3r_modules(model).values())).state.adapter

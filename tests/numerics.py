@@ -22,14 +22,14 @@ def assert_as_accurate(value: Tensor, same_dtype: Tensor, reference: Tensor, fac
     assert error <= allowed, f"relative error {error:.2e}, allowed {allowed:.2e}"
 
 
-def assert_quantizes(found: Quantized, exact: Tensor) -> None:
-    """`found` holds the rows of `exact` (FP64) in FP8: nearly always its codes, never more than one FP8 rounding away."""
+def assert_quantizes(found: Quantized, exact: Tensor, other: float = 0.01) -> None:
+    """`found` holds the rows of `exact` (FP64) in FP8: but for a share `other` (and two) the same codes, never more than one apart."""
     expected = quantize(exact, found.data.dtype)
     assert found.data.shape == exact.shape
     torch.testing.assert_close(found.scale, expected.scale, rtol=1e-5, atol=0, equal_nan=True)
-    other = found.data.view(torch.uint8) != expected.data.view(torch.uint8)
-    other &= ~((found.data.float() == 0) & (expected.data.float() == 0))  # signed zeros
-    assert other.double().mean() < 0.01 if exact.numel() else True
+    different = found.data.view(torch.uint8) != expected.data.view(torch.uint8)
+    different &= ~((found.data.float() == 0) & (expected.data.float() == 0))  # signed zeros
+    assert different.sum() <= other * exact.numel() + 2
     info = torch.finfo(found.data.dtype)
     step = torch.maximum(exact.abs() * info.eps, found.scale * (info.tiny * info.eps))
     difference = dequantize(found, torch.float64) - dequantize(expected, torch.float64)

@@ -12,7 +12,20 @@ import pytest
 import lite3r_plugin
 
 PACKAGE = Path(lite3r_plugin.__file__).parent
-HEAVY = ("accelerate", "huggingface_hub", "matplotlib", "peft", "PIL", "rich", "timm", "transformers", "trimesh", "triton", "typer")
+HEAVY = (
+    "accelerate",
+    "huggingface_hub",
+    "matplotlib",
+    "peft",
+    "PIL",
+    "rich",
+    "timm",
+    "transformer_engine",
+    "transformers",
+    "trimesh",
+    "triton",
+    "typer",
+)
 ENVIRONMENT = re.compile(r"\bos\.environ|\bgetenv\b|\bfrom os import .*environ|\bputenv\b")
 
 PROBE = """

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from lite3r_plugin import FusedQKV, Rope2D, Routed
+from lite3r_plugin import FusedQKV, PreNormBlock, Rope2D, Routed
 
+_BLOCK_CHILDREN = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
 _CHILDREN = {"qkv", "q_norm", "k_norm", "attn_drop", "proj", "proj_drop", "rope"}
 
 
@@ -63,6 +64,51 @@ def projections(attn: Any, positions: str) -> FusedQKV | Routed:
         rope=None if base is None else Rope2D(float(base)),
         positions=positions if positions in arguments else None,
     )
+
+
+def pre_norm_block(fqn: str, block: Any, positions: str) -> PreNormBlock | None:
+    """`block` as the usual transformer block of DINOv2 and its heirs, or None when it does more or something else.
+
+    Args:
+        fqn: Its fully qualified name.
+        block: The module.
+        positions: Name of its argument with the token coordinates.
+    """
+    parts = dict(block.named_children())
+    plain = (
+        {"norm1", "attn", "norm2", "mlp"} <= parts.keys() <= _BLOCK_CHILDREN
+        and not list(block.parameters(recurse=False))
+        and set(inspect.signature(block.forward).parameters) <= {"x", "x_or_x_list", "attn_bias", "attn_mask", positions}
+    )
+    if not plain:
+        return None
+    mlp = {name: part for name, part in parts["mlp"].named_children() if not isinstance(part, (nn.Dropout, nn.Identity))}
+    names, kinds = list(mlp), list(mlp.values())
+    if isinstance(parts["mlp"], nn.Sequential) or names == ["fc1", "act", "fc2"]:
+        if len(names) != 3 or type(kinds[1]) is not nn.GELU:
+            return None
+        activation = "gelu_tanh" if kinds[1].approximate == "tanh" else "gelu"
+    elif names == ["w12", "w3"]:
+        activation = "swiglu"
+    else:
+        return None
+    gains = [_gain(parts.get(name), name) for name in ("ls1", "ls2")]
+    if "" in gains:
+        return None
+    return PreNormBlock(fqn, f"mlp.{names[0]}", f"mlp.{names[-1]}", activation, gain1=gains[0], gain2=gains[1])
+
+
+def block_around(owner: nn.Module, attn: str, prefix: str, positions: str) -> PreNormBlock | None:
+    """`pre_norm_block` of the module around the attention `attn` of `owner`, whose name in the model is `prefix`."""
+    name, _, child = attn.rpartition(".")
+    return pre_norm_block(f"{prefix}{name}", owner.get_submodule(name), positions) if child == "attn" else None
+
+
+def _gain(scale: nn.Module | None, name: str) -> str | None:
+    """The name of the gain of a layer scale, None where there is none, "" where it is something else."""
+    if scale is None or isinstance(scale, nn.Identity):
+        return None
+    return f"{name}.gamma" if [n for n, _ in scale.named_parameters()] == ["gamma"] else ""
 
 
 def patch_size(module: Any) -> tuple[int, int]:

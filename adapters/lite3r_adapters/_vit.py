@@ -17,8 +17,9 @@ def encoder_sites(prefix: str, encoder: Any) -> list[AttentionSite]:
     if not isinstance(registers, int) or not isinstance(patches, nn.Module):
         return []
     tokens = TokenSource(f"{prefix}patch_embed", _qkv.patch_size(encoder), special_tokens=1 + registers)
-    return [
-        AttentionSite(f"{prefix}{name}", "encoder", _qkv.head_dim(attn), _qkv.projections(attn, "pos"), tokens)
-        for name, attn in encoder.named_modules()
-        if _qkv.is_attention(attn)
-    ]
+    sites = []
+    for name, attn in encoder.named_modules():
+        if _qkv.is_attention(attn):
+            block = _qkv.block_around(encoder, name, prefix, "pos")
+            sites.append(AttentionSite(f"{prefix}{name}", "encoder", _qkv.head_dim(attn), _qkv.projections(attn, "pos"), tokens, block))
+    return sites

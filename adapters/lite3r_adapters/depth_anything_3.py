@@ -35,6 +35,7 @@ def _backbone_sites(prefix: str, backbone: Any) -> list[AttentionSite]:
     sites = []
     for i, block in enumerate(backbone.blocks):
         scope = "global" if backbone.alt_start != -1 and i >= backbone.alt_start and i % 2 == 1 else "frame"
-        projections = _qkv.projections(block.attn, "pos")
-        sites.append(AttentionSite(f"{prefix}blocks.{i}.attn", scope, _qkv.head_dim(block.attn), projections, tokens))
+        name, projections = f"{prefix}blocks.{i}", _qkv.projections(block.attn, "pos")
+        whole = _qkv.pre_norm_block(name, block, "pos")
+        sites.append(AttentionSite(f"{name}.attn", scope, _qkv.head_dim(block.attn), projections, tokens, whole))
     return sites

@@ -42,5 +42,6 @@ def _pi3_sites(prefix: str, model: Any) -> list[AttentionSite]:
         # Self-attention with token coordinates: the decoder and the point, confidence and camera heads.
         if _qkv.is_attention(attn) and "xpos" in inspect.signature(attn.forward).parameters:
             scope = "global" if name in global_sites else "frame"
-            sites.append(AttentionSite(f"{prefix}{name}", scope, _qkv.head_dim(attn), _qkv.projections(attn, "xpos"), tokens))
+            whole = _qkv.block_around(model, name, prefix, "xpos")
+            sites.append(AttentionSite(f"{prefix}{name}", scope, _qkv.head_dim(attn), _qkv.projections(attn, "xpos"), tokens, whole))
     return sites + encoder_sites(f"{prefix}encoder.", model.encoder)

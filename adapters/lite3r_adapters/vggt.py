@@ -38,6 +38,7 @@ def _aggregator_sites(prefix: str, aggregator: Any) -> list[AttentionSite]:
     sites = []
     for scope in ("frame", "global"):
         for i, block in enumerate(getattr(aggregator, f"{scope}_blocks")):
-            projections = _qkv.projections(block.attn, "pos")
-            sites.append(AttentionSite(f"{prefix}{scope}_blocks.{i}.attn", scope, _qkv.head_dim(block.attn), projections, tokens))
+            name, projections = f"{prefix}{scope}_blocks.{i}", _qkv.projections(block.attn, "pos")
+            whole = _qkv.pre_norm_block(name, block, "pos")
+            sites.append(AttentionSite(f"{name}.attn", scope, _qkv.head_dim(block.attn), projections, tokens, whole))
     return sites + encoder_sites(f"{prefix}patch_embed.", aggregator.patch_embed)

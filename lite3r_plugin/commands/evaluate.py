@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import json
 from pathlib import Path
@@ -84,13 +85,15 @@ def evaluate(
         task = bar.add_task(f"Building {entry.name}", total=1 + len(found) * draws)
         with _run.quiet():
             net = apply_lite3r(entry.build(weights, where), options)
+            # Of a model in FP8 nothing dense is left to switch back to.
+            original = entry.build(weights, where) if options.precision == "fp8" else None
         for scene in found:
             for draw in range(draws):
                 bar.update(task, advance=1, description=f"{scene.name}, dense and with Lite3R")
                 sample = sample_views(entry, scene, pick_views(scene, views, rule.value, seed + 1_000_003 * draw))
                 images = model_inputs(entry, sample).to(where)
-                with lite3r_disabled(net):
-                    dense = _run.run_model(entry, net, images, number).prediction
+                with lite3r_disabled(net) if original is None else contextlib.nullcontext():
+                    dense = _run.run_model(entry, original or net, images, number).prediction
                 run = _run.run_model(entry, net, images, number)
                 densities.append(1.0 if run.density is None else run.density)
                 comparison.add(reference_of(sample), {DENSE: geometry(dense), LITE3R: geometry(run.prediction)})

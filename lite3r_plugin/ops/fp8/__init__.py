@@ -2,6 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backend import triton_installed
+from . import naive
 from .naive import E4M3, E5M2, Quantized, dequantize, fake_quantize, quantize
 
-__all__ = ["E4M3", "E5M2", "Quantized", "dequantize", "fake_quantize", "quantize"]
+__all__ = ["E4M3", "E5M2", "Quantized", "dequantize", "fake_quantize", "passes", "quantize", "why_no_kernels"]
+
+MAX_WIDTH = 32768  # entries of a row that fit into the registers of one program
+
+
+def why_no_kernels(device: torch.device) -> str | None:
+    """The reason why the one-pass kernels do not run on `device`, or None when they do."""
+    if device.type != "cuda":
+        return f"the tensors are on {device}, not on a CUDA GPU"
+    if torch.cuda.get_device_capability(device) < (8, 9):
+        return "the GPU is older than compute capability 8.9 and has no FP8"
+    return None if triton_installed() else "triton is not installed"
+
+
+def passes(x: Tensor) -> Any:
+    """The module whose `quantize`, `layer_norm_quantize`, ... take x: `kernels` where they run, else `naive`."""
+    if not x.numel() or x.shape[-1] > MAX_WIDTH or x.dtype == torch.float64 or why_no_kernels(x.device) is not None:
+        return naive
+    from . import kernels
+
+    return kernels

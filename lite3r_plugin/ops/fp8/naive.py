@@ -32,55 +32,66 @@ EPS = 1e-8
 
 
 class Quantized(NamedTuple):
-    """Rows in FP8: ``data [..., C]`` in `E4M3` or `E5M2`, ``scale [..., 1]`` in FP32."""
+    """Rows in FP8.
+
+    Attributes:
+        data: ``[..., C]``, `E4M3` or `E5M2`.
+        scale: ``[..., 1]``, FP32.
+        dtype: Of the tensor that was quantised: what a computation continues in.
+    """
 
     data: Tensor
     scale: Tensor
+    dtype: torch.dtype
 
 
-def quantize(x: Tensor, dtype: torch.dtype = E4M3, infinities: Tensor | None = None) -> Quantized:
+def quantize(x: Tensor, format: torch.dtype = E4M3, infinities: Tensor | None = None) -> Quantized:
     """Quantise the rows of x.
 
     Args:
         x: ``[..., C]``, floating point.
-        dtype: `E4M3` or `E5M2`.
+        format: `E4M3` or `E5M2`.
         infinities: A tensor of one integer to which the number of infinities in x is added, or None.
     """
     if infinities is not None:
         infinities += x.isinf().sum()
-    x = _wide(x)
-    largest = torch.finfo(dtype).max
+    dtype, x = x.dtype, _wide(x)
+    largest = torch.finfo(format).max
     magnitude = x.abs()
     finite = magnitude.masked_fill(~(magnitude < torch.inf), 0)
-    # amax of an empty row has no value
+    # amax over no entries has no value
     amax = (finite.amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)).clamp_min(EPS)
-    data = (x * (largest / amax)).clamp(-largest, largest).to(dtype)
-    return Quantized(data, (amax / largest).float())
+    data = (x * (largest / amax)).clamp(-largest, largest).to(format)
+    return Quantized(data, (amax / largest).float(), dtype)
 
 
-def dequantize(x: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
-    """``[..., C]`` in `dtype`, the product rounded once."""
+def dequantize(x: Quantized, dtype: torch.dtype | None = None) -> Tensor:
+    """``[..., C]`` in `dtype`, by default that of the quantised tensor; rounded once."""
+    dtype = dtype or x.dtype
     return (x.data.to(torch.promote_types(dtype, torch.float32)) * x.scale).to(dtype)
 
 
-def fake_quantize(x: Tensor, dtype: torch.dtype = E4M3, infinities: Tensor | None = None) -> Tensor:
+def fake_quantize(x: Tensor, format: torch.dtype = E4M3, infinities: Tensor | None = None) -> Tensor:
     """x rounded to FP8 rows and back, in x's dtype; its gradient is passed straight through (Eq. 9)."""
-    rounded: Any = _StraightThrough.apply(x, dtype, infinities)
+    if infinities is not None:
+        infinities += x.detach().isinf().sum()
+    rounded: Any = _StraightThrough.apply(x, format)
     return rounded
 
 
-def linear(x: Quantized, weight: Quantized, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def linear(x: Quantized, weight: Quantized, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
     """``x' weight'^T + bias``.
 
     Args:
         x: ``[..., C]``.
         weight: ``[C_out, C]``.
         bias: ``[C_out]`` or None.
-        dtype: Of the result.
+        dtype: Of the result, by default x's.
 
     Returns:
         ``[..., C_out]``.
     """
+    dtype = dtype or x.dtype
     wide = torch.promote_types(dtype, torch.float32)
     with torch.autocast(x.data.device.type, enabled=False):
         out = F.linear(x.data.to(wide), weight.data.to(wide)) * x.scale * weight.scale.flatten()
@@ -89,10 +100,11 @@ def linear(x: Quantized, weight: Quantized, bias: Tensor | None, dtype: torch.dt
 
 def layer_norm_quantize(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, infinities: Tensor | None = None) -> Quantized:
     """LayerNorm over the last dimension of x ``[..., C]``, then `quantize`."""
-    x = _wide(x)
-    weight, bias = (None if p is None else p.to(x.dtype) for p in (weight, bias))
+    wide = _wide(x)
+    weight, bias = (None if p is None else p.to(wide.dtype) for p in (weight, bias))
     with torch.autocast(x.device.type, enabled=False):
-        return quantize(F.layer_norm(x, x.shape[-1:], weight, bias, eps), infinities=infinities)
+        normed = F.layer_norm(wide, x.shape[-1:], weight, bias, eps)
+    return quantize(normed, infinities=infinities)._replace(dtype=x.dtype)
 
 
 def residual_norm_quantize(
@@ -113,24 +125,31 @@ def residual_norm_quantize(
         infinities: See `quantize`.
 
     Returns:
-        The sum, in the dtype to which x and update promote, and the norm of that rounded sum in FP8: a norm that the
-        host computed afterwards would see the rounded sum too.
+        The sum, in the dtype to which x, update and gain promote, and the norm of that rounded sum in FP8: a norm that
+        the host computed afterwards would see the rounded sum too.
     """
-    update_wide = _wide(update) if gain is None else _wide(update) * gain
-    total = (_wide(x) + update_wide).to(torch.promote_types(x.dtype, update.dtype))
+    scaled = _wide(update) if gain is None else _wide(update) * gain
+    total = (_wide(x) + scaled).to(sum_dtype(x, update, gain))
     return total, layer_norm_quantize(total, weight, bias, eps, infinities)
+
+
+def sum_dtype(x: Tensor, update: Tensor, gain: Tensor | None) -> torch.dtype:
+    """The dtype of ``x + gain * update``."""
+    dtype = torch.promote_types(x.dtype, update.dtype)
+    return dtype if gain is None else torch.promote_types(dtype, gain.dtype)
 
 
 def gelu_quantize(x: Tensor, approximate: str = "none", infinities: Tensor | None = None) -> Quantized:
     """`torch.nn.functional.gelu` of x ``[..., C]``, then `quantize`."""
-    x = _wide(x)
-    return quantize(_at_limits(x, F.gelu(x, approximate=approximate)), infinities=infinities)
+    wide = _wide(x)
+    activated = _at_limits(wide, F.gelu(wide, approximate=approximate))
+    return quantize(activated, infinities=infinities)._replace(dtype=x.dtype)
 
 
 def swiglu_quantize(x: Tensor, infinities: Tensor | None = None) -> Quantized:
     """``silu(gate) * value`` of x ``[..., 2C] = (gate, value)``, then `quantize`: ``[..., C]``."""
     gate, value = _wide(x).chunk(2, -1)
-    return quantize(_at_limits(gate, F.silu(gate)) * value, infinities=infinities)
+    return quantize(_at_limits(gate, F.silu(gate)) * value, infinities=infinities)._replace(dtype=x.dtype)
 
 
 def heads_quantize(x: Tensor, infinities: Tensor | None = None) -> Quantized:
@@ -140,12 +159,12 @@ def heads_quantize(x: Tensor, infinities: Tensor | None = None) -> Quantized:
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dtype: torch.dtype, infinities: Tensor | None) -> Tensor:
-        return dequantize(quantize(x, dtype, infinities), x.dtype)
+    def forward(ctx: Any, x: Tensor, format: torch.dtype) -> Tensor:
+        return dequantize(quantize(x, format))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return grads[0], None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
 
 
 def _at_limits(x: Tensor, activated: Tensor) -> Tensor:

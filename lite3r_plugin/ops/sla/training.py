@@ -178,7 +178,7 @@ class SparseLinearAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # of the decorator
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad,) = grad_outputs
         out, *rest = ctx.saved_tensors
         tensors, saved = rest[: len(ctx.others)], rest[len(ctx.others) :]

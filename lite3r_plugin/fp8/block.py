@@ -1,0 +1,121 @@
+"""A transformer block of a converted model: every quantisation fused into the operation before it."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import AdapterError
+from ..ops.backend import on_device_of
+from ..ops.fp8 import Quantized, passes
+from ..sites import AttentionSite, PreNormBlock
+from ..stand_in import StandIn
+from .linear import Fp8Linear
+
+
+class Fp8Block(StandIn):
+    """Stands in for a `PreNormBlock` whose MLP is in FP8.
+
+    A token of the residual stream is read and written once between attention and MLP: residual sum, LayerNorm and
+    quantisation are one pass; so are LayerNorm and quantisation before the attention, where its site takes FP8, and
+    activation and quantisation inside the MLP. With gradients, in training, or when it is called with what the
+    description does not cover, the host's own forward runs, on the same FP8 Linears.
+
+    Args:
+        host: The block.
+        site: The attention site inside it, with its `block`.
+        attention_takes_fp8: Whether the attention's input may be in FP8 already.
+    """
+
+    def __init__(self, host: nn.Module, site: AttentionSite, attention_takes_fp8: bool) -> None:
+        super().__init__(host)
+        assert site.block is not None
+        self.block: PreNormBlock = site.block
+        self.attention = site.fqn[len(site.block.fqn) + 1 :]
+        self.attention_takes_fp8 = attention_takes_fp8
+        self.argument_names = tuple(inspect.signature(host.forward).parameters)
+        attention = self.get_submodule(self.attention)
+        # Of a site the signature says nothing; it remembers its host's.
+        self.attention_arguments = set(getattr(attention, "argument_names", inspect.signature(attention.forward).parameters))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the host's forward."""
+        given = dict(zip(self.argument_names, args, strict=False)) | kwargs
+        x = given.pop(self.argument_names[0])
+        given = {name: value for name, value in given.items() if value is not None and value is not False}
+        attention = self.get_submodule(self.attention)
+        wants_grad = torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad
+        if not isinstance(x, Tensor) or wants_grad or self.training or not given.keys() <= self.attention_arguments:
+            return self.run_host(*args, **kwargs)
+        with on_device_of(x):
+            return self._forward(x, attention, given)
+
+    def _forward(self, x: Tensor, attention: nn.Module, given: dict[str, Any]) -> Tensor:
+        block = self.block
+        norm1, norm2 = (self.get_submodule(name) for name in (block.norm1, block.norm2))
+        gain1, gain2 = (None if name is None else self.get_parameter(name) for name in (block.gain1, block.gain2))
+        up, down = self.get_submodule(block.up), self.get_submodule(block.down)
+        assert isinstance(norm2, nn.LayerNorm)
+        assert isinstance(up, Fp8Linear)
+        assert isinstance(down, Fp8Linear)
+        if self.attention_takes_fp8:
+            assert isinstance(norm1, nn.LayerNorm)
+            normed = passes(x).layer_norm_quantize(x, norm1.weight, norm1.bias, norm1.eps, _counter(attention))
+        else:
+            normed = norm1(x)
+        update = attention(normed, **given)
+        x, rows = passes(x).residual_norm_quantize(x, update, gain1, norm2.weight, norm2.bias, norm2.eps, up.infinities)
+        update = mlp(rows, up, down, block.activation)
+        return x + update if gain2 is None else torch.addcmul(x, update, gain2)
+
+
+def mlp(x: Quantized, up: Fp8Linear, down: Fp8Linear, activation: str) -> Tensor:
+    """``down(activation(up(x)))`` with `activation` as in `PreNormBlock`, of rows ``[..., C]`` in FP8.
+
+    Making what `up` gives in parts that stay in the L2 cache of an H100 was slower at every size (benchmarks/results/h100_fp8.json).
+    """
+    wide = up(x)
+    if activation == "swiglu":
+        return down(passes(wide).swiglu_quantize(wide, infinities=down.infinities))
+    approximate = "tanh" if activation == "gelu_tanh" else "none"
+    return down(passes(wide).gelu_quantize(wide, approximate, infinities=down.infinities))
+
+
+def check(model: nn.Module, site: AttentionSite) -> None:
+    """Raise `AdapterError` unless `model` has the block that `site` names, with all its parts."""
+    block = site.block
+    if block is None:
+        return
+    try:
+        if not site.fqn.startswith(f"{block.fqn}."):
+            raise AttributeError("the site is not inside")
+        host = model.get_submodule(block.fqn)
+        for name in (block.norm1, block.norm2, block.up, block.down):
+            host.get_submodule(name)
+        for name in (block.gain1, block.gain2):
+            if name is not None:
+                host.get_parameter(name)
+    except AttributeError as error:
+        raise AdapterError(f"site {site.fqn!r}: the block {block.fqn!r} is not as described: {error}; correct the adapter") from error
+
+
+def why_not_fused(host: nn.Module, block: PreNormBlock) -> str | None:
+    """The reason why `Fp8Block` cannot stand in for `host`, or None when it can."""
+    for name in (block.norm1, block.norm2):
+        norm = host.get_submodule(name)
+        if type(norm) is not nn.LayerNorm or len(norm.normalized_shape) != 1:
+            return f"{name} is {type(norm).__name__}, not a LayerNorm over the channels"
+    for name in (block.up, block.down):
+        linear = host.get_submodule(name)
+        if not isinstance(linear, Fp8Linear):
+            return f"{name} is not in FP8"
+        if not linear.takes_fp8:
+            return f'the backend "{linear.backend}" takes no input in FP8'
+    return None
+
+
+def _counter(attention: nn.Module) -> Tensor | None:
+    return next((m.infinities for m in attention.children() if isinstance(m, Fp8Linear)), None)

@@ -1,0 +1,135 @@
+"""The Linear of a converted model: its weight is stored in FP8 and nowhere else."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import Fp8Backend
+from ..errors import ConvertedError
+from ..ops.fp8 import E4M3, Quantized, dequantize, fake_quantize, passes
+from . import backends, te
+from .derived import Derived
+from .qat import compute_dtype
+
+
+class Fp8Linear(nn.Module):
+    """``y = x W^T + b`` with W in FP8, one scale for each output row (see `ops.fp8.naive`).
+
+    Moving the module never changes the dtype of the FP8 weight or of its scales.
+
+    Args:
+        in_features, out_features: C and C_out.
+        bias: The bias ``[C_out]``, or None.
+        backend: What runs it: ``"torch"``, ``"te"``, ``"weight_only"`` or ``"emulated"``.
+        dtype: Of the weight before it was quantised.
+        device: Of the (uninitialised) weight.
+
+    Attributes:
+        weight_data: ``[C_out, C]`` E4M3, a buffer: code that reads a model's dtype off its parameters finds no FP8.
+        weight_scale: ``[C_out, 1]`` FP32, a buffer.
+        infinities: How many infinities in the inputs were saturated, a buffer of one integer.
+    """
+
+    weight_data: Tensor
+    weight_scale: Tensor
+    infinities: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: Tensor | None, backend: Fp8Backend, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
+        self.backend: Fp8Backend = backend
+        self.register_buffer("weight_data", torch.empty(out_features, in_features, dtype=E4M3, device=device))
+        self.register_buffer("weight_scale", torch.empty(out_features, 1, dtype=torch.float32, device=device))
+        self.register_buffer("infinities", torch.zeros(1, dtype=torch.int64, device=device), persistent=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
+        self._te = te.TeLinear()
+        self._bf16_bias: Derived[Tensor] = Derived()
+
+    @classmethod
+    def quantized(cls, linear: nn.Linear, backend: Fp8Backend) -> Fp8Linear:
+        """`linear` with its weight quantised; a new module."""
+        weight = linear.weight.detach()
+        rows = te.quantize_tensor(weight) if backend == "te" else passes(weight).quantize(weight)
+        made = cls(linear.in_features, linear.out_features, linear.bias, backend, weight.dtype, torch.device("meta"))
+        made.weight_data, made.weight_scale = rows.data, rows.scale
+        made.infinities = torch.zeros(1, dtype=torch.int64, device=weight.device)
+        return made.train(linear.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight in `dtype`, made anew by each access: for code that looks at it, or computes with it by itself."""
+        return dequantize(self._quantized())
+
+    @property
+    def takes_fp8(self) -> bool:
+        """Whether `forward` takes an input that is in FP8 already."""
+        return self.backend in backends.QUANTISES_INPUT
+
+    def forward(self, input: Tensor | Quantized) -> Tensor:
+        """input: ``[..., C]``. Returns ``[..., C_out]`` in input's dtype or autocast's; FP8 inputs say theirs.
+
+        Gradients pass through to the input, for which the weight is dequantised; the weight has none.
+
+        Raises:
+            BackendError: the tensors are where the backend, chosen at conversion, cannot run.
+        """
+        dtype = compute_dtype(self.weight_data.device, input.dtype)
+        if isinstance(input, Tensor):
+            if torch.is_grad_enabled() and input.requires_grad:
+                weight = dequantize(self._quantized(), dtype)
+                return F.linear(
+                    fake_quantize(input, infinities=self.infinities).to(dtype), weight, None if self.bias is None else self.bias.to(dtype)
+                )
+            if self.backend == "te":
+                return self._te(input, self).to(dtype)
+        bias = self.bias
+        if bias is not None and self.backend == "torch":  # whose matrix product takes no other
+            bias = self._bf16_bias.get(bias, functools.partial(bias.to, torch.bfloat16))
+        return backends.run(self.backend, input, self._quantized(), bias, dtype, self.infinities)
+
+    def of_heads(self, input: Tensor) -> Tensor:
+        """`forward` of an attention output ``[B, H, N, D]``, its heads put side by side: ``[B, N, C_out]``."""
+        if self.takes_fp8 and not (torch.is_grad_enabled() and input.requires_grad):
+            return self(passes(input).heads_quantize(input, infinities=self.infinities))
+        return self(input.transpose(1, 2).flatten(2))
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, backend={self.backend}"
+
+    def _quantized(self) -> Quantized:
+        return Quantized(self.weight_data, self.weight_scale, self.dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Fp8Linear:
+        exact = (self.weight_data, self.weight_scale)
+
+        def move(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return t.to(moved.device) if moved.dtype != t.dtype and any(t is e for e in exact) else moved
+
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        super()._apply(move, recurse)
+        return self
+
+    # Plain pickle brings back no FP8 tensor (torch.save does).
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_buffers": {**self._buffers, "weight_data": self.weight_data.view(torch.uint8)}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._buffers["weight_data"] = self.weight_data.view(E4M3)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        if f"{prefix}weight" in state_dict:
+            raise ConvertedError(
+                f"{prefix}weight is a weight of the original model, but this Linear holds FP8: load original weights before "
+                "convert(model), or leave out those that load_lite3r has brought"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -1,0 +1,56 @@
+"""Quantisation-aware training: Linears that round to FP8 and back in forward, and pass gradients straight through."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.fp8 import Quantized, dequantize, fake_quantize, quantize
+from ..stand_in import StandIn
+from .derived import Derived
+
+
+class FakeQuantLinear(StandIn, nn.Linear):
+    """Stands in for a Linear: inputs rounded to FP8 token by token, the weight output row by output row.
+
+    A weight that is not being trained is quantised once, and kept in FP8 beside the original.
+
+    Attributes:
+        enabled: False runs the host's own forward.
+        infinities: How many infinities in the inputs were saturated, a buffer of one integer.
+    """
+
+    infinities: Tensor
+
+    def __init__(self, host: nn.Linear) -> None:
+        super().__init__(host)
+        self.enabled = True
+        self._rounded: Derived[Quantized] = Derived()
+        self.register_buffer("infinities", torch.zeros(1, dtype=torch.int64, device=host.weight.device), persistent=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input: ``[..., C]``. Returns ``[..., C_out]`` as the host does, also under autocast."""
+        if not self.enabled:
+            return self.run_host(input)
+        return F.linear(fake_quantize(input, infinities=self.infinities), self._weight(), self.bias)
+
+    def release(self) -> nn.Module:
+        """Give back the host, as it was before."""
+        self._buffers.pop("infinities", None)
+        self._non_persistent_buffers_set.discard("infinities")
+        return super().release()
+
+    def _weight(self) -> Tensor:
+        weight = self.weight
+        if weight.requires_grad and torch.is_grad_enabled():
+            return fake_quantize(weight)
+        with torch.no_grad():
+            return dequantize(self._rounded.get(weight, lambda: quantize(weight)), compute_dtype(weight.device, weight.dtype))
+
+
+def compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a Linear computes on `device` when it is given `dtype`: autocast's, or that one."""
+    if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
+        return torch.get_autocast_dtype(device.type)
+    return dtype

@@ -1,0 +1,178 @@
+"""Triton twin of `naive`: one pass over each row, whatever comes before its quantisation.
+
+A program holds one row in registers, so a row is read once and written once, in FP8. The passes are bound by memory,
+and on a row of this kind `erf` alone costs more than the bytes do: GELU is x times a sigmoid of an odd polynomial whose
+relative error (1.6e-3 in the negative tail, 3e-4 above zero) is far below the 6e-2 of an FP8 rounding.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .naive import E4M3, Quantized, sum_dtype
+
+ACTIVATIONS = {None: 0, "none": 1, "tanh": 2, "swiglu": 3}
+
+
+@triton.jit
+def _activate(x, ACTIVATION: tl.constexpr):
+    """GELU, its tanh form or SiLU (1, 2, 3), as x * sigmoid(slope * x * ln 2)."""
+    if ACTIVATION == 0:
+        return x
+    # Below, the result is zero in FP8 whatever the row holds; the limit at minus infinity comes out without 0 * inf.
+    bottom: tl.constexpr = -80.0 if ACTIVATION == 3 else -9.0
+    x = tl.where(x < bottom, bottom, x)
+    if ACTIVATION == 1:
+        square = tl.minimum(x * x, 30.0)
+        # log2(Phi(x) / Phi(-x)) / x, a minimax fit over x^2 <= 30
+        slope = 2.2986018 + square * (0.10913188 + square * (-0.0014039165 + square * 1.2611449e-05))
+    elif ACTIVATION == 2:
+        slope = 2.3022082 + 0.10294324 * x * x
+    else:
+        slope = 1.4426950408889634
+    return x / (1.0 + tl.exp2(-x * slope))
+
+
+@triton.jit
+def _to_e4m3(x, INTERPRETED: tl.constexpr):
+    """x in E4M3, saturating; NaN stays NaN."""
+    if not INTERPRETED:
+        return x.to(tl.float8e4nv)
+    # The interpreter's conversion drops the carry out of a mantissa, does not saturate and has no NaN: leave it exact numbers.
+    x = tl.where(x > 448.0, 448.0, tl.where(x < -448.0, -448.0, x))
+    bits = x.to(tl.int32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
+    rounded = tl.where(tl.abs(x) < 0.015625, (x + 24576.0) - 24576.0, normal)
+    codes = tl.where(x == x, rounded, 0.0).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    return tl.where(x == x, codes, 0x7F).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["tokens", "eps"])
+def _rows_kernel(
+    X, Update, Gain, Weight, Bias, Total, Data, Scale, Infinities,
+    tokens, x_stride_b, x_stride_h, x_stride_n, update_stride, eps,
+    C: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, RESIDUAL: tl.constexpr, GAIN: tl.constexpr,
+    NORM: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, COUNT: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK)
+    live = lane < C
+    at = X + row * x_stride_n
+    entry = lane
+    if HEAD_DIM != 0:
+        at = X + (row // tokens) * x_stride_b + (row % tokens) * x_stride_n
+        entry = (lane // HEAD_DIM) * x_stride_h + lane % HEAD_DIM
+    x = tl.load(at + entry, mask=live, other=0.0).to(tl.float32)
+    if RESIDUAL:
+        update = tl.load(Update + row * update_stride + lane, mask=live, other=0.0).to(tl.float32)
+        if GAIN:
+            update *= tl.load(Gain + lane, mask=live, other=0.0).to(tl.float32)
+        total = (x + update).to(Total.dtype.element_ty)
+        tl.store(Total + row * C + lane, total, mask=live)
+        x = total.to(tl.float32)
+    if NORM:
+        x = tl.where(live, x - tl.sum(x, 0) / C, 0.0)
+        x *= tl.rsqrt(tl.sum(x * x, 0) / C + eps)
+        if WEIGHT:
+            x *= tl.load(Weight + lane, mask=live, other=0.0).to(tl.float32)
+        if BIAS:
+            x += tl.load(Bias + lane, mask=live, other=0.0).to(tl.float32)
+    x = _activate(x, ACTIVATION)
+    if ACTIVATION == 3:
+        x *= tl.load(at + C + lane, mask=live, other=0.0).to(tl.float32)
+    magnitude = tl.maximum(tl.abs(x), 0.0)  # NaN becomes 0
+    amax = tl.max(magnitude, 0)
+    if amax == float("inf"):  # rare, so the usual row pays for one reduction only
+        finite = magnitude < float("inf")
+        amax = tl.max(tl.where(finite, magnitude, 0.0), 0)
+        if COUNT:
+            tl.atomic_add(Infinities, tl.sum(tl.where(finite, 0, 1), 0).to(tl.int64))
+    amax = tl.maximum(amax, 1e-8)
+    tl.store(Scale + row, amax / 448.0)
+    tl.store(Data + row * C + lane, _to_e4m3(x * (448.0 / amax), INTERPRETED), mask=live)
+
+
+def quantize(x: Tensor, infinities: Tensor | None = None) -> Quantized:
+    """As `naive.quantize`, to E4M3."""
+    return _launch(x, infinities=infinities)
+
+
+def layer_norm_quantize(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, infinities: Tensor | None = None) -> Quantized:
+    """As `naive.layer_norm_quantize`."""
+    return _launch(x, norm=(weight, bias, eps), infinities=infinities)
+
+
+def residual_norm_quantize(
+    x: Tensor,
+    update: Tensor,
+    gain: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    infinities: Tensor | None = None,
+) -> tuple[Tensor, Quantized]:
+    """As `naive.residual_norm_quantize`."""
+    total = torch.empty(x.shape, device=x.device, dtype=sum_dtype(x, update, gain))
+    rows = _launch(x, norm=(weight, bias, eps), residual=(update, gain, total), infinities=infinities)
+    return total, rows._replace(dtype=total.dtype)
+
+
+def gelu_quantize(x: Tensor, approximate: str = "none", infinities: Tensor | None = None) -> Quantized:
+    """As `naive.gelu_quantize`."""
+    return _launch(x, activation=approximate, infinities=infinities)
+
+
+def swiglu_quantize(x: Tensor, infinities: Tensor | None = None) -> Quantized:
+    """As `naive.swiglu_quantize`."""
+    return _launch(x, activation="swiglu", infinities=infinities)
+
+
+def heads_quantize(x: Tensor, infinities: Tensor | None = None) -> Quantized:
+    """As `naive.heads_quantize`."""
+    return _launch(x, heads=True, infinities=infinities)
+
+
+def warps(width: int) -> int:
+    """Warps for a row of `width` entries: 32 entries a thread keep enough bytes in flight without a long reduction."""
+    return min(16, max(1, triton.next_power_of_2(width) // 1024))
+
+
+def _launch(
+    x: Tensor,
+    *,
+    norm: tuple[Tensor | None, Tensor | None, float] | None = None,
+    residual: tuple[Tensor, Tensor | None, Tensor] | None = None,
+    activation: str | None = None,
+    heads: bool = False,
+    infinities: Tensor | None = None,
+) -> Quantized:
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    if heads:
+        batch, count, tokens, dim = x.shape
+        shape, strides = (batch, tokens, count * dim), x.stride()[:3]
+    else:
+        shape, dim = (*x.shape[:-1], x.shape[-1] // (2 if activation == "swiglu" else 1)), 0
+        x = x.reshape(-1, x.shape[-1])
+        tokens, strides = 1, (0, 0, x.stride(0))
+    width, rows = shape[-1], math.prod(shape[:-1])
+    data, scale = torch.empty(shape, device=x.device, dtype=E4M3), torch.empty(*shape[:-1], 1, device=x.device)
+    weight, bias, eps = norm or (None, None, 0.0)
+    update, gain, total = residual or (None, None, None)
+    if update is not None:
+        update = update.reshape(-1, width)
+        update = update if update.stride(-1) == 1 else update.contiguous()
+    _rows_kernel[(rows,)](
+        x, *(x if p is None else p for p in (update, gain, weight, bias, total)),
+        data, scale, scale if infinities is None else infinities,
+        tokens, *strides, 0 if update is None else update.stride(0), eps,
+        C=width, BLOCK=triton.next_power_of_2(width), HEAD_DIM=dim, RESIDUAL=update is not None, GAIN=gain is not None,
+        NORM=norm is not None, WEIGHT=weight is not None, BIAS=bias is not None, ACTIVATION=ACTIVATIONS[activation],
+        COUNT=infinities is not None, INTERPRETED=not x.is_cuda, num_warps=warps(width),
+    )  # fmt: skip
+    return Quantized(data, scale, x.dtype)

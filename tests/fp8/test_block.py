@@ -1,0 +1,216 @@
+"""Fused blocks against the host's own forward on the same FP8 Linears."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from numerics import relative_error
+from torch import Tensor, nn
+from toys import PATCH, SPECIAL, Adapter, Attention, toy_adapter
+
+from lite3r_plugin import AttentionSite, FusedQKV, PreNormBlock, TokenSource, apply_lite3r
+from lite3r_plugin.errors import AdapterError
+from lite3r_plugin.fp8.block import Fp8Block
+from lite3r_plugin.fp8.linear import Fp8Linear
+from lite3r_plugin.ops.fp8 import naive
+from lite3r_plugin.testing import check_adapter
+
+__all__ = ["toy_adapter"]  # the fixture
+DIM = 32
+SPARSE = dict(keep_ratio=0.3, dense_below=0, block_q=16, block_k=16)
+
+
+class LayerScale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.randn(DIM))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class SwiGLU(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w12, self.w3 = nn.Linear(DIM, 96), nn.Linear(48, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w12(x).chunk(2, -1)
+        return self.w3(F.silu(gate) * value)
+
+
+class Block(nn.Module):
+    """As DINOv2's; `kind` is the activation."""
+
+    def __init__(self, kind: str, scaled: bool) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(DIM), nn.LayerNorm(DIM, bias=False)
+        nn.init.uniform_(self.norm1.weight, 0.5, 2)
+        self.attn = Attention(DIM, 2)
+        self.ls1, self.ls2 = (LayerScale() if scaled else nn.Identity() for _ in range(2))
+        act = nn.GELU(approximate="tanh" if kind == "gelu_tanh" else "none")
+        self.mlp = SwiGLU() if kind == "swiglu" else nn.Sequential(nn.Linear(DIM, 64), act, nn.Linear(64, DIM))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x + self.ls1(self.attn(self.norm1(x), mask))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+class Model(nn.Module):
+    def __init__(self, kind: str = "gelu", scaled: bool = True, make: type[Block] = Block) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, DIM, PATCH, PATCH)
+        self.special = nn.Parameter(torch.randn(SPECIAL, DIM))
+        self.blocks = nn.ModuleList(make(kind, scaled) for _ in range(2))
+        self.kind, self.scaled = kind, scaled
+
+    def forward(self, images: Tensor, **options: Any) -> Tensor:
+        x = self.embed(images).flatten(2).transpose(1, 2)
+        x = torch.cat((self.special.expand(len(x), -1, -1), x), 1)
+        for block in self.blocks:
+            x = block(x, **options)
+        return x
+
+
+def sites(model: nn.Module) -> list[AttentionSite] | None:
+    if not isinstance(model, Model):
+        return None
+    up, down = ("mlp.w12", "mlp.w3") if model.kind == "swiglu" else ("mlp.0", "mlp.2")
+    gains: dict[str, Any] = dict(gain1="ls1.gamma", gain2="ls2.gamma") if model.scaled else {}
+    tokens = TokenSource("embed", (PATCH, PATCH), SPECIAL)
+    blocks = [PreNormBlock(f"blocks.{i}", up, down, model.kind, **gains) for i in range(2)]  # pyright: ignore[reportArgumentType]
+    return [AttentionSite(f"{b.fqn}.attn", "frame", DIM // 2, FusedQKV(2, attn_drop="attn_drop"), tokens, b) for b in blocks]
+
+
+@pytest.fixture(autouse=True)
+def _adapter(adapter: Adapter) -> None:
+    adapter.answer = sites
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the passes that ran."""
+    seen: list[str] = []
+
+    def counted(name: str) -> Any:
+        real = getattr(naive, name)
+        return lambda *args, **kwargs: (seen.append(name), real(*args, **kwargs))[1]
+
+    for name in ("quantize", "layer_norm_quantize", "residual_norm_quantize", "gelu_quantize", "swiglu_quantize", "heads_quantize"):
+        monkeypatch.setattr(naive, name, counted(name))
+    return seen
+
+
+def images() -> Tensor:
+    return torch.rand(2, 3, 32, 40, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("kind", ["gelu", "gelu_tanh", "swiglu"])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_check_adapter_sees_what_a_block_does(kind: str, scaled: bool, adapter: Adapter) -> None:
+    model = Model(kind, scaled).eval()
+    check_adapter(model, (images(),), scopes=("frame",))
+    right = adapter.answer
+    others = {"gelu": "gelu_tanh", "gelu_tanh": "gelu"}
+    wrong: list[dict[str, Any]] = [{"activation": others[kind]}] if kind in others else []
+    wrong += [{"gain1": None}, {"gain1": "ls2.gamma", "gain2": "ls1.gamma"}] if scaled else []
+    wrong += [{"norm2": "norm1", "norm1": "norm2"}]
+    for change in wrong:
+        adapter.answer = lambda model, change=change: [
+            dataclasses.replace(site, block=dataclasses.replace(site.block, **change)) for site in right(model) or ()
+        ]
+        with pytest.raises(AdapterError, match="gives something else than described"):
+            check_adapter(model, (images(),), scopes=("frame",))
+
+
+def host_forward(model: nn.Module, x: Tensor) -> Tensor:
+    """`model` on the same FP8 Linears, its blocks unfused."""
+    for block in model.modules():
+        if isinstance(block, Fp8Block):
+            block.forward = block.run_host  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        return model(x)
+    finally:
+        for block in model.modules():
+            if isinstance(block, Fp8Block):
+                del block.__dict__["forward"]
+
+
+@pytest.mark.parametrize("kind", ["gelu", "gelu_tanh", "swiglu"])
+@pytest.mark.parametrize("scaled", [True, False])
+@torch.no_grad()
+def test_equals_the_host(kind: str, scaled: bool, calls: list[str]) -> None:
+    model = apply_lite3r(Model(kind, scaled).eval(), **SPARSE, precision="fp8")
+    assert sum(isinstance(m, Fp8Block) for m in model.modules()) == 2
+    calls.clear()
+    fused = model(images())
+    activation = "swiglu_quantize" if kind == "swiglu" else "gelu_quantize"
+    named = [call for call in calls if call != "quantize"]  # which the others call
+    assert named == ["layer_norm_quantize", "heads_quantize", "residual_norm_quantize", *(["layer_norm_quantize"] * 1), activation] * 2
+    assert calls.count("quantize") == 8
+    assert relative_error(fused, host_forward(model, images())) < 5e-3
+    for dtype in (torch.bfloat16, torch.float16):
+        assert model.to(dtype)(images().to(dtype)).dtype == dtype
+
+
+@torch.no_grad()
+def test_autocast_keeps_the_dtypes_of_the_host() -> None:
+    model = apply_lite3r(Model().eval(), **SPARSE, precision="fp8")
+    with torch.autocast("cpu", torch.bfloat16):
+        fused, host = model(images()), host_forward(model, images())
+    assert fused.dtype == host.dtype
+    assert relative_error(fused, host) < 2e-2
+
+
+def test_gradients_training_and_other_arguments_run_the_host(calls: list[str]) -> None:
+    model = apply_lite3r(Model().eval(), **SPARSE, precision="fp8")
+    x = images().requires_grad_()
+    model(x).sum().backward()
+    assert x.grad is not None
+    assert x.grad.abs().sum() > 0
+    assert "residual_norm_quantize" not in calls
+    with torch.no_grad():
+        model.train()(images())
+        assert "residual_norm_quantize" not in calls
+        model.eval()(images(), mask=None)
+        assert "residual_norm_quantize" in calls
+
+
+@torch.no_grad()
+def test_an_argument_that_only_the_block_knows(calls: list[str]) -> None:
+    class Flagged(Block):
+        def forward(self, x: Tensor, flag: str | None = None) -> Tensor:
+            return super().forward(x) if flag is None else x
+
+    model = apply_lite3r(Model(make=Flagged).eval(), **SPARSE, precision="fp8")
+    calls.clear()
+    x = model(images(), flag="skip")
+    assert not calls
+    assert not torch.equal(model(images()), x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("what", ["norm", "linear"])
+def test_blocks_that_cannot_be_fused_run_as_they_are(what: str) -> None:
+    model = Model().eval()
+    for block in model.blocks:
+        if what == "norm":
+            block.norm2 = nn.RMSNorm(DIM)
+        else:
+            block.mlp[0] = nn.modules.linear.NonDynamicallyQuantizableLinear(DIM, 64)
+    apply_lite3r(model, **SPARSE, precision="fp8")
+    assert not any(isinstance(m, Fp8Block) for m in model.modules())
+    assert any(isinstance(m, Fp8Linear) for m in model.modules())
+    assert model(images()).isfinite().all()
+
+
+@torch.no_grad()
+def test_an_unfused_site_gets_its_input_in_high_precision(calls: list[str]) -> None:
+    model = apply_lite3r(Model().eval(), **SPARSE, precision="fp8", fuse=False)
+    calls.clear()
+    assert relative_error(model(images()), host_forward(model, images())) < 5e-3
+    assert calls.count("residual_norm_quantize") == 2

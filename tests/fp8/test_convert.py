@@ -1,0 +1,295 @@
+"""Converted models: what their Linears compute, what they hold, what they refuse."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from numerics import relative_error
+from torch import Tensor, nn
+from toys import Adapter, Attention, Separate, Toy, images, toy_adapter
+
+from lite3r_plugin import apply_lite3r, convert, describe, lite3r_disabled, remove_lite3r
+from lite3r_plugin.apply import block_linears, lite3r_modules
+from lite3r_plugin.errors import BackendError, ConfigError, ConvertedError, NoSitesError, NotAppliedError
+from lite3r_plugin.fp8.linear import Fp8Linear
+from lite3r_plugin.ops.fp8 import E4M3, dequantize, fake_quantize, naive, quantize
+from lite3r_plugin.scenes import ARCS, ProcScenes, TextureBank
+from lite3r_plugin.testbed import Testbed
+
+__all__ = ["toy_adapter"]  # the fixture
+SPARSE = dict(keep_ratio=0.3, dense_below=0, block_q=16, block_k=16)
+
+
+def converted(inputs: int = 24, outputs: int = 10, bias: bool = True, dtype: torch.dtype = torch.float32) -> tuple[nn.Linear, Fp8Linear]:
+    linear = nn.Linear(inputs, outputs, bias=bias, dtype=dtype)
+    return linear, Fp8Linear.quantized(linear, "emulated")
+
+
+class TestLinear:
+    @pytest.mark.parametrize("bias", [True, False])
+    @pytest.mark.parametrize("shape", [(24,), (7, 24), (2, 3, 24)], ids=str)
+    def test_is_the_definition(self, shape: tuple[int, ...], bias: bool) -> None:
+        linear, fp8 = converted(bias=bias)
+        x = torch.randn(shape)
+        expected = naive.linear(quantize(x), quantize(linear.weight.detach()), linear.bias)
+        assert torch.equal(fp8(x), expected)
+        assert torch.equal(fp8(quantize(x)), expected)
+        assert relative_error(fp8(x), linear(x)) < 0.06
+
+    def test_of_heads(self) -> None:
+        _, fp8 = converted()
+        x = torch.randn(2, 3, 5, 8)
+        assert torch.equal(fp8.of_heads(x), fp8(x.transpose(1, 2).flatten(2)))
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+    def test_dtypes(self, dtype: torch.dtype) -> None:
+        linear, fp8 = converted(dtype=dtype)
+        x = torch.randn(4, 24, dtype=dtype)
+        assert fp8(x).dtype == fp8(quantize(x)).dtype == dtype
+        assert relative_error(fp8(x), linear(x)) < 0.06
+
+    def test_autocast(self) -> None:
+        _, fp8 = converted()
+        x = torch.randn(4, 24)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert fp8(x).dtype == fp8(quantize(x)).dtype == torch.bfloat16
+            torch.testing.assert_close(fp8(x).float(), fp8(x).float())
+
+    @pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (17, 3), (45, 33)])
+    def test_sizes_that_are_no_multiples_of_16(self, inputs: int, outputs: int) -> None:
+        linear, fp8 = converted(inputs, outputs)
+        x = torch.randn(5, inputs)
+        torch.testing.assert_close(fp8(x), F.linear(fake_quantize(x), fake_quantize(linear.weight), linear.bias))
+
+    @pytest.mark.parametrize("shape", [(0, 24), (3, 0, 24)], ids=str)
+    def test_empty_batches(self, shape: tuple[int, ...]) -> None:
+        assert converted()[1](torch.empty(shape)).shape == (*shape[:-1], 10)
+
+    def test_infinity_saturates_and_nan_stays(self) -> None:
+        _, fp8 = converted()
+        x = torch.randn(4, 24)
+        x[1, 3], x[2, 5], x[3, 0] = math.inf, -math.inf, math.nan
+        y = fp8(x)
+        assert y[:3].isfinite().all()
+        assert y[3].isnan().all()
+        assert fp8.infinities.item() == 2
+        assert torch.equal(y[0], fp8(x[:1])[0])
+
+    def test_gradients_pass_through(self) -> None:
+        _, fp8 = converted()
+        x, grad = torch.randn(4, 24, requires_grad=True), torch.randn(4, 10)
+        y = fp8(x)
+        y.backward(grad)
+        torch.testing.assert_close(x.grad, grad @ fp8.weight)
+        torch.testing.assert_close(y.detach(), fp8(x.detach()))
+        assert not any(p.requires_grad for p in fp8.parameters())
+        x = torch.randn(2, 3, 5, 8, requires_grad=True)
+        fp8.of_heads(x).sum().backward()
+        assert x.grad is not None
+
+    def test_moving_keeps_fp8(self) -> None:
+        linear, fp8 = converted()
+        codes = fp8.weight_data.clone()
+        for move in (nn.Module.bfloat16, nn.Module.half, nn.Module.double, lambda m: m.to("cpu", torch.float32)):
+            move(fp8)
+            assert (fp8.weight_data.dtype, fp8.weight_scale.dtype) == (E4M3, torch.float32)
+            assert fp8.bias.dtype == fp8.weight.dtype
+        assert torch.equal(fp8.weight_data.view(torch.uint8), codes.view(torch.uint8))
+        assert torch.equal(fp8.weight, dequantize(quantize(linear.weight.detach())))
+        assert fp8.to("meta").weight_data.is_meta
+
+    def test_copies(self) -> None:
+        _, fp8 = converted()
+        x = torch.randn(3, 24)
+        for other in (copy.deepcopy(fp8), pickle.loads(pickle.dumps(fp8))):
+            assert torch.equal(other(x), fp8(x))
+            assert other.weight_data.dtype == E4M3
+            other.weight_scale.zero_()
+            assert not torch.equal(other(x), fp8(x))
+
+    def test_original_weights_are_not_taken_for_fp8(self) -> None:
+        linear, fp8 = converted()
+        with pytest.raises(ConvertedError, match="is a weight of the original model"):
+            fp8.load_state_dict(linear.state_dict())
+        fp8.load_state_dict(converted()[1].state_dict())
+
+    def test_half_the_bytes_of_bf16(self) -> None:
+        _, fp8 = converted(1024, 1024)
+        assert fp8.weight_data.nbytes + fp8.weight_scale.nbytes <= 0.52 * 2 * 1024 * 1024
+        assert sum(t.nbytes for t in (*fp8.parameters(), *fp8.buffers())) <= 0.52 * 2 * 1024 * 1024
+
+
+@pytest.mark.usefixtures("adapter")
+class TestModel:
+    def test_precision_fp8_is_apply_and_convert(self) -> None:
+        model = Toy().eval()
+        other = convert(apply_lite3r(copy.deepcopy(model), **SPARSE))
+        apply_lite3r(model, **SPARSE, precision="fp8")
+        assert torch.equal(model(images()), other(images()))
+        assert describe(model).config == describe(other).config
+        assert describe(model).linears == {"in FP8 (emulated)": 8}
+        assert type(model.head) is nn.Linear
+        assert {m.backend for m in block_linears(model)} == {"emulated"}
+
+    @pytest.mark.parametrize("make", [Attention, Separate, lambda d, h: Attention(d, h, "routed")])
+    def test_equals_its_training(self, make) -> None:
+        model = Toy(make=make).eval()
+        dense = model(images())
+        apply_lite3r(model, **SPARSE, precision="fp8_qat")
+        for site in lite3r_modules(model).values():
+            if site.sparse:
+                nn.init.normal_(site.proj_lin.weight, std=0.3)
+        trained = model(images())
+        convert(model)
+        assert relative_error(model(images()), trained) < 1e-2 < relative_error(dense, trained)
+        assert describe(model).config.precision == "fp8"
+
+    def test_the_projection_keeps_its_rounded_weight(self) -> None:
+        model = apply_lite3r(Toy(), **SPARSE, precision="fp8_qat")
+        site = next(site for site in lite3r_modules(model).values() if site.sparse)
+        nn.init.normal_(site.proj_lin.weight)
+        rounded = site._projection()
+        convert(model)
+        assert torch.equal(site.proj_lin.weight, rounded)
+        assert torch.equal(site._projection(), rounded)
+
+    def test_there_is_no_way_back(self) -> None:
+        model = apply_lite3r(Toy(), **SPARSE, precision="fp8")
+        with pytest.raises(ConvertedError, match="remove_lite3r needs the weights"):
+            remove_lite3r(model)
+        with pytest.raises(ConvertedError, match="lite3r_disabled needs the weights"), lite3r_disabled(model):
+            pass
+
+    @pytest.mark.parametrize("qat", [True, False])
+    def test_an_impossible_backend_leaves_the_model_as_it_was(self, qat: bool) -> None:
+        model = Toy().eval()
+        dense = model(images())
+        with pytest.raises(BackendError, match='fp8_backend="torch" cannot run a Linear 32 -> 96 here: the model is on cpu'):
+            apply_lite3r(model, precision="fp8", fp8_backend="torch")
+        assert torch.equal(model(images()), dense)
+        assert not lite3r_modules(model)
+        apply_lite3r(model, **SPARSE, precision="fp8_qat" if qat else "full")
+        before = model(images())
+        with pytest.raises(BackendError):
+            convert(model, "weight_only")
+        with pytest.raises(ConfigError):
+            convert(model, "none")  # pyright: ignore[reportArgumentType]
+        assert torch.equal(model(images()), before)
+        remove_lite3r(model)
+        assert torch.equal(model(images()), dense)
+
+    def test_auto_takes_nothing_that_is_slower(self) -> None:
+        model = apply_lite3r(Toy().eval(), **SPARSE)
+        before = model(images())
+        with pytest.raises(BackendError, match="no Linear of this model is faster in FP8 at 500 tokens here"):
+            convert(model, tokens=500)
+        assert torch.equal(model(images()), before)
+        convert(model, "emulated", tokens=500)  # an explicit wish is fulfilled
+
+    def test_linears_that_stay_are_shown(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("lite3r_plugin.fp8.convert.fp8_pays", lambda device, tokens, inputs, outputs, fused: outputs > 32)
+        model = convert(apply_lite3r(Toy(), **SPARSE), tokens=500)
+        assert describe(model).linears == {"in full precision": 4, "in FP8 (emulated)": 4}
+        assert "4 Linears left as they are: not faster in FP8 at 500 tokens" in str(describe(model))
+
+    def test_a_broken_weight_is_not_hidden(self) -> None:
+        model = apply_lite3r(Toy(), **SPARSE)
+        with torch.no_grad():
+            model.frame[1].proj.weight[3, 4] = math.nan
+        with pytest.raises(ConvertedError, match="32 x 32 has infinities or NaN"):
+            convert(model)
+        assert not any(isinstance(m, Fp8Linear) for m in model.modules())
+
+    def test_not_applied(self) -> None:
+        with pytest.raises(NotAppliedError):
+            convert(Toy())
+
+    def test_nothing_to_convert(self, adapter: Adapter) -> None:
+        class NoLinear(Attention):
+            def __init__(self, dim: int, heads: int) -> None:
+                super().__init__(dim, heads, "routed")
+                self.qkv = nn.modules.linear.NonDynamicallyQuantizableLinear(dim, 3 * dim)
+                self.proj = nn.modules.linear.NonDynamicallyQuantizableLinear(dim, dim)
+
+        with pytest.raises(NoSitesError, match=r"has a torch\.nn\.Linear to convert"):
+            convert(apply_lite3r(Toy(make=NoLinear), **SPARSE))
+
+    @torch.no_grad()
+    def test_converting_again_chooses_backends_again(self) -> None:
+        model = apply_lite3r(Toy().eval(), **SPARSE, precision="fp8")
+        before, weights = model(images()), [m.weight_data for m in block_linears(model)]
+        for linear in block_linears(model):
+            linear.backend = "torch"  # as if it came from a GPU
+        with pytest.raises(BackendError, match=r"convert\(model\) again"):
+            model(images())
+        convert(model)
+        assert torch.equal(model(images()), before)
+        assert all(a is m.weight_data for a, m in zip(weights, block_linears(model), strict=True))
+
+    def test_old_weights_are_freed_at_once(self) -> None:
+        model = apply_lite3r(Toy(), **SPARSE, precision="fp8_qat")
+        linears = block_linears(model)
+        convert(model)
+        assert all(linear.weight is None for linear in linears)
+
+    def test_infinities_show(self) -> None:
+        model = apply_lite3r(Toy().eval(), **SPARSE, precision="fp8")
+        with torch.no_grad():
+            model.embed.bias[2] = math.inf
+        model(images())
+        assert describe(model).infinities > 0
+        assert f"infinities saturated so far: {describe(model).infinities}" in str(describe(model))
+
+    def test_copies(self) -> None:
+        model = apply_lite3r(Toy().eval(), **SPARSE, precision="fp8")
+        expected = model(images())
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(other(images()), expected)
+
+    def test_compiled_equals_eager(self) -> None:
+        model = apply_lite3r(Toy().eval(), **SPARSE, precision="fp8")
+        expected = model(images())
+        torch._dynamo.reset()
+        model.compile(backend="aot_eager")
+        torch.testing.assert_close(model(images()), expected, rtol=1e-4, atol=1e-4)
+        torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def scene() -> Tensor:
+    """Images ``[1, 4, 3, H, W]`` of a rendered scene."""
+    return ProcScenes(TextureBank.procedural(12, 32), seed=3, arcs=ARCS[:2])(1, 4, 64, 80)["rgb"]
+
+
+@torch.no_grad()
+def test_layers_of_the_testbed_on_real_activations(scene: Tensor) -> None:
+    """At most 4 % from BF16 in every Linear, and QAT's forward is the converted one."""
+    model = apply_lite3r(Testbed.from_pretrained(), keep_ratio=0.5, dense_below=0)
+    inputs: dict[nn.Module, Tensor] = {}
+    linears = block_linears(model)
+    hooks = [m.register_forward_pre_hook(lambda module, args: inputs.update({module: args[0]})) for m in linears]
+    model(scene)
+    for hook in hooks:
+        hook.remove()
+    assert len(inputs) == len(linears) == 40
+    for linear, x in inputs.items():
+        fp8 = Fp8Linear.quantized(linear, "emulated")
+        error = relative_error(fp8(x), F.linear(x.bfloat16(), linear.weight.bfloat16(), linear.bias.bfloat16()))
+        assert 0.005 < error <= 0.04
+
+
+@torch.no_grad()
+def test_the_testbed_as_trained_and_as_converted(scene: Tensor) -> None:
+    model = apply_lite3r(Testbed.from_pretrained(), keep_ratio=0.5, dense_below=0, precision="fp8_qat")
+    trained = model(scene)
+    convert(model)
+    report = describe(model)
+    assert report.linears == {"in FP8 (emulated)": 40}
+    assert report.fp8_bytes[0] <= 0.52 * report.fp8_bytes[1]
+    for name, value in model(scene).items():
+        assert relative_error(value, trained[name]) < 1e-2, name
