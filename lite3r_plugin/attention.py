@@ -227,7 +227,8 @@ class SparseLinearAttention(nn.Module):
         dtype = heads.v.dtype
         if heads.q_norm is None and heads.k_norm is None and heads.rope_base is None:
             return heads.q.to(dtype), heads.k.to(dtype)
-        learns = torch.is_grad_enabled() and (heads.q.requires_grad or heads.k.requires_grad)
+        norms = (x for norm in (heads.q_norm, heads.k_norm) if norm is not None for x in (norm.weight, norm.bias))
+        learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (heads.q, heads.k, *norms))
         backend = "torch" if learns else self.state.config.backend if self.sparse else "auto"  # torch has gradients of this
         q, k = norm_rope(
             heads.q, heads.k, q_norm=heads.q_norm, k_norm=heads.k_norm, positions=heads.positions, rope_base=heads.rope_base,

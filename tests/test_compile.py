@@ -19,6 +19,7 @@ from lite3r_plugin.ops.sla import operator, sparse_linear_attention
 from lite3r_plugin.testbed.model import Testbed, TestbedConfig
 from lite3r_plugin.testing import TEST_CONFIG
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 __all__ = ["toy_adapter"]  # the fixture
 pytestmark = pytest.mark.usefixtures("fresh")
 MAKES: dict[str, Callable[[int, int], nn.Module]] = {
@@ -133,11 +134,11 @@ def test_the_default_compiler() -> None:
 def flat_arguments(linear: str, learns: str) -> tuple[Any, ...]:
     """Arguments of the operators, with a norm, a rotary embedding, an order, and everything that may be absent absent once."""
     tokens, dim = 50, 32
-    q, k, v = torch.randn(1, tokens, 3, 2, dim).permute(2, 0, 3, 1, 4).unbind(0)
-    norm = HeadNorm("layer", torch.rand(dim), torch.rand(dim), 1e-5)
-    tensors = (q, k, v, norm.weight, norm.bias, None, None, torch.randn(dim, dim) if linear != "none" else None)
+    q, k, v = torch.randn(1, tokens, 3, 2, dim, device=DEVICE).permute(2, 0, 3, 1, 4).unbind(0)
+    norm = HeadNorm("layer", torch.rand(dim, device=DEVICE), torch.rand(dim, device=DEVICE), 1e-5)
+    tensors = (q, k, v, norm.weight, norm.bias, None, None, torch.randn(dim, dim, device=DEVICE) if linear != "none" else None)
     tensors = [None if x is None else x.clone().requires_grad_(learns == "all" or i == 7) for i, x in enumerate(tensors)]
-    order, positions = torch.randperm(tokens).int(), torch.randint(0, 9, (1, tokens, 2))
+    order, positions = torch.randperm(tokens, device=DEVICE).int(), torch.randint(0, 9, (1, tokens, 2), device=DEVICE)
     return (
         *tensors, order, positions, 5, 0.3, "layer", 1e-5, None, 0.0, 100.0, None, linear, "softmax", linear == "all", 32, 16, "auto",
     )  # fmt: skip
@@ -145,18 +146,19 @@ def flat_arguments(linear: str, learns: str) -> tuple[Any, ...]:
 
 @pytest.fixture(params=["torch", "triton"])
 def triton(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether the operators take the Triton path, also on the CPU."""
+    """Whether the operators take the Triton path, in its interpreter where there is no GPU."""
     if request.param == "triton":
         pytest.importorskip("triton")
-        monkeypatch.setattr(operator, "use_triton", lambda backend, v, needs_grad=False: backend != "torch")
+    takes = request.param == "triton"
+    monkeypatch.setattr(operator, "use_triton", lambda backend, v, needs_grad=False: takes and v.dim() == 4 and backend != "torch")
     return request.param == "triton"
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # opcheck's own
+@pytest.mark.filterwarnings("ignore:.*deterministic")
 @pytest.mark.parametrize("linear", ["all", "none"])
 @pytest.mark.parametrize("learns", ["all", "proj"])
 def test_the_operators_keep_their_contracts(linear: str, learns: str, triton: bool) -> None:
-    """Triton in its interpreter."""
     arguments = flat_arguments(linear, learns)
     torch.library.opcheck(operator.infer, [x.detach() if isinstance(x, Tensor) else x for x in arguments])
     needed = [x is not None and x.requires_grad for x in arguments[: operator.DIFFERENTIABLE]]
@@ -164,12 +166,13 @@ def test_the_operators_keep_their_contracts(linear: str, learns: str, triton: bo
         torch.library.opcheck(operator.train, (needed, *arguments))
 
 
+@pytest.mark.filterwarnings("ignore:.*deterministic")  # torch's gathers and masked attention on a GPU
 @pytest.mark.parametrize("learns", ["all", "proj"])
 def test_gradients_of_the_operator_are_those_of_the_eager_call(learns: str, triton: bool) -> None:
     arguments = flat_arguments("marginal", learns)
     leaves = [x for x in arguments[: operator.DIFFERENTIABLE] if x is not None and x.requires_grad]
     needed = [x is not None and x.requires_grad for x in arguments[: operator.DIFFERENTIABLE]]
-    grad = torch.randn(1, 50, 2, 32)
+    grad = torch.randn(1, 50, 2, 32, device=DEVICE)
     expected = torch.autograd.grad(operator.run(*arguments[:-1], "torch").transpose(1, 2), leaves, grad)
     found = torch.autograd.grad(operator.train(needed, *arguments)[0], leaves, grad)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
@@ -207,6 +210,7 @@ def test_a_cuda_graph_replays_on_new_inputs(linear: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # the compiler's advice
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiled_on_a_gpu(mode: str, adapter: Any) -> None:
     """Triton inside the graph, and CUDA graphs around it."""

@@ -11,6 +11,7 @@ from numerics import assert_as_accurate
 from torch import Tensor
 
 from lite3r_plugin.errors import BackendError
+from lite3r_plugin.ops.backend import why_not_triton
 from lite3r_plugin.ops.block_map import kept_blocks
 from lite3r_plugin.ops.block_map import naive as block_map_naive
 from lite3r_plugin.ops.qk_norm_rope import HeadNorm
@@ -126,9 +127,9 @@ def run_both(q: Tensor, k: Tensor, v: Tensor, order: Tensor, pinned_tokens: int,
 @pytest.mark.parametrize("dim", [64, 96] if GPU else [32])
 @pytest.mark.parametrize("tokens", LENGTHS)
 def test_sparse_linear_attention(tokens: int, dim: int, dtype: torch.dtype, branch: Any) -> None:
-    if dtype == torch.float32 and dim > 64:
-        pytest.skip("the package does not launch FP32 tiles of this size")
     q, k, v = random_qkv(tokens, dim, dtype)
+    if GPU and why_not_triton(q) is not None:
+        pytest.skip(why_not_triton(q))
     order, proj = torch.randperm(tokens, device=DEVICE).int(), torch.randn(dim, dim, device=DEVICE) * 0.3
     assert_as_accurate(*run_both(q, k, v, order, min(tokens // 3, 20), 0.2, branch, proj))
 

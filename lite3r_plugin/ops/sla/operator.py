@@ -89,11 +89,11 @@ def _train(needed: list[bool], *arguments: Any) -> tuple[Tensor, list[Tensor]]:
 
 
 def _backward(grad: Tensor, out: Tensor | None, saved: list[Tensor], needed: list[bool], *arguments: Any) -> list[Tensor]:
-    """Gradients of the tensors that are `needed`; on the torch path by autograd through it, run again."""
-    if _trains_on_triton(arguments):
+    """Gradients of the tensors that are `needed`; on the torch path, which saved nothing, by autograd through it, run again."""
+    if saved:
         from . import training
 
-        out = None if out is None else out.transpose(1, 2)
+        out = None if out is None else out.contiguous().transpose(1, 2)
         found = training.train_backward(grad.transpose(1, 2), out, saved, needed, *arguments[:-1])
         grads = [x for x in found if x is not None]
     else:
@@ -148,7 +148,8 @@ infer = register("sparse_linear_attention", f"({TENSORS}, {OPTIONS}) -> Tensor",
 train = register("sparse_linear_attention_train", f"(bool[] needed, {TENSORS}, {OPTIONS}) -> (Tensor, Tensor[])", _train, _fake_train)
 register(
     "sparse_linear_attention_backward",
-    f"(Tensor grad, Tensor? out, Tensor[] saved, bool[] needed, {TENSORS}, {OPTIONS}) -> Tensor[]",
+    # q, k and v are None where only Proj learns: they are not kept for that.
+    f"(Tensor grad, Tensor? out, Tensor[] saved, bool[] needed, {TENSORS.replace('Tensor ', 'Tensor? ')}, {OPTIONS}) -> Tensor[]",
     _backward,
     _fake_backward,
 )

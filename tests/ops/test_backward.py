@@ -1,0 +1,175 @@
+"""Gradients of the Triton operator against autograd through the naive twin: on a GPU as compiled, elsewhere interpreted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from numerics import assert_as_accurate, relative_error
+from torch import Tensor, nn
+
+from lite3r_plugin import AttentionSite, Lite3RConfig, Routed
+from lite3r_plugin.attention import ModelState, SparseLinearAttention
+from lite3r_plugin.heads import Heads
+from lite3r_plugin.ops.backend import why_not_triton
+from lite3r_plugin.ops.qk_norm_rope import NO_NORM, HeadNorm
+from lite3r_plugin.ops.sla import operator
+
+training = pytest.importorskip("lite3r_plugin.ops.sla.training")
+transpose_kernels = pytest.importorskip("lite3r_plugin.ops.block_map.transpose_kernels")
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+BLOCK_Q, BLOCK_K = (128, 64) if GPU else (32, 16)
+LENGTHS = (1, 63, 257, 1374, 5497) if GPU else (1, 15, 97)
+# tl.dot of bfloat16 is wrong in Triton's interpreter
+HALF = torch.bfloat16 if GPU else torch.float16
+BRANCHES = [("none", "softmax", False), ("none", "softmax", True), ("all", "softmax", True), ("all", "elu", False),
+            ("marginal", "softmax", False), ("marginal", "elu", True)]  # fmt: skip
+NAMES = ("q", "k", "v", "q_weight", "q_bias", "k_weight", "k_bias", "proj")
+Arguments = tuple[Any, ...]
+
+# Of the reference: torch's gathers and masked attention add up in any order.
+pytestmark = pytest.mark.filterwarnings("ignore:.*deterministic")
+
+
+def some_arguments(
+    tokens: int, dim: int, dtype: torch.dtype, branch: tuple[str, str, bool], *, norm: str | None = None, pinned_tokens: int = 20,
+    keep_ratio: float = 0.25, ordered: bool = True,
+) -> Arguments:  # fmt: skip
+    """The flat arguments of the operator, without its backend. q is of another size than k, as its norm is another one."""
+    qkv = torch.randn(2, tokens, 3, 2, dim, device=DEVICE).to(dtype)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    linear, feature_map, means = branch
+    norms = [NO_NORM, NO_NORM]
+    if norm is not None:
+        affine = [1 + 0.3 * torch.randn(dim, device=DEVICE) for _ in range(4)]
+        norms = [HeadNorm(norm, affine[0], affine[1] if norm == "layer" else None, 1e-5), HeadNorm("rms", affine[2], None, 1e-6)]  # type: ignore[arg-type]
+    turned = norm is not None
+    return (
+        q, k, v, norms[0].weight, norms[0].bias, norms[1].weight, norms[1].bias,
+        torch.randn(dim, dim, device=DEVICE) * 0.3 if linear != "none" else None,
+        torch.randperm(tokens, device=DEVICE).int() if ordered else None,
+        torch.randint(0, 40, (2, tokens, 2), device=DEVICE) if turned else None, min(pinned_tokens, tokens // 3), keep_ratio,
+        norms[0].kind, norms[0].eps, norms[1].kind, norms[1].eps, 100.0 if turned else None, None, linear, feature_map, means,
+        BLOCK_Q, BLOCK_K,
+    )  # fmt: skip
+
+
+def by_triton(arguments: Arguments, needed: Sequence[bool], grad: Tensor) -> list[Tensor | None]:
+    out, saved = training.train_forward(needed, *arguments)
+    return training.train_backward(grad, out if any(needed[:7]) else None, saved, needed, *arguments)
+
+
+def by_autograd(
+    arguments: Arguments, needed: Sequence[bool], grad: Tensor, wide: bool, monkeypatch: pytest.MonkeyPatch
+) -> list[Tensor | None]:
+    """Through the naive twin, with the block map of the Triton kernels."""
+    call = training.Call(*arguments)
+    prepared = call.prepared()
+    indices, _ = training.block_map_with_bits(prepared.q_mean, prepared.k_mean, kept=call.kept, pinned=call.pinned_keys)
+    monkeypatch.setattr(operator, "block_map", lambda *_, **__: indices)
+    tensors = [x if x is None else x.detach().to(torch.float64 if wide else x.dtype) for x in arguments[:8]]
+    leaves = [x if x is None else x.requires_grad_(need) for x, need in zip(tensors, needed, strict=True)]
+    out = operator.run(*leaves, *arguments[8:], "torch", needs_grad=True)  # type: ignore[arg-type]
+    wanted = [x for x in leaves if x is not None and x.requires_grad]
+    found = iter(torch.autograd.grad(out, wanted, grad.to(out.dtype)))
+    return [next(found) if x is not None and x.requires_grad else None for x in leaves]
+
+
+def assert_gradients(arguments: Arguments, monkeypatch: pytest.MonkeyPatch, needed: Sequence[bool] | None = None) -> None:
+    """As near to FP64 as autograd in the same dtype, within a factor; half precision rounds more operands than autograd does."""
+    q = arguments[0]
+    if GPU and why_not_triton(q, needs_grad=True) is not None:
+        pytest.skip(why_not_triton(q, needs_grad=True))
+    needed = [x is not None for x in arguments[:8]] if needed is None else needed
+    grad = torch.randn(q.shape, device=DEVICE).to(q.dtype)
+    found = by_triton(arguments, needed, grad)
+    same = by_autograd(arguments, needed, grad, False, monkeypatch)
+    exact = by_autograd(arguments, needed, grad, True, monkeypatch)
+    for name, need, got, torch_result, reference, like in zip(NAMES, needed, found, same, exact, arguments, strict=False):
+        assert (got is not None) == need, name
+        if got is None or torch_result is None or reference is None:
+            continue
+        assert (got.dtype, got.shape) == (like.dtype, like.shape), name
+        assert got.isfinite().all(), name
+        if reference.norm() < 1e-9 * grad.double().norm():  # zero but for rounding, as dK of a single key
+            assert got.double().norm() < 1e-2 * grad.double().norm(), name
+        elif q.dtype == torch.float32:
+            assert_as_accurate(got, torch_result, reference, factor=8)
+        else:
+            error = relative_error(got, reference)
+            assert error <= 8 * torch.finfo(q.dtype).eps, f"{name}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("branch", BRANCHES, ids=str)
+@pytest.mark.parametrize("dtype", [HALF, torch.float32], ids=str)
+@pytest.mark.parametrize("tokens", LENGTHS)
+def test_gradients(tokens: int, dtype: torch.dtype, branch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_gradients(some_arguments(tokens, 64 if GPU else 32, dtype, branch), monkeypatch)
+
+
+@pytest.mark.parametrize("branch", [BRANCHES[2], BRANCHES[5]], ids=str)
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("dim", [80, 128] if GPU else [80])
+def test_gradients_through_norms_and_rotary_embedding(dim: int, norm: str, branch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_gradients(some_arguments(LENGTHS[-1], dim, HALF, branch, norm=norm), monkeypatch)
+
+
+@pytest.mark.parametrize("branch", BRANCHES, ids=str)
+@pytest.mark.parametrize(("pinned_tokens", "keep_ratio"), [(0, 0.01), (10**6, 0.3), (5, 1.0)])
+def test_gradients_at_the_edges(pinned_tokens: int, keep_ratio: float, branch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One block kept and none pinned; a third of all pinned; all kept; and no order."""
+    arguments = some_arguments(
+        LENGTHS[-2] + 1, 32, torch.float32, branch, pinned_tokens=pinned_tokens, keep_ratio=keep_ratio, ordered=False
+    )  # fmt: skip
+    assert_gradients(arguments, monkeypatch)
+
+
+@pytest.mark.parametrize("learns", [("proj",), ("q",), ("v", "k_weight"), ("q_weight",), ("k", "proj")], ids=str)
+@pytest.mark.parametrize("branch", [BRANCHES[2], BRANCHES[4]], ids=str)
+def test_only_what_is_asked_for(learns: tuple[str, ...], branch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = some_arguments(LENGTHS[-1], 32, torch.float32, branch, norm="layer")
+    assert_gradients(arguments, monkeypatch, [name in learns for name in NAMES])
+
+
+def test_norms_learn_where_a_site_runs_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though their queries and keys do not."""
+    monkeypatch.setattr("lite3r_plugin.attention.use_triton", lambda backend, v: backend != "torch")
+    site = AttentionSite("site", "global", 32, Routed())
+    module = SparseLinearAttention(nn.Linear(1, 1), site, ModelState("test", Lite3RConfig()), sparse=True)
+    weight = torch.ones(32, device=DEVICE, requires_grad=True)
+    q, k, v = torch.randn(3, 1, 2, 50, 32, device=DEVICE).unbind(0)
+    out = module.dense(Heads(q, k, v, q_norm=HeadNorm("rms", weight, None, 1e-6)))
+    assert torch.autograd.grad(out.square().sum(), weight)[0].norm() > 0
+
+
+def test_gradients_are_deterministic() -> None:
+    arguments = some_arguments(LENGTHS[-1], 32, HALF, ("marginal", "softmax", True))
+    needed, grad = [x is not None for x in arguments[:8]], torch.randn(arguments[0].shape, device=DEVICE).to(HALF)
+    first, second = by_triton(arguments, needed, grad), by_triton(arguments, needed, grad)
+    assert all(x is y is None or torch.equal(x, y) for x, y in zip(first, second, strict=True))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("rows", "columns", "kept", "pinned"), [(1, 1, 1, 0), (7, 40, 3, 2), (300, 33, 1, 0), (9, 70, 70, 9)])
+def test_the_map_by_key_block(rows: int, columns: int, kept: int, pinned: int) -> None:
+    """Every pair once, in order; early parts are all but the last part of each list."""
+    chosen = torch.rand(2, 2, rows, columns).argsort(-1)[..., :kept].sort(-1).values
+    mask = torch.zeros(2, 2, rows, columns, dtype=torch.int64).scatter(-1, chosen, 1)
+    words = torch.nn.functional.pad(mask, (0, -columns % 32)).unflatten(-1, (-1, 32)) << torch.arange(32)
+    bits = words.sum(-1).to(torch.int32).to(DEVICE)
+    assert torch.equal(transpose_kernels.indices_of(bits, kept).cpu().long(), chosen)
+    work = transpose_kernels.by_key_block(bits, columns=columns, kept=kept, pinned=pinned)
+    lists, starts, early_starts, early_columns = (x.cpu().flatten(0, 1) for x in work[:4])
+    mask[:, :, :pinned] = 1
+    for head, of_head in enumerate(mask.flatten(0, 1)):
+        slots = []
+        for column in range(columns):
+            expected = of_head[:, column].nonzero().flatten()
+            assert torch.equal(lists[head, starts[head, column] : starts[head, column + 1]].long(), expected)
+            early = max(0, len(expected) - 1) // work.part
+            assert early_starts[head, column + 1] - early_starts[head, column] == early
+            slots += [column] * early
+        assert early_columns[head].tolist() == slots + [columns] * (early_columns.shape[-1] - len(slots))
