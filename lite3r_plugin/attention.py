@@ -27,6 +27,7 @@ from .ops.qk_norm_rope import norm_rope
 from .ops.sla import linear_attention, sparse_linear_attention
 from .runtime import break_even
 from .sites import AttentionSite, TokenLayout
+from .stand_in import StandIn
 
 
 @dataclass
@@ -65,7 +66,7 @@ class ModelState:
     notes: list[str] = field(default_factory=list)
 
 
-class SparseLinearAttention(nn.Module):
+class SparseLinearAttention(StandIn):
     """Attention of one site: sparse softmax over critical key blocks plus a linear branch through `proj_lin`.
 
     Args:
@@ -84,10 +85,7 @@ class SparseLinearAttention(nn.Module):
     """
 
     def __init__(self, host: nn.Module, site: AttentionSite, state: ModelState, sparse: bool) -> None:
-        super().__init__()
-        for table in vars(nn.Module()):
-            object.__setattr__(self, table, getattr(host, table))
-        object.__setattr__(self, "host", host)  # not a child: its children are this module's own
+        super().__init__(host)
         self.site = site
         self.state = state
         self.sparse = sparse
@@ -104,14 +102,6 @@ class SparseLinearAttention(nn.Module):
             nn.init.zeros_(self.proj_lin.weight)
             self.proj_lin.train(host.training)
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "host":  # not set yet, while unpickling
-                raise
-            return getattr(self.host, name)
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the host's forward. Raises `UnsupportedAttentionError` for masks, causal order and attention dropout."""
         if not self.enabled:
@@ -119,16 +109,10 @@ class SparseLinearAttention(nn.Module):
             return self.run_host(*args, **kwargs)
         return projections.run(self, *args, **kwargs)
 
-    def run_host(self, *args: Any, **kwargs: Any) -> Any:
-        """The host's own forward, with the parameters as they are now."""
-        self.host.training = self.training
-        return self.host.forward(*args, **kwargs)
-
     def release(self) -> nn.Module:
         """Give back the host, as it was before."""
         self._modules.pop("proj_lin", None)
-        self.host.training = self.training
-        return self.host
+        return super().release()
 
     def round_projection(self) -> None:
         """Put into `proj_lin`, for good, the weight that training for FP8 used."""
