@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .kernels import NORMS, _affine, _broadcast_stride
+from .kernels import NORMS, _affine, _broadcast_stride, _rotation
 from .naive import HeadNorm
 
 
@@ -50,13 +50,7 @@ def _undo_kernel(
     lanes2 = lanes1 + D // 4
     inside = live[:, None] & live_lane[None, :]
     if ROPE:
-        place = Positions + batch * p_stride_b + source * p_stride_n
-        first = tl.load(place, mask=live, other=0).to(tl.float32)
-        second = tl.load(place + p_stride_c, mask=live, other=0).to(tl.float32)
-        frequency = tl.exp2(-log2_base * (lane % (D // 4)).to(tl.float32) / (D // 4))
-        angle = tl.where((lane < D // 4)[None, :], first[:, None], second[:, None]) * frequency[None, :]
-        cos = tl.cos(angle)
-        sin = tl.sin(angle)
+        cos, sin = _rotation(Positions + batch * p_stride_b + source * p_stride_n, p_stride_c, live, lane, log2_base, D)
     if AFFINE:
         dw1 = tl.zeros([HALF], tl.float32)
         dw2 = dw1

@@ -51,6 +51,16 @@ def _store_means(M, x, live, base, lanes, live_lane, first_row, N, blocks, D: tl
     tl.store(means, sums / counts[:, None], mask=(block < blocks)[:, None] & live_lane[None, :])
 
 
+@triton.jit
+def _rotation(place, p_stride_c, live, lane, log2_base, D: tl.constexpr):
+    """cos and sin of the angles of tokens whose two coordinates are at `place` and `p_stride_c` after it, by half lane."""
+    first = tl.load(place, mask=live, other=0).to(tl.float32)
+    second = tl.load(place + p_stride_c, mask=live, other=0).to(tl.float32)
+    frequency = tl.exp2(-log2_base * (lane % (D // 4)).to(tl.float32) / (D // 4))
+    angle = tl.where((lane < D // 4)[None, :], first[:, None], second[:, None]) * frequency[None, :]
+    return tl.cos(angle), tl.sin(angle)
+
+
 @triton.jit(do_not_specialize=["N", "out_rows", "q_blocks", "k_blocks", "p_stride_b", "p_stride_n", "p_stride_c"])
 def _prepare_kernel(
     Q, K, V, Order, Positions, QW, QB, KW, KB, QOut, KOut, VOut, QMean, KMean, VMean,
@@ -77,13 +87,7 @@ def _prepare_kernel(
     cos = tl.zeros([ROWS, HALF], tl.float32)
     sin = cos
     if ROPE:
-        place = Positions + batch * p_stride_b + source * p_stride_n
-        first = tl.load(place, mask=live, other=0).to(tl.float32)
-        second = tl.load(place + p_stride_c, mask=live, other=0).to(tl.float32)
-        frequency = tl.exp2(-log2_base * (lane % (D // 4)).to(tl.float32) / (D // 4))
-        angle = tl.where((lane < D // 4)[None, :], first[:, None], second[:, None]) * frequency[None, :]
-        cos = tl.cos(angle)
-        sin = tl.sin(angle)
+        cos, sin = _rotation(Positions + batch * p_stride_b + source * p_stride_n, p_stride_c, live, lane, log2_base, D)
     for i in range(HEADS):
         head = (tl.program_id(1) * HEADS + i).to(tl.int64)
         base = batch * H + head
