@@ -68,7 +68,7 @@ def by_autograd(
 ) -> list[Tensor | None]:
     """Through the naive twin, with the block map of the Triton kernels."""
     call = training.Call(*arguments)
-    prepared = call.prepared()
+    prepared = call.prepared(triton=True)
     indices, _ = training.block_map_with_bits(prepared.q_mean, prepared.k_mean, kept=call.kept, pinned=call.pinned_keys)
     monkeypatch.setattr(operator, "block_map", lambda *_, **__: indices)
     tensors = [x if x is None else x.detach().to(torch.float64 if wide else x.dtype) for x in arguments[:8]]

@@ -16,54 +16,47 @@ import torch
 from torch import Tensor
 
 from ..backend import on_device_of, register, use_triton, without_autocast
-from ..block_map import block_map, kept_blocks
-from ..qk_norm_rope import HeadNorm, prepare_qkv
+from ..block_map import block_map
 from . import naive
+from .call import DIFFERENTIABLE, Call
 
 TENSORS = "Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? q_bias, Tensor? k_weight, Tensor? k_bias, Tensor? proj"
-DIFFERENTIABLE = 8  # of them, all in TENSORS
 OPTIONS = (
     "Tensor? order, Tensor? positions, SymInt pinned_tokens, float keep_ratio, str? q_kind, float q_eps, str? k_kind, float k_eps, "
     "float? rope_base, float? scale, str linear, str feature_map, bool block_means, int block_q, int block_k, str backend"
 )
 
 
-def run(
-    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, q_bias: Tensor | None, k_weight: Tensor | None, k_bias: Tensor | None,
-    proj: Tensor | None, order: Tensor | None, positions: Tensor | None, pinned_tokens: int, keep_ratio: float,
-    q_kind: Any, q_eps: float, k_kind: Any, k_eps: float, rope_base: float | None, scale: float | None,
-    linear: str, feature_map: str, block_means: bool, block_q: int, block_k: int, backend: str, needs_grad: bool = False,
-) -> Tensor:  # fmt: skip
-    """`sparse_linear_attention` of the package above, norms and branch in parts. Returns ``[B, H, N, D]`` in v's dtype."""
+def run(*arguments: Any, needs_grad: bool = False) -> Tensor:
+    """`sparse_linear_attention` of the package above, from a flat `Call` and the backend. Returns ``[B, H, N, D]`` in v's dtype."""
+    *flat, backend = arguments
+    call = Call(*flat)
     # Autocast would run the pooled scores and the linear state in half precision.
-    with without_autocast(v), on_device_of(v):
-        triton = use_triton(backend, v, needs_grad)
-        tokens = v.shape[-2]
-        prepared = prepare_qkv(
-            q, k, v, order=order, q_norm=HeadNorm(q_kind, q_weight, q_bias, q_eps), k_norm=HeadNorm(k_kind, k_weight, k_bias, k_eps),
-            positions=positions, rope_base=rope_base, block_q=block_q, block_k=block_k, triton=triton,
-        )  # fmt: skip
-        pinned_keys = -(-pinned_tokens // block_k)
-        kept = kept_blocks(-(-tokens // block_k), keep_ratio, pinned_keys)
+    with without_autocast(call.v), on_device_of(call.v):
+        triton = use_triton(backend, call.v, needs_grad)
+        prepared = call.prepared(triton)
         options: dict[str, Any] = dict(
-            pinned=-(-pinned_tokens // block_q),
-            scale=scale,
-            linear=linear,
-            feature_map=feature_map,
-            proj=proj,
-            block_q=block_q,
-            block_k=block_k,
+            pinned=call.pinned_queries,
+            scale=call.scale,
+            linear=call.linear,
+            feature_map=call.feature_map,
+            proj=call.proj,
+            block_q=call.block_q,
+            block_k=call.block_k,
         )
+        chosen = dict(kept=call.kept, pinned=call.pinned_keys)
         if triton:
             from ..block_map.kernels import block_map_with_bits
             from . import kernels
 
-            kv_indices, bits = block_map_with_bits(prepared.q_mean, prepared.k_mean, kept=kept, pinned=pinned_keys, bits=block_means)
-            means = (prepared.k_mean, prepared.v_mean) if block_means else None
-            return kernels.sparse_linear_attention(*prepared[:3], kv_indices, tokens=tokens, bits=bits, means=means, order=order, **options)
-        kv_indices = block_map(prepared.q_mean.detach(), prepared.k_mean.detach(), kept=kept, pinned=pinned_keys)
-        out = naive.sparse_linear_attention(*prepared[:3], kv_indices, block_means=block_means, **options)
-        return out if order is None else torch.empty_like(out).index_copy(-2, order.long(), out)
+            kv_indices, bits = block_map_with_bits(prepared.q_mean, prepared.k_mean, **chosen, bits=call.block_means)
+            means = (prepared.k_mean, prepared.v_mean) if call.block_means else None
+            return kernels.sparse_linear_attention(
+                *prepared[:3], kv_indices, tokens=call.v.shape[-2], bits=bits, means=means, order=call.order, **options
+            )
+        kv_indices = block_map(prepared.q_mean.detach(), prepared.k_mean.detach(), **chosen)
+        out = naive.sparse_linear_attention(*prepared[:3], kv_indices, block_means=call.block_means, **options)
+        return out if call.order is None else torch.empty_like(out).index_copy(-2, call.order.long(), out)
 
 
 def _rows_first(x: Tensor) -> Tensor:

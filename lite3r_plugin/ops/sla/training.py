@@ -10,80 +10,20 @@ Arguments are those of `operator.run`, flat; `needed` says which of the first ei
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..backend import on_device_of
-from ..block_map import kept_blocks
 from ..block_map.kernels import block_map_with_bits
 from ..block_map.transpose_kernels import indices_of
-from ..qk_norm_rope import HeadNorm, Prepared
+from ..qk_norm_rope import Prepared
 from ..qk_norm_rope.backward_kernels import input_gradient
-from ..qk_norm_rope.kernels import prepare_qkv
 from . import kernels
 from .backward import Problem, backward, proj_backward
-
-TENSORS = 8
-
-
-class Call(NamedTuple):
-    """The flat arguments."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    q_weight: Tensor | None
-    q_bias: Tensor | None
-    k_weight: Tensor | None
-    k_bias: Tensor | None
-    proj: Tensor | None
-    order: Tensor | None
-    positions: Tensor | None
-    pinned_tokens: int
-    keep_ratio: float
-    q_kind: Any
-    q_eps: float
-    k_kind: Any
-    k_eps: float
-    rope_base: float | None
-    scale: float | None
-    linear: str
-    feature_map: str
-    block_means: bool
-    block_q: int
-    block_k: int
-
-    @property
-    def norms(self) -> dict[str, HeadNorm]:
-        return dict(
-            q_norm=HeadNorm(self.q_kind, self.q_weight, self.q_bias, self.q_eps),
-            k_norm=HeadNorm(self.k_kind, self.k_weight, self.k_bias, self.k_eps),
-        )
-
-    @property
-    def turned(self) -> dict[str, Any]:
-        return dict(order=self.order, positions=self.positions, rope_base=self.rope_base)
-
-    @property
-    def pinned_keys(self) -> int:
-        return -(-self.pinned_tokens // self.block_k)
-
-    @property
-    def kept(self) -> int:
-        return kept_blocks(-(-self.v.shape[-2] // self.block_k), self.keep_ratio, self.pinned_keys)
-
-    def prepared(self) -> Prepared:
-        return prepare_qkv(self.q, self.k, self.v, **self.norms, **self.turned, block_q=self.block_q, block_k=self.block_k)
-
-    def problem(self, prepared: Prepared, kv_indices: Tensor, bits: Tensor) -> Problem:
-        return Problem(
-            *prepared[:3], kv_indices, bits, prepared[4:] if self.block_means else None, self.proj, self.order, self.v.shape[-2],
-            -(-self.pinned_tokens // self.block_q), self.v.shape[-1] ** -0.5 if self.scale is None else self.scale,
-            self.linear, self.feature_map, self.block_q, self.block_k,
-        )  # fmt: skip
+from .call import DIFFERENTIABLE, Call
 
 
 def train_forward(needed: Sequence[bool], *arguments: Any) -> tuple[Tensor, list[Tensor]]:
@@ -91,10 +31,10 @@ def train_forward(needed: Sequence[bool], *arguments: Any) -> tuple[Tensor, list
     call = Call(*arguments)
     softmax = any(needed[:7])
     with torch.autocast(call.v.device.type, enabled=False), on_device_of(call.v), torch.no_grad():
-        prepared = call.prepared()
+        prepared = call.prepared(triton=True)
         kv_indices, bits = block_map_with_bits(prepared.q_mean, prepared.k_mean, kept=call.kept, pinned=call.pinned_keys)
         assert bits is not None
-        problem = call.problem(prepared, kv_indices, bits)
+        problem = _problem(call, prepared, kv_indices, bits)
         out, residuals = kernels.forward(
             *problem[:3], kv_indices, save_lse=softmax, save_linear=not softmax,
             **{name: getattr(problem, name) for name in Problem._fields[4:]},
@@ -134,14 +74,14 @@ def train_backward(
     """
     call = Call(*arguments)
     with torch.autocast(grad.device.type, enabled=False), on_device_of(grad), torch.no_grad():
-        grads: list[Tensor | None] = [None] * TENSORS
+        grads: list[Tensor | None] = [None] * DIFFERENTIABLE
         if not any(needed[:7]):
             grads[7] = proj_backward(grad, saved[0])
         else:
             assert out is not None
             lse, bits, *state = saved
             residuals = kernels.Residuals(lse, None, *state) if state else kernels.Residuals(lse, None, None, None)
-            problem = call.problem(call.prepared(), indices_of(bits, call.kept), bits)
+            problem = _problem(call, call.prepared(triton=True), indices_of(bits, call.kept), bits)
             wanted = [any(needed[i] for i in group) for group in ((0, 3, 4), (1, 5, 6), (2,))]
             found = backward(problem, residuals, out, grad, needs_q=wanted[0], needs_kv=wanted[1] or wanted[2])
             grads[7] = found.proj
@@ -167,7 +107,7 @@ class SparseLinearAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        ctx.needed = [isinstance(x, Tensor) and need for x, need in zip(arguments[:TENSORS], ctx.needs_input_grad, strict=False)]
+        ctx.needed = [isinstance(x, Tensor) and need for x, need in zip(arguments[:DIFFERENTIABLE], ctx.needs_input_grad, strict=False)]
         out, saved = train_forward(ctx.needed, *arguments)
         full = any(ctx.needed[:7])
         # Where only Proj learns, the inputs are not kept alive.
@@ -184,4 +124,12 @@ class SparseLinearAttention(torch.autograd.Function):
         tensors, saved = rest[: len(ctx.others)], rest[len(ctx.others) :]
         arguments = [other if tensor is None else tensor for tensor, other in zip(tensors, ctx.others, strict=True)]
         grads = train_backward(grad, out, saved, ctx.needed, *arguments)
-        return (*grads, *(None for _ in arguments[TENSORS:]))
+        return (*grads, *(None for _ in arguments[DIFFERENTIABLE:]))
+
+
+def _problem(call: Call, prepared: Prepared, kv_indices: Tensor, bits: Tensor) -> Problem:
+    return Problem(
+        *prepared[:3], kv_indices, bits, prepared[4:] if call.block_means else None, call.proj, call.order, call.v.shape[-2],
+        call.pinned_queries, call.v.shape[-1] ** -0.5 if call.scale is None else call.scale,
+        call.linear, call.feature_map, call.block_q, call.block_k,
+    )  # fmt: skip
