@@ -144,6 +144,7 @@ def test_training_lowers_the_loss(sample: dict[str, torch.Tensor]) -> None:
     assert measures["abs_rel"] < measures["mean_abs_rel"]
 
 
+@pytest.mark.filterwarnings("ignore:.*deterministic")  # cuDNN's attention on a GPU
 def test_the_command_trains_and_resumes(tmp_path: Path) -> None:
     main(["--smoke", "--no-compile", "--max-steps", "2", "--out", str(tmp_path / "a")])
     metrics = json.loads((tmp_path / "a" / "metrics.json").read_text())

@@ -58,7 +58,8 @@ def variants() -> list[tuple[str, Any, str, dict[str, Any], dict[str, int]]]:
                     D=dim, DP=padded, BLOCK_Q=128, BLOCK_K=64, LINEAR=linear, SOFTMAX=softmax, MEANS=means, ORDERED=True,
                     SAVE_LSE=save, SAVE_LINEAR=save, PRECISION=precision,
                 )  # fmt: skip
-                options = sla.launch_options(128, 64, dim, torch.float32 if dtype == "fp32" else torch.bfloat16)
+                branch = next(name for name, value in sla.LINEAR.items() if value == linear)
+                options = sla.launch_options(128, 64, dim, torch.float32 if dtype == "fp32" else torch.bfloat16, branch)
                 constants |= {name: options.pop(name) for name in ("TILE_Q", "TILE_K")}
                 found.append(("sparse_linear", sla._sparse_linear_kernel, dtype, constants, options))
             constants = dict(D=dim, DP=padded, BLOCK_K=64, SOFTMAX=True, PRECISION=precision)

@@ -134,6 +134,18 @@ def test_sparse_linear_attention(tokens: int, dim: int, dtype: torch.dtype, bran
     assert_as_accurate(*run_both(q, k, v, order, min(tokens // 3, 20), 0.2, branch, proj))
 
 
+@pytest.mark.parametrize("branch", BRANCHES, ids=str)
+@pytest.mark.parametrize("tokens", LENGTHS[:3])
+def test_blocks_in_several_tiles(tokens: int, branch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for wide FP32 heads: the last, partial block then ends in tiles without a single key."""
+    monkeypatch.setitem(BLOCKS, "block_k", BLOCKS["block_q"])
+    options = sla_kernels.launch_options
+    monkeypatch.setattr(sla_kernels, "launch_options", lambda *shape: {**options(*shape), "TILE_K": 16, "TILE_Q": 16})
+    q, k, v = random_qkv(tokens, 32, torch.float32)
+    proj = torch.randn(32, 32, device=DEVICE) * 0.3
+    assert_as_accurate(*run_both(q, k, v, torch.arange(tokens, device=DEVICE).int(), 0, 0.5, branch, proj))
+
+
 @pytest.mark.parametrize("case", ["equal scores", "huge logits", "constant keys"])
 def test_adversarial_inputs(case: str) -> None:
     q, k, v = (x.clone() for x in random_qkv(LENGTHS[-2], 32, torch.float32))

@@ -306,3 +306,9 @@ def test_a_linear_branch_without_its_matrix_is_an_error(linear: str) -> None:
     q, k, v = qkv(31)
     with pytest.raises(ConfigError, match=f"linear='{linear}' needs proj"):
         sparse_linear_attention(q, k, v, keep_ratio=0.5, linear=linear, block_q=BLOCK_Q, block_k=BLOCK_K)
+
+
+def test_a_negative_scale_raises() -> None:
+    q = torch.randn(1, 1, 8, 16)
+    with pytest.raises(ConfigError, match="must not be negative"):
+        sparse_linear_attention(q, q, q, keep_ratio=1.0, scale=-1.0)

@@ -81,5 +81,5 @@ def block_map_with_bits(q_mean: Tensor, k_mean: Tensor, *, kept: int, pinned: in
 
 
 def launch_options(width: int) -> dict[str, int]:
-    """Warps of the selection kernel for rows of `width` scores."""
-    return dict(num_warps=min(16, max(1, width // 256)))
+    """Warps of the selection kernel for rows of `width` scores: few, as each of its 32 counts ends with them waiting for each other."""
+    return dict(num_warps=min(16, max(1, width // 1024)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...errors import ConfigError
 from ..backend import use_triton, without_autocast
 from ..qk_norm_rope import NO_NORM, HeadNorm
 from . import naive, operator
@@ -56,9 +57,11 @@ def sparse_linear_attention(
 
     Raises:
         BackendError: `backend` is ``"triton"`` and the kernels cannot take these tensors.
-        ConfigError: `linear` needs a `proj` that was not given.
+        ConfigError: `linear` needs a `proj` that was not given; `scale` is negative.
     """
     proj = naive.needed_proj(linear, proj)
+    if scale is not None and scale < 0:
+        raise ConfigError(f"scale is {scale}; it must not be negative: negate the queries instead")
     q_norm, k_norm = q_norm or NO_NORM, k_norm or NO_NORM
     tensors = (q, k, v, q_norm.weight, q_norm.bias, k_norm.weight, k_norm.bias, proj)
     options = (
