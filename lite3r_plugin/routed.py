@@ -80,6 +80,8 @@ class _Redirect(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return self.attend(*args, **kwargs)
+        if func is Tensor.unflatten:
+            func = torch.unflatten  # the same; Dynamo of torch 2.11 cannot trace the method from here
         out = func(*args, **kwargs)
         if self.families:
             given = list(_tensors((args, kwargs)))

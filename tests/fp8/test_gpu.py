@@ -111,6 +111,7 @@ class TestModel:
         # Its products come back in BF16, which carries values of this FP32 model over the edges of FP8's steps (measured: 1.1e-2).
         assert relative_error(model(images().cuda()), trained) < (2e-2 if backend == "torch" else 5e-2)
 
+    @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")  # what is cached does not change
     @torch.no_grad()
     def test_auto_is_torch_and_compiles(self) -> None:
         needs("torch")

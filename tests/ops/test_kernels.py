@@ -143,7 +143,7 @@ def test_blocks_in_several_tiles(tokens: int, branch: Any, monkeypatch: pytest.M
     monkeypatch.setattr(sla_kernels, "launch_options", lambda *shape: {**options(*shape), "TILE_K": 16, "TILE_Q": 16})
     q, k, v = random_qkv(tokens, 32, torch.float32)
     proj = torch.randn(32, 32, device=DEVICE) * 0.3
-    assert_as_accurate(*run_both(q, k, v, torch.arange(tokens, device=DEVICE).int(), 0, 0.5, branch, proj))
+    assert_as_accurate(*run_both(q, k, v, torch.arange(tokens, device=DEVICE).int(), 0, 0.2, branch, proj))
 
 
 @pytest.mark.parametrize("case", ["equal scores", "huge logits", "constant keys"])
