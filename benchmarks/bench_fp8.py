@@ -4,9 +4,10 @@
 
 Whole MLP: LayerNorm, 1024 -> 4096, GELU, 4096 -> 1024, its quantisation included. BF16 is what is fastest of eager,
 torch.compile and torch.compile with autotuned matrix products (GELU in their epilogue); ours is what a converted block
-runs. Peers: TransformerEngine's LayerNormMLP with current scaling and cached FP8 weights,
-torchao's row-wise dynamic float8, compiled; each where it can be imported. Everything is timed as a CUDA graph, so
-nothing waits for Python, and in turns, so that all see the same clocks. Inputs are random normal; caches are warm.
+runs. Peers: TransformerEngine's LayerNormMLP with current scaling and cached FP8 weights, and torchao's row-wise dynamic
+float8, compiled, autotuned too; each where it can be imported. Everything is timed as a CUDA graph, so nothing waits for
+Python, and in turns, so that all see the same clocks. Inputs are random normal; caches are warm. The report is written
+after every record.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
+import importlib
 import json
+import math
 import statistics
 import subprocess
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +36,8 @@ from lite3r_plugin.ops.fp8 import kernels
 from lite3r_plugin.runtime import fp8_pays
 
 CHANNELS, HIDDEN = 1024, 4096
+# What `mode="max-autotune-no-cudagraphs"` does to matrix products; it tunes pointwise kernels step by step besides, for a minute.
+AUTOTUNED: dict[str, Any] = {"max_autotune": True, "max_autotune_gemm_backends": "ATEN,TRITON", "epilogue_fusion": True}
 Runs = dict[str, Callable[[], Any]]
 
 
@@ -115,9 +121,8 @@ def measure_passes(tokens: int) -> dict[str, Any]:
     return result
 
 
-def measure_linears(tokens: int) -> list[dict[str, Any]]:
+def measure_linears(tokens: int) -> Iterator[dict[str, Any]]:
     """BF16 against FP8 for single Linears, their input in FP8 already or not; and what `runtime.fp8_pays` says."""
-    records = []
     for inputs, outputs in ((1024, 3072), (1024, 1024), (1024, 4096), (4096, 1024)):
         linear = nn.Linear(inputs, outputs, device="cuda", dtype=torch.bfloat16)
         fp8, light = Fp8Linear.quantized(linear, "torch"), Fp8Linear.quantized(linear, "weight_only")
@@ -133,12 +138,12 @@ def measure_linears(tokens: int) -> list[dict[str, Any]]:
             rounds=9,
         )
         pays = {f: fp8_pays(x.device, tokens, inputs, outputs, fused=f == "fp8 fused") for f in ("fp8 fused", "fp8")}
-        records.append(dict(tokens=tokens, inputs=inputs, outputs=outputs, ms=found, pays=pays, failed=failed))
-    return records
+        yield dict(tokens=tokens, inputs=inputs, outputs=outputs, ms=found, pays=pays, failed=failed)
 
 
 def measure_mlp(tokens: int, autotune: bool) -> dict[str, Any]:
-    """The whole MLP."""
+    """The whole MLP. `autotune`: with matrix products chosen by measuring, in BF16 and in torchao."""
+    start = time.monotonic()
     torch._dynamo.reset()  # it compiles one forward for so many modules only, and then runs eager ones
     x = random(1, tokens, CHANNELS)
     layers = [nn.LayerNorm(CHANNELS), nn.Linear(CHANNELS, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, CHANNELS)]
@@ -154,28 +159,36 @@ def measure_mlp(tokens: int, autotune: bool) -> dict[str, Any]:
     plain = torch.compile(copy.deepcopy(dense), dynamic=False)
     runs["bf16 compiled"] = lambda: plain(x)
     if autotune:
-        tuned = torch.compile(copy.deepcopy(dense), dynamic=False, mode="max-autotune-no-cudagraphs")
+        tuned = torch.compile(copy.deepcopy(dense), dynamic=False, options=AUTOTUNED)
         runs["bf16 autotuned"] = lambda: tuned(x)
     runs["ours"] = ours
     failed: dict[str, str] = {}
-    for name, make in (("torchao", _torchao), ("te", _te)):
+    peers: Runs = {"torchao": lambda: _torchao(dense, x), "te": lambda: _te(dense, x)}
+    if autotune:
+        peers["torchao autotuned"] = lambda: _torchao(dense, x, AUTOTUNED)
+    for name, make in peers.items():
         try:
-            runs[name] = make(dense, x)
+            runs[name] = make()
         except Exception as error:  # not installed, or broken in one of many ways
             failed[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     found, more = times(runs)
     reference = dense.float()(x.float())
     errors = {name: ((runs[name]().float() - reference).norm() / reference.norm()).item() for name in found if not name.startswith("bf16")}
     bf16 = min((n for n in found if n.startswith("bf16")), key=found.__getitem__)
-    return dict(tokens=tokens, ms=found, errors=errors, failed=failed | more, best_bf16=bf16, speedup=found[bf16] / found["ours"])
+    if not autotune:
+        failed["bf16 autotuned"] = "left out"
+    return dict(
+        tokens=tokens, ms=found, errors=errors, failed=failed | more, best_bf16=bf16, speedup=found[bf16] / found["ours"],
+        seconds=time.monotonic() - start,
+    )  # fmt: skip
 
 
-def _torchao(dense: nn.Module, x: Tensor) -> Callable[[], Any]:
+def _torchao(dense: nn.Module, x: Tensor, options: dict[str, Any] | None = None) -> Callable[[], Any]:
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
     model = copy.deepcopy(dense)
     quantize_(model, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
-    compiled = torch.compile(model, dynamic=False)
+    compiled = torch.compile(model, dynamic=False, options=options)
     return lambda: compiled(x)
 
 
@@ -198,6 +211,14 @@ def _te(dense: nn.Module, x: Tensor) -> Callable[[], Any]:
             return model(padded)[: len(rows)][None]
 
     return run
+
+
+def _version(package: str) -> str | None:
+    """Of the imported package; None where it cannot be imported."""
+    try:
+        return importlib.import_module(package).__version__
+    except Exception:  # a broken installation fails in many ways
+        return None
 
 
 def show(result: dict[str, Any]) -> None:
@@ -225,7 +246,8 @@ def main() -> None:
     """Parse, measure, print, store after each step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", default="2748,10992,43968")
-    parser.add_argument("--no-autotune", action="store_true", help="leave out autotuned BF16, which takes a minute for each size")
+    parser.add_argument("--no-autotune", action="store_true", help="leave out what is autotuned")
+    parser.add_argument("--autotune-until", type=float, default=math.inf, help="autotune nothing for sizes begun after so many seconds")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -233,16 +255,25 @@ def main() -> None:
     conditions = dict(
         gpu=torch.cuda.get_device_name(), torch=torch.__version__, triton=triton.__version__, cuda=torch.version.cuda, commit=commit,
         date=datetime.date.today().isoformat(), channels=CHANNELS, hidden=HIDDEN, dtype="bfloat16", unit="ms, median, CUDA graphs",
-        weights="random normal", l2="warm",
+        weights="random normal", l2="warm", autotuned=AUTOTUNED, te=_version("transformer_engine"), torchao=_version("torchao"),
     )  # fmt: skip
     result: dict[str, Any] = dict(conditions=conditions, passes=[], linears=[], mlp=[])
+    start = time.monotonic()
+
+    def store(kind: str, record: dict[str, Any]) -> None:
+        result[kind].append(record)
+        print(f"[{time.monotonic() - start:.0f} s] {kind} at {record['tokens']} tokens", flush=True)
+        if args.json:
+            args.json.write_text(json.dumps(result, indent=1) + "\n")
+
     with torch.no_grad():
-        for tokens in map(int, args.tokens.split(",")):
-            result["passes"].append(measure_passes(tokens))
-            result["mlp"].append(measure_mlp(tokens, not args.no_autotune))
-            result["linears"] += measure_linears(tokens)
-            if args.json:
-                args.json.write_text(json.dumps(result, indent=1) + "\n")
+        sizes = [int(tokens) for tokens in args.tokens.split(",")]
+        for tokens in sizes:
+            store("mlp", measure_mlp(tokens, not args.no_autotune and time.monotonic() - start < args.autotune_until))
+        for tokens in sizes:
+            store("passes", measure_passes(tokens))
+            for record in measure_linears(tokens):
+                store("linears", record)
     show(result)
 
 

@@ -17,7 +17,7 @@ from . import _exact
 def optimize(model: nn.Module) -> list[str] | None:
     """Fix a VGGT in place. Works in FP32 and, unlike the host itself, with BF16 weights without autocast."""
     aggregator: Any = getattr(model, "aggregator", None)
-    if not hasattr(aggregator, "frame_blocks") or not hasattr(aggregator, "global_blocks"):
+    if not all(hasattr(aggregator, name) for name in ("frame_blocks", "global_blocks", "aa_order")):
         return None
     if list(aggregator.aa_order) != ["frame", "global"] or aggregator.aa_block_size != 1 or aggregator.rope is None:
         raise AdapterError("the exact fixes know VGGT's aggregator with alternating frame and global blocks and a rotary embedding only")

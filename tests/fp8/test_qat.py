@@ -180,6 +180,18 @@ class TestModel:
         torch.testing.assert_close(model(images()), expected, rtol=1e-4, atol=1e-4)
         torch._dynamo.reset()
 
+    def test_compiled_gradients(self) -> None:
+        model = apply_lite3r(Toy().eval(), **QAT)
+        model(images()).sum().backward()
+        expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        torch._dynamo.reset()
+        model.compile(backend="aot_eager")
+        model(images()).sum().backward()
+        torch._dynamo.reset()
+        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
     def test_transformer_engine_falls_back_and_says_why(self) -> None:
         with pytest.warns(SlowPathWarning, match="emulated FP8, not in TransformerEngine: the model is on cpu"):
             model = apply_lite3r(Toy(), **QAT, fp8_backend="te")

@@ -68,7 +68,9 @@ def quantize(x: Tensor, format: torch.dtype = E4M3, infinities: Tensor | None = 
 def dequantize(x: Quantized, dtype: torch.dtype | None = None) -> Tensor:
     """``[..., C]`` in `dtype`, by default that of the quantised tensor; rounded once."""
     dtype = dtype or x.dtype
-    return (x.data.to(torch.promote_types(dtype, torch.float32)) * x.scale).to(dtype)
+    wide = x.data.to(torch.promote_types(dtype, torch.float32)) * x.scale
+    # torch 2.11 compiles an autograd function that ends with a conversion to the same dtype into one without gradients.
+    return wide if wide.dtype == dtype else wide.to(dtype)
 
 
 def fake_quantize(x: Tensor, format: torch.dtype = E4M3, infinities: Tensor | None = None) -> Tensor:
