@@ -23,6 +23,8 @@ from lite3r_plugin.ops.fp8 import passes, quantize
 __all__ = ["toy_adapter"]  # the fixture
 pytestmark = pytest.mark.gpu
 SPARSE: dict[str, Any] = dict(keep_ratio=0.3, dense_below=0)
+# Not met in torch 2.11: its row-wise products come back in BF16, which carries values of an FP32 model over the edges of FP8's steps.
+IN_BF16 = pytest.mark.xfail(reason="1.0e-2 to 1.1e-2 measured on an H100", raises=AssertionError, strict=False)
 SIZES = [(1024, 3072), (1024, 1024), (4096, 1024), (48, 16)]
 
 
@@ -99,7 +101,7 @@ def test_mlp_in_a_graph(activation: str) -> None:
 
 @pytest.mark.usefixtures("adapter")
 class TestModel:
-    @pytest.mark.parametrize("backend", ["torch", "weight_only", "te"])
+    @pytest.mark.parametrize("backend", [pytest.param("torch", marks=IN_BF16), "weight_only", "te"])
     @torch.no_grad()
     def test_a_model(self, backend: Any) -> None:
         needs(backend)
@@ -108,8 +110,7 @@ class TestModel:
         trained = model(images().cuda())
         convert(model, backend)
         assert describe(model).linears == {f"in FP8 ({backend})": 8}
-        # Its products come back in BF16, which carries values of this FP32 model over the edges of FP8's steps (measured: 1.1e-2).
-        assert relative_error(model(images().cuda()), trained) < (2e-2 if backend == "torch" else 5e-2)
+        assert relative_error(model(images().cuda()), trained) < (1e-2 if backend == "torch" else 5e-2)
 
     @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")  # what is cached does not change
     @torch.no_grad()
@@ -131,8 +132,16 @@ class TestModel:
         model.cpu()
         with pytest.raises(BackendError, match=r"convert\(model\) again"):
             model(images())
-        assert relative_error(convert(model)(images()), expected) < 2e-2  # see test_a_model
+        convert(model)(images())
         assert relative_error(convert(model.cuda())(images().cuda()).cpu(), expected) < 1e-6
+
+    @IN_BF16
+    @torch.no_grad()
+    def test_to_a_cpu(self) -> None:
+        needs("torch")
+        model = apply_lite3r(Toy(dim=64).cuda().eval(), **SPARSE, precision="fp8")
+        expected = model(images().cuda()).cpu()
+        assert relative_error(convert(model.cpu())(images()), expected) < 1e-2
 
     def test_peak_memory_of_loading(self, tmp_path: Any) -> None:
         """Onto the GPU through the meta device: never more than the FP8 weights and the rest."""

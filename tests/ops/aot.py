@@ -53,12 +53,11 @@ def variants() -> list[tuple[str, Any, str, dict[str, Any], dict[str, int]]]:
                     ORDERED=pool, POOL=pool,
                 )  # fmt: skip
                 found.append(("prepare", qk_norm_rope._prepare_kernel, dtype, constants, dict(num_warps=8)))
-            for linear, softmax, means, save in ((1, True, True, False), (2, False, False, False), (1, True, True, True)):
+            for branch, softmax, means, save in (("all", True, True, False), ("marginal", False, False, False), ("all", True, True, True)):
                 constants = dict(
-                    D=dim, DP=padded, BLOCK_Q=128, BLOCK_K=64, LINEAR=linear, SOFTMAX=softmax, MEANS=means, ORDERED=True,
+                    D=dim, DP=padded, BLOCK_Q=128, BLOCK_K=64, LINEAR=sla.LINEAR[branch], SOFTMAX=softmax, MEANS=means, ORDERED=True,
                     SAVE_LSE=save, SAVE_LINEAR=save, PRECISION=precision,
                 )  # fmt: skip
-                branch = next(name for name, value in sla.LINEAR.items() if value == linear)
                 options = sla.launch_options(128, 64, dim, torch.float32 if dtype == "fp32" else torch.bfloat16, branch)
                 constants |= {name: options.pop(name) for name in ("TILE_Q", "TILE_K")}
                 found.append(("sparse_linear", sla._sparse_linear_kernel, dtype, constants, options))

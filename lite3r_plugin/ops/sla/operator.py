@@ -10,7 +10,6 @@ three opaque operators instead, so that a graph holds one node for each site and
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -82,12 +81,6 @@ def _train(needed: list[bool], *arguments: Any) -> tuple[Tensor, list[Tensor]]:
     return _rows_first(out), saved
 
 
-def _autograd_again() -> contextlib.AbstractContextManager[None]:
-    """Autograd, also where a compiler has placed an operator below it (torch 2.11), so that nothing would be recorded."""
-    excluded = torch._C._dispatch_tls_local_exclude_set().remove(torch._C.DispatchKey.AutogradCPU)  # of all devices: they share a bit
-    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
-
-
 def _backward(grad: Tensor, out: Tensor | None, saved: list[Tensor], needed: list[bool], *arguments: Any) -> list[Tensor]:
     """Gradients of the tensors that are `needed`; on the torch path, which saved nothing, by autograd through it, run again."""
     if saved:
@@ -98,7 +91,7 @@ def _backward(grad: Tensor, out: Tensor | None, saved: list[Tensor], needed: lis
         grads = [x for x in found if x is not None]
     else:
         tensors = zip(arguments[:DIFFERENTIABLE], needed, strict=True)
-        with _autograd_again(), torch.enable_grad():
+        with torch.enable_grad():
             leaves: list[Any] = [None if x is None else x.detach().requires_grad_(need) for x, need in tensors]
             wanted = [x for x in leaves if x is not None and x.requires_grad]
             result = run(*leaves, *arguments[DIFFERENTIABLE:], needs_grad=True).transpose(1, 2)
