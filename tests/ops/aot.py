@@ -17,6 +17,7 @@ from triton.compiler import ASTSource
 from lite3r_plugin.ops.block_map import kernels as block_map
 from lite3r_plugin.ops.qk_norm_rope import kernels as qk_norm_rope
 from lite3r_plugin.ops.sla import kernels as sla
+from lite3r_plugin.ops.sla import linear_kernels as sla_linear
 
 INDEX_POINTERS = {"Order": "*i32", "Indices": "*i32", "Bits": "*i32", "Positions": "*i64"}
 FP32_POINTERS = {"QMean", "KMean", "VMean", "Scores", "State", "Total", "Lse", "QW", "QB", "KW", "KB", "Proj"}
@@ -62,8 +63,8 @@ def variants() -> list[tuple[str, Any, str, dict[str, Any], dict[str, int]]]:
                 constants |= {name: options.pop(name) for name in ("TILE_Q", "TILE_K")}
                 found.append(("sparse_linear", sla._sparse_linear_kernel, dtype, constants, options))
             constants = dict(D=dim, DP=padded, BLOCK_K=64, SOFTMAX=True, PRECISION=precision)
-            options = sla.state_options(torch.float32 if dtype == "fp32" else torch.bfloat16)
-            found.append(("linear_state", sla._linear_state_kernel, dtype, constants, options))
+            options = sla_linear.state_options(torch.float32 if dtype == "fp32" else torch.bfloat16)
+            found.append(("linear_state", sla_linear._linear_state_kernel, dtype, constants, options))
     for width in (32, 1024, 32768):
         found.append(("select", block_map._select_kernel, "fp32", dict(WIDTH=width, BITS=True), block_map.launch_options(width)))
     return found

@@ -22,6 +22,7 @@ from lite3r_plugin.ops.sla import sparse_linear_attention
 prepare_kernels = pytest.importorskip("lite3r_plugin.ops.qk_norm_rope.kernels")
 block_map_kernels = pytest.importorskip("lite3r_plugin.ops.block_map.kernels")
 sla_kernels = pytest.importorskip("lite3r_plugin.ops.sla.kernels")
+linear_kernels = pytest.importorskip("lite3r_plugin.ops.sla.linear_kernels")
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -181,7 +182,7 @@ def test_more_views_do_not_recompile() -> None:
     """Any length runs the same binary."""
 
     def binaries() -> int:
-        kernels = (prepare_kernels._prepare_kernel, sla_kernels._sparse_linear_kernel, sla_kernels._linear_state_kernel)
+        kernels = (prepare_kernels._prepare_kernel, sla_kernels._sparse_linear_kernel, linear_kernels._linear_state_kernel)
         return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
 
     proj = torch.eye(64, device=DEVICE)

@@ -15,8 +15,9 @@ from torch import Tensor
 from ..block_map.transpose_kernels import by_key_block
 from .backward_kernels import _dkv_kernel, _dmeans_kernel, _dq_kernel
 from .backward_options import dkv_options, dmeans_options, dq_options, rows_options
-from .kernels import LINEAR, LOG2_E, Residuals, _precision
+from .kernels import LINEAR, LOG2_E, Residuals
 from .linear_backward_kernels import _dproj_kernel, _rows_kernel
+from .linear_kernels import _precision
 
 PROGRAMS = 512  # of kernels that add up over many query blocks: enough to fill a GPU, few enough for little memory
 

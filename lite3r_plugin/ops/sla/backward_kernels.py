@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernels import _phi
+from .linear_kernels import _phi
 
 
 @triton.jit

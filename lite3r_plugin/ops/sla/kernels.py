@@ -4,7 +4,7 @@ A program holds one query block, or a tile of it, in registers and streams its c
 softmax (as in FlashAttention, arXiv 2205.14135). q, k, v come padded with zeros to whole query blocks, so only the scores of the last
 key block are masked. Programs of pinned query blocks, which stream all keys, start first: they take longest.
 
-The linear branch over all tokens needs one D x D state per head, computed once by `_linear_state_kernel`; Proj is folded
+The linear branch over all tokens needs one D x D state per head, computed once (`linear_kernels.py`); Proj is folded
 into it. Over marginal blocks it is that state minus what the program adds up over its critical blocks.
 """
 
@@ -16,6 +16,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .linear_kernels import _phi, _precision, linear_state
 
 LINEAR = {"none": 0, "all": 1, "marginal": 2}
 LOG2_E = 1.4426950408889634
@@ -37,16 +39,6 @@ class Residuals(NamedTuple):
 
 
 @triton.jit
-def _phi(x, live, SOFTMAX: tl.constexpr, AXIS: tl.constexpr):
-    """The feature map over axis AXIS of x (FP32); `live`, of x's rank, marks the true head dimensions."""
-    if SOFTMAX:
-        x = tl.where(live, x, float("-inf"))
-        x = tl.exp(x - tl.max(x, AXIS, keep_dims=True))
-        return x / tl.sum(x, AXIS, keep_dims=True)
-    return tl.where(live, tl.where(x > 0, x + 1.0, tl.exp(tl.minimum(x, 0.0))), 0.0)
-
-
-@triton.jit
 def _tiles(K, V, tokens, d, D: tl.constexpr, DP: tl.constexpr):
     """Keys ``[DP, tokens]`` and values ``[tokens, DP]`` of rows of K and V; zeros beyond D."""
     if D == DP:
@@ -58,34 +50,7 @@ def _tiles(K, V, tokens, d, D: tl.constexpr, DP: tl.constexpr):
     return k, v
 
 
-# Sizes must not specialise the kernels: any number of views and any image size run the same binary.
-@triton.jit(do_not_specialize=["N", "blocks_per_split"])
-def _linear_state_kernel(
-    K, V, State, Total, N, padded, blocks_per_split,
-    D: tl.constexpr, DP: tl.constexpr, BLOCK_K: tl.constexpr, SOFTMAX: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Partial sums of phi(k)^T v and of phi(k) over `blocks_per_split` key blocks of one head."""
-    split = tl.program_id(0)
-    head = tl.program_id(1).to(tl.int64)
-    d = tl.arange(0, DP)
-    live = d < D
-    state = tl.zeros([DP, DP], tl.float32)
-    total = tl.zeros([DP], tl.float32)
-    for i in range(0, blocks_per_split):
-        rows = (split * blocks_per_split + i) * BLOCK_K + tl.arange(0, BLOCK_K)
-        inside = (rows < N)[:, None] & live[None, :]
-        at = (head * padded + rows)[:, None] * D + d[None, :]
-        k = tl.load(K + at, mask=inside, other=0.0)
-        v = tl.load(V + at, mask=inside, other=0.0)
-        features = tl.where((rows < N)[:, None], _phi(k.to(tl.float32), live[None, :], SOFTMAX, 1), 0.0).to(v.dtype)
-        state = tl.dot(tl.trans(features), v, state, input_precision=PRECISION)
-        total += tl.sum(features.to(tl.float32), 0)
-    out = head * tl.num_programs(0) + split
-    both = live[:, None] & live[None, :]
-    tl.store(State + (out * D + d)[:, None] * D + d[None, :], state / N, mask=both)
-    tl.store(Total + out * D + d, total / N, mask=live)
-
-
+# Sizes must not specialise the kernel: any number of views and any image size run the same binary.
 @triton.jit(do_not_specialize=["N", "rows", "columns", "kept", "words", "pinned"])
 def _sparse_linear_kernel(
     Q, K, V, Indices, Bits, KMean, VMean, State, Total, Proj, Order, Out, Lse, Linear,
@@ -203,23 +168,6 @@ def _sparse_linear_kernel(
     tl.store(Out + to[:, None] * D + d[None, :], out.to(dtype), mask=inside)
 
 
-def linear_state(k: Tensor, v: Tensor, tokens: int, feature_map: str, block_k: int = 64) -> tuple[Tensor, Tensor]:
-    """As `naive.linear_state` over the first `tokens` tokens of k, v ``[B, H, padded, D]``, both divided by `tokens`."""
-    batch, heads, padded, dim = k.shape
-    blocks = -(-tokens // block_k)
-    splits = min(blocks, max(1, 1024 // (batch * heads)))
-    per_split = -(-blocks // splits)
-    splits = -(-blocks // per_split)
-    state = torch.empty(batch, heads, splits, dim, dim, device=k.device, dtype=torch.float32)
-    total = torch.empty(batch, heads, splits, dim, device=k.device, dtype=torch.float32)
-    _linear_state_kernel[(splits, batch * heads)](
-        k, v, state, total, tokens, padded, per_split,
-        D=dim, DP=triton.next_power_of_2(dim), BLOCK_K=block_k, SOFTMAX=feature_map == "softmax", PRECISION=_precision(k),
-        **state_options(k.dtype),
-    )  # fmt: skip
-    return state.sum(2), total.sum(2)
-
-
 def sparse_linear_attention(
     q: Tensor,
     k: Tensor,
@@ -314,13 +262,3 @@ def launch_options(block_q: int, block_k: int, dim: int, dtype: torch.dtype, lin
     if dim <= 64 and linear != "marginal":
         options["maxnreg"] = 168  # three programs on an SM, whose softmax and matrix products overlap: a fifth faster on an H100
     return options
-
-
-def state_options(dtype: torch.dtype) -> dict[str, int]:
-    """Warps and pipeline stages of the linear-state kernel."""
-    return dict(num_warps=4, num_stages=1 if dtype == torch.float32 else 3)
-
-
-def _precision(x: Tensor) -> str:
-    """FP32 operands are multiplied in three TF32 products, which is FP32 accuracy; others in their own precision."""
-    return "tf32x3" if x.dtype == torch.float32 else "ieee"

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .backward_kernels import _rows_of, phi_backward
-from .kernels import _phi
+from .linear_kernels import _phi
 
 
 @triton.jit(do_not_specialize=["N", "rows", "kept", "pinned", "per_split"])
