@@ -19,7 +19,7 @@ from lite3r_plugin.ops.qk_norm_rope import kernels as qk_norm_rope
 from lite3r_plugin.ops.sla import kernels as sla
 from lite3r_plugin.ops.sla import linear_kernels as sla_linear
 
-INDEX_POINTERS = {"Order": "*i32", "Indices": "*i32", "Bits": "*i32", "Positions": "*i64"}
+INDEX_POINTERS = {"Order": "*i32", "Indices": "*i32", "AllIndices": "*i32", "Bits": "*i32", "Failed": "*i32", "Positions": "*i64"}
 FP32_POINTERS = {"QMean", "KMean", "VMean", "Scores", "State", "Total", "Lse", "QW", "QB", "KW", "KB", "Proj"}
 FP32_SCALARS = {"log2_base", "q_eps", "k_eps", "scale_log2"}
 
@@ -50,14 +50,14 @@ def variants() -> list[tuple[str, Any, str, dict[str, Any], dict[str, int]]]:
             precision = "tf32x3" if dtype == "fp32" else "ieee"
             for rope, norm, pool in ((True, 1, True), (True, 2, False)):
                 constants = dict(
-                    D=dim, HALF=half, ROWS=128 if pool else 64, BLOCK_K=64, HEADS=4, Q_NORM=norm, K_NORM=norm, ROPE=rope,
+                    D=dim, HALF=half, ROWS=128 if pool else 64, BLOCK_K=64, Q_NORM=norm, K_NORM=norm, ROPE=rope,
                     ORDERED=pool, POOL=pool,
                 )  # fmt: skip
                 found.append(("prepare", qk_norm_rope._prepare_kernel, dtype, constants, dict(num_warps=8)))
             for branch, softmax, means, save in (("all", True, True, False), ("marginal", False, False, False), ("all", True, True, True)):
                 constants = dict(
                     D=dim, DP=padded, BLOCK_Q=128, BLOCK_K=64, LINEAR=sla.LINEAR[branch], SOFTMAX=softmax, MEANS=means, ORDERED=True,
-                    SAVE_LSE=save, SAVE_LINEAR=save, PRECISION=precision,
+                    SAVE_LSE=save, SAVE_LINEAR=save, FIXED=True, AGAIN=False, PRECISION=precision,
                 )  # fmt: skip
                 options = sla.launch_options(128, 64, dim, torch.float32 if dtype == "fp32" else torch.bfloat16, branch)
                 constants |= {name: options.pop(name) for name in ("TILE_Q", "TILE_K")}

@@ -1,7 +1,8 @@
 """Triton twin of `naive`: one pass over q, k, v that norms, rotates, reorders and pools.
 
-A program holds one query block of tokens and walks over a few heads, so the rotary angles are computed once and never
-stored. A head is held as two halves of D/2: element i of one is the rotary partner of element i of the other.
+A program holds one query block of one head. Rotary angles are computed where they are needed and never stored: one program
+for several heads, which would compute them once, was slower on an H100. A head is held as two halves of D/2: element i of
+one is the rotary partner of element i of the other.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def _prepare_kernel(
     q_stride_b, q_stride_h, q_stride_n, k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
     p_stride_b, p_stride_n, p_stride_c,
     N, H, out_rows, q_blocks, k_blocks, log2_base, q_eps, k_eps,
-    D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, HEADS: tl.constexpr,
+    D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
     Q_NORM: tl.constexpr, K_NORM: tl.constexpr, ROPE: tl.constexpr, ORDERED: tl.constexpr, POOL: tl.constexpr,
 ):  # fmt: skip
     first_row = tl.program_id(0) * ROWS
@@ -88,40 +89,39 @@ def _prepare_kernel(
     sin = cos
     if ROPE:
         cos, sin = _rotation(Positions + batch * p_stride_b + source * p_stride_n, p_stride_c, live, lane, log2_base, D)
-    for i in range(HEADS):
-        head = (tl.program_id(1) * HEADS + i).to(tl.int64)
-        base = batch * H + head
-        to = (base * out_rows + rows)[:, None] * D
-        at = Q + batch * q_stride_b + head * q_stride_h + source[:, None] * q_stride_n
-        x1 = tl.load(at + lanes1[None, :], mask=inside, other=0.0).to(tl.float32)
-        x2 = tl.load(at + lanes2[None, :], mask=inside, other=0.0).to(tl.float32)
-        x1, x2 = _norm_rotate(x1, x2, QW, QB, lanes1, lanes2, live_lane, cos, sin, q_eps, D, Q_NORM, ROPE)
-        if POOL:
-            _store_means(QMean, x1, live, base, lanes1, live_lane, first_row, N, q_blocks, D, ROWS, ROWS)
-            _store_means(QMean, x2, live, base, lanes2, live_lane, first_row, N, q_blocks, D, ROWS, ROWS)
-            x1 = tl.where(live[:, None], x1, 0.0)
-            x2 = tl.where(live[:, None], x2, 0.0)
-        tl.store(QOut + to + lanes1[None, :], x1.to(QOut.dtype.element_ty), mask=written)
-        tl.store(QOut + to + lanes2[None, :], x2.to(QOut.dtype.element_ty), mask=written)
-        at = K + batch * k_stride_b + head * k_stride_h + source[:, None] * k_stride_n
-        x1 = tl.load(at + lanes1[None, :], mask=inside, other=0.0).to(tl.float32)
-        x2 = tl.load(at + lanes2[None, :], mask=inside, other=0.0).to(tl.float32)
-        x1, x2 = _norm_rotate(x1, x2, KW, KB, lanes1, lanes2, live_lane, cos, sin, k_eps, D, K_NORM, ROPE)
-        if POOL:
-            _store_means(KMean, x1, live, base, lanes1, live_lane, first_row, N, k_blocks, D, ROWS, BLOCK_K)
-            _store_means(KMean, x2, live, base, lanes2, live_lane, first_row, N, k_blocks, D, ROWS, BLOCK_K)
-            x1 = tl.where(live[:, None], x1, 0.0)
-            x2 = tl.where(live[:, None], x2, 0.0)
-        tl.store(KOut + to + lanes1[None, :], x1.to(KOut.dtype.element_ty), mask=written)
-        tl.store(KOut + to + lanes2[None, :], x2.to(KOut.dtype.element_ty), mask=written)
-        if POOL:
-            at = V + batch * v_stride_b + head * v_stride_h + source[:, None] * v_stride_n
-            x1 = tl.load(at + lanes1[None, :], mask=inside, other=0.0)
-            x2 = tl.load(at + lanes2[None, :], mask=inside, other=0.0)
-            tl.store(VOut + to + lanes1[None, :], x1, mask=written)
-            tl.store(VOut + to + lanes2[None, :], x2, mask=written)
-            _store_means(VMean, x1.to(tl.float32), live, base, lanes1, live_lane, first_row, N, k_blocks, D, ROWS, BLOCK_K)
-            _store_means(VMean, x2.to(tl.float32), live, base, lanes2, live_lane, first_row, N, k_blocks, D, ROWS, BLOCK_K)
+    head = tl.program_id(1).to(tl.int64)
+    base = batch * H + head
+    to = (base * out_rows + rows)[:, None] * D
+    at = Q + batch * q_stride_b + head * q_stride_h + source[:, None] * q_stride_n
+    x1 = tl.load(at + lanes1[None, :], mask=inside, other=0.0).to(tl.float32)
+    x2 = tl.load(at + lanes2[None, :], mask=inside, other=0.0).to(tl.float32)
+    x1, x2 = _norm_rotate(x1, x2, QW, QB, lanes1, lanes2, live_lane, cos, sin, q_eps, D, Q_NORM, ROPE)
+    if POOL:
+        _store_means(QMean, x1, live, base, lanes1, live_lane, first_row, N, q_blocks, D, ROWS, ROWS)
+        _store_means(QMean, x2, live, base, lanes2, live_lane, first_row, N, q_blocks, D, ROWS, ROWS)
+        x1 = tl.where(live[:, None], x1, 0.0)
+        x2 = tl.where(live[:, None], x2, 0.0)
+    tl.store(QOut + to + lanes1[None, :], x1.to(QOut.dtype.element_ty), mask=written)
+    tl.store(QOut + to + lanes2[None, :], x2.to(QOut.dtype.element_ty), mask=written)
+    at = K + batch * k_stride_b + head * k_stride_h + source[:, None] * k_stride_n
+    x1 = tl.load(at + lanes1[None, :], mask=inside, other=0.0).to(tl.float32)
+    x2 = tl.load(at + lanes2[None, :], mask=inside, other=0.0).to(tl.float32)
+    x1, x2 = _norm_rotate(x1, x2, KW, KB, lanes1, lanes2, live_lane, cos, sin, k_eps, D, K_NORM, ROPE)
+    if POOL:
+        _store_means(KMean, x1, live, base, lanes1, live_lane, first_row, N, k_blocks, D, ROWS, BLOCK_K)
+        _store_means(KMean, x2, live, base, lanes2, live_lane, first_row, N, k_blocks, D, ROWS, BLOCK_K)
+        x1 = tl.where(live[:, None], x1, 0.0)
+        x2 = tl.where(live[:, None], x2, 0.0)
+    tl.store(KOut + to + lanes1[None, :], x1.to(KOut.dtype.element_ty), mask=written)
+    tl.store(KOut + to + lanes2[None, :], x2.to(KOut.dtype.element_ty), mask=written)
+    if POOL:
+        at = V + batch * v_stride_b + head * v_stride_h + source[:, None] * v_stride_n
+        x1 = tl.load(at + lanes1[None, :], mask=inside, other=0.0)
+        x2 = tl.load(at + lanes2[None, :], mask=inside, other=0.0)
+        tl.store(VOut + to + lanes1[None, :], x1, mask=written)
+        tl.store(VOut + to + lanes2[None, :], x2, mask=written)
+        _store_means(VMean, x1.to(tl.float32), live, base, lanes1, live_lane, first_row, N, k_blocks, D, ROWS, BLOCK_K)
+        _store_means(VMean, x2.to(tl.float32), live, base, lanes2, live_lane, first_row, N, k_blocks, D, ROWS, BLOCK_K)
 
 
 def prepare_qkv(
@@ -164,11 +164,10 @@ def _launch(q, k, v, order, q_norm, k_norm, positions, rope_base, out, means, ro
     batch, heads, tokens, dim = q.shape
     blocks = -(-tokens // rows)
     rope = positions is not None and rope_base is not None
-    per_program = next(n for n in (4, 2, 1) if heads % n == 0 and (n == 1 or blocks * batch * (heads // n) >= 256))
     nothing = out[0]
     q_norm, k_norm = q_norm or HeadNorm(None, None, None, 0.0), k_norm or HeadNorm(None, None, None, 0.0)
     weights = [w for norm in (q_norm, k_norm) for w in _affine(norm, dim, q.device)]
-    _prepare_kernel[(blocks, heads // per_program, batch)](
+    _prepare_kernel[(blocks, heads, batch)](
         q, k, v, nothing if order is None else order, positions if rope else nothing,
         *(nothing if w is None else w for w in weights), out[0], out[1], v_out, *(means if pool else (nothing,) * 3),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
@@ -176,9 +175,9 @@ def _launch(q, k, v, order, q_norm, k_norm, positions, rope_base, out, means, ro
         tokens, heads, out[0].shape[2],
         means[0].shape[2] if pool else 0, means[1].shape[2] if pool else 0,
         math.log2(rope_base) if rope else 0.0, q_norm.eps, k_norm.eps,
-        D=dim, HALF=triton.next_power_of_2(dim // 2), ROWS=rows, BLOCK_K=block_k, HEADS=per_program,
+        D=dim, HALF=triton.next_power_of_2(dim // 2), ROWS=rows, BLOCK_K=block_k,
         Q_NORM=NORMS[q_norm.kind], K_NORM=NORMS[k_norm.kind], ROPE=rope, ORDERED=order is not None, POOL=pool,
-        num_warps=8 if rows * dim >= 8192 else 4,
+        num_warps=8 if rows * dim >= 8192 and (rope or q_norm.kind or k_norm.kind) else 4,  # a mere copy wants fewer threads
     )  # fmt: skip
 
 

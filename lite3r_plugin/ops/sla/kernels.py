@@ -1,8 +1,9 @@
 """Triton twin of `naive`: one kernel for the sparse softmax, the block means and the linear branch.
 
-A program holds one query block, or a tile of it, in registers and streams its critical key blocks through an online
-softmax (as in FlashAttention, arXiv 2205.14135). q, k, v come padded with zeros to whole query blocks, so only the scores of the last
-key block are masked. Programs of pinned query blocks, which stream all keys, start first: they take longest.
+A program holds one query block, or a tile of it, and streams its critical key blocks through a softmax (`softmax_kernels.py`)
+whose reference is fixed. A second launch runs those tiles again, online, whose sums came near to an overflow: mostly none. q, k, v
+come padded with zeros to whole query blocks, so only the scores of the last key block are masked. Programs of pinned query
+blocks, which stream all keys, start first: they take longest.
 
 The linear branch over all tokens needs one D x D state per head, computed once (`linear_kernels.py`); Proj is folded
 into it. Over marginal blocks it is that state minus what the program adds up over its critical blocks.
@@ -18,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .linear_kernels import _phi, _precision, linear_state
+from .softmax_kernels import LARGEST_SUM, attend, far_blocks, load_rows
 
 LINEAR = {"none": 0, "all": 1, "marginal": 2}
 LOG2_E = 1.4426950408889634
@@ -38,29 +40,19 @@ class Residuals(NamedTuple):
     total: Tensor | None
 
 
-@triton.jit
-def _tiles(K, V, tokens, d, D: tl.constexpr, DP: tl.constexpr):
-    """Keys ``[DP, tokens]`` and values ``[tokens, DP]`` of rows of K and V; zeros beyond D."""
-    if D == DP:
-        k = tl.load(K + tokens[None, :] * D + d[:, None])
-        v = tl.load(V + tokens[:, None] * D + d[None, :])
-    else:
-        k = tl.load(K + tokens[None, :] * D + d[:, None], mask=(d < D)[:, None], other=0.0)
-        v = tl.load(V + tokens[:, None] * D + d[None, :], mask=(d < D)[None, :], other=0.0)
-    return k, v
-
-
 # Sizes must not specialise the kernel: any number of views and any image size run the same binary.
-@triton.jit(do_not_specialize=["N", "rows", "columns", "kept", "words", "pinned"])
+@triton.jit(do_not_specialize=["N", "rows", "columns", "kept", "far_rows", "words", "pinned"])
 def _sparse_linear_kernel(
-    Q, K, V, Indices, Bits, KMean, VMean, State, Total, Proj, Order, Out, Lse, Linear,
-    N, padded, heads, rows, columns, kept, words, pinned, scale_log2,
+    Q, K, V, Indices, AllIndices, Bits, KFar, VFar, State, Total, Proj, Order, Out, Lse, Linear, Failed,
+    N, padded, heads, rows, columns, kept, far_rows, words, pinned, scale_log2,
     D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
     LINEAR: tl.constexpr, SOFTMAX: tl.constexpr, MEANS: tl.constexpr, ORDERED: tl.constexpr,
-    SAVE_LSE: tl.constexpr, SAVE_LINEAR: tl.constexpr, PRECISION: tl.constexpr,
+    SAVE_LSE: tl.constexpr, SAVE_LINEAR: tl.constexpr, FIXED: tl.constexpr, AGAIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    if AGAIN:
+        if tl.load(Failed + tl.program_id(0)) == 0:
+            return
     TILES: tl.constexpr = BLOCK_Q // TILE_Q
-    STEPS: tl.constexpr = BLOCK_K // TILE_K
     pid = tl.program_id(0) // TILES
     programs = tl.num_programs(0) // TILES // rows * pinned  # those of pinned query blocks come first
     if pid < programs:
@@ -74,70 +66,29 @@ def _sparse_linear_kernel(
     d = tl.arange(0, DP)
     live = d < D
     n = row * BLOCK_Q + tl.program_id(0) % TILES * TILE_Q + tl.arange(0, TILE_Q)
-    lanes = tl.arange(0, TILE_K)
     dtype: tl.constexpr = V.dtype.element_ty
     keys = K + head * padded * D
     values = V + head * padded * D
-    queries = Q + (head * padded + n)[:, None] * D + d[None, :]
+    queries = Q + head * padded * D
     chosen = Indices + (head * rows + row) * kept
-    if D == DP:
-        q = tl.load(queries)
-    else:
-        q = tl.load(queries, mask=live[None, :], other=0.0)
-    top = tl.full([TILE_Q], float("-inf"), tl.float32)
-    weight = tl.zeros([TILE_Q], tl.float32)
-    acc = tl.zeros([TILE_Q, DP], tl.float32)
-    if LINEAR == 2:
-        near_state = tl.zeros([DP, DP], tl.float32)
-        near_total = tl.zeros([DP], tl.float32)
-    # Kept blocks ascend, so only the last one may hold padding: a loop of its own keeps the mask out of the others.
-    for masked in tl.static_range(2):
-        for i in range((near - 1) * STEPS * masked, (near - 1 + masked) * STEPS):
-            block = tl.where(row < pinned, i // STEPS, tl.load(chosen + i // STEPS, mask=row >= pinned, other=0))
-            key = block * BLOCK_K + i % STEPS * TILE_K + lanes
-            k, v = _tiles(keys, values, key.to(tl.int64), d, D, DP)
-            score = tl.dot(q, k, input_precision=PRECISION)
-            if masked:
-                score = tl.where((key < N)[None, :], score, float("-inf"))
-            new_top = tl.maximum(top, tl.max(score, 1) * scale_log2)
-            p = tl.exp2(score * scale_log2 - new_top[:, None])
-            decay = tl.exp2(top - new_top)
-            weight = weight * decay + tl.sum(p, 1)
-            acc = tl.dot(p.to(dtype), v, acc * decay[:, None], input_precision=PRECISION)
-            top = new_top
-            if LINEAR == 2:
-                features = _phi(k.to(tl.float32), live[:, None], SOFTMAX, 0)
-                if masked:
-                    features = tl.where((key < N)[None, :], features, 0.0)
-                near_state = tl.dot(features.to(dtype), v, near_state, input_precision=PRECISION)
-                near_total += tl.sum(features.to(dtype).to(tl.float32), 1)
+    if row < pinned:
+        chosen = AllIndices
+    q = load_rows(queries, n, d, D)
+    k_means = KFar
+    v_means = VFar
+    bits = Bits
+    far = 0
     if MEANS:
-        far = columns
-        if row < pinned:
-            far = 0
-        full = tl.log2(tl.full([], BLOCK_K, tl.float32))
-        partial = tl.log2((N - (columns - 1) * BLOCK_K).to(tl.float32)) - full  # of the last block
-        k_means = KMean + head * columns * D
-        v_means = VMean + head * columns * D
+        k_means = KFar + head * far_rows * D
+        v_means = VFar + head * far_rows * D
         bits = Bits + (head * rows + row) * words
-        for masked in tl.static_range(2):  # the last tile may hold less than TILE_K blocks, and a partial one
-            for tile in range(far // TILE_K * masked, tl.cdiv(far, TILE_K) if masked else far // TILE_K):
-                first = tile * TILE_K
-                block = first + lanes
-                k, v = _tiles(k_means, v_means, tl.minimum(block, columns - 1) if masked else block, d, D, DP)
-                word = tl.load(bits + first // 32)
-                for j in tl.static_range(1, TILE_K // 32):
-                    word = tl.where(lanes < 32 * j, word, tl.load(bits + tl.minimum(first // 32 + j, words - 1)))
-                bias = tl.where((word >> (block % 32)) & 1 == 0, full, float("-inf"))
-                if masked:
-                    bias = tl.where(block < columns - 1, bias, tl.where(block < columns, bias + partial, float("-inf")))
-                score = tl.dot(q, k, input_precision=PRECISION) * scale_log2 + bias[None, :]
-                new_top = tl.maximum(top, tl.max(score, 1))
-                p = tl.exp2(score - new_top[:, None])
-                decay = tl.exp2(top - new_top)
-                weight = weight * decay + tl.sum(p, 1)
-                acc = tl.dot(p.to(dtype), v, acc * decay[:, None], input_precision=PRECISION)
-                top = new_top
+        far = tl.where(near < columns, far_rows, 0)
+    acc, weight, top = attend(
+        q, keys, values, chosen, near, k_means, v_means, bits, far, N, columns, words, scale_log2, d,
+        D, BLOCK_K, TILE_K, MEANS, FIXED, PRECISION,
+    )  # fmt: skip
+    if FIXED:
+        tl.store(Failed + tl.program_id(0), tl.max(tl.where(weight < LARGEST_SUM, 0, 1), 0))  # also where it is NaN
     out = acc / weight[:, None]
     if SAVE_LSE:
         tl.store(Lse + head * padded + n, top + tl.log2(weight))
@@ -148,13 +99,12 @@ def _sparse_linear_kernel(
     to = ((head // heads) * N + to) * heads + head % heads  # [B, N, H, D]
     inside = inside[:, None] & live[None, :]
     if LINEAR == 1 or (LINEAR == 2 and near < columns):
-        features = _phi(q.to(tl.float32), live[None, :], SOFTMAX, 1)
+        # Loaded again: kept in registers through the loops, it would push others out.
+        features = _phi(load_rows(queries, n, d, D).to(tl.float32), live[None, :], SOFTMAX, 1)
         both = live[:, None] & live[None, :]
-        state = tl.load(State + (head * D + d)[:, None] * D + d[None, :], mask=both, other=0.0)
-        total = tl.load(Total + head * D + d, mask=live, other=0.0)
-        if LINEAR == 2:
-            state -= near_state / N
-            total -= near_total / N
+        owner = head if LINEAR == 1 else head * rows + row
+        state = tl.load(State + (owner * D + d)[:, None] * D + d[None, :], mask=both, other=0.0)
+        total = tl.load(Total + owner * D + d, mask=live, other=0.0)
         norm = tl.maximum(tl.sum(features * total[None, :], 1), 1e-37)
         linear = tl.dot(features.to(dtype), state.to(dtype), input_precision=PRECISION) / norm[:, None]
         if SAVE_LINEAR:
@@ -239,17 +189,22 @@ def forward(
     nothing = out
     state, total = (None, None) if linear == "none" else linear_state(k, v, tokens, feature_map, block_k)
     folded = state @ proj.to(state.dtype).mT if linear == "all" and not save_linear else state
-    k_mean, v_mean = (nothing, nothing) if means is None else (x.to(v.dtype) for x in means)
+    everything = torch.arange(columns, device=q.device, dtype=torch.int32) if pinned else kv_indices
     options = launch_options(block_q, block_k, dim, q.dtype, linear)
-    _sparse_linear_kernel[(rows * batch * heads * (block_q // options["TILE_Q"]),)](
-        q, k, v, kv_indices, nothing if means is None else bits, k_mean, v_mean,
-        *(nothing if x is None else x for x in (folded, total, proj, order, out, lse, branch)),
-        tokens, padded, heads, rows, columns, kept, 0 if means is None else bits.shape[-1], pinned,
-        (dim**-0.5 if scale is None else scale) * LOG2_E,
-        D=dim, DP=triton.next_power_of_2(dim), BLOCK_Q=block_q, BLOCK_K=block_k, LINEAR=LINEAR[linear],
-        SOFTMAX=feature_map == "softmax", MEANS=means is not None, ORDERED=order is not None,
-        SAVE_LSE=save_lse, SAVE_LINEAR=save_linear, PRECISION=_precision(q), **options,
-    )  # fmt: skip
+    far = None if means is None else far_blocks(*means, options["TILE_K"], v.dtype)
+    programs = rows * batch * heads * (block_q // options["TILE_Q"])
+    fixed = q.dtype != torch.float16
+    failed = torch.empty(programs, device=q.device, dtype=torch.int32) if fixed else nothing
+    for again in (False, True) if fixed else (False,):
+        _sparse_linear_kernel[(programs,)](
+            q, k, v, kv_indices, everything, nothing if means is None else bits, *(far or (nothing, nothing)),
+            *(nothing if x is None else x for x in (folded, total, proj, order, out, lse, branch, failed)),
+            tokens, padded, heads, rows, columns, kept, 0 if far is None else far[0].shape[2], 0 if far is None else bits.shape[-1], pinned,
+            (dim**-0.5 if scale is None else scale) * LOG2_E,
+            D=dim, DP=triton.next_power_of_2(dim), BLOCK_Q=block_q, BLOCK_K=block_k, LINEAR=LINEAR[linear],
+            SOFTMAX=feature_map == "softmax", MEANS=means is not None, ORDERED=order is not None,
+            SAVE_LSE=save_lse, SAVE_LINEAR=save_linear, FIXED=fixed and not again, AGAIN=again, PRECISION=_precision(q), **options,
+        )  # fmt: skip
     return out.transpose(1, 2), Residuals(lse, branch, state, total)
 
 
@@ -258,7 +213,9 @@ def launch_options(block_q: int, block_k: int, dim: int, dtype: torch.dtype, lin
     if dtype == torch.float32:
         wide = dim > 64
         return dict(TILE_Q=min(block_q, 32 if wide else 128), TILE_K=min(block_k, 16 if wide else 64), num_warps=8, num_stages=1)
-    options = dict(TILE_Q=block_q, TILE_K=block_k, num_warps=4 if block_q <= 64 or dim <= 64 else 8, num_stages=3 if dim <= 64 else 2)
-    if dim <= 64 and linear != "marginal":
-        options["maxnreg"] = 168  # three programs on an SM, whose softmax and matrix products overlap: a fifth faster on an H100
+    options = dict(TILE_Q=block_q, TILE_K=block_k, num_warps=4 if block_q <= 64 else 8, num_stages=3 if dim <= 64 else 2)
+    if dim <= 64 and block_q > 64:
+        # Two programs on an SM, of two warp groups each. A warp group then holds 64 queries, which lets the compiler put the
+        # exponentials of one tile of keys between the matrix products of the next.
+        options["maxnreg"] = 128
     return options
