@@ -4,8 +4,8 @@ A program holds one query block, or a tile of it, in registers and streams its c
 softmax (as in FlashAttention, arXiv 2205.14135). q, k, v come padded with zeros to whole query blocks, so only the scores of the last
 key block are masked. Programs of pinned query blocks, which stream all keys, start first: they take longest.
 
-The linear branch over all tokens needs one D x D state per head, computed once (`linear_kernels.py`); Proj is folded
-into it. Over marginal blocks it is that state minus what the program adds up over its critical blocks.
+The linear branch needs a D x D state: over all tokens one for each head (`linear_kernels.py`), over marginal blocks one for
+each query block (`marginal_kernels.py`). Proj is folded into it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .linear_kernels import _phi, _precision, linear_state
+from .marginal_kernels import marginal_states
 
 LINEAR = {"none": 0, "all": 1, "marginal": 2}
 LOG2_E = 1.4426950408889634
@@ -29,7 +30,7 @@ class Residuals(NamedTuple):
     Attributes:
         lse: ``[B, H, padded]`` FP32, base-2 logarithm of the softmax denominator of each ordered query; None unless asked for.
         linear: ``[B, N, H, D]``, the linear branch before Proj in host order; None unless asked for.
-        state, total: The linear state over all tokens, divided by their number; None without a linear branch.
+        state, total: The linear state over all tokens, divided by their number; None without a linear branch over them.
     """
 
     lse: Tensor | None
@@ -87,9 +88,6 @@ def _sparse_linear_kernel(
     top = tl.full([TILE_Q], float("-inf"), tl.float32)
     weight = tl.zeros([TILE_Q], tl.float32)
     acc = tl.zeros([TILE_Q, DP], tl.float32)
-    if LINEAR == 2:
-        near_state = tl.zeros([DP, DP], tl.float32)
-        near_total = tl.zeros([DP], tl.float32)
     # Kept blocks ascend, so only the last one may hold padding: a loop of its own keeps the mask out of the others.
     for masked in tl.static_range(2):
         for i in range((near - 1) * STEPS * masked, (near - 1 + masked) * STEPS):
@@ -105,12 +103,6 @@ def _sparse_linear_kernel(
             weight = weight * decay + tl.sum(p, 1)
             acc = tl.dot(p.to(dtype), v, acc * decay[:, None], input_precision=PRECISION)
             top = new_top
-            if LINEAR == 2:
-                features = _phi(k.to(tl.float32), live[:, None], SOFTMAX, 0)
-                if masked:
-                    features = tl.where((key < N)[None, :], features, 0.0)
-                near_state = tl.dot(features.to(dtype), v, near_state, input_precision=PRECISION)
-                near_total += tl.sum(features.to(dtype).to(tl.float32), 1)
     if MEANS:
         far = columns
         if row < pinned:
@@ -147,19 +139,16 @@ def _sparse_linear_kernel(
         to = tl.load(Order + n, mask=inside, other=0)
     to = ((head // heads) * N + to) * heads + head % heads  # [B, N, H, D]
     inside = inside[:, None] & live[None, :]
-    if LINEAR == 1 or (LINEAR == 2 and near < columns):
+    if LINEAR == 1 or (LINEAR == 2 and row >= pinned):
         features = _phi(q.to(tl.float32), live[None, :], SOFTMAX, 1)
         both = live[:, None] & live[None, :]
-        state = tl.load(State + (head * D + d)[:, None] * D + d[None, :], mask=both, other=0.0)
-        total = tl.load(Total + head * D + d, mask=live, other=0.0)
-        if LINEAR == 2:
-            state -= near_state / N
-            total -= near_total / N
+        owner = head if LINEAR == 1 else head * rows + row
+        state = tl.load(State + (owner * D + d)[:, None] * D + d[None, :], mask=both, other=0.0)
+        total = tl.load(Total + owner * D + d, mask=live, other=0.0)
         norm = tl.maximum(tl.sum(features * total[None, :], 1), 1e-37)
         linear = tl.dot(features.to(dtype), state.to(dtype), input_precision=PRECISION) / norm[:, None]
         if SAVE_LINEAR:
             tl.store(Linear + to[:, None] * D + d[None, :], linear.to(dtype), mask=inside)
-        if LINEAR == 2 or SAVE_LINEAR:
             proj = tl.load(Proj + d[None, :] * D + d[:, None], mask=both, other=0.0)
             linear = tl.dot(linear.to(dtype), proj.to(dtype), input_precision=PRECISION)
         out += linear
@@ -219,7 +208,7 @@ def forward(
         q, k, v: ``[B, H, padded, D]`` contiguous, zeros after the first `tokens` tokens, padded a multiple of `block_q`.
         kv_indices: ``[B, H, ceil(tokens / block_q), kept]`` int32.
         tokens: N.
-        bits: The same as a bit set; needed with `means`. See `block_map.kernels.block_map_with_bits`.
+        bits: The same as a bit set; needed with `means` and for the branch over marginal blocks. See `block_map_with_bits`.
         means: Mean keys and values ``[B, H, ceil(tokens / block_k), D]`` for marginal blocks, or None.
         order: ``[N]`` int32: output row of each token, or None.
         pinned, scale, linear, feature_map, proj, block_q, block_k: As in the naive twin.
@@ -232,18 +221,29 @@ def forward(
     rows, kept = kv_indices.shape[-2:]
     columns = -(-tokens // block_k)
     pinned = min(pinned, rows)
+    marginal = columns - kept if pinned < rows else 0
     out = torch.empty(batch, tokens, heads, dim, device=q.device, dtype=v.dtype)
     lse = torch.empty(batch, heads, padded, device=q.device, dtype=torch.float32) if save_lse else None
     save_linear = save_linear and linear != "none"
     branch = torch.empty_like(out) if save_linear else None
     nothing = out
-    state, total = (None, None) if linear == "none" else linear_state(k, v, tokens, feature_map, block_k)
-    folded = state @ proj.to(state.dtype).mT if linear == "all" and not save_linear else state
+    state = total = None
+    source: tuple[Tensor, Tensor] = nothing, nothing
+    folded = None if save_linear else proj
+    if linear == "all":
+        assert proj is not None
+        state, total = linear_state(k, v, tokens, feature_map, block_k)
+        source = (state if folded is None else state @ folded.to(state.dtype).mT), total
+    elif linear == "marginal" and marginal:
+        assert bits is not None
+        source = marginal_states(k, v, bits, tokens=tokens, marginal=marginal, feature_map=feature_map, block_k=block_k, proj=folded)
+    else:
+        linear = "none"
     k_mean, v_mean = (nothing, nothing) if means is None else (x.to(v.dtype) for x in means)
-    options = launch_options(block_q, block_k, dim, q.dtype, linear)
+    options = launch_options(block_q, block_k, dim, q.dtype)
     _sparse_linear_kernel[(rows * batch * heads * (block_q // options["TILE_Q"]),)](
-        q, k, v, kv_indices, nothing if means is None else bits, k_mean, v_mean,
-        *(nothing if x is None else x for x in (folded, total, proj, order, out, lse, branch)),
+        q, k, v, kv_indices, nothing if means is None else bits, k_mean, v_mean, *source,
+        *(nothing if x is None else x for x in (proj, order, out, lse, branch)),
         tokens, padded, heads, rows, columns, kept, 0 if means is None else bits.shape[-1], pinned,
         (dim**-0.5 if scale is None else scale) * LOG2_E,
         D=dim, DP=triton.next_power_of_2(dim), BLOCK_Q=block_q, BLOCK_K=block_k, LINEAR=LINEAR[linear],
@@ -253,12 +253,12 @@ def forward(
     return out.transpose(1, 2), Residuals(lse, branch, state, total)
 
 
-def launch_options(block_q: int, block_k: int, dim: int, dtype: torch.dtype, linear: str) -> dict[str, int]:
+def launch_options(block_q: int, block_k: int, dim: int, dtype: torch.dtype) -> dict[str, int]:
     """Tiles, warps and pipeline stages of the sparse kernel. FP32 operands take up to six times the shared memory of BF16."""
     if dtype == torch.float32:
         wide = dim > 64
         return dict(TILE_Q=min(block_q, 32 if wide else 128), TILE_K=min(block_k, 16 if wide else 64), num_warps=8, num_stages=1)
     options = dict(TILE_Q=block_q, TILE_K=block_k, num_warps=4 if block_q <= 64 or dim <= 64 else 8, num_stages=3 if dim <= 64 else 2)
-    if dim <= 64 and linear != "marginal":
+    if dim <= 64:
         options["maxnreg"] = 168  # three programs on an SM, whose softmax and matrix products overlap: a fifth faster on an H100
     return options
