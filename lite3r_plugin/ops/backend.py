@@ -71,7 +71,7 @@ def shared_kib(dtype: torch.dtype, dim: int, needs_grad: bool) -> int:
     if dtype == torch.float32:
         forward, backward = (128, 192) if dim <= 64 else (160, 640)
     else:
-        forward, backward = 97, 97 if dim <= 64 else 130
+        forward, backward = 97, 97 if dim <= 64 else 137
     return backward if needs_grad else forward
 
 

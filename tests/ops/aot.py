@@ -18,21 +18,30 @@ from lite3r_plugin.ops.block_map import kernels as block_map
 from lite3r_plugin.ops.qk_norm_rope import kernels as qk_norm_rope
 from lite3r_plugin.ops.sla import kernels as sla
 from lite3r_plugin.ops.sla import linear_kernels as sla_linear
+from lite3r_plugin.ops.sla import marginal_kernels as sla_marginal
+from lite3r_plugin.ops.sla import softmax_kernels as sla_softmax
 
 INDEX_POINTERS = {"Order": "*i32", "Indices": "*i32", "AllIndices": "*i32", "Bits": "*i32", "Failed": "*i32", "Positions": "*i64"}
-FP32_POINTERS = {"QMean", "KMean", "VMean", "Scores", "State", "Total", "Lse", "QW", "QB", "KW", "KB", "Proj"}
-FP32_SCALARS = {"log2_base", "q_eps", "k_eps", "scale_log2"}
+FP32_POINTERS = {
+    "QMean", "KMean", "VMean", "Scores", "State", "Total", "Totals", "OutTotals", "Mu", "Lse", "QW", "QB", "KW", "KB", "Proj",
+}  # fmt: skip
+FP32_SCALARS = {"log2_base", "q_eps", "k_eps", "scale", "scale_log2"}
 
 
-def signature(kernel: Any, dtype: str, constants: dict[str, Any], own_means: bool) -> dict[str, str]:
+def signature(kernel: Any, dtype: str, constants: dict[str, Any], label: str) -> dict[str, str]:
     """Argument types of a launch whose tensors have `dtype`."""
+    own = set()
+    if label == "sparse_linear":
+        own = {"State"} if constants["LINEAR"] == sla.LINEAR["marginal"] else set()
+    elif label == "block_states":
+        own = {"State"}
     types = {}
     for name in inspect.signature(kernel.fn).parameters:
         if name in constants:
             types[name] = "constexpr"
         elif name in INDEX_POINTERS:
             types[name] = INDEX_POINTERS[name]
-        elif name in FP32_POINTERS and not (own_means and name in ("KMean", "VMean")):
+        elif name in FP32_POINTERS - own:
             types[name] = "*fp32"
         elif name[0].isupper() and name != "N" and name != "H":
             types[name] = f"*{dtype}"
@@ -47,7 +56,7 @@ def variants() -> list[tuple[str, Any, str, dict[str, Any], dict[str, int]]]:
     for dim in (64, 80, 128):
         half, padded = triton.next_power_of_2(dim // 2), triton.next_power_of_2(dim)
         for dtype in ("bf16", "fp32") if dim <= 64 else ("bf16",):
-            precision = "tf32x3" if dtype == "fp32" else "ieee"
+            precision, torch_dtype = ("tf32x3", torch.float32) if dtype == "fp32" else ("ieee", torch.bfloat16)
             for rope, norm, pool in ((True, 1, True), (True, 2, False)):
                 constants = dict(
                     D=dim, HALF=half, ROWS=128 if pool else 64, BLOCK_K=64, Q_NORM=norm, K_NORM=norm, ROPE=rope,
@@ -59,12 +68,18 @@ def variants() -> list[tuple[str, Any, str, dict[str, Any], dict[str, int]]]:
                     D=dim, DP=padded, BLOCK_Q=128, BLOCK_K=64, LINEAR=sla.LINEAR[branch], SOFTMAX=softmax, MEANS=means, ORDERED=True,
                     SAVE_LSE=save, SAVE_LINEAR=save, FIXED=True, AGAIN=False, PRECISION=precision,
                 )  # fmt: skip
-                options = sla.launch_options(128, 64, dim, torch.float32 if dtype == "fp32" else torch.bfloat16, branch)
+                options = sla.launch_options(128, 64, dim, torch_dtype)
                 constants |= {name: options.pop(name) for name in ("TILE_Q", "TILE_K")}
                 found.append(("sparse_linear", sla._sparse_linear_kernel, dtype, constants, options))
-            constants = dict(D=dim, DP=padded, BLOCK_K=64, SOFTMAX=True, PRECISION=precision)
-            options = sla_linear.state_options(torch.float32 if dtype == "fp32" else torch.bfloat16)
-            found.append(("linear_state", sla_linear._linear_state_kernel, dtype, constants, options))
+            options = sla_linear.state_options(torch_dtype)
+            for label, centred, folded in (("linear_state", False, False), ("block_states", True, False), ("block_states", False, True)):
+                constants = dict(D=dim, DP=padded, BLOCK_K=64, SOFTMAX=True, CENTRED=centred, FOLDED=folded, PRECISION=precision)
+                found.append((label, sla_linear._linear_state_kernel, dtype, constants, options))
+            for transposed in (False, True):
+                options = sla_marginal.sums_options(torch_dtype)
+                constants = dict(D=dim, TRANSPOSED=transposed, PRECISION=precision)
+                constants |= {name: options.pop(name) for name in ("TILE_OUT", "TILE_IN", "TILE")}
+                found.append(("marginal_sums", sla_marginal._marginal_sums_kernel, dtype, constants, options))
     for width in (32, 1024, 32768):
         found.append(("select", block_map._select_kernel, "fp32", dict(WIDTH=width, BITS=True), block_map.launch_options(width)))
     return found
@@ -73,7 +88,7 @@ def variants() -> list[tuple[str, Any, str, dict[str, Any], dict[str, int]]]:
 def main(capabilities: list[int]) -> None:
     """Compile all variants for all capabilities; prints one line each."""
     for label, kernel, dtype, constants, options in variants():
-        types = signature(kernel, dtype, constants, label == "sparse_linear")
+        types = signature(kernel, dtype, constants, label)
         aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types.values()) if t.startswith("*")}
         source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
         for capability in capabilities:

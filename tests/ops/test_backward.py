@@ -19,6 +19,7 @@ from lite3r_plugin.ops.sla import operator
 
 training = pytest.importorskip("lite3r_plugin.ops.sla.training")
 transpose_kernels = pytest.importorskip("lite3r_plugin.ops.block_map.transpose_kernels")
+marginal_kernels = pytest.importorskip("lite3r_plugin.ops.sla.marginal_kernels")
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -133,6 +134,17 @@ def test_gradients_at_the_edges(pinned_tokens: int, keep_ratio: float, branch: A
 def test_only_what_is_asked_for(learns: tuple[str, ...], branch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = some_arguments(LENGTHS[-1], 32, torch.float32, branch, norm="layer")
     assert_gradients(arguments, monkeypatch, [name in learns for name in NAMES])
+
+
+def test_gradients_in_groups_of_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any grouping gives the same bits."""
+    arguments = some_arguments(LENGTHS[-1], 32, HALF, ("marginal", "softmax", True))
+    needed, grad = [x is not None for x in arguments[:8]], torch.randn(arguments[0].shape, device=DEVICE).to(HALF)
+    whole = by_triton(arguments, needed, grad)
+    monkeypatch.setattr(marginal_kernels, "GROUP_BYTES", 1)
+    monkeypatch.setattr(marginal_kernels, "MAX_GROUPS", 3)
+    grouped = by_triton(arguments, needed, grad)
+    assert all(x is y is None or torch.equal(x, y) for x, y in zip(whole, grouped, strict=True))  # type: ignore[arg-type]
 
 
 def test_norms_learn_where_a_site_runs_dense(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ prepare_kernels = pytest.importorskip("lite3r_plugin.ops.qk_norm_rope.kernels")
 block_map_kernels = pytest.importorskip("lite3r_plugin.ops.block_map.kernels")
 sla_kernels = pytest.importorskip("lite3r_plugin.ops.sla.kernels")
 linear_kernels = pytest.importorskip("lite3r_plugin.ops.sla.linear_kernels")
+marginal_kernels = pytest.importorskip("lite3r_plugin.ops.sla.marginal_kernels")
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -170,6 +171,45 @@ def test_autocast_does_not_reach_into_the_operator(linear: str) -> None:
         assert torch.equal(sparse_linear_attention(q, k, v, **options), plain)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "columns", "dim"), [(1, 1, 32), (3, 33, 80), (130, 31, 32), (37, 170, 64)])
+def test_sums_over_marginal_pairs(rows: int, columns: int, dim: int, dtype: torch.dtype, transposed: bool) -> None:
+    """Whatever the unused bits of the last word are."""
+    words = torch.randint(-(2**31), 2**31, (2, rows, -(-columns // 32)), device=DEVICE).int()
+    marginal = (((words[..., None] >> torch.arange(32, device=DEVICE)) & 1) == 0).flatten(-2)[..., :columns]
+    inner, outer = (rows, columns) if transposed else (columns, rows)
+    states, totals = torch.randn(2, inner, dim, dim, device=DEVICE).to(dtype), torch.rand(2, inner, dim, device=DEVICE)
+    into = torch.empty(2, outer, dim, dim, device=DEVICE, dtype=dtype), torch.empty(2, outer, dim, device=DEVICE)
+    marginal_kernels.marginal_sums(words, states, totals, into, columns=columns, scale=0.3, transposed=transposed)
+    pairs = (marginal.mT if transposed else marginal)[None]
+    for got, x in zip(into, (states, totals), strict=True):
+        exact = 0.3 * sla_naive.over_marginal(pairs, x[None].double())[0]
+        assert_as_accurate(got, exact.to(got.dtype), exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_states_of_marginal_blocks_in_groups_of_heads(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any grouping gives the same bits."""
+    q, k, v = random_qkv(LENGTHS[-1], 32, dtype, heads=3)
+    order, proj = torch.randperm(q.shape[-2], device=DEVICE).int(), torch.randn(32, 32, device=DEVICE)
+    branch = ("marginal", "softmax", False)
+    whole, *others = run_both(q, k, v, order, 5, 0.2, branch, proj)
+    assert_as_accurate(whole, *others)
+    monkeypatch.setattr(marginal_kernels, "GROUP_BYTES", 1)
+    for groups in (6, 4):
+        monkeypatch.setattr(marginal_kernels, "MAX_GROUPS", groups)
+        assert torch.equal(run_both(q, k, v, order, 5, 0.2, branch, proj)[0], whole)
+
+
+def test_launches_and_memory_of_the_states_are_bounded() -> None:
+    v = torch.empty(1, 16, 0, 64, dtype=torch.bfloat16)
+    for columns, groups in ((687, 1), (21469, 3), (10**6, 16)):
+        found = list(marginal_kernels.head_groups(16, columns, v))
+        assert [i for some in found for i in range(16)[some]] == list(range(16))
+        assert len(found) == groups
+
+
 def test_forward_is_deterministic() -> None:
     q, k, v = random_qkv(LENGTHS[-1], 32, DTYPES[0])
     order, proj = torch.randperm(q.shape[-2], device=DEVICE).int(), torch.randn(32, 32, device=DEVICE)
@@ -182,14 +222,18 @@ def test_more_views_do_not_recompile() -> None:
     """Any length runs the same binary."""
 
     def binaries() -> int:
-        kernels = (prepare_kernels._prepare_kernel, sla_kernels._sparse_linear_kernel, linear_kernels._linear_state_kernel)
+        kernels = (
+            prepare_kernels._prepare_kernel, sla_kernels._sparse_linear_kernel, linear_kernels._linear_state_kernel,
+            marginal_kernels._marginal_sums_kernel,
+        )  # fmt: skip
         return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
 
     proj = torch.eye(64, device=DEVICE)
     counts = []
     for views in (2, 3, 5, 8, 16):
         q, k, v = random_qkv(views * 261, 64, torch.bfloat16, batch=1)
-        run_both(q, k, v, torch.arange(q.shape[-2], device=DEVICE).int(), 5, 0.2, ("all", "softmax", True), proj)
+        for linear in ("all", "marginal"):
+            run_both(q, k, v, torch.arange(q.shape[-2], device=DEVICE).int(), 5, 0.2, (linear, "softmax", True), proj)
         counts.append(binaries())
     assert counts[0] == counts[-1]
 

@@ -18,6 +18,7 @@ from .backward_options import dkv_options, dmeans_options, dq_options, rows_opti
 from .kernels import LINEAR, LOG2_E, Residuals
 from .linear_backward_kernels import _dproj_kernel, _rows_kernel
 from .linear_kernels import _precision
+from .marginal_kernels import head_groups, marginal_states, marginal_sums
 
 PROGRAMS = 512  # of kernels that add up over many query blocks: enough to fill a GPU, few enough for little memory
 
@@ -50,6 +51,16 @@ class Problem(NamedTuple):
     feature_map: str
     block_q: int
     block_k: int
+
+    @property
+    def columns(self) -> int:
+        """Number of key blocks."""
+        return -(-self.tokens // self.block_k)
+
+    @property
+    def marginal(self) -> int:
+        """Key blocks that are marginal for a query block that is not pinned."""
+        return self.columns - self.kv_indices.shape[-1]
 
 
 class Gradients(NamedTuple):
@@ -87,10 +98,9 @@ def backward(problem: Problem, residuals: Residuals, out: Tensor, grad: Tensor, 
         grad: The gradient of `out`, ``[B, H, N, D]``, any strides.
         needs_q, needs_kv: Whether the gradient of q, and those of k and v, are wanted.
     """
-    columns, kept = -(-problem.tokens // problem.block_k), problem.kv_indices.shape[-1]
     rows = problem.kv_indices.shape[-2]
     problem = problem._replace(pinned=min(problem.pinned, rows))
-    if kept == columns or problem.pinned == rows:  # no block is marginal
+    if problem.marginal == 0 or problem.pinned == rows:
         problem = problem._replace(means=None, linear="none" if problem.linear == "marginal" else problem.linear)
     if problem.means is not None:
         problem = problem._replace(means=(problem.means[0].to(problem.v.dtype), problem.means[1].to(problem.v.dtype)))
@@ -104,14 +114,13 @@ def backward(problem: Problem, residuals: Residuals, out: Tensor, grad: Tensor, 
 class _Rows(NamedTuple):
     """What `_rows_kernel` makes of each query: dO in token order, delta, and the gradients of the linear branch.
 
-    `dstate` and `dtotal` are of the linear state over all tokens, divided by N twice; `mu` is the mean value.
+    `dstate` and `dtotal` are of phi(k)^T v and phi(k) summed over all tokens, or over marginal blocks those of the states of each
+    query block, divided by `block_q`; `mu` is the mean value.
     """
 
     do: Tensor
     delta: Tensor
     dq: Tensor
-    dnum: Tensor
-    dnorm: Tensor
     dstate: Tensor
     dtotal: Tensor
     mu: Tensor
@@ -120,47 +129,55 @@ class _Rows(NamedTuple):
 
 def _by_rows(p: Problem, residuals: Residuals, out: Tensor, grad: Tensor) -> _Rows:
     batch, heads, padded, dim = p.q.shape
-    rows, kept = p.kv_indices.shape[-2:]
+    rows = p.kv_indices.shape[-2]
     branch, marginal = p.linear != "none", p.linear == "marginal"
     per_split = -(-rows // max(1, PROGRAMS // (batch * heads))) if branch else 1
     splits = -(-rows // per_split)
 
-    def empty(*shape: int, dtype: torch.dtype = torch.float32, when: bool = True) -> Tensor:
-        return torch.empty(batch * heads, *shape, device=p.q.device, dtype=dtype) if when else p.q
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(batch * heads, *shape, device=p.q.device, dtype=torch.float32)
 
     do, dq, delta = torch.empty_like(p.q), torch.empty_like(p.q), empty(padded)
-    dnum, dnorm = empty(padded, dim, dtype=p.q.dtype, when=marginal), empty(padded, when=marginal)
-    outer, dtotal, dproj = empty(splits, dim, dim, when=branch), empty(splits, dim, when=branch), empty(splits, dim, dim, when=marginal)
-    state = total = mu = mu_proj = p.q
+    state = total = source = dstate = dtotal = dproj = mu = proj = mu_proj = p.q
     if branch:
         assert p.proj is not None
+        proj = p.proj.double()  # Products of D x D matrices in FP64: they cost nothing, and TF32 may be on for FP32.
+    if marginal:
+        mu = p.v.sum(2, dtype=torch.float32).flatten(0, 1) / p.tokens  # padding is zero
+        mu_proj = mu.double() @ proj.mT
+        source, total = marginal_states(
+            p.k, p.v, p.bits, tokens=p.tokens, marginal=p.marginal, feature_map=p.feature_map, block_k=p.block_k, mu=mu
+        )
+        dstate, dtotal = source, total  # overwritten, each by the program that has read it
+        dproj = empty(splits, dim, dim)
+    elif branch:
         assert residuals.state is not None
         assert residuals.total is not None
-        # Products of D x D matrices in FP64: they cost nothing, and TF32 may be on for FP32.
-        state, total, proj = residuals.state.double().flatten(0, 1), residuals.total.double().flatten(0, 1), p.proj.double()
+        state, total = residuals.state.double().flatten(0, 1), residuals.total.double().flatten(0, 1)
         mu = state.sum(-2) / total.sum(-1, keepdim=True)
         mu_proj = mu @ proj.mT
-        centred = state - total[..., None] * mu[..., None, :]
-        if not marginal:
-            centred = centred @ proj.mT
+        source = ((state - total[..., None] * mu[..., None, :]) @ proj.mT).float()
+        dstate, dtotal = empty(splits, dim, dim), empty(splits, dim)
     _rows_kernel[(splits, batch * heads)](
-        p.q, p.k, p.v, out, grad, p.q if p.order is None else p.order, p.kv_indices,
-        *((x.float() for x in (centred, total, mu, proj, mu_proj)) if branch else (p.q,) * 5),
-        do, delta, dq, dnum, dnorm, outer, dtotal, dproj,
-        p.tokens, padded, heads, rows, kept, p.pinned, per_split, *grad.stride()[:3],
-        **_sizes(p), ORDERED=p.order is not None, **_branch(p), **rows_options(p),
+        p.q, out, grad, p.q if p.order is None else p.order,
+        source, *((x.float() for x in (total, mu, proj, mu_proj)) if branch else (p.q,) * 4), do, delta, dq, dstate, dtotal, dproj,
+        p.tokens, padded, heads, rows, p.pinned, per_split, *grad.stride()[:3],
+        D=dim, DP=triton.next_power_of_2(dim), BLOCK_Q=p.block_q, ORDERED=p.order is not None, **_branch(p), **rows_options(p),
     )  # fmt: skip
     if not branch:
-        return _Rows(do, delta, dq, dnum, dnorm, p.q, p.q, p.q, None)
-    outer, dtotal = outer.sum(1).double(), dtotal.sum(1)
-    dproj = dproj.sum((0, 1)) if marginal else (outer.mT @ state).sum(0).float()
-    return _Rows(do, delta, dq, dnum, dnorm, (outer @ proj / p.tokens).float(), dtotal / p.tokens, mu.float(), dproj)
+        return _Rows(do, delta, dq, p.q, p.q, p.q, None)
+    if marginal:
+        return _Rows(do, delta, dq, dstate, dtotal, mu, dproj.sum((0, 1)))
+    outer, dtotal = dstate.sum(1).double(), dtotal.sum(1)
+    return _Rows(
+        do, delta, dq, (outer @ proj / p.tokens).float(), dtotal / p.tokens, mu.float(), (outer.mT @ state).sum(0).float()
+    )  # fmt: skip
 
 
 def _query_gradient(p: Problem, residuals: Residuals, shared: _Rows) -> Tensor:
     batch, heads, padded, dim = p.q.shape
     rows, kept = p.kv_indices.shape[-2:]
-    columns = -(-p.tokens // p.block_k)
+    columns = p.columns
     # A pinned query block attends to all keys: cut, lest its program runs on when all others are done.
     per_split = max(1, min(columns, 2 * kept))
     splits = -(-columns // per_split)
@@ -182,38 +199,48 @@ def _query_gradient(p: Problem, residuals: Residuals, shared: _Rows) -> Tensor:
 
 def _key_gradients(p: Problem, residuals: Residuals, shared: _Rows) -> tuple[Tensor, Tensor]:
     batch, heads, padded, dim = p.q.shape
-    columns, kept = -(-p.tokens // p.block_k), p.kv_indices.shape[-1]
+    columns, kept = p.columns, p.kv_indices.shape[-1]
     work = by_key_block(p.bits, columns=columns, kept=kept, pinned=p.pinned)
     slots = work.early_columns.shape[-1]
-    marginal = p.linear == "marginal"
     mean_grads = _mean_gradients(p, residuals, shared) if p.means is not None else (p.q, p.q)
-
-    def parts(*shape: int) -> Tensor:
-        return torch.empty(batch, heads, slots, *shape, device=p.q.device, dtype=torch.float32)
-
-    early = (parts(p.block_k, dim), parts(p.block_k, dim), *((parts(dim, dim), parts(dim)) if marginal else (p.q, p.q)))
+    early = torch.empty(2, batch, heads, slots, p.block_k, dim, device=p.q.device, dtype=torch.float32)
     dk, dv = torch.empty_like(p.k), torch.empty_like(p.v)
-    for is_early, programs in ((True, slots), (False, columns)):
-        if programs == 0:
-            continue
+
+    def launch(is_early: bool, of_heads: range, dstate: Tensor, dtotal: Tensor) -> None:
         options = dkv_options(p, is_early)
-        _dkv_kernel[(batch * heads * programs * (p.block_k // options["TILE_K"]),)](
-            p.q, p.k, p.v, shared.do, residuals.lse, shared.delta, shared.dnum, shared.dnorm,
-            work.rows, work.starts, work.early_starts, work.early_columns, *early, *mean_grads,
-            shared.dstate, shared.dtotal, shared.mu, dk, dv,
-            p.tokens, padded, columns, work.rows.shape[-1], slots, work.part, p.scale, p.scale * LOG2_E,
+        programs = len(of_heads) * (slots if is_early else columns) * (p.block_k // options["TILE_K"])
+        _dkv_kernel[(programs,)](
+            p.q, p.k, p.v, shared.do, residuals.lse, shared.delta, work.rows, work.starts, work.early_starts, work.early_columns,
+            *early, *mean_grads, dstate, dtotal, shared.mu, dk, dv,
+            p.tokens, padded, columns, work.rows.shape[-1], slots, work.part, of_heads.start, p.scale, p.scale * LOG2_E,
             **_sizes(p), EARLY=is_early, MEANS=p.means is not None, **_branch(p), **options,
         )  # fmt: skip
+
+    if slots:
+        launch(True, range(batch * heads), shared.dstate, shared.dtotal)
+    if p.linear == "marginal":
+        for some in head_groups(batch * heads, columns, p.v):
+            launch(False, range(some.start, some.stop), *_block_gradients(p, shared, some))
+    else:
+        launch(False, range(batch * heads), shared.dstate, shared.dtotal)
     if padded > columns * p.block_k:
         dk[:, :, columns * p.block_k :] = dv[:, :, columns * p.block_k :] = 0
     return dk, dv
+
+
+def _block_gradients(p: Problem, shared: _Rows, heads: slice) -> tuple[Tensor, Tensor]:
+    """Gradients of phi(k)^T v ``[heads, columns, D, D]`` and phi(k) ``[heads, columns, D]`` of each key block."""
+    bits, dstate, dtotal = (x[heads] for x in (p.bits.flatten(0, 1), shared.dstate, shared.dtotal))
+    into = dstate.new_empty(len(bits), p.columns, *dstate.shape[2:]), dtotal.new_empty(len(bits), p.columns, dtotal.shape[-1])
+    marginal_sums(bits, dstate, dtotal, into, columns=p.columns, scale=p.block_q / (p.marginal * p.block_k), transposed=True)
+    return into
 
 
 def _mean_gradients(p: Problem, residuals: Residuals, shared: _Rows) -> tuple[Tensor, Tensor]:
     """Gradients of the mean keys and values, ``[B * H, columns, D]`` FP32."""
     assert p.means is not None
     batch, heads, padded, dim = p.q.shape
-    rows, columns = p.kv_indices.shape[-2], -(-p.tokens // p.block_k)
+    rows, columns = p.kv_indices.shape[-2], p.columns
     options = dmeans_options(p)
     tiles = -(-columns // options["TILE_K"])
     per_split = -(-(rows - p.pinned) // max(1, 4 * PROGRAMS // (tiles * batch * heads)))

@@ -106,15 +106,17 @@ def _dq_kernel(
         tl.store(DQ + to, acc.to(dtype), mask=mask)
 
 
-@triton.jit(do_not_specialize=["N", "columns", "total", "slots", "part"])
+@triton.jit(do_not_specialize=["N", "columns", "total", "slots", "part", "first_head"])
 def _dkv_kernel(
-    Q, K, V, DO, Lse, Delta, DNum, DNorm, Rows, Starts, EarlyStarts, EarlyColumns, PartK, PartV, PartState, PartTotal,
-    MeanDK, MeanDV, DState, DTotal, Mu, DK, DV,
-    N, padded, columns, total, slots, part, scale, scale_log2,
+    Q, K, V, DO, Lse, Delta, Rows, Starts, EarlyStarts, EarlyColumns, PartK, PartV, MeanDK, MeanDV, DState, DTotal, Mu, DK, DV,
+    N, padded, columns, total, slots, part, first_head, scale, scale_log2,
     D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
     EARLY: tl.constexpr, LINEAR: tl.constexpr, SOFTMAX: tl.constexpr, MEANS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Sums over an early part of a key block's list, or dK and dV of a tile of a key block from those and the rest."""
+    """Sums over an early part of a key block's list, or dK and dV of a tile of a key block from those and the rest.
+
+    DState and DTotal are of each head, or with LINEAR == 2 of each key block of the heads from `first_head` on.
+    """
     TILES: tl.constexpr = BLOCK_K // TILE_K
     STEPS: tl.constexpr = BLOCK_Q // TILE_Q
     tile = tl.program_id(0) % TILES
@@ -129,7 +131,7 @@ def _dkv_kernel(
         if column >= columns:
             return
     else:
-        head = (pid // columns).to(tl.int64)
+        head = (first_head + pid // columns).to(tl.int64)
         column = pid % columns
     at = head * (columns + 1) + column
     early = tl.load(EarlyStarts + at)
@@ -146,9 +148,6 @@ def _dkv_kernel(
     v = _rows_of(V, head * padded + key, own, d, D)
     dk = tl.zeros([TILE_K, DP], tl.float32)
     dv = tl.zeros([TILE_K, DP], tl.float32)
-    if LINEAR == 2:
-        state = tl.zeros([DP, DP], tl.float32)
-        norm = tl.zeros([DP], tl.float32)
     for i in range(first * STEPS, last * STEPS):
         row = tl.load(Rows + head * total + i // STEPS)
         at = head * padded + row * BLOCK_Q + i % STEPS * TILE_Q
@@ -160,28 +159,17 @@ def _dkv_kernel(
         dv = tl.dot(p.to(dtype), do, dv, input_precision=PRECISION)
         ds = p * (dp - tl.load(Delta + at + lanes)[None, :])
         dk = tl.dot(ds.to(dtype), q, dk, input_precision=PRECISION)
-        if LINEAR == 2:
-            features = _phi(q.to(tl.float32), (d < D)[None, :], SOFTMAX, 1)
-            norm += tl.sum(features * tl.load(DNorm + at + lanes)[:, None], 0)
-            state = tl.dot(tl.trans(features.to(dtype)), _rows_of(DNum, at, lanes, d, D), state, input_precision=PRECISION)
     live = (own < TILE_K)[:, None] & (d < D)[None, :]
-    both = (d < D)[:, None] & (d < D)[None, :]
     if EARLY:
         to = ((pid * BLOCK_K + tile * TILE_K).to(tl.int64) + own)[:, None] * D + d[None, :]
         tl.store(PartK + to, dk, mask=live)
         tl.store(PartV + to, dv, mask=live)
-        if LINEAR == 2:
-            tl.store(PartState + (pid.to(tl.int64) * D + d)[:, None] * D + d[None, :], state, mask=both & (tile == 0))
-            tl.store(PartTotal + pid.to(tl.int64) * D + d, norm, mask=(d < D) & (tile == 0))
     else:
         for i in range(0, parts):
             slot = head * slots + early + i
             to = (slot * BLOCK_K + tile * TILE_K + own)[:, None] * D + d[None, :]
             dk += tl.load(PartK + to, mask=live, other=0.0)
             dv += tl.load(PartV + to, mask=live, other=0.0)
-            if LINEAR == 2:
-                state += tl.load(PartState + (slot * D + d)[:, None] * D + d[None, :], mask=both, other=0.0)
-                norm += tl.load(PartTotal + slot * D + d, mask=d < D, other=0.0)
         dk *= scale
         if MEANS:
             size = tl.minimum(N - column * BLOCK_K, BLOCK_K).to(tl.float32)
@@ -189,16 +177,15 @@ def _dkv_kernel(
             dk += (tl.load(MeanDK + mean, mask=d < D, other=0.0) / size)[None, :]
             dv += (tl.load(MeanDV + mean, mask=d < D, other=0.0) / size)[None, :]
         if LINEAR != 0:
-            whole = tl.load(DState + (head * D + d)[:, None] * D + d[None, :], mask=both, other=0.0)
-            whole_norm = tl.load(DTotal + head * D + d, mask=d < D, other=0.0)
-            if LINEAR == 2:
-                whole -= state / N
-                whole_norm -= norm / N
+            at = head if LINEAR == 1 else (head - first_head) * columns + column
+            both = (d < D)[:, None] & (d < D)[None, :]
+            dstate = tl.load(DState + (at * D + d)[:, None] * D + d[None, :], mask=both, other=0.0).to(dtype)
+            dtotal = tl.load(DTotal + at * D + d, mask=d < D, other=0.0)
             features = _phi(k.to(tl.float32), (d < D)[None, :], SOFTMAX, 1)
             centred = v.to(tl.float32) - tl.load(Mu + head * D + d, mask=d < D, other=0.0)[None, :]
-            grad = tl.dot(centred.to(dtype), tl.trans(whole.to(dtype)), input_precision=PRECISION) + whole_norm[None, :]
+            grad = tl.dot(centred.to(dtype), tl.trans(dstate), input_precision=PRECISION) + dtotal[None, :]
             dk += phi_backward(features, grad, SOFTMAX)
-            dv = tl.dot(features.to(dtype), whole.to(dtype), dv, input_precision=PRECISION)
+            dv = tl.dot(features.to(dtype), dstate, dv, input_precision=PRECISION)
         inside = live & (key + own < N)[:, None]
         to = (head * padded + key + own)[:, None] * D + d[None, :]
         tl.store(DK + to, tl.where(inside, dk, 0.0).to(dtype), mask=live)

@@ -31,4 +31,4 @@ def dmeans_options(p: Problem) -> dict[str, int]:
 
 def rows_options(p: Problem) -> dict[str, int]:
     """Of the kernel of the linear branch."""
-    return dict(TILE_Q=min(p.block_q, 32), TILE_K=min(p.block_k, 64), num_warps=4, num_stages=2)
+    return dict(TILE_Q=min(p.block_q, 32), num_warps=4 if p.q.shape[-1] <= 64 else 8, num_stages=2)

@@ -5,8 +5,8 @@ whose reference is fixed. A second launch runs those tiles again, online, whose 
 come padded with zeros to whole query blocks, so only the scores of the last key block are masked. Programs of pinned query
 blocks, which stream all keys, start first: they take longest.
 
-The linear branch over all tokens needs one D x D state per head, computed once (`linear_kernels.py`); Proj is folded
-into it. Over marginal blocks it is that state minus what the program adds up over its critical blocks.
+The linear branch needs a D x D state: over all tokens one for each head (`linear_kernels.py`), over marginal blocks one for
+each query block (`marginal_kernels.py`). Proj is folded into it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .linear_kernels import _phi, _precision, linear_state
+from .marginal_kernels import marginal_states
 from .softmax_kernels import LARGEST_SUM, attend, far_blocks, load_rows
 
 LINEAR = {"none": 0, "all": 1, "marginal": 2}
@@ -31,7 +32,7 @@ class Residuals(NamedTuple):
     Attributes:
         lse: ``[B, H, padded]`` FP32, base-2 logarithm of the softmax denominator of each ordered query; None unless asked for.
         linear: ``[B, N, H, D]``, the linear branch before Proj in host order; None unless asked for.
-        state, total: The linear state over all tokens, divided by their number; None without a linear branch.
+        state, total: The linear state over all tokens, divided by their number; None without a linear branch over them.
     """
 
     lse: Tensor | None
@@ -49,7 +50,7 @@ def _sparse_linear_kernel(
     LINEAR: tl.constexpr, SOFTMAX: tl.constexpr, MEANS: tl.constexpr, ORDERED: tl.constexpr,
     SAVE_LSE: tl.constexpr, SAVE_LINEAR: tl.constexpr, FIXED: tl.constexpr, AGAIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    if AGAIN:
+    if AGAIN:  # noqa: SIM102 (decided when it is compiled; what follows, on the GPU)
         if tl.load(Failed + tl.program_id(0)) == 0:
             return
     TILES: tl.constexpr = BLOCK_Q // TILE_Q
@@ -98,7 +99,7 @@ def _sparse_linear_kernel(
         to = tl.load(Order + n, mask=inside, other=0)
     to = ((head // heads) * N + to) * heads + head % heads  # [B, N, H, D]
     inside = inside[:, None] & live[None, :]
-    if LINEAR == 1 or (LINEAR == 2 and near < columns):
+    if LINEAR == 1 or (LINEAR == 2 and row >= pinned):
         # Loaded again: kept in registers through the loops, it would push others out.
         features = _phi(load_rows(queries, n, d, D).to(tl.float32), live[None, :], SOFTMAX, 1)
         both = live[:, None] & live[None, :]
@@ -109,7 +110,6 @@ def _sparse_linear_kernel(
         linear = tl.dot(features.to(dtype), state.to(dtype), input_precision=PRECISION) / norm[:, None]
         if SAVE_LINEAR:
             tl.store(Linear + to[:, None] * D + d[None, :], linear.to(dtype), mask=inside)
-        if LINEAR == 2 or SAVE_LINEAR:
             proj = tl.load(Proj + d[None, :] * D + d[:, None], mask=both, other=0.0)
             linear = tl.dot(linear.to(dtype), proj.to(dtype), input_precision=PRECISION)
         out += linear
@@ -169,7 +169,7 @@ def forward(
         q, k, v: ``[B, H, padded, D]`` contiguous, zeros after the first `tokens` tokens, padded a multiple of `block_q`.
         kv_indices: ``[B, H, ceil(tokens / block_q), kept]`` int32.
         tokens: N.
-        bits: The same as a bit set; needed with `means`. See `block_map.kernels.block_map_with_bits`.
+        bits: The same as a bit set; needed with `means` and for the branch over marginal blocks. See `block_map_with_bits`.
         means: Mean keys and values ``[B, H, ceil(tokens / block_k), D]`` for marginal blocks, or None.
         order: ``[N]`` int32: output row of each token, or None.
         pinned, scale, linear, feature_map, proj, block_q, block_k: As in the naive twin.
@@ -182,23 +182,34 @@ def forward(
     rows, kept = kv_indices.shape[-2:]
     columns = -(-tokens // block_k)
     pinned = min(pinned, rows)
+    marginal = columns - kept if pinned < rows else 0
     out = torch.empty(batch, tokens, heads, dim, device=q.device, dtype=v.dtype)
     lse = torch.empty(batch, heads, padded, device=q.device, dtype=torch.float32) if save_lse else None
     save_linear = save_linear and linear != "none"
     branch = torch.empty_like(out) if save_linear else None
     nothing = out
-    state, total = (None, None) if linear == "none" else linear_state(k, v, tokens, feature_map, block_k)
-    folded = state @ proj.to(state.dtype).mT if linear == "all" and not save_linear else state
+    state = total = None
+    source: tuple[Tensor, Tensor] = nothing, nothing
+    folded = None if save_linear else proj
+    if linear == "all":
+        assert proj is not None
+        state, total = linear_state(k, v, tokens, feature_map, block_k)
+        source = (state if folded is None else state @ folded.to(state.dtype).mT), total
+    elif linear == "marginal" and marginal:
+        assert bits is not None
+        source = marginal_states(k, v, bits, tokens=tokens, marginal=marginal, feature_map=feature_map, block_k=block_k, proj=folded)
+    else:
+        linear = "none"
     everything = torch.arange(columns, device=q.device, dtype=torch.int32) if pinned else kv_indices
-    options = launch_options(block_q, block_k, dim, q.dtype, linear)
+    options = launch_options(block_q, block_k, dim, q.dtype)
     far = None if means is None else far_blocks(*means, options["TILE_K"], v.dtype)
     programs = rows * batch * heads * (block_q // options["TILE_Q"])
     fixed = q.dtype != torch.float16
     failed = torch.empty(programs, device=q.device, dtype=torch.int32) if fixed else nothing
     for again in (False, True) if fixed else (False,):
         _sparse_linear_kernel[(programs,)](
-            q, k, v, kv_indices, everything, nothing if means is None else bits, *(far or (nothing, nothing)),
-            *(nothing if x is None else x for x in (folded, total, proj, order, out, lse, branch, failed)),
+            q, k, v, kv_indices, everything, nothing if means is None else bits, *(far or (nothing, nothing)), *source,
+            *(nothing if x is None else x for x in (proj, order, out, lse, branch, failed)),
             tokens, padded, heads, rows, columns, kept, 0 if far is None else far[0].shape[2], 0 if far is None else bits.shape[-1], pinned,
             (dim**-0.5 if scale is None else scale) * LOG2_E,
             D=dim, DP=triton.next_power_of_2(dim), BLOCK_Q=block_q, BLOCK_K=block_k, LINEAR=LINEAR[linear],
@@ -208,7 +219,7 @@ def forward(
     return out.transpose(1, 2), Residuals(lse, branch, state, total)
 
 
-def launch_options(block_q: int, block_k: int, dim: int, dtype: torch.dtype, linear: str) -> dict[str, int]:
+def launch_options(block_q: int, block_k: int, dim: int, dtype: torch.dtype) -> dict[str, int]:
     """Tiles, warps and pipeline stages of the sparse kernel. FP32 operands take up to six times the shared memory of BF16."""
     if dtype == torch.float32:
         wide = dim > 64

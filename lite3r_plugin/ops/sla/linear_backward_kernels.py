@@ -6,10 +6,9 @@ With f = phi(q), N H and N Z the linear state, n = f Z, l = f H / n and O_linear
     df = u (H Proj^T)^T - Z (dO . O_linear) / n
     delta = dO . O_sparse = dO . O - dO . O_linear      so O_sparse need not be kept
 
-H and Z of a query block leave out its critical blocks when the branch is marginal; then H differs between the queries, and
-dProj = sum dO^T l. The output of the branch is nearly the same for all queries, and gradients are small differences. Hence
-values are centred: H stands for H - Z mu and O_linear for O_linear - mu Proj^T, mu the mean value, wherever that changes no
-result but rounding.
+Over marginal blocks each query block has an H, Z, E, dH and dZ of its own. The output of the branch is nearly the same for all
+queries, and gradients are small differences. Hence values are centred: H stands for H - Z mu and O_linear for O_linear - mu
+Proj^T, mu the mean value, wherever that changes no result but rounding. What centring takes from E^T H is (sum dO)^T mu.
 """
 
 from __future__ import annotations
@@ -17,57 +16,50 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .backward_kernels import _rows_of, phi_backward
+from .backward_kernels import phi_backward
 from .linear_kernels import _phi
 
 
-@triton.jit(do_not_specialize=["N", "rows", "kept", "pinned", "per_split"])
+@triton.jit(do_not_specialize=["N", "rows", "pinned", "per_split"])
 def _rows_kernel(
-    Q, K, V, Out, GradOut, Order, Indices, State, Total, Mu, Proj, MuProj, DO, Delta, DQ, DNum, DNorm, E, DTotal, DProj,
-    N, padded, H, rows, kept, pinned, per_split, stride_b, stride_h, stride_n,
-    D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
+    Q, Out, GradOut, Order, State, Total, Mu, Proj, MuProj, DO, Delta, DQ, DState, DTotal, DProj,
+    N, padded, H, rows, pinned, per_split, stride_b, stride_h, stride_n,
+    D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, TILE_Q: tl.constexpr,
     LINEAR: tl.constexpr, SOFTMAX: tl.constexpr, ORDERED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dO in token order, delta, and all gradients of the linear branch over `per_split` query blocks of one head.
 
-    State is H Proj^T over all tokens, or H if the branch is marginal. Writes DO and Delta; with the linear branch its share of
-    DQ and partial sums for E and DTotal; if it is marginal also those of DProj, DNum = dO Proj / n and DNorm = -(dO . O_linear) / n.
+    Writes DO and Delta, and with the linear branch its share of DQ. Over all tokens State is H Proj^T, DState gets partial sums
+    for E and DTotal those of dZ. Over marginal blocks State is the H of each query block, DState gets its dH / BLOCK_Q, DTotal its
+    dZ / BLOCK_Q, which keeps them in the range of FP16, and DProj partial sums; DState may be State and DTotal Total.
     """
-    STEPS: tl.constexpr = BLOCK_K // TILE_K
     split = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     d = tl.arange(0, DP)
     live = d < D
     both = live[:, None] & live[None, :]
     lanes = tl.arange(0, TILE_Q)
-    keys = tl.arange(0, TILE_K)
     dtype: tl.constexpr = Q.dtype.element_ty
     square = d[:, None] * D + d[None, :]
-    if LINEAR != 0:
+    if LINEAR == 1:
+        state = tl.load(State + head * D * D + square, mask=both, other=0.0)
+        total = tl.load(Total + head * D + d, mask=live, other=0.0)
         outer = tl.zeros([DP, DP], tl.float32)
         dtotal = tl.zeros([DP], tl.float32)
+    if LINEAR != 0:
         mu_proj = tl.load(MuProj + head * D + d, mask=live, other=0.0)
     if LINEAR == 2:
         dproj = tl.zeros([DP, DP], tl.float32)
-        mu = tl.load(Mu + head * D + d, mask=live, other=0.0)
+        dsum = tl.zeros([DP], tl.float32)
     for row in range(split * per_split, tl.minimum((split + 1) * per_split, rows)):
-        if LINEAR != 0:
-            state = tl.load(State + head * D * D + square, mask=both, other=0.0)
-            total = tl.load(Total + head * D + d, mask=live, other=0.0)
         if LINEAR == 2:
-            near_state = tl.zeros([DP, DP], tl.float32)
-            near_total = tl.zeros([DP], tl.float32)
-            for i in range(0, tl.where(row < pinned, 0, kept * STEPS)):
-                key = tl.load(Indices + (head * rows + row) * kept + i // STEPS) * BLOCK_K + i % STEPS * TILE_K
-                features = _phi(_rows_of(K, head * padded + key, keys, d, D).to(tl.float32), live[None, :], SOFTMAX, 1)
-                features = tl.where((key + keys < N)[:, None], features, 0.0).to(dtype)
-                v = _rows_of(V, head * padded + key, keys, d, D)
-                near_state = tl.dot(tl.trans(features), v, near_state, input_precision=PRECISION)
-                near_total += tl.sum(features.to(tl.float32), 0)
-            own_state = (state - (near_state - near_total[:, None] * mu[None, :]) / N).to(dtype)
-            total -= near_total / N
+            block = head * rows + row
+            own_state = tl.load(State + block * D * D + square, mask=both, other=0.0)
+            total = tl.load(Total + block * D + d, mask=live, other=0.0)
             proj = tl.load(Proj + square, mask=both, other=0.0).to(dtype)
             state = tl.dot(own_state, tl.trans(proj), input_precision=PRECISION)
+            outer = tl.zeros([DP, DP], tl.float32)
+            dtotal = tl.zeros([DP], tl.float32)
         for tile in range(0, BLOCK_Q // TILE_Q):
             n = row * BLOCK_Q + tile * TILE_Q + lanes
             inside = n < N
@@ -99,18 +91,21 @@ def _rows_kernel(
                 grad = tl.dot(u, tl.trans(state.to(dtype)), input_precision=PRECISION) + dnorm[:, None] * total[None, :]
                 tl.store(DQ + at, phi_backward(features, grad, SOFTMAX).to(dtype), mask=live[None, :])
                 if LINEAR == 2:
-                    linear = tl.dot(rounded, own_state, input_precision=PRECISION) / norm[:, None] + mu[None, :]
-                    dproj = tl.dot(tl.trans(do), linear.to(dtype), dproj, input_precision=PRECISION)
-                    dnum = tl.dot(u, proj, input_precision=PRECISION)
-                    tl.store(DNum + at, dnum.to(dtype), mask=live[None, :])
-                    tl.store(DNorm + head * padded + n, dnorm)
+                    dsum += tl.sum(do.to(tl.float32), 0)
             tl.store(Delta + head * padded + n, delta)
+        if LINEAR == 2:
+            e = outer.to(dtype)
+            dproj = tl.dot(tl.trans(e), own_state, dproj, input_precision=PRECISION)
+            dstate = tl.dot(e, proj, input_precision=PRECISION) / BLOCK_Q
+            tl.store(DState + block * D * D + square, dstate.to(dtype), mask=both)
+            tl.store(DTotal + block * D + d, dtotal / BLOCK_Q, mask=live)
     part = head * tl.num_programs(0) + split
-    if LINEAR != 0:
-        tl.store(E + part * D * D + square, outer, mask=both)
+    if LINEAR == 1:
+        tl.store(DState + part * D * D + square, outer, mask=both)
         tl.store(DTotal + part * D + d, dtotal, mask=live)
     if LINEAR == 2:
-        tl.store(DProj + part * D * D + square, dproj, mask=both)
+        mu = tl.load(Mu + head * D + d, mask=live, other=0.0)
+        tl.store(DProj + part * D * D + square, dproj + dsum[:, None] * mu[None, :], mask=both)
 
 
 @triton.jit(do_not_specialize=["N", "per_split"])

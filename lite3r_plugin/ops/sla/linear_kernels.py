@@ -1,4 +1,4 @@
-"""The linear branch in Triton: its feature map, and its state over all tokens of a head."""
+"""The linear branch in Triton: its feature map, and its state over all tokens of a head or of each key block."""
 
 from __future__ import annotations
 
@@ -21,10 +21,14 @@ def _phi(x, live, SOFTMAX: tl.constexpr, AXIS: tl.constexpr):
 # Sizes must not specialise the kernels: any number of views and any image size run the same binary.
 @triton.jit(do_not_specialize=["N", "blocks_per_split"])
 def _linear_state_kernel(
-    K, V, State, Total, N, padded, blocks_per_split,
-    D: tl.constexpr, DP: tl.constexpr, BLOCK_K: tl.constexpr, SOFTMAX: tl.constexpr, PRECISION: tl.constexpr,
+    K, V, Mu, Proj, State, Total, N, padded, blocks_per_split, scale,
+    D: tl.constexpr, DP: tl.constexpr, BLOCK_K: tl.constexpr, SOFTMAX: tl.constexpr, CENTRED: tl.constexpr, FOLDED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums of phi(k)^T v and of phi(k) over `blocks_per_split` key blocks of one head."""
+    """phi(k)^T v and phi(k), summed over `blocks_per_split` key blocks of one head, times `scale`.
+
+    CENTRED: of v - mu. FOLDED: times Proj^T.
+    """
     split = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     d = tl.arange(0, DP)
@@ -42,25 +46,63 @@ def _linear_state_kernel(
         total += tl.sum(features.to(tl.float32), 0)
     out = head * tl.num_programs(0) + split
     both = live[:, None] & live[None, :]
-    tl.store(State + (out * D + d)[:, None] * D + d[None, :], state / N, mask=both)
-    tl.store(Total + out * D + d, total / N, mask=live)
+    state *= scale
+    total *= scale
+    if CENTRED:
+        state -= total[:, None] * tl.load(Mu + head * D + d, mask=live, other=0.0)[None, :]
+    if FOLDED:
+        proj = tl.load(Proj + d[None, :] * D + d[:, None], mask=both, other=0.0)
+        state = tl.dot(state.to(V.dtype.element_ty), proj.to(V.dtype.element_ty), input_precision=PRECISION)
+    tl.store(State + (out * D + d)[:, None] * D + d[None, :], state.to(State.dtype.element_ty), mask=both)
+    tl.store(Total + out * D + d, total, mask=live)
 
 
 def linear_state(k: Tensor, v: Tensor, tokens: int, feature_map: str, block_k: int = 64) -> tuple[Tensor, Tensor]:
     """As `naive.linear_state` over the first `tokens` tokens of k, v ``[B, H, padded, D]``, both divided by `tokens`."""
-    batch, heads, padded, dim = k.shape
+    batch, heads, _, dim = k.shape
     blocks = -(-tokens // block_k)
     splits = min(blocks, max(1, 1024 // (batch * heads)))
     per_split = -(-blocks // splits)
     splits = -(-blocks // per_split)
     state = torch.empty(batch, heads, splits, dim, dim, device=k.device, dtype=torch.float32)
     total = torch.empty(batch, heads, splits, dim, device=k.device, dtype=torch.float32)
-    _linear_state_kernel[(splits, batch * heads)](
-        k, v, state, total, tokens, padded, per_split,
-        D=dim, DP=triton.next_power_of_2(dim), BLOCK_K=block_k, SOFTMAX=feature_map == "softmax", PRECISION=_precision(k),
-        **state_options(k.dtype),
-    )  # fmt: skip
+    _launch(k, v, state, total, tokens, feature_map, block_k, per_split, 1 / tokens)
     return state.sum(2), total.sum(2)
+
+
+def block_states(
+    k: Tensor, v: Tensor, tokens: int, feature_map: str, block_k: int, *, mu: Tensor | None = None, proj: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The state of each key block, a sum over its tokens divided by `block_k`: that keeps it in the range of FP16.
+
+    Args:
+        k, v: ``[heads, padded, D]``.
+        tokens: Of which the first are tokens.
+        feature_map, block_k: As in the naive twin.
+        mu: ``[heads, D]`` FP32: the state is that of v - mu.
+        proj: ``[D, D]``: the state goes through it.
+
+    Returns:
+        ``[heads, blocks, D, D]`` in v's dtype and ``[heads, blocks, D]`` FP32.
+    """
+    heads, _, dim = k.shape
+    blocks = -(-tokens // block_k)
+    state = torch.empty(heads, blocks, dim, dim, device=k.device, dtype=v.dtype)
+    total = torch.empty(heads, blocks, dim, device=k.device, dtype=torch.float32)
+    _launch(k, v, state, total, tokens, feature_map, block_k, 1, 1 / block_k, mu, proj)
+    return state, total
+
+
+def _launch(
+    k: Tensor, v: Tensor, state: Tensor, total: Tensor, tokens: int, feature_map: str, block_k: int, per_split: int, scale: float,
+    mu: Tensor | None = None, proj: Tensor | None = None,
+) -> None:  # fmt: skip
+    padded, dim = k.shape[-2:]
+    _linear_state_kernel[(total.shape[-2], k.numel() // (padded * dim))](
+        k, v, k if mu is None else mu, k if proj is None else proj, state, total, tokens, padded, per_split, scale,
+        D=dim, DP=triton.next_power_of_2(dim), BLOCK_K=block_k, SOFTMAX=feature_map == "softmax",
+        CENTRED=mu is not None, FOLDED=proj is not None, PRECISION=_precision(k), **state_options(k.dtype),
+    )  # fmt: skip
 
 
 def state_options(dtype: torch.dtype) -> dict[str, int]:

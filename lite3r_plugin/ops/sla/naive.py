@@ -57,6 +57,11 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, proj: Tensor, feature_m
     return (features @ (state @ proj.to(wide).mT) / (features @ total[..., None])).to(q.dtype)
 
 
+def over_marginal(marginal: Tensor, states: Tensor) -> Tensor:
+    """Sums over the key blocks that are marginal: ``[B, H, query blocks, key blocks]`` bool of ``[B, H, key blocks, ...]``."""
+    return torch.einsum("bhrc,bhc...->bhr...", marginal.to(states.dtype), states)
+
+
 def sparse_linear_attention(
     q: Tensor,
     k: Tensor,
@@ -130,7 +135,7 @@ def sparse_linear_attention(
         if linear == "all":
             state, total = (x[:, :, None] for x in states)
         else:
-            state, total = (torch.einsum("bhrc,bhc...->bhr...", marginal.to(wide), x) for x in states)
+            state, total = (over_marginal(marginal, x) for x in states)
         features = phi(rows, feature_map)
         norm = features @ total[..., None]
         norm = torch.where(norm > 0, norm, 1)  # without a marginal block 0 / 0 is 0, and so is its gradient

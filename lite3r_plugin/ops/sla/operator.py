@@ -49,7 +49,8 @@ def run(*arguments: Any, needs_grad: bool = False) -> Tensor:
             from ..block_map.kernels import block_map_with_bits
             from . import kernels
 
-            kv_indices, bits = block_map_with_bits(prepared.q_mean, prepared.k_mean, **chosen, bits=call.block_means)
+            wanted = call.block_means or call.linear == "marginal"
+            kv_indices, bits = block_map_with_bits(prepared.q_mean, prepared.k_mean, **chosen, bits=wanted)
             means = (prepared.k_mean, prepared.v_mean) if call.block_means else None
             return kernels.sparse_linear_attention(
                 *prepared[:3], kv_indices, tokens=call.v.shape[-2], bits=bits, means=means, order=call.order, **options

@@ -56,7 +56,7 @@ def train_saved(needed: Sequence[bool], *arguments: Any) -> list[Tensor]:
         call.v.new_empty(batch, heads, rows * call.block_q, dtype=torch.float32),
         call.v.new_empty(batch, heads, rows, words, dtype=torch.int32),
     ]
-    if call.linear != "none":
+    if call.linear == "all":
         saved += [call.v.new_empty(batch, heads, *shape, dtype=torch.float32) for shape in ((dim, dim), (dim,))]
     return saved
 
