@@ -19,7 +19,6 @@ from lite3r_plugin.ops.qk_norm_rope import kernels as qk_norm_rope
 from lite3r_plugin.ops.sla import kernels as sla
 from lite3r_plugin.ops.sla import linear_kernels as sla_linear
 from lite3r_plugin.ops.sla import marginal_kernels as sla_marginal
-from lite3r_plugin.ops.sla import softmax_kernels as sla_softmax
 
 INDEX_POINTERS = {"Order": "*i32", "Indices": "*i32", "AllIndices": "*i32", "Bits": "*i32", "Failed": "*i32", "Positions": "*i64"}
 FP32_POINTERS = {

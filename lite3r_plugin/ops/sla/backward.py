@@ -19,6 +19,7 @@ from .kernels import LINEAR, LOG2_E, Residuals
 from .linear_backward_kernels import _dproj_kernel, _rows_kernel
 from .linear_kernels import _precision
 from .marginal_kernels import head_groups, marginal_states, marginal_sums
+from .softmax_kernels import far_blocks
 
 PROGRAMS = 512  # of kernels that add up over many query blocks: enough to fill a GPU, few enough for little memory
 
@@ -184,10 +185,11 @@ def _query_gradient(p: Problem, residuals: Residuals, shared: _Rows) -> Tensor:
     partial = torch.empty(batch, heads, p.pinned, splits, p.block_q, dim, device=p.q.device, dtype=torch.float32)
     dq = shared.dq
     options = dq_options(p)
-    k_mean, v_mean = p.means or (p.q, p.q)
+    far = far_blocks(*p.means, options["TILE_K"], p.v.dtype) if p.means is not None else (p.q, p.q)
+    everything = torch.arange(columns, device=p.q.device, dtype=torch.int32) if p.pinned else p.kv_indices
     _dq_kernel[(batch * heads * (p.pinned * splits + rows - p.pinned) * (p.block_q // options["TILE_Q"]),)](
-        p.q, p.k, p.v, shared.do, residuals.lse, shared.delta, p.kv_indices, p.bits, k_mean, v_mean, dq, partial,
-        p.tokens, padded, rows, columns, kept, p.bits.shape[-1], p.pinned, splits, per_split, p.scale, p.scale * LOG2_E,
+        p.q, p.k, p.v, shared.do, residuals.lse, shared.delta, p.kv_indices, everything, p.bits, *far, dq, partial,
+        p.tokens, padded, rows, columns, kept, far[0].shape[2], p.bits.shape[-1], p.pinned, splits, per_split, p.scale, p.scale * LOG2_E,
         **_sizes(p), MEANS=p.means is not None, ADD=p.linear != "none", PRECISION=_precision(p.q), **options,
     )  # fmt: skip
     if p.pinned:

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from .linear_kernels import _phi
+from .softmax_kernels import block_sizes
 
 
 @triton.jit
@@ -37,10 +38,10 @@ def phi_backward(features, grad, SOFTMAX: tl.constexpr):
     return grad * tl.minimum(features, 1.0)  # elu(x) + 1 is x + 1 above zero, and its own derivative below
 
 
-@triton.jit(do_not_specialize=["N", "rows", "columns", "kept", "words", "pinned", "splits", "per_split"])
+@triton.jit(do_not_specialize=["N", "rows", "columns", "kept", "far", "words", "pinned", "splits", "per_split"])
 def _dq_kernel(
-    Q, K, V, DO, Lse, Delta, Indices, Bits, KMean, VMean, DQ, Partial,
-    N, padded, rows, columns, kept, words, pinned, splits, per_split, scale, scale_log2,
+    Q, K, V, DO, Lse, Delta, Indices, AllIndices, Bits, KFar, VFar, DQ, Partial,
+    N, padded, rows, columns, kept, far, words, pinned, splits, per_split, scale, scale_log2,
     D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
     MEANS: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -66,10 +67,11 @@ def _dq_kernel(
     lse = tl.load(Lse + at + own)
     delta = tl.load(Delta + at + own)
     chosen = Indices + (head * rows + row) * kept
+    if long:
+        chosen = AllIndices
     acc = tl.zeros([TILE_Q, DP], tl.float32)
     for i in range(first * STEPS, last * STEPS):
-        block = tl.where(long, i // STEPS, tl.load(chosen + i // STEPS, mask=row >= pinned, other=0))
-        key = block * BLOCK_K + i % STEPS * TILE_K
+        key = tl.load(chosen + i // STEPS) * BLOCK_K + i % STEPS * TILE_K
         k = _rows_of(K, head * padded + key, lanes, d, D)
         v = _rows_of(V, head * padded + key, lanes, d, D)
         score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 - lse[:, None]
@@ -79,20 +81,16 @@ def _dq_kernel(
         ds = tl.exp2(score) * (dp - delta[:, None])
         acc = tl.dot(ds.to(dtype), k, acc, input_precision=PRECISION)
     if MEANS:
-        for start in range(0, tl.where(long, 0, columns), TILE_K):
-            block = start + lanes
-            inside = block < columns
-            mask = inside[:, None] & (d < D)[None, :]
-            mean = (head * columns + block)[:, None] * D + d[None, :]
-            k = tl.load(KMean + mean, mask=mask, other=0.0)
-            v = tl.load(VMean + mean, mask=mask, other=0.0)
-            word = tl.load(Bits + (head * rows + row) * words + block // 32, mask=inside, other=-1)
-            marginal = inside & (((word >> (block % 32)) & 1) == 0)
-            size = tl.maximum(tl.minimum(N - block * BLOCK_K, BLOCK_K), 1).to(tl.float32)
-            score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 + tl.log2(size)[None, :] - lse[:, None]
-            score = tl.where(marginal[None, :], score, float("-inf"))
+        bits = Bits + (head * rows + row) * words
+        for i in range(0, tl.where(long, 0, far // TILE_K)):
+            start = i * TILE_K
+            k = _rows_of(KFar, head * far + start, lanes, d, D)
+            v = _rows_of(VFar, head * far + start, lanes, d, D)
+            sizes = block_sizes(bits, start, lanes, N, columns, words, BLOCK_K)
+            score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 - lse[:, None]
             dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-            ds = tl.exp2(score) * (dp - delta[:, None])
+            p = tl.exp2(tl.minimum(score, 0.0)) * sizes[None, :]  # only scores of blocks that are left out exceed lse
+            ds = p * (dp - delta[:, None])
             acc = tl.dot(ds.to(dtype), k, acc, input_precision=PRECISION)
     acc *= scale
     mask = (own < TILE_Q)[:, None] & (d < D)[None, :]

@@ -51,6 +51,22 @@ def _accumulate(score, sizes, v, scale_log2, top, weight, acc, SIZED: tl.constex
 
 
 @triton.jit
+def block_sizes(bits, first, lanes, N, columns, words, BLOCK_K: tl.constexpr):
+    """Tokens in each of the key blocks ``first + lanes`` of all `columns`; zero for those that are set in `bits`, and where there is none."""
+    TILE: tl.constexpr = lanes.shape[0]
+    word = tl.load(bits + first // 32)
+    for j in tl.static_range(1, TILE // 32):
+        word = tl.where(lanes < 32 * j, word, tl.load(bits + tl.minimum(first // 32 + j, words - 1)))
+    place = (first + lanes) % 32 if TILE < 32 else lanes % 32
+    sizes = tl.where((word >> place) & 1 == 0, BLOCK_K + 0.0, 0.0)
+    if first + TILE >= columns:  # the last block may be partial, and beyond it there is none
+        last = (N - (columns - 1) * BLOCK_K).to(tl.float32)
+        block = first + lanes
+        sizes = tl.where(block < columns - 1, sizes, tl.where(block < columns, tl.minimum(sizes, last), 0.0))
+    return sizes
+
+
+@triton.jit
 def attend(
     q, keys, values, chosen, near, k_means, v_means, bits, far, N, columns, words, scale_log2, d,
     D: tl.constexpr, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr, MEANS: tl.constexpr, FIXED: tl.constexpr, PRECISION: tl.constexpr,
@@ -90,17 +106,9 @@ def attend(
     v = load_rows(values, key + lanes, d, D)
     top, weight, acc = _accumulate(score, lanes, v, scale_log2, top, weight, acc, False, FIXED, PRECISION)
     if MEANS:
-        partial = (N - (columns - 1) * BLOCK_K).to(tl.float32)  # tokens in the last block
         for i in range(0, tl.cdiv(far, TILE_K)):
             first = i * TILE_K
-            word = tl.load(bits + first // 32)
-            for j in tl.static_range(1, TILE_K // 32):
-                word = tl.where(lanes < 32 * j, word, tl.load(bits + tl.minimum(first // 32 + j, words - 1)))
-            place = (first + lanes) % 32 if TILE_K < 32 else lanes % 32
-            sizes = tl.where((word >> place) & 1 == 0, BLOCK_K + 0.0, 0.0)
-            if first + TILE_K >= columns:  # the last block may be partial, and beyond it there are none
-                block = first + lanes
-                sizes = tl.where(block < columns - 1, sizes, tl.where(block < columns, tl.minimum(sizes, partial), 0.0))
+            sizes = block_sizes(bits, first, lanes, N, columns, words, BLOCK_K)
             score = tl.dot(q, tl.trans(load_rows(k_means, first + lanes, d, D)), input_precision=PRECISION)
             v = load_rows(v_means, first + lanes, d, D)
             top, weight, acc = _accumulate(score, sizes, v, scale_log2, top, weight, acc, True, FIXED, PRECISION)
