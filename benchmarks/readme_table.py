@@ -24,12 +24,15 @@ HEADER = (
     "peak memory",
     "density",
 )
+FP8_HEADER = ("dense in FP8", "Lite3R in FP8", "gain", "gain on stock", "peak memory in FP8")  # where the report has them
 
 
 def render(report: dict[str, Any]) -> str:
     """The table of a report, in Markdown, with its conditions."""
     cells = {(cell["views"], cell["variant"]): cell for cell in report["cells"]}
-    lines = ["| " + " | ".join(HEADER) + " |", "|" + " ---: |" * len(HEADER)]
+    fp8 = {cell["variant"] for cell in report["cells"]} & {"strong-fp8", "lite3r-fp8"}
+    header = HEADER + FP8_HEADER if fp8 else HEADER
+    lines = ["| " + " | ".join(header) + " |", "|" + " ---: |" * len(header)]
     for views in sorted({views for views, _ in cells}):
         stock, one_line, strong, both = (cells.get((views, name)) for name in ("stock", "lite3r", "strong", "lite3r-strong"))
         row = (
@@ -37,6 +40,9 @@ def render(report: dict[str, Any]) -> str:
             _time(strong), _time(both), _ratio(both, "strong"), _ratio(both, "stock"),
             f"{_memory(stock)} → {_memory(both)}", _density(both),
         )  # fmt: skip
+        if fp8:
+            dense_fp8, all_fp8 = (cells.get((views, name)) for name in ("strong-fp8", "lite3r-fp8"))
+            row += (_time(dense_fp8), _time(all_fp8), _ratio(all_fp8, "strong"), _ratio(all_fp8, "stock"), _memory(all_fp8))
         lines.append("| " + " | ".join(row) + " |")
     c = report["conditions"]
     options = ", ".join(f"`{name}={value!r}`" for name, value in c["lite3r_options"].items())

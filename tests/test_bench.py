@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import json
 from pathlib import Path
@@ -11,17 +12,21 @@ import pytest
 import torch
 from rich.console import Console
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from lite3r_plugin import apply_lite3r, lite3r_disabled
 from lite3r_plugin.bench import VARIANTS, Bench, BenchModel
 from lite3r_plugin.bench.measure import sdpa_backend
 from lite3r_plugin.bench.models import fidelity, make_images, tensors
 from lite3r_plugin.bench.table import table
-from lite3r_plugin.bench.variants import repeated_blocks
+from lite3r_plugin.bench.variants import prepare, repeated_blocks
 from lite3r_plugin.errors import InputError, NoSitesError
-from lite3r_plugin.testbed import Testbed
+from lite3r_plugin.fp8.linear import Fp8Linear
+from lite3r_plugin.plugins import get_manager
+from lite3r_plugin.testbed import Testbed, TestbedConfig
 
 OPTIONS = {"keep_ratio": 0.2, "dense_below": 0, "keep_reference_view": False, "block_q": 16, "block_k": 16}
+EMULATED = {**OPTIONS, "fp8_backend": "emulated"}
 
 
 def small_vggt() -> nn.Module:
@@ -110,7 +115,7 @@ def run(tmp_path_factory: pytest.TempPathFactory):
     path = tmp_path_factory.mktemp("bench") / "report.json"
     lines: list[str] = []
     bench = Bench(
-        BenchModel("small-vggt", small_vggt), [2, 1], resolution=112, options=OPTIONS, device="cpu", compile=False, min_runs=2, path=path,
+        BenchModel("small-vggt", small_vggt), [2, 1], resolution=112, options=EMULATED, device="cpu", compile=False, min_runs=2, path=path,
         commit="abc", log=lines.append,
     )  # fmt: skip
     return bench.run(), json.loads(path.read_text()), lines
@@ -147,7 +152,7 @@ def test_cells_say_how_they_were_measured(run) -> None:
 
 def test_lite3r_cells_count_sites_and_density(run) -> None:
     report, _, _ = run
-    for variant in ("lite3r", "lite3r-strong"):
+    for variant in ("lite3r", "lite3r-strong", "lite3r-fp8"):
         cell = report.find(variant, 2)
         assert cell.sites["sparse"] == 5
         # 138 tokens: 9 blocks; 10 special tokens pin 1; of the other 8, a fifth is 2.
@@ -157,6 +162,59 @@ def test_lite3r_cells_count_sites_and_density(run) -> None:
         assert "pose_enc_max_abs" in cell.fidelity
     assert report.find("stock", 2).fidelity == {}
     assert report.find("strong", 2).density is None
+
+
+def test_fp8_cells_say_what_runs_the_linears_and_hold_no_second_copy(run) -> None:
+    report, _, _ = run
+    for variant, full in (("strong-fp8", "strong"), ("lite3r-fp8", "lite3r-strong")):
+        cell, other = report.find(variant, 2), report.find(full, 2)
+        assert cell.linears == {"in FP8 (emulated)": 40}  # four in each of ten blocks
+        weights = 10 * 12 * 64**2
+        assert cell.weight_bytes["float8_e4m3fn"] == weights
+        assert cell.weight_bytes["bfloat16"] == other.weight_bytes["bfloat16"] - 2 * weights
+        assert "bfloat16" in cell.compute_dtypes["aggregator"]
+        assert 0 < cell.fidelity["depth_rel_l2"] < 1
+        assert cell.config["precision"] == "fp8"
+    assert report.find("strong-fp8", 2).sites == {"sparse": 0, "dense": 10, "disabled": 0}
+    assert report.find("strong-fp8", 2).density == 1
+    assert report.find("strong-fp8", 2).config["linear_branch"] == "none"
+    assert report.find("strong", 2).linears == {}
+    assert report.find("lite3r", 2).linears == {"in full precision": 40}
+
+
+def small_testbed() -> nn.Module:
+    return Testbed(TestbedConfig(dim=64, head_dim=32, depth=2, stem=8))
+
+
+@pytest.mark.parametrize("name", ["strong-fp8", "lite3r-fp8"])
+@torch.no_grad()
+def test_fp8_variants_free_the_weights_that_they_replace(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(get_manager().hook, "lite3r_optimize", lambda model: [])  # the testbed has no exact fixes
+    module = small_testbed().eval().to(torch.bfloat16)
+    before = {name: StorageWeakRef(p.untyped_storage()) for name, p in module.named_parameters()}
+    prepare(module, VARIANTS[name], EMULATED)
+    gc.collect()
+    replaced = {f"{fqn}.weight" for fqn, m in module.named_modules() if isinstance(m, Fp8Linear)}
+    assert len(replaced) == 16
+    assert {name for name, storage in before.items() if storage.expired()} == replaced
+
+
+def test_without_fp8_products_its_rows_say_why() -> None:
+    report = Bench(BenchModel("small", small_testbed), [2], ["stock", "lite3r-fp8"], resolution=56, options=OPTIONS, device="cpu").run()
+    assert [cell.status for cell in report.cells] == ["ok", "skipped"]
+    assert "no FP8 matrix products: the model is on cpu" in report.cells[1].error
+    table(report)
+
+
+@pytest.mark.parametrize("name", ["strong-fp8", "lite3r-fp8"])
+def test_fp8_variants_compile(name: str) -> None:
+    """Blocks whose attention is sparse stay eager: rows in FP8 cannot cross the break of the graph there."""
+    bench = Bench(BenchModel("small-vggt", small_vggt), [2], ["stock", name], resolution=112, options=EMULATED, device="cpu", min_runs=1)
+    cell = bench.run().cells[1]
+    compiled = cell.candidates["compiled"]
+    assert compiled.reason is None
+    assert compiled.notes["graph_breaks"] == 0
+    assert compiled.notes["difference_to_eager"]["depth_rel_l2"] < 1e-2
 
 
 def test_table_has_both_ratios(run) -> None:
@@ -212,10 +270,9 @@ def test_blocks_are_found_once() -> None:
 @pytest.mark.gpu
 def test_strong_variants_are_captured_on_the_gpu() -> None:
     """The forward with the exact fixes does not wait for the GPU, with Lite3R and without."""
-    bench = Bench(
-        BenchModel("small-vggt", small_vggt), [2], ["stock", "strong", "lite3r-strong"], resolution=112, options=OPTIONS, compile=False,
-        device="cuda",
-    )  # fmt: skip
+    variants = ["stock", "strong", "strong-fp8", "lite3r-strong", "lite3r-fp8"]
+    model = BenchModel("small-vggt", small_vggt)
+    bench = Bench(model, [2], variants, resolution=112, options=OPTIONS, compile=False, device="cuda")
     for cell in bench.run().cells[1:]:
         assert cell.candidates["graph"].reason is None
         assert cell.candidates["graph"].peak_bytes > 0
@@ -229,6 +286,7 @@ def test_command_writes_report_and_table(tmp_path: Path, monkeypatch: pytest.Mon
     command.bench("small", views="1,2", variants="stock", resolution=16, device="cpu", json_path=path, set_=["linear_branch=none"], runs=1)
     assert json.loads(path.read_text())["conditions"]["lite3r_options"] == {"linear_branch": "none"}
     assert "x strong" in capsys.readouterr().out
+    assert command.DEFAULT_VARIANTS.split(",") == list(VARIANTS)
     for wrong in ({"views": "two"}, {"set_": ["keep_ratio"]}, {"model": "unknown"}):
         with pytest.raises(InputError):
             command.bench(**({"model": "small", "views": "1"} | wrong))

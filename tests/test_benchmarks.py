@@ -108,3 +108,50 @@ def test_the_check_at_scale_finds_bad_choices() -> None:
     assert check_scale.wrong_choices(q_mean, k_mean, torch.cat((pinned, best)), 2) == 0
     worst = torch.cat((pinned, best[:-1], scores[2:].argmin()[None] + 2))
     assert check_scale.wrong_choices(q_mean, k_mean, worst, 2) == 1
+
+
+@pytest.fixture
+def _small_testbed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`lite3r bench` knows one small model, as if there were exact fixes for it."""
+    import memory_fp8
+
+    from lite3r_plugin.bench import BenchModel
+    from lite3r_plugin.plugins import get_manager
+    from lite3r_plugin.testbed import Testbed, TestbedConfig
+
+    model = BenchModel("small", lambda: Testbed(TestbedConfig(dim=128, head_dim=32, depth=2, stem=8)))
+    monkeypatch.setattr(memory_fp8, "find_model", lambda name: model)
+    monkeypatch.setattr(get_manager().hook, "lite3r_optimize", lambda model: [])
+
+
+@pytest.mark.usefixtures("_small_testbed")
+def test_memory_in_fp8(tmp_path: Path) -> None:
+    import memory_fp8
+
+    path = tmp_path / "memory.json"
+    assert memory_fp8.main(["--views", "2,3", "--resolution", "64", "--json", str(path)]) == 1
+    stored = json.loads(path.read_text())
+    fp8, full = stored["lite3r-fp8"], stored["lite3r-strong"]
+    linears = 2 * 2 * 8 * 128**2  # its MLPs are twice as wide; so small that scales and norms count
+    assert fp8["linear_weights_in_bf16"] == 2 * linears
+    assert fp8["weights"]["float8_e4m3fn"] == linears
+    assert fp8["linear_weights"] == linears + fp8["weights"]["float32"]
+    assert sum(full["weights"].values()) - fp8["held"] == full["blocks"] - fp8["blocks"]
+    assert fp8["loaded_differs_by"] == 0
+    assert stored["wrong"] == [f"the blocks take {fp8['blocks'] / full['blocks']:.4f} of BF16, more than 0.52"]
+
+
+def test_faults_of_memory_are_named() -> None:
+    import memory_fp8
+
+    fine: dict[str, Any] = dict(
+        blocks_ratio=0.51, loading_peak=101, held=100, forward_peak={2: 7}, forward_peak_by_describe={2: 7}, loaded_differs_by=0.0
+    )
+    assert memory_fp8.wrong({"lite3r-fp8": fine}) == []
+    for change in (
+        dict(blocks_ratio=0.53),
+        dict(loading_peak=103),
+        dict(forward_peak_by_describe={2: 8}),
+        dict(loaded_differs_by=float("nan")),
+    ):
+        assert len(memory_fp8.wrong({"lite3r-fp8": fine | change})) == 1

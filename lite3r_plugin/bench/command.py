@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-DEFAULT_VARIANTS = "stock,strong,lite3r,lite3r-strong"
+DEFAULT_VARIANTS = "stock,strong,strong-fp8,lite3r,lite3r-strong,lite3r-fp8"
 TABLE_WIDTH = 150
 
 
@@ -16,7 +16,7 @@ def bench(
     views: Annotated[str, typer.Option(help="Numbers of views, separated by commas.")] = "2,4,8,16,32",
     keep_ratio: Annotated[float | None, typer.Option(help="Share of the key blocks to keep.")] = None,
     resolution: Annotated[int, typer.Option(help="Height and width of the images.")] = 518,
-    variants: Annotated[str, typer.Option(help=f"Some of {DEFAULT_VARIANTS}.")] = DEFAULT_VARIANTS,
+    variants: Annotated[str, typer.Option(help=f"Some of {DEFAULT_VARIANTS}, in the order in which they are to run.")] = DEFAULT_VARIANTS,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Another field of Lite3RConfig as name=value, the value in JSON.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the report here, after every cell.")] = None,
     device: Annotated[str | None, typer.Option(help="Device, by default the GPU if there is one.")] = None,

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .records import Candidate
 
 SLOW_S = 2.0  # from here on a run is repeated 3 times instead of 5 or more
-GRAPH_LIMIT_S = 1.0  # launches are no share of longer runs, and a graph would hold their memory
+GRAPH_LIMIT_S = 0.5  # of runs of 0.4 s launches are 1 percent (benchmarks/results), of longer ones nothing; a graph would hold memory
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
 CLEARLY_FASTER = 0.95
 

@@ -48,11 +48,12 @@ class Cell:
     """One variant at one number of views.
 
     Attributes:
-        status: ``"ok"``, ``"oom"`` (out of memory), ``"error"``, or ``"skipped"`` (the time budget was spent).
+        status: ``"ok"``, ``"oom"`` (out of memory), ``"error"``, or ``"skipped"`` (the time budget was spent, or there is no FP8 here).
         error: What went wrong.
         best: Name of the fastest candidate; its numbers are the cell's.
         candidates: All that were tried.
         weight_bytes: Bytes of parameters and buffers by dtype.
+        linears: Linears of the transformer blocks by what runs them, as `describe` has it; empty without Lite3R.
         compute_dtypes: Output dtypes of the Linears and convolutions of each part of the model (the heads, say), measured.
         output_dtypes: Dtypes of the outputs.
         sdpa: Order of the dense attention backends, or ``"default"``.
@@ -72,6 +73,7 @@ class Cell:
     best: str | None = None
     candidates: dict[str, Candidate] = dataclasses.field(default_factory=dict)
     weight_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
+    linears: dict[str, int] = dataclasses.field(default_factory=dict)
     compute_dtypes: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     output_dtypes: dict[str, str] = dataclasses.field(default_factory=dict)
     sdpa: str = "default"

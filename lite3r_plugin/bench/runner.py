@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from ..apply import lite3r_modules
 from ..errors import InputError, Lite3RError
+from ..report import describe
 from . import measure
 from .models import BenchModel, build, fidelity, make_images, reference, tensors
 from .records import Cell, Report, machine
 from .subject import Subject
-from .variants import VARIANTS, Variant, observe, prepare
+from .variants import VARIANTS, Variant, observe, prepare, why_not
 
 
 @dataclasses.dataclass
@@ -90,10 +91,11 @@ class Bench:
     def _run_variant(self, variant: Variant) -> None:
         cells = [Cell(variant.name, views, self.resolution) for views in self.views]
         module, fixes, error = None, [], None
-        if self._has_time():
+        missing = why_not(variant, self.options, self.device)
+        if missing is None and self._has_time():
             try:
                 module = build(self.model, self.device, self.seed)
-                fixes = prepare(module, variant, dict(self.options))
+                fixes = prepare(module, variant, self.options)
             except (RuntimeError, Lite3RError) as caught:
                 error = caught
         subject = Subject(module, variant, self)
@@ -102,7 +104,9 @@ class Bench:
             try:
                 if error is not None:
                     raise error
-                if not self._has_time():
+                if missing is not None:
+                    cell.status, cell.error = "skipped", missing
+                elif not self._has_time():
                     cell.status, cell.error = "skipped", f"the time budget of {self.time_budget:g} s was spent"
                 else:
                     self._measure(subject, cell)
@@ -124,6 +128,7 @@ class Bench:
         module = subject.network
         sites = lite3r_modules(module)
         cell.config = next(iter(sites.values())).state.config.to_dict() if sites else None
+        cell.linears = describe(module).linears if sites else {}
         cell.weight_bytes = weight_bytes(module)
         images = make_images(cell.views, self.resolution, self.device, self.seed)
         with subject.ready(images, cell) as forward:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..apply import lite3r_modules
+from ..attention import SparseLinearAttention
+from ..fp8.block import Fp8Block
 from ..plugins import find_sites
 from . import measure
 from .models import fidelity, tensors
@@ -139,12 +141,16 @@ class Subject:
 
     @contextlib.contextmanager
     def _compiled(self) -> Iterator[None]:
-        """Blocks run compiled inside the context. Attention that may be sparse stays eager: it is Triton already."""
+        """Blocks run compiled inside the context. Attention that may be sparse stays eager: it is Triton already.
+
+        So does a fused FP8 block around it, all of whose passes are: rows in FP8 cannot cross a break of the graph.
+        """
         if not self.compiled_blocks:
             for block in repeated_blocks(self.network):
-                block.compile(dynamic=True)
-                self.compiled_blocks.append((block, block._compiled_call_impl))
-        sites = [site for site in lite3r_modules(self.network).values() if site.sparse]
+                if not (isinstance(block, Fp8Block) and _sparse_sites(block)):
+                    block.compile(dynamic=True)
+                    self.compiled_blocks.append((block, block._compiled_call_impl))
+        sites = _sparse_sites(self.network)
         try:
             for site in sites:
                 site.forward = torch.compiler.disable(site.forward)
@@ -167,3 +173,8 @@ class Subject:
             patches = math.prod(self.bench.resolution // size for size in site.tokens.patch_size)
             tokens = views * (patches + site.tokens.special_tokens)
         return torch.randn(1, heads, tokens, site.head_dim, device=self.bench.device, dtype=torch.bfloat16)
+
+
+def _sparse_sites(module: nn.Module) -> list[SparseLinearAttention]:
+    """The attention inside `module` that may run sparse."""
+    return [site for site in lite3r_modules(module).values() if site.sparse and site.keep_ratio < 1]

@@ -6,6 +6,8 @@ from rich.table import Table
 
 from .records import Cell, Report
 
+FP8 = "in FP8"  # how `describe` begins what runs a Linear in FP8
+
 
 def table(report: Report) -> Table:
     """One row per cell, with its speed against stock and against the strong dense baseline."""
@@ -18,7 +20,7 @@ def table(report: Report) -> Table:
     result.add_column("views", justify="right")
     result.add_column("variant")
     result.add_column("run as")
-    for name in ("ms", "min-max", "x stock", "x strong", "peak GiB", "x memory of stock", "density", "depth error"):
+    for name in ("ms", "min-max", "x stock", "x strong", "weights GiB", "peak GiB", "x memory of stock", "density", "depth error"):
         result.add_column(name, justify="right")
     for cell in sorted(report.cells, key=lambda cell: cell.views):
         result.add_row(str(cell.views), cell.variant, *_numbers(report, cell))
@@ -28,18 +30,19 @@ def table(report: Report) -> Table:
 def _numbers(report: Report, cell: Cell) -> list[str]:
     won = cell.winner
     if won is None or won.median_ms is None:
-        return [f"{cell.status}: {cell.error}"[:60]]
+        return [f"{cell.status}: {cell.error}"[:100]]
     stock = report.find("stock", cell.views)
     memory = None
     if stock is not None and stock.winner is not None and stock.winner.peak_bytes and won.peak_bytes:
         memory = stock.winner.peak_bytes / won.peak_bytes
     depth = next((value for name, value in cell.fidelity.items() if name in ("depth_rel_l2", "output_rel_l2")), None)
     return [
-        cell.best or "",
+        ", ".join([cell.best or "", *(kind for kind in cell.linears if kind.startswith(FP8))]),
         f"{won.median_ms:.1f}",
         f"{won.min_ms:.1f}-{won.max_ms:.1f}",
         _number(report.speedup(cell, "stock")),
         _number(report.speedup(cell, "strong")),
+        _number(sum(cell.weight_bytes.values()) / 2**30),
         _number(won.peak_bytes and won.peak_bytes / 2**30),
         _number(memory),
         _number(cell.density),

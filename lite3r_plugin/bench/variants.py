@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,9 +14,14 @@ from torch import nn
 
 from ..apply import apply_lite3r, lite3r_modules
 from ..errors import NoSitesError
+from ..fp8 import backends
+from ..fp8.linear import Fp8Linear
 from ..plugins import get_manager
 
 PROJ_STD = 0.02
+FP8 = {"precision": "fp8"}
+# Dense attention at all sites; the exact fusion of norm and rotary embedding, which the site brings along, stays.
+DENSE = {"keep_ratio": 1.0, "site_keep_ratios": {}, "linear_branch": "none"}
 
 
 @dataclass(frozen=True)
@@ -29,12 +34,19 @@ class Variant:
         strong: BF16 weights, exact fixes, the fastest dense attention backend, compiled blocks, CUDA graphs. Otherwise
             FP32 weights under BF16 autocast, eager, as the READMEs of the models say.
         lite3r: With `apply_lite3r`.
+        options: Fields of `Lite3RConfig` that belong to the variant, whatever else is asked for.
     """
 
     name: str
     summary: str
     strong: bool
     lite3r: bool
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def fp8(self) -> bool:
+        """Whether its Linears are in FP8."""
+        return self.options.get("precision") == "fp8"
 
 
 VARIANTS = {
@@ -42,13 +54,23 @@ VARIANTS = {
     for variant in (
         Variant("stock", "FP32 weights, BF16 autocast, eager, as the model's README says", False, False),
         Variant("strong", "dense: BF16 weights and heads, exact fixes, best SDPA backend, compiled blocks, CUDA graph", True, False),
+        Variant("strong-fp8", "strong with the Linears of the transformer blocks in FP8; attention dense", True, True, FP8 | DENSE),
         Variant("lite3r", "apply_lite3r on the stock model, nothing else", False, True),
         Variant("lite3r-strong", "apply_lite3r on top of everything that strong has", True, True),
+        Variant("lite3r-fp8", "lite3r-strong with the Linears of the transformer blocks in FP8", True, True, FP8),
     )
 }
 
 
-def prepare(module: nn.Module, variant: Variant, options: dict[str, Any]) -> list[str]:
+def why_not(variant: Variant, options: Mapping[str, Any], device: torch.device) -> str | None:
+    """The reason why `variant` has nothing to show on `device`, or None: FP8 without FP8 products must be asked for."""
+    if not variant.fp8 or options.get("fp8_backend", "auto") != "auto":
+        return None
+    reason = backends.why_not("torch", device, 16, 16)
+    return None if reason is None else f"no FP8 matrix products: {reason}; --set fp8_backend=emulated runs it for its memory and error"
+
+
+def prepare(module: nn.Module, variant: Variant, options: Mapping[str, Any]) -> list[str]:
     """Turn a stock model into `variant`, in place. Returns the exact fixes that were applied.
 
     Raises:
@@ -64,7 +86,7 @@ def prepare(module: nn.Module, variant: Variant, options: dict[str, Any]) -> lis
             )
         fixes = list(found)
     if variant.lite3r:
-        apply_lite3r(module, **options)
+        apply_lite3r(module, **{**options, **variant.options})
         fill_projections(module)
     return fixes
 
@@ -106,7 +128,7 @@ def observe(module: nn.Module) -> Iterator[Observed]:
         return lambda module, args, output: dtypes[part].add(str(output.dtype).removeprefix("torch."))
 
     for fqn, child in module.named_modules():
-        if isinstance(child, (nn.Linear, nn.Conv2d)):
+        if isinstance(child, (nn.Linear, nn.Conv2d, Fp8Linear)):
             handles.append(child.register_forward_hook(see_dtype(fqn.partition(".")[0])))
     try:
         yield observed
