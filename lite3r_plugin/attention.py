@@ -182,7 +182,7 @@ class SparseLinearAttention(StandIn):
         compiling = torch.compiler.is_compiling()
         may_measure = not compiling and not (v.is_cuda and torch.cuda.is_current_stream_capturing())
         mean_share = 1 / config.block_k if config.block_means else 0.0
-        return break_even(v.device, num_heads * dim, self.keep_ratio, mean_share, may_measure).pays(batch, tokens, pinned)
+        return break_even(v.device, self.keep_ratio, mean_share, may_measure).pays(batch * num_heads * dim, tokens, pinned)
 
     def _branch_in_te(self, heads: Heads) -> Tensor:
         q, k = self._finished(heads)

@@ -48,9 +48,9 @@ KNOWN = {"H100": H100, "H200": H100, "GH200": H100}  # by a word of the name of 
 
 
 class BreakEven(NamedTuple):
-    """Sparse attention pays where ``batch * (gain * free**2 - loss * N**2 - tokens * N) > call``, `free` of N tokens not pinned.
+    """Sparse attention pays where ``width * (gain * free**2 - loss * N**2 - tokens * N) > call``, `free` of N tokens not pinned.
 
-    The numbers are whole, so that a graph of `torch.compile` is guarded by arithmetic on sizes alone.
+    The numbers are whole and know no size of a tensor, so that a graph of `torch.compile` is guarded by arithmetic on sizes alone.
     """
 
     gain: int
@@ -58,34 +58,33 @@ class BreakEven(NamedTuple):
     tokens: int
     call: int
 
-    def pays(self, batch: int, tokens: int, pinned: int) -> bool:
-        """Whether it does for a batch of sequences of `tokens` tokens, `pinned` of which are always kept."""
+    def pays(self, width: int, tokens: int, pinned: int) -> bool:
+        """Whether it does for `tokens` tokens, `pinned` of which are always kept; `width` is batch times heads times head dimension."""
         free = tokens - pinned
-        return batch * (self.gain * free * free - self.loss * tokens * tokens - self.tokens * tokens) > self.call
+        return width * (self.gain * free * free - self.loss * tokens * tokens - self.tokens * tokens) > self.call
 
 
 @constant_in_graphs
-def break_even(device: torch.device, width: int, keep_ratio: float, mean_share: float, may_measure: bool) -> BreakEven:
+def break_even(device: torch.device, keep_ratio: float, mean_share: float, may_measure: bool) -> BreakEven:
     """When sparse attention pays.
 
     Args:
         device: Where it would run.
-        width: Heads times head dimension.
         keep_ratio: Share of the key blocks that are not pinned to keep.
         mean_share: Keys that block means add, as a share of N; 0 without them.
         may_measure: Whether an unknown GPU may be measured now: not while a graph is captured or compiled.
     """
-    return _break_even(costs_of(device, may_measure), width, keep_ratio, mean_share)
+    return _break_even(costs_of(device, may_measure), keep_ratio, mean_share)
 
 
 @functools.lru_cache(maxsize=256)
-def _break_even(costs: AttentionCosts, width: int, keep_ratio: float, mean_share: float) -> BreakEven:
+def _break_even(costs: AttentionCosts, keep_ratio: float, mean_share: float) -> BreakEven:
     unit = 1000 / costs.dense  # the whole numbers count thousandths of what a dense score costs
     return BreakEven(
         gain=round(1000 * costs.slowdown * (1 - mean_share) * (1 - keep_ratio)),
         loss=round(1000 * (costs.slowdown - 1)),
         tokens=round(unit * costs.per_token),
-        call=round(unit * costs.per_call * 16 * 64 / width),
+        call=round(unit * costs.per_call * 16 * 64),
     )
 
 

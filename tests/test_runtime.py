@@ -38,7 +38,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(("keep_ratio", "mean_share"), [(0.1, 1 / 64), (0.3, 0.0)])
 @pytest.mark.parametrize("width", [1024, 384])
 def test_the_whole_numbers_say_what_the_formula_says(costs: AttentionCosts, keep_ratio: float, mean_share: float, width: int) -> None:
-    rule, compared = runtime._break_even(costs, width, keep_ratio, mean_share), set()
+    rule, compared = runtime._break_even(costs, keep_ratio, mean_share), set()
     for batch in (1, 7):
         for tokens in (500, 1374, 2748, 5496, 10992, 43968, 1_374_000):
             for pinned in (0, tokens // 20, tokens // 2, tokens):
@@ -48,7 +48,7 @@ def test_the_whole_numbers_say_what_the_formula_says(costs: AttentionCosts, keep
                 dense, sparse = work * modelled(costs, tokens, None), work * modelled(costs, tokens, share)
                 sparse += costs.per_call * (1 - work)  # launches do not follow the size
                 if abs(dense - sparse) > 0.01 * dense:
-                    assert rule.pays(batch, tokens, pinned) == (sparse < dense)
+                    assert rule.pays(batch * width, tokens, pinned) == (sparse < dense)
                     compared.add(sparse < dense)
     assert compared == {True, False}
 
@@ -56,9 +56,9 @@ def test_the_whole_numbers_say_what_the_formula_says(costs: AttentionCosts, keep
 def test_an_h100_is_judged_as_it_was_measured() -> None:
     decided = set()
     for record in json.loads((RESULTS / "h100_attention_keep0.1.json").read_text())["records"]:
-        rule = runtime._break_even(H100, record["heads"] * record["head_dim"], record["keep_ratio"], 1 / 64)
+        rule = runtime._break_even(H100, record["keep_ratio"], 1 / 64)
         pays = record["sparse+means+linear"] < record["cudnn"]
-        assert rule.pays(1, record["tokens"], 0) == pays, record["tokens"]
+        assert rule.pays(record["heads"] * record["head_dim"], record["tokens"], 0) == pays, record["tokens"]
         decided.add(pays)
     assert decided == {True, False}
 
@@ -98,12 +98,12 @@ def test_damaged_or_old_measurements_are_repeated(gpu: Path, text: str) -> None:
 
 def test_nothing_is_measured_while_a_graph_is_made(gpu: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(runtime, "measure", lambda device: pytest.fail("measured inside a graph"))
-    assert break_even(GPU, 1024, 0.1, 0.0, may_measure=False) == runtime._break_even(H100, 1024, 0.1, 0.0)
+    assert break_even(GPU, 0.1, 0.0, may_measure=False) == runtime._break_even(H100, 0.1, 0.0)
     assert "NVIDIA X100/PCIe was never measured" in caplog.text
     assert "Run the model once before that, or set Lite3RConfig.dense_below" in caplog.text
     monkeypatch.setattr(runtime, "measure", lambda device: SLOW)
-    assert break_even(GPU, 1024, 0.1, 0.0, may_measure=True) == runtime._break_even(SLOW, 1024, 0.1, 0.0)
-    assert break_even(GPU, 1024, 0.1, 0.0, may_measure=False) == runtime._break_even(SLOW, 1024, 0.1, 0.0)
+    assert break_even(GPU, 0.1, 0.0, may_measure=True) == runtime._break_even(SLOW, 0.1, 0.0)
+    assert break_even(GPU, 0.1, 0.0, may_measure=False) == runtime._break_even(SLOW, 0.1, 0.0)
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(gpu: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -52,7 +52,7 @@ def _accumulate(score, sizes, v, scale_log2, top, weight, acc, SIZED: tl.constex
 
 @triton.jit
 def block_sizes(bits, first, lanes, N, columns, words, BLOCK_K: tl.constexpr):
-    """Tokens in each of the key blocks ``first + lanes`` of all `columns`; zero for those that are set in `bits`, and where there is none."""
+    """Tokens in each of the key blocks ``first + lanes``; zero for those that are set in `bits`, and beyond the last of `columns`."""
     TILE: tl.constexpr = lanes.shape[0]
     word = tl.load(bits + first // 32)
     for j in tl.static_range(1, TILE // 32):
