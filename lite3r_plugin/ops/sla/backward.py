@@ -106,21 +106,23 @@ def backward(problem: Problem, residuals: Residuals, out: Tensor, grad: Tensor, 
     if problem.means is not None:
         problem = problem._replace(means=(problem.means[0].to(problem.v.dtype), problem.means[1].to(problem.v.dtype)))
     shared = _by_rows(problem, residuals, out, _rows_contiguous(grad))
-    dq = _query_gradient(problem, residuals, shared) if needs_q else None
-    dk, dv = _key_gradients(problem, residuals, shared) if needs_kv else (None, None)
+    dq = _query_gradient(problem, shared) if needs_q else None
+    dk, dv = _key_gradients(problem, shared) if needs_kv else (None, None)
     dproj = torch.zeros_like(problem.proj, dtype=torch.float32) if shared.dproj is None and problem.proj is not None else shared.dproj
     return Gradients(dq, dk, dv, dproj)
 
 
 class _Rows(NamedTuple):
-    """What `_rows_kernel` makes of each query: dO in token order, delta, and the gradients of the linear branch.
+    """What `_rows_kernel` makes of each query: dO in token order, the numbers of the softmax, and the gradients of the linear branch.
+
+    `stats` FP32 holds lse of 64 queries, their delta, lse of the next 64, and so on.
 
     `dstate` and `dtotal` are of phi(k)^T v and phi(k) summed over all tokens, or over marginal blocks those of the states of each
     query block, divided by `block_q`; `mu` is the mean value.
     """
 
     do: Tensor
-    delta: Tensor
+    stats: Tensor
     dq: Tensor
     dstate: Tensor
     dtotal: Tensor
@@ -138,7 +140,8 @@ def _by_rows(p: Problem, residuals: Residuals, out: Tensor, grad: Tensor) -> _Ro
     def empty(*shape: int) -> Tensor:
         return torch.empty(batch * heads, *shape, device=p.q.device, dtype=torch.float32)
 
-    do, dq, delta = torch.empty_like(p.q), torch.empty_like(p.q), empty(padded)
+    do, dq = torch.empty_like(p.q), torch.empty_like(p.q)
+    stats = torch.empty(-(-batch * heads * padded // 64) * 128, device=p.q.device, dtype=torch.float32)
     state = total = source = dstate = dtotal = dproj = mu = proj = mu_proj = p.q
     if branch:
         assert p.proj is not None
@@ -160,22 +163,22 @@ def _by_rows(p: Problem, residuals: Residuals, out: Tensor, grad: Tensor) -> _Ro
         source = ((state - total[..., None] * mu[..., None, :]) @ proj.mT).float()
         dstate, dtotal = empty(splits, dim, dim), empty(splits, dim)
     _rows_kernel[(splits, batch * heads)](
-        p.q, out, grad, p.q if p.order is None else p.order,
-        source, *((x.float() for x in (total, mu, proj, mu_proj)) if branch else (p.q,) * 4), do, delta, dq, dstate, dtotal, dproj,
+        p.q, out, grad, residuals.lse, p.q if p.order is None else p.order,
+        source, *((x.float() for x in (total, mu, proj, mu_proj)) if branch else (p.q,) * 4), do, stats, dq, dstate, dtotal, dproj,
         p.tokens, padded, heads, rows, p.pinned, per_split, *grad.stride()[:3],
         D=dim, DP=triton.next_power_of_2(dim), BLOCK_Q=p.block_q, ORDERED=p.order is not None, **_branch(p), **rows_options(p),
     )  # fmt: skip
     if not branch:
-        return _Rows(do, delta, dq, p.q, p.q, p.q, None)
+        return _Rows(do, stats, dq, p.q, p.q, p.q, None)
     if marginal:
-        return _Rows(do, delta, dq, dstate, dtotal, mu, dproj.sum((0, 1)))
+        return _Rows(do, stats, dq, dstate, dtotal, mu, dproj.sum((0, 1)))
     outer, dtotal = dstate.sum(1).double(), dtotal.sum(1)
     return _Rows(
-        do, delta, dq, (outer @ proj / p.tokens).float(), dtotal / p.tokens, mu.float(), (outer.mT @ state).sum(0).float()
+        do, stats, dq, (outer @ proj / p.tokens).float(), dtotal / p.tokens, mu.float(), (outer.mT @ state).sum(0).float()
     )  # fmt: skip
 
 
-def _query_gradient(p: Problem, residuals: Residuals, shared: _Rows) -> Tensor:
+def _query_gradient(p: Problem, shared: _Rows) -> Tensor:
     batch, heads, padded, dim = p.q.shape
     rows, kept = p.kv_indices.shape[-2:]
     columns = p.columns
@@ -188,7 +191,7 @@ def _query_gradient(p: Problem, residuals: Residuals, shared: _Rows) -> Tensor:
     far = far_blocks(*p.means, options["TILE_K"], p.v.dtype) if p.means is not None else (p.q, p.q)
     everything = torch.arange(columns, device=p.q.device, dtype=torch.int32) if p.pinned else p.kv_indices
     _dq_kernel[(batch * heads * (p.pinned * splits + rows - p.pinned) * (p.block_q // options["TILE_Q"]),)](
-        p.q, p.k, p.v, shared.do, residuals.lse, shared.delta, p.kv_indices, everything, p.bits, *far, dq, partial,
+        p.q, p.k, p.v, shared.do, shared.stats, p.kv_indices, everything, p.bits, *far, dq, partial,
         p.tokens, padded, rows, columns, kept, far[0].shape[2], p.bits.shape[-1], p.pinned, splits, per_split, p.scale, p.scale * LOG2_E,
         **_sizes(p), MEANS=p.means is not None, ADD=p.linear != "none", PRECISION=_precision(p.q), **options,
     )  # fmt: skip
@@ -199,12 +202,12 @@ def _query_gradient(p: Problem, residuals: Residuals, shared: _Rows) -> Tensor:
     return dq
 
 
-def _key_gradients(p: Problem, residuals: Residuals, shared: _Rows) -> tuple[Tensor, Tensor]:
+def _key_gradients(p: Problem, shared: _Rows) -> tuple[Tensor, Tensor]:
     batch, heads, padded, dim = p.q.shape
     columns, kept = p.columns, p.kv_indices.shape[-1]
     work = by_key_block(p.bits, columns=columns, kept=kept, pinned=p.pinned)
     slots = work.early_columns.shape[-1]
-    mean_grads = _mean_gradients(p, residuals, shared) if p.means is not None else (p.q, p.q)
+    mean_grads = _mean_gradients(p, shared) if p.means is not None else (p.q, p.q)
     early = torch.empty(2, batch, heads, slots, p.block_k, dim, device=p.q.device, dtype=torch.float32)
     dk, dv = torch.empty_like(p.k), torch.empty_like(p.v)
 
@@ -212,7 +215,7 @@ def _key_gradients(p: Problem, residuals: Residuals, shared: _Rows) -> tuple[Ten
         options = dkv_options(p, is_early)
         programs = len(of_heads) * (slots if is_early else columns) * (p.block_k // options["TILE_K"])
         _dkv_kernel[(programs,)](
-            p.q, p.k, p.v, shared.do, residuals.lse, shared.delta, work.rows, work.starts, work.early_starts, work.early_columns,
+            p.q, p.k, p.v, shared.do, shared.stats, work.rows, work.starts, work.early_starts, work.early_columns,
             *early, *mean_grads, dstate, dtotal, shared.mu, dk, dv,
             p.tokens, padded, columns, work.rows.shape[-1], slots, work.part, of_heads.start, p.scale, p.scale * LOG2_E,
             **_sizes(p), EARLY=is_early, MEANS=p.means is not None, **_branch(p), **options,
@@ -238,7 +241,7 @@ def _block_gradients(p: Problem, shared: _Rows, heads: slice) -> tuple[Tensor, T
     return into
 
 
-def _mean_gradients(p: Problem, residuals: Residuals, shared: _Rows) -> tuple[Tensor, Tensor]:
+def _mean_gradients(p: Problem, shared: _Rows) -> tuple[Tensor, Tensor]:
     """Gradients of the mean keys and values, ``[B * H, columns, D]`` FP32."""
     assert p.means is not None
     batch, heads, padded, dim = p.q.shape
@@ -249,7 +252,7 @@ def _mean_gradients(p: Problem, residuals: Residuals, shared: _Rows) -> tuple[Te
     splits = -(-(rows - p.pinned) // per_split)
     dk, dv = torch.empty(2, batch * heads, splits, columns, dim, device=p.q.device, dtype=torch.float32)
     _dmeans_kernel[(tiles, splits, batch * heads)](
-        p.q, *p.means, shared.do, residuals.lse, shared.delta, p.bits, dk, dv,
+        p.q, *p.means, shared.do, shared.stats, p.bits, dk, dv,
         p.tokens, padded, rows, columns, p.bits.shape[-1], p.pinned, per_split, p.scale * LOG2_E,
         **_sizes(p), PRECISION=_precision(p.q), **options,
     )  # fmt: skip

@@ -31,6 +31,21 @@ def _rows_of(P, first, lanes, d, D: tl.constexpr):
 
 
 @triton.jit
+def lse_place(Stats, at):
+    """Where the logarithm of the denominator of queries `at` lies; delta lies 64 numbers after it."""
+    return Stats + at // 64 * 128 + at % 64
+
+
+@triton.jit
+def _stats_of(Stats, at, TILE: tl.constexpr):
+    """Logarithm of the denominator, and delta, of the TILE queries from `at` on, at most 64. One load for both: of fewer numbers
+    than there are threads, the compiler lets every thread load all that it needs by itself."""
+    lanes = tl.arange(0, 2 * TILE)
+    both = tl.load(lse_place(Stats, at) + lanes // TILE * 64 + lanes % TILE)
+    return tl.split(tl.trans(tl.reshape(both, (2, TILE))))
+
+
+@triton.jit
 def phi_backward(features, grad, SOFTMAX: tl.constexpr):
     """Gradient with respect to x of phi(x) over the rows, whose values are `features`, from that of phi(x)."""
     if SOFTMAX:
@@ -40,7 +55,7 @@ def phi_backward(features, grad, SOFTMAX: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N", "rows", "columns", "kept", "far", "words", "pinned", "splits", "per_split"])
 def _dq_kernel(
-    Q, K, V, DO, Lse, Delta, Indices, AllIndices, Bits, KFar, VFar, DQ, Partial,
+    Q, K, V, DO, Stats, Indices, AllIndices, Bits, KFar, VFar, DQ, Partial,
     N, padded, rows, columns, kept, far, words, pinned, splits, per_split, scale, scale_log2,
     D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
     MEANS: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
@@ -64,8 +79,8 @@ def _dq_kernel(
     dtype: tl.constexpr = V.dtype.element_ty
     q = _rows_of(Q, at, own, d, D)
     do = _rows_of(DO, at, own, d, D)
-    lse = tl.load(Lse + at + own)
-    delta = tl.load(Delta + at + own)
+    lse = tl.load(lse_place(Stats, at + own))
+    delta = tl.load(lse_place(Stats, at + own) + 64)
     chosen = Indices + (head * rows + row) * kept
     if long:
         chosen = AllIndices
@@ -106,7 +121,7 @@ def _dq_kernel(
 
 @triton.jit(do_not_specialize=["N", "columns", "total", "slots", "part", "first_head"])
 def _dkv_kernel(
-    Q, K, V, DO, Lse, Delta, Rows, Starts, EarlyStarts, EarlyColumns, PartK, PartV, MeanDK, MeanDV, DState, DTotal, Mu, DK, DV,
+    Q, K, V, DO, Stats, Rows, Starts, EarlyStarts, EarlyColumns, PartK, PartV, MeanDK, MeanDV, DState, DTotal, Mu, DK, DV,
     N, padded, columns, total, slots, part, first_head, scale, scale_log2,
     D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
     EARLY: tl.constexpr, LINEAR: tl.constexpr, SOFTMAX: tl.constexpr, MEANS: tl.constexpr, PRECISION: tl.constexpr,
@@ -151,11 +166,12 @@ def _dkv_kernel(
         at = head * padded + row * BLOCK_Q + i % STEPS * TILE_Q
         q = _rows_of(Q, at, lanes, d, D)
         do = _rows_of(DO, at, lanes, d, D)
-        score = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2 - tl.load(Lse + at + lanes)[None, :]
+        lse, delta = _stats_of(Stats, at, TILE_Q)
+        score = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2 - lse[None, :]
         p = tl.exp2(score)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         dv = tl.dot(p.to(dtype), do, dv, input_precision=PRECISION)
-        ds = p * (dp - tl.load(Delta + at + lanes)[None, :])
+        ds = p * (dp - delta[None, :])
         dk = tl.dot(ds.to(dtype), q, dk, input_precision=PRECISION)
     live = (own < TILE_K)[:, None] & (d < D)[None, :]
     if EARLY:
@@ -192,7 +208,7 @@ def _dkv_kernel(
 
 @triton.jit(do_not_specialize=["N", "rows", "columns", "words", "pinned", "per_split"])
 def _dmeans_kernel(
-    Q, KMean, VMean, DO, Lse, Delta, Bits, PartK, PartV,
+    Q, KMean, VMean, DO, Stats, Bits, PartK, PartV,
     N, padded, rows, columns, words, pinned, per_split, scale_log2,
     D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -221,11 +237,12 @@ def _dmeans_kernel(
         do = _rows_of(DO, at, lanes, d, D)
         word = tl.load(Bits + (head * rows + row) * words + block // 32, mask=inside, other=-1)
         marginal = inside & (((word >> (block % 32)) & 1) == 0)
-        score = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2 + log_size[:, None] - tl.load(Lse + at + lanes)[None, :]
+        lse, delta = _stats_of(Stats, at, TILE_Q)
+        score = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2 + log_size[:, None] - lse[None, :]
         p = tl.where(marginal[:, None], tl.exp2(score), 0.0)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         dv = tl.dot(p.to(dtype), do, dv, input_precision=PRECISION)
-        ds = p * (dp - tl.load(Delta + at + lanes)[None, :])
+        ds = p * (dp - delta[None, :])
         dk = tl.dot(ds.to(dtype), q, dk, input_precision=PRECISION)
     to = ((head * tl.num_programs(1) + split) * columns + block)[:, None] * D + d[None, :]
     tl.store(PartK + to, dk, mask=mask)

@@ -14,6 +14,9 @@ def dq_options(p: Problem) -> dict[str, int]:
     """Of the kernel that holds queries."""
     if p.q.dtype == torch.float32:
         return dict(TILE_Q=min(p.block_q, 32), TILE_K=min(p.block_k, 16), num_warps=4, num_stages=1)
+    if p.q.shape[-1] <= 64 and p.block_q > 64:
+        # As in the forward kernel: two programs on an SM, of two warp groups that hold 64 queries each.
+        return dict(TILE_Q=p.block_q, TILE_K=p.block_k, num_warps=8, num_stages=3, maxnreg=128)
     return dict(TILE_Q=p.block_q, TILE_K=p.block_k, num_warps=4, num_stages=2)
 
 

@@ -16,20 +16,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .backward_kernels import phi_backward
+from .backward_kernels import lse_place, phi_backward
 from .linear_kernels import _phi
 
 
 @triton.jit(do_not_specialize=["N", "rows", "pinned", "per_split"])
 def _rows_kernel(
-    Q, Out, GradOut, Order, State, Total, Mu, Proj, MuProj, DO, Delta, DQ, DState, DTotal, DProj,
+    Q, Out, GradOut, Lse, Order, State, Total, Mu, Proj, MuProj, DO, Stats, DQ, DState, DTotal, DProj,
     N, padded, H, rows, pinned, per_split, stride_b, stride_h, stride_n,
     D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, TILE_Q: tl.constexpr,
     LINEAR: tl.constexpr, SOFTMAX: tl.constexpr, ORDERED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dO in token order, delta, and all gradients of the linear branch over `per_split` query blocks of one head.
 
-    Writes DO and Delta, and with the linear branch its share of DQ. Over all tokens State is H Proj^T, DState gets partial sums
+    Writes DO and Stats (lse and delta), and with the linear branch its share of DQ. Over all tokens State is H Proj^T, DState gets partial sums
     for E and DTotal those of dZ. Over marginal blocks State is the H of each query block, DState gets its dH / BLOCK_Q, DTotal its
     dZ / BLOCK_Q, which keeps them in the range of FP16, and DProj partial sums; DState may be State and DTotal Total.
     """
@@ -92,7 +92,9 @@ def _rows_kernel(
                 tl.store(DQ + at, phi_backward(features, grad, SOFTMAX).to(dtype), mask=live[None, :])
                 if LINEAR == 2:
                     dsum += tl.sum(do.to(tl.float32), 0)
-            tl.store(Delta + head * padded + n, delta)
+            place = lse_place(Stats, head * padded + n)
+            tl.store(place, tl.load(Lse + head * padded + n))
+            tl.store(place + 64, delta)
         if LINEAR == 2:
             e = outer.to(dtype)
             dproj = tl.dot(tl.trans(e), own_state, dproj, input_precision=PRECISION)
