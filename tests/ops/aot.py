@@ -20,7 +20,7 @@ from lite3r_plugin.ops.sla import kernels as sla
 from lite3r_plugin.ops.sla import linear_kernels as sla_linear
 from lite3r_plugin.ops.sla import marginal_kernels as sla_marginal
 
-INDEX_POINTERS = {"Order": "*i32", "Indices": "*i32", "Bits": "*i32", "Positions": "*i64"}
+INDEX_POINTERS = {"Order": "*i32", "Indices": "*i32", "Bits": "*i32", "Skipped": "*i32", "Positions": "*i64"}
 FP32_POINTERS = {
     "QMean", "KMean", "VMean", "Scores", "State", "Total", "Totals", "OutTotals", "Mu", "Lse", "QW", "QB", "KW", "KB", "Proj",
 }  # fmt: skip
@@ -80,7 +80,9 @@ def variants() -> list[tuple[str, Any, str, dict[str, Any], dict[str, int]]]:
                 constants |= {name: options.pop(name) for name in ("TILE_OUT", "TILE_IN", "TILE")}
                 found.append(("marginal_sums", sla_marginal._marginal_sums_kernel, dtype, constants, options))
     for width in (32, 1024, 32768):
-        found.append(("select", block_map._select_kernel, "fp32", dict(WIDTH=width, BITS=True), block_map.launch_options(width)))
+        found.append(
+            ("select", block_map._select_kernel, "fp32", dict(WIDTH=width, BITS=True, NEGLIGIBLE=True), block_map.launch_options(width))
+        )
     return found
 
 
