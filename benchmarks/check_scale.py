@@ -47,7 +47,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, proj: Tensor) -> 
 
 def wrong_choices(q_mean: Tensor, k_mean: Tensor, chosen: Tensor, pinned: int) -> int:
     """How many of the `chosen` key blocks are not among the best, beyond what FP32 can tell apart."""
-    expected = block_map(q_mean[None, None, None], k_mean[None, None], kept=len(chosen), pinned=pinned)[0, 0, 0]
+    expected = block_map(q_mean[None, None, None], k_mean[None, None], kept=len(chosen), pinned=pinned)[0][0, 0, 0]
     scores = k_mean @ q_mean
     doubtful = scores[expected.long()].min() - 1e-4 * scores.abs().max()
     return int(((scores[chosen.long()] < doubtful) & (chosen >= pinned)).sum())
@@ -96,9 +96,9 @@ def check(views: int, heads: int, dim: int, keep_ratio: float, dtype: torch.dtyp
     if cuda:
         from lite3r_plugin.ops.block_map.kernels import block_map_with_bits
 
-        indices, _ = block_map_with_bits(prepared.q_mean, prepared.k_mean, **maps, bits=False)
+        indices = block_map_with_bits(prepared.q_mean, prepared.k_mean, **maps, bits=False).kv_indices
     else:
-        indices = block_map(prepared.q_mean, prepared.k_mean, **maps)
+        indices, _ = block_map(prepared.q_mean, prepared.k_mean, **maps)
     seen["worst_error"], seen["wrong_choices"] = 0.0, 0
     first = -(-pinned // BLOCK_Q)
     for sample in range(samples):

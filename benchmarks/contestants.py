@@ -79,9 +79,9 @@ def make_problem(tokens: int, heads: int, dim: int, keep_ratio: float, device: t
         if device.type == "cuda":
             from lite3r_plugin.ops.block_map.kernels import block_map_with_bits
 
-            indices, _ = block_map_with_bits(prepared.q_mean, prepared.k_mean, kept=kept, bits=False)
+            indices = block_map_with_bits(prepared.q_mean, prepared.k_mean, kept=kept, bits=False).kv_indices
         else:
-            indices = block_map(prepared.q_mean, prepared.k_mean, kept=kept)
+            indices, _ = block_map(prepared.q_mean, prepared.k_mean, kept=kept)
     return Problem(q, k, v, proj, keep_ratio, indices)
 
 

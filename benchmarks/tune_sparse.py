@@ -47,7 +47,7 @@ def tune(tokens: int, device: torch.device) -> None:
     proj = torch.randn(DIM, DIM, device=device) * 0.1
     kept = kept_blocks(-(-tokens // BLOCK_K), KEEP, 0)
     p = prepare_qkv(q, k, v, block_q=BLOCK_Q, block_k=BLOCK_K, triton=True)
-    indices, bits = block_map_with_bits(p.q_mean, p.k_mean, kept=kept)
+    indices, bits, _ = block_map_with_bits(p.q_mean, p.k_mean, kept=kept)
     whole: dict[str, Any] = dict(bits=bits, means=(p.k_mean, p.v_mean), linear="all", proj=proj)
     chosen, first = kernels.launch_options, None
     flops = 4 * tokens * kept * BLOCK_K * DIM * HEADS

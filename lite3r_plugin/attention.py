@@ -152,7 +152,8 @@ class SparseLinearAttention(StandIn):
         return sparse_linear_attention(
             heads.q, heads.k, heads.v,
             q_norm=heads.q_norm, k_norm=heads.k_norm, positions=heads.positions, rope_base=heads.rope_base, scale=heads.scale,
-            keep_ratio=self.keep_ratio, order=None if layout is None else order_for(layout, heads.v.device),
+            keep_ratio=self.keep_ratio, negligible_ratio=config.negligible_ratio,
+            order=None if layout is None else order_for(layout, heads.v.device),
             pinned_tokens=self._pinned(layout), linear="none" if proj is None else config.linear_branch, proj=proj,
             feature_map=config.feature_map, block_means=config.block_means,
             block_q=config.block_q, block_k=config.block_k, backend=config.backend,
@@ -168,8 +169,9 @@ class SparseLinearAttention(StandIn):
         if not self.sparse:
             return f"scope={self.site.scope}, dense, fused norm and rotary embedding"
         return (
-            f"scope={self.site.scope}, keep_ratio={self.keep_ratio}, blocks={config.block_q}x{config.block_k}, "
-            f"linear_branch={config.linear_branch}, block_means={config.block_means}, backend={config.backend}"
+            f"scope={self.site.scope}, keep_ratio={self.keep_ratio}, negligible_ratio={config.negligible_ratio}, "
+            f"blocks={config.block_q}x{config.block_k}, linear_branch={config.linear_branch}, block_means={config.block_means}, "
+            f"backend={config.backend}"
         )
 
     def _pays(self, v: Tensor, pinned: int) -> bool:

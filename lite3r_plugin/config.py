@@ -27,14 +27,17 @@ class Lite3RConfig:
             ``topk`` and ``1 - sparsity``. Blocks that are always kept (see ``keep_special_tokens`` and
             ``keep_reference_view``) come on top. 1 is dense attention.
         site_keep_ratios: Other keep ratios for single sites, by fully qualified name.
+        negligible_ratio: Share of the same key blocks that count for nothing, those with the lowest scores, in [0, 1] (SLA's third
+            class, arXiv 2509.24006): they have no part in block means and the ``"marginal"`` linear branch. 0: none. Blocks
+            that ``keep_ratio`` keeps come first: what it leaves is the most that can be negligible.
         scopes: Which kinds of attention become sparse. ``"auto"``: the global (cross-view) sites where the model has
             any, else every site, as in a single-image backbone.
         linear_branch: What the linear branch sums over: ``"all"`` tokens (Lite3R, arXiv 2605.11354), only the blocks
-            that are not critical, ``"marginal"`` (SLA, arXiv 2509.24006, Eq. 5), or ``"none"``. Its output goes
+            that are neither critical nor negligible, ``"marginal"`` (SLA, arXiv 2509.24006, Eq. 5), or ``"none"``. Its output goes
             through ``proj_lin``, which starts at zero: it costs time and changes nothing until `calibrate` has fitted it. Fitted,
             ``"marginal"`` gains much more (benchmarks/quality.md), but its kernel is slower.
         feature_map: The kernel feature map of the linear branch, softmax over the head dimension or elu + 1.
-        block_means: Each block that is not critical enters the softmax as one key: its mean key and value, weighted
+        block_means: Each block that is neither critical nor negligible enters the softmax as one key: its mean key and value, weighted
             by its size. Needs no training; takes 40 to 50 % off the change of depth on the testbed (benchmarks/quality.md).
         keep_special_tokens: Camera, register and class tokens attend to all tokens and all attend to them.
         keep_reference_view: The same for the patches of the first view, which defines the coordinate frame.
@@ -57,6 +60,7 @@ class Lite3RConfig:
 
     keep_ratio: float = 0.25
     site_keep_ratios: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    negligible_ratio: float = 0.0
     scopes: tuple[Scope, ...] | Literal["auto"] = "auto"
     linear_branch: LinearBranch = "all"
     feature_map: FeatureMap = "softmax"
@@ -78,6 +82,9 @@ class Lite3RConfig:
         for fqn, ratio in self.site_keep_ratios.items():
             _check_ratio(f"site_keep_ratios[{fqn!r}]", ratio)
         object.__setattr__(self, "site_keep_ratios", dict(self.site_keep_ratios))
+        ratio = self.negligible_ratio
+        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio <= 1:
+            raise ConfigError(f"negligible_ratio must be in [0, 1], got {ratio!r}; 0.1 leaves out the last tenth of the key blocks")
         if self.scopes != "auto":
             if isinstance(self.scopes, str) or not self.scopes:
                 raise ConfigError(f"scopes is 'auto' or a tuple of {get_args(Scope)}, got {self.scopes!r}")

@@ -71,7 +71,9 @@ class Report:
         for scope, ratio in sorted({(s.scope, s.keep_ratio) for s in sparse}):
             count = sum((s.scope, s.keep_ratio) == (scope, ratio) for s in sparse)
             lines.append(
-                f"  {count} {scope} sites sparse-linear: keep_ratio {ratio:g}, blocks {config.block_q} x {config.block_k}, "
+                f"  {count} {scope} sites sparse-linear: keep_ratio {ratio:g}, "
+                + (f"negligible_ratio {config.negligible_ratio:g}, " if config.negligible_ratio else "")
+                + f"blocks {config.block_q} x {config.block_k}, "
                 f"linear branch {config.linear_branch} ({config.feature_map}), block means {_on(config.block_means)}"
             )
         always = {"special tokens": config.keep_special_tokens, "reference view": config.keep_reference_view}

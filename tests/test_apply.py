@@ -245,6 +245,14 @@ def test_sparse_differs_disabled_and_removed_do_not(toy: Toy) -> None:
     assert torch.equal(toy(x), dense)
 
 
+def test_with_all_but_the_critical_blocks_negligible_nothing_else_counts(toy: Toy) -> None:
+    x = images()
+    alone = apply_lite3r(copy.deepcopy(toy), SPARSE, block_means=False, linear_branch="none")(x)
+    model = apply_lite3r(toy, SPARSE, negligible_ratio=1.0)
+    torch.testing.assert_close(model(x), alone)
+    assert not torch.allclose(apply_lite3r(remove_lite3r(model), SPARSE, negligible_ratio=0.2)(x), alone)
+
+
 def test_disabled_ends_also_after_an_error_and_nests(toy: Toy) -> None:
     model = apply_lite3r(toy, SPARSE)
     with pytest.raises(KeyError), lite3r_disabled(model), lite3r_disabled(model):

@@ -21,7 +21,9 @@ from lite3r_plugin.testing import TEST_CONFIG
 __all__ = ["toy_adapter"]  # the fixture
 pytestmark = pytest.mark.usefixtures("adapter")
 
-CONFIG = TEST_CONFIG.replace(keep_ratio=0.3, site_keep_ratios={"cross.1": 0.5}, linear_branch="marginal", feature_map="elu")
+CONFIG = TEST_CONFIG.replace(
+    keep_ratio=0.3, site_keep_ratios={"cross.1": 0.5}, negligible_ratio=0.2, linear_branch="marginal", feature_map="elu"
+)
 JSON, WEIGHTS = "lite3r_config.json", "lite3r.safetensors"
 
 

@@ -140,7 +140,8 @@ def flat_arguments(linear: str, learns: str) -> tuple[Any, ...]:
     tensors = [None if x is None else x.clone().requires_grad_(learns == "all" or i == 7) for i, x in enumerate(tensors)]
     order, positions = torch.randperm(tokens, device=DEVICE).int(), torch.randint(0, 9, (1, tokens, 2), device=DEVICE)
     return (
-        *tensors, order, positions, 5, 0.3, "layer", 1e-5, None, 0.0, 100.0, None, linear, "softmax", linear == "all", 32, 16, "auto",
+        *tensors, order, positions, 5, 0.3, 0.2 if linear == "marginal" else 0.0, "layer", 1e-5, None, 0.0, 100.0, None, linear, "softmax",
+        linear == "all", 32, 16, "auto",
     )  # fmt: skip
 
 

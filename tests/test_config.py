@@ -23,6 +23,11 @@ from lite3r_plugin.errors import ConfigError, Lite3RError
         ({"keep_ratio": "0.5"}, "got '0.5'"),
         ({"site_keep_ratios": {"a.b": 2}}, "site_keep_ratios['a.b'] must be in (0, 1], got 2"),
         ({"site_keep_ratios": [0.1]}, "site_keep_ratios maps site names to ratios"),
+        ({"negligible_ratio": -0.1}, "negligible_ratio must be in [0, 1], got -0.1"),
+        ({"negligible_ratio": 1.5}, "got 1.5"),
+        ({"negligible_ratio": float("nan")}, "got nan"),
+        ({"negligible_ratio": False}, "got False"),
+        ({"negligible_ratio": None}, "got None"),
         ({"scopes": "global"}, "scopes is 'auto' or a tuple"),
         ({"scopes": ()}, "scopes is 'auto' or a tuple"),
         ({"scopes": ("global", "cross")}, "scopes must be one of ('global', 'frame', 'encoder'), got 'cross'"),
@@ -73,14 +78,20 @@ def test_it_is_frozen_and_keeps_no_reference_to_what_it_was_given() -> None:
     [
         Lite3RConfig(),
         Lite3RConfig(
-            keep_ratio=0.1, site_keep_ratios={"a.0": 0.3}, scopes=("global", "frame"), linear_branch="marginal", feature_map="elu",
-            block_means=False, keep_special_tokens=True, keep_reference_view=False, dense_below=0, fuse=False, backend="torch",
-            block_q=64, block_k=32,
+            keep_ratio=0.1, site_keep_ratios={"a.0": 0.3}, negligible_ratio=0.2, scopes=("global", "frame"), linear_branch="marginal",
+            feature_map="elu", block_means=False, keep_special_tokens=True, keep_reference_view=False, dense_below=0, fuse=False,
+            backend="torch", block_q=64, block_k=32,
         ),
     ],
 )  # fmt: skip
 def test_json_round_trip(config: Lite3RConfig) -> None:
     assert Lite3RConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_dicts_of_before_a_field_still_load() -> None:
+    fields = Lite3RConfig(keep_ratio=0.1).to_dict()
+    del fields["negligible_ratio"]
+    assert Lite3RConfig.from_dict(fields) == Lite3RConfig(keep_ratio=0.1, negligible_ratio=0.0)
 
 
 def test_every_field_is_in_the_dict() -> None:

@@ -41,6 +41,7 @@ def test_bytes_follow_the_dtype() -> None:
 
 
 def test_the_text() -> None:
+    assert "keep_ratio 0.3, negligible_ratio 0.1, blocks" in str(describe(apply_lite3r(Toy(), SPARSE, negligible_ratio=0.1)))
     model = apply_lite3r(Toy(), SPARSE, site_keep_ratios={"cross.1": 0.5})
     model(images())
     lines = str(describe(model)).splitlines()

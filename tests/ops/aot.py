@@ -19,8 +19,11 @@ from lite3r_plugin.ops.qk_norm_rope import kernels as qk_norm_rope
 from lite3r_plugin.ops.sla import kernels as sla
 from lite3r_plugin.ops.sla import linear_kernels as sla_linear
 from lite3r_plugin.ops.sla import marginal_kernels as sla_marginal
+from lite3r_plugin.ops.sla import softmax_kernels as sla_softmax
 
-INDEX_POINTERS = {"Order": "*i32", "Indices": "*i32", "AllIndices": "*i32", "Bits": "*i32", "Failed": "*i32", "Positions": "*i64"}
+INDEX_POINTERS = {
+    "Order": "*i32", "Indices": "*i32", "AllIndices": "*i32", "Bits": "*i32", "Skipped": "*i32", "Failed": "*i32", "Positions": "*i64",
+}  # fmt: skip
 FP32_POINTERS = {
     "QMean", "KMean", "VMean", "Scores", "State", "Total", "Totals", "OutTotals", "Mu", "Lse", "QW", "QB", "KW", "KB", "Proj",
 }  # fmt: skip
@@ -70,6 +73,8 @@ def variants() -> list[tuple[str, Any, str, dict[str, Any], dict[str, int]]]:
                 options = sla.launch_options(128, 64, dim, torch_dtype)
                 constants |= {name: options.pop(name) for name in ("TILE_Q", "TILE_K")}
                 found.append(("sparse_linear", sla._sparse_linear_kernel, dtype, constants, options))
+            constants = dict(D=dim, DP=padded, ROWS=sla_softmax.FAR_ROWS)
+            found.append(("far", sla_softmax._far_kernel, dtype, constants, dict(num_warps=4)))
             options = sla_linear.state_options(torch_dtype)
             for label, centred, folded in (("linear_state", False, False), ("block_states", True, False), ("block_states", False, True)):
                 constants = dict(D=dim, DP=padded, BLOCK_K=64, SOFTMAX=True, CENTRED=centred, FOLDED=folded, PRECISION=precision)
@@ -80,7 +85,9 @@ def variants() -> list[tuple[str, Any, str, dict[str, Any], dict[str, int]]]:
                 constants |= {name: options.pop(name) for name in ("TILE_OUT", "TILE_IN", "TILE")}
                 found.append(("marginal_sums", sla_marginal._marginal_sums_kernel, dtype, constants, options))
     for width in (32, 1024, 32768):
-        found.append(("select", block_map._select_kernel, "fp32", dict(WIDTH=width, BITS=True), block_map.launch_options(width)))
+        found.append(
+            ("select", block_map._select_kernel, "fp32", dict(WIDTH=width, BITS=True, NEGLIGIBLE=True), block_map.launch_options(width))
+        )
     return found
 
 

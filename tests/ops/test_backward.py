@@ -14,6 +14,7 @@ from lite3r_plugin import AttentionSite, Lite3RConfig, Routed
 from lite3r_plugin.attention import ModelState, SparseLinearAttention
 from lite3r_plugin.heads import Heads
 from lite3r_plugin.ops.backend import why_not_triton
+from lite3r_plugin.ops.block_map import block_map
 from lite3r_plugin.ops.qk_norm_rope import NO_NORM, HeadNorm
 from lite3r_plugin.ops.sla import operator
 
@@ -38,7 +39,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*deterministic")
 
 def some_arguments(
     tokens: int, dim: int, dtype: torch.dtype, branch: tuple[str, str, bool], *, norm: str | None = None, pinned_tokens: int = 20,
-    keep_ratio: float = 0.25, ordered: bool = True,
+    keep_ratio: float = 0.25, negligible_ratio: float = 0.0, ordered: bool = True,
 ) -> Arguments:  # fmt: skip
     """The flat arguments of the operator, without its backend. q is of another size than k, as its norm is another one."""
     qkv = torch.randn(2, tokens, 3, 2, dim, device=DEVICE).to(dtype)
@@ -53,7 +54,8 @@ def some_arguments(
         q, k, v, norms[0].weight, norms[0].bias, norms[1].weight, norms[1].bias,
         torch.randn(dim, dim, device=DEVICE) * 0.3 if linear != "none" else None,
         torch.randperm(tokens, device=DEVICE).int() if ordered else None,
-        torch.randint(0, 40, (2, tokens, 2), device=DEVICE) if turned else None, min(pinned_tokens, tokens // 3), keep_ratio,
+        torch.randint(0, 40, (2, tokens, 2), device=DEVICE) if turned else None, min(pinned_tokens, tokens // 3),
+        keep_ratio, negligible_ratio,
         norms[0].kind, norms[0].eps, norms[1].kind, norms[1].eps, 100.0 if turned else None, None, linear, feature_map, means,
         BLOCK_Q, BLOCK_K,
     )  # fmt: skip
@@ -70,8 +72,9 @@ def by_autograd(
     """Through the naive twin, with the block map of the Triton kernels."""
     call = training.Call(*arguments)
     prepared = call.prepared(triton=True)
-    indices, _ = training.block_map_with_bits(prepared.q_mean, prepared.k_mean, kept=call.kept, pinned=call.pinned_keys)
-    monkeypatch.setattr(operator, "block_map", lambda *_, **__: indices)
+    means = prepared.q_mean, prepared.k_mean
+    chosen = training.block_map_with_bits(*means, **call.blocks).kv_indices, block_map(*means, **call.blocks)[1]
+    monkeypatch.setattr(operator, "block_map", lambda *_, **__: chosen)
     tensors = [x if x is None else x.detach().to(torch.float64 if wide else x.dtype) for x in arguments[:8]]
     leaves = [x if x is None else x.requires_grad_(need) for x, need in zip(tensors, needed, strict=True)]
     out = operator.run(*leaves, *arguments[8:], "torch", needs_grad=True)  # type: ignore[arg-type]
@@ -127,6 +130,13 @@ def test_gradients_at_the_edges(pinned_tokens: int, keep_ratio: float, branch: A
         LENGTHS[-2] + 1, 32, torch.float32, branch, pinned_tokens=pinned_tokens, keep_ratio=keep_ratio, ordered=False
     )  # fmt: skip
     assert_gradients(arguments, monkeypatch)
+
+
+@pytest.mark.parametrize("branch", [BRANCHES[1], BRANCHES[2], *BRANCHES[4:]], ids=str)
+@pytest.mark.parametrize("negligible_ratio", [0.3, 1.0])
+def test_gradients_with_negligible_blocks(negligible_ratio: float, branch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some, and all that are not critical."""
+    assert_gradients(some_arguments(LENGTHS[-1], 32, torch.float32, branch, negligible_ratio=negligible_ratio), monkeypatch)
 
 
 @pytest.mark.parametrize("learns", [("proj",), ("q",), ("v", "k_weight"), ("q_weight",), ("k", "proj")], ids=str)

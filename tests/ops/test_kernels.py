@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lite3r_plugin.errors import BackendError
 from lite3r_plugin.ops.backend import why_not_triton
-from lite3r_plugin.ops.block_map import kept_blocks
+from lite3r_plugin.ops.block_map import kept_blocks, negligible_blocks
 from lite3r_plugin.ops.block_map import naive as block_map_naive
 from lite3r_plugin.ops.qk_norm_rope import HeadNorm
 from lite3r_plugin.ops.qk_norm_rope import naive as prepare_naive
@@ -94,31 +94,43 @@ def test_block_map(rows: int, columns: int, kept: int, pinned: int, case: str) -
         q, k[:, :, 0] = q.abs(), math.inf
     elif case == "signed zeros":
         q, k = q[..., :1] * 0, k[..., :1]
-    expected = block_map_naive.block_map(q, k, kept=kept, pinned=pinned)
-    indices, bits = block_map_kernels.block_map_with_bits(q, k, kept=kept, pinned=pinned)
-    assert torch.equal(indices, expected)
-    unpacked = ((bits[..., None] >> torch.arange(32, device=DEVICE)) & 1).flatten(-2).bool()
-    assert torch.equal(unpacked[..., :columns], torch.zeros_like(unpacked).scatter(-1, expected.long(), True)[..., :columns])
-    assert not unpacked[..., columns:].any()
+    for negligible in {0, (columns - kept) // 3, columns - kept}:
+        critical, left_out = block_map_naive.block_map(q, k, kept=kept, pinned=pinned, negligible=negligible)
+        found = block_map_kernels.block_map_with_bits(q, k, kept=kept, pinned=pinned, negligible=negligible)
+        assert torch.equal(found.kv_indices, critical)
+        assert (found.skipped is found.bits) == (negligible == 0)
+        for bits, expected in ((found.bits, critical), (found.skipped, torch.cat((critical, left_out), -1))):
+            unpacked = ((bits[..., None] >> torch.arange(32, device=DEVICE)) & 1).flatten(-2).bool()
+            assert torch.equal(unpacked, torch.zeros_like(unpacked).scatter(-1, expected.long(), True))
+            assert unpacked.sum(-1).eq(expected.shape[-1]).all()
 
 
-def run_both(q: Tensor, k: Tensor, v: Tensor, order: Tensor, pinned_tokens: int, keep_ratio: float, branch: Any, proj: Tensor) -> Any:
+def run_both(
+    q: Tensor, k: Tensor, v: Tensor, order: Tensor, pinned_tokens: int, keep_ratio: float, branch: Any, proj: Tensor,
+    negligible_ratio: float = 0.0,
+) -> Any:  # fmt: skip
     """(Triton result, torch result of the same dtype, torch result in FP64) for the same block map."""
     linear, feature_map, means = branch
     tokens, block_q, block_k = q.shape[-2], BLOCKS["block_q"], BLOCKS["block_k"]
     prepared = prepare_kernels.prepare_qkv(q, k, v, order=order, **BLOCKS)
     pinned_keys = -(-pinned_tokens // block_k)
-    kept = kept_blocks(-(-tokens // block_k), keep_ratio, pinned_keys)
-    indices, bits = block_map_kernels.block_map_with_bits(prepared.q_mean, prepared.k_mean, kept=kept, pinned=pinned_keys)
+    columns = -(-tokens // block_k)
+    kept = kept_blocks(columns, keep_ratio, pinned_keys)
+    negligible = negligible_blocks(columns, negligible_ratio, kept, pinned_keys)
+    chosen = dict(kept=kept, pinned=pinned_keys, negligible=negligible)
+    indices, _, skipped = block_map_kernels.block_map_with_bits(prepared.q_mean, prepared.k_mean, **chosen)
+    left_out = block_map_naive.block_map(prepared.q_mean, prepared.k_mean, **chosen)[1]
     options = dict(
         pinned=-(-pinned_tokens // block_q), linear=linear, feature_map=feature_map, proj=proj if linear != "none" else None, **BLOCKS
     )
     far = (prepared.k_mean, prepared.v_mean) if means else None
-    got = sla_kernels.sparse_linear_attention(*prepared[:3], indices, tokens=tokens, bits=bits, means=far, order=order, **options)
+    got = sla_kernels.sparse_linear_attention(
+        *prepared[:3], indices, tokens=tokens, bits=skipped, negligible=negligible, means=far, order=order, **options
+    )
 
     def naive(wide: bool) -> Tensor:
         ordered = [x[:, :, order.long()].double() if wide else x[:, :, order.long()] for x in (q, k, v)]
-        out = sla_naive.sparse_linear_attention(*ordered, indices, block_means=means, **options)
+        out = sla_naive.sparse_linear_attention(*ordered, indices, negligible=left_out, block_means=means, **options)
         return torch.empty_like(out).index_copy(-2, order.long(), out)
 
     return got, naive(False), naive(True)
@@ -134,6 +146,16 @@ def test_sparse_linear_attention(tokens: int, dim: int, dtype: torch.dtype, bran
         pytest.skip(why_not_triton(q))
     order, proj = torch.randperm(tokens, device=DEVICE).int(), torch.randn(dim, dim, device=DEVICE) * 0.3
     assert_as_accurate(*run_both(q, k, v, order, min(tokens // 3, 20), 0.2, branch, proj))
+
+
+@pytest.mark.parametrize("branch", [BRANCHES[1], BRANCHES[3], *BRANCHES[4:]], ids=str)
+@pytest.mark.parametrize("negligible_ratio", [0.3, 1.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_negligible_blocks(dtype: torch.dtype, negligible_ratio: float, branch: Any) -> None:
+    """Some, and all that are not critical."""
+    q, k, v = random_qkv(LENGTHS[-1], 32, dtype)
+    order, proj = torch.randperm(q.shape[-2], device=DEVICE).int(), torch.randn(32, 32, device=DEVICE) * 0.3
+    assert_as_accurate(*run_both(q, k, v, order, 20, 0.2, branch, proj, negligible_ratio))
 
 
 @pytest.mark.parametrize("branch", BRANCHES, ids=str)
@@ -241,9 +263,10 @@ def test_more_views_do_not_recompile() -> None:
 def test_the_map_in_slabs_without_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k = torch.randn(2, 2, 37, 32, device=DEVICE), torch.randn(2, 2, 50, 32, device=DEVICE)
     monkeypatch.setattr(block_map_kernels, "SLAB_BYTES", 1)
-    indices, bits = block_map_kernels.block_map_with_bits(q, k, kept=9, pinned=2, bits=False)
+    indices, bits, skipped = block_map_kernels.block_map_with_bits(q, k, kept=9, pinned=2, negligible=3, bits=False)
     assert bits is None
-    assert torch.equal(indices, block_map_naive.block_map(q, k, kept=9, pinned=2))
+    assert skipped is None
+    assert torch.equal(indices, block_map_naive.block_map(q, k, kept=9, pinned=2)[0])
 
 
 def test_a_sequence_too_long_for_the_map_says_what_to_do() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lite3r_plugin.errors import ConfigError
-from lite3r_plugin.ops.block_map import block_map, density, kept_blocks
+from lite3r_plugin.ops.block_map import block_map, density, kept_blocks, negligible_blocks
 from lite3r_plugin.ops.qk_norm_rope import HeadNorm
 from lite3r_plugin.ops.qk_norm_rope import naive as prepare
 from lite3r_plugin.ops.sla import naive, sparse_linear_attention
@@ -34,6 +34,12 @@ def some_map(tokens: int, kept: int) -> Tensor:
     return torch.rand(B, H, rows, columns).argsort(-1)[..., :kept].sort(-1).values.int()
 
 
+def split_map(tokens: int, kept: int, left_out: int) -> tuple[Tensor, Tensor]:
+    """A random map of critical blocks, and one of at most `left_out` others that are negligible."""
+    chosen = torch.rand(B, H, -(-tokens // BLOCK_Q), -(-tokens // BLOCK_K)).argsort(-1)[..., : kept + left_out].int()
+    return chosen[..., :kept].sort(-1).values, chosen[..., kept:]
+
+
 def critical_mask(kv_indices: Tensor, tokens: int, pinned: int) -> Tensor:
     """``[B, H, N, N]``: whether the key's block is critical for the query's block."""
     columns = -(-tokens // BLOCK_K)
@@ -43,18 +49,19 @@ def critical_mask(kv_indices: Tensor, tokens: int, pinned: int) -> Tensor:
 
 
 def written_out(
-    q: Tensor, k: Tensor, v: Tensor, critical: Tensor, *, scale: float, linear: str, feature_map: str, proj: Tensor | None, means: bool
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, critical: Tensor, negligible: Tensor, *, scale: float, linear: str, feature_map: str,
+    proj: Tensor | None, means: bool,
+) -> Tensor:  # fmt: skip
     """The module's formulas over all pairs. Block means: each token stands for its block's mean, so sums come out right."""
     mean_k, mean_v = (expand_means(x) for x in (k, v))
     near = (q @ k.mT * scale).masked_fill(~critical, -math.inf)
-    far = (q @ mean_k.mT * scale).masked_fill(critical, -math.inf) if means else torch.full_like(near, -math.inf)
+    far = (q @ mean_k.mT * scale).masked_fill(critical | negligible, -math.inf) if means else torch.full_like(near, -math.inf)
     weights = torch.cat((near, far), -1).softmax(-1)
     out = weights @ torch.cat((v, mean_v), -2)
     if linear != "none":
         assert proj is not None
         pairs = phi(q, feature_map) @ phi(k, feature_map).mT
-        pairs = pairs if linear == "all" else pairs * ~critical
+        pairs = pairs if linear == "all" else pairs * ~(critical | negligible)
         total = pairs.sum(-1, keepdim=True)
         out = out + torch.where(total > 0, pairs @ v / total, 0) @ proj.mT
     return out
@@ -77,29 +84,33 @@ def test_all_blocks_kept_is_softmax_attention(tokens: int) -> None:
 @pytest.mark.parametrize("feature_map", ["softmax", "elu"])
 @pytest.mark.parametrize("linear", ["none", "all", "marginal"])
 @pytest.mark.parametrize("pinned", [0, 1])
-def test_every_form_equals_its_formula(tokens: int, means: bool, feature_map: str, linear: str, pinned: int) -> None:
+@pytest.mark.parametrize("left_out", [0, 3])
+def test_every_form_equals_its_formula(tokens: int, means: bool, feature_map: str, linear: str, pinned: int, left_out: int) -> None:
     q, k, v = qkv(tokens)
     proj = torch.randn(D, D, dtype=torch.float64) if linear != "none" else None
-    kv_indices = some_map(tokens, min(2, -(-tokens // BLOCK_K)))
+    kept = min(2, -(-tokens // BLOCK_K))
+    kv_indices, negligible = split_map(tokens, kept, left_out)
     out = naive.sparse_linear_attention(
-        q, k, v, kv_indices, pinned=pinned, scale=0.3, linear=linear, feature_map=feature_map, proj=proj, block_means=means,
-        block_q=BLOCK_Q, block_k=BLOCK_K,
+        q, k, v, kv_indices, negligible=negligible, pinned=pinned, scale=0.3, linear=linear, feature_map=feature_map, proj=proj,
+        block_means=means, block_q=BLOCK_Q, block_k=BLOCK_K,
     )  # fmt: skip
     critical = critical_mask(kv_indices, tokens, pinned)
-    expected = written_out(q, k, v, critical, scale=0.3, linear=linear, feature_map=feature_map, proj=proj, means=means)
+    none = critical_mask(negligible, tokens, 0)
+    expected = written_out(q, k, v, critical, none, scale=0.3, linear=linear, feature_map=feature_map, proj=proj, means=means)
     torch.testing.assert_close(out, expected, **EXACT)
 
 
 def test_the_formula_tells_the_forms_apart() -> None:
     """Else the test above could not fail."""
     q, k, v = qkv(97)
-    critical = critical_mask(some_map(97, 2), 97, 0)
+    critical, negligible = (critical_mask(x, 97, 0) for x in split_map(97, 2, 2))
     proj = torch.randn(D, D, dtype=torch.float64)
     outs = [
-        written_out(q, k, v, critical, scale=0.3, linear=linear, feature_map=feature_map, proj=proj, means=means)
+        written_out(q, k, v, critical, left_out, scale=0.3, linear=linear, feature_map=feature_map, proj=proj, means=means)
         for linear in ("none", "all", "marginal")
         for feature_map in (("softmax",) if linear == "none" else ("softmax", "elu"))
         for means in (False, True)
+        for left_out in ((negligible, torch.zeros_like(negligible)) if means or linear == "marginal" else (negligible,))
     ]
     assert all((a - b).abs().max() > 0.05 for i, a in enumerate(outs) for b in outs[:i])
 
@@ -207,16 +218,32 @@ def test_kept_blocks(columns: int, ratio: float, pinned: int, expected: int) -> 
 @pytest.mark.parametrize("pinned", [0, 2])
 def test_the_map_holds_the_best_blocks_and_the_pinned_ones(pinned: int) -> None:
     q_mean, k_mean = torch.randn(B, H, 5, D), torch.randn(B, H, 9, D)
-    chosen = block_map(q_mean, k_mean, kept=4, pinned=pinned)
+    chosen, left_out = block_map(q_mean, k_mean, kept=4, pinned=pinned, negligible=3)
     scores = q_mean @ k_mean.mT
     scores[..., :pinned] = math.inf
     assert torch.equal(chosen, scores.topk(4).indices.sort().values.int())
+    assert torch.equal(left_out, scores.topk(3, largest=False).indices.sort().values.int())
+    assert block_map(q_mean, k_mean, kept=4, pinned=pinned)[1].shape == (B, H, 5, 0)
+
+
+def test_of_equal_blocks_the_first_are_kept_and_the_last_negligible() -> None:
+    chosen, left_out = block_map(torch.ones(1, 1, 1, D), torch.ones(1, 1, 9, D), kept=3, pinned=1, negligible=2)
+    assert (chosen.tolist(), left_out.tolist()) == ([[[[0, 1, 2]]]], [[[[7, 8]]]])
 
 
 def test_nan_scores_are_chosen_last() -> None:
     k_mean = torch.randn(1, 1, 4, D)
     k_mean[:, :, 2] = math.nan
-    assert block_map(torch.randn(1, 1, 1, D), k_mean, kept=3).tolist() == [[[[0, 1, 3]]]]
+    chosen, left_out = block_map(torch.randn(1, 1, 1, D), k_mean, kept=3, negligible=1)
+    assert (chosen.tolist(), left_out.tolist()) == ([[[[0, 1, 3]]]], [[[[2]]]])
+
+
+@pytest.mark.parametrize(
+    ("columns", "ratio", "kept", "pinned", "expected"),
+    [(10, 0.3, 4, 0, 3), (10, 0.3, 4, 2, 2), (10, 0.0, 1, 0, 0), (10, 1.0, 4, 3, 6), (10, 0.9, 10, 10, 0)],
+)
+def test_negligible_blocks(columns: int, ratio: float, kept: int, pinned: int, expected: int) -> None:
+    assert negligible_blocks(columns, ratio, kept, pinned) == expected
 
 
 def test_density_counts_what_is_computed() -> None:
@@ -256,6 +283,25 @@ def test_pinned_tokens_see_all_and_all_see_them() -> None:
     assert not torch.allclose(out[:, :, BLOCK_Q:], dense[:, :, BLOCK_Q:])
     v[:, :, :20] += 1000.0
     assert (sparse_linear_attention(q, k, v, **options) - out).amin() > 0
+
+
+def test_negligible_blocks_have_no_part() -> None:
+    """Those with the lowest scores: their values may be anything. Where only critical blocks are left the branch is zero."""
+    q, k, v = qkv(160)
+    options: dict[str, Any] = dict(keep_ratio=0.3, pinned_tokens=0, block_q=BLOCK_Q, block_k=BLOCK_K)
+    means = [prepare.block_means(x, block) for x, block in ((q, BLOCK_Q), (k, BLOCK_K))]
+    left_out = block_map(*means, kept=3, negligible=2)[1].long()
+    full: dict[str, Any] = dict(linear="marginal", proj=torch.randn(D, D, dtype=torch.float64), block_means=True)
+    out = sparse_linear_attention(q, k, v, negligible_ratio=0.2, **full, **options)
+    other = torch.full_like(v, 1000.0).unflatten(2, (10, BLOCK_K))
+    for row in range(5):
+        chosen = torch.zeros(B, H, 10, dtype=torch.bool).scatter(-1, left_out[:, :, row], True)
+        changed = torch.where(chosen[..., None, None], other, v.unflatten(2, (10, BLOCK_K))).flatten(2, 3)
+        block = slice(row * BLOCK_Q, (row + 1) * BLOCK_Q)
+        again = sparse_linear_attention(q, k, changed, negligible_ratio=0.2, **full, **options)
+        torch.testing.assert_close(again[:, :, block], out[:, :, block], **EXACT)
+    nothing_else = sparse_linear_attention(q, k, v, negligible_ratio=1.0, **full, **options)
+    torch.testing.assert_close(nothing_else, sparse_linear_attention(q, k, v, **options), **EXACT)
 
 
 class LargestTensor(TorchDispatchMode):

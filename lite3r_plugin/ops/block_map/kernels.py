@@ -1,10 +1,13 @@
 """Triton twin of `naive`: scores by matrix products in slabs, selection by one kernel, exact and deterministic.
 
 A program holds one row of scores. It finds the kept-th largest value by building its bits from the top (32 counts over
-the row), keeps what is above it and the first of what equals it, and writes the kept indices in ascending order.
+the row), keeps what is above it and the first of what equals it, and writes the kept indices in ascending order. Negligible is
+what is not among the highest that are not to be left out, found in the same way.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,10 +21,46 @@ SLAB_BYTES = 256 << 20
 MAX_SLABS = 16
 
 
-@triton.jit(do_not_specialize=["columns", "kept", "pinned", "words", "out_row_offset", "rows", "out_rows"])
+class BlockMap(NamedTuple):
+    """The block map.
+
+    Attributes:
+        kv_indices: ``[B, H, query blocks, kept]`` int32, the kept key blocks, ascending.
+        bits: The same as a bit set ``[B, H, query blocks, ceil(key blocks / 32)]`` int32, or None if not asked for.
+        skipped: The same with a bit for negligible key blocks too: all that are not marginal. It is `bits` where none is negligible.
+    """
+
+    kv_indices: Tensor
+    bits: Tensor | None
+    skipped: Tensor | None
+
+
+@triton.jit
+def _highest(rank, count):
+    """1 for the `count` highest, of equals the first, else 0."""
+    threshold = tl.zeros([], tl.uint32)
+    for i in range(32):
+        candidate = threshold | (tl.full([], 2147483648, tl.uint32) >> i)
+        enough = tl.sum((rank >= candidate).to(tl.int32), 0) >= count
+        threshold = tl.where(enough, candidate, threshold).to(tl.uint32)
+    above = (rank > threshold).to(tl.int32)
+    equal = (rank == threshold).to(tl.int32)
+    room = count - tl.sum(above, 0)
+    return above | (equal & (tl.cumsum(equal, 0) <= room).to(tl.int32))
+
+
+@triton.jit
+def _store_bits(Bits, chosen, words, WIDTH: tl.constexpr):
+    words_of = tl.reshape(chosen, (WIDTH // 32, 32)) << tl.arange(0, 32)[None, :]
+    word = tl.arange(0, WIDTH // 32)
+    tl.store(Bits + word, tl.sum(words_of, 1), mask=word < words)
+
+
+@triton.jit(do_not_specialize=["columns", "kept", "pinned", "negligible", "words", "out_row_offset", "rows", "out_rows"])
 def _select_kernel(
-    Scores, Indices, Bits, columns, kept, pinned, words, out_row_offset, rows, out_rows, WIDTH: tl.constexpr, BITS: tl.constexpr
-):
+    Scores, Indices, Bits, Skipped, columns, kept, pinned, negligible, words, out_row_offset, rows, out_rows,
+    WIDTH: tl.constexpr, BITS: tl.constexpr, NEGLIGIBLE: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
     column = tl.arange(0, WIDTH)
@@ -33,25 +72,20 @@ def _select_kernel(
     rank = tl.where(bits < 0, ~bits, bits | -2147483648).to(tl.uint32, bitcast=True)
     rank = tl.where(inside, rank, 0)
     rank = tl.where(column < pinned, 4294967295, rank).to(tl.uint32)
-    threshold = tl.zeros([], tl.uint32)
-    for i in range(32):
-        candidate = threshold | (tl.full([], 2147483648, tl.uint32) >> i)
-        enough = tl.sum((rank >= candidate).to(tl.int32), 0) >= kept
-        threshold = tl.where(enough, candidate, threshold).to(tl.uint32)
-    above = (rank > threshold).to(tl.int32)
-    equal = (rank == threshold).to(tl.int32)
-    room = kept - tl.sum(above, 0)
-    chosen = above | (equal & (tl.cumsum(equal, 0) <= room).to(tl.int32))
+    chosen = _highest(rank, kept)
     out = head * out_rows + out_row_offset + row
     tl.store(Indices + out * kept + tl.cumsum(chosen, 0) - 1, column, mask=chosen == 1)
     if BITS:
-        words_of = tl.reshape(chosen, (WIDTH // 32, 32)) << tl.arange(0, 32)[None, :]
-        word = tl.arange(0, WIDTH // 32)
-        tl.store(Bits + out * words + word, tl.sum(words_of, 1), mask=word < words)
+        _store_bits(Bits + out * words, chosen, words, WIDTH)
+    if NEGLIGIBLE:
+        lowest = inside.to(tl.int32) - _highest(rank, columns - negligible)
+        _store_bits(Skipped + out * words, chosen | lowest, words, WIDTH)
 
 
-def block_map_with_bits(q_mean: Tensor, k_mean: Tensor, *, kept: int, pinned: int = 0, bits: bool = True) -> tuple[Tensor, Tensor | None]:
-    """As `naive.block_map`, and the same as a bit set ``[B, H, query blocks, ceil(key blocks / 32)]`` int32 where `bits`.
+def block_map_with_bits(
+    q_mean: Tensor, k_mean: Tensor, *, kept: int, pinned: int = 0, negligible: int = 0, bits: bool = True
+) -> BlockMap:  # fmt: skip
+    """As `naive.block_map`, and the same as bit sets where `bits`.
 
     Scores take `SLAB_BYTES` or a `MAX_SLABS`-th of the whole map, whichever is more: launches do not grow with the length.
 
@@ -65,19 +99,25 @@ def block_map_with_bits(q_mean: Tensor, k_mean: Tensor, *, kept: int, pinned: in
             f"the sequence has {columns} key blocks, the kernels take {MAX_COLUMNS}; use a larger block_k or backend='torch'"
         )
     words = -(-columns // 32)
-    indices = torch.empty(batch, heads, rows, kept, device=q_mean.device, dtype=torch.int32)
-    chosen = torch.empty(batch, heads, rows, words, device=q_mean.device, dtype=torch.int32) if bits else None
+
+    def empty(width: int) -> Tensor:
+        return torch.empty(batch, heads, rows, width, device=q_mean.device, dtype=torch.int32)
+
+    indices = empty(kept)
+    chosen = empty(words) if bits else None
+    skipped = empty(words) if bits and negligible else chosen
     keys = k_mean.transpose(-1, -2)
     slab = max(1, SLAB_BYTES // (4 * columns * batch * heads), -(-rows // MAX_SLABS))
     width = max(32, triton.next_power_of_2(columns))
     for start in range(0, rows, slab):
         scores = q_mean[..., start : start + slab, :] @ keys
         _select_kernel[(scores.shape[-2], batch * heads)](
-            scores, indices, indices if chosen is None else chosen, columns, kept, pinned, words, start, scores.shape[-2], rows,
-            WIDTH=width, BITS=bits, **launch_options(width),
+            scores, indices, *(indices if x is None else x for x in (chosen, skipped)),
+            columns, kept, pinned, negligible, words, start, scores.shape[-2], rows,
+            WIDTH=width, BITS=bits, NEGLIGIBLE=skipped is not chosen, **launch_options(width),
         )  # fmt: skip
         del scores  # before the next slab is allocated
-    return indices, chosen
+    return BlockMap(indices, chosen, skipped)
 
 
 def launch_options(width: int) -> dict[str, int]:

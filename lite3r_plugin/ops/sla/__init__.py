@@ -25,6 +25,7 @@ def sparse_linear_attention(
     v: Tensor,
     *,
     keep_ratio: float,
+    negligible_ratio: float = 0.0,
     order: Tensor | None = None,
     pinned_tokens: int = 0,
     q_norm: HeadNorm | None = None,
@@ -45,6 +46,7 @@ def sparse_linear_attention(
     Args:
         q, k, v: ``[B, H, N, D]``, any strides.
         keep_ratio: Share of the key blocks that are not pinned to keep for each query block, in (0, 1].
+        negligible_ratio: Share of them to leave out, without a mean or a part in the branch over marginal blocks, in [0, 1].
         order: ``[N]`` int permutation that makes blocks of consecutive tokens compact, or None.
         pinned_tokens: The blocks that hold the first `pinned_tokens` tokens (in `order`) attend to all keys, and all
             queries attend to them.
@@ -65,7 +67,7 @@ def sparse_linear_attention(
     q_norm, k_norm = q_norm or NO_NORM, k_norm or NO_NORM
     tensors = (q, k, v, q_norm.weight, q_norm.bias, k_norm.weight, k_norm.bias, proj)
     options = (
-        order, positions, pinned_tokens, keep_ratio, q_norm.kind, q_norm.eps, k_norm.kind, k_norm.eps,
+        order, positions, pinned_tokens, keep_ratio, negligible_ratio, q_norm.kind, q_norm.eps, k_norm.kind, k_norm.eps,
         rope_base, scale, linear, feature_map, block_means, block_q, block_k, backend,
     )  # fmt: skip
     needed = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]

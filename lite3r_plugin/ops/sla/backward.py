@@ -29,7 +29,9 @@ class Problem(NamedTuple):
 
     Attributes:
         q, k, v: ``[B, H, padded, D]`` contiguous, zeros after the first `tokens` tokens.
-        kv_indices, bits: The block map, as indices and as a bit set.
+        kv_indices, critical: The critical key blocks, as indices and as a bit set.
+        bits: A bit for each key block that is not marginal.
+        negligible: Key blocks that are neither critical nor marginal for a query block that is not pinned.
         means: Mean keys and values ``[B, H, ceil(tokens / block_k), D]``, or None without block means.
         proj: ``[D, D]``, or None without a linear branch.
         order: ``[N]`` int32, or None.
@@ -41,7 +43,9 @@ class Problem(NamedTuple):
     k: Tensor
     v: Tensor
     kv_indices: Tensor
+    critical: Tensor
     bits: Tensor
+    negligible: int
     means: tuple[Tensor, Tensor] | None
     proj: Tensor | None
     order: Tensor | None
@@ -61,7 +65,7 @@ class Problem(NamedTuple):
     @property
     def marginal(self) -> int:
         """Key blocks that are marginal for a query block that is not pinned."""
-        return self.columns - self.kv_indices.shape[-1]
+        return self.columns - self.kv_indices.shape[-1] - self.negligible
 
 
 class Gradients(NamedTuple):
@@ -205,7 +209,7 @@ def _query_gradient(p: Problem, shared: _Rows) -> Tensor:
 def _key_gradients(p: Problem, shared: _Rows) -> tuple[Tensor, Tensor]:
     batch, heads, padded, dim = p.q.shape
     columns, kept = p.columns, p.kv_indices.shape[-1]
-    work = by_key_block(p.bits, columns=columns, kept=kept, pinned=p.pinned)
+    work = by_key_block(p.critical, columns=columns, kept=kept, pinned=p.pinned)
     slots = work.early_columns.shape[-1]
     mean_grads = _mean_gradients(p, shared) if p.means is not None else (p.q, p.q)
     early = torch.empty(2, batch, heads, slots, p.block_k, dim, device=p.q.device, dtype=torch.float32)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..block_map import kept_blocks
+from ..block_map import kept_blocks, negligible_blocks
 from ..qk_norm_rope import HeadNorm, Prepared, prepare_qkv
 
 DIFFERENTIABLE = 8  # arguments that may need a gradient: the first ones
@@ -27,6 +27,7 @@ class Call(NamedTuple):
     positions: Tensor | None
     pinned_tokens: int
     keep_ratio: float
+    negligible_ratio: float
     q_kind: Any
     q_eps: float
     k_kind: Any
@@ -66,6 +67,23 @@ class Call(NamedTuple):
     def kept(self) -> int:
         """Key blocks that a query block keeps, pinned ones included."""
         return kept_blocks(-(-self.v.shape[-2] // self.block_k), self.keep_ratio, self.pinned_keys)
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether it matters what is negligible and what is marginal, and a share is to be negligible."""
+        return self.negligible_ratio > 0 and (self.block_means or self.linear == "marginal")
+
+    @property
+    def negligible(self) -> int:
+        """Key blocks that a query block leaves out, where that matters."""
+        if not self.leaves_out:
+            return 0
+        return negligible_blocks(-(-self.v.shape[-2] // self.block_k), self.negligible_ratio, self.kept, self.pinned_keys)
+
+    @property
+    def blocks(self) -> dict[str, Any]:
+        """How many blocks the map is to choose."""
+        return dict(kept=self.kept, pinned=self.pinned_keys, negligible=self.negligible)
 
     def prepared(self, triton: bool) -> Prepared:
         """q, k and v, normed, rotated, in order, and their means over blocks."""

@@ -126,6 +126,7 @@ def sparse_linear_attention(
     *,
     tokens: int,
     bits: Tensor | None = None,
+    negligible: int = 0,
     means: tuple[Tensor, Tensor] | None = None,
     order: Tensor | None = None,
     pinned: int = 0,
@@ -138,8 +139,8 @@ def sparse_linear_attention(
 ) -> Tensor:
     """`forward` without residuals."""
     return forward(
-        q, k, v, kv_indices, tokens=tokens, bits=bits, means=means, order=order, pinned=pinned, scale=scale, linear=linear,
-        feature_map=feature_map, proj=proj, block_q=block_q, block_k=block_k,
+        q, k, v, kv_indices, tokens=tokens, bits=bits, negligible=negligible, means=means, order=order, pinned=pinned, scale=scale,
+        linear=linear, feature_map=feature_map, proj=proj, block_q=block_q, block_k=block_k,
     )[0]  # fmt: skip
 
 
@@ -151,6 +152,7 @@ def forward(
     *,
     tokens: int,
     bits: Tensor | None,
+    negligible: int,
     means: tuple[Tensor, Tensor] | None,
     order: Tensor | None,
     pinned: int,
@@ -169,7 +171,9 @@ def forward(
         q, k, v: ``[B, H, padded, D]`` contiguous, zeros after the first `tokens` tokens, padded a multiple of `block_q`.
         kv_indices: ``[B, H, ceil(tokens / block_q), kept]`` int32.
         tokens: N.
-        bits: The same as a bit set; needed with `means` and for the branch over marginal blocks. See `block_map_with_bits`.
+        bits: A bit for each key block that is not marginal; needed with `means` and for the branch over marginal blocks. See
+            `BlockMap.skipped`.
+        negligible: Key blocks that are neither critical nor marginal for a query block that is not pinned.
         means: Mean keys and values ``[B, H, ceil(tokens / block_k), D]`` for marginal blocks, or None.
         order: ``[N]`` int32: output row of each token, or None.
         pinned, scale, linear, feature_map, proj, block_q, block_k: As in the naive twin.
@@ -182,7 +186,7 @@ def forward(
     rows, kept = kv_indices.shape[-2:]
     columns = -(-tokens // block_k)
     pinned = min(pinned, rows)
-    marginal = columns - kept if pinned < rows else 0
+    marginal = columns - kept - negligible if pinned < rows else 0
     out = torch.empty(batch, tokens, heads, dim, device=q.device, dtype=v.dtype)
     lse = torch.empty(batch, heads, padded, device=q.device, dtype=torch.float32) if save_lse else None
     save_linear = save_linear and linear != "none"

@@ -29,9 +29,9 @@ def _rows_kernel(
 ):  # fmt: skip
     """dO in token order, delta, and all gradients of the linear branch over `per_split` query blocks of one head.
 
-    Writes DO and Stats (lse and delta), and with the linear branch its share of DQ. Over all tokens State is H Proj^T, DState gets partial sums
-    for E and DTotal those of dZ. Over marginal blocks State is the H of each query block, DState gets its dH / BLOCK_Q, DTotal its
-    dZ / BLOCK_Q, which keeps them in the range of FP16, and DProj partial sums; DState may be State and DTotal Total.
+    Writes DO and Stats (lse and delta), and with the linear branch its share of DQ. Over all tokens State is H Proj^T, DState gets
+    partial sums for E and DTotal those of dZ. Over marginal blocks State is the H of each query block, DState gets its dH / BLOCK_Q,
+    DTotal its dZ / BLOCK_Q, which keeps them in the range of FP16, and DProj partial sums; DState may be State and DTotal Total.
     """
     split = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)

@@ -1,6 +1,7 @@
 """Definition of sparse-linear attention over ordered tokens (SLA, arXiv 2509.24006; Lite3R, arXiv 2605.11354, Eq. 5).
 
-Queries come in blocks I, keys in blocks J; kept(I) are the *critical* key blocks of I, all others are *marginal*.
+Queries come in blocks I, keys in blocks J; kept(I) are the *critical* key blocks of I. Of the others some may be *negligible*, with
+no part in the sparse softmax and the branch over marginal blocks; all that are left are *marginal*.
 
     O_sparse(q) = sum_j p_j v_j,  p = softmax over the tokens j of the critical blocks of  q . k_j * scale
     with `block_means`, each marginal block J enters that softmax as one key:
@@ -68,6 +69,7 @@ def sparse_linear_attention(
     v: Tensor,
     kv_indices: Tensor,
     *,
+    negligible: Tensor | None = None,
     pinned: int = 0,
     scale: float | None = None,
     linear: str = "none",
@@ -82,6 +84,7 @@ def sparse_linear_attention(
     Args:
         q, k, v: ``[B, H, N, D]``.
         kv_indices: ``[B, H, ceil(N / block_q), kept]`` int, the critical key blocks of each query block.
+        negligible: ``[B, H, ceil(N / block_q), n]`` int, its negligible key blocks, or None.
         pinned: The first `pinned` query blocks attend to all keys.
         scale: Factor of the scores, ``D ** -0.5`` by default.
         linear: ``"all"``, ``"marginal"`` or ``"none"``.
@@ -115,14 +118,16 @@ def sparse_linear_attention(
     proj = needed_proj(linear, proj)
     proj = None if proj is None else proj.to(wide)
 
-    def attend(first: int, last: int, critical: Tensor, q: Tensor, *_: Tensor) -> Tensor:
-        """Output of query blocks first..last, whose critical key blocks are `critical` [B, H, last - first, n]."""
+    def attend(first: int, last: int, critical: Tensor, left_out: Tensor, q: Tensor, *_: Tensor) -> Tensor:
+        """Output of query blocks first..last, whose critical and negligible key blocks are given, [B, H, last - first, n] each."""
         rows = _in_blocks(q.to(wide)[..., first * block_q : last * block_q, :], block_q)
         critical = critical.long()
         flat = critical.flatten(2)[..., None, None]
         near_k, near_v = (x.take_along_dim(flat, 2).unflatten(2, critical.shape[2:]).flatten(3, 4) for x in (keys, values))
         bias = log_valid[critical].flatten(3)
-        marginal = torch.ones(*critical.shape[:3], columns, dtype=torch.bool, device=q.device).scatter(-1, critical, False)
+        marginal = torch.ones(*critical.shape[:3], columns, dtype=torch.bool, device=q.device).scatter(
+            -1, torch.cat((critical, left_out), -1), False
+        )
         if block_means:
             far_k, far_v = (x[:, :, None].expand(-1, -1, rows.shape[2], -1, -1) for x in means)
             near_k, near_v = torch.cat((near_k, far_k), 3), torch.cat((near_v, far_v), 3)
@@ -154,8 +159,9 @@ def sparse_linear_attention(
         for start in steps:
             stop = min(start + steps.step, last)
             critical = everything.expand(-1, -1, stop - start, -1) if last == pinned else kv_indices[:, :, start:stop]
-            arguments: tuple[Any, ...] = (start, stop, critical, q, k, v) + (() if proj is None else (proj,))
-            if torch.is_grad_enabled() and any(x.requires_grad for x in arguments[3:]):
+            left_out = critical[..., :0] if negligible is None else negligible[:, :, start:stop].long()
+            arguments: tuple[Any, ...] = (start, stop, critical, left_out, q, k, v) + (() if proj is None else (proj,))
+            if torch.is_grad_enabled() and any(x.requires_grad for x in arguments[4:]):
                 outputs.append(checkpoint(attend, *arguments, use_reentrant=False))
             else:
                 outputs.append(attend(*arguments))

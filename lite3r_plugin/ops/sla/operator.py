@@ -22,8 +22,9 @@ from .call import DIFFERENTIABLE, Call
 
 TENSORS = "Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? q_bias, Tensor? k_weight, Tensor? k_bias, Tensor? proj"
 OPTIONS = (
-    "Tensor? order, Tensor? positions, SymInt pinned_tokens, float keep_ratio, str? q_kind, float q_eps, str? k_kind, float k_eps, "
-    "float? rope_base, float? scale, str linear, str feature_map, bool block_means, int block_q, int block_k, str backend"
+    "Tensor? order, Tensor? positions, SymInt pinned_tokens, float keep_ratio, float negligible_ratio, str? q_kind, float q_eps, "
+    "str? k_kind, float k_eps, float? rope_base, float? scale, str linear, str feature_map, bool block_means, int block_q, int block_k, "
+    "str backend"
 )
 
 
@@ -44,19 +45,19 @@ def run(*arguments: Any, needs_grad: bool = False) -> Tensor:
             block_q=call.block_q,
             block_k=call.block_k,
         )
-        chosen = dict(kept=call.kept, pinned=call.pinned_keys)
         if triton:
             from ..block_map.kernels import block_map_with_bits
             from . import kernels
 
             wanted = call.block_means or call.linear == "marginal"
-            kv_indices, bits = block_map_with_bits(prepared.q_mean, prepared.k_mean, **chosen, bits=wanted)
+            found = block_map_with_bits(prepared.q_mean, prepared.k_mean, **call.blocks, bits=wanted)
             means = (prepared.k_mean, prepared.v_mean) if call.block_means else None
             return kernels.sparse_linear_attention(
-                *prepared[:3], kv_indices, tokens=call.v.shape[-2], bits=bits, means=means, order=call.order, **options
-            )
-        kv_indices = block_map(prepared.q_mean.detach(), prepared.k_mean.detach(), **chosen)
-        out = naive.sparse_linear_attention(*prepared[:3], kv_indices, block_means=call.block_means, **options)
+                *prepared[:3], found.kv_indices, tokens=call.v.shape[-2], bits=found.skipped, negligible=call.negligible,
+                means=means, order=call.order, **options,
+            )  # fmt: skip
+        kv_indices, negligible = block_map(prepared.q_mean.detach(), prepared.k_mean.detach(), **call.blocks)
+        out = naive.sparse_linear_attention(*prepared[:3], kv_indices, negligible=negligible, block_means=call.block_means, **options)
         return out if call.order is None else torch.empty_like(out).index_copy(-2, call.order.long(), out)
 
 

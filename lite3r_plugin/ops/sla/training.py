@@ -32,16 +32,20 @@ def train_forward(needed: Sequence[bool], *arguments: Any) -> tuple[Tensor, list
     softmax = any(needed[:7])
     with torch.autocast(call.v.device.type, enabled=False), on_device_of(call.v), torch.no_grad():
         prepared = call.prepared(triton=True)
-        kv_indices, bits = block_map_with_bits(prepared.q_mean, prepared.k_mean, kept=call.kept, pinned=call.pinned_keys)
+        kv_indices, bits, skipped = block_map_with_bits(prepared.q_mean, prepared.k_mean, **call.blocks)
         assert bits is not None
-        problem = _problem(call, prepared, kv_indices, bits)
+        assert skipped is not None
+        problem = _problem(call, prepared, kv_indices, bits, skipped)
         out, residuals = kernels.forward(
-            *problem[:3], kv_indices, save_lse=softmax, save_linear=not softmax,
-            **{name: getattr(problem, name) for name in Problem._fields[4:]},
+            *problem[:4], save_lse=softmax, save_linear=not softmax, **{name: getattr(problem, name) for name in Problem._fields[5:]},
         )  # fmt: skip
     if not softmax:
         return out, [x for x in (residuals.linear,) if x is not None]
-    return out, [x for x in (residuals.lse, bits, residuals.state, residuals.total) if x is not None]
+    others = None
+    if call.leaves_out:
+        others = skipped.clone() if skipped is bits else skipped  # an operator's results share no memory
+    kept = (residuals.lse, bits, others, residuals.state, residuals.total)
+    return out, [x for x in kept if x is not None]
 
 
 def train_saved(needed: Sequence[bool], *arguments: Any) -> list[Tensor]:
@@ -52,10 +56,8 @@ def train_saved(needed: Sequence[bool], *arguments: Any) -> list[Tensor]:
         return [call.v.new_empty(batch, tokens, heads, dim)]
     rows, columns = -(-tokens // call.block_q), -(-tokens // call.block_k)
     words = -(-columns // 32)
-    saved = [
-        call.v.new_empty(batch, heads, rows * call.block_q, dtype=torch.float32),
-        call.v.new_empty(batch, heads, rows, words, dtype=torch.int32),
-    ]
+    saved = [call.v.new_empty(batch, heads, rows * call.block_q, dtype=torch.float32)]
+    saved += [call.v.new_empty(batch, heads, rows, words, dtype=torch.int32) for _ in range(1 + call.leaves_out)]
     if call.linear == "all":
         saved += [call.v.new_empty(batch, heads, *shape, dtype=torch.float32) for shape in ((dim, dim), (dim,))]
     return saved
@@ -80,8 +82,9 @@ def train_backward(
         else:
             assert out is not None
             lse, bits, *state = saved
+            skipped = state.pop(0) if call.leaves_out else bits
             residuals = kernels.Residuals(lse, None, *state) if state else kernels.Residuals(lse, None, None, None)
-            problem = _problem(call, call.prepared(triton=True), indices_of(bits, call.kept), bits)
+            problem = _problem(call, call.prepared(triton=True), indices_of(bits, call.kept), bits, skipped)
             wanted = [any(needed[i] for i in group) for group in ((0, 3, 4), (1, 5, 6), (2,))]
             found = backward(problem, residuals, out, grad, needs_q=wanted[0], needs_kv=wanted[1] or wanted[2])
             grads[7] = found.proj
@@ -127,9 +130,9 @@ class SparseLinearAttention(torch.autograd.Function):
         return (*grads, *(None for _ in arguments[DIFFERENTIABLE:]))
 
 
-def _problem(call: Call, prepared: Prepared, kv_indices: Tensor, bits: Tensor) -> Problem:
+def _problem(call: Call, prepared: Prepared, kv_indices: Tensor, bits: Tensor, skipped: Tensor) -> Problem:
     return Problem(
-        *prepared[:3], kv_indices, bits, prepared[4:] if call.block_means else None, call.proj, call.order, call.v.shape[-2],
-        call.pinned_queries, call.v.shape[-1] ** -0.5 if call.scale is None else call.scale,
+        *prepared[:3], kv_indices, bits, skipped, call.negligible, prepared[4:] if call.block_means else None, call.proj, call.order,
+        call.v.shape[-2], call.pinned_queries, call.v.shape[-1] ** -0.5 if call.scale is None else call.scale,
         call.linear, call.feature_map, call.block_q, call.block_k,
     )  # fmt: skip
