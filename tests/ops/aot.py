@@ -85,9 +85,9 @@ def variants() -> list[tuple[str, Any, str, dict[str, Any], dict[str, int]]]:
                 constants |= {name: options.pop(name) for name in ("TILE_OUT", "TILE_IN", "TILE")}
                 found.append(("marginal_sums", sla_marginal._marginal_sums_kernel, dtype, constants, options))
     for width in (32, 1024, 32768):
-        found.append(
-            ("select", block_map._select_kernel, "fp32", dict(WIDTH=width, BITS=True, NEGLIGIBLE=True), block_map.launch_options(width))
-        )
+        for skipped in (False, True):
+            constants = dict(WIDTH=width, BITS=True, SKIPPED=skipped)
+            found.append(("select", block_map._select_kernel, "fp32", constants, block_map.launch_options(width)))
     return found
 
 

@@ -1,8 +1,8 @@
 """Triton twin of `naive`: scores by matrix products in slabs, selection by one kernel, exact and deterministic.
 
 A program holds one row of scores. It finds the kept-th largest value by building its bits from the top (32 counts over
-the row), keeps what is above it and the first of what equals it, and writes the kept indices in ascending order. Negligible is
-what is not among the highest that are not to be left out, found in the same way.
+the row), keeps what is above it and the first of what equals it, and writes the kept indices in ascending order. A
+second run with another count finds what is negligible: all but the highest that are not to be left out.
 """
 
 from __future__ import annotations
@@ -35,32 +35,12 @@ class BlockMap(NamedTuple):
     skipped: Tensor | None
 
 
-@triton.jit
-def _highest(rank, count):
-    """1 for the `count` highest, of equals the first, else 0."""
-    threshold = tl.zeros([], tl.uint32)
-    for i in range(32):
-        candidate = threshold | (tl.full([], 2147483648, tl.uint32) >> i)
-        enough = tl.sum((rank >= candidate).to(tl.int32), 0) >= count
-        threshold = tl.where(enough, candidate, threshold).to(tl.uint32)
-    above = (rank > threshold).to(tl.int32)
-    equal = (rank == threshold).to(tl.int32)
-    room = count - tl.sum(above, 0)
-    return above | (equal & (tl.cumsum(equal, 0) <= room).to(tl.int32))
-
-
-@triton.jit
-def _store_bits(Bits, chosen, words, WIDTH: tl.constexpr):
-    words_of = tl.reshape(chosen, (WIDTH // 32, 32)) << tl.arange(0, 32)[None, :]
-    word = tl.arange(0, WIDTH // 32)
-    tl.store(Bits + word, tl.sum(words_of, 1), mask=word < words)
-
-
-@triton.jit(do_not_specialize=["columns", "kept", "pinned", "negligible", "words", "out_row_offset", "rows", "out_rows"])
+@triton.jit(do_not_specialize=["columns", "count", "pinned", "words", "out_row_offset", "rows", "out_rows"])
 def _select_kernel(
-    Scores, Indices, Bits, Skipped, columns, kept, pinned, negligible, words, out_row_offset, rows, out_rows,
-    WIDTH: tl.constexpr, BITS: tl.constexpr, NEGLIGIBLE: tl.constexpr,
+    Scores, Indices, Bits, Skipped, columns, count, pinned, words, out_row_offset, rows, out_rows,
+    WIDTH: tl.constexpr, BITS: tl.constexpr, SKIPPED: tl.constexpr,
 ):  # fmt: skip
+    """Writes the `count` highest of a row, as indices and (BITS) as bits; or (SKIPPED) adds all but them to the bits of before."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
     column = tl.arange(0, WIDTH)
@@ -72,14 +52,28 @@ def _select_kernel(
     rank = tl.where(bits < 0, ~bits, bits | -2147483648).to(tl.uint32, bitcast=True)
     rank = tl.where(inside, rank, 0)
     rank = tl.where(column < pinned, 4294967295, rank).to(tl.uint32)
-    chosen = _highest(rank, kept)
+    threshold = tl.zeros([], tl.uint32)
+    for i in range(32):
+        candidate = threshold | (tl.full([], 2147483648, tl.uint32) >> i)
+        enough = tl.sum((rank >= candidate).to(tl.int32), 0) >= count
+        threshold = tl.where(enough, candidate, threshold).to(tl.uint32)
+    above = (rank > threshold).to(tl.int32)
+    equal = (rank == threshold).to(tl.int32)
+    room = count - tl.sum(above, 0)
+    chosen = above | (equal & (tl.cumsum(equal, 0) <= room).to(tl.int32))
     out = head * out_rows + out_row_offset + row
-    tl.store(Indices + out * kept + tl.cumsum(chosen, 0) - 1, column, mask=chosen == 1)
-    if BITS:
-        _store_bits(Bits + out * words, chosen, words, WIDTH)
-    if NEGLIGIBLE:
-        lowest = inside.to(tl.int32) - _highest(rank, columns - negligible)
-        _store_bits(Skipped + out * words, chosen | lowest, words, WIDTH)
+    if SKIPPED:
+        chosen = inside.to(tl.int32) - chosen
+    else:
+        tl.store(Indices + out * count + tl.cumsum(chosen, 0) - 1, column, mask=chosen == 1)
+    if BITS or SKIPPED:
+        word = tl.arange(0, WIDTH // 32)
+        found = tl.sum(tl.reshape(chosen, (WIDTH // 32, 32)) << tl.arange(0, 32)[None, :], 1)
+        if SKIPPED:
+            found |= tl.load(Bits + out * words + word, mask=word < words, other=0)
+            tl.store(Skipped + out * words + word, found, mask=word < words)
+        else:
+            tl.store(Bits + out * words + word, found, mask=word < words)
 
 
 def block_map_with_bits(
@@ -106,16 +100,18 @@ def block_map_with_bits(
     indices = empty(kept)
     chosen = empty(words) if bits else None
     skipped = empty(words) if bits and negligible else chosen
+    counts = (kept,) if skipped is chosen else (kept, columns - negligible)
     keys = k_mean.transpose(-1, -2)
     slab = max(1, SLAB_BYTES // (4 * columns * batch * heads), -(-rows // MAX_SLABS))
     width = max(32, triton.next_power_of_2(columns))
     for start in range(0, rows, slab):
         scores = q_mean[..., start : start + slab, :] @ keys
-        _select_kernel[(scores.shape[-2], batch * heads)](
-            scores, indices, *(indices if x is None else x for x in (chosen, skipped)),
-            columns, kept, pinned, negligible, words, start, scores.shape[-2], rows,
-            WIDTH=width, BITS=bits, NEGLIGIBLE=skipped is not chosen, **launch_options(width),
-        )  # fmt: skip
+        for i, count in enumerate(counts):
+            _select_kernel[(scores.shape[-2], batch * heads)](
+                scores, indices, *(indices if x is None else x for x in (chosen, skipped)),
+                columns, count, pinned, words, start, scores.shape[-2], rows,
+                WIDTH=width, BITS=bits, SKIPPED=i == 1, **launch_options(width),
+            )  # fmt: skip
         del scores  # before the next slab is allocated
     return BlockMap(indices, chosen, skipped)
 
