@@ -35,7 +35,7 @@ class Lite3RConfig:
         linear_branch: What the linear branch sums over: ``"all"`` tokens (Lite3R, arXiv 2605.11354), only the blocks
             that are neither critical nor negligible, ``"marginal"`` (SLA, arXiv 2509.24006, Eq. 5), or ``"none"``. Its output goes
             through ``proj_lin``, which starts at zero: it costs time and changes nothing until `calibrate` has fitted it. Fitted,
-            ``"marginal"`` gains much more (benchmarks/quality.md), but its kernel is slower.
+            ``"marginal"`` gains much more (benchmarks/quality.md) and takes about a twentieth more time.
         feature_map: The kernel feature map of the linear branch, softmax over the head dimension or elu + 1.
         block_means: Each block that is neither critical nor negligible enters the softmax as one key: its mean key and value, weighted
             by its size. Needs no training; takes 40 to 50 % off the change of depth on the testbed (benchmarks/quality.md).
@@ -62,7 +62,7 @@ class Lite3RConfig:
     site_keep_ratios: Mapping[str, float] = dataclasses.field(default_factory=dict)
     negligible_ratio: float = 0.0
     scopes: tuple[Scope, ...] | Literal["auto"] = "auto"
-    linear_branch: LinearBranch = "all"
+    linear_branch: LinearBranch = "marginal"
     feature_map: FeatureMap = "softmax"
     block_means: bool = True
     keep_special_tokens: bool = True

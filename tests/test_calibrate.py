@@ -93,7 +93,7 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 def test_the_fit_is_that_of_gathered_tokens(adapter: Adapter) -> None:
     """Dense attention, linear branch and cross-validated ridge anew, in numpy, over the tokens of all inputs side by side."""
-    model = sparse_toy()
+    model = sparse_toy(linear_branch="all")
     gathered: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
 
     def gather(site, heads) -> Tensor:

@@ -46,8 +46,8 @@ def test_the_text() -> None:
     model(images())
     lines = str(describe(model)).splitlines()
     assert lines[0] == "Lite3R on Toy (adapter 'toy')"
-    assert "  1 global sites sparse-linear: keep_ratio 0.3, blocks 16 x 16, linear branch all (softmax), block means on" in lines
-    assert "  1 global sites sparse-linear: keep_ratio 0.5, blocks 16 x 16, linear branch all (softmax), block means on" in lines
+    assert "  1 global sites sparse-linear: keep_ratio 0.3, blocks 16 x 16, linear branch marginal (softmax), block means on" in lines
+    assert "  1 global sites sparse-linear: keep_ratio 0.5, blocks 16 x 16, linear branch marginal (softmax), block means on" in lines
     assert "  always kept: special tokens; backend torch" in lines
     assert "  2 sites untouched: scope 'frame' stays dense" in lines
     assert "calls so far: 2 sparse, 0 dense (shorter than break-even), density of the last 0.5" in str(describe(model))

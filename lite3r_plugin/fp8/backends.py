@@ -85,11 +85,22 @@ def run(backend: Fp8Backend, x: Tensor | Quantized, weight: Quantized, bias: Ten
 
 
 def _scaled_mm(x: Quantized, weight: Quantized, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """`naive.linear` on the FP8 matrix units; with scales by row their result is BF16, bias and all."""
+    """`naive.linear` on the FP8 matrix units.
+
+    With scales by row their result is BF16, bias and all. An FP32 model would lose by that what QAT has shown it, so its products
+    come back in FP32, without scales, and the scales follow.
+    """
     outputs, inputs = weight.data.shape
     shape = (*x.data.shape[:-1], outputs)
     if not x.data.numel():
         return x.scale.new_empty(shape, dtype=dtype)
+    if dtype == torch.float32:
+        one = torch.ones((), device=x.scale.device)
+        out = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
+            x.data.reshape(-1, inputs), weight.data.t(), scale_a=one, scale_b=one, out_dtype=torch.float32, use_fast_accum=False
+        )
+        out = out.mul_(x.scale.reshape(-1, 1)).mul_(weight.scale.t())
+        return (out if bias is None else out.add_(bias)).view(shape)
     out = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
         x.data.reshape(-1, inputs), weight.data.t(), scale_a=x.scale.reshape(-1, 1), scale_b=weight.scale.t(),
         bias=None if bias is None else bias.to(torch.bfloat16), out_dtype=torch.bfloat16, use_fast_accum=True,

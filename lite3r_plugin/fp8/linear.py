@@ -91,7 +91,7 @@ class Fp8Linear(nn.Module):
             if self.backend == "te":
                 return self._te(input, self).to(dtype)
         bias = self.bias
-        if bias is not None and self.backend == "torch":  # whose matrix product takes no other
+        if bias is not None and self.backend == "torch" and dtype != torch.float32:  # whose matrix product takes no other
             bias = self._bf16_bias.get(bias, functools.partial(bias.to, torch.bfloat16))
         return backends.run(self.backend, input, self._quantized(), bias, dtype, self.infinities)
 

@@ -23,8 +23,6 @@ from lite3r_plugin.ops.fp8 import passes, quantize
 __all__ = ["toy_adapter"]  # the fixture
 pytestmark = pytest.mark.gpu
 SPARSE: dict[str, Any] = dict(keep_ratio=0.3, dense_below=0)
-# Not met in torch 2.11: its row-wise products come back in BF16, which carries values of an FP32 model over the edges of FP8's steps.
-IN_BF16 = pytest.mark.xfail(reason="1.0e-2 to 1.1e-2 measured on an H100", raises=AssertionError, strict=False)
 SIZES = [(1024, 3072), (1024, 1024), (4096, 1024), (48, 16)]
 
 
@@ -101,7 +99,7 @@ def test_mlp_in_a_graph(activation: str) -> None:
 
 @pytest.mark.usefixtures("adapter")
 class TestModel:
-    @pytest.mark.parametrize("backend", [pytest.param("torch", marks=IN_BF16), "weight_only", "te"])
+    @pytest.mark.parametrize("backend", ["torch", "weight_only", "te"])
     @torch.no_grad()
     def test_a_model(self, backend: Any) -> None:
         needs(backend)
@@ -135,7 +133,6 @@ class TestModel:
         convert(model)(images())
         assert relative_error(convert(model.cuda())(images().cuda()).cpu(), expected) < 1e-6
 
-    @IN_BF16
     @torch.no_grad()
     def test_to_a_cpu(self) -> None:
         needs("torch")
@@ -177,7 +174,9 @@ def test_transformer_engine_trains_the_projection() -> None:
 @pytest.mark.usefixtures("adapter")
 def test_a_model_trains_in_transformer_engine() -> None:
     needs("te")
-    model = apply_lite3r(Toy(dim=64).cuda().requires_grad_(False), **SPARSE, backend="torch", precision="fp8_qat", fp8_backend="te")
+    model = apply_lite3r(
+        Toy(dim=64).cuda().requires_grad_(False), **SPARSE, backend="torch", linear_branch="all", precision="fp8_qat", fp8_backend="te"
+    )
     assert not describe(model).notes
     projections = [m.proj_lin.weight for m in model.modules() if getattr(m, "te_projection", None) is not None]
     assert projections

@@ -24,7 +24,10 @@ def dkv_options(p: Problem, early: bool) -> dict[str, int]:
     """Of the kernel that holds keys."""
     if p.q.dtype == torch.float32:
         return dict(TILE_Q=min(p.block_q, 16), TILE_K=min(p.block_k, 32), num_warps=4, num_stages=1)
-    return dict(TILE_Q=min(p.block_q, 64), TILE_K=p.block_k, num_warps=4, num_stages=2)
+    options = dict(TILE_Q=min(p.block_q, 64), TILE_K=p.block_k, num_warps=4, num_stages=2)
+    if p.q.shape[-1] <= 64 and p.block_k <= 64:
+        options["maxnreg"] = 168  # three programs on an SM
+    return options
 
 
 def dmeans_options(p: Problem) -> dict[str, int]:
@@ -34,4 +37,6 @@ def dmeans_options(p: Problem) -> dict[str, int]:
 
 def rows_options(p: Problem) -> dict[str, int]:
     """Of the kernel of the linear branch."""
-    return dict(TILE_Q=min(p.block_q, 32), num_warps=4 if p.q.shape[-1] <= 64 else 8, num_stages=2)
+    if p.q.dtype == torch.float32 or p.q.shape[-1] > 64:
+        return dict(TILE_Q=min(p.block_q, 32), num_warps=4 if p.q.shape[-1] <= 64 else 8, num_stages=2)
+    return dict(TILE_Q=min(p.block_q, 64), num_warps=4, num_stages=2)
