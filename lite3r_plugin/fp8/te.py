@@ -43,7 +43,7 @@ def why_not() -> str | None:
 def why_not_projection(weight: Tensor, linear_branch: str) -> str | None:
     """The reason why `TeProjection` cannot train the projection `weight` of a linear branch, or None when it can."""
     if linear_branch != "all":
-        return f"it takes the linear branch over all tokens as a tensor, which linear_branch={linear_branch!r} never makes; linear_branch='all' does"
+        return f"it takes the linear branch over all tokens (linear_branch='all') as a tensor, which {linear_branch!r} never makes"
     if any(size % MULTIPLE for size in weight.shape):
         return f"it needs head dimensions that are multiples of {MULTIPLE}, not {weight.shape[0]}"
     if weight.device.type != "cuda" or torch.cuda.get_device_capability(weight.device) < (8, 9):
