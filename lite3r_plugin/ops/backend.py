@@ -94,8 +94,8 @@ def use_triton(backend: str, q: Tensor, needs_grad: bool = False) -> bool:
 
 
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Makes x's GPU the current one: Triton launches on the current GPU, whatever its arguments are on."""
-    if not x.is_cuda or torch.cuda.current_device() == x.device.index:
+    """Makes x's GPU the current one: Triton launches on the current GPU, whatever its arguments are on. Compilers see to it themselves."""
+    if torch.compiler.is_compiling() or not x.is_cuda or torch.cuda.current_device() == x.device.index:
         return contextlib.nullcontext()
     return torch.cuda.device(x.device)
 

@@ -137,3 +137,37 @@ def test_weight_only_decodes_every_code() -> None:
     weight = Quantized(codes, torch.ones(len(codes), 1, device=DEVICE), torch.float32)
     x = torch.eye(16, device=DEVICE).half()
     assert torch.equal(weight_only.linear(x, weight, None), codes.float().half().T.contiguous())
+
+
+def test_compiled_for_any_size() -> None:
+    """One opaque operator in the graph, which serves any number of rows, and counts infinities there too."""
+    torch._dynamo.reset()
+    gain, weight, bias = (random(64) for _ in range(3))
+    counter = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+
+    def block(x: Tensor, update: Tensor, attended: Tensor) -> tuple[Tensor, ...]:
+        total, rows = kernels.residual_norm_quantize(x, update, gain, weight, bias, 1e-5, infinities=counter)
+        wide = kernels.gelu_quantize(torch.cat((total, total), -1), infinities=counter)
+        return total, *rows[:2], *wide[:2], *kernels.heads_quantize(attended, infinities=counter)[:2]
+
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True, dynamic=True)
+    for i, rows in enumerate((7, 12, 30)):
+        inputs = random(2, rows, 64), random(2, rows, 64), random(2, 4, rows, 16)
+        inputs[2][0, 3, 5, 1] = math.inf
+        counter.zero_()
+        expected = block(*inputs)
+        seen = counter.clone()
+        counter.zero_()
+        with torch.compiler.set_stance("fail_on_recompile" if i else "default"):
+            found = compiled(*inputs)
+        for one, other in zip(found, expected, strict=True):
+            assert one.dtype == other.dtype
+            assert torch.equal(one.float(), other.float())
+        assert torch.equal(counter, seen)
+        assert seen.item() > 0
+    torch._dynamo.reset()
+
+
+def test_the_operator_is_what_it_says() -> None:
+    arguments = (random(2, 5, 64), random(2, 5, 64), None, random(64), None, torch.zeros(1, dtype=torch.int64, device=DEVICE))
+    torch.library.opcheck(kernels.rows_operator, (*arguments, True, 1e-5, None, False), test_utils=("test_schema", "test_faketensor"))

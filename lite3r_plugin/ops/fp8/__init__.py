@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backend import triton_installed
+from ..backend import constant_in_graphs, triton_installed
 from . import naive
 from .naive import E4M3, E5M2, Quantized, dequantize, fake_quantize, quantize
 
@@ -16,8 +17,14 @@ __all__ = ["E4M3", "E5M2", "Quantized", "dequantize", "fake_quantize", "passes",
 MAX_WIDTH = 32768  # entries of a row that fit into the registers of one program
 
 
+@constant_in_graphs
 def why_no_kernels(device: torch.device) -> str | None:
     """The reason why the one-pass kernels do not run on `device`, or None when they do."""
+    return _why_no_kernels(device)
+
+
+@functools.lru_cache(maxsize=64)
+def _why_no_kernels(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"the tensors are on {device}, not on a CUDA GPU"
     if torch.cuda.get_device_capability(device) < (8, 9):

@@ -7,13 +7,12 @@ relative error (1.6e-3 in the negative tail, 3e-4 above zero) is far below the 6
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..backend import on_device_of, register
 from .naive import E4M3, Quantized, sum_dtype
 
 ACTIVATIONS = {None: 0, "none": 1, "tanh": 2, "swiglu": 3}
@@ -100,12 +99,12 @@ def _rows_kernel(
 
 def quantize(x: Tensor, infinities: Tensor | None = None) -> Quantized:
     """As `naive.quantize`, to E4M3."""
-    return _launch(x, infinities=infinities)
+    return _pass(x, infinities=infinities)[0]
 
 
 def layer_norm_quantize(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, infinities: Tensor | None = None) -> Quantized:
     """As `naive.layer_norm_quantize`."""
-    return _launch(x, norm=(weight, bias, eps), infinities=infinities)
+    return _pass(x, norm=(weight, bias, eps), infinities=infinities)[0]
 
 
 def residual_norm_quantize(
@@ -118,24 +117,23 @@ def residual_norm_quantize(
     infinities: Tensor | None = None,
 ) -> tuple[Tensor, Quantized]:
     """As `naive.residual_norm_quantize`."""
-    total = torch.empty(x.shape, device=x.device, dtype=sum_dtype(x, update, gain))
-    rows = _launch(x, norm=(weight, bias, eps), residual=(update, gain, total), infinities=infinities)
+    rows, total = _pass(x, norm=(weight, bias, eps), residual=(update, gain), infinities=infinities)
     return total, rows._replace(dtype=total.dtype)
 
 
 def gelu_quantize(x: Tensor, approximate: str = "none", infinities: Tensor | None = None) -> Quantized:
     """As `naive.gelu_quantize`."""
-    return _launch(x, activation=approximate, infinities=infinities)
+    return _pass(x, activation=approximate, infinities=infinities)[0]
 
 
 def swiglu_quantize(x: Tensor, infinities: Tensor | None = None) -> Quantized:
     """As `naive.swiglu_quantize`."""
-    return _launch(x, activation="swiglu", infinities=infinities)
+    return _pass(x, activation="swiglu", infinities=infinities)[0]
 
 
 def heads_quantize(x: Tensor, infinities: Tensor | None = None) -> Quantized:
     """As `naive.heads_quantize`."""
-    return _launch(x, heads=True, infinities=infinities)
+    return _pass(x, heads=True, infinities=infinities)[0]
 
 
 def warps(width: int) -> int:
@@ -143,36 +141,66 @@ def warps(width: int) -> int:
     return min(16, max(1, triton.next_power_of_2(width) // 1024))
 
 
-def _launch(
+def _pass(
     x: Tensor,
     *,
     norm: tuple[Tensor | None, Tensor | None, float] | None = None,
-    residual: tuple[Tensor, Tensor | None, Tensor] | None = None,
+    residual: tuple[Tensor | None, Tensor | None] = (None, None),
     activation: str | None = None,
     heads: bool = False,
     infinities: Tensor | None = None,
-) -> Quantized:
+) -> tuple[Quantized, Tensor]:
+    """The quantised rows, and the sum that they were made of where there is a residual, else `x`."""
+    weight, bias, eps = norm or (None, None, 0.0)
+    arguments = (x, *residual, weight, bias, infinities, norm is not None, eps, activation, heads)
+    data, scale, *total = rows_operator(*arguments) if torch.compiler.is_compiling() else _rows(*arguments)
+    return Quantized(data, scale, x.dtype), total[0] if total else x
+
+
+def _rows(
+    x: Tensor, update: Tensor | None, gain: Tensor | None, weight: Tensor | None, bias: Tensor | None, infinities: Tensor | None,
+    norm: bool, eps: float, activation: str | None, heads: bool,
+) -> list[Tensor]:  # fmt: skip
+    """Data, scales and, with an `update`, the sum."""
+    data, scale, *total = _empty(x, update, gain, weight, bias, infinities, norm, eps, activation, heads)
     x = x if x.stride(-1) == 1 else x.contiguous()
     if heads:
-        batch, count, tokens, dim = x.shape
-        shape, strides = (batch, tokens, count * dim), x.stride()[:3]
+        tokens, dim, strides = x.shape[2], x.shape[3], x.stride()[:3]
     else:
-        shape, dim = (*x.shape[:-1], x.shape[-1] // (2 if activation == "swiglu" else 1)), 0
         x = x.reshape(-1, x.shape[-1])
-        tokens, strides = 1, (0, 0, x.stride(0))
-    width, rows = shape[-1], math.prod(shape[:-1])
-    data, scale = torch.empty(shape, device=x.device, dtype=E4M3), torch.empty(*shape[:-1], 1, device=x.device)
-    weight, bias, eps = norm or (None, None, 0.0)
-    update, gain, total = residual or (None, None, None)
+        tokens, dim, strides = 1, 0, (0, 0, x.stride(0))
+    width = data.shape[-1]
     if update is not None:
         update = update.reshape(-1, width)
         update = update if update.stride(-1) == 1 else update.contiguous()
-    _rows_kernel[(rows,)](
-        x, *(x if p is None else p for p in (update, gain, weight, bias, total)),
-        data, scale, scale if infinities is None else infinities,
-        tokens, *strides, 0 if update is None else update.stride(0), eps,
-        C=width, BLOCK=triton.next_power_of_2(width), HEAD_DIM=dim, RESIDUAL=update is not None, GAIN=gain is not None,
-        NORM=norm is not None, WEIGHT=weight is not None, BIAS=bias is not None, ACTIVATION=ACTIVATIONS[activation],
-        COUNT=infinities is not None, INTERPRETED=not x.is_cuda, num_warps=warps(width),
-    )  # fmt: skip
-    return Quantized(data, scale, x.dtype)
+    with on_device_of(x):
+        _rows_kernel[(scale.numel(),)](
+            x, *(x if p is None else p for p in (update, gain, weight, bias)), total[0] if total else x,
+            data, scale, scale if infinities is None else infinities,
+            tokens, *strides, 0 if update is None else update.stride(0), eps,
+            C=width, BLOCK=triton.next_power_of_2(width), HEAD_DIM=dim, RESIDUAL=update is not None, GAIN=gain is not None,
+            NORM=norm, WEIGHT=weight is not None, BIAS=bias is not None, ACTIVATION=ACTIVATIONS[activation],
+            COUNT=infinities is not None, INTERPRETED=not x.is_cuda, num_warps=warps(width),
+        )  # fmt: skip
+    return [data, scale, *total]
+
+
+def _empty(x: Tensor, update: Tensor | None, gain: Tensor | None, *others: object) -> list[Tensor]:
+    """What `_rows` fills."""
+    activation, heads = others[-2:]
+    if heads:
+        batch, count, tokens, dim = x.shape
+        shape = (batch, tokens, count * dim)
+    else:
+        shape = (*x.shape[:-1], x.shape[-1] // (2 if activation == "swiglu" else 1))
+    rows = [x.new_empty(shape, dtype=E4M3), x.new_empty(*shape[:-1], 1, dtype=torch.float32)]
+    return rows if update is None else [*rows, x.new_empty(x.shape, dtype=sum_dtype(x, update, gain))]
+
+
+rows_operator = register(
+    "fp8_rows",
+    "(Tensor x, Tensor? update, Tensor? gain, Tensor? weight, Tensor? bias, Tensor(a!)? infinities, bool norm, float eps, "
+    "str? activation, bool heads) -> Tensor[]",
+    _rows,
+    _empty,
+)
