@@ -150,19 +150,19 @@ def _pass(
     heads: bool = False,
     infinities: Tensor | None = None,
 ) -> tuple[Quantized, Tensor]:
-    """The quantised rows, and the sum that they were made of where there is a residual, else `x`."""
+    """The quantised rows, and the sum that they were made of; where there is no residual, nothing of use."""
     weight, bias, eps = norm or (None, None, 0.0)
     arguments = (x, *residual, weight, bias, infinities, norm is not None, eps, activation, heads)
-    data, scale, *total = rows_operator(*arguments) if torch.compiler.is_compiling() else _rows(*arguments)
-    return Quantized(data, scale, x.dtype), total[0] if total else x
+    data, scale, total = rows_operator(*arguments) if torch.compiler.is_compiling() else _rows(*arguments)
+    return Quantized(data, scale, x.dtype), total
 
 
 def _rows(
     x: Tensor, update: Tensor | None, gain: Tensor | None, weight: Tensor | None, bias: Tensor | None, infinities: Tensor | None,
     norm: bool, eps: float, activation: str | None, heads: bool,
-) -> list[Tensor]:  # fmt: skip
-    """Data, scales and, with an `update`, the sum."""
-    data, scale, *total = _empty(x, update, gain, weight, bias, infinities, norm, eps, activation, heads)
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Data, scales and, with an `update`, the sum; else an empty tensor in its place."""
+    data, scale, total = _empty(x, update, gain, weight, bias, infinities, norm, eps, activation, heads)
     x = x if x.stride(-1) == 1 else x.contiguous()
     if heads:
         tokens, dim, strides = x.shape[2], x.shape[3], x.stride()[:3]
@@ -175,17 +175,17 @@ def _rows(
         update = update if update.stride(-1) == 1 else update.contiguous()
     with on_device_of(x):
         _rows_kernel[(scale.numel(),)](
-            x, *(x if p is None else p for p in (update, gain, weight, bias)), total[0] if total else x,
+            x, *(x if p is None else p for p in (update, gain, weight, bias)), x if update is None else total,
             data, scale, scale if infinities is None else infinities,
             tokens, *strides, 0 if update is None else update.stride(0), eps,
             C=width, BLOCK=triton.next_power_of_2(width), HEAD_DIM=dim, RESIDUAL=update is not None, GAIN=gain is not None,
             NORM=norm, WEIGHT=weight is not None, BIAS=bias is not None, ACTIVATION=ACTIVATIONS[activation],
             COUNT=infinities is not None, INTERPRETED=not x.is_cuda, num_warps=warps(width),
         )  # fmt: skip
-    return [data, scale, *total]
+    return data, scale, total
 
 
-def _empty(x: Tensor, update: Tensor | None, gain: Tensor | None, *others: object) -> list[Tensor]:
+def _empty(x: Tensor, update: Tensor | None, gain: Tensor | None, *others: object) -> tuple[Tensor, Tensor, Tensor]:
     """What `_rows` fills."""
     activation, heads = others[-2:]
     if heads:
@@ -193,14 +193,14 @@ def _empty(x: Tensor, update: Tensor | None, gain: Tensor | None, *others: objec
         shape = (batch, tokens, count * dim)
     else:
         shape = (*x.shape[:-1], x.shape[-1] // (2 if activation == "swiglu" else 1))
-    rows = [x.new_empty(shape, dtype=E4M3), x.new_empty(*shape[:-1], 1, dtype=torch.float32)]
-    return rows if update is None else [*rows, x.new_empty(x.shape, dtype=sum_dtype(x, update, gain))]
+    total = x.new_empty(0) if update is None else x.new_empty(x.shape, dtype=sum_dtype(x, update, gain))
+    return x.new_empty(shape, dtype=E4M3), x.new_empty(*shape[:-1], 1, dtype=torch.float32), total
 
 
 rows_operator = register(
     "fp8_rows",
     "(Tensor x, Tensor? update, Tensor? gain, Tensor? weight, Tensor? bias, Tensor(a!)? infinities, bool norm, float eps, "
-    "str? activation, bool heads) -> Tensor[]",
+    "str? activation, bool heads) -> (Tensor, Tensor, Tensor)",
     _rows,
     _empty,
 )
