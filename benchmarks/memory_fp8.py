@@ -5,7 +5,7 @@
 What is compared are variants of `lite3r bench`, run eagerly: `strong` and `lite3r-strong`, whose weights are in BF16, and
 `lite3r-fp8`. The weights are random, which changes no size. The model that is loaded has no weights before (it is on the
 meta device), so what loading allocates is the weights and whatever is made on the way. The file is written anew after
-every number. Exits with 1 when the blocks take more than 0.52 of their BF16 bytes, loading takes more than 1.02 of what
+every number. Exits with 1 when the blocks take more than 0.52 of their BF16 bytes, loading takes more than 1.05 of what
 the model then holds, `describe` tells another peak than was measured, or the loaded model gives something else than the
 one that was saved.
 """
@@ -32,7 +32,7 @@ from lite3r_plugin.bench.runner import weight_bytes
 from lite3r_plugin.bench.variants import VARIANTS, prepare
 from lite3r_plugin.files import write_atomically
 
-BLOCKS, LOADING, SAME = 0.52, 1.02, 1e-3  # the most that is allowed
+BLOCKS, LOADING, SAME = 0.52, 1.05, 1e-3  # the most that is allowed
 Save = Callable[[dict[str, Any]], None]
 
 

@@ -30,8 +30,9 @@ FP8_HEADER = ("dense in FP8", "Lite3R in FP8", "gain", "gain on stock", "peak me
 def render(report: dict[str, Any]) -> str:
     """The table of a report, in Markdown, with its conditions."""
     cells = {(cell["views"], cell["variant"]): cell for cell in report["cells"]}
-    fp8 = {cell["variant"] for cell in report["cells"]} & {"strong-fp8", "lite3r-fp8"}
-    header = HEADER + FP8_HEADER if fp8 else HEADER
+    measured = {variant for (_, variant), cell in cells.items() if _measured(cell) is not None}
+    dense_fp8, fp8 = "strong-fp8" in measured, "lite3r-fp8" in measured
+    header = HEADER + FP8_HEADER[not dense_fp8 :] if fp8 else HEADER
     lines = ["| " + " | ".join(header) + " |", "|" + " ---: |" * len(header)]
     for views in sorted({views for views, _ in cells}):
         stock, one_line, strong, both = (cells.get((views, name)) for name in ("stock", "lite3r", "strong", "lite3r-strong"))
@@ -41,8 +42,9 @@ def render(report: dict[str, Any]) -> str:
             f"{_memory(stock)} → {_memory(both)}", _density(both),
         )  # fmt: skip
         if fp8:
-            dense_fp8, all_fp8 = (cells.get((views, name)) for name in ("strong-fp8", "lite3r-fp8"))
-            row += (_time(dense_fp8), _time(all_fp8), _ratio(all_fp8, "strong"), _ratio(all_fp8, "stock"), _memory(all_fp8))
+            both = cells.get((views, "lite3r-fp8"))
+            row += (_time(cells.get((views, "strong-fp8"))),) if dense_fp8 else ()
+            row += (_time(both), _ratio(both, "strong"), _ratio(both, "stock"), _memory(both))
         lines.append("| " + " | ".join(row) + " |")
     c = report["conditions"]
     options = ", ".join(f"`{name}={value!r}`" for name, value in c["lite3r_options"].items())
@@ -69,7 +71,7 @@ def _time(cell: dict[str, Any] | None) -> str:
     measured = _measured(cell)
     if measured is not None:
         return f"{measured['median_ms']:,.0f} ms"
-    return "" if cell is None else {"oom": "out of memory"}.get(cell["status"], cell["status"])
+    return "" if cell is None else {"oom": "out of memory", "skipped": "–"}.get(cell["status"], cell["status"])
 
 
 def _memory(cell: dict[str, Any] | None) -> str:

@@ -24,12 +24,12 @@ from lite3r_plugin.ops.sla import kernels
 
 HEADS, DIM, BLOCK_Q, BLOCK_K, KEEP = 16, 64, 128, 64, 0.1
 VARIANTS: list[dict[str, int]] = [
-    dict(TILE_Q=128, TILE_K=64, num_warps=4, num_stages=3, maxnreg=168),  # what launch_options gives
-    dict(TILE_Q=128, TILE_K=64, num_warps=4, num_stages=3),
-    dict(TILE_Q=128, TILE_K=64, num_warps=4, num_stages=2),
+    dict(TILE_Q=128, TILE_K=64, num_warps=8, num_stages=3, maxnreg=128),  # what launch_options gives
+    dict(TILE_Q=128, TILE_K=64, num_warps=8, num_stages=4, maxnreg=128),
     dict(TILE_Q=128, TILE_K=64, num_warps=8, num_stages=3),
-    dict(TILE_Q=128, TILE_K=64, num_warps=8, num_stages=3, maxnreg=128),
-    dict(TILE_Q=64, TILE_K=64, num_warps=4, num_stages=3),
+    dict(TILE_Q=128, TILE_K=64, num_warps=4, num_stages=3),
+    dict(TILE_Q=128, TILE_K=64, num_warps=4, num_stages=3, maxnreg=168),
+    dict(TILE_Q=64, TILE_K=64, num_warps=4, num_stages=3, maxnreg=168),
 ]
 
 

@@ -82,6 +82,15 @@ def test_there_is_one_more_graph_where_sparse_attention_pays(monkeypatch: pytest
     assert graphs.frame_count == 2
 
 
+def test_dynamic_shapes_with_the_policy(toy: Toy) -> None:
+    """Heads and head dimension are symbols there as well."""
+    model = apply_lite3r(toy, TEST_CONFIG, dense_below=None)
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for views in (3, 5):
+            torch.testing.assert_close(compiled(images(views)), model(images(views)))
+
+
 def test_training(toy: Toy) -> None:
     model = apply_lite3r(toy.double(), TEST_CONFIG)
     for site in model.cross:

@@ -110,6 +110,7 @@ class TestModel:
         assert describe(model).linears == {f"in FP8 ({backend})": 8}
         assert relative_error(model(images().cuda()), trained) < (1e-2 if backend == "torch" else 5e-2)
 
+    @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # the compiler's advice
     @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")  # what is cached does not change
     @torch.no_grad()
     def test_auto_is_torch_and_compiles(self) -> None:
