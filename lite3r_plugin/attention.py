@@ -25,7 +25,7 @@ from .ops.block_map import density
 from .ops.fp8 import fake_quantize
 from .ops.qk_norm_rope import norm_rope
 from .ops.sla import linear_attention, sparse_linear_attention
-from .runtime import break_even
+from .runtime import break_even, shares_of
 from .sites import AttentionSite, TokenLayout
 from .stand_in import StandIn
 
@@ -89,6 +89,7 @@ class SparseLinearAttention(StandIn):
         self.site = site
         self.state = state
         self.sparse = sparse
+        self.shares = shares_of(state.config, site.fqn)
         self.enabled = True
         self.observer: Callable[[SparseLinearAttention, Heads], Tensor] | None = None
         self.calls = CallCounts()
@@ -183,8 +184,7 @@ class SparseLinearAttention(StandIn):
             return tokens >= config.dense_below
         compiling = torch.compiler.is_compiling()
         may_measure = not compiling and not (v.is_cuda and torch.cuda.is_current_stream_capturing())
-        mean_share = 1 / config.block_k if config.block_means else 0.0
-        return break_even(v.device, self.keep_ratio, mean_share, may_measure).pays(batch * num_heads * dim, tokens, pinned)
+        return break_even(v.device, self.shares, may_measure).pays(batch * num_heads * dim, tokens, pinned)
 
     def _branch_in_te(self, heads: Heads) -> Tensor:
         q, k = self._finished(heads)

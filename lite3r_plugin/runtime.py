@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .config import Lite3RConfig
 from .errors import InputError
 from .files import write_atomically
 from .ops.backend import constant_in_graphs
@@ -64,16 +65,21 @@ class BreakEven(NamedTuple):
         return width * (self.gain * free * free - self.loss * tokens * tokens - self.tokens * tokens) > self.call
 
 
+def shares_of(config: Lite3RConfig, fqn: str) -> str:
+    """Keep ratio of the site `fqn`, and keys that block means add, as a share of N: in words, which compilers never take for symbols."""
+    return f"{config.keep_ratio_of(fqn)!r} {1 / config.block_k if config.block_means else 0.0!r}"
+
+
 @constant_in_graphs
-def break_even(device: torch.device, keep_ratio: float, mean_share: float, may_measure: bool) -> BreakEven:
-    """When sparse attention pays.
+def break_even(device: torch.device, shares: str, may_measure: bool) -> BreakEven:
+    """When sparse attention pays at a site.
 
     Args:
         device: Where it would run.
-        keep_ratio: Share of the key blocks that are not pinned to keep.
-        mean_share: Keys that block means add, as a share of N; 0 without them.
+        shares: See `shares_of`.
         may_measure: Whether an unknown GPU may be measured now: not while a graph is captured or compiled.
     """
+    keep_ratio, mean_share = map(float, shares.split())
     return _break_even(costs_of(device, may_measure), keep_ratio, mean_share)
 
 

@@ -150,7 +150,7 @@ def test_faults_of_memory_are_named() -> None:
     assert memory_fp8.wrong({"lite3r-fp8": fine}) == []
     for change in (
         dict(blocks_ratio=0.53),
-        dict(loading_peak=103),
+        dict(loading_peak=106),
         dict(forward_peak_by_describe={2: 8}),
         dict(loaded_differs_by=float("nan")),
     ):

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from lite3r_plugin import runtime
+from lite3r_plugin import Lite3RConfig, runtime
 from lite3r_plugin.runtime import CPU, H100, AttentionCosts, break_even, costs_of, fit
 
 GPU = torch.device("cuda", 0)
+SHARES = runtime.shares_of(Lite3RConfig(keep_ratio=0.1, block_means=False), "site")
 SLOW = AttentionCosts(dense=3e-8, slowdown=2.0, per_token=1e-5, per_call=0.2)
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
@@ -100,12 +101,12 @@ def test_damaged_or_old_measurements_are_repeated(gpu: Path, text: str) -> None:
 
 def test_nothing_is_measured_while_a_graph_is_made(gpu: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(runtime, "measure", lambda device: pytest.fail("measured inside a graph"))
-    assert break_even(GPU, 0.1, 0.0, may_measure=False) == runtime._break_even(H100, 0.1, 0.0)
+    assert break_even(GPU, SHARES, may_measure=False) == runtime._break_even(H100, 0.1, 0.0)
     assert "NVIDIA X100/PCIe was never measured" in caplog.text
     assert "Run the model once before that, or set Lite3RConfig.dense_below" in caplog.text
     monkeypatch.setattr(runtime, "measure", lambda device: SLOW)
-    assert break_even(GPU, 0.1, 0.0, may_measure=True) == runtime._break_even(SLOW, 0.1, 0.0)
-    assert break_even(GPU, 0.1, 0.0, may_measure=False) == runtime._break_even(SLOW, 0.1, 0.0)
+    assert break_even(GPU, SHARES, may_measure=True) == runtime._break_even(SLOW, 0.1, 0.0)
+    assert break_even(GPU, SHARES, may_measure=False) == runtime._break_even(SLOW, 0.1, 0.0)
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(gpu: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
