@@ -184,6 +184,20 @@ def test_adversarial_inputs(case: str) -> None:
     assert_as_accurate(*result)
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")  # in the interpreter, by the first launch
+@pytest.mark.parametrize("bits", [60.0, 120.0, 1000.0])
+@pytest.mark.parametrize("dtype", [d for d in DTYPES if d != torch.float16], ids=str)
+def test_scores_far_above_the_reference(dtype: torch.dtype, bits: float) -> None:
+    """2**bits of the softmax of some queries lies in the first key block, after the reference is taken from the last kept one."""
+    q, k, v = (x.clone() for x in random_qkv(LENGTHS[-1], 32, dtype))
+    block = BLOCKS["block_k"]
+    k[:, :, :block] = 1.0
+    q[:, 0, : q.shape[2] // 2] = bits * math.log(2) * 32**0.5 / 32  # the other queries, and the other head, stay as they were
+    order = torch.arange(q.shape[2], device=DEVICE).int()
+    for branch in (("none", "softmax", False), ("all", "softmax", True)):
+        assert_as_accurate(*run_both(q, k, v, order, 0, 0.5, branch, torch.eye(32, device=DEVICE)))
+
+
 @pytest.mark.parametrize("linear", ["all", "marginal"])
 def test_autocast_does_not_reach_into_the_operator(linear: str) -> None:
     q, k, v = random_qkv(LENGTHS[-1], 64, torch.float32)

@@ -33,11 +33,9 @@ def load_rows(X, rows, d, D: tl.constexpr):
 def _accumulate(score, sizes, v, scale_log2, top, weight, acc, SIZED: tl.constexpr, FIXED: tl.constexpr, PRECISION: tl.constexpr):
     """Adds a tile of keys to the sums; if SIZED, each key counts `sizes` times. Returns the reference and the sums."""
     if not FIXED:
-        seen = score
         if SIZED:  # what is left out may be as large as it likes
-            seen = tl.where((sizes > 0.0)[None, :], score, float("-inf"))
-            score = seen
-        new_top = tl.maximum(top, tl.max(seen, 1) * scale_log2)
+            score = tl.where((sizes > 0.0)[None, :], score, float("-inf"))
+        new_top = tl.maximum(top, tl.max(score, 1) * scale_log2)
         decay = tl.exp2(top - new_top)
         weight *= decay
         acc *= decay[:, None]
