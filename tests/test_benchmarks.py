@@ -91,7 +91,7 @@ def test_the_check_at_scale_finds_faults(monkeypatch: pytest.MonkeyPatch, fault:
     def faulty(*args: Any, **options: Any) -> torch.Tensor:
         if fault == "wrong order":
             return run(*args, **options).roll(1, -2)
-        return run(*args, **options | dict(linear="marginal"))
+        return run(*args, **options | dict(linear="all"))
 
     if fault is not None:
         monkeypatch.setattr(check_scale, "sparse_linear_attention", faulty)
