@@ -237,8 +237,9 @@ def _dmeans_kernel(
         do = _rows_of(DO, at, lanes, d, D)
         word = tl.load(Bits + (head * rows + row) * words + block // 32, mask=inside, other=-1)
         marginal = inside & (((word >> (block % 32)) & 1) == 0)
-        lse = tl.load(lse_place(Stats, at + lanes))
-        delta = tl.load(lse_place(Stats, at + lanes) + 64)
+        place = lse_place(Stats, at) + lanes
+        lse = tl.load(place)
+        delta = tl.load(place + 64)
         score = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2 + log_size[:, None] - lse[None, :]
         p = tl.where(marginal[:, None], tl.exp2(score), 0.0)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
