@@ -53,6 +53,29 @@ def _store_means(M, x, live, base, lanes, live_lane, first_row, N, blocks, D: tl
 
 
 @triton.jit
+def _load_halves(at, lanes1, lanes2, inside):
+    """Rows at `at`, in FP32: entry i of the second half is the rotary partner of entry i of the first."""
+    x1 = tl.load(at + lanes1[None, :], mask=inside, other=0.0).to(tl.float32)
+    x2 = tl.load(at + lanes2[None, :], mask=inside, other=0.0).to(tl.float32)
+    return x1, x2
+
+
+@triton.jit
+def _store_halves(
+    x1, x2, Out, Mean, base, to, lanes1, lanes2, live, live_lane, written, first_row, N, blocks,
+    D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, POOL: tl.constexpr,
+):  # fmt: skip
+    """The rows into Out, and if POOL their means over blocks into Mean; then padding is zero."""
+    if POOL:
+        _store_means(Mean, x1, live, base, lanes1, live_lane, first_row, N, blocks, D, ROWS, BLOCK)
+        _store_means(Mean, x2, live, base, lanes2, live_lane, first_row, N, blocks, D, ROWS, BLOCK)
+        x1 = tl.where(live[:, None], x1, 0.0)
+        x2 = tl.where(live[:, None], x2, 0.0)
+    tl.store(Out + to + lanes1[None, :], x1.to(Out.dtype.element_ty), mask=written)
+    tl.store(Out + to + lanes2[None, :], x2.to(Out.dtype.element_ty), mask=written)
+
+
+@triton.jit
 def _rotation(place, p_stride_c, live, lane, log2_base, D: tl.constexpr):
     """cos and sin of the angles of tokens whose two coordinates are at `place` and `p_stride_c` after it, by half lane."""
     first = tl.load(place, mask=live, other=0).to(tl.float32)
@@ -93,35 +116,19 @@ def _prepare_kernel(
     base = batch * H + head
     to = (base * out_rows + rows)[:, None] * D
     at = Q + batch * q_stride_b + head * q_stride_h + source[:, None] * q_stride_n
-    x1 = tl.load(at + lanes1[None, :], mask=inside, other=0.0).to(tl.float32)
-    x2 = tl.load(at + lanes2[None, :], mask=inside, other=0.0).to(tl.float32)
+    x1, x2 = _load_halves(at, lanes1, lanes2, inside)
     x1, x2 = _norm_rotate(x1, x2, QW, QB, lanes1, lanes2, live_lane, cos, sin, q_eps, D, Q_NORM, ROPE)
-    if POOL:
-        _store_means(QMean, x1, live, base, lanes1, live_lane, first_row, N, q_blocks, D, ROWS, ROWS)
-        _store_means(QMean, x2, live, base, lanes2, live_lane, first_row, N, q_blocks, D, ROWS, ROWS)
-        x1 = tl.where(live[:, None], x1, 0.0)
-        x2 = tl.where(live[:, None], x2, 0.0)
-    tl.store(QOut + to + lanes1[None, :], x1.to(QOut.dtype.element_ty), mask=written)
-    tl.store(QOut + to + lanes2[None, :], x2.to(QOut.dtype.element_ty), mask=written)
+    _store_halves(x1, x2, QOut, QMean, base, to, lanes1, lanes2, live, live_lane, written, first_row, N, q_blocks, D, ROWS, ROWS, POOL)
     at = K + batch * k_stride_b + head * k_stride_h + source[:, None] * k_stride_n
-    x1 = tl.load(at + lanes1[None, :], mask=inside, other=0.0).to(tl.float32)
-    x2 = tl.load(at + lanes2[None, :], mask=inside, other=0.0).to(tl.float32)
+    x1, x2 = _load_halves(at, lanes1, lanes2, inside)
     x1, x2 = _norm_rotate(x1, x2, KW, KB, lanes1, lanes2, live_lane, cos, sin, k_eps, D, K_NORM, ROPE)
-    if POOL:
-        _store_means(KMean, x1, live, base, lanes1, live_lane, first_row, N, k_blocks, D, ROWS, BLOCK_K)
-        _store_means(KMean, x2, live, base, lanes2, live_lane, first_row, N, k_blocks, D, ROWS, BLOCK_K)
-        x1 = tl.where(live[:, None], x1, 0.0)
-        x2 = tl.where(live[:, None], x2, 0.0)
-    tl.store(KOut + to + lanes1[None, :], x1.to(KOut.dtype.element_ty), mask=written)
-    tl.store(KOut + to + lanes2[None, :], x2.to(KOut.dtype.element_ty), mask=written)
+    _store_halves(x1, x2, KOut, KMean, base, to, lanes1, lanes2, live, live_lane, written, first_row, N, k_blocks, D, ROWS, BLOCK_K, POOL)
     if POOL:
         at = V + batch * v_stride_b + head * v_stride_h + source[:, None] * v_stride_n
-        x1 = tl.load(at + lanes1[None, :], mask=inside, other=0.0)
-        x2 = tl.load(at + lanes2[None, :], mask=inside, other=0.0)
-        tl.store(VOut + to + lanes1[None, :], x1, mask=written)
-        tl.store(VOut + to + lanes2[None, :], x2, mask=written)
-        _store_means(VMean, x1.to(tl.float32), live, base, lanes1, live_lane, first_row, N, k_blocks, D, ROWS, BLOCK_K)
-        _store_means(VMean, x2.to(tl.float32), live, base, lanes2, live_lane, first_row, N, k_blocks, D, ROWS, BLOCK_K)
+        x1, x2 = _load_halves(at, lanes1, lanes2, inside)
+        _store_halves(
+            x1, x2, VOut, VMean, base, to, lanes1, lanes2, live, live_lane, written, first_row, N, k_blocks, D, ROWS, BLOCK_K, POOL
+        )
 
 
 def prepare_qkv(

@@ -18,16 +18,7 @@ import triton
 import triton.language as tl
 
 from .linear_kernels import _phi
-from .softmax_kernels import block_sizes
-
-
-@triton.jit
-def _rows_of(P, first, lanes, d, D: tl.constexpr):
-    """Rows ``first + lanes`` of a ``[*, D]`` matrix."""
-    at = (first + lanes)[:, None] * D + d[None, :]
-    if d.shape[0] == D:
-        return tl.load(P + at)
-    return tl.load(P + at, mask=(d < D)[None, :], other=0.0)
+from .softmax_kernels import block_sizes, load_rows
 
 
 @triton.jit
@@ -77,8 +68,8 @@ def _dq_kernel(
     at = head * padded + row * BLOCK_Q + tile * TILE_Q
     own = tl.arange(0, TILE_Q)
     dtype: tl.constexpr = V.dtype.element_ty
-    q = _rows_of(Q, at, own, d, D)
-    do = _rows_of(DO, at, own, d, D)
+    q = load_rows(Q, at + own, d, D)
+    do = load_rows(DO, at + own, d, D)
     lse = tl.load(lse_place(Stats, at + own))
     delta = tl.load(lse_place(Stats, at + own) + 64)
     chosen = Indices + (head * rows + row) * kept
@@ -87,8 +78,8 @@ def _dq_kernel(
     acc = tl.zeros([TILE_Q, DP], tl.float32)
     for i in range(first * STEPS, last * STEPS):
         key = tl.load(chosen + i // STEPS) * BLOCK_K + i % STEPS * TILE_K
-        k = _rows_of(K, head * padded + key, lanes, d, D)
-        v = _rows_of(V, head * padded + key, lanes, d, D)
+        k = load_rows(K, head * padded + key + lanes, d, D)
+        v = load_rows(V, head * padded + key + lanes, d, D)
         score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 - lse[:, None]
         if key + TILE_K > N:
             score = tl.where((key + lanes < N)[None, :], score, float("-inf"))
@@ -99,8 +90,8 @@ def _dq_kernel(
         bits = Bits + (head * rows + row) * words
         for i in range(0, tl.where(long, 0, far // TILE_K)):
             start = i * TILE_K
-            k = _rows_of(KFar, head * far + start, lanes, d, D)
-            v = _rows_of(VFar, head * far + start, lanes, d, D)
+            k = load_rows(KFar, head * far + start + lanes, d, D)
+            v = load_rows(VFar, head * far + start + lanes, d, D)
             sizes = block_sizes(bits, start, lanes, N, columns, words, BLOCK_K)
             score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 - lse[:, None]
             dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
@@ -157,15 +148,15 @@ def _dkv_kernel(
     else:
         first += parts * part
     key = column * BLOCK_K + tile * TILE_K
-    k = _rows_of(K, head * padded + key, own, d, D)
-    v = _rows_of(V, head * padded + key, own, d, D)
+    k = load_rows(K, head * padded + key + own, d, D)
+    v = load_rows(V, head * padded + key + own, d, D)
     dk = tl.zeros([TILE_K, DP], tl.float32)
     dv = tl.zeros([TILE_K, DP], tl.float32)
     for i in range(first * STEPS, last * STEPS):
         row = tl.load(Rows + head * total + i // STEPS)
         at = head * padded + row * BLOCK_Q + i % STEPS * TILE_Q
-        q = _rows_of(Q, at, lanes, d, D)
-        do = _rows_of(DO, at, lanes, d, D)
+        q = load_rows(Q, at + lanes, d, D)
+        do = load_rows(DO, at + lanes, d, D)
         lse, delta = _stats_of(Stats, at, TILE_Q)
         score = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2 - lse[None, :]
         p = tl.exp2(score)
@@ -233,8 +224,8 @@ def _dmeans_kernel(
     for i in range(first * STEPS, tl.minimum(first + per_split, rows) * STEPS):
         row = i // STEPS
         at = head * padded + row * BLOCK_Q + i % STEPS * TILE_Q
-        q = _rows_of(Q, at, lanes, d, D)
-        do = _rows_of(DO, at, lanes, d, D)
+        q = load_rows(Q, at + lanes, d, D)
+        do = load_rows(DO, at + lanes, d, D)
         word = tl.load(Bits + (head * rows + row) * words + block // 32, mask=inside, other=-1)
         marginal = inside & (((word >> (block % 32)) & 1) == 0)
         place = lse_place(Stats, at) + lanes
