@@ -10,7 +10,7 @@ from torch import Tensor
 from ..config import Fp8Backend
 from ..errors import BackendError
 from ..ops import weight_only
-from ..ops.backend import on_device_of, triton_installed
+from ..ops.backend import triton_installed
 from ..ops.fp8 import Quantized, naive, passes
 from . import te
 
@@ -79,9 +79,8 @@ def run(backend: Fp8Backend, x: Tensor | Quantized, weight: Quantized, bias: Ten
         if isinstance(x, Quantized):
             raise BackendError('the backend "weight_only" takes no input in FP8')
         return weight_only.linear(x.to(dtype), weight, bias, triton=True)
-    with on_device_of(x.data if isinstance(x, Quantized) else x):
-        rows = x if isinstance(x, Quantized) else passes(x).quantize(x, infinities=count)
-        return _scaled_mm(rows, weight, bias, dtype) if backend == "torch" else naive.linear(rows, weight, bias, dtype)
+    rows = x if isinstance(x, Quantized) else passes(x).quantize(x, infinities=count)
+    return _scaled_mm(rows, weight, bias, dtype) if backend == "torch" else naive.linear(rows, weight, bias, dtype)
 
 
 def _scaled_mm(x: Quantized, weight: Quantized, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError
-from ..ops.backend import on_device_of
 from ..ops.fp8 import Quantized, passes
 from ..sites import AttentionSite, PreNormBlock
 from ..stand_in import StandIn
@@ -50,8 +49,7 @@ class Fp8Block(StandIn):
         wants_grad = torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad
         if not isinstance(x, Tensor) or wants_grad or self.training or not given.keys() <= self.attention_arguments:
             return self.run_host(*args, **kwargs)
-        with on_device_of(x):
-            return self._forward(x, attention, given)
+        return self._forward(x, attention, given)
 
     def _forward(self, x: Tensor, attention: nn.Module, given: dict[str, Any]) -> Tensor:
         block = self.block
