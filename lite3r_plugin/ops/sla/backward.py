@@ -32,7 +32,7 @@ class Problem(NamedTuple):
         kv_indices, critical: The critical key blocks, as indices and as a bit set.
         bits: A bit for each key block that is not marginal.
         negligible: Key blocks that are neither critical nor marginal for a query block that is not pinned.
-        means: Mean keys and values ``[B, H, ceil(tokens / block_k), D]``, or None without block means.
+        means: Mean keys and values ``[B, H, ceil(tokens / block_k), D]`` (`backward` pads them), or None without block means.
         proj: ``[D, D]``, or None without a linear branch.
         order: ``[N]`` int32, or None.
         tokens, pinned: N, and the number of query blocks that attend to all keys.
@@ -108,7 +108,8 @@ def backward(problem: Problem, residuals: Residuals, out: Tensor, grad: Tensor, 
     if problem.marginal == 0 or problem.pinned == rows:
         problem = problem._replace(means=None, linear="none" if problem.linear == "marginal" else problem.linear)
     if problem.means is not None:
-        problem = problem._replace(means=(problem.means[0].to(problem.v.dtype), problem.means[1].to(problem.v.dtype)))
+        tile = max(options(problem)["TILE_K"] for options in (dq_options, dmeans_options))
+        problem = problem._replace(means=far_blocks(*problem.means, tile, problem.v.dtype))
     shared = _by_rows(problem, residuals, out, _rows_contiguous(grad))
     dq = _query_gradient(problem, shared) if needs_q else None
     dk, dv = _key_gradients(problem, shared) if needs_kv else (None, None)
@@ -192,7 +193,7 @@ def _query_gradient(p: Problem, shared: _Rows) -> Tensor:
     partial = torch.empty(batch, heads, p.pinned, splits, p.block_q, dim, device=p.q.device, dtype=torch.float32)
     dq = shared.dq
     options = dq_options(p)
-    far = far_blocks(*p.means, options["TILE_K"], p.v.dtype) if p.means is not None else (p.q, p.q)
+    far = p.means or (p.q, p.q)
     everything = torch.arange(columns, device=p.q.device, dtype=torch.int32) if p.pinned else p.kv_indices
     _dq_kernel[(batch * heads * (p.pinned * splits + rows - p.pinned) * (p.block_q // options["TILE_Q"]),)](
         p.q, p.k, p.v, shared.do, shared.stats, p.kv_indices, everything, p.bits, *far, dq, partial,
@@ -257,7 +258,7 @@ def _mean_gradients(p: Problem, shared: _Rows) -> tuple[Tensor, Tensor]:
     dk, dv = torch.empty(2, batch * heads, splits, columns, dim, device=p.q.device, dtype=torch.float32)
     _dmeans_kernel[(tiles, splits, batch * heads)](
         p.q, *p.means, shared.do, shared.stats, p.bits, dk, dv,
-        p.tokens, padded, rows, columns, p.bits.shape[-1], p.pinned, per_split, p.scale * LOG2_E,
+        p.tokens, padded, rows, columns, p.means[0].shape[2], p.bits.shape[-1], p.pinned, per_split, p.scale * LOG2_E,
         **_sizes(p), PRECISION=_precision(p.q), **options,
     )  # fmt: skip
     return dk.sum(1).mul_(p.scale), dv.sum(1)

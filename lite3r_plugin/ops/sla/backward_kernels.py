@@ -197,10 +197,10 @@ def _dkv_kernel(
         tl.store(DV + to, tl.where(inside, dv, 0.0).to(dtype), mask=live)
 
 
-@triton.jit(do_not_specialize=["N", "rows", "columns", "words", "pinned", "per_split"])
+@triton.jit(do_not_specialize=["N", "rows", "columns", "far", "words", "pinned", "per_split"])
 def _dmeans_kernel(
-    Q, KMean, VMean, DO, Stats, Bits, PartK, PartV,
-    N, padded, rows, columns, words, pinned, per_split, scale_log2,
+    Q, KFar, VFar, DO, Stats, Bits, PartK, PartV,
+    N, padded, rows, columns, far, words, pinned, per_split, scale_log2,
     D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -210,13 +210,11 @@ def _dmeans_kernel(
     head = tl.program_id(2).to(tl.int64)
     d = tl.arange(0, DP)
     lanes = tl.arange(0, TILE_Q)
-    dtype: tl.constexpr = VMean.dtype.element_ty
+    dtype: tl.constexpr = VFar.dtype.element_ty
     block = tl.program_id(0) * TILE_K + tl.arange(0, TILE_K)
     inside = block < columns
-    mask = inside[:, None] & (d < D)[None, :]
-    mean = (head * columns + block)[:, None] * D + d[None, :]
-    k = tl.load(KMean + mean, mask=mask, other=0.0)
-    v = tl.load(VMean + mean, mask=mask, other=0.0)
+    k = load_rows(KFar, head * far + block, d, D)
+    v = load_rows(VFar, head * far + block, d, D)
     log_size = tl.log2(tl.maximum(tl.minimum(N - block * BLOCK_K, BLOCK_K), 1).to(tl.float32))
     dk = tl.zeros([TILE_K, DP], tl.float32)
     dv = tl.zeros([TILE_K, DP], tl.float32)
@@ -238,5 +236,6 @@ def _dmeans_kernel(
         ds = p * (dp - delta[None, :])
         dk = tl.dot(ds.to(dtype), q, dk, input_precision=PRECISION)
     to = ((head * tl.num_programs(1) + split) * columns + block)[:, None] * D + d[None, :]
+    mask = inside[:, None] & (d < D)[None, :]
     tl.store(PartK + to, dk, mask=mask)
     tl.store(PartV + to, dv, mask=mask)
