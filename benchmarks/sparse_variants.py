@@ -139,10 +139,8 @@ def compare(tokens: int, device: torch.device) -> None:
         ms = queued_ms(run, device)
         error = float((out.transpose(1, 2).float() - expected).norm() / expected.norm())
         names = " ".join(name for name, on in switches.items() if on) or "online"
-        print(
-            f"{tokens} {names} {options}: {ms:.3f} ms, {flops / ms / 1e9:.0f} TFLOP/s, {binary.n_regs} registers, {binary.n_spills} spills, "
-        )
-        print(f"    differs by {error:.1e}", flush=True)
+        found = f"{ms:.3f} ms, {flops / ms / 1e9:.0f} TFLOP/s, {binary.n_regs} registers, {binary.n_spills} spills, differs by {error:.1e}"
+        print(f"{tokens} {names} {options}: {found}", flush=True)
 
 
 if __name__ == "__main__":
