@@ -129,7 +129,7 @@ def compare(tokens: int, device: torch.device) -> None:
         out = torch.full((1, tokens, HEADS, DIM), float("nan"), device=device, dtype=torch.bfloat16)
         arguments = (
             q, k, p.v, tiles(k, switches["TMA"]), tiles(p.v, switches["TMA"]), scales, indices, out,
-            tokens, padded, HEADS, rows, kept, DIM**-0.5 * kernels.LOG2_E,
+            tokens, padded, HEADS, rows, kept, DIM**-0.5 * kernels.LOG2_E.value,
         )  # fmt: skip
 
         def run(arguments: Any = arguments, more: Any = switches | options) -> Any:

@@ -82,7 +82,7 @@ class TeLinear:
         rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
         with te.autocast(enabled=True, recipe=te.recipe):
             out = self._layer(F.pad(rows, (0, 0, 0, -len(rows) % MULTIPLE)), is_first_microbatch=False)
-        return out[: len(rows)].view(*x.shape[:-1], -1)
+        return out[: len(rows)].view(*x.shape[:-1], out.shape[-1])
 
     def _build(self, owner: Any) -> Any:
         te = _te()
@@ -121,4 +121,4 @@ class TeProjection:
         rows = F.pad(rows, (0, 0, 0, -len(rows) % MULTIPLE)).to(torch.bfloat16)
         with torch.autocast("cuda", torch.bfloat16), te.autocast(enabled=True, recipe=te.recipe):
             out = self._layer(rows)
-        return out[: x.numel() // x.shape[-1]].view(*x.shape[:-1], -1).to(x.dtype)
+        return out[: x.numel() // x.shape[-1]].view(*x.shape[:-1], out.shape[-1]).to(x.dtype)

@@ -15,9 +15,9 @@ from torch import Tensor
 from ..block_map.transpose_kernels import by_key_block
 from .backward_kernels import _dkv_kernel, _dmeans_kernel, _dq_kernel
 from .backward_options import dkv_options, dmeans_options, dq_options, rows_options
-from .kernels import LINEAR, LOG2_E, Residuals
+from .kernels import LINEAR, Residuals
 from .linear_backward_kernels import _dproj_kernel, _rows_kernel
-from .linear_kernels import _precision
+from .linear_kernels import LOG2_E, _precision
 from .marginal_kernels import head_groups, marginal_states, marginal_sums
 from .softmax_kernels import far_blocks
 
@@ -197,7 +197,8 @@ def _query_gradient(p: Problem, shared: _Rows) -> Tensor:
     everything = torch.arange(columns, device=p.q.device, dtype=torch.int32) if p.pinned else p.kv_indices
     _dq_kernel[(batch * heads * (p.pinned * splits + rows - p.pinned) * (p.block_q // options["TILE_Q"]),)](
         p.q, p.k, p.v, shared.do, shared.stats, p.kv_indices, everything, p.bits, *far, dq, partial,
-        p.tokens, padded, rows, columns, kept, far[0].shape[2], p.bits.shape[-1], p.pinned, splits, per_split, p.scale, p.scale * LOG2_E,
+        p.tokens, padded, rows, columns, kept, far[0].shape[2], p.bits.shape[-1], p.pinned, splits, per_split,
+        p.scale, p.scale * LOG2_E.value,
         **_sizes(p), MEANS=p.means is not None, ADD=p.linear != "none", PRECISION=_precision(p.q), **options,
     )  # fmt: skip
     if p.pinned:
@@ -217,12 +218,12 @@ def _key_gradients(p: Problem, shared: _Rows) -> tuple[Tensor, Tensor]:
     dk, dv = torch.empty_like(p.k), torch.empty_like(p.v)
 
     def launch(is_early: bool, of_heads: range, dstate: Tensor, dtotal: Tensor) -> None:
-        options = dkv_options(p, is_early)
+        options = dkv_options(p)
         programs = len(of_heads) * (slots if is_early else columns) * (p.block_k // options["TILE_K"])
         _dkv_kernel[(programs,)](
             p.q, p.k, p.v, shared.do, shared.stats, work.rows, work.starts, work.early_starts, work.early_columns,
             *early, *mean_grads, dstate, dtotal, shared.mu, dk, dv,
-            p.tokens, padded, columns, work.rows.shape[-1], slots, work.part, of_heads.start, p.scale, p.scale * LOG2_E,
+            p.tokens, padded, columns, work.rows.shape[-1], slots, work.part, of_heads.start, p.scale, p.scale * LOG2_E.value,
             **_sizes(p), EARLY=is_early, MEANS=p.means is not None, **_branch(p), **options,
         )  # fmt: skip
 
@@ -258,7 +259,7 @@ def _mean_gradients(p: Problem, shared: _Rows) -> tuple[Tensor, Tensor]:
     dk, dv = torch.empty(2, batch * heads, splits, columns, dim, device=p.q.device, dtype=torch.float32)
     _dmeans_kernel[(tiles, splits, batch * heads)](
         p.q, *p.means, shared.do, shared.stats, p.bits, dk, dv,
-        p.tokens, padded, rows, columns, p.means[0].shape[2], p.bits.shape[-1], p.pinned, per_split, p.scale * LOG2_E,
+        p.tokens, padded, rows, columns, p.means[0].shape[2], p.bits.shape[-1], p.pinned, per_split, p.scale * LOG2_E.value,
         **_sizes(p), PRECISION=_precision(p.q), **options,
     )  # fmt: skip
     return dk.sum(1).mul_(p.scale), dv.sum(1)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .linear_kernels import _phi
-from .softmax_kernels import block_sizes, load_rows
+from .softmax_kernels import block_sizes, is_marginal, load_rows
 
 
 @triton.jit
@@ -160,8 +160,8 @@ def _dkv_kernel(
         lse, delta = _stats_of(Stats, at, TILE_Q)
         score = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2 - lse[None, :]
         p = tl.exp2(score)
-        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         dv = tl.dot(p.to(dtype), do, dv, input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         ds = p * (dp - delta[None, :])
         dk = tl.dot(ds.to(dtype), q, dk, input_precision=PRECISION)
     live = (own < TILE_K)[:, None] & (d < D)[None, :]
@@ -186,8 +186,11 @@ def _dkv_kernel(
             both = (d < D)[:, None] & (d < D)[None, :]
             dstate = tl.load(DState + (at * D + d)[:, None] * D + d[None, :], mask=both, other=0.0).to(dtype)
             dtotal = tl.load(DTotal + at * D + d, mask=d < D, other=0.0)
-            features = _phi(k.to(tl.float32), (d < D)[None, :], SOFTMAX, 1)
-            centred = v.to(tl.float32) - tl.load(Mu + head * D + d, mask=d < D, other=0.0)[None, :]
+            # Loaded again: kept in registers through the loop, they would push others out.
+            own_k = load_rows(K, head * padded + key + own, d, D).to(tl.float32)
+            own_v = load_rows(V, head * padded + key + own, d, D).to(tl.float32)
+            features = _phi(own_k, (d < D)[None, :], SOFTMAX, 1)
+            centred = own_v - tl.load(Mu + head * D + d, mask=d < D, other=0.0)[None, :]
             grad = tl.dot(centred.to(dtype), tl.trans(dstate), input_precision=PRECISION) + dtotal[None, :]
             dk += phi_backward(features, grad, SOFTMAX)
             dv = tl.dot(features.to(dtype), dstate, dv, input_precision=PRECISION)
@@ -211,11 +214,13 @@ def _dmeans_kernel(
     d = tl.arange(0, DP)
     lanes = tl.arange(0, TILE_Q)
     dtype: tl.constexpr = VFar.dtype.element_ty
-    block = tl.program_id(0) * TILE_K + tl.arange(0, TILE_K)
-    inside = block < columns
-    k = load_rows(KFar, head * far + block, d, D)
-    v = load_rows(VFar, head * far + block, d, D)
+    start = tl.program_id(0) * TILE_K
+    own = tl.arange(0, TILE_K)
+    k = load_rows(KFar, head * far + start + own, d, D)
+    v = load_rows(VFar, head * far + start + own, d, D)
+    block = start + own
     log_size = tl.log2(tl.maximum(tl.minimum(N - block * BLOCK_K, BLOCK_K), 1).to(tl.float32))
+    log_size = tl.where(block < columns, log_size, float("-inf"))
     dk = tl.zeros([TILE_K, DP], tl.float32)
     dv = tl.zeros([TILE_K, DP], tl.float32)
     first = pinned + split * per_split
@@ -224,18 +229,15 @@ def _dmeans_kernel(
         at = head * padded + row * BLOCK_Q + i % STEPS * TILE_Q
         q = load_rows(Q, at + lanes, d, D)
         do = load_rows(DO, at + lanes, d, D)
-        word = tl.load(Bits + (head * rows + row) * words + block // 32, mask=inside, other=-1)
-        marginal = inside & (((word >> (block % 32)) & 1) == 0)
-        place = lse_place(Stats, at) + lanes
-        lse = tl.load(place)
-        delta = tl.load(place + 64)
-        score = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2 + log_size[:, None] - lse[None, :]
-        p = tl.where(marginal[:, None], tl.exp2(score), 0.0)
+        lse, delta = _stats_of(Stats, at, TILE_Q)
+        marginal = is_marginal(Bits + (head * rows + row) * words, start, own, words)
+        bias = tl.where(marginal, log_size, float("-inf"))  # what is left out may have a score as large as it likes
+        p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2 + bias[:, None] - lse[None, :])
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         dv = tl.dot(p.to(dtype), do, dv, input_precision=PRECISION)
         ds = p * (dp - delta[None, :])
         dk = tl.dot(ds.to(dtype), q, dk, input_precision=PRECISION)
     to = ((head * tl.num_programs(1) + split) * columns + block)[:, None] * D + d[None, :]
-    mask = inside[:, None] & (d < D)[None, :]
+    mask = (block < columns)[:, None] & (d < D)[None, :]
     tl.store(PartK + to, dk, mask=mask)
     tl.store(PartV + to, dv, mask=mask)

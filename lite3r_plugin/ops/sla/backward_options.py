@@ -20,7 +20,7 @@ def dq_options(p: Problem) -> dict[str, int]:
     return dict(TILE_Q=p.block_q, TILE_K=p.block_k, num_warps=4, num_stages=2)
 
 
-def dkv_options(p: Problem, early: bool) -> dict[str, int]:
+def dkv_options(p: Problem) -> dict[str, int]:
     """Of the kernel that holds keys."""
     if p.q.dtype == torch.float32:
         return dict(TILE_Q=min(p.block_q, 16), TILE_K=min(p.block_k, 32), num_warps=4, num_stages=1)
@@ -32,7 +32,10 @@ def dkv_options(p: Problem, early: bool) -> dict[str, int]:
 
 def dmeans_options(p: Problem) -> dict[str, int]:
     """Of the kernel that holds mean keys."""
-    return dkv_options(p, True)
+    options = dkv_options(p)
+    if p.q.dtype != torch.float32 and p.q.shape[-1] <= 64:
+        options["num_stages"] = 3
+    return options
 
 
 def rows_options(p: Problem) -> dict[str, int]:

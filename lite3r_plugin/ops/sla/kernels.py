@@ -18,12 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .linear_kernels import _phi, _precision, linear_state
+from .linear_kernels import LOG2_E, _phi, _precision, linear_state
 from .marginal_kernels import marginal_states
 from .softmax_kernels import LARGEST_SUM, attend, far_blocks, load_rows
 
 LINEAR = {"none": 0, "all": 1, "marginal": 2}
-LOG2_E = 1.4426950408889634
 
 
 class Residuals(NamedTuple):
@@ -215,7 +214,7 @@ def forward(
             q, k, v, kv_indices, everything, nothing if means is None else bits, *(far or (nothing, nothing)), *source,
             *(nothing if x is None else x for x in (proj, order, out, lse, branch, failed)),
             tokens, padded, heads, rows, columns, kept, 0 if far is None else far[0].shape[2], 0 if far is None else bits.shape[-1], pinned,
-            (dim**-0.5 if scale is None else scale) * LOG2_E,
+            (dim**-0.5 if scale is None else scale) * LOG2_E.value,
             D=dim, DP=triton.next_power_of_2(dim), BLOCK_Q=block_q, BLOCK_K=block_k, LINEAR=LINEAR[linear],
             SOFTMAX=feature_map == "softmax", MEANS=means is not None, ORDERED=order is not None,
             SAVE_LSE=save_lse, SAVE_LINEAR=save_linear, FIXED=fixed and not again, AGAIN=again, PRECISION=_precision(q), **options,

@@ -42,7 +42,7 @@ def _rows_kernel(
     dtype: tl.constexpr = Q.dtype.element_ty
     square = d[:, None] * D + d[None, :]
     if LINEAR == 1:
-        state = tl.load(State + head * D * D + square, mask=both, other=0.0)
+        state = tl.load(State + head * D * D + square, mask=both, other=0.0).to(dtype)
         total = tl.load(Total + head * D + d, mask=live, other=0.0)
         outer = tl.zeros([DP, DP], tl.float32)
         dtotal = tl.zeros([DP], tl.float32)
@@ -57,7 +57,7 @@ def _rows_kernel(
             own_state = tl.load(State + block * D * D + square, mask=both, other=0.0)
             total = tl.load(Total + block * D + d, mask=live, other=0.0)
             proj = tl.load(Proj + square, mask=both, other=0.0).to(dtype)
-            state = tl.dot(own_state, tl.trans(proj), input_precision=PRECISION)
+            state = tl.dot(own_state, tl.trans(proj), input_precision=PRECISION).to(dtype)
             outer = tl.zeros([DP, DP], tl.float32)
             dtotal = tl.zeros([DP], tl.float32)
         for tile in range(0, BLOCK_Q // TILE_Q):
@@ -73,22 +73,25 @@ def _rows_kernel(
             out = tl.load(Out + ((head // H * N + to) * H + head % H)[:, None] * D + d[None, :], mask=mask, other=0.0)
             at = (head * padded + n)[:, None] * D + d[None, :]
             tl.store(DO + at, do, mask=live[None, :])
-            delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
+            sparse = out.to(tl.float32)
+            if LINEAR != 0:
+                sparse -= tl.where(LINEAR == 2 and row < pinned, 0.0, mu_proj)[None, :]
+            delta = tl.sum(do.to(tl.float32) * sparse, 1)
             if LINEAR != 0:
                 if LINEAR == 2:  # a pinned query block has no marginal blocks
                     do = tl.where(row < pinned, tl.zeros_like(do), do)
                 q = tl.load(Q + at, mask=live[None, :], other=0.0)
                 features = _phi(q.to(tl.float32), live[None, :], SOFTMAX, 1)
                 rounded = features.to(dtype)
-                norm = tl.maximum(tl.sum(features * total[None, :], 1), 1e-37)
-                branch = tl.dot(rounded, state.to(dtype), input_precision=PRECISION) / norm[:, None]
-                along = tl.sum(do.to(tl.float32) * branch, 1)
-                delta -= along + tl.sum(do.to(tl.float32) * mu_proj[None, :], 1)
-                dnorm = -along / norm
+                inverse = 1.0 / tl.maximum(tl.sum(features * total[None, :], 1), 1e-37)
+                u = do.to(tl.float32) * inverse[:, None]
+                along = tl.sum(u * tl.dot(rounded, state, input_precision=PRECISION), 1)
+                delta -= along
+                dnorm = -along * inverse
                 dtotal += tl.sum(features * dnorm[:, None], 0)
-                u = (do.to(tl.float32) / norm[:, None]).to(dtype)
+                u = u.to(dtype)
                 outer = tl.dot(tl.trans(rounded), u, outer, input_precision=PRECISION)
-                grad = tl.dot(u, tl.trans(state.to(dtype)), input_precision=PRECISION) + dnorm[:, None] * total[None, :]
+                grad = tl.dot(u, tl.trans(state), input_precision=PRECISION) + dnorm[:, None] * total[None, :]
                 tl.store(DQ + at, phi_backward(features, grad, SOFTMAX).to(dtype), mask=live[None, :])
                 if LINEAR == 2:
                     dsum += tl.sum(do.to(tl.float32), 0)
@@ -97,6 +100,9 @@ def _rows_kernel(
             tl.store(place + 64, delta)
         if LINEAR == 2:
             e = outer.to(dtype)
+            # Loaded again: kept in registers through the loop, they would push others out.
+            own_state = tl.load(State + block * D * D + square, mask=both, other=0.0)
+            proj = tl.load(Proj + square, mask=both, other=0.0).to(dtype)
             dproj = tl.dot(tl.trans(e), own_state, dproj, input_precision=PRECISION)
             dstate = tl.dot(e, proj, input_precision=PRECISION) / BLOCK_Q
             tl.store(DState + block * D * D + square, dstate.to(dtype), mask=both)

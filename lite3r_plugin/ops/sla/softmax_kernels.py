@@ -49,15 +49,21 @@ def _accumulate(score, sizes, v, scale_log2, top, weight, acc, SIZED: tl.constex
 
 
 @triton.jit
-def block_sizes(bits, first, lanes, N, columns, words, BLOCK_K: tl.constexpr):
-    """Tokens in each of the key blocks ``first + lanes``; zero for those that are set in `bits`, and beyond the last of `columns`."""
+def is_marginal(bits, first, lanes, words):
+    """Whether the bit of the key blocks ``first + lanes`` is not set; of blocks beyond the last word, that of another block."""
     TILE: tl.constexpr = lanes.shape[0]
     word = tl.load(bits + first // 32)
     for j in tl.static_range(1, TILE // 32):
         word = tl.where(lanes < 32 * j, word, tl.load(bits + tl.minimum(first // 32 + j, words - 1)))
     place = (first + lanes) % 32 if TILE < 32 else lanes % 32
-    sizes = tl.where((word >> place) & 1 == 0, BLOCK_K + 0.0, 0.0)
-    if first + TILE >= columns:  # the last block may be partial, and beyond it there is none
+    return (word >> place) & 1 == 0
+
+
+@triton.jit
+def block_sizes(bits, first, lanes, N, columns, words, BLOCK_K: tl.constexpr):
+    """Tokens in each of the key blocks ``first + lanes``; zero for those that are set in `bits`, and beyond the last of `columns`."""
+    sizes = tl.where(is_marginal(bits, first, lanes, words), BLOCK_K + 0.0, 0.0)
+    if first + lanes.shape[0] >= columns:  # the last block may be partial, and beyond it there is none
         last = (N - (columns - 1) * BLOCK_K).to(tl.float32)
         block = first + lanes
         sizes = tl.where(block < columns - 1, sizes, tl.where(block < columns, tl.minimum(sizes, last), 0.0))
