@@ -78,6 +78,7 @@ class SparseLinearAttention(StandIn):
     Attributes:
         proj_lin: The ``[D, D]`` map of the linear branch, without bias, shared by all heads, zero at the start
             (absent at sites that stay dense and with ``linear_branch="none"``).
+        keep_ratio: The keep ratio of this site; 1 where it stays dense.
         enabled: False runs the host's own forward.
         observer: Takes the place of `attend` while it is set, as calibration does to see queries, keys and values.
         calls: What ran so far.
@@ -89,6 +90,8 @@ class SparseLinearAttention(StandIn):
         self.site = site
         self.state = state
         self.sparse = sparse
+        # Looked up here, lest code that is compiled for one block depend on its name.
+        self.keep_ratio = state.config.keep_ratio_of(site.fqn) if sparse else 1.0
         self.shares = shares_of(state.config, site.fqn)
         self.enabled = True
         self.observer: Callable[[SparseLinearAttention, Heads], Tensor] | None = None
@@ -159,11 +162,6 @@ class SparseLinearAttention(StandIn):
             feature_map=config.feature_map, block_means=config.block_means,
             block_q=config.block_q, block_k=config.block_k, backend=config.backend,
         )  # fmt: skip
-
-    @property
-    def keep_ratio(self) -> float:
-        """The keep ratio of this site; 1 where it stays dense."""
-        return self.state.config.keep_ratio_of(self.site.fqn) if self.sparse else 1.0
 
     def extra_repr(self) -> str:
         config = self.state.config

@@ -13,6 +13,7 @@ from torch.export import Dim, export
 from toys import Attention, Separate, Toy, images, toy_adapter
 
 from lite3r_plugin import apply_lite3r, runtime
+from lite3r_plugin.bench.variants import repeated_blocks
 from lite3r_plugin.ops.backend import constant_in_graphs
 from lite3r_plugin.ops.qk_norm_rope import HeadNorm
 from lite3r_plugin.ops.sla import operator, sparse_linear_attention
@@ -231,3 +232,24 @@ def test_compiled_on_a_gpu(mode: str, adapter: Any) -> None:
         for views in (3, 3, 3, 5, 5):
             x = images(views, dtype=torch.bfloat16).cuda()
             torch.testing.assert_close(compiled(x).clone(), model(x), atol=3e-2, rtol=3e-2)
+
+
+@pytest.mark.parametrize("options", [{}, {"keep_ratio": 1.0, "linear_branch": "none"}, {"precision": "fp8"}], ids=["sparse", "dense", "fp8"])
+@torch.no_grad()
+def test_blocks_compiled_one_by_one_share_code(options: dict[str, Any]) -> None:
+    """However many there are, which the compiler's limit of recompilations needs."""
+    graphs = {}
+    for depth in (2, 5):
+        torch._dynamo.reset()
+        model = Testbed(TestbedConfig(dim=64, head_dim=32, depth=depth, stem=8)).eval().requires_grad_(False)
+        model = apply_lite3r(model, TEST_CONFIG, **options)
+        x = torch.rand(1, 3, 3, 64, 96)
+        expected = model(x)
+        counter = CompileCounterWithBackend("eager")
+        for block in repeated_blocks(model):
+            block.compile(backend=counter, dynamic=True)
+        for views in (3, 4):
+            model(torch.rand(1, views, 3, 64, 96))
+        torch.testing.assert_close(model(x), expected)
+        graphs[depth] = counter.frame_count
+    assert graphs[5] == graphs[2] > 0
