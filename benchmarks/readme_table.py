@@ -52,7 +52,7 @@ def render(report: dict[str, Any]) -> str:
         "",
         f"{c['summary'].partition(' (')[0]}, {c['resolution']} × {c['resolution']} pixels, {options}, on one {c['device']}, "
         f"torch {c['torch']}, triton {c['triton']}, {c['date'][:10]}, "
-        f"commit {c['commit']}. Median milliseconds of a whole forward. Weights: {c['weights']}.",
+        f"commit {c['commit'][:7]}. Median milliseconds of a whole forward. Weights: {c['weights']}.",
         "",
     ]
     return "\n".join(lines)

@@ -234,7 +234,7 @@ def test_compiled_on_a_gpu(mode: str, adapter: Any) -> None:
             torch.testing.assert_close(compiled(x).clone(), model(x), atol=3e-2, rtol=3e-2)
 
 
-@pytest.mark.parametrize("options", [{}, {"keep_ratio": 1.0, "linear_branch": "none"}, {"precision": "fp8"}], ids=["sparse", "dense", "fp8"])
+@pytest.mark.parametrize("options", [{}, {"keep_ratio": 1.0}, {"precision": "fp8"}], ids=["sparse", "dense", "fp8"])
 @torch.no_grad()
 def test_blocks_compiled_one_by_one_share_code(options: dict[str, Any]) -> None:
     """However many there are, which the compiler's limit of recompilations needs."""
