@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from . import projections
@@ -27,8 +29,10 @@ from .sites import AttentionSite, Routed, TokenSource
 from .stand_in import replace_modules
 
 Model = TypeVar("Model", bound=nn.Module)
+LEFT = "Linears left as they are"
 
 
+@torch.inference_mode(False)  # what is made here must serve outside of it
 def apply_lite3r(model: Model, config: Lite3RConfig | None = None, **fields: Any) -> Model:
     """Make the attention of `model` sparse-linear, in place. Nothing outside this instance changes.
 
@@ -48,6 +52,8 @@ def apply_lite3r(model: Model, config: Lite3RConfig | None = None, **fields: Any
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"apply_lite3r takes a torch.nn.Module, got {type(model).__name__}; pass the module inside it")
+    if config is not None and not isinstance(config, Lite3RConfig):
+        raise ConfigError(f"config is a Lite3RConfig, got {config!r}; single fields are keywords: apply_lite3r(model, keep_ratio=0.1)")
     config = (config or Lite3RConfig()).replace(**fields)
     if lite3r_modules(model):
         raise AlreadyAppliedError("this model carries Lite3R already; call remove_lite3r(model) first to change its configuration")
@@ -84,24 +90,31 @@ def apply_lite3r(model: Model, config: Lite3RConfig | None = None, **fields: Any
         host = hosts[fqn]
         if id(host) not in swapped:
             swapped[id(host)] = SparseLinearAttention(host, site, state, sparse)
-        _set_submodule(model, fqn, swapped[id(host)])
-    if config.precision == "fp8_qat":
-        fp8.fake_quantize_linears(model, block_linears(model))
-        if config.fp8_backend == "te":
-            _train_in_te(swapped.values(), state)
-    elif config.precision == "fp8":
-        try:
+    state.swapped = len(swapped)
+    replace_modules(model, {module.host: functools.partial(_same, module) for module in swapped.values()})  # at all names that it has
+    try:
+        if config.precision == "fp8_qat":
+            fp8.fake_quantize_linears(model, block_linears(model))
+            if config.fp8_backend == "te":
+                _train_in_te(swapped.values(), state)
+        elif config.precision == "fp8":
             convert(model)
-        except Lite3RError:
-            _release(model)
-            raise
+    except Lite3RError:
+        _release(model)
+        raise
     return model
 
 
+def _same(module: nn.Module) -> nn.Module:
+    return module
+
+
+@torch.inference_mode(False)
 def convert(model: Model, backend: Fp8Backend | None = None, *, tokens: int | None = None) -> Model:
     """Store the Linears of the transformer blocks of `model` in FP8 and run them so, in place. There is no way back.
 
-    A model that was converted before gets its backends chosen again, for the device that it is on now.
+    A model that was converted before gets its backends chosen again, for the device that it is on now, and Linears that were left
+    because of `tokens` are looked at again.
 
     Args:
         model: A model with Lite3R.
@@ -113,37 +126,41 @@ def convert(model: Model, backend: Fp8Backend | None = None, *, tokens: int | No
         The same model.
 
     Raises:
-        NotAppliedError: the model carries no Lite3R.
+        NotAppliedError: the model carries no Lite3R, or is a part of the one that it was applied to.
         NoSitesError: there is no Linear to convert.
         BackendError: the backend cannot run here, or nothing would be faster at `tokens`.
-        ConvertedError: a weight is not finite.
+        ConvertedError: a weight, or that of a linear branch, is not finite, or is made by a parametrisation or by pruning.
     """
-    modules = require_lite3r(model)
-    state = next(iter(modules.values())).state
+    modules, state = whole_model(model, "convert")
     config = state.config.replace(precision="fp8", fp8_backend=backend or state.config.fp8_backend)
-    if state.config.precision == "fp8":
+    converted = state.config.precision == "fp8"
+    for fqn, module in modules.items():
+        if "proj_lin" in module._modules and not _finite(module.proj_lin.weight):
+            raise ConvertedError(f"{fqn}.proj_lin.weight has infinities or NaN: the model is broken; train it again or start from zeros")
+    fused = {id(linear) for linear in block_linears(model, [site.block.fqn for site in state.sites if site.block is not None])}
+    linears = [linear for linear in block_linears(model) if not isinstance(linear, Fp8Linear)]
+    plans = fp8.plan(linears, config.fp8_backend, tokens, lambda linear: id(linear) in fused)
+    if not plans and not converted:
+        raise NoSitesError(f"no transformer block of this {type(model).__name__} has a torch.nn.Linear to convert")
+    if not converted and all(plan.backend is None for plan in plans):
+        raise BackendError(f"no Linear of this model is faster in FP8 at {tokens} tokens here; leave out tokens= to convert for memory")
+    if converted:
         fp8.rebind(state.blocks.values(), config.fp8_backend)
         fp8.unfuse_blocks(model)
-    else:
-        fused = {id(linear) for linear in block_linears(model, [site.block.fqn for site in state.sites if site.block is not None])}
-        plans = fp8.plan(block_linears(model), config.fp8_backend, tokens, lambda linear: id(linear) in fused)
-        if not plans:
-            raise NoSitesError(f"no transformer block of this {type(model).__name__} has a torch.nn.Linear to convert")
-        if all(plan.backend is None for plan in plans):
-            raise BackendError(f"no Linear of this model is faster in FP8 at {tokens} tokens here; leave out tokens= to convert for memory")
-        fp8.convert_linears(model, plans)
-        state.notes += [
-            f"{count} Linears left as they are: {reason}" for reason, count in Counter(p.reason for p in plans if p.reason).items()
-        ]
-        for module in modules.values() if state.config.precision == "fp8_qat" else ():
-            module.round_projection()
+    fp8.convert_linears(model, plans)
+    state.notes = [note for note in state.notes if LEFT not in note]
+    others = [m for block in state.blocks.values() for m in block.modules() if isinstance(m, nn.Linear)]
+    others = [f"of class {type(m).__name__}" for m in others if type(m) not in (nn.Linear, FakeQuantLinear)]
+    reasons = [p.reason for p in plans if p.reason] + others
+    state.notes += [f"{count} {LEFT}: {reason}" for reason, count in Counter(reasons).items()]
+    for module in modules.values() if state.config.precision == "fp8_qat" else ():
+        module.round_projection()
     return finish_conversion(model, config)
 
 
 def finish_conversion(model: Model, config: Lite3RConfig) -> Model:
     """Fuse the blocks of a `model` whose Linears are in FP8 and give it the configuration. Returns it."""
-    modules = require_lite3r(model)
-    state = next(iter(modules.values())).state
+    modules, state = whole_model(model, "convert")
     state.config = config
     sites = {module.site.fqn: module for module in modules.values()}
     takes_fp8 = {fqn for fqn, module in sites.items() if projections.takes_fp8(module)}
@@ -155,10 +172,12 @@ def remove_lite3r(model: Model) -> Model:
     """Take Lite3R out again: the same modules, outputs and `state_dict` keys as before, bit for bit.
 
     Raises:
-        NotAppliedError: the model carries no Lite3R.
+        NotAppliedError: the model carries no Lite3R, or is a part of the one that it was applied to.
         ConvertedError: its weights are in FP8.
     """
     _require_original_weights(model, "remove_lite3r")
+    for state in {id(m.state): m.state for m in lite3r_modules(model).values()}.values():
+        _require_all(model, state, "remove_lite3r")
     _release(model)
     return model
 
@@ -201,10 +220,44 @@ def lite3r_modules(model: nn.Module) -> dict[str, SparseLinearAttention]:
 
 def require_lite3r(model: nn.Module) -> dict[str, SparseLinearAttention]:
     """`lite3r_modules`; raises `NotAppliedError` when there are none."""
+    if not isinstance(model, nn.Module):
+        raise NotAppliedError(f"this takes a torch.nn.Module with Lite3R, got {type(model).__name__}")
     modules = lite3r_modules(model)
     if not modules:
         raise NotAppliedError(f"this {type(model).__name__} carries no Lite3R; call apply_lite3r(model) first")
     return modules
+
+
+def one_state(model: nn.Module, what: str) -> tuple[dict[str, SparseLinearAttention], ModelState]:
+    """`require_lite3r` and what its modules share; raises `NotAppliedError` if Lite3R was applied to several parts on their own."""
+    modules = require_lite3r(model)
+    states = {id(module.state): fqn for fqn, module in modules.items()}
+    if len(states) > 1:
+        raise NotAppliedError(
+            f"Lite3R was applied to {len(states)} parts of this {type(model).__name__} on their own (around {', '.join(states.values())}): "
+            f"call {what} on each of them"
+        )
+    return modules, next(iter(modules.values())).state
+
+
+def whole_model(model: nn.Module, what: str) -> tuple[dict[str, SparseLinearAttention], ModelState]:
+    """`one_state`; raises `NotAppliedError` as well if `model` holds but a part of what Lite3R was applied to."""
+    modules, state = one_state(model, what)
+    _require_all(model, state, what)
+    return modules, state
+
+
+def _require_all(model: nn.Module, state: ModelState, what: str) -> None:
+    held = len({id(module) for module in lite3r_modules(model).values() if module.state is state})
+    if held != state.swapped:
+        raise NotAppliedError(
+            f"this {type(model).__name__} holds {held} of the {state.swapped} attention modules that Lite3R was applied to: call {what} on "
+            "the whole model (and take modules out of it before apply_lite3r)"
+        )
+
+
+def _finite(weight: torch.Tensor) -> bool:
+    return weight.is_meta or bool(weight.detach().isfinite().all())
 
 
 def _train_in_te(modules: Iterable[SparseLinearAttention], state: ModelState) -> None:
@@ -227,8 +280,8 @@ def _require_original_weights(model: nn.Module, what: str) -> None:
 
 def block_linears(model: nn.Module, blocks: Iterable[str] | None = None) -> list[Any]:
     """The Linears of the transformer blocks of these names, by default of all, in full precision, in training or in FP8."""
-    modules = require_lite3r(model).values()
-    state = next(iter(modules)).state
+    shared, state = one_state(model, "it")
+    modules = shared.values()
     chosen = [state.blocks[name] for name in (state.blocks if blocks is None else blocks)]
     branches = [m.proj_lin for m in modules if "proj_lin" in m._modules]
     return [linear for kind in (nn.Linear, FakeQuantLinear, Fp8Linear) for linear in modules_in(chosen, kind, skip=branches)]
@@ -239,6 +292,8 @@ def _resolve(model: nn.Module, adapter: str, sites: Any) -> dict[str, nn.Module]
     for site in sites:
         if not isinstance(site, AttentionSite):
             raise AdapterError(f"adapter {adapter!r} returned {type(site).__name__}, not AttentionSite")
+        if not site.fqn:
+            raise ConfigError(f"this {type(model).__name__} is an attention module itself: pass the model that holds it")
         if site.fqn in hosts:
             raise AdapterError(f"adapter {adapter!r} names the site {site.fqn!r} twice")
         hosts[site.fqn] = _submodule(model, adapter, site.fqn)

@@ -55,6 +55,7 @@ class ModelState:
         sites: All sites that the adapter named.
         blocks: The transformer blocks around them, by name.
         notes: What `describe` is to say besides, such as why something runs in another way than asked.
+        swapped: How many attention modules were taken the place of.
     """
 
     adapter: str
@@ -64,6 +65,7 @@ class ModelState:
     sites: tuple[AttentionSite, ...] = ()
     blocks: dict[str, nn.Module] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    swapped: int = 0
 
 
 class SparseLinearAttention(StandIn):

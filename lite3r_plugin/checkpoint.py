@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .apply import apply_lite3r, block_linears, finish_conversion, lite3r_modules, remove_lite3r, require_lite3r
+from .apply import apply_lite3r, block_linears, finish_conversion, lite3r_modules, one_state, remove_lite3r
 from .config import Lite3RConfig
-from .errors import CheckpointError, ConfigError, NoSitesError
+from .errors import BackendError, CheckpointError, ConfigError, NoSitesError
 from .files import replacing
 from .fp8 import stored
 
@@ -32,14 +32,19 @@ def save_lite3r(model: nn.Module, directory: str | os.PathLike[str], *, whole: b
         model: A model with Lite3R. Of a converted one, the FP8 weights are written too.
         directory: Where to.
         whole: Write everything else that the model holds as well, so that `load_lite3r` can fill a model that has no
-            weights, made under ``torch.device("meta")``.
+            weights, made under ``torch.device("meta")``, or that was trained: without it, biases, norms and heads stay behind.
 
     Raises:
-        NotAppliedError: the model carries no Lite3R.
+        NotAppliedError: the model carries no Lite3R, or several parts of it do on their own.
+        CheckpointError: the model has no values to write, or `directory` is a file.
     """
-    modules = require_lite3r(model)
-    state = next(iter(modules.values())).state
+    modules, state = one_state(model, "save_lite3r")
     directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise CheckpointError(f"{directory} is a file; save_lite3r takes a directory")
+    weights = {**_branches(model), **stored.fp8_tensors(model), **(stored.other_tensors(model) if whole else {})}
+    if empty := [name for name, tensor in weights.items() if tensor.is_meta]:
+        raise CheckpointError(f"{empty[0]} and others are on the meta device and have no values: load weights before save_lite3r")
     directory.mkdir(parents=True, exist_ok=True)
     record = {
         "format": FORMAT_VERSION,
@@ -48,15 +53,16 @@ def save_lite3r(model: nn.Module, directory: str | os.PathLike[str], *, whole: b
         "config": (state.config.replace(fp8_backend="auto") if state.config.precision == "fp8" else state.config).to_dict(),
         "sites": {fqn: {"head_dim": m.site.head_dim, "sparse": m.sparse} for fqn, m in modules.items()},
         "fp8": stored.fp8_shapes(model),
+        "fp8_biases": stored.biased(model),
         "whole": whole,
     }
-    weights = {**_branches(model), **stored.fp8_tensors(model), **(stored.other_tensors(model) if whole else {})}
     with replacing(directory / WEIGHTS_NAME) as path:
         save_file(weights, path)
     with replacing(directory / CONFIG_NAME) as path:
         path.write_text(json.dumps(record, indent=2) + "\n")
 
 
+@torch.inference_mode(False)  # what is made here must serve outside of it
 def load_lite3r(model: Model, directory: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Model:
     """Apply the stored configuration to the dense `model` and load what `save_lite3r` wrote, in place.
 
@@ -75,10 +81,14 @@ def load_lite3r(model: Model, directory: str | os.PathLike[str], *, device: torc
     Raises:
         CheckpointError: files are missing or damaged, of another version, or belong to another model.
         AlreadyAppliedError: the model carries Lite3R already.
+        BackendError: `device` cannot be used.
         UnknownModelError: no adapter knows the model.
     """
     directory = Path(directory)
-    device = torch.device(device)
+    try:
+        device = torch.empty(0, device=device).device
+    except Exception as error:  # whatever a missing driver raises
+        raise BackendError(f"device {str(device)!r} cannot be used here: {(str(error).splitlines() or [''])[0]}") from error
     record, weights = _read(directory)
     try:
         config = Lite3RConfig.from_dict(record["config"])
@@ -118,7 +128,7 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         record = json.loads((directory / CONFIG_NAME).read_text())
         weights = load_file(directory / WEIGHTS_NAME)
-    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+    except (ValueError, RecursionError, SafetensorError) as error:  # no JSON, no text, or numbers and nesting beyond reason
         raise CheckpointError(f"{directory} is damaged: {error}; save it again with save_lite3r") from error
     version = record.get("format") if isinstance(record, dict) else None
     if version != FORMAT_VERSION:
@@ -140,6 +150,13 @@ def _check(model: nn.Module, record: dict[str, Any], weights: dict[str, Tensor],
             f"{type(model).__name__} has {len(found)}; the first that differs is {other[0]!r}"
         )
     stored.check(model, record["fp8"], weights, block_linears(model), str(directory / WEIGHTS_NAME))
+    linears = dict(model.named_modules(remove_duplicate=False))
+    biased = [fqn for fqn in record["fp8"] if getattr(linears.get(fqn), "bias", None) is not None]
+    if "fp8_biases" in record and sorted(biased) != record["fp8_biases"]:
+        raise CheckpointError(f"{directory} belongs to another model: other Linears than those of this {type(model).__name__} have a bias")
+    for name in _branches(model):
+        if (tensor := weights.get(name)) is not None and not (tensor.is_floating_point() and tensor.isfinite().all()):
+            raise CheckpointError(f"{directory / WEIGHTS_NAME} is damaged: {name} is {tensor.dtype}, or has infinities or NaN")
     replaced = {f"{fqn}.weight" for fqn in record["fp8"]}
     everything = {name: t for name, t in stored.other_tensors(model).items() if name not in replaced} if record["whole"] else {}
     expected = {name: tuple(tensor.shape) for name, tensor in {**_branches(model), **everything}.items()}

@@ -80,13 +80,15 @@ class Lite3RConfig:
         if not isinstance(self.site_keep_ratios, Mapping):
             raise ConfigError(f"site_keep_ratios maps site names to ratios, got {self.site_keep_ratios!r}")
         for fqn, ratio in self.site_keep_ratios.items():
+            if not isinstance(fqn, str):
+                raise ConfigError(f"site_keep_ratios maps site names to ratios, got the name {fqn!r}")
             _check_ratio(f"site_keep_ratios[{fqn!r}]", ratio)
         object.__setattr__(self, "site_keep_ratios", dict(self.site_keep_ratios))
         ratio = self.negligible_ratio
         if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio <= 1:
             raise ConfigError(f"negligible_ratio must be in [0, 1], got {ratio!r}; 0.1 leaves out the last tenth of the key blocks")
         if self.scopes != "auto":
-            if isinstance(self.scopes, str) or not self.scopes:
+            if not isinstance(self.scopes, (tuple, list)) or not self.scopes:
                 raise ConfigError(f"scopes is 'auto' or a tuple of {get_args(Scope)}, got {self.scopes!r}")
             object.__setattr__(self, "scopes", tuple(self.scopes))
             for scope in self.scopes:
@@ -131,6 +133,8 @@ class Lite3RConfig:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Lite3RConfig:
         """Build from `to_dict`'s result. Raises `ConfigError` on another version, unknown or wrong fields."""
+        if not isinstance(fields, Mapping):
+            raise ConfigError(f"a configuration is a dict of fields, got {fields!r}")
         fields = dict(fields)
         version = fields.pop("version", None)
         if version != CONFIG_VERSION:

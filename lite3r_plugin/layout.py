@@ -26,6 +26,8 @@ class GridTracker:
     def __init__(self, source: TokenSource) -> None:
         self.source = source
         self.grid: tuple[int, int] | None = None
+        self._learned: set[tuple[int, int]] = set()  # grids of forwards with gradients since the last recomputation
+        self._recomputed = False
         self._handle: RemovableHandle | None = None
 
     def attach(self, module: nn.Module) -> None:
@@ -44,28 +46,58 @@ class GridTracker:
             if isinstance(value, Tensor) and value.dim() >= 2:
                 patch_h, patch_w = self.source.patch_size
                 self.grid = (value.shape[-2] // patch_h, value.shape[-1] // patch_w)
+                if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                    self._remember()
                 return
         raise LayoutError(
             f"the module {self.source.image_module!r} was called without an image tensor, so the token layout is unknown; "
             "its adapter must name a module that is given the images"
         )
 
+    def _remember(self) -> None:
+        if _in_backward():
+            return
+        if self._recomputed:
+            self._learned, self._recomputed = set(), False
+        assert self.grid is not None
+        self._learned.add(self.grid)
+
+    def _recomputed_grid(self, fqn: str, tokens: int) -> tuple[int, int] | None:
+        """The grid of the forward that gradient checkpointing runs again, inside a backward pass: not always that of the last one."""
+        self._recomputed = True
+        fitting = {grid for grid in self._learned if tokens % TokenLayout(1, self.source.special_tokens, grid).tokens_per_view == 0}
+        if len(fitting) > 1:
+            self._learned = set()
+            raise LayoutError(
+                f"site {fqn!r} is recomputed by gradient checkpointing, but forwards on grids of {sorted(fitting)} patches came "
+                "before this backward pass, and it cannot be told which is meant: call backward() after each forward, or switch "
+                "checkpointing off"
+            )
+        return fitting.pop() if fitting else self.grid
+
     def layout(self, fqn: str, tokens: int) -> TokenLayout:
         """The layout of a sequence of `tokens` tokens at site `fqn`. Raises `LayoutError` when the images do not fit."""
-        if self.grid is None:
+        grid = self.grid
+        if not torch.compiler.is_compiling() and _in_backward():
+            grid = self._recomputed_grid(fqn, tokens)
+        if grid is None:
             raise LayoutError(
                 f"site {fqn!r} ran before {self.source.image_module!r} saw any image; run the model on images, or "
                 "apply_lite3r to the module that you call"
             )
-        layout = TokenLayout(1, self.source.special_tokens, self.grid)
+        layout = TokenLayout(1, self.source.special_tokens, grid)
         views = tokens // layout.tokens_per_view  # not divmod, which torch.compile does not know for dynamic sizes
         if tokens % layout.tokens_per_view or not views:
             raise LayoutError(
                 f"site {fqn!r} got {tokens} tokens, but a view has {layout.tokens_per_view} "
-                f"({self.source.special_tokens} special + {self.grid[0]} x {self.grid[1]} patches); the adapter's "
+                f"({self.source.special_tokens} special + {grid[0]} x {grid[1]} patches); the adapter's "
                 "patch_size or special_tokens is wrong for this model"
             )
-        return TokenLayout(views, self.source.special_tokens, self.grid)
+        return TokenLayout(views, self.source.special_tokens, grid)
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
 
 
 def token_order(layout: TokenLayout, device: torch.device | str = "cpu") -> Tensor:
@@ -111,7 +143,7 @@ MAX_ORDERS = 32
 
 def order_for(layout: TokenLayout, device: torch.device) -> Tensor:
     """`token_order` on `device`. Eager calls share cached tensors; compiled graphs, and CUDA graphs without one, build it."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():  # what a mode makes, such as a fake tensor, is its own
         return token_order(layout, device)
     key = (layout, device)
     order = _orders.get(key)

@@ -73,6 +73,8 @@ def find_sites(model: nn.Module) -> tuple[str, Sequence[AttentionSite]]:
             warnings.warn(f"the model adapter {names[-1]!r} failed on {type(model).__name__}: {error!r}", AdapterWarning, stacklevel=2)
             continue
         if sites is not None:
+            if not isinstance(sites, Sequence):
+                raise AdapterError(f"the model adapter {names[-1]!r} returned {type(sites).__name__}, not a list of AttentionSite")
             return names[-1], tuple(sites)
     if not names:
         raise UnknownModelError("no model adapters are installed: reinstall with `pip install lite3r-plugin` (or `pip install -e .`)")

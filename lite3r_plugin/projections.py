@@ -98,8 +98,12 @@ def _arguments(
     module: SparseLinearAttention, positions: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor | None, str | None]:
     """The hidden states, the positions, and what else was given that sparse attention cannot honour (or None)."""
-    given = dict(zip(module.argument_names, args, strict=False)) | kwargs
-    x = given.pop(module.argument_names[0])
+    names = module.argument_names
+    given = dict(zip(names, args, strict=False)) | kwargs
+    if names[0] not in given:
+        raise AdapterError(f"site {module.site.fqn!r} was called without {names[0]!r}, its first argument: describe it as Routed()")
+    x = given.pop(names[0])
+    given |= {f"number {i + 1}": value for i, value in enumerate(args) if i >= len(names)}  # of a host with *args
     where = given.pop(positions, None) if positions is not None else None
     refused = [name for name, value in given.items() if value is not None and value is not False]
     return x, where, f"the argument(s) {refused}" if refused else None
@@ -110,7 +114,7 @@ def _norm(module: SparseLinearAttention, name: str | None, x: Tensor) -> tuple[T
     norm = getattr(module, name) if name is not None else None
     if norm is None or type(norm) is nn.Identity:
         return x, None
-    known = head_norm(norm, x.shape[-1])
+    known = None if norm._forward_hooks or norm._forward_pre_hooks else head_norm(norm, x.shape[-1])
     return (x, known) if known is not None else (norm(x), None)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .apply import block_linears, require_lite3r
+from .apply import block_linears, one_state
 from .attention import CallCounts
 from .config import Lite3RConfig
 from .fp8.linear import Fp8Linear
@@ -108,8 +108,7 @@ def describe(model: nn.Module) -> Report:
     Raises:
         NotAppliedError: the model carries no Lite3R.
     """
-    modules = require_lite3r(model)
-    state = next(iter(modules.values())).state
+    modules, state = one_state(model, "describe")
     parameters = list(model.parameters())
     branch = {id(p): p.numel() for m in modules.values() if "proj_lin" in m._modules for p in m.proj_lin.parameters()}
     sizes: Counter[str] = Counter()

@@ -43,8 +43,8 @@ def run(module: SparseLinearAttention, *args: Any, **kwargs: Any) -> Any:
             refused = "dropout of attention weights"
         elif query.shape[-2] != key.shape[-2]:
             refused = f"cross-attention of {query.shape[-2]} queries to {key.shape[-2]} keys"
-        elif enable_gqa and query.shape[-3] != key.shape[-3]:
-            refused = "grouped-query attention"
+        elif query.shape[:-2] != key.shape[:-2] or query.shape[:-2] != value.shape[:-2]:
+            refused = f"grouped-query attention, keys of shape {tuple(key.shape)} for queries of {tuple(query.shape)}"
         elif query.dim() != 4 or query.shape[-1] != module.site.head_dim or value.shape[-1] != module.site.head_dim:
             refused = f"heads of shape {tuple(query.shape)} where the adapter says head_dim={module.site.head_dim}"
         elif families:

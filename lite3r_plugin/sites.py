@@ -7,9 +7,10 @@ An adapter returns one `AttentionSite` per attention module. The site says how t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from .config import Scope
+from .errors import AdapterError
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,13 @@ class TokenSource:
     patch_size: tuple[int, int]
     special_tokens: int = 0
 
+    def __post_init__(self) -> None:
+        size = self.patch_size
+        if not (isinstance(size, tuple) and len(size) == 2 and all(isinstance(x, int) and x > 0 for x in size)):
+            raise AdapterError(f"patch_size of a TokenSource is a pair of positive integers (height, width), got {size!r}")
+        if not isinstance(self.special_tokens, int) or self.special_tokens < 0:
+            raise AdapterError(f"special_tokens of a TokenSource is a number of tokens, got {self.special_tokens!r}")
+
 
 @dataclass(frozen=True)
 class AttentionSite:
@@ -157,6 +165,15 @@ class AttentionSite:
     projections: Projections
     tokens: TokenSource | None = None
     block: PreNormBlock | None = None
+
+    def __post_init__(self) -> None:
+        if self.scope not in get_args(Scope):
+            raise AdapterError(f"site {self.fqn!r}: scope is one of {get_args(Scope)}, got {self.scope!r}")
+        if not isinstance(self.head_dim, int) or self.head_dim <= 0:
+            raise AdapterError(f"site {self.fqn!r}: head_dim is a positive integer, got {self.head_dim!r}")
+        for name, kind in (("projections", Projections), ("tokens", TokenSource | None), ("block", PreNormBlock | None)):
+            if not isinstance(getattr(self, name), kind):
+                raise AdapterError(f"site {self.fqn!r}: {name} is an instance of {kind}, got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,13 @@ class StandIn(nn.Module):
         return self.host
 
 
+def share_hooks(made: nn.Module, host: nn.Module) -> None:
+    """Let `made`, which takes the place of `host` for good, have its hooks."""
+    for table in vars(nn.Module()):
+        if "hooks" in table:
+            object.__setattr__(made, table, getattr(host, table))
+
+
 def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, Callable[[], nn.Module]]) -> None:
     """Put what each value makes where its key is, at every name below `model`; one after the other, made just before."""
     names: dict[nn.Module, list[str]] = {}

@@ -253,3 +253,10 @@ def test_blocks_compiled_one_by_one_share_code(options: dict[str, Any]) -> None:
         torch.testing.assert_close(model(x), expected)
         graphs[depth] = counter.frame_count
     assert graphs[5] == graphs[2] > 0
+
+
+def test_second_derivatives_are_refused() -> None:
+    q, k, v = (torch.randn(1, 2, 70, 8, requires_grad=True) for _ in range(3))
+    compiled = torch.compile(lambda *x: sparse_linear_attention(*x, keep_ratio=0.3, block_q=32, block_k=16), backend="eager")
+    with pytest.raises(NotImplementedError, match="no second derivatives"):
+        torch.autograd.grad(compiled(q, k, v).square().sum(), q, create_graph=True)

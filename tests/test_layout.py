@@ -134,3 +134,41 @@ def test_counts_that_do_not_fit_are_named(tokens: int) -> None:
         LayoutError, match=rf"got {tokens} tokens, but a view has 7 \(1 special \+ 2 x 3 patches\).*patch_size or special_tokens"
     ):
         watcher.layout("a", tokens)
+
+
+def test_recomputation_in_a_backward_pass() -> None:
+    """Gradient checkpointing runs a forward again when others may have come after it."""
+    watcher, found = tracker(), []
+
+    class Site(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, tokens):
+            ctx.tokens = tokens
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            found.append(watcher.layout("a", ctx.tokens).grid)
+            return grad, None
+
+    def forward(height: int, width: int) -> torch.Tensor:
+        watcher.observe(nn.Identity(), (torch.zeros(1, 3, height, width),), {})
+        return Site.apply(torch.zeros(1, requires_grad=True), 1 + height * width // 16)
+
+    small, large = forward(8, 12), forward(16, 16)
+    (small + large).backward()
+    assert sorted(found) == [(2, 3), (4, 4)]
+    wide, tall = forward(8, 12), forward(12, 8)
+    with pytest.raises(LayoutError, match=r"recomputed by gradient checkpointing, but forwards on grids of \[\(2, 3\), \(3, 2\)\]"):
+        (wide + tall).backward()
+    with torch.no_grad():
+        watcher.observe(nn.Identity(), (torch.zeros(1, 3, 8, 12),), {})
+    forward(12, 8).backward()
+    assert found[-1] == (3, 2)
+
+
+def test_no_order_is_kept_for_others_that_a_mode_made() -> None:
+    layout, device = TokenLayout(2, 1, (3, 17)), torch.device("cpu")
+    with torch._subclasses.FakeTensorMode():
+        assert type(order_for(layout, device)) is not torch.Tensor
+    assert type(order_for(layout, device)) is torch.Tensor

@@ -20,8 +20,9 @@ class Fp8Block(StandIn):
 
     A token of the residual stream is read and written once between attention and MLP: residual sum, LayerNorm and
     quantisation are one pass; so are LayerNorm and quantisation before the attention, where its site takes FP8, and
-    activation and quantisation inside the MLP. With gradients, in training, or when it is called with what the
-    description does not cover, the host's own forward runs, on the same FP8 Linears.
+    activation and quantisation inside the MLP. With gradients, in training, when it is called with what the description does
+    not cover, and while a module inside has hooks or another one is in its place, the host's own forward runs, on the same FP8
+    Linears. (Code compiled by `torch.compile` looks neither for hooks nor for replaced modules.)
 
     Args:
         host: The block.
@@ -36,6 +37,8 @@ class Fp8Block(StandIn):
         self.attention = site.fqn[len(site.block.fqn) + 1 :]
         self.attention_takes_fp8 = attention_takes_fp8
         self.argument_names = tuple(inspect.signature(host.forward).parameters)
+        # Whoever wraps or watches a module inside is to see it called, with tensors.
+        self.parts = tuple((parent, name, child) for parent in host.modules() for name, child in parent.named_children())
         attention = self.get_submodule(self.attention)
         # Of a site the signature says nothing; it remembers its host's.
         self.attention_arguments = set(getattr(attention, "argument_names", inspect.signature(attention.forward).parameters))
@@ -46,10 +49,18 @@ class Fp8Block(StandIn):
         x = given.pop(self.argument_names[0])
         given = {name: value for name, value in given.items() if value is not None and value is not False}
         attention = self.get_submodule(self.attention)
-        wants_grad = torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad
-        if not isinstance(x, Tensor) or wants_grad or self.training or not given.keys() <= self.attention_arguments:
+        if not isinstance(x, Tensor) or self.training or not given.keys() <= self.attention_arguments:
+            return self.run_host(*args, **kwargs)
+        wants_grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
+        if wants_grad or not (torch.compiler.is_compiling() or self._untouched()):
             return self.run_host(*args, **kwargs)
         return self._forward(x, attention, given)
+
+    def _untouched(self) -> bool:
+        return all(
+            parent._modules.get(name) is child and not child._forward_hooks and not child._forward_pre_hooks
+            for parent, name, child in self.parts
+        )
 
     def _forward(self, x: Tensor, attention: nn.Module, given: dict[str, Any]) -> Tensor:
         block = self.block
@@ -111,7 +122,7 @@ def why_not_fused(host: nn.Module, block: PreNormBlock) -> str | None:
         if not isinstance(linear, Fp8Linear):
             return f"{name} is not in FP8"
         if not linear.takes_fp8:
-            return f'the backend "{linear.backend}" takes no input in FP8'
+            return f'{name}, run by "{linear.backend}", takes no input in FP8 or has hooks'
     return None
 
 

@@ -12,7 +12,7 @@ from ..config import Fp8Backend
 from ..errors import ConvertedError
 from ..runtime import fp8_pays
 from ..sites import AttentionSite
-from ..stand_in import replace_modules
+from ..stand_in import replace_modules, share_hooks
 from . import backends
 from .block import Fp8Block, why_not_fused
 from .linear import Fp8Linear
@@ -30,7 +30,10 @@ class Plan:
 
 
 def fake_quantize_linears(model: nn.Module, linears: Iterable[nn.Linear]) -> None:
-    """Let each Linear round to FP8 in its forward."""
+    """Let each Linear round to FP8 in its forward. Raises `ConvertedError`."""
+    linears = list(linears)
+    for linear in linears:
+        _require_plain(linear)
     replace_modules(model, {linear: functools.partial(FakeQuantLinear, linear) for linear in linears})
 
 
@@ -45,10 +48,11 @@ def plan(linears: Iterable[nn.Linear], requested: Fp8Backend, tokens: int | None
 
     Raises:
         BackendError: the requested backend cannot run one of them.
-        ConvertedError: a weight has infinities or NaN.
+        ConvertedError: a weight has infinities or NaN, or is made by a parametrisation or by pruning.
     """
     plans = []
     for linear in linears:
+        _require_plain(linear)
         device, inputs, outputs = linear.weight.device, linear.in_features, linear.out_features
         if requested == "auto" and tokens is not None and not fp8_pays(device, tokens, inputs, outputs, fused(linear)):
             plans.append(Plan(linear, None, f"not faster in FP8 at {tokens} tokens"))
@@ -101,9 +105,18 @@ def unfuse_blocks(model: nn.Module) -> None:
     replace_modules(model, {m: m.release for m in model.modules() if isinstance(m, Fp8Block)})
 
 
+def _require_plain(linear: nn.Linear) -> None:
+    if not isinstance(linear._parameters.get("weight"), nn.Parameter):
+        raise ConvertedError(
+            f"the weight {linear.out_features} x {linear.in_features} of a Linear is no parameter but made of others before each forward: "
+            "make it permanent first (torch.nn.utils.prune.remove, remove_weight_norm or remove_spectral_norm)"
+        )
+
+
 def _quantized(linear: nn.Module, backend: Fp8Backend) -> Fp8Linear:
     host = linear.release() if isinstance(linear, FakeQuantLinear) else linear
     assert isinstance(host, nn.Linear)
     made = Fp8Linear.quantized(host, backend)
+    share_hooks(made, host)
     host.register_parameter("weight", None)  # free it, whoever still holds the module
     return made

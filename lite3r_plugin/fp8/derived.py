@@ -15,7 +15,7 @@ class Derived(Generic[T]):
     """Remembers what was made from a tensor. Copies and pickles of it remember nothing.
 
     A change is told by the tensor's identity, place, dtype and version counter. Writing through ``tensor.data`` counts
-    no version: use `torch.no_grad` instead.
+    no version, nor do fused optimisers: see `forget`.
     """
 
     def __init__(self) -> None:
@@ -30,6 +30,10 @@ class Derived(Generic[T]):
         if last is None or last[0] != state:
             last = self._last = (state, make())
         return last[1]
+
+    def forget(self) -> None:
+        """Make it anew next time."""
+        self._last = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_last": None}

@@ -17,6 +17,23 @@ from .derived import Derived
 from .qat import compute_dtype
 
 
+class _Copy(Tensor):
+    """A weight that was made for whoever looks at it. What is written to it would be lost, such as a LoRA that is merged."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        writes = name in ("__set__", "__setitem__") or (name.endswith("_") and not name.startswith("__")) or name.startswith("__i")
+        if writes and args and isinstance(args[0], cls) and name not in ("__int__", "__index__", "__invert__"):
+            raise ConvertedError(
+                "this Linear holds FP8, and its weight is a copy made for you: what is written to it is lost. Merge or change weights "
+                "before convert(model)"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            out = func(*args, **(kwargs or {}))
+        return out.as_subclass(cls) if name == "__get__" and isinstance(out, Tensor) else out  # ``.data`` is to be guarded as well
+
+
 class Fp8Linear(nn.Module):
     """``y = x W^T + b`` with W in FP8, one scale for each output row (see `ops.fp8.naive`).
 
@@ -24,7 +41,7 @@ class Fp8Linear(nn.Module):
 
     Args:
         in_features, out_features: C and C_out.
-        bias: The bias ``[C_out]``, or None.
+        bias: The bias ``[C_out]``, which this module shares and which no longer learns, or None.
         backend: What runs it: ``"torch"``, ``"te"``, ``"weight_only"`` or ``"emulated"``.
         dtype: Of the weight before it was quantised.
         device: Of the (uninitialised) weight.
@@ -41,7 +58,7 @@ class Fp8Linear(nn.Module):
     bias: nn.Parameter | None
 
     def __init__(
-        self, in_features: int, out_features: int, bias: Tensor | None, backend: Fp8Backend, dtype: torch.dtype, device: torch.device
+        self, in_features: int, out_features: int, bias: nn.Parameter | None, backend: Fp8Backend, dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
@@ -49,7 +66,10 @@ class Fp8Linear(nn.Module):
         self.register_buffer("weight_data", torch.empty(out_features, in_features, dtype=E4M3, device=device))
         self.register_buffer("weight_scale", torch.empty(out_features, 1, dtype=torch.float32, device=device))
         self.register_buffer("infinities", torch.zeros(1, dtype=torch.int64, device=device), persistent=False)
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
+        # The same parameter, which another module may share.
+        if bias is not None:
+            bias.requires_grad_(False)
+        self.register_parameter("bias", bias)
         self._te = te.TeLinear()
         self._bf16_bias: Derived[Tensor] = Derived()
 
@@ -65,13 +85,16 @@ class Fp8Linear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight in `dtype`, made anew by each access: for code that looks at it, or computes with it by itself."""
-        return dequantize(self._quantized())
+        """The weight in `dtype`, made anew by each access: for code that looks at it, or computes with it by itself.
+
+        Writing to it raises `ConvertedError`.
+        """
+        return dequantize(self._quantized()).as_subclass(_Copy)
 
     @property
     def takes_fp8(self) -> bool:
-        """Whether `forward` takes an input that is in FP8 already."""
-        return self.backend in backends.QUANTISES_INPUT
+        """Whether `forward` takes an input that is in FP8 already. Hooks are to see a tensor."""
+        return self.backend in backends.QUANTISES_INPUT and not (self._forward_hooks or self._forward_pre_hooks)
 
     def forward(self, input: Tensor | Quantized) -> Tensor:
         """input: ``[..., C]``. Returns ``[..., C_out]`` in input's dtype or autocast's; FP8 inputs say theirs.
@@ -83,7 +106,7 @@ class Fp8Linear(nn.Module):
         """
         dtype = compute_dtype(self.weight_data.device, input.dtype)
         if isinstance(input, Tensor):
-            if torch.is_grad_enabled() and input.requires_grad:
+            if self._wants_grad(input):
                 weight = dequantize(self._quantized(), dtype)
                 return F.linear(
                     fake_quantize(input, infinities=self.infinities).to(dtype), weight, None if self.bias is None else self.bias.to(dtype)
@@ -97,12 +120,15 @@ class Fp8Linear(nn.Module):
 
     def of_heads(self, input: Tensor) -> Tensor:
         """`forward` of an attention output ``[B, H, N, D]``, its heads put side by side: ``[B, N, C_out]``."""
-        if self.takes_fp8 and not (torch.is_grad_enabled() and input.requires_grad):
+        if self.takes_fp8 and not self._wants_grad(input):
             return self(passes(input).heads_quantize(input, infinities=self.infinities))
         return self(input.transpose(1, 2).flatten(2))
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, backend={self.backend}"
+
+    def _wants_grad(self, input: Tensor) -> bool:
+        return torch.is_grad_enabled() and (input.requires_grad or (self.bias is not None and self.bias.requires_grad))
 
     def _quantized(self) -> Quantized:
         return Quantized(self.weight_data, self.weight_scale, self.dtype)

@@ -14,7 +14,8 @@ from .derived import Derived
 class FakeQuantLinear(StandIn, nn.Linear):
     """Stands in for a Linear: inputs rounded to FP8 token by token, the weight output row by output row.
 
-    A weight that is not being trained is quantised once, and kept in FP8 beside the original.
+    A weight that does not learn is quantised once, and kept in FP8 beside the original. One that learns is quantised in each
+    forward, without gradients as well: fused optimisers change a tensor without counting a version of it.
 
     Attributes:
         enabled: False runs the host's own forward.
@@ -35,6 +36,12 @@ class FakeQuantLinear(StandIn, nn.Linear):
             return self.run_host(input)
         return F.linear(fake_quantize(input, infinities=self.infinities), self._weight(), self.bias)
 
+    @property
+    def weight(self) -> nn.Parameter:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The weight. Who asks for it from outside may write to its ``data``, as merging a LoRA does: it is quantised anew."""
+        self._rounded.forget()
+        return self._parameters["weight"]  # pyright: ignore[reportReturnType]
+
     def release(self) -> nn.Module:
         """Give back the host, as it was before."""
         self._buffers.pop("infinities", None)
@@ -42,8 +49,9 @@ class FakeQuantLinear(StandIn, nn.Linear):
         return super().release()
 
     def _weight(self) -> Tensor:
-        weight = self.weight
-        if weight.requires_grad and torch.is_grad_enabled():
+        weight = self._parameters["weight"]
+        assert weight is not None
+        if weight.requires_grad:
             return fake_quantize(weight)
         with torch.no_grad():
             return dequantize(self._rounded.get(weight, lambda: quantize(weight)), compute_dtype(weight.device, weight.dtype))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..ops.fp8 import E4M3
-from ..stand_in import replace_modules
+from ..stand_in import replace_modules, share_hooks
 from . import backends
 from .linear import Fp8Linear
 from .qat import FakeQuantLinear
@@ -30,6 +30,11 @@ def fp8_tensors(model: nn.Module) -> dict[str, Tensor]:
 def fp8_shapes(model: nn.Module) -> Shapes:
     """``[C_out, C]`` of the FP8 Linears of `model`, by name."""
     return {fqn: list(m.weight_data.shape) for fqn, m in model.named_modules() if isinstance(m, Fp8Linear)}
+
+
+def biased(model: nn.Module) -> list[str]:
+    """Names of the FP8 Linears of `model` that have a bias, which is not stored with them."""
+    return sorted(fqn for fqn, m in model.named_modules() if isinstance(m, Fp8Linear) and m.bias is not None)
 
 
 def other_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -60,6 +65,9 @@ def check(model: nn.Module, shapes: Shapes, weights: Mapping[str, Tensor], linea
             if tensor is None or list(tensor.shape) != expected or tensor.dtype != dtype:
                 found = "missing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
                 raise CheckpointError(f"{where}: {fqn}.{name} is {found}, not {dtype} {expected}; save it again with save_lite3r")
+        codes, scales = weights[f"{fqn}.weight_data"].view(torch.uint8), weights[f"{fqn}.weight_scale"]
+        if (codes & 0x7F).eq(0x7F).any() or not scales.isfinite().all():
+            raise CheckpointError(f"{where} is damaged: the FP8 weight of {fqn!r} has infinities or NaN; save it again with save_lite3r")
 
 
 def install(model: nn.Module, shapes: Shapes, weights: Mapping[str, Tensor], device: torch.device) -> None:
@@ -73,6 +81,7 @@ def install(model: nn.Module, shapes: Shapes, weights: Mapping[str, Tensor], dev
         )  # fmt: skip
         made.weight_data, made.weight_scale = (weights[f"{fqn}.{name}"].to(place) for name in ("weight_data", "weight_scale"))
         made.infinities = torch.zeros(1, dtype=torch.int64, device=place)
+        share_hooks(made, linear)
         linear.register_parameter("weight", None)
         return made.train(linear.training)
 
@@ -82,14 +91,20 @@ def install(model: nn.Module, shapes: Shapes, weights: Mapping[str, Tensor], dev
 
 def fill(model: nn.Module, tensors: Mapping[str, Tensor], device: torch.device) -> None:
     """Give parameters and buffers of `model` these values; those on the meta device are made on `device`."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}  # a parameter may have several
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for name, value in table.items():
+                places.setdefault(id(value), []).append((module, name))
     for name, tensor in tensors.items():
         owner_name, _, child = name.rpartition(".")
-        owner = model.get_submodule(owner_name)
-        old = getattr(owner, child)
+        old = getattr(model.get_submodule(owner_name), child)
         if not old.is_meta:
             with torch.no_grad():
                 old.copy_(tensor)
-        elif isinstance(old, nn.Parameter):
-            setattr(owner, child, nn.Parameter(tensor.to(device, old.dtype), requires_grad=old.requires_grad))
-        else:
-            setattr(owner, child, tensor.to(device, old.dtype))
+            continue
+        new = tensor.to(device, old.dtype)
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=old.requires_grad)
+        for owner, place in places[id(old)]:
+            setattr(owner, place, new)

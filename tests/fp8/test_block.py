@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from toys import PATCH, SPECIAL, Adapter, Attention, toy_adapter
 
 from lite3r_plugin import AttentionSite, FusedQKV, PreNormBlock, TokenSource, apply_lite3r
+from lite3r_plugin.apply import lite3r_modules
 from lite3r_plugin.errors import AdapterError
 from lite3r_plugin.fp8.block import Fp8Block
 from lite3r_plugin.fp8.linear import Fp8Linear
@@ -214,3 +215,42 @@ def test_an_unfused_site_gets_its_input_in_high_precision(calls: list[str]) -> N
     calls.clear()
     assert relative_error(model(images()), host_forward(model, images())) < 5e-3
     assert calls.count("residual_norm_quantize") == 2
+
+
+@torch.no_grad()
+def test_hooks_and_replaced_modules_are_seen() -> None:
+    model = apply_lite3r(Model().eval(), **SPARSE, precision="fp8")
+    x = torch.rand(2, 3, 24, 32)
+    expected, seen = model(x), []
+    block = model.blocks[0]
+    for name in ("norm1", "attn", "attn.qkv", "ls1", "mlp", "mlp.0", "mlp.1"):
+        handle = block.get_submodule(name).register_forward_hook(lambda module, args, out, name=name: seen.append((name, type(args[0]))))
+        torch.testing.assert_close(model(x), expected, rtol=0.1, atol=0.1)
+        assert seen.pop() == (name, torch.Tensor)
+        handle.remove()
+    assert torch.equal(model(x), expected)
+    others = {"mlp.1": nn.ReLU(), "mlp.0": nn.Linear(DIM, 64), "attn.qkv": nn.Linear(DIM, 3 * DIM), "norm2": nn.Identity()}
+    for name, other in others.items():
+        before = block.get_submodule(name)
+        block.set_submodule(name, other)
+        changed = model(x)
+        assert not torch.equal(changed, expected)
+        with torch.enable_grad():
+            torch.testing.assert_close(model(x), changed, rtol=0.1, atol=0.1)
+        block.set_submodule(name, before)
+
+
+@pytest.mark.parametrize("learns", ["norm1.weight", "attn.proj_lin.weight", "ls1.gamma", "attn.proj.bias", "mlp.0.bias"])
+def test_gradients_of_one_parameter_alone(learns: str) -> None:
+    """Whether or not the input of the block has one; the fused passes have none."""
+    model = apply_lite3r(Model().eval(), **SPARSE, precision="fp8").requires_grad_(False)
+    for site in lite3r_modules(model).values():
+        nn.init.normal_(site.proj_lin.weight)
+    parameter = model.blocks[0].get_parameter(learns).requires_grad_()
+    x, grads = torch.rand(2, 3, 24, 32), []
+    for training in (False, True):
+        model.train(training)(x).square().mean().backward()
+        grads.append(parameter.grad)
+        parameter.grad = None
+    assert grads[0].abs().sum() > 0
+    torch.testing.assert_close(grads[0], grads[1])

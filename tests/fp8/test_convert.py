@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from numerics import relative_error
 from torch import nn
+from torch.nn.utils import prune
 from toys import Adapter, Attention, Separate, Toy, images, toy_adapter
 
 from lite3r_plugin import apply_lite3r, convert, describe, lite3r_disabled, remove_lite3r
@@ -256,3 +257,82 @@ class TestModel:
         model.compile(backend="aot_eager")
         torch.testing.assert_close(model(images()), expected, rtol=1e-4, atol=1e-4)
         torch._dynamo.reset()
+
+
+def test_a_weight_that_is_a_copy_refuses_to_be_written_to() -> None:
+    _, fp8 = converted()
+    x = torch.randn(3, 24, requires_grad=True)
+    assert torch.equal(F.linear(x, fp8.weight), F.linear(x, dequantize(fp8._quantized())))
+    assert type(F.linear(x, fp8.weight) * 2) is torch.Tensor
+    F.linear(x, fp8.weight).sum().backward()
+
+    def add(weight: torch.Tensor) -> None:
+        weight += 1
+
+    for write in (lambda: fp8.weight.data.add_(1), lambda: add(fp8.weight.data), lambda: setattr(fp8.weight, "data", torch.ones(10, 24))):
+        with pytest.raises(ConvertedError, match="is a copy made for you: what is written to it is lost"):
+            write()
+
+
+def test_gradients_of_a_bias_alone() -> None:
+    linear, fp8 = converted()
+    assert fp8.bias is linear.bias
+    fp8.bias.requires_grad_()
+    fp8(torch.ones(3, 24)).sum().backward()
+    assert torch.equal(fp8.bias.grad, torch.full((10,), 3.0))
+
+
+@pytest.mark.usefixtures("adapter")
+class TestWholes:
+    @pytest.mark.parametrize("precision", ["fp8", "fp8_qat"])
+    def test_weights_that_are_made_are_refused_before_anything_changes(self, precision: str) -> None:
+        model = Toy().eval()
+        linear = next(m for m in model.cross[0].modules() if isinstance(m, nn.Linear))
+        prune.l1_unstructured(linear, "weight", 0.5)
+        expected, keys = model(images()), list(model.state_dict())
+        with pytest.raises(ConvertedError, match="make it permanent first"):
+            apply_lite3r(model, **SPARSE, precision=precision)
+        assert torch.equal(model(images()), expected)
+        assert list(model.state_dict()) == keys
+        assert not lite3r_modules(model)
+
+    def test_linears_of_another_class_are_named(self) -> None:
+        model = Toy().eval()
+        linear = next(m for m in model.cross[0].modules() if isinstance(m, nn.Linear))
+        torch.nn.utils.parametrizations.weight_norm(linear)
+        notes = describe(apply_lite3r(model, **SPARSE, precision="fp8")).notes
+        assert notes == ("1 Linears left as they are: of class ParametrizedLinear",)
+
+    def test_a_part_is_refused(self) -> None:
+        model = apply_lite3r(Toy().eval(), **SPARSE, precision="fp8_qat")
+        for verb in (convert, remove_lite3r):
+            with pytest.raises(NotAppliedError, match="holds 1 of the 2 attention modules"):
+                verb(model.cross[0])
+        assert describe(convert(model)).linears.keys() == {"in FP8 (emulated)"}
+
+    def test_parts_on_their_own_are_refused_together(self) -> None:
+        model = nn.ModuleList([apply_lite3r(Toy().eval(), **SPARSE, precision="fp8_qat") for _ in range(2)])
+        for verb in (convert, describe):
+            with pytest.raises(NotAppliedError, match="2 parts of this ModuleList on their own"):
+                verb(model)
+        assert not lite3r_modules(remove_lite3r(model))
+
+    @pytest.mark.parametrize("precision", ["fp8", "fp8_qat"])
+    def test_what_is_made_in_inference_mode_serves_outside_of_it(self, precision: str) -> None:
+        model = Toy().eval()
+        with torch.inference_mode():
+            apply_lite3r(model, **SPARSE, precision=precision)
+        model(images()).sum().backward()
+
+    def test_hooks_stay(self) -> None:
+        model, seen = Toy().eval(), []
+        linear = next(m for m in model.cross[0].modules() if isinstance(m, nn.Linear))
+        linear.register_forward_hook(lambda module, args, out: seen.append(args[0].shape))
+        apply_lite3r(model, **SPARSE, precision="fp8")(images())
+        assert seen
+
+    def test_a_branch_that_is_not_finite_is_refused(self) -> None:
+        model = apply_lite3r(Toy().eval(), **SPARSE, precision="fp8_qat")
+        nn.init.constant_(model.cross[0].proj_lin.weight, math.nan)
+        with pytest.raises(ConvertedError, match=r"proj_lin\.weight has infinities or NaN"):
+            convert(model)

@@ -198,3 +198,26 @@ class TestModel:
         assert "the model is on cpu" in str(describe(model))
         with pytest.warns(SlowPathWarning, match="which 'marginal' never makes"):
             apply_lite3r(Toy(), **QAT, fp8_backend="te", linear_branch="marginal")
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_weight_that_learns_is_never_remembered(linear: nn.Linear, fused: bool) -> None:
+    """Fused optimisers change a tensor without counting a version of it."""
+    module, x = FakeQuantLinear(linear), torch.randn(3, 24)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.1, fused=fused)
+    for _ in range(2):
+        with torch.no_grad():
+            before = module(x)
+        module(x).square().sum().backward()
+        optimizer.step()
+        with torch.no_grad():
+            assert torch.equal(module(x), copy.deepcopy(module)(x))
+            assert not torch.equal(module(x), before)
+
+
+def test_what_is_written_to_the_data_of_a_frozen_weight_counts(linear: nn.Linear) -> None:
+    module, x = FakeQuantLinear(linear.requires_grad_(False)), torch.randn(3, 24)
+    before = module(x)
+    module.weight.data += 1.0  # as peft merges
+    assert torch.equal(module(x), copy.deepcopy(module)(x))
+    assert not torch.equal(module(x), before)

@@ -15,7 +15,7 @@ from toys import Toy, images, toy_adapter
 
 from lite3r_plugin import apply_lite3r, convert, describe, load_lite3r, save_lite3r
 from lite3r_plugin.apply import block_linears, lite3r_modules
-from lite3r_plugin.errors import CheckpointError
+from lite3r_plugin.errors import BackendError, CheckpointError
 from lite3r_plugin.ops.fp8 import E4M3
 
 __all__ = ["toy_adapter"]  # the fixture
@@ -172,3 +172,55 @@ def test_what_does_not_fit_is_refused(model: Toy, dense: Toy, tmp_path: Path, ed
         load_lite3r(dense, tmp_path)
     assert torch.equal(dense(images()), before)
     assert list(dense.state_dict()) == keys
+
+
+def test_parameters_with_several_places_are_filled_at_all_of_them(tmp_path: Path) -> None:
+    def tied() -> Toy:
+        toy = Toy().eval()
+        toy.extra = nn.ModuleList([nn.LayerNorm(4), nn.LayerNorm(4)])
+        toy.extra[1].weight = toy.extra[0].weight
+        linears = (
+            [m for m in toy.cross[0].modules() if isinstance(m, nn.Linear)],
+            [m for m in toy.cross[1].modules() if isinstance(m, nn.Linear)],
+        )
+        linears[1][-1].bias = linears[0][-1].bias
+        return toy
+
+    model = apply_lite3r(tied(), **SPARSE, precision="fp8")
+    save_lite3r(model, tmp_path, whole=True)
+    with torch.device("meta"):
+        empty = tied()
+    for other in (empty, tied()):
+        loaded = load_lite3r(other, tmp_path)
+        assert not any(p.is_meta for _, p in loaded.named_parameters(remove_duplicate=False))
+        assert loaded.extra[1].weight is loaded.extra[0].weight
+        torch.testing.assert_close(loaded(images()), model(images()))
+
+
+@pytest.mark.parametrize(("name", "value"), [("weight_scale", torch.nan), ("weight_data", 0x7F)])
+def test_damaged_weights_are_refused(model: Toy, dense: Toy, tmp_path: Path, name: str, value: float) -> None:
+    save_lite3r(model, tmp_path)
+    weights = load_file(tmp_path / WEIGHTS)
+    key = next(k for k in weights if k.endswith(name))
+    (weights[key].view(torch.uint8) if name == "weight_data" else weights[key]).flatten()[3:4].fill_(value)
+    save_file(weights, tmp_path / WEIGHTS)
+    with pytest.raises(CheckpointError, match="has infinities or NaN"):
+        load_lite3r(dense, tmp_path)
+    assert not lite3r_modules(dense)
+
+
+def test_a_model_without_the_biases_is_another_model(model: Toy, tmp_path: Path) -> None:
+    save_lite3r(model, tmp_path)
+    other = Toy().eval()
+    next(m for m in other.cross[0].modules() if isinstance(m, nn.Linear) and m.bias is not None).bias = None
+    with pytest.raises(CheckpointError, match="other Linears than those of this Toy have a bias"):
+        load_lite3r(other, tmp_path)
+
+
+def test_a_device_that_is_not_there(model: Toy, dense: Toy, tmp_path: Path) -> None:
+    save_lite3r(model, tmp_path)
+    with pytest.raises(BackendError, match="device 'cuda:99' cannot be used here"):
+        load_lite3r(dense, tmp_path, device="cuda:99")
+    assert not lite3r_modules(dense)
+    with pytest.raises(CheckpointError, match="is a file"):
+        save_lite3r(model, tmp_path / JSON)

@@ -288,3 +288,21 @@ def test_a_sequence_too_long_for_the_map_says_what_to_do() -> None:
     q, k = torch.zeros(1, 1, 1, 4, device=DEVICE), torch.zeros(1, 1, block_map_kernels.MAX_COLUMNS + 1, 4, device=DEVICE)
     with pytest.raises(BackendError, match="has 32769 key blocks, the kernels take 32768; use a larger block_k"):
         block_map_kernels.block_map_with_bits(q, k, kept=1)
+
+
+def test_strides_of_what_is_not_q_k_v(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels read them as they lie in memory."""
+    monkeypatch.setattr("lite3r_plugin.ops.backend._why_not", lambda *_: None)  # interpreted, where there is no GPU
+    q, k, v = random_qkv(LENGTHS[-1], 32, torch.float32)
+    tokens = q.shape[2]
+    order = torch.stack((torch.randperm(tokens, device=DEVICE), torch.arange(tokens, device=DEVICE)), 1)[:, 0].int()
+    proj, weight = torch.randn(32, 32, device=DEVICE).T, torch.rand(64, device=DEVICE)[::2]
+    pairs = torch.stack((order, order), 1)[:, 0]
+    assert not any(x.is_contiguous() for x in (proj, weight, pairs))
+    for linear in ("all", "marginal"):
+        options: dict[str, Any] = dict(keep_ratio=0.3, linear=linear, block_means=True, backend="triton", **BLOCKS)
+        results = [
+            sparse_linear_attention(q, k, v, proj=p, order=o, q_norm=HeadNorm("rms", w, None, 1e-6), **options)
+            for p, o, w in ((proj, pairs, weight), (proj.contiguous(), pairs.contiguous(), weight.contiguous()))
+        ]
+        assert torch.equal(*results)

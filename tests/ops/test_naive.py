@@ -358,3 +358,31 @@ def test_a_negative_scale_raises() -> None:
     q = torch.randn(1, 1, 8, 16)
     with pytest.raises(ConfigError, match="must not be negative"):
         sparse_linear_attention(q, q, q, keep_ratio=1.0, scale=-1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(keep_ratio=1.5), r"keep_ratio must be in \(0, 1\]"),
+        (dict(negligible_ratio=float("nan")), "negligible_ratio must be"),
+        (dict(feature_map="relu"), "feature_map must be one of"),
+        (dict(backend="cuda"), "backend must be one of"),
+        (dict(pinned_tokens=-1), "pinned_tokens must be in"),
+        (dict(order=torch.arange(39)), "order names 39 tokens, but q has 40"),
+        (dict(order=torch.arange(40).float()), "order is"),
+        (dict(linear="all", proj=torch.eye(8)), r"proj is \[D, D\] = \[16, 16\]"),
+        (dict(k=torch.randn(1, 1, 40, 16)), "must have the same shape"),
+        (dict(k=torch.randn(1, 2, 39, 16)), "must have the same shape"),
+        (dict(v=torch.ones(1, 2, 40, 16).long()), "floating-point"),
+        (dict(positions=torch.zeros(39, 2)), "positions are"),
+    ],
+)
+def test_what_the_operator_refuses(options: dict[str, Any], message: str) -> None:
+    q, k, v = torch.randn(3, 1, 2, 40, 16)
+    with pytest.raises(ConfigError, match=message):
+        sparse_linear_attention(**(dict(q=q, k=k, v=v, keep_ratio=0.5) | options))
+
+
+def test_nothing_to_attend_to() -> None:
+    for shape in ((0, 2, 40, 16), (1, 2, 0, 16)):
+        assert sparse_linear_attention(*torch.randn(3, *shape), keep_ratio=0.5).shape == shape

@@ -55,7 +55,7 @@ def quantize(x: Tensor, format: torch.dtype = E4M3, infinities: Tensor | None = 
     """
     if infinities is not None:
         infinities += x.isinf().sum()
-    dtype, x = x.dtype, _wide(x)
+    dtype, x = x.dtype, _wide(x.detach())  # a gradient through the conversion would itself be cut to FP8
     largest = torch.finfo(format).max
     magnitude = x.abs()
     finite = magnitude.masked_fill(~(magnitude < torch.inf), 0)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...errors import ConfigError
 from ..backend import use_triton, without_autocast
 from ..qk_norm_rope import NO_NORM, HeadNorm
 from . import naive, operator
+from .check import check
 
 __all__ = ["linear_attention", "sparse_linear_attention"]
 
@@ -59,13 +59,20 @@ def sparse_linear_attention(
 
     Raises:
         BackendError: `backend` is ``"triton"`` and the kernels cannot take these tensors.
-        ConfigError: `linear` needs a `proj` that was not given; `scale` is negative.
+        ConfigError: tensors do not fit each other; an option is out of its range; `linear` needs a `proj` that was not given.
     """
+    check(
+        q, k, v, keep_ratio=keep_ratio, negligible_ratio=negligible_ratio, order=order, pinned_tokens=pinned_tokens, positions=positions,
+        scale=scale, linear=linear, feature_map=feature_map, proj=proj, backend=backend,
+    )  # fmt: skip
     proj = naive.needed_proj(linear, proj)
-    if scale is not None and scale < 0:
-        raise ConfigError(f"scale is {scale}; it must not be negative: negate the queries instead")
+    if v.numel() == 0:
+        return v.clone()
     q_norm, k_norm = q_norm or NO_NORM, k_norm or NO_NORM
-    tensors = (q, k, v, q_norm.weight, q_norm.bias, k_norm.weight, k_norm.bias, proj)
+    # The kernels read these as they lie in memory.
+    affine = (x if x is None else x.contiguous() for x in (q_norm.weight, q_norm.bias, k_norm.weight, k_norm.bias, proj))
+    order, positions = (x if x is None else x.contiguous() for x in (order, positions))
+    tensors = (q, k, v, *affine)
     options = (
         order, positions, pinned_tokens, keep_ratio, negligible_ratio, q_norm.kind, q_norm.eps, k_norm.kind, k_norm.eps,
         rope_base, scale, linear, feature_map, block_means, block_q, block_k, backend,

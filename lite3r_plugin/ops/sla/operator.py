@@ -132,6 +132,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]
 
 
 def _differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():  # create_graph=True: the backward operator has no derivative, and it would be taken for zero
+        raise NotImplementedError("sparse-linear attention has no second derivatives: use dense attention (lite3r_disabled) for them")
     out, *rest = ctx.saved_tensors
     count = len(ctx.others)
     arguments = [other if x is None else x for x, other in zip(rest[:count], ctx.others, strict=True)]
@@ -148,4 +150,5 @@ register(
     _backward,
     _fake_backward,
 )
+
 torch.library.register_autograd("lite3r::sparse_linear_attention_train", _differentiate, setup_context=_keep)
