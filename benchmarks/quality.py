@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 import lite3r_plugin
 from lite3r_plugin import attention
-from lite3r_plugin.apply import lite3r_modules
 from lite3r_plugin.calibrate import calibrate
+from lite3r_plugin.carried import lite3r_modules
 from lite3r_plugin.commands._run import choose_device, choose_dtype, quiet, run_model
 from lite3r_plugin.commands.evaluate import geometry, model_inputs, reference_of, sample_views
 from lite3r_plugin.commands.reconstruct import find_entry

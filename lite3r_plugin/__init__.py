@@ -1,9 +1,10 @@
 """Lite3R: sparse-linear attention for feed-forward 3D reconstruction models and other ViT backbones, in one line."""
 
-from .apply import apply_lite3r, convert, lite3r_disabled, remove_lite3r
+from .apply import apply_lite3r, lite3r_disabled, remove_lite3r
 from .calibrate import calibrate
 from .checkpoint import load_lite3r, save_lite3r
 from .config import Lite3RConfig
+from .conversion import convert
 from .errors import Lite3RError
 from .hookspecs import hookimpl
 from .report import describe

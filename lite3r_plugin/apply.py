@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -14,14 +13,15 @@ from torch import nn
 
 from . import projections
 from .attention import ModelState, SparseLinearAttention
-from .config import Fp8Backend, Lite3RConfig
-from .errors import AdapterError, AlreadyAppliedError, BackendError, ConfigError, ConvertedError, Lite3RError, NoSitesError, NotAppliedError
+from .carried import block_linears, lite3r_modules, require_all, require_lite3r
+from .config import Lite3RConfig
+from .conversion import convert
+from .errors import AdapterError, AlreadyAppliedError, BackendError, ConfigError, ConvertedError, Lite3RError, NoSitesError
 from .fp8 import convert as fp8
 from .fp8 import te
 from .fp8.block import check as check_block
-from .fp8.linear import Fp8Linear
 from .fp8.qat import FakeQuantLinear
-from .fp8.scope import find_blocks, modules_in
+from .fp8.scope import find_blocks
 from .layout import GridTracker
 from .ops.backend import TRITON_HEAD_DIMS, SlowPathWarning
 from .plugins import find_sites
@@ -29,7 +29,6 @@ from .sites import AttentionSite, Routed, TokenSource
 from .stand_in import replace_modules
 
 Model = TypeVar("Model", bound=nn.Module)
-LEFT = "Linears left as they are"
 
 
 @torch.inference_mode(False)  # what is made here must serve outside of it
@@ -109,65 +108,6 @@ def _same(module: nn.Module) -> nn.Module:
     return module
 
 
-@torch.inference_mode(False)
-def convert(model: Model, backend: Fp8Backend | None = None, *, tokens: int | None = None) -> Model:
-    """Store the Linears of the transformer blocks of `model` in FP8 and run them so, in place. There is no way back.
-
-    A model that was converted before gets its backends chosen again, for the device that it is on now, and Linears that were left
-    because of `tokens` are looked at again.
-
-    Args:
-        model: A model with Lite3R.
-        backend: What is to run the Linears; `Lite3RConfig.fp8_backend` by default.
-        tokens: Rows of a typical input of a Linear (batch times views times tokens of a view). With ``"auto"``, Linears
-            that would not be faster in FP8 at that size stay as they are. None: all are converted, for the memory.
-
-    Returns:
-        The same model.
-
-    Raises:
-        NotAppliedError: the model carries no Lite3R, or is a part of the one that it was applied to.
-        NoSitesError: there is no Linear to convert.
-        BackendError: the backend cannot run here, or nothing would be faster at `tokens`.
-        ConvertedError: a weight, or that of a linear branch, is not finite, or is made by a parametrisation or by pruning.
-    """
-    modules, state = whole_model(model, "convert")
-    config = state.config.replace(precision="fp8", fp8_backend=backend or state.config.fp8_backend)
-    converted = state.config.precision == "fp8"
-    for fqn, module in modules.items():
-        if "proj_lin" in module._modules and not _finite(module.proj_lin.weight):
-            raise ConvertedError(f"{fqn}.proj_lin.weight has infinities or NaN: the model is broken; train it again or start from zeros")
-    fused = {id(linear) for linear in block_linears(model, [site.block.fqn for site in state.sites if site.block is not None])}
-    linears = [linear for linear in block_linears(model) if not isinstance(linear, Fp8Linear)]
-    plans = fp8.plan(linears, config.fp8_backend, tokens, lambda linear: id(linear) in fused)
-    if not plans and not converted:
-        raise NoSitesError(f"no transformer block of this {type(model).__name__} has a torch.nn.Linear to convert")
-    if not converted and all(plan.backend is None for plan in plans):
-        raise BackendError(f"no Linear of this model is faster in FP8 at {tokens} tokens here; leave out tokens= to convert for memory")
-    if converted:
-        fp8.rebind(state.blocks.values(), config.fp8_backend)
-        fp8.unfuse_blocks(model)
-    fp8.convert_linears(model, plans)
-    state.notes = [note for note in state.notes if LEFT not in note]
-    others = [m for block in state.blocks.values() for m in block.modules() if isinstance(m, nn.Linear)]
-    others = [f"of class {type(m).__name__}" for m in others if type(m) not in (nn.Linear, FakeQuantLinear)]
-    reasons = [p.reason for p in plans if p.reason] + others
-    state.notes += [f"{count} {LEFT}: {reason}" for reason, count in Counter(reasons).items()]
-    for module in modules.values() if state.config.precision == "fp8_qat" else ():
-        module.round_projection()
-    return finish_conversion(model, config)
-
-
-def finish_conversion(model: Model, config: Lite3RConfig) -> Model:
-    """Fuse the blocks of a `model` whose Linears are in FP8 and give it the configuration. Returns it."""
-    modules, state = whole_model(model, "convert")
-    state.config = config
-    sites = {module.site.fqn: module for module in modules.values()}
-    takes_fp8 = {fqn for fqn, module in sites.items() if projections.takes_fp8(module)}
-    fp8.fuse_blocks(model, state.sites, state.blocks, takes_fp8)
-    return model
-
-
 def remove_lite3r(model: Model) -> Model:
     """Take Lite3R out again: the same modules, outputs and `state_dict` keys as before, bit for bit.
 
@@ -177,7 +117,7 @@ def remove_lite3r(model: Model) -> Model:
     """
     _require_original_weights(model, "remove_lite3r")
     for state in {id(m.state): m.state for m in lite3r_modules(model).values()}.values():
-        _require_all(model, state, "remove_lite3r")
+        require_all(model, state, "remove_lite3r")
     _release(model)
     return model
 
@@ -213,53 +153,6 @@ def lite3r_disabled(model: nn.Module) -> Iterator[None]:
             module.enabled = enabled
 
 
-def lite3r_modules(model: nn.Module) -> dict[str, SparseLinearAttention]:
-    """The swapped-in modules of `model`, by fully qualified name; empty when it carries no Lite3R."""
-    return {fqn: m for fqn, m in model.named_modules(remove_duplicate=False) if isinstance(m, SparseLinearAttention)}
-
-
-def require_lite3r(model: nn.Module) -> dict[str, SparseLinearAttention]:
-    """`lite3r_modules`; raises `NotAppliedError` when there are none."""
-    if not isinstance(model, nn.Module):
-        raise NotAppliedError(f"this takes a torch.nn.Module with Lite3R, got {type(model).__name__}")
-    modules = lite3r_modules(model)
-    if not modules:
-        raise NotAppliedError(f"this {type(model).__name__} carries no Lite3R; call apply_lite3r(model) first")
-    return modules
-
-
-def one_state(model: nn.Module, what: str) -> tuple[dict[str, SparseLinearAttention], ModelState]:
-    """`require_lite3r` and what its modules share; raises `NotAppliedError` if Lite3R was applied to several parts on their own."""
-    modules = require_lite3r(model)
-    states = {id(module.state): fqn for fqn, module in modules.items()}
-    if len(states) > 1:
-        raise NotAppliedError(
-            f"Lite3R was applied to {len(states)} parts of this {type(model).__name__} on their own (around {', '.join(states.values())}): "
-            f"call {what} on each of them"
-        )
-    return modules, next(iter(modules.values())).state
-
-
-def whole_model(model: nn.Module, what: str) -> tuple[dict[str, SparseLinearAttention], ModelState]:
-    """`one_state`; raises `NotAppliedError` as well if `model` holds but a part of what Lite3R was applied to."""
-    modules, state = one_state(model, what)
-    _require_all(model, state, what)
-    return modules, state
-
-
-def _require_all(model: nn.Module, state: ModelState, what: str) -> None:
-    held = len({id(module) for module in lite3r_modules(model).values() if module.state is state})
-    if held != state.swapped:
-        raise NotAppliedError(
-            f"this {type(model).__name__} holds {held} of the {state.swapped} attention modules that Lite3R was applied to: call {what} on "
-            "the whole model (and take modules out of it before apply_lite3r)"
-        )
-
-
-def _finite(weight: torch.Tensor) -> bool:
-    return weight.is_meta or bool(weight.detach().isfinite().all())
-
-
 def _train_in_te(modules: Iterable[SparseLinearAttention], state: ModelState) -> None:
     """Let TransformerEngine run the projections in training, or note why it cannot."""
     branches = [module for module in modules if "proj_lin" in module._modules]
@@ -276,15 +169,6 @@ def _train_in_te(modules: Iterable[SparseLinearAttention], state: ModelState) ->
 def _require_original_weights(model: nn.Module, what: str) -> None:
     if any(module.state.config.precision == "fp8" for module in require_lite3r(model).values()):
         raise ConvertedError(f"{what} needs the weights that convert(model) replaced by FP8; build the model again for the dense one")
-
-
-def block_linears(model: nn.Module, blocks: Iterable[str] | None = None) -> list[Any]:
-    """The Linears of the transformer blocks of these names, by default of all, in full precision, in training or in FP8."""
-    shared, state = one_state(model, "it")
-    modules = shared.values()
-    chosen = [state.blocks[name] for name in (state.blocks if blocks is None else blocks)]
-    branches = [m.proj_lin for m in modules if "proj_lin" in m._modules]
-    return [linear for kind in (nn.Linear, FakeQuantLinear, Fp8Linear) for linear in modules_in(chosen, kind, skip=branches)]
 
 
 def _resolve(model: nn.Module, adapter: str, sites: Any) -> dict[str, nn.Module]:

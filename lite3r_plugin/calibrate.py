@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .apply import require_lite3r
 from .attention import SparseLinearAttention
+from .carried import require_lite3r
 from .errors import ConfigError, InputError
 from .projections import Heads
 

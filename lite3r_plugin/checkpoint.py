@@ -12,8 +12,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .apply import apply_lite3r, block_linears, finish_conversion, lite3r_modules, one_state, remove_lite3r
+from .apply import apply_lite3r, remove_lite3r
+from .carried import block_linears, lite3r_modules, one_state
 from .config import Lite3RConfig
+from .conversion import finish_conversion
 from .errors import BackendError, CheckpointError, ConfigError, NoSitesError
 from .files import replacing
 from .fp8 import stored

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .apply import block_linears, one_state
 from .attention import CallCounts
+from .carried import block_linears, one_state
 from .config import Lite3RConfig
 from .fp8.linear import Fp8Linear
 from .fp8.qat import FakeQuantLinear

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lite3r_plugin import AttentionSite, FusedQKV, Rope2D, Routed, TokenSource, apply_lite3r, hookimpl
-from lite3r_plugin.apply import lite3r_modules
+from lite3r_plugin.carried import lite3r_modules
 from lite3r_plugin.errors import AdapterError, AlreadyAppliedError, LayoutError, UnknownModelError, UnsupportedAttentionError
 from lite3r_plugin.plugins import get_manager
 from lite3r_plugin.testing import check_adapter

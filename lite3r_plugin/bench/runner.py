@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..apply import lite3r_modules
+from ..carried import lite3r_modules
 from ..errors import InputError, Lite3RError
 from ..report import describe
 from . import measure

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..apply import lite3r_modules
 from ..attention import SparseLinearAttention
+from ..carried import lite3r_modules
 from ..fp8.block import Fp8Block
 from ..plugins import find_sites
 from . import measure

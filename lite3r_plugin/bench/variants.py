@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..apply import apply_lite3r, lite3r_modules
+from ..apply import apply_lite3r
+from ..carried import lite3r_modules
 from ..errors import NoSitesError
 from ..fp8 import backends
 from ..fp8.linear import Fp8Linear

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..apply import lite3r_modules
+from ..carried import lite3r_modules
 from ..errors import InputError
 from ..reconstruction import ModelEntry, Prediction
 
