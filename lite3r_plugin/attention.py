@@ -133,8 +133,15 @@ class SparseLinearAttention(StandIn):
         config, tokens = self.state.config, heads.v.shape[-2]
         if self.sparse and config.backend == "triton":
             use_triton("triton", heads.v)  # raises also where this length runs dense
-        proj = self._projection()
         pinned = self._pinned(self._layout(tokens))
+        out = self._attend(heads, pinned)
+        if self.sparse and self.site.tokens is not None:
+            self.state.trackers[self.site.tokens.image_module].watch(out)
+        return out
+
+    def _attend(self, heads: Heads, pinned: int) -> Tensor:
+        config, tokens = self.state.config, heads.v.shape[-2]
+        proj = self._projection()
         if not self._pays(heads.v, pinned):
             self._count("dense")
             return self.dense(heads, proj if self.keep_ratio == 1 and config.linear_branch == "all" else None)
@@ -198,6 +205,8 @@ class SparseLinearAttention(StandIn):
         if not self.sparse or self.state.config.linear_branch == "none":
             return None
         weight = self.proj_lin.weight
+        if type(self.proj_lin) is not nn.Linear:  # an adapter around it, such as a LoRA: what it does to the unit vectors
+            weight = self.proj_lin(torch.eye(weight.shape[1], device=weight.device, dtype=weight.dtype)).mT
         return fake_quantize(weight) if self.state.config.precision == "fp8_qat" else weight
 
     def _layout(self, tokens: int) -> TokenLayout | None:

@@ -38,12 +38,17 @@ def save_lite3r(model: nn.Module, directory: str | os.PathLike[str], *, whole: b
 
     Raises:
         NotAppliedError: the model carries no Lite3R, or several parts of it do on their own.
-        CheckpointError: the model has no values to write, or `directory` is a file.
+        CheckpointError: the model has no values to write, an adapter is around a linear branch, or `directory` is a file.
     """
     modules, state = one_state(model, "save_lite3r")
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"{directory} is a file; save_lite3r takes a directory")
+    for fqn, module in modules.items():
+        if "proj_lin" in module._modules and type(module.proj_lin) is not nn.Linear:
+            raise CheckpointError(
+                f"{fqn}.proj_lin has an adapter around it ({type(module.proj_lin).__name__}): merge it before save_lite3r"
+            )
     weights = {**_branches(model), **stored.fp8_tensors(model), **(stored.other_tensors(model) if whole else {})}
     if empty := [name for name, tensor in weights.items() if tensor.is_meta]:
         raise CheckpointError(f"{empty[0]} and others are on the meta device and have no values: load weights before save_lite3r")
@@ -111,10 +116,11 @@ def load_lite3r(model: Model, directory: str | os.PathLike[str], *, device: torc
 
 
 def _branches(model: nn.Module) -> dict[str, Tensor]:
+    first = {id(module): fqn for fqn, module in reversed(lite3r_modules(model).items())}  # of a module that has several names
     return {
         f"{fqn}.proj_lin.weight": module.proj_lin.weight.detach().contiguous()
         for fqn, module in lite3r_modules(model).items()
-        if "proj_lin" in module._modules
+        if "proj_lin" in module._modules and first[id(module)] == fqn
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from typing import TypeVar
 
@@ -18,6 +19,7 @@ from .fp8.qat import FakeQuantLinear
 
 Model = TypeVar("Model", bound=nn.Module)
 LEFT = "Linears left as they are"
+ADAPTED = "Linears in FP8 are inside adapters (PEFT)"
 
 
 @torch.inference_mode(False)
@@ -64,6 +66,10 @@ def convert(model: Model, backend: Fp8Backend | None = None, *, tokens: int | No
     others = [f"of class {type(m).__name__}" for m in others if type(m) not in (nn.Linear, FakeQuantLinear)]
     reasons = [p.reason for p in plans if p.reason] + others
     state.notes += [f"{count} {LEFT}: {reason}" for reason, count in Counter(reasons).items()]
+    if adapted := sum(isinstance(getattr(m, "base_layer", None), Fp8Linear) for m in model.modules()):
+        note = f"{adapted} {ADAPTED}: they work, but merging them now would lose them; merge adapters before convert(model)"
+        state.notes = [*(n for n in state.notes if ADAPTED not in n), note]
+        warnings.warn(f"Lite3R: {note}", stacklevel=3)
     for module in modules.values() if state.config.precision == "fp8_qat" else ():
         module.round_projection()
     return finish_conversion(model, config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import OrderedDict
 from typing import Any
@@ -14,6 +15,15 @@ from .errors import LayoutError
 from .sites import TokenLayout, TokenSource
 
 TILE = 8
+MAX_PENDING = 64
+
+
+class _Forward:
+    """One forward of a model, on a grid, with gradients."""
+
+    def __init__(self, grid: tuple[int, int]) -> None:
+        self.grid = grid
+        self.watched = False
 
 
 class GridTracker:
@@ -23,11 +33,14 @@ class GridTracker:
     with Lite3R can be deep-copied and pickled.
     """
 
+    _pending: tuple[_Forward, ...] = ()  # forwards with gradients whose backward pass has not ended
+    _task = -1  # the backward pass in which images were last seen, or -1
+    _new = False  # whether the last images are not among `_pending` yet
+    _recomputed = False  # whether there was a recomputation since they were seen
+
     def __init__(self, source: TokenSource) -> None:
         self.source = source
         self.grid: tuple[int, int] | None = None
-        self._learned: set[tuple[int, int]] = set()  # grids of forwards with gradients since the last recomputation
-        self._recomputed = False
         self._handle: RemovableHandle | None = None
 
     def attach(self, module: nn.Module) -> None:
@@ -46,8 +59,14 @@ class GridTracker:
             if isinstance(value, Tensor) and value.dim() >= 2:
                 patch_h, patch_w = self.source.patch_size
                 self.grid = (value.shape[-2] // patch_h, value.shape[-1] // patch_w)
-                if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                    self._remember()
+                if not torch.compiler.is_compiling():
+                    self._task = torch._C._current_graph_task_id()
+                    self._new = True
+                    if self._recomputed and self._task == -1:  # where checkpointing hides outputs, this ends the forwards before
+                        self._pending = tuple(forward for forward in self._pending if forward.watched)
+                        self._recomputed = False
+                    if torch.is_grad_enabled():
+                        self._remember()
                 return
         raise LayoutError(
             f"the module {self.source.image_module!r} was called without an image tensor, so the token layout is unknown; "
@@ -55,23 +74,38 @@ class GridTracker:
         )
 
     def _remember(self) -> None:
-        if _in_backward():
+        if self._new and self._task == -1:
+            assert self.grid is not None
+            self._pending = (*self._pending[1 - MAX_PENDING :], _Forward(self.grid))
+            self._new = False
+
+    def watch(self, out: Tensor) -> None:
+        """Note when the backward pass of the running forward ends: when it comes to `out`, the output of a site.
+
+        Gradient checkpointing runs a forward again in a backward pass, where the last images seen may be those of another one.
+        """
+        if torch.compiler.is_compiling() or not out.requires_grad or self._task != -1 or _in_backward():
             return
-        if self._recomputed:
-            self._learned, self._recomputed = set(), False
-        assert self.grid is not None
-        self._learned.add(self.grid)
+        self._remember()  # also where the images were seen without gradients
+        if self._pending and not self._pending[-1].watched:
+            self._pending[-1].watched = True
+            out.register_hook(functools.partial(self._ended, self._pending[-1]))
+
+    def _ended(self, forward: _Forward, grad: Tensor) -> None:
+        self._pending = tuple(other for other in self._pending if other is not forward)
 
     def _recomputed_grid(self, fqn: str, tokens: int) -> tuple[int, int] | None:
-        """The grid of the forward that gradient checkpointing runs again, inside a backward pass: not always that of the last one."""
+        if self._task == torch._C._current_graph_task_id():  # the images are seen again as well
+            return self.grid
         self._recomputed = True
-        fitting = {grid for grid in self._learned if tokens % TokenLayout(1, self.source.special_tokens, grid).tokens_per_view == 0}
+        special = self.source.special_tokens
+        fitting = {f.grid for f in self._pending if tokens % TokenLayout(1, special, f.grid).tokens_per_view == 0}
         if len(fitting) > 1:
-            self._learned = set()
+            self._pending = ()
             raise LayoutError(
                 f"site {fqn!r} is recomputed by gradient checkpointing, but forwards on grids of {sorted(fitting)} patches came "
-                "before this backward pass, and it cannot be told which is meant: call backward() after each forward, or switch "
-                "checkpointing off"
+                "before this backward pass, and it cannot be told which is meant: call backward() after each forward, run those that "
+                "need no gradients under torch.no_grad(), or switch checkpointing off"
             )
         return fitting.pop() if fitting else self.grid
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -23,12 +24,15 @@ from lite3r_plugin import (
     describe,
     lite3r_disabled,
     remove_lite3r,
+    save_lite3r,
 )
 from lite3r_plugin.attention import SparseLinearAttention
+from lite3r_plugin.carried import lite3r_modules
 from lite3r_plugin.errors import (
     AdapterError,
     AlreadyAppliedError,
     BackendError,
+    CheckpointError,
     ConfigError,
     LayoutError,
     NoSitesError,
@@ -453,3 +457,18 @@ def test_routed_says_nothing_about_heads_but_checks_them(adapter: Adapter) -> No
     adapter.answer = one_site(projections=Routed(), head_dim=32)
     with pytest.raises(UnsupportedAttentionError, match="adapter says head_dim=32"):
         apply_lite3r(Toy(), SPARSE)(images())
+
+
+def test_a_lora_on_the_linear_branch(tmp_path: Path) -> None:
+    model = apply_lite3r(Toy().eval().requires_grad_(False), SPARSE)
+    for site in lite3r_modules(model).values():
+        nn.init.normal_(site.proj_lin.weight)
+    before = model(images())
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["proj_lin"], init_lora_weights=False))  # pyright: ignore[reportArgumentType]
+    out = adapted.eval()(images())
+    out.square().sum().backward()
+    assert not torch.allclose(out, before)
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in adapted.parameters() if p.requires_grad)
+    with pytest.raises(CheckpointError, match="merge it before save_lite3r"):
+        save_lite3r(model, tmp_path)
+    torch.testing.assert_close(adapted.merge_and_unload()(images()), out, rtol=1e-4, atol=1e-4)

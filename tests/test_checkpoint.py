@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from toys import Toy, images, toy_adapter
 
-from lite3r_plugin import apply_lite3r, describe, load_lite3r, save_lite3r
+from lite3r_plugin import apply_lite3r, describe, load_lite3r, remove_lite3r, save_lite3r
 from lite3r_plugin.carried import lite3r_modules
 from lite3r_plugin.errors import AlreadyAppliedError, CheckpointError, NotAppliedError, UnknownModelError
 from lite3r_plugin.testing import TEST_CONFIG
@@ -163,3 +163,25 @@ def test_unknown_and_dense_models(saved: Path) -> None:
         load_lite3r(nn.Linear(2, 2), saved)
     with pytest.raises(NotAppliedError):
         save_lite3r(Toy(), saved)
+
+
+def test_a_module_with_two_names(tmp_path: Path) -> None:
+    def twice() -> Toy:
+        toy = Toy().eval()
+        toy.also = toy.cross
+        return toy
+
+    model = apply_lite3r(twice(), CONFIG)
+    save_lite3r(model, tmp_path)
+    loaded = load_lite3r(twice(), tmp_path)
+    assert loaded.also[0] is loaded.cross[0]
+    remove_lite3r(loaded)
+    assert not lite3r_modules(loaded)
+
+
+def test_a_whole_checkpoint_in_inference_mode(saved: Path, tmp_path: Path) -> None:
+    model = load_lite3r(Toy().eval(), saved)
+    save_lite3r(model, tmp_path / "whole", whole=True)
+    with torch.inference_mode():
+        other = load_lite3r(Toy().eval(), tmp_path / "whole")
+        assert torch.equal(other(images()), model(images()))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -165,6 +167,25 @@ def test_recomputation_in_a_backward_pass() -> None:
         watcher.observe(nn.Identity(), (torch.zeros(1, 3, 8, 12),), {})
     forward(12, 8).backward()
     assert found[-1] == (3, 2)
+
+
+def test_forwards_whose_backward_pass_is_over_are_forgotten() -> None:
+    """So that checkpointing may be switched on after other sizes were trained on without it."""
+    watcher, found = tracker(), []
+    x = torch.zeros(1, requires_grad=True)
+    for height, width in ((8, 12), (12, 8)):
+        watcher.observe(nn.Identity(), (torch.zeros(1, 3, height, width),), {})
+        out = x * 2
+        out.register_hook(lambda grad: found.append(watcher.layout("a", 7).grid))  # as recomputation asks, before the hook of `watch`
+        watcher.watch(out)
+        if width == 8:
+            watcher.observe(nn.Identity(), (torch.zeros(1, 3, 16, 16),), {})  # another forward comes between
+        out.sum().backward()
+    assert found[0] == (2, 3)
+    watcher = copy.deepcopy(watcher)
+    with torch.no_grad():
+        watcher.observe(nn.Identity(), (torch.zeros(1, 3, 12, 8),), {})
+    assert watcher.layout("a", 7).grid == (3, 2)
 
 
 def test_no_order_is_kept_for_others_that_a_mode_made() -> None:

@@ -30,6 +30,8 @@ class Fp8Block(StandIn):
         attention_takes_fp8: Whether the attention's input may be in FP8 already.
     """
 
+    parts: tuple[tuple[nn.Module, str, nn.Module], ...] = ()
+
     def __init__(self, host: nn.Module, site: AttentionSite, attention_takes_fp8: bool) -> None:
         super().__init__(host)
         assert site.block is not None

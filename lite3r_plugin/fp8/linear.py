@@ -17,23 +17,6 @@ from .derived import Derived
 from .qat import compute_dtype
 
 
-class _Copy(Tensor):
-    """A weight that was made for whoever looks at it. What is written to it would be lost, such as a LoRA that is merged."""
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        writes = name in ("__set__", "__setitem__") or (name.endswith("_") and not name.startswith("__")) or name.startswith("__i")
-        if writes and args and isinstance(args[0], cls) and name not in ("__int__", "__index__", "__invert__"):
-            raise ConvertedError(
-                "this Linear holds FP8, and its weight is a copy made for you: what is written to it is lost. Merge or change weights "
-                "before convert(model)"
-            )
-        with torch._C.DisableTorchFunctionSubclass():
-            out = func(*args, **(kwargs or {}))
-        return out.as_subclass(cls) if name == "__get__" and isinstance(out, Tensor) else out  # ``.data`` is to be guarded as well
-
-
 class Fp8Linear(nn.Module):
     """``y = x W^T + b`` with W in FP8, one scale for each output row (see `ops.fp8.naive`).
 
@@ -87,9 +70,9 @@ class Fp8Linear(nn.Module):
     def weight(self) -> Tensor:
         """The weight in `dtype`, made anew by each access: for code that looks at it, or computes with it by itself.
 
-        Writing to it raises `ConvertedError`.
+        What is written to it is lost: an adapter cannot be merged into it.
         """
-        return dequantize(self._quantized()).as_subclass(_Copy)
+        return dequantize(self._quantized())
 
     @property
     def takes_fp8(self) -> bool:
@@ -115,7 +98,8 @@ class Fp8Linear(nn.Module):
                 return self._te(input, self).to(dtype)
         bias = self.bias
         if bias is not None and self.backend == "torch" and dtype != torch.float32:  # whose matrix product takes no other
-            bias = self._bf16_bias.get(bias, functools.partial(bias.to, torch.bfloat16))
+            rounded = functools.partial(bias.to, torch.bfloat16)
+            bias = rounded() if bias.requires_grad else self._bf16_bias.get(bias, rounded)
         return backends.run(self.backend, input, self._quantized(), bias, dtype, self.infinities)
 
     def of_heads(self, input: Tensor) -> Tensor:

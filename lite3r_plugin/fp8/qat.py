@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,11 +38,10 @@ class FakeQuantLinear(StandIn, nn.Linear):
             return self.run_host(input)
         return F.linear(fake_quantize(input, infinities=self.infinities), self._weight(), self.bias)
 
-    @property
-    def weight(self) -> nn.Parameter:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The weight. Who asks for it from outside may write to its ``data``, as merging a LoRA does: it is quantised anew."""
-        self._rounded.forget()
-        return self._parameters["weight"]  # pyright: ignore[reportReturnType]
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and "_rounded" in self.__dict__:  # who asks for it may write to its data, as merging a LoRA does
+            self._rounded.forget()
+        return super().__getattr__(name)
 
     def release(self) -> nn.Module:
         """Give back the host, as it was before."""
@@ -49,9 +50,11 @@ class FakeQuantLinear(StandIn, nn.Linear):
         return super().release()
 
     def _weight(self) -> Tensor:
-        weight = self._parameters["weight"]
-        assert weight is not None
+        weight = self._parameters.get("weight")
+        if weight is None:  # made from others, by a parametrisation or by pruning
+            weight = self.weight
         if weight.requires_grad:
+            self._rounded.forget()
             return fake_quantize(weight)
         with torch.no_grad():
             return dequantize(self._rounded.get(weight, lambda: quantize(weight)), compute_dtype(weight.device, weight.dtype))

@@ -100,7 +100,7 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], device: torch.device) 
         owner_name, _, child = name.rpartition(".")
         old = getattr(model.get_submodule(owner_name), child)
         if not old.is_meta:
-            with torch.no_grad():
+            with torch.inference_mode(old.is_inference()), torch.no_grad():
                 old.copy_(tensor)
             continue
         new = tensor.to(device, old.dtype)

@@ -6,6 +6,7 @@ import copy
 import math
 import pickle
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -259,19 +260,13 @@ class TestModel:
         torch._dynamo.reset()
 
 
-def test_a_weight_that_is_a_copy_refuses_to_be_written_to() -> None:
-    _, fp8 = converted()
-    x = torch.randn(3, 24, requires_grad=True)
-    assert torch.equal(F.linear(x, fp8.weight), F.linear(x, dequantize(fp8._quantized())))
-    assert type(F.linear(x, fp8.weight) * 2) is torch.Tensor
-    F.linear(x, fp8.weight).sum().backward()
-
-    def add(weight: torch.Tensor) -> None:
-        weight += 1
-
-    for write in (lambda: fp8.weight.data.add_(1), lambda: add(fp8.weight.data), lambda: setattr(fp8.weight, "data", torch.ones(10, 24))):
-        with pytest.raises(ConvertedError, match="is a copy made for you: what is written to it is lost"):
-            write()
+@pytest.mark.usefixtures("adapter")
+def test_adapters_that_can_no_longer_be_merged_are_named() -> None:
+    lora = peft.LoraConfig(r=2, target_modules=["qkv"], init_lora_weights=False)
+    model = peft.get_peft_model(Toy().eval(), lora)  # pyright: ignore[reportArgumentType]
+    with pytest.warns(UserWarning, match="merging them now would lose them"):
+        apply_lite3r(model, **SPARSE, precision="fp8")
+    assert any("Linears in FP8 are inside adapters" in note for note in describe(model).notes)
 
 
 def test_gradients_of_a_bias_alone() -> None:

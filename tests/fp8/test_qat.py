@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from toys import Toy, images, toy_adapter
 
 from lite3r_plugin import apply_lite3r, describe, lite3r_disabled, remove_lite3r
@@ -221,3 +223,22 @@ def test_what_is_written_to_the_data_of_a_frozen_weight_counts(linear: nn.Linear
     module.weight.data += 1.0  # as peft merges
     assert torch.equal(module(x), copy.deepcopy(module)(x))
     assert not torch.equal(module(x), before)
+
+
+def test_frozen_again_after_a_fused_optimiser(linear: nn.Linear) -> None:
+    module, x = FakeQuantLinear(linear.requires_grad_(False)), torch.randn(3, 24)
+    module(x)
+    linear.requires_grad_()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.1, fused=True)
+    module(x).sum().backward()
+    optimizer.step()
+    linear.requires_grad_(False)
+    assert torch.equal(module(x), copy.deepcopy(module)(x))
+
+
+@pytest.mark.parametrize("make", [lambda m: prune.l1_unstructured(m, "weight", 0.5), torch.nn.utils.parametrizations.weight_norm])
+def test_weights_that_are_made_from_others_train(linear: nn.Linear, make: Any) -> None:
+    module = FakeQuantLinear(linear)
+    make(module)
+    module(torch.randn(3, 24)).sum().backward()
+    assert all(p.grad is not None for p in module.parameters())

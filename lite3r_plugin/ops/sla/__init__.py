@@ -66,7 +66,7 @@ def sparse_linear_attention(
         scale=scale, linear=linear, feature_map=feature_map, proj=proj, backend=backend,
     )  # fmt: skip
     proj = naive.needed_proj(linear, proj)
-    if v.numel() == 0:
+    if not torch.compiler.is_compiling() and v.numel() == 0:
         return v.clone()
     q_norm, k_norm = q_norm or NO_NORM, k_norm or NO_NORM
     # The kernels read these as they lie in memory.
