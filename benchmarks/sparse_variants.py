@@ -24,6 +24,7 @@ from lite3r_plugin.ops.block_map import kept_blocks
 from lite3r_plugin.ops.block_map.kernels import block_map_with_bits
 from lite3r_plugin.ops.qk_norm_rope import prepare_qkv
 from lite3r_plugin.ops.sla import kernels
+from lite3r_plugin.ops.sla.softmax_kernels import accumulate
 
 HEADS, DIM, BLOCK_Q, BLOCK_K, KEEP = 16, 64, 128, 64, 0.1
 FOUR, EIGHT = dict(num_warps=4, maxnreg=168), dict(num_warps=8, maxnreg=128)
@@ -47,19 +48,6 @@ def _rows(X, Descriptor, row, D: tl.constexpr, ROWS: tl.constexpr, TMA: tl.const
     return tl.load(X + (row + tl.arange(0, ROWS))[:, None].to(tl.int64) * D + tl.arange(0, D)[None, :])
 
 
-@triton.jit
-def _step(score, scale, v, top, weight, acc, FIXED: tl.constexpr):
-    if not FIXED:
-        new_top = tl.maximum(top, tl.max(score, 1) * scale)
-        decay = tl.exp2(top - new_top)
-        weight *= decay
-        acc *= decay[:, None]
-        top = new_top
-    p = tl.exp2(score * scale - top[:, None])
-    weight += tl.sum(p, 1)
-    return top, weight, tl.dot(p.to(v.dtype), v, acc)
-
-
 @triton.jit(do_not_specialize=["N", "rows", "kept"])
 def _kernel(
     Q, K, V, KTiles, VTiles, Scales, Indices, Out, N, padded, heads, rows, kept, scale,
@@ -70,6 +58,7 @@ def _kernel(
     row = tl.program_id(0) % rows
     base = head * padded
     n = row * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    lanes = tl.arange(0, BLOCK_K)
     d = tl.arange(0, D)
     q = tl.load(Q + (base + n)[:, None].to(tl.int64) * D + d[None, :])
     chosen = Indices + (head.to(tl.int64) * rows + row) * kept
@@ -77,7 +66,7 @@ def _kernel(
     weight = tl.zeros([BLOCK_Q], tl.float32)
     block = tl.load(chosen + kept - 1)  # the last block may hold padding
     score = tl.dot(q, tl.trans(_rows(K, KTiles, base + block * BLOCK_K, D, BLOCK_K, TMA)))
-    score = tl.where((block * BLOCK_K + tl.arange(0, BLOCK_K) < N)[None, :], score, float("-inf"))
+    score = tl.where((block * BLOCK_K + lanes < N)[None, :], score, float("-inf"))
     factor = scale
     if FP8:
         factor = scale * tl.load(Scales + block)
@@ -90,20 +79,24 @@ def _kernel(
                 next_factor = scale * tl.load(Scales + following)
             next_score = tl.dot(q, tl.trans(_rows(K, KTiles, base + following * BLOCK_K, D, BLOCK_K, TMA)))
             v = _rows(V, VTiles, base + block * BLOCK_K, D, BLOCK_K, TMA)
-            top, weight, acc = _step(score, factor, v, top, weight, acc, FIXED)
+            top, weight, acc = accumulate(score, lanes, v, factor, top, weight, acc, False, FIXED, "ieee")
             score = next_score
             block = following
             factor = next_factor
-        top, weight, acc = _step(score, factor, _rows(V, VTiles, base + block * BLOCK_K, D, BLOCK_K, TMA), top, weight, acc, FIXED)
+        top, weight, acc = accumulate(
+            score, lanes, _rows(V, VTiles, base + block * BLOCK_K, D, BLOCK_K, TMA), factor, top, weight, acc, False, FIXED, "ieee"
+        )
     else:
-        top, weight, acc = _step(score, factor, _rows(V, VTiles, base + block * BLOCK_K, D, BLOCK_K, TMA), top, weight, acc, FIXED)
+        top, weight, acc = accumulate(
+            score, lanes, _rows(V, VTiles, base + block * BLOCK_K, D, BLOCK_K, TMA), factor, top, weight, acc, False, FIXED, "ieee"
+        )
         for i in range(0, kept - 1):
             block = tl.load(chosen + i)
             if FP8:
                 factor = scale * tl.load(Scales + block)
             score = tl.dot(q, tl.trans(_rows(K, KTiles, base + block * BLOCK_K, D, BLOCK_K, TMA)))
             v = _rows(V, VTiles, base + block * BLOCK_K, D, BLOCK_K, TMA)
-            top, weight, acc = _step(score, factor, v, top, weight, acc, FIXED)
+            top, weight, acc = accumulate(score, lanes, v, factor, top, weight, acc, False, FIXED, "ieee")
     to = ((head // heads).to(tl.int64) * N + n) * heads + head % heads
     tl.store(Out + to[:, None] * D + d[None, :], (acc / weight[:, None]).to(Out.dtype.element_ty), mask=(n < N)[:, None])
 

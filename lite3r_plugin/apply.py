@@ -125,12 +125,10 @@ def remove_lite3r(model: Model) -> Model:
 def _release(model: nn.Module) -> None:
     modules = require_lite3r(model)
     replace_modules(model, {m: m.release for m in model.modules() if isinstance(m, FakeQuantLinear)})
-    for fqn, module in modules.items():
+    for module in modules.values():
         for tracker in module.state.trackers.values():
             tracker.detach()
-        _set_submodule(model, fqn, module.host)
-    for module in modules.values():
-        module.release()
+    replace_modules(model, {module: module.release for module in modules.values()})
 
 
 @contextlib.contextmanager
@@ -219,8 +217,3 @@ def _image_modules(model: nn.Module, adapter: str, sites: list[AttentionSite]) -
             if known != site.tokens:
                 raise AdapterError(f"adapter {adapter!r} describes the tokens from {known.image_module!r} in two ways")
     return {name: (_submodule(model, adapter, name), source) for name, source in sources.items()}
-
-
-def _set_submodule(model: nn.Module, fqn: str, module: nn.Module) -> None:
-    parent, _, name = fqn.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)

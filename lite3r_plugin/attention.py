@@ -135,8 +135,8 @@ class SparseLinearAttention(StandIn):
             use_triton("triton", heads.v)  # raises also where this length runs dense
         pinned = self._pinned(self._layout(tokens))
         out = self._attend(heads, pinned)
-        if self.sparse and self.site.tokens is not None:
-            self.state.trackers[self.site.tokens.image_module].watch(out)
+        if (tracker := self._tracker()) is not None:
+            tracker.watch(out)
         return out
 
     def _attend(self, heads: Heads, pinned: int) -> Tensor:
@@ -209,10 +209,14 @@ class SparseLinearAttention(StandIn):
             weight = self.proj_lin(torch.eye(weight.shape[1], device=weight.device, dtype=weight.dtype)).mT
         return fake_quantize(weight) if self.state.config.precision == "fp8_qat" else weight
 
-    def _layout(self, tokens: int) -> TokenLayout | None:
+    def _tracker(self) -> GridTracker | None:
         if not self.sparse or self.site.tokens is None:
             return None
-        return self.state.trackers[self.site.tokens.image_module].layout(self.site.fqn, tokens)
+        return self.state.trackers[self.site.tokens.image_module]
+
+    def _layout(self, tokens: int) -> TokenLayout | None:
+        tracker = self._tracker()
+        return None if tracker is None else tracker.layout(self.site.fqn, tokens)
 
     def _pinned(self, layout: TokenLayout | None) -> int:
         config = self.state.config

@@ -157,11 +157,7 @@ def _check(model: nn.Module, record: dict[str, Any], weights: dict[str, Tensor],
             f"{directory} belongs to another model: it was saved for {len(record['sites'])} sites of adapter {record['adapter']!r}, this "
             f"{type(model).__name__} has {len(found)}; the first that differs is {other[0]!r}"
         )
-    stored.check(model, record["fp8"], weights, block_linears(model), str(directory / WEIGHTS_NAME))
-    linears = dict(model.named_modules(remove_duplicate=False))
-    biased = [fqn for fqn in record["fp8"] if getattr(linears.get(fqn), "bias", None) is not None]
-    if "fp8_biases" in record and sorted(biased) != record["fp8_biases"]:
-        raise CheckpointError(f"{directory} belongs to another model: other Linears than those of this {type(model).__name__} have a bias")
+    stored.check(model, record["fp8"], record.get("fp8_biases"), weights, block_linears(model), str(directory / WEIGHTS_NAME))
     for name in _branches(model):
         if (tensor := weights.get(name)) is not None and not (tensor.is_floating_point() and tensor.isfinite().all()):
             raise CheckpointError(f"{directory / WEIGHTS_NAME} is damaged: {name} is {tensor.dtype}, or has infinities or NaN")

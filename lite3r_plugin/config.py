@@ -76,13 +76,13 @@ class Lite3RConfig:
     fp8_backend: Fp8Backend = "auto"
 
     def __post_init__(self) -> None:
-        _check_ratio("keep_ratio", self.keep_ratio)
+        check_ratio("keep_ratio", self.keep_ratio)
         if not isinstance(self.site_keep_ratios, Mapping):
             raise ConfigError(f"site_keep_ratios maps site names to ratios, got {self.site_keep_ratios!r}")
         for fqn, ratio in self.site_keep_ratios.items():
             if not isinstance(fqn, str):
                 raise ConfigError(f"site_keep_ratios maps site names to ratios, got the name {fqn!r}")
-            _check_ratio(f"site_keep_ratios[{fqn!r}]", ratio)
+            check_ratio(f"site_keep_ratios[{fqn!r}]", ratio)
         object.__setattr__(self, "site_keep_ratios", dict(self.site_keep_ratios))
         ratio = self.negligible_ratio
         if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio <= 1:
@@ -92,12 +92,12 @@ class Lite3RConfig:
                 raise ConfigError(f"scopes is 'auto' or a tuple of {get_args(Scope)}, got {self.scopes!r}")
             object.__setattr__(self, "scopes", tuple(self.scopes))
             for scope in self.scopes:
-                _check_choice("scopes", scope, get_args(Scope))
-        _check_choice("linear_branch", self.linear_branch, get_args(LinearBranch))
-        _check_choice("feature_map", self.feature_map, get_args(FeatureMap))
-        _check_choice("backend", self.backend, get_args(Backend))
-        _check_choice("precision", self.precision, get_args(Precision))
-        _check_choice("fp8_backend", self.fp8_backend, get_args(Fp8Backend))
+                check_choice("scopes", scope, get_args(Scope))
+        check_choice("linear_branch", self.linear_branch, get_args(LinearBranch))
+        check_choice("feature_map", self.feature_map, get_args(FeatureMap))
+        check_choice("backend", self.backend, get_args(Backend))
+        check_choice("precision", self.precision, get_args(Precision))
+        check_choice("fp8_backend", self.fp8_backend, get_args(Fp8Backend))
         for name in ("block_means", "keep_special_tokens", "keep_reference_view", "fuse"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is True or False, got {getattr(self, name)!r}")
@@ -148,11 +148,13 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _check_ratio(name: str, value: Any) -> None:
+def check_ratio(name: str, value: Any) -> None:
+    """Raise `ConfigError` unless `value` is a ratio in (0, 1]."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
         raise ConfigError(f"{name} must be in (0, 1], got {value!r}; 0.1 keeps a tenth of the key blocks, 1 is dense")
 
 
-def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """Raise `ConfigError` unless `value` is one of `choices`."""
     if value not in choices:
         raise ConfigError(f"{name} must be one of {choices}, got {value!r}")

@@ -48,7 +48,7 @@ def convert(model: Model, backend: Fp8Backend | None = None, *, tokens: int | No
     config = state.config.replace(precision="fp8", fp8_backend=backend or state.config.fp8_backend)
     converted = state.config.precision == "fp8"
     for fqn, module in modules.items():
-        if "proj_lin" in module._modules and not _finite(module.proj_lin.weight):
+        if "proj_lin" in module._modules and not fp8.is_finite(module.proj_lin.weight):
             raise ConvertedError(f"{fqn}.proj_lin.weight has infinities or NaN: the model is broken; train it again or start from zeros")
     fused = {id(linear) for linear in block_linears(model, [site.block.fqn for site in state.sites if site.block is not None])}
     linears = [linear for linear in block_linears(model) if not isinstance(linear, Fp8Linear)]
@@ -83,7 +83,3 @@ def finish_conversion(model: Model, config: Lite3RConfig) -> Model:
     takes_fp8 = {fqn for fqn, module in sites.items() if projections.takes_fp8(module)}
     fp8.fuse_blocks(model, state.sites, state.blocks, takes_fp8)
     return model
-
-
-def _finite(weight: torch.Tensor) -> bool:
-    return weight.is_meta or bool(weight.detach().isfinite().all())

@@ -14,6 +14,7 @@ from .fp8.linear import Fp8Linear
 from .heads import Heads, refusal
 from .ops.qk_norm_rope import HeadNorm
 from .sites import AttentionSite, FusedQKV, Routed, SeparateQKV
+from .stand_in import has_forward_hooks
 
 if TYPE_CHECKING:
     from .attention import SparseLinearAttention
@@ -114,7 +115,7 @@ def _norm(module: SparseLinearAttention, name: str | None, x: Tensor) -> tuple[T
     norm = getattr(module, name) if name is not None else None
     if norm is None or type(norm) is nn.Identity:
         return x, None
-    known = None if norm._forward_hooks or norm._forward_pre_hooks else head_norm(norm, x.shape[-1])
+    known = None if has_forward_hooks(norm) else head_norm(norm, x.shape[-1])
     return (x, known) if known is not None else (norm(x), None)
 
 

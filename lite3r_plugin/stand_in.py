@@ -46,6 +46,11 @@ class StandIn(nn.Module):
         return self.host
 
 
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Whether somebody watches the calls of `module`, which then must be called."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def share_hooks(made: nn.Module, host: nn.Module) -> None:
     """Let `made`, which takes the place of `host` for good, have its hooks."""
     for table in vars(nn.Module()):

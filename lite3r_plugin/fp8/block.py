@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import AdapterError
 from ..ops.fp8 import Quantized, passes
 from ..sites import AttentionSite, PreNormBlock
-from ..stand_in import StandIn
+from ..stand_in import StandIn, has_forward_hooks
 from .linear import Fp8Linear
 
 
@@ -59,10 +59,7 @@ class Fp8Block(StandIn):
         return self._forward(x, attention, given)
 
     def _untouched(self) -> bool:
-        return all(
-            parent._modules.get(name) is child and not child._forward_hooks and not child._forward_pre_hooks
-            for parent, name, child in self.parts
-        )
+        return all(parent._modules.get(name) is child and not has_forward_hooks(child) for parent, name, child in self.parts)
 
     def _forward(self, x: Tensor, attention: nn.Module, given: dict[str, Any]) -> Tensor:
         block = self.block

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import Fp8Backend
 from ..errors import ConvertedError
@@ -57,7 +57,7 @@ def plan(linears: Iterable[nn.Linear], requested: Fp8Backend, tokens: int | None
         if requested == "auto" and tokens is not None and not fp8_pays(device, tokens, inputs, outputs, fused(linear)):
             plans.append(Plan(linear, None, f"not faster in FP8 at {tokens} tokens"))
             continue
-        if device.type != "meta" and not linear.weight.detach().isfinite().all():
+        if not is_finite(linear.weight):
             raise ConvertedError(f"a weight {outputs} x {inputs} has infinities or NaN: the model is broken, and FP8 would hide it")
         plans.append(Plan(linear, backends.choose(requested, device, inputs, outputs)))
     return plans
@@ -103,6 +103,11 @@ def fuse_blocks(model: nn.Module, sites: Iterable[AttentionSite], blocks: Mappin
 def unfuse_blocks(model: nn.Module) -> None:
     """Put the hosts of all `Fp8Block` back."""
     replace_modules(model, {m: m.release for m in model.modules() if isinstance(m, Fp8Block)})
+
+
+def is_finite(weight: Tensor) -> bool:
+    """Whether it has neither infinities nor NaN; a weight on the meta device has no values at all."""
+    return weight.is_meta or bool(weight.detach().isfinite().all())
 
 
 def _require_plain(linear: nn.Linear) -> None:

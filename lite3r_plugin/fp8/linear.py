@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..config import Fp8Backend
 from ..errors import ConvertedError
 from ..ops.fp8 import E4M3, Quantized, dequantize, fake_quantize, passes
+from ..stand_in import has_forward_hooks
 from . import backends, te
 from .derived import Derived
 from .qat import compute_dtype
@@ -77,7 +78,7 @@ class Fp8Linear(nn.Module):
     @property
     def takes_fp8(self) -> bool:
         """Whether `forward` takes an input that is in FP8 already. Hooks are to see a tensor."""
-        return self.backend in backends.QUANTISES_INPUT and not (self._forward_hooks or self._forward_pre_hooks)
+        return self.backend in backends.QUANTISES_INPUT and not has_forward_hooks(self)
 
     def forward(self, input: Tensor | Quantized) -> Tensor:
         """input: ``[..., C]``. Returns ``[..., C_out]`` in input's dtype or autocast's; FP8 inputs say theirs.

@@ -50,8 +50,10 @@ def other_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def check(model: nn.Module, shapes: Shapes, weights: Mapping[str, Tensor], linears: Iterable[nn.Linear], where: str) -> None:
-    """Raise `CheckpointError` unless the FP8 tensors in `weights` fit `shapes`, and those the Linears of `model`."""
+def check(
+    model: nn.Module, shapes: Shapes, biases: list[str] | None, weights: Mapping[str, Tensor], linears: Iterable[nn.Linear], where: str
+) -> None:
+    """Raise `CheckpointError` unless the FP8 tensors in `weights` fit `shapes`, and those and `biases` the Linears of `model`."""
     known = {id(linear) for linear in linears}
     modules = dict(model.named_modules(remove_duplicate=False))
     for fqn, shape in shapes.items():
@@ -68,6 +70,8 @@ def check(model: nn.Module, shapes: Shapes, weights: Mapping[str, Tensor], linea
         codes, scales = weights[f"{fqn}.weight_data"].view(torch.uint8), weights[f"{fqn}.weight_scale"]
         if (codes & 0x7F).eq(0x7F).any() or not scales.isfinite().all():
             raise CheckpointError(f"{where} is damaged: the FP8 weight of {fqn!r} has infinities or NaN; save it again with save_lite3r")
+    if biases is not None and biases != sorted(fqn for fqn in shapes if modules[fqn].bias is not None):
+        raise CheckpointError(f"{where} belongs to another model: other Linears than those of this {type(model).__name__} have a bias")
 
 
 def install(model: nn.Module, shapes: Shapes, weights: Mapping[str, Tensor], device: torch.device) -> None:

@@ -7,7 +7,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from ...config import Backend, FeatureMap, LinearBranch
+from ...config import Backend, FeatureMap, LinearBranch, check_choice, check_ratio
 from ...errors import ConfigError
 
 
@@ -16,15 +16,13 @@ def check(
     positions: Tensor | None, scale: float | None, linear: str, feature_map: str, proj: Tensor | None, backend: str,
 ) -> None:  # fmt: skip
     """Raise `ConfigError` unless the arguments of `sparse_linear_attention` fit each other. Looks at no values of tensors."""
-    if not 0 < keep_ratio <= 1:
-        raise ConfigError(f"keep_ratio must be in (0, 1], got {keep_ratio!r}")
+    check_ratio("keep_ratio", keep_ratio)
     if not 0 <= negligible_ratio <= 1:
         raise ConfigError(f"negligible_ratio must be in [0, 1], got {negligible_ratio!r}")
     if scale is not None and scale < 0:
         raise ConfigError(f"scale is {scale}; it must not be negative: negate the queries instead")
     for name, value, choices in (("linear", linear, LinearBranch), ("feature_map", feature_map, FeatureMap), ("backend", backend, Backend)):
-        if value not in get_args(choices):
-            raise ConfigError(f"{name} must be one of {get_args(choices)}, got {value!r}")
+        check_choice(name, value, get_args(choices))
     if q.dim() != 4 or not v.is_floating_point():
         raise ConfigError(f"q, k and v are [B, H, N, D] floating-point tensors, got {q.dim()} dimensions and {v.dtype}")
     dim = v.shape[-1]

@@ -30,7 +30,7 @@ def load_rows(X, rows, d, D: tl.constexpr):
 
 
 @triton.jit
-def _accumulate(score, sizes, v, scale_log2, top, weight, acc, SIZED: tl.constexpr, FIXED: tl.constexpr, PRECISION: tl.constexpr):
+def accumulate(score, sizes, v, scale_log2, top, weight, acc, SIZED: tl.constexpr, FIXED: tl.constexpr, PRECISION: tl.constexpr):
     """Adds a tile of keys to the sums; if SIZED, each key counts `sizes` times. Returns the reference and the sums."""
     if not FIXED:
         if SIZED:  # what is left out may be as large as it likes
@@ -104,18 +104,18 @@ def attend(
         if STEPS > 1:
             next_score = tl.where((next_key + lanes < N)[None, :], next_score, float("-inf"))
         v = load_rows(values, key + lanes, d, D)
-        top, weight, acc = _accumulate(score, lanes, v, scale_log2, top, weight, acc, False, FIXED, PRECISION)
+        top, weight, acc = accumulate(score, lanes, v, scale_log2, top, weight, acc, False, FIXED, PRECISION)
         score = next_score
         key = next_key
     v = load_rows(values, key + lanes, d, D)
-    top, weight, acc = _accumulate(score, lanes, v, scale_log2, top, weight, acc, False, FIXED, PRECISION)
+    top, weight, acc = accumulate(score, lanes, v, scale_log2, top, weight, acc, False, FIXED, PRECISION)
     if MEANS:
         for i in range(0, tl.cdiv(far, TILE_K)):
             first = i * TILE_K
             sizes = block_sizes(bits, first, lanes, N, columns, words, BLOCK_K)
             score = tl.dot(q, tl.trans(load_rows(k_means, first + lanes, d, D)), input_precision=PRECISION)
             v = load_rows(v_means, first + lanes, d, D)
-            top, weight, acc = _accumulate(score, sizes, v, scale_log2, top, weight, acc, True, FIXED, PRECISION)
+            top, weight, acc = accumulate(score, sizes, v, scale_log2, top, weight, acc, True, FIXED, PRECISION)
     return acc, weight, top
 
 
