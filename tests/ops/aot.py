@@ -67,8 +67,8 @@ def variants() -> list[tuple[str, Any, str, dict[str, Any], dict[str, int]]]:
                 found.append(("prepare", qk_norm_rope._prepare_kernel, dtype, constants, dict(num_warps=8)))
             for branch, softmax, means, save in (("all", True, True, False), ("marginal", False, False, False), ("all", True, True, True)):
                 constants = dict(
-                    D=dim, DP=padded, BLOCK_Q=128, BLOCK_K=64, LINEAR=sla.LINEAR[branch], SOFTMAX=softmax, MEANS=means, ORDERED=True,
-                    SAVE_LSE=save, SAVE_LINEAR=save, FIXED=True, AGAIN=False, PRECISION=precision,
+                    D=dim, DP=padded, BLOCK_Q=128, BLOCK_K=64, LINEAR=sla.LINEAR[branch], SOFTMAX=softmax, CENTRED=not save and not means,
+                    MEANS=means, ORDERED=True, SAVE_LSE=save, SAVE_LINEAR=save, FIXED=True, AGAIN=False, PRECISION=precision,
                 )  # fmt: skip
                 options = sla.launch_options(128, 64, dim, torch_dtype)
                 constants |= {name: options.pop(name) for name in ("TILE_Q", "TILE_K")}

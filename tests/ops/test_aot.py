@@ -39,4 +39,4 @@ def test_the_operator_compiles_and_fits(capability: int, cases: int) -> None:
         assert case["as_many_when_long"], case["case"]
         marginal = "marginal" in case["case"]
         assert len(case["forward"]) <= 6 + marginal
-        assert len(case["backward"]) == {"all": 13 + 3 * marginal, "proj": 1, "nothing": 0}[case["case"].split()[-2]]
+        assert len(case["backward"]) == {"all": 13 + 2 * marginal, "proj": 1, "nothing": 0}[case["case"].split()[-2]]

@@ -39,7 +39,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*deterministic")
 
 def some_arguments(
     tokens: int, dim: int, dtype: torch.dtype, branch: tuple[str, str, bool], *, norm: str | None = None, pinned_tokens: int = 20,
-    keep_ratio: float = 0.25, negligible_ratio: float = 0.0, ordered: bool = True,
+    keep_ratio: float = 0.25, negligible_ratio: float = 0.0, ordered: bool = True, turned: bool = False,
 ) -> Arguments:  # fmt: skip
     """The flat arguments of the operator, without its backend. q is of another size than k, as its norm is another one."""
     qkv = torch.randn(2, tokens, 3, 2, dim, device=DEVICE).to(dtype)
@@ -49,7 +49,7 @@ def some_arguments(
     if norm is not None:
         affine = [1 + 0.3 * torch.randn(dim, device=DEVICE) for _ in range(4)]
         norms = [HeadNorm(norm, affine[0], affine[1] if norm == "layer" else None, 1e-5), HeadNorm("rms", affine[2], None, 1e-6)]  # type: ignore[arg-type]
-    turned = norm is not None
+    turned = turned or norm is not None
     return (
         q, k, v, norms[0].weight, norms[0].bias, norms[1].weight, norms[1].bias,
         torch.randn(dim, dim, device=DEVICE) * 0.3 if linear != "none" else None,
@@ -63,6 +63,8 @@ def some_arguments(
 
 def by_triton(arguments: Arguments, needed: Sequence[bool], grad: Tensor) -> list[Tensor | None]:
     out, saved = training.train_forward(needed, *arguments)
+    keeps = training.keeps(needed, training.Call(*arguments))
+    arguments = tuple(x if keep or not isinstance(x, Tensor) else None for x, keep in zip(arguments, keeps, strict=True))
     return training.train_backward(grad, out if any(needed[:7]) else None, saved, needed, *arguments)
 
 
@@ -122,6 +124,11 @@ def test_gradients_through_norms_and_rotary_embedding(dim: int, norm: str, branc
     assert_gradients(some_arguments(LENGTHS[-1], dim, HALF, branch, norm=norm), monkeypatch)
 
 
+@pytest.mark.parametrize("branch", [BRANCHES[2], BRANCHES[4]], ids=str)
+def test_gradients_through_a_rotary_embedding_alone(branch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_gradients(some_arguments(LENGTHS[-1], 32, torch.float32, branch, turned=True), monkeypatch)
+
+
 @pytest.mark.parametrize("branch", BRANCHES, ids=str)
 @pytest.mark.parametrize(("pinned_tokens", "keep_ratio"), [(0, 0.01), (10**6, 0.3), (5, 1.0)])
 def test_gradients_at_the_edges(pinned_tokens: int, keep_ratio: float, branch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,8 +183,10 @@ def test_gradients_are_deterministic() -> None:
 
 
 @pytest.mark.parametrize(("rows", "columns", "kept", "pinned"), [(1, 1, 1, 0), (7, 40, 3, 2), (300, 33, 1, 0), (9, 70, 70, 9)])
-def test_the_map_by_key_block(rows: int, columns: int, kept: int, pinned: int) -> None:
+@pytest.mark.parametrize("at_once", [32, 1024])
+def test_the_map_by_key_block(rows: int, columns: int, kept: int, pinned: int, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every pair once, in order; early parts are all but the last part of each list."""
+    monkeypatch.setattr(transpose_kernels, "COLUMNS", at_once)
     chosen = torch.rand(2, 2, rows, columns).argsort(-1)[..., :kept].sort(-1).values
     mask = torch.zeros(2, 2, rows, columns, dtype=torch.int64).scatter(-1, chosen, 1)
     words = torch.nn.functional.pad(mask, (0, -columns % 32)).unflatten(-1, (-1, 32)) << torch.arange(32)

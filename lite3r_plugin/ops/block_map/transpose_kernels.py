@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 ROWS = 128
+COLUMNS = 1024
 
 
 class Columns(NamedTuple):
@@ -61,6 +61,34 @@ def _columns_kernel(Bits, Starts, Counts, List, rows, columns, words, pinned, to
         tl.store(Counts + head * columns + column, to, mask=inside)
 
 
+@triton.jit(do_not_specialize=["columns", "slots", "part"])
+def _starts_kernel(Counts, Starts, EarlyStarts, EarlyColumns, columns, slots, part, COLUMNS: tl.constexpr):
+    """Where the lists of one head start, and its early parts: sums of what comes before each key block."""
+    head = tl.program_id(0).to(tl.int64)
+    starts = Starts + head * (columns + 1)
+    early_starts = EarlyStarts + head * (columns + 1)
+    early_columns = EarlyColumns + head * slots
+    total = 0
+    early_total = 0
+    for first in range(0, columns, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
+        inside = column < columns
+        count = tl.load(Counts + head * columns + column, mask=inside, other=0)
+        early = tl.maximum(count - 1, 0) // part
+        before = early_total + tl.cumsum(early, 0) - early
+        tl.store(starts + column, total + tl.cumsum(count, 0) - count, mask=inside)
+        tl.store(early_starts + column, before, mask=inside)
+        for i in range(0, tl.max(early, 0)):
+            tl.store(early_columns + before + i, column, mask=i < early)
+        total += tl.sum(count, 0)
+        early_total += tl.sum(early, 0)
+    tl.store(starts + columns, total)
+    tl.store(early_starts + columns, early_total)
+    for first in range(early_total, slots, COLUMNS):
+        slot = first + tl.arange(0, COLUMNS)
+        tl.store(early_columns + slot, columns + tl.zeros_like(slot), mask=slot < slots)
+
+
 @triton.jit(do_not_specialize=["kept", "words"])
 def _indices_kernel(Bits, Indices, kept, words, WIDTH: tl.constexpr):
     """Writes the positions of the bits of one row, ascending."""
@@ -94,19 +122,15 @@ def by_key_block(bits: Tensor, *, columns: int, kept: int, pinned: int) -> Colum
     total = pinned * columns + (rows - pinned) * kept
     # Twice the mean length: most key blocks stay whole, and the parts of the others take little memory.
     part = max(2 * -(-total // columns), 1)
-    counts = torch.empty(batch, heads, columns, device=bits.device, dtype=torch.int32)
-    lists = torch.empty(batch, heads, total, device=bits.device, dtype=torch.int32)
+    slots = total // part if rows > part else 0
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(batch, heads, *shape, device=bits.device, dtype=torch.int32)
+
+    counts, lists, starts, early_starts, early = empty(columns), empty(total), empty(columns + 1), empty(columns + 1), empty(slots)
     sizes = (rows, columns, words, pinned, total)
     grid = (-(-columns // 32), batch * heads)
     _columns_kernel[grid](bits, counts, counts, lists, *sizes, ROWS=ROWS, FILL=False, num_warps=4)
-    starts = _prefix(counts)
+    _starts_kernel[(batch * heads,)](counts, starts, early_starts, early, columns, slots, part, COLUMNS=COLUMNS, num_warps=4)
     _columns_kernel[grid](bits, starts, counts, lists, *sizes, ROWS=ROWS, FILL=True, num_warps=4)
-    early_starts = _prefix((counts - 1).clamp_min(0) // part)
-    slots = torch.arange(total // part if rows > part else 0, device=bits.device, dtype=torch.int32)
-    early = torch.searchsorted(early_starts[..., 1:].contiguous(), slots.expand(batch, heads, -1).contiguous(), right=True, out_int32=True)
     return Columns(lists, starts, early_starts, early, part)
-
-
-def _prefix(counts: Tensor) -> Tensor:
-    """Sums of what comes before each element, and of all: ``[..., n] -> [..., n + 1]`` int32."""
-    return F.pad(counts.cumsum(-1, dtype=torch.int32), (1, 0))

@@ -13,12 +13,12 @@ import triton
 from torch import Tensor
 
 from ..block_map.transpose_kernels import by_key_block
-from .backward_kernels import _dkv_kernel, _dmeans_kernel, _dq_kernel
+from .backward_kernels import MEAN_PARTS, _dkv_kernel, _dmeans_kernel, _dq_kernel
 from .backward_options import dkv_options, dmeans_options, dq_options, rows_options
 from .kernels import LINEAR, Residuals
 from .linear_backward_kernels import _dproj_kernel, _rows_kernel
 from .linear_kernels import LOG2_E, _precision
-from .marginal_kernels import head_groups, marginal_states, marginal_sums
+from .marginal_kernels import head_groups, marginal_sums
 from .softmax_kernels import far_blocks
 
 PROGRAMS = 512  # of kernels that add up over many query blocks: enough to fill a GPU, few enough for little memory
@@ -69,7 +69,11 @@ class Problem(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients of `Problem`'s tensors: q, k, v ``[B, H, padded, D]`` in v's dtype, those of block means included; proj FP32."""
+    """Gradients of `Problem`'s tensors in v's dtype, those of block means included; proj FP32.
+
+    That of v is ``[B, H, N, D]`` in host order, a view of ``[B, N, H, D]``. Those of q and k are too, unless the norm or the
+    rotation before attention is to be undone: then they are ``[B, H, padded, D]`` in token order, undefined after N tokens.
+    """
 
     q: Tensor | None
     k: Tensor | None
@@ -94,13 +98,16 @@ def proj_backward(grad: Tensor, linear: Tensor) -> Tensor:
     return out.sum(0)
 
 
-def backward(problem: Problem, residuals: Residuals, out: Tensor, grad: Tensor, *, needs_q: bool, needs_kv: bool) -> Gradients:
+def backward(
+    problem: Problem, residuals: Residuals, out: Tensor, grad: Tensor, *, turned: bool, needs_q: bool, needs_kv: bool
+) -> Gradients:
     """Gradients of q, of k and v, and (if there is a linear branch) of Proj.
 
     Args:
-        problem, residuals: The call, with `Residuals.lse`.
+        problem, residuals: The call, with all of `Residuals` but `linear`.
         out: Its output, ``[B, H, N, D]``, a view of contiguous ``[B, N, H, D]``, in host order.
         grad: The gradient of `out`, ``[B, H, N, D]``, any strides.
+        turned: Whether the gradients of q and k are wanted in token order.
         needs_q, needs_kv: Whether the gradient of q, and those of k and v, are wanted.
     """
     rows = problem.kv_indices.shape[-2]
@@ -111,8 +118,8 @@ def backward(problem: Problem, residuals: Residuals, out: Tensor, grad: Tensor, 
         tile = max(options(problem)["TILE_K"] for options in (dq_options, dmeans_options))
         problem = problem._replace(means=far_blocks(*problem.means, tile, problem.v.dtype))
     shared = _by_rows(problem, residuals, out, _rows_contiguous(grad))
-    dq = _query_gradient(problem, shared) if needs_q else None
-    dk, dv = _key_gradients(problem, shared) if needs_kv else (None, None)
+    dq = _query_gradient(problem, shared, turned) if needs_q else None
+    dk, dv = _key_gradients(problem, shared, turned) if needs_kv else (None, None)
     dproj = torch.zeros_like(problem.proj, dtype=torch.float32) if shared.dproj is None and problem.proj is not None else shared.dproj
     return Gradients(dq, dk, dv, dproj)
 
@@ -120,16 +127,16 @@ def backward(problem: Problem, residuals: Residuals, out: Tensor, grad: Tensor, 
 class _Rows(NamedTuple):
     """What `_rows_kernel` makes of each query: dO in token order, the numbers of the softmax, and the gradients of the linear branch.
 
-    `stats` FP32 holds lse of 64 queries, their delta, lse of the next 64, and so on.
+    `stats` FP32 holds lse of 64 queries, their delta, lse of the next 64, and so on. `dq` is the share of the linear branch.
 
-    `dstate` and `dtotal` are of phi(k)^T v and phi(k) summed over all tokens, or over marginal blocks those of the states of each
-    query block, divided by `block_q`; `mu` is the mean value.
+    `e` and `dtotal` lead to the gradients of phi(k)^T v and phi(k) summed over all tokens, or over marginal blocks of the states
+    of each query block, divided by `block_q`; `mu` is the mean value.
     """
 
     do: Tensor
     stats: Tensor
     dq: Tensor
-    dstate: Tensor
+    e: Tensor
     dtotal: Tensor
     mu: Tensor
     dproj: Tensor | None
@@ -139,51 +146,46 @@ def _by_rows(p: Problem, residuals: Residuals, out: Tensor, grad: Tensor) -> _Ro
     batch, heads, padded, dim = p.q.shape
     rows = p.kv_indices.shape[-2]
     branch, marginal = p.linear != "none", p.linear == "marginal"
-    per_split = -(-rows // max(1, PROGRAMS // (batch * heads))) if branch else 1
+    per_split = -(-rows // max(1, PROGRAMS // (batch * heads))) if p.linear == "all" else 1
     splits = -(-rows // per_split)
 
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(batch * heads, *shape, device=p.q.device, dtype=torch.float32)
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(batch * heads, *shape, device=p.q.device, dtype=dtype)
 
-    do, dq = torch.empty_like(p.q), torch.empty_like(p.q)
+    do = torch.empty_like(p.q)
     stats = torch.empty(-(-batch * heads * padded // 64) * 128, device=p.q.device, dtype=torch.float32)
-    state = total = source = dstate = dtotal = dproj = mu = proj = mu_proj = p.q
+    dq = state = total = mu = e = dtotal = dsum = do
     if branch:
-        assert p.proj is not None
-        proj = p.proj.double()  # Products of D x D matrices in FP64: they cost nothing, and TF32 may be on for FP32.
-    if marginal:
-        mu = p.v.sum(2, dtype=torch.float32).flatten(0, 1) / p.tokens  # padding is zero
-        mu_proj = mu.double() @ proj.mT
-        source, total = marginal_states(
-            p.k, p.v, p.bits, tokens=p.tokens, marginal=p.marginal, feature_map=p.feature_map, block_k=p.block_k, mu=mu
-        )
-        dstate, dtotal = source, total  # overwritten, each by the program that has read it
-        dproj = empty(splits, dim, dim)
-    elif branch:
         assert residuals.state is not None
         assert residuals.total is not None
-        state, total = residuals.state.double().flatten(0, 1), residuals.total.double().flatten(0, 1)
-        mu = state.sum(-2) / total.sum(-1, keepdim=True)
-        mu_proj = mu @ proj.mT
-        source = ((state - total[..., None] * mu[..., None, :]) @ proj.mT).float()
-        dstate, dtotal = empty(splits, dim, dim), empty(splits, dim)
+        state, total = residuals.state.flatten(0, -3), residuals.total.flatten(0, -2)
+        dq, dtotal, dsum = torch.empty_like(p.q), empty(splits, dim), empty(splits, dim)
+        e = empty(splits, dim, dim, dtype=p.v.dtype if marginal else torch.float32)
+        if marginal:
+            assert residuals.mu is not None
+            mu = residuals.mu
+        else:
+            mu = state.sum(-2) / total.sum(-1, keepdim=True)
+            state = state - total[..., None] * mu[..., None, :]
     _rows_kernel[(splits, batch * heads)](
-        p.q, out, grad, residuals.lse, p.q if p.order is None else p.order,
-        source, *((x.float() for x in (total, mu, proj, mu_proj)) if branch else (p.q,) * 4), do, stats, dq, dstate, dtotal, dproj,
+        p.q, out, grad, residuals.lse, do if p.order is None else p.order, state, total, mu, p.proj if branch else do,
+        do, stats, dq, e, dtotal, dsum,
         p.tokens, padded, heads, rows, p.pinned, per_split, *grad.stride()[:3],
         D=dim, DP=triton.next_power_of_2(dim), BLOCK_Q=p.block_q, ORDERED=p.order is not None, **_branch(p), **rows_options(p),
     )  # fmt: skip
     if not branch:
-        return _Rows(do, stats, dq, p.q, p.q, p.q, None)
+        return _Rows(do, stats, dq, e, dtotal, mu, None)
     if marginal:
-        return _Rows(do, stats, dq, dstate, dtotal, mu, dproj.sum((0, 1)))
-    outer, dtotal = dstate.sum(1).double(), dtotal.sum(1)
-    return _Rows(
-        do, stats, dq, (outer @ proj / p.tokens).float(), dtotal / p.tokens, mu.float(), (outer.mT @ state).sum(0).float()
-    )  # fmt: skip
+        dproj = p.block_q * proj_backward(e.view(1, 1, -1, dim), state.view(1, 1, -1, dim))
+    else:
+        e, dtotal = e.sum(1) / p.tokens, dtotal.sum(1) / p.tokens
+        # Products of D x D matrices in FP64: they cost nothing, and TF32 may be on for FP32.
+        dproj = (e.flatten(0, 1).double().mT @ state.flatten(0, 1).double()) * p.tokens
+    dproj = (dproj + dsum.sum(1).double().mT @ mu.double()).float()
+    return _Rows(do, stats, dq, e, dtotal, mu, dproj)
 
 
-def _query_gradient(p: Problem, shared: _Rows) -> Tensor:
+def _query_gradient(p: Problem, shared: _Rows, turned: bool) -> Tensor:
     batch, heads, padded, dim = p.q.shape
     rows, kept = p.kv_indices.shape[-2:]
     columns = p.columns
@@ -191,70 +193,77 @@ def _query_gradient(p: Problem, shared: _Rows) -> Tensor:
     per_split = max(1, min(columns, 2 * kept))
     splits = -(-columns // per_split)
     partial = torch.empty(batch, heads, p.pinned, splits, p.block_q, dim, device=p.q.device, dtype=torch.float32)
-    dq = shared.dq
+    dq = torch.empty_like(p.q) if turned else _in_host_order(p)
     options = dq_options(p)
     far = p.means or (p.q, p.q)
     everything = torch.arange(columns, device=p.q.device, dtype=torch.int32) if p.pinned else p.kv_indices
     _dq_kernel[(batch * heads * (p.pinned * splits + rows - p.pinned) * (p.block_q // options["TILE_Q"]),)](
-        p.q, p.k, p.v, shared.do, shared.stats, p.kv_indices, everything, p.bits, *far, dq, partial,
-        p.tokens, padded, rows, columns, kept, far[0].shape[2], p.bits.shape[-1], p.pinned, splits, per_split,
+        p.q, p.k, p.v, shared.do, shared.stats, p.kv_indices, everything, p.bits, *far, shared.dq, dq if p.order is None else p.order,
+        dq, partial,
+        p.tokens, padded, heads, rows, columns, kept, far[0].shape[2], p.bits.shape[-1], p.pinned, splits, per_split,
         p.scale, p.scale * LOG2_E.value,
-        **_sizes(p), MEANS=p.means is not None, ADD=p.linear != "none", PRECISION=_precision(p.q), **options,
+        **_sizes(p), MEANS=p.means is not None, ADD=p.linear != "none", HOST=not turned, ORDERED=p.order is not None,
+        PRECISION=_precision(p.q), **options,
     )  # fmt: skip
     if p.pinned:
-        first = dq[:, :, : p.pinned * p.block_q]
-        total = partial.sum(3).flatten(2, 3)
-        first.copy_(total + first if p.linear != "none" else total)
-    return dq
+        count = min(p.pinned * p.block_q, p.tokens)
+        first = partial.sum(3).flatten(2, 3)[:, :, :count]
+        if p.linear != "none":
+            first += shared.dq[:, :, :count]
+        if turned or p.order is None:
+            (dq if turned else dq.transpose(1, 2))[:, :, :count] = first
+        else:
+            dq.index_copy_(1, p.order[:count].long(), first.transpose(1, 2).to(dq.dtype))
+    return dq if turned else dq.transpose(1, 2)
 
 
-def _key_gradients(p: Problem, shared: _Rows) -> tuple[Tensor, Tensor]:
+def _key_gradients(p: Problem, shared: _Rows, turned: bool) -> tuple[Tensor, Tensor]:
     batch, heads, padded, dim = p.q.shape
     columns, kept = p.columns, p.kv_indices.shape[-1]
     work = by_key_block(p.critical, columns=columns, kept=kept, pinned=p.pinned)
     slots = work.early_columns.shape[-1]
     mean_grads = _mean_gradients(p, shared) if p.means is not None else (p.q, p.q)
     early = torch.empty(2, batch, heads, slots, p.block_k, dim, device=p.q.device, dtype=torch.float32)
-    dk, dv = torch.empty_like(p.k), torch.empty_like(p.v)
+    dk, dv = torch.empty_like(p.k) if turned else _in_host_order(p), _in_host_order(p)
+    nothing = p.q
 
-    def launch(is_early: bool, of_heads: range, dstate: Tensor, dtotal: Tensor) -> None:
+    def launch(is_early: bool, of_heads: range, e: Tensor, dtotal: Tensor) -> None:
         options = dkv_options(p)
         programs = len(of_heads) * (slots if is_early else columns) * (p.block_k // options["TILE_K"])
         _dkv_kernel[(programs,)](
-            p.q, p.k, p.v, shared.do, shared.stats, work.rows, work.starts, work.early_starts, work.early_columns,
-            *early, *mean_grads, dstate, dtotal, shared.mu, dk, dv,
-            p.tokens, padded, columns, work.rows.shape[-1], slots, work.part, of_heads.start, p.scale, p.scale * LOG2_E.value,
-            **_sizes(p), EARLY=is_early, MEANS=p.means is not None, **_branch(p), **options,
+            p.q, p.k, p.v, shared.do, shared.stats, work.rows, work.starts, work.early_starts, work.early_columns, *early, *mean_grads,
+            e, dtotal, shared.mu, *(nothing if x is None else x for x in (p.proj, p.order)), dk, dv,
+            p.tokens, padded, heads, columns, work.rows.shape[-1], slots, work.part, mean_grads[0].shape[1], of_heads.start,
+            p.scale, p.scale * LOG2_E.value,
+            **_sizes(p), EARLY=is_early, MEANS=p.means is not None, HOST=not turned, ORDERED=p.order is not None, **_branch(p), **options,
         )  # fmt: skip
 
     if slots:
-        launch(True, range(batch * heads), shared.dstate, shared.dtotal)
+        launch(True, range(batch * heads), shared.e, shared.dtotal)
     if p.linear == "marginal":
         for some in head_groups(batch * heads, columns, p.v):
             launch(False, range(some.start, some.stop), *_block_gradients(p, shared, some))
     else:
-        launch(False, range(batch * heads), shared.dstate, shared.dtotal)
-    if padded > columns * p.block_k:
-        dk[:, :, columns * p.block_k :] = dv[:, :, columns * p.block_k :] = 0
-    return dk, dv
+        launch(False, range(batch * heads), shared.e, shared.dtotal)
+    return dk if turned else dk.transpose(1, 2), dv.transpose(1, 2)
 
 
 def _block_gradients(p: Problem, shared: _Rows, heads: slice) -> tuple[Tensor, Tensor]:
-    """Gradients of phi(k)^T v ``[heads, columns, D, D]`` and phi(k) ``[heads, columns, D]`` of each key block."""
-    bits, dstate, dtotal = (x[heads] for x in (p.bits.flatten(0, 1), shared.dstate, shared.dtotal))
-    into = dstate.new_empty(len(bits), p.columns, *dstate.shape[2:]), dtotal.new_empty(len(bits), p.columns, dtotal.shape[-1])
-    marginal_sums(bits, dstate, dtotal, into, columns=p.columns, scale=p.block_q / (p.marginal * p.block_k), transposed=True)
+    """`_Rows.e` and `_Rows.dtotal` of each key block: those of query blocks for which it is marginal, summed; of key `heads`."""
+    bits, e, dtotal = (x[heads] for x in (p.bits.flatten(0, 1), shared.e, shared.dtotal))
+    into = e.new_empty(len(bits), p.columns, *e.shape[2:]), dtotal.new_empty(len(bits), p.columns, dtotal.shape[-1])
+    marginal_sums(bits, e, dtotal, into, columns=p.columns, scale=p.block_q / (p.marginal * p.block_k), transposed=True)
     return into
 
 
 def _mean_gradients(p: Problem, shared: _Rows) -> tuple[Tensor, Tensor]:
-    """Gradients of the mean keys and values, ``[B * H, columns, D]`` FP32."""
+    """Gradients of the mean keys, before the scale, and of the mean values: ``[B * H, splits, columns, D]`` FP32, to be summed."""
     assert p.means is not None
     batch, heads, padded, dim = p.q.shape
     rows, columns = p.kv_indices.shape[-2], p.columns
     options = dmeans_options(p)
     tiles = -(-columns // options["TILE_K"])
-    per_split = -(-(rows - p.pinned) // max(1, 4 * PROGRAMS // (tiles * batch * heads)))
+    per_split = -(-(rows - p.pinned) // min(MEAN_PARTS.value, max(1, 4 * PROGRAMS // (tiles * batch * heads))))
     splits = -(-(rows - p.pinned) // per_split)
     dk, dv = torch.empty(2, batch * heads, splits, columns, dim, device=p.q.device, dtype=torch.float32)
     _dmeans_kernel[(tiles, splits, batch * heads)](
@@ -262,7 +271,12 @@ def _mean_gradients(p: Problem, shared: _Rows) -> tuple[Tensor, Tensor]:
         p.tokens, padded, rows, columns, p.means[0].shape[2], p.bits.shape[-1], p.pinned, per_split, p.scale * LOG2_E.value,
         **_sizes(p), PRECISION=_precision(p.q), **options,
     )  # fmt: skip
-    return dk.sum(1).mul_(p.scale), dv.sum(1)
+    return dk, dv
+
+
+def _in_host_order(p: Problem) -> Tensor:
+    batch, heads, _, dim = p.v.shape
+    return torch.empty(batch, p.tokens, heads, dim, device=p.v.device, dtype=p.v.dtype)
 
 
 def _sizes(p: Problem) -> dict[str, int]:

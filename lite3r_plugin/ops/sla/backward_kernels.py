@@ -9,7 +9,8 @@ A program of `_dq_kernel` holds a query block and streams its key blocks; one of
 the query blocks that attend to it; one of `_dmeans_kernel` holds mean keys and streams all query blocks. Long lists are
 cut into parts whose sums are stored and added in a fixed order: no atomics, the same bits on every run.
 
-All tensors are in token order, ``[B, H, padded, D]``; dO is zero and delta is zero where there is no token.
+Operands are in token order, ``[B, H, padded, D]``; dO is zero and delta is zero where there is no token. Results are in
+host order, ``[B, N, H, D]``, or in token order where the pass before attention is to be undone.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import triton
 import triton.language as tl
 
 from .linear_kernels import _phi
-from .softmax_kernels import block_sizes, is_marginal, load_rows
+from .softmax_kernels import block_sizes, host_rows, is_marginal, load_rows, places
+
+MEAN_PARTS = tl.constexpr(16)  # most parts that the sums of `_dmeans_kernel` come in
 
 
 @triton.jit
@@ -46,12 +49,12 @@ def phi_backward(features, grad, SOFTMAX: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N", "rows", "columns", "kept", "far", "words", "pinned", "splits", "per_split"])
 def _dq_kernel(
-    Q, K, V, DO, Stats, Indices, AllIndices, Bits, KFar, VFar, DQ, Partial,
-    N, padded, rows, columns, kept, far, words, pinned, splits, per_split, scale, scale_log2,
+    Q, K, V, DO, Stats, Indices, AllIndices, Bits, KFar, VFar, Share, Order, DQ, Partial,
+    N, padded, H, rows, columns, kept, far, words, pinned, splits, per_split, scale, scale_log2,
     D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
-    MEANS: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
+    MEANS: tl.constexpr, ADD: tl.constexpr, HOST: tl.constexpr, ORDERED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dQ of a tile of a query block, added to what is in DQ if ADD; sums over a part of the keys for a pinned one."""
+    """dQ of a tile of a query block, with Share if ADD, in host order if HOST; sums over a part of the keys for a pinned one."""
     TILES: tl.constexpr = BLOCK_Q // TILE_Q
     STEPS: tl.constexpr = BLOCK_K // TILE_K
     tile = tl.program_id(0) % TILES
@@ -104,22 +107,28 @@ def _dq_kernel(
         to = (((head * pinned + row) * splits + pid % splits) * BLOCK_Q + tile * TILE_Q + own)[:, None] * D + d[None, :]
         tl.store(Partial + to, acc, mask=mask)
     else:
-        to = (at + own)[:, None] * D + d[None, :]
         if ADD:
-            acc += tl.load(DQ + to, mask=mask, other=0.0).to(tl.float32)
-        tl.store(DQ + to, acc.to(dtype), mask=mask)
+            acc += tl.load(Share + (at + own)[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        rows_out = at + own
+        if HOST:
+            n = row * BLOCK_Q + tile * TILE_Q + own
+            rows_out = host_rows(places(Order, n, N, ORDERED), head, H, N)
+            mask &= (n < N)[:, None]
+        tl.store(DQ + rows_out[:, None] * D + d[None, :], acc.to(dtype), mask=mask)
 
 
-@triton.jit(do_not_specialize=["N", "columns", "total", "slots", "part", "first_head"])
+@triton.jit(do_not_specialize=["N", "columns", "total", "slots", "part", "splits", "first_head"])
 def _dkv_kernel(
-    Q, K, V, DO, Stats, Rows, Starts, EarlyStarts, EarlyColumns, PartK, PartV, MeanDK, MeanDV, DState, DTotal, Mu, DK, DV,
-    N, padded, columns, total, slots, part, first_head, scale, scale_log2,
+    Q, K, V, DO, Stats, Rows, Starts, EarlyStarts, EarlyColumns, PartK, PartV, MeanDK, MeanDV, E, DTotal, Mu, Proj, Order, DK, DV,
+    N, padded, H, columns, total, slots, part, splits, first_head, scale, scale_log2,
     D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
-    EARLY: tl.constexpr, LINEAR: tl.constexpr, SOFTMAX: tl.constexpr, MEANS: tl.constexpr, PRECISION: tl.constexpr,
+    EARLY: tl.constexpr, LINEAR: tl.constexpr, SOFTMAX: tl.constexpr, MEANS: tl.constexpr,
+    HOST: tl.constexpr, ORDERED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sums over an early part of a key block's list, or dK and dV of a tile of a key block from those and the rest.
 
-    DState and DTotal are of each head, or with LINEAR == 2 of each key block of the heads from `first_head` on.
+    E and DTotal are of each head, or with LINEAR == 2 of each key block of the heads from `first_head` on. dV is stored in host
+    order, and dK too if HOST.
     """
     TILES: tl.constexpr = BLOCK_K // TILE_K
     STEPS: tl.constexpr = BLOCK_Q // TILE_Q
@@ -175,16 +184,23 @@ def _dkv_kernel(
             to = (slot * BLOCK_K + tile * TILE_K + own)[:, None] * D + d[None, :]
             dk += tl.load(PartK + to, mask=live, other=0.0)
             dv += tl.load(PartV + to, mask=live, other=0.0)
-        dk *= scale
         if MEANS:
             size = tl.minimum(N - column * BLOCK_K, BLOCK_K).to(tl.float32)
-            mean = (head * columns + column) * D + d
-            dk += (tl.load(MeanDK + mean, mask=d < D, other=0.0) / size)[None, :]
-            dv += (tl.load(MeanDV + mean, mask=d < D, other=0.0) / size)[None, :]
+            part_of = tl.arange(0, MEAN_PARTS)
+            mean = ((head * splits + part_of)[:, None] * columns + column) * D + d[None, :]
+            there = (part_of < splits)[:, None] & (d < D)[None, :]
+            mean_dk = tl.sum(tl.load(MeanDK + mean, mask=there, other=0.0), 0)
+            mean_dv = tl.sum(tl.load(MeanDV + mean, mask=there, other=0.0), 0)
+            dk += (mean_dk / size)[None, :]
+            dv += (mean_dv / size)[None, :]
+        dk *= scale
         if LINEAR != 0:
             at = head if LINEAR == 1 else (head - first_head) * columns + column
             both = (d < D)[:, None] & (d < D)[None, :]
-            dstate = tl.load(DState + (at * D + d)[:, None] * D + d[None, :], mask=both, other=0.0).to(dtype)
+            square = d[:, None] * D + d[None, :]
+            e = tl.load(E + at * D * D + square, mask=both, other=0.0).to(dtype)
+            proj = tl.load(Proj + square, mask=both, other=0.0).to(dtype)
+            dstate = tl.dot(e, proj, input_precision=PRECISION).to(dtype)
             dtotal = tl.load(DTotal + at * D + d, mask=d < D, other=0.0)
             # Loaded again: kept in registers through the loop, they would push others out.
             own_k = load_rows(K, head * padded + key + own, d, D).to(tl.float32)
@@ -194,10 +210,11 @@ def _dkv_kernel(
             grad = tl.dot(centred.to(dtype), tl.trans(dstate), input_precision=PRECISION) + dtotal[None, :]
             dk += phi_backward(features, grad, SOFTMAX)
             dv = tl.dot(features.to(dtype), dstate, dv, input_precision=PRECISION)
-        inside = live & (key + own < N)[:, None]
-        to = (head * padded + key + own)[:, None] * D + d[None, :]
-        tl.store(DK + to, tl.where(inside, dk, 0.0).to(dtype), mask=live)
-        tl.store(DV + to, tl.where(inside, dv, 0.0).to(dtype), mask=live)
+        n = key + own
+        inside = live & (n < N)[:, None]
+        host = host_rows(places(Order, n, N, ORDERED), head, H, N)
+        tl.store(DK + (host if HOST else head * padded + n)[:, None] * D + d[None, :], dk.to(dtype), mask=inside)
+        tl.store(DV + host[:, None] * D + d[None, :], dv.to(dtype), mask=inside)
 
 
 @triton.jit(do_not_specialize=["N", "rows", "columns", "far", "words", "pinned", "per_split"])

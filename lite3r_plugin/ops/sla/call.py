@@ -54,6 +54,11 @@ class Call(NamedTuple):
         return dict(order=self.order, positions=self.positions, rope_base=self.rope_base)
 
     @property
+    def is_turned(self) -> bool:
+        """Whether queries and keys are normed or rotated, not only put in order."""
+        return self.q_kind is not None or self.k_kind is not None or (self.positions is not None and self.rope_base is not None)
+
+    @property
     def pinned_queries(self) -> int:
         """Query blocks that attend to all keys."""
         return -(-self.pinned_tokens // self.block_q)

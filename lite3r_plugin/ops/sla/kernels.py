@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .linear_kernels import LOG2_E, _phi, _precision, linear_state
 from .marginal_kernels import marginal_states
-from .softmax_kernels import LARGEST_SUM, attend, far_blocks, load_rows
+from .softmax_kernels import LARGEST_SUM, attend, far_blocks, host_rows, load_rows, places
 
 LINEAR = {"none": 0, "all": 1, "marginal": 2}
 
@@ -31,22 +31,25 @@ class Residuals(NamedTuple):
     Attributes:
         lse: ``[B, H, padded]`` FP32, base-2 logarithm of the softmax denominator of each ordered query; None unless asked for.
         linear: ``[B, N, H, D]``, the linear branch before Proj in host order; None unless asked for.
-        state, total: The linear state over all tokens, divided by their number; None without a linear branch over them.
+        state, total: The linear state over all tokens, divided by their number; over marginal blocks the states of all query
+            blocks, of values less `mu`, as `marginal_states` returns them. None without a linear branch.
+        mu: ``[B * H, D]`` FP32: what values are centred on in states of query blocks.
     """
 
-    lse: Tensor | None
-    linear: Tensor | None
-    state: Tensor | None
-    total: Tensor | None
+    lse: Tensor | None = None
+    linear: Tensor | None = None
+    state: Tensor | None = None
+    total: Tensor | None = None
+    mu: Tensor | None = None
 
 
 # Sizes must not specialise the kernel: any number of views and any image size run the same binary.
 @triton.jit(do_not_specialize=["N", "rows", "columns", "kept", "far_rows", "words", "pinned"])
 def _sparse_linear_kernel(
-    Q, K, V, Indices, AllIndices, Bits, KFar, VFar, State, Total, Proj, Order, Out, Lse, Linear, Failed,
+    Q, K, V, Indices, AllIndices, Bits, KFar, VFar, State, Total, Mu, Proj, Order, Out, Lse, Linear, Failed,
     N, padded, heads, rows, columns, kept, far_rows, words, pinned, scale_log2,
     D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
-    LINEAR: tl.constexpr, SOFTMAX: tl.constexpr, MEANS: tl.constexpr, ORDERED: tl.constexpr,
+    LINEAR: tl.constexpr, SOFTMAX: tl.constexpr, CENTRED: tl.constexpr, MEANS: tl.constexpr, ORDERED: tl.constexpr,
     SAVE_LSE: tl.constexpr, SAVE_LINEAR: tl.constexpr, FIXED: tl.constexpr, AGAIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     if AGAIN:  # noqa: SIM102 (decided when it is compiled; what follows, on the GPU)
@@ -92,12 +95,8 @@ def _sparse_linear_kernel(
     out = acc / weight[:, None]
     if SAVE_LSE:
         tl.store(Lse + head * padded + n, top + tl.log2(weight))
-    to = n
-    inside = n < N
-    if ORDERED:
-        to = tl.load(Order + n, mask=inside, other=0)
-    to = ((head // heads) * N + to) * heads + head % heads  # [B, N, H, D]
-    inside = inside[:, None] & live[None, :]
+    to = host_rows(places(Order, n, N, ORDERED), head, heads, N)
+    inside = (n < N)[:, None] & live[None, :]
     if LINEAR == 1 or (LINEAR == 2 and row >= pinned):
         # Loaded again: kept in registers through the loops, it would push others out.
         features = _phi(load_rows(queries, n, d, D).to(tl.float32), live[None, :], SOFTMAX, 1)
@@ -107,8 +106,11 @@ def _sparse_linear_kernel(
         total = tl.load(Total + owner * D + d, mask=live, other=0.0)
         norm = tl.maximum(tl.sum(features * total[None, :], 1), 1e-37)
         linear = tl.dot(features.to(dtype), state.to(dtype), input_precision=PRECISION) / norm[:, None]
+        if CENTRED:
+            linear += tl.load(Mu + head * D + d, mask=live, other=0.0)[None, :]
         if SAVE_LINEAR:
             tl.store(Linear + to[:, None] * D + d[None, :], linear.to(dtype), mask=inside)
+        if SAVE_LINEAR or CENTRED:
             proj = tl.load(Proj + d[None, :] * D + d[:, None], mask=both, other=0.0)
             linear = tl.dot(linear.to(dtype), proj.to(dtype), input_precision=PRECISION)
         out += linear
@@ -163,6 +165,7 @@ def forward(
     block_k: int,
     save_lse: bool = False,
     save_linear: bool = False,
+    mu: Tensor | None = None,
 ) -> tuple[Tensor, Residuals]:
     """As `naive.sparse_linear_attention`, on padded tensors and with the output scattered back to host order.
 
@@ -177,6 +180,8 @@ def forward(
         order: ``[N]`` int32: output row of each token, or None.
         pinned, scale, linear, feature_map, proj, block_q, block_k: As in the naive twin.
         save_lse, save_linear: Which residuals to store.
+        mu: ``[B * H, D]`` FP32, about the mean value of each head: states of query blocks are to be made of values less this, and
+            returned. Only for the branch over marginal blocks.
 
     Returns:
         ``[B, H, N, D]``, a view of ``[B, N, H, D]``, and the residuals.
@@ -193,14 +198,16 @@ def forward(
     nothing = out
     state = total = None
     source: tuple[Tensor, Tensor] = nothing, nothing
-    folded = None if save_linear else proj
+    folded = None if save_linear or mu is not None else proj
     if linear == "all":
         assert proj is not None
         state, total = linear_state(k, v, tokens, feature_map, block_k)
         source = (state if folded is None else state @ folded.to(state.dtype).mT), total
     elif linear == "marginal" and marginal:
         assert bits is not None
-        source = marginal_states(k, v, bits, tokens=tokens, marginal=marginal, feature_map=feature_map, block_k=block_k, proj=folded)
+        source = marginal_states(k, v, bits, tokens=tokens, marginal=marginal, feature_map=feature_map, block_k=block_k, mu=mu, proj=folded)
+        if mu is not None:
+            state, total = source
     else:
         linear = "none"
     everything = torch.arange(columns, device=q.device, dtype=torch.int32) if pinned else kv_indices
@@ -212,14 +219,14 @@ def forward(
     for again in (False, True) if fixed else (False,):
         _sparse_linear_kernel[(programs,)](
             q, k, v, kv_indices, everything, nothing if means is None else bits, *(far or (nothing, nothing)), *source,
-            *(nothing if x is None else x for x in (proj, order, out, lse, branch, failed)),
+            *(nothing if x is None else x for x in (mu, proj, order, out, lse, branch, failed)),
             tokens, padded, heads, rows, columns, kept, 0 if far is None else far[0].shape[2], 0 if far is None else bits.shape[-1], pinned,
             (dim**-0.5 if scale is None else scale) * LOG2_E.value,
             D=dim, DP=triton.next_power_of_2(dim), BLOCK_Q=block_q, BLOCK_K=block_k, LINEAR=LINEAR[linear],
-            SOFTMAX=feature_map == "softmax", MEANS=means is not None, ORDERED=order is not None,
+            SOFTMAX=feature_map == "softmax", CENTRED=mu is not None, MEANS=means is not None, ORDERED=order is not None,
             SAVE_LSE=save_lse, SAVE_LINEAR=save_linear, FIXED=fixed and not again, AGAIN=again, PRECISION=_precision(q), **options,
         )  # fmt: skip
-    return out.transpose(1, 2), Residuals(lse, branch, state, total)
+    return out.transpose(1, 2), Residuals(lse, branch, state, total, mu)
 
 
 def launch_options(block_q: int, block_k: int, dim: int, dtype: torch.dtype) -> dict[str, int]:

@@ -116,17 +116,26 @@ def _fake_train(needed: list[bool], *arguments: Any) -> tuple[Tensor, list[Tenso
 
 
 def _fake_backward(grad: Tensor, out: Tensor | None, saved: list[Tensor], needed: list[bool], *arguments: Any) -> list[Tensor]:
-    tensors = [x for x, need in zip(arguments, needed, strict=False) if need]
-    return [x.new_empty(grad.shape).transpose(1, 2) if x.dim() == 4 else x.new_empty(x.shape) for x in tensors]
+    found = []
+    for i, (x, need) in enumerate(zip(arguments, needed, strict=False)):
+        if need and i < 3:
+            found.append(grad.new_empty(grad.shape, dtype=grad.dtype if x is None else x.dtype).transpose(1, 2))
+        elif need:
+            found.append(x.new_empty(x.shape))
+    return found
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
-    """Keep what the backward pass needs: all inputs; with Triton the output too, but only Proj where nothing else learns."""
+    """Keep what the backward pass needs: all inputs; with Triton the output too, and what it says of the inputs."""
     needed, *arguments = inputs
     out, saved = output
-    only_proj = bool(saved) and not any(needed[:-1])
-    tensors = [x if isinstance(x, Tensor) and (not only_proj or i == len(needed) - 1) else None for i, x in enumerate(arguments)]
-    ctx.save_for_backward(out if saved and not only_proj else None, *tensors, *saved)
+    kept = [True] * len(arguments)
+    if saved:
+        from . import training
+
+        kept = [*training.keeps(needed, Call(*arguments[:-1])), False]
+    tensors = [x if isinstance(x, Tensor) and keep else None for x, keep in zip(arguments, kept, strict=True)]
+    ctx.save_for_backward(out if saved and any(needed[:-1]) else None, *tensors, *saved)
     ctx.others = [None if isinstance(x, Tensor) else x for x in arguments]
     ctx.needed = needed
 
@@ -145,7 +154,7 @@ infer = register("sparse_linear_attention", f"({TENSORS}, {OPTIONS}) -> Tensor",
 train = register("sparse_linear_attention_train", f"(bool[] needed, {TENSORS}, {OPTIONS}) -> (Tensor, Tensor[])", _train, _fake_train)
 register(
     "sparse_linear_attention_backward",
-    # q, k and v are None where only Proj learns: they are not kept for that.
+    # q, k and v are None where they are not kept: where only Proj learns, or where they are saved in order.
     f"(Tensor grad, Tensor? out, Tensor[] saved, bool[] needed, {TENSORS.replace('Tensor ', 'Tensor? ')}, {OPTIONS}) -> Tensor[]",
     _backward,
     _fake_backward,

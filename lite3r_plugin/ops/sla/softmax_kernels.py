@@ -30,6 +30,20 @@ def load_rows(X, rows, d, D: tl.constexpr):
 
 
 @triton.jit
+def places(Order, n, N, ORDERED: tl.constexpr):
+    """Where tokens `n` lie in host order."""
+    if ORDERED:
+        return tl.load(Order + n, mask=n < N, other=0).to(tl.int64)
+    return n.to(tl.int64)
+
+
+@triton.jit
+def host_rows(places, head, heads, N):
+    """Rows of a ``[B, N, heads, *]`` tensor at `places` of `head`, of all heads of a batch."""
+    return (head // heads * N + places) * heads + head % heads
+
+
+@triton.jit
 def accumulate(score, sizes, v, scale_log2, top, weight, acc, SIZED: tl.constexpr, FIXED: tl.constexpr, PRECISION: tl.constexpr):
     """Adds a tile of keys to the sums; if SIZED, each key counts `sizes` times. Returns the reference and the sums."""
     if not FIXED:

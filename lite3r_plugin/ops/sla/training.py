@@ -2,7 +2,7 @@
 
 Where only Proj learns, the linear branch before Proj is kept, one tensor of the size of the output. Where q, k, v (or the
 norms before them) learn, the inputs and the output are kept, which the layers around the operator mostly keep as well,
-and little more: the ordered tensors are made again.
+and over marginal blocks the states; the ordered tensors are made again. Without a norm they are kept in place of the inputs.
 
 Arguments are those of `operator.run`, flat; `needed` says which of the first eight, the tensors, need a gradient.
 """
@@ -36,16 +36,48 @@ def train_forward(needed: Sequence[bool], *arguments: Any) -> tuple[Tensor, list
         assert bits is not None
         assert skipped is not None
         problem = _problem(call, prepared, kv_indices, bits, skipped)
+        mu = prepared.v_mean.mean(2).flatten(0, 1) if softmax and call.linear == "marginal" else None
         out, residuals = kernels.forward(
-            *problem[:4], save_lse=softmax, save_linear=not softmax, **{name: getattr(problem, name) for name in Problem._fields[5:]},
+            *problem[:4], save_lse=softmax, save_linear=not softmax, mu=mu,
+            **{name: getattr(problem, name) for name in Problem._fields[5:]},
         )  # fmt: skip
     if not softmax:
         return out, [x for x in (residuals.linear,) if x is not None]
-    others = None
+    made = prepared._asdict() | residuals._asdict() | dict(bits=bits)
     if call.leaves_out:
-        others = skipped.clone() if skipped is bits else skipped  # an operator's results share no memory
-    kept = (residuals.lse, bits, others, residuals.state, residuals.total)
-    return out, [x for x in kept if x is not None]
+        made["skipped"] = skipped.clone() if skipped is bits else skipped  # an operator's results share no memory
+    if call.linear == "marginal" and residuals.state is None:  # no block is marginal, but the number of results is fixed
+        unused = dict(zip(_kept(call), train_saved(needed, *arguments), strict=True))
+        made |= {name: unused[name] for name in ("state", "total")}
+    return out, [made[name] for name in _kept(call)]
+
+
+def _kept(call: Call) -> list[str]:
+    """Names of what is kept besides arguments and output where more than Proj learns; q, k, v are those in order."""
+    names = ["lse", "bits"]
+    if call.leaves_out:
+        names.append("skipped")
+    if call.linear != "none":
+        names += ["state", "total"]
+    if call.linear == "marginal":
+        names.append("mu")
+    if keeps_ordered(call):
+        names += ["q", "k", "v", "k_mean", "v_mean"]
+    return names
+
+
+def keeps_ordered(call: Call) -> bool:
+    """Whether q, k, v are kept in order and not as they came. With a norm both would be needed."""
+    if call.v is None:  # in a backward pass for which they were kept so
+        return True
+    return call.q_kind is None and call.k_kind is None and call.q.dtype == call.k.dtype == call.v.dtype
+
+
+def keeps(needed: Sequence[bool], call: Call) -> list[bool]:
+    """Which arguments the backward pass needs, of all those that are tensors."""
+    if not any(needed[:7]):
+        return [name == "proj" for name in Call._fields]
+    return [name not in ("q", "k", "v") or not keeps_ordered(call) for name in Call._fields]
 
 
 def train_saved(needed: Sequence[bool], *arguments: Any) -> list[Tensor]:
@@ -55,12 +87,16 @@ def train_saved(needed: Sequence[bool], *arguments: Any) -> list[Tensor]:
     if not any(needed[:7]):
         return [call.v.new_empty(batch, tokens, heads, dim)]
     rows, columns = -(-tokens // call.block_q), -(-tokens // call.block_k)
-    words = -(-columns // 32)
-    saved = [call.v.new_empty(batch, heads, rows * call.block_q, dtype=torch.float32)]
-    saved += [call.v.new_empty(batch, heads, rows, words, dtype=torch.int32) for _ in range(1 + call.leaves_out)]
-    if call.linear == "all":
-        saved += [call.v.new_empty(batch, heads, *shape, dtype=torch.float32) for shape in ((dim, dim), (dim,))]
-    return saved
+    owners = (batch * heads, rows) if call.linear == "marginal" else (batch, heads)
+    number, own = torch.float32, call.v.dtype
+    words = (batch, heads, rows, -(-columns // 32)), torch.int32
+    ordered, means = ((batch, heads, rows * call.block_q, dim), own), ((batch, heads, columns, dim), number)
+    kinds: dict[str, tuple[tuple[int, ...], torch.dtype]] = dict(
+        lse=((batch, heads, rows * call.block_q), number), bits=words, skipped=words,
+        state=((*owners, dim, dim), own if call.linear == "marginal" else number), total=((*owners, dim), number),
+        mu=((batch * heads, dim), number), q=ordered, k=ordered, v=ordered, k_mean=means, v_mean=means,
+    )  # fmt: skip
+    return [call.v.new_empty(shape, dtype=dtype) for shape, dtype in (kinds[name] for name in _kept(call))]
 
 
 def train_backward(
@@ -72,7 +108,7 @@ def train_backward(
         grad: Gradient of the output, ``[B, H, N, D]``, any strides.
         out: The output ``[B, H, N, D]``; not needed when only Proj learns.
         saved: What `train_forward` returned.
-        needed, arguments: As there.
+        needed, arguments: As there; what `keeps` says is not needed may be None.
     """
     call = Call(*arguments)
     with torch.autocast(grad.device.type, enabled=False), on_device_of(grad), torch.no_grad():
@@ -81,26 +117,30 @@ def train_backward(
             grads[7] = proj_backward(grad, saved[0])
         else:
             assert out is not None
-            lse, bits, *state = saved
-            skipped = state.pop(0) if call.leaves_out else bits
-            residuals = kernels.Residuals(lse, None, *state) if state else kernels.Residuals(lse, None, None, None)
-            problem = _problem(call, call.prepared(triton=True), indices_of(bits, call.kept), bits, skipped)
+            kept = dict(zip(_kept(call), saved, strict=True))
+            if keeps_ordered(call):
+                q, k, v = (kept[name] for name in ("q", "k", "v"))
+                prepared = Prepared(q, k, v, kept["k_mean"], kept["k_mean"], kept["v_mean"])  # the means of queries are not needed
+                call = call._replace(**{name: kept[name][:, :, : out.shape[-2]] for name in ("q", "k", "v")})
+            else:
+                prepared = call.prepared(triton=True)
+            residuals = kernels.Residuals(**{name: kept.get(name) for name in kernels.Residuals._fields})
+            bits = kept["bits"]
+            problem = _problem(call, prepared, indices_of(bits, call.kept), bits, kept.get("skipped", bits))
             wanted = [any(needed[i] for i in group) for group in ((0, 3, 4), (1, 5, 6), (2,))]
-            found = backward(problem, residuals, out, grad, needs_q=wanted[0], needs_kv=wanted[1] or wanted[2])
-            grads[7] = found.proj
-            for i, norm in enumerate((*call.norms.values(), None)):
-                ordered = found[i]
-                if not wanted[i] or ordered is None:
-                    continue
-                after: dict[str, Any] = call.turned if i < 2 else dict(order=call.order)
-                weights = slice(3 + 2 * i, 5 + 2 * i)
-                affine = i < 2 and any(needed[weights])
-                result = input_gradient((call.q, call.k, call.v)[i], ordered, norm=norm, affine=affine, **after)
-                grads[i] = result.x
-                if i < 2:
-                    grads[weights] = result.weight, result.bias
+            found = backward(
+                problem, residuals, out, grad, turned=call.is_turned, needs_q=wanted[0], needs_kv=wanted[1] or wanted[2]
+            )  # fmt: skip
+            grads[:3], grads[7] = found[:3], found.proj
+            if call.is_turned:
+                for i, (norm, turned) in enumerate(zip(call.norms.values(), found[:2], strict=True)):
+                    if turned is not None:
+                        weights = slice(3 + 2 * i, 5 + 2 * i)
+                        result = input_gradient((call.q, call.k)[i], turned, norm=norm, affine=any(needed[weights]), **call.turned)
+                        grads[i] = result.x
+                        grads[weights] = result.weight, result.bias
     return [
-        x.to(like.dtype) if x is not None and need else None
+        x.to(x.dtype if like is None else like.dtype) if x is not None and need else None
         for x, need, like in zip(grads, needed, arguments, strict=False)
     ]  # fmt: skip
 
@@ -112,10 +152,9 @@ class SparseLinearAttention(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         ctx.needed = [isinstance(x, Tensor) and need for x, need in zip(arguments[:DIFFERENTIABLE], ctx.needs_input_grad, strict=False)]
         out, saved = train_forward(ctx.needed, *arguments)
-        full = any(ctx.needed[:7])
-        # Where only Proj learns, the inputs are not kept alive.
-        tensors = [x if isinstance(x, Tensor) and (full or i == 7) else None for i, x in enumerate(arguments)]
-        ctx.save_for_backward(out if full else None, *tensors, *saved)
+        kept = keeps(ctx.needed, Call(*arguments))
+        tensors = [x if isinstance(x, Tensor) and keep else None for x, keep in zip(arguments, kept, strict=True)]
+        ctx.save_for_backward(out if any(ctx.needed[:7]) else None, *tensors, *saved)
         ctx.others = [None if isinstance(x, Tensor) else x for x in arguments]
         return out
 
