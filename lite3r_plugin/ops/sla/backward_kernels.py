@@ -194,6 +194,9 @@ def _dkv_kernel(
             dk += (mean_dk / size)[None, :]
             dv += (mean_dv / size)[None, :]
         dk *= scale
+        n = key + own
+        inside = live & (n < N)[:, None]
+        host = host_rows(places(Order, n, N, ORDERED), head, H, N)
         if LINEAR != 0:
             at = head if LINEAR == 1 else (head - first_head) * columns + column
             both = (d < D)[:, None] & (d < D)[None, :]
@@ -201,20 +204,16 @@ def _dkv_kernel(
             e = tl.load(E + at * D * D + square, mask=both, other=0.0).to(dtype)
             proj = tl.load(Proj + square, mask=both, other=0.0).to(dtype)
             dstate = tl.dot(e, proj, input_precision=PRECISION).to(dtype)
-            dtotal = tl.load(DTotal + at * D + d, mask=d < D, other=0.0)
             # Loaded again: kept in registers through the loop, they would push others out.
-            own_k = load_rows(K, head * padded + key + own, d, D).to(tl.float32)
-            own_v = load_rows(V, head * padded + key + own, d, D).to(tl.float32)
-            features = _phi(own_k, (d < D)[None, :], SOFTMAX, 1)
-            centred = own_v - tl.load(Mu + head * D + d, mask=d < D, other=0.0)[None, :]
-            grad = tl.dot(centred.to(dtype), tl.trans(dstate), input_precision=PRECISION) + dtotal[None, :]
-            dk += phi_backward(features, grad, SOFTMAX)
+            features = _phi(load_rows(K, head * padded + n, d, D).to(tl.float32), (d < D)[None, :], SOFTMAX, 1)
             dv = tl.dot(features.to(dtype), dstate, dv, input_precision=PRECISION)
-        n = key + own
-        inside = live & (n < N)[:, None]
-        host = host_rows(places(Order, n, N, ORDERED), head, H, N)
-        tl.store(DK + (host if HOST else head * padded + n)[:, None] * D + d[None, :], dk.to(dtype), mask=inside)
         tl.store(DV + host[:, None] * D + d[None, :], dv.to(dtype), mask=inside)
+        if LINEAR != 0:
+            centred = load_rows(V, head * padded + n, d, D).to(tl.float32) - tl.load(Mu + head * D + d, mask=d < D, other=0.0)[None, :]
+            grad = tl.dot(centred.to(dtype), tl.trans(dstate), input_precision=PRECISION)
+            grad += tl.load(DTotal + at * D + d, mask=d < D, other=0.0)[None, :]
+            dk += phi_backward(features, grad, SOFTMAX)
+        tl.store(DK + (host if HOST else head * padded + n)[:, None] * D + d[None, :], dk.to(dtype), mask=inside)
 
 
 @triton.jit(do_not_specialize=["N", "rows", "columns", "far", "words", "pinned", "per_split"])
@@ -250,11 +249,12 @@ def _dmeans_kernel(
         marginal = is_marginal(Bits + (head * rows + row) * words, start, own, words)
         bias = tl.where(marginal, log_size, float("-inf"))  # what is left out may have a score as large as it likes
         p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2 + bias[:, None] - lse[None, :])
-        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         dv = tl.dot(p.to(dtype), do, dv, input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         ds = p * (dp - delta[None, :])
         dk = tl.dot(ds.to(dtype), q, dk, input_precision=PRECISION)
     to = ((head * tl.num_programs(1) + split) * columns + block)[:, None] * D + d[None, :]
     mask = (block < columns)[:, None] & (d < D)[None, :]
-    tl.store(PartK + to, dk, mask=mask)
-    tl.store(PartV + to, dv, mask=mask)
+    # Transposed: from the layout of other FP32 stores the assembler makes every matrix product of the loop wait for the one before.
+    tl.store(PartK + tl.trans(to), tl.trans(dk), mask=tl.trans(mask))
+    tl.store(PartV + tl.trans(to), tl.trans(dv), mask=tl.trans(mask))

@@ -42,4 +42,4 @@ def rows_options(p: Problem) -> dict[str, int]:
     """Of the kernel of the linear branch."""
     if p.q.dtype == torch.float32 or p.q.shape[-1] > 64:
         return dict(TILE_Q=min(p.block_q, 32), num_warps=4 if p.q.shape[-1] <= 64 else 8, num_stages=2)
-    return dict(TILE_Q=min(p.block_q, 64), num_warps=4, num_stages=2)
+    return dict(TILE_Q=min(p.block_q, 64), num_warps=4, num_stages=1)

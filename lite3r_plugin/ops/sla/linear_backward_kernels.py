@@ -61,7 +61,11 @@ def _rows_kernel(
         at = head // H * stride_b + head % H * stride_h + place * stride_n
         do = tl.load(GradOut + at[:, None] + d[None, :], mask=mask, other=0.0).to(dtype)
         out = tl.load(Out + host_rows(place, head, H, N)[:, None] * D + d[None, :], mask=mask, other=0.0)
-        at = (head * padded + n)[:, None] * D + d[None, :]
+        own = head * padded + n
+        at = own[:, None] * D + d[None, :]
+        if LINEAR != 0:  # all loads come before the first store, which none may pass
+            q = tl.load(Q + at, mask=live[None, :], other=0.0)
+        lse = tl.load(Lse + own)
         tl.store(DO + at, do, mask=live[None, :])
         sparse = out.to(tl.float32)
         if LINEAR != 0:
@@ -70,23 +74,20 @@ def _rows_kernel(
         delta = tl.sum(do.to(tl.float32) * sparse, 1)
         if LINEAR != 0:
             do = tl.where(is_pinned, tl.zeros_like(do), do)
-            q = tl.load(Q + at, mask=live[None, :], other=0.0)
+            dsum += tl.sum(do.to(tl.float32), 0)
             features = _phi(q.to(tl.float32), live[None, :], SOFTMAX, 1)
             rounded = features.to(dtype)
             inverse = 1.0 / tl.maximum(tl.sum(features * total[None, :], 1), 1e-37)
-            u = do.to(tl.float32) * inverse[:, None]
-            along = tl.sum(u * tl.dot(rounded, state, input_precision=PRECISION), 1)
+            u = (do.to(tl.float32) * inverse[:, None]).to(dtype)
+            outer = tl.dot(tl.trans(rounded), u, outer, input_precision=PRECISION)
+            along = tl.sum(u.to(tl.float32) * tl.dot(rounded, state, input_precision=PRECISION), 1)
             delta -= along
             dnorm = -along * inverse
             dtotal += tl.sum(features * dnorm[:, None], 0)
-            dsum += tl.sum(do.to(tl.float32), 0)
-            u = u.to(dtype)
-            outer = tl.dot(tl.trans(rounded), u, outer, input_precision=PRECISION)
             grad = tl.dot(u, tl.trans(state), input_precision=PRECISION) + dnorm[:, None] * total[None, :]
             tl.store(DQ + at, phi_backward(features, grad, SOFTMAX).to(dtype), mask=live[None, :])
-        at = lse_place(Stats, head * padded + n)
-        tl.store(at, tl.load(Lse + head * padded + n))
-        tl.store(at + 64, delta)
+        tl.store(lse_place(Stats, own), lse)
+        tl.store(lse_place(Stats, own) + 64, delta)
     if LINEAR != 0:
         scale: tl.constexpr = 1.0 if LINEAR == 1 else 1.0 / BLOCK_Q
         part = head * tl.num_programs(0) + split
