@@ -35,10 +35,7 @@ def _stats_of(Stats, at, TILE: tl.constexpr):
     """Logarithm of the denominator, and delta, of the TILE queries from `at` on, at most 64. One load for both: of fewer numbers
     than there are threads, the compiler lets every thread load all that it needs by itself."""
     lanes = tl.arange(0, 2 * TILE)
-    if TILE == 64:  # `at` is a multiple of it
-        both = tl.load(Stats + at * 2 + lanes)
-    else:
-        both = tl.load(lse_place(Stats, at) + lanes // TILE * 64 + lanes % TILE)
+    both = tl.load(lse_place(Stats, at) + lanes // TILE * 64 + lanes % TILE)
     return tl.split(tl.trans(tl.reshape(both, (2, TILE))))
 
 
