@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -180,6 +180,24 @@ def test_gradients_are_deterministic() -> None:
     needed, grad = [x is not None for x in arguments[:8]], torch.randn(arguments[0].shape, device=DEVICE).to(HALF)
     first, second = by_triton(arguments, needed, grad), by_triton(arguments, needed, grad)
     assert all(x is y is None or torch.equal(x, y) for x, y in zip(first, second, strict=True))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("norm", [None, "layer"])
+@pytest.mark.parametrize("branch", [BRANCHES[2], BRANCHES[4], BRANCHES[5]], ids=str)
+def test_nothing_is_read_that_was_not_written(branch: Any, norm: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With NaN in all new memory gradients have the same bits."""
+    arguments = some_arguments(LENGTHS[-1], 32, torch.float32, branch, norm=norm)
+    needed, grad = [x is not None for x in arguments[:8]], torch.randn(arguments[0].shape, device=DEVICE)
+    clean = by_triton(arguments, needed, grad)
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+    found = by_triton(arguments, needed, grad)
+    assert all(x is y is None or torch.equal(x, y) for x, y in zip(clean, found, strict=True))  # type: ignore[arg-type]
+
+
+def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`make`, whose floating-point tensors come full of NaN, others of a large number."""
+    return lambda *args, **kwargs: (x := make(*args, **kwargs)).fill_(float("nan") if x.is_floating_point() else 1 << 20)
 
 
 @pytest.mark.parametrize(("rows", "columns", "kept", "pinned"), [(1, 1, 1, 0), (7, 40, 3, 2), (300, 33, 1, 0), (9, 70, 70, 9)])
