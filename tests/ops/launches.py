@@ -29,6 +29,7 @@ CASES = [  # dtype, head dimension, linear branch, what learns
     (torch.bfloat16, 64, "all", "proj"),
     (torch.bfloat16, 64, "none", "nothing"),
     (torch.bfloat16, 128, "marginal", "all"),
+    (torch.float16, 64, "marginal", "all"),
     (torch.float32, 64, "marginal", "all"),
     (torch.float32, 128, "marginal", "nothing"),
 ]

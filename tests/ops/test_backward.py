@@ -195,6 +195,61 @@ def test_nothing_is_read_that_was_not_written(branch: Any, norm: str | None, mon
     assert all(x is y is None or torch.equal(x, y) for x, y in zip(clean, found, strict=True))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("options", [dict(keep_ratio=1.0), dict(negligible_ratio=1.0), dict(pinned_tokens=10**6)], ids=str)
+def test_what_is_kept_without_marginal_blocks_is_written(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = some_arguments(LENGTHS[-1], 32, torch.float32, ("marginal", "softmax", True), **options)
+    arguments = (*arguments[:10], LENGTHS[-1] if "pinned_tokens" in options else 0, *arguments[11:])
+    monkeypatch.setattr(Tensor, "new_empty", poisoned(Tensor.new_empty))
+    _, saved = training.train_forward([x is not None for x in arguments[:8]], *arguments)
+    states = dict(zip(training._kept(training.Call(*arguments)), saved, strict=True))
+    assert not states["state"].any()
+    assert not states["total"].any()
+
+
+def test_values_are_centred_on_their_mean() -> None:
+    """Also where the last block is short: else gradients are differences of larger numbers than need be."""
+    arguments = some_arguments(3 * BLOCK_K + 1, 32, torch.float32, ("marginal", "softmax", False))
+    v = arguments[2] + 10 * torch.randn(arguments[2].shape, device=DEVICE)
+    arguments = (*arguments[:2], v, *arguments[3:])
+    _, saved = training.train_forward([x is not None for x in arguments[:8]], *arguments)
+    mu = dict(zip(training._kept(training.Call(*arguments)), saved, strict=True))["mu"]
+    torch.testing.assert_close(mu, v.mean(2).flatten(0, 1))
+
+
+def test_saved_tensors_may_come_back_with_other_strides() -> None:
+    """As from `torch.autograd.graph.save_on_cpu(pin_memory=True)`."""
+    arguments = some_arguments(LENGTHS[-1], 32, torch.float32, ("marginal", "softmax", True))
+
+    def gradients() -> tuple[Tensor, ...]:
+        leaves = [x if x is None else x.detach().clone().requires_grad_() for x in arguments[:8]]
+        out = training.SparseLinearAttention.apply(*leaves, *arguments[8:])
+        return torch.autograd.grad(out, [x for x in leaves if x is not None], torch.ones_like(out))
+
+    expected = gradients()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone(memory_format=torch.contiguous_format), lambda x: x):
+        found = gradients()
+    assert all(map(torch.equal, found, expected))
+
+
+def test_small_gradients_in_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums over a query block, divided by its size, would be below what FP16 can hold."""
+    arguments = some_arguments(LENGTHS[-1], 32, torch.float16, ("marginal", "softmax", True), pinned_tokens=0)
+    grad = (5e-6 * torch.randn(arguments[0].shape, device=DEVICE)).half()
+    needed = [x is not None for x in arguments[:8]]
+    found, exact = by_triton(arguments, needed, grad)[7], by_autograd(arguments, needed, grad, True, monkeypatch)[7]
+    assert found is not None
+    assert exact is not None
+    assert relative_error(found, exact) < 2 * torch.finfo(torch.float16).eps
+
+
+def test_a_bias_that_an_rms_norm_does_not_add_gets_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = list(some_arguments(LENGTHS[-1], 32, torch.float32, BRANCHES[0], norm="rms"))
+    arguments[4] = torch.randn(32, device=DEVICE)
+    found = by_triton(tuple(arguments), [x is not None for x in arguments[:8]], torch.randn(arguments[0].shape, device=DEVICE))
+    assert found[4] is not None
+    assert not found[4].any()
+
+
 def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`make`, whose floating-point tensors come full of NaN, others of a large number."""
     return lambda *args, **kwargs: (x := make(*args, **kwargs)).fill_(float("nan") if x.is_floating_point() else 1 << 20)

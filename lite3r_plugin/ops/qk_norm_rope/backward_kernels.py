@@ -140,5 +140,7 @@ def input_gradient(
         D=dim, HALF=triton.next_power_of_2(dim // 2), ROWS=rows, HEADS=per_program,
         NORM=NORMS[norm.kind], ROPE=rope, ORDERED=order is not None, AFFINE=affine, num_warps=4,
     )  # fmt: skip
-    weights = daffine.sum(0) if affine else (None, None)
-    return InputGradient(out.transpose(1, 2), weights[0], weights[1])
+    dweight, dbias = daffine.sum(0) if affine else (None, None)
+    if dbias is not None and norm.kind == "rms":  # which adds no bias
+        dbias = torch.zeros_like(dbias)
+    return InputGradient(out.transpose(1, 2), dweight, dbias)

@@ -160,7 +160,8 @@ def _by_rows(p: Problem, residuals: Residuals, out: Tensor, grad: Tensor) -> _Ro
         assert residuals.total is not None
         state, total = residuals.state.flatten(0, -3), residuals.total.flatten(0, -2)
         dq, dtotal, dsum = torch.empty_like(p.q), empty(splits, dim), empty(splits, dim)
-        e = empty(splits, dim, dim, dtype=p.v.dtype if marginal else torch.float32)
+        # In BF16 the sums of each query block take half the memory. FP16 would lose those of small gradients.
+        e = empty(splits, dim, dim, dtype=torch.bfloat16 if marginal and p.v.dtype == torch.bfloat16 else torch.float32)
         if marginal:
             assert residuals.mu is not None
             mu = residuals.mu
@@ -176,7 +177,7 @@ def _by_rows(p: Problem, residuals: Residuals, out: Tensor, grad: Tensor) -> _Ro
     if not branch:
         return _Rows(do, stats, dq, e, dtotal, mu, None)
     if marginal:
-        dproj = p.block_q * proj_backward(e.view(1, 1, -1, dim), state.view(1, 1, -1, dim))
+        dproj = p.block_q * proj_backward(e.view(1, 1, -1, dim), state.view(1, 1, -1, dim).to(e.dtype))
     else:
         e, dtotal = e.sum(1) / p.tokens, dtotal.sum(1) / p.tokens
         # Products of D x D matrices in FP64: they cost nothing, and TF32 may be on for FP32.

@@ -33,7 +33,7 @@ def _rows_kernel(
 
     Writes DO and Stats (lse and delta), and with the linear branch its share of DQ. Over all tokens State is the H of each head, and
     E and DTotal get partial sums for E and dZ. Over marginal blocks, where `per_split` is 1, State is the H of each query block, and
-    E, DTotal and DSum get its E / BLOCK_Q and dZ / BLOCK_Q, which keeps them in the range of FP16, and its sum of dO.
+    E, DTotal and DSum get its E / BLOCK_Q, dZ / BLOCK_Q and sum of dO.
     """
     STEPS: tl.constexpr = BLOCK_Q // TILE_Q
     split = tl.program_id(0)

@@ -88,7 +88,7 @@ def _backward(grad: Tensor, out: Tensor | None, saved: list[Tensor], needed: lis
     if saved:
         from . import training
 
-        out = None if out is None else out.contiguous().transpose(1, 2)
+        out = None if out is None else out.transpose(1, 2)
         found = training.train_backward(grad.transpose(1, 2), out, saved, needed, *arguments[:-1])
         grads = [x for x in found if x is not None]
     else:

@@ -19,7 +19,6 @@ from torch.autograd.function import once_differentiable
 from ..backend import on_device_of
 from ..block_map.kernels import block_map_with_bits
 from ..block_map.transpose_kernels import indices_of
-from ..qk_norm_rope import Prepared
 from ..qk_norm_rope.backward_kernels import input_gradient
 from . import kernels
 from .backward import Problem, backward, proj_backward
@@ -35,8 +34,8 @@ def train_forward(needed: Sequence[bool], *arguments: Any) -> tuple[Tensor, list
         kv_indices, bits, skipped = block_map_with_bits(prepared.q_mean, prepared.k_mean, **call.blocks)
         assert bits is not None
         assert skipped is not None
-        problem = _problem(call, prepared, kv_indices, bits, skipped)
-        mu = prepared.v_mean.mean(2).flatten(0, 1) if softmax and call.linear == "marginal" else None
+        problem = _problem(call, prepared[:3], prepared[4:], kv_indices, bits, skipped)
+        mu = _mean_value(call, prepared.v_mean) if softmax and call.linear == "marginal" else None
         out, residuals = kernels.forward(
             *problem[:4], save_lse=softmax, save_linear=not softmax, mu=mu,
             **{name: getattr(problem, name) for name in Problem._fields[5:]},
@@ -47,9 +46,15 @@ def train_forward(needed: Sequence[bool], *arguments: Any) -> tuple[Tensor, list
     if call.leaves_out:
         made["skipped"] = skipped.clone() if skipped is bits else skipped  # an operator's results share no memory
     if call.linear == "marginal" and residuals.state is None:  # no block is marginal, but the number of results is fixed
-        unused = dict(zip(_kept(call), train_saved(needed, *arguments), strict=True))
-        made |= {name: unused[name] for name in ("state", "total")}
+        spare = dict(zip(_kept(call), train_saved(needed, *arguments), strict=True))
+        made |= {name: spare[name].zero_() for name in ("state", "total")}
     return out, [made[name] for name in _kept(call)]
+
+
+def _mean_value(call: Call, v_mean: Tensor) -> Tensor:
+    """Mean value of each head ``[B * H, D]``, from those of key blocks; the last may be short."""
+    last = call.v.shape[-2] - (v_mean.shape[2] - 1) * call.block_k
+    return ((v_mean.sum(2) * call.block_k - v_mean[:, :, -1] * (call.block_k - last)) / call.v.shape[-2]).flatten(0, 1)
 
 
 def _kept(call: Call) -> list[str]:
@@ -106,7 +111,7 @@ def train_backward(
 
     Args:
         grad: Gradient of the output, ``[B, H, N, D]``, any strides.
-        out: The output ``[B, H, N, D]``; not needed when only Proj learns.
+        out: The output ``[B, H, N, D]``, any strides: hooks of saved tensors may change them. Not needed when only Proj learns.
         saved: What `train_forward` returned.
         needed, arguments: As there; what `keeps` says is not needed may be None.
     """
@@ -117,16 +122,17 @@ def train_backward(
             grads[7] = proj_backward(grad, saved[0])
         else:
             assert out is not None
+            out = out.transpose(1, 2).contiguous().transpose(1, 2)
             kept = dict(zip(_kept(call), saved, strict=True))
             if keeps_ordered(call):
                 q, k, v = (kept[name] for name in ("q", "k", "v"))
-                prepared = Prepared(q, k, v, kept["k_mean"], kept["k_mean"], kept["v_mean"])  # the means of queries are not needed
+                means = kept["k_mean"], kept["v_mean"]
                 call = call._replace(**{name: kept[name][:, :, : out.shape[-2]] for name in ("q", "k", "v")})
             else:
-                prepared = call.prepared(triton=True)
+                q, k, v, _, *means = call.prepared(triton=True)
             residuals = kernels.Residuals(**{name: kept.get(name) for name in kernels.Residuals._fields})
             bits = kept["bits"]
-            problem = _problem(call, prepared, indices_of(bits, call.kept), bits, kept.get("skipped", bits))
+            problem = _problem(call, (q, k, v), (means[0], means[1]), indices_of(bits, call.kept), bits, kept.get("skipped", bits))
             wanted = [any(needed[i] for i in group) for group in ((0, 3, 4), (1, 5, 6), (2,))]
             found = backward(
                 problem, residuals, out, grad, turned=call.is_turned, needs_q=wanted[0], needs_kv=wanted[1] or wanted[2]
@@ -169,9 +175,11 @@ class SparseLinearAttention(torch.autograd.Function):
         return (*grads, *(None for _ in arguments[DIFFERENTIABLE:]))
 
 
-def _problem(call: Call, prepared: Prepared, kv_indices: Tensor, bits: Tensor, skipped: Tensor) -> Problem:
+def _problem(
+    call: Call, qkv: tuple[Tensor, Tensor, Tensor], means: tuple[Tensor, Tensor], kv_indices: Tensor, bits: Tensor, skipped: Tensor
+) -> Problem:
     return Problem(
-        *prepared[:3], kv_indices, bits, skipped, call.negligible, prepared[4:] if call.block_means else None, call.proj, call.order,
+        *qkv, kv_indices, bits, skipped, call.negligible, means if call.block_means else None, call.proj, call.order,
         call.v.shape[-2], call.pinned_queries, call.v.shape[-1] ** -0.5 if call.scale is None else call.scale,
         call.linear, call.feature_map, call.block_q, call.block_k,
     )  # fmt: skip
