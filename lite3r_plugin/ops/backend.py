@@ -6,7 +6,7 @@ import contextlib
 import functools
 import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -98,6 +98,29 @@ def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
     if torch.compiler.is_compiling() or not x.is_cuda or torch.cuda.current_device() == x.device.index:
         return contextlib.nullcontext()
     return torch.cuda.device(x.device)
+
+
+@contextlib.contextmanager
+def forked(device: torch.device) -> Iterator[contextlib.AbstractContextManager[object]]:
+    """Yields a context whose launches run beside those of the rest of the block, and before them where both want the GPU.
+
+    What follows the block waits for both. Memory that is allocated in the context must not be used outside it: it belongs to
+    another stream. On a CPU all runs in turn.
+    """
+    if device.type != "cuda":
+        yield contextlib.nullcontext()
+        return
+    current, other = torch.cuda.current_stream(device), _stream_beside(device)
+    other.wait_stream(current)
+    try:
+        yield torch.cuda.stream(other)
+    finally:  # also after an error: memory that is then freed must not be written to any more
+        current.wait_stream(other)
+
+
+@functools.cache
+def _stream_beside(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device, priority=-1)
 
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..backend import forked
 from ..block_map.transpose_kernels import by_key_block
 from .backward_kernels import MEAN_PARTS, _dkv_kernel, _dmeans_kernel, _dq_kernel
 from .backward_options import dkv_options, dmeans_options, dq_options, rows_options
@@ -118,10 +119,23 @@ def backward(
         tile = max(options(problem)["TILE_K"] for options in (dq_options, dmeans_options))
         problem = problem._replace(means=far_blocks(*problem.means, tile, problem.v.dtype))
     shared = _by_rows(problem, residuals, out, _rows_contiguous(grad))
-    dq = _query_gradient(problem, shared, turned) if needs_q else None
-    dk, dv = _key_gradients(problem, shared, turned) if needs_kv else (None, None)
-    dproj = torch.zeros_like(problem.proj, dtype=torch.float32) if shared.dproj is None and problem.proj is not None else shared.dproj
-    return Gradients(dq, dk, dv, dproj)
+    found = Gradients(
+        _empty(problem, turned) if needs_q else None,
+        _empty(problem, turned) if needs_kv else None,
+        _empty(problem, False) if needs_kv else None,
+        None if problem.proj is None else torch.zeros_like(problem.proj, dtype=torch.float32),
+    )
+    # Beside the gradient of q, the small launches of the rest, and the ends of large ones, leave nothing idle.
+    with forked(problem.q.device) as aside:
+        if found.q is not None:
+            _query_gradient(problem, shared, found.q, turned)
+        with aside:
+            if found.proj is not None and problem.linear != "none":
+                found.proj.copy_(_proj_gradient(problem, shared))
+            if found.k is not None and found.v is not None:
+                _key_gradients(problem, shared, found.k, found.v, turned)
+    in_order = [x if x is None or turned else x.transpose(1, 2) for x in found[:2]]
+    return Gradients(*in_order, None if found.v is None else found.v.transpose(1, 2), found.proj)
 
 
 class _Rows(NamedTuple):
@@ -130,7 +144,7 @@ class _Rows(NamedTuple):
     `stats` FP32 holds lse of 64 queries, their delta, lse of the next 64, and so on. `dq` is the share of the linear branch.
 
     `e` and `dtotal` lead to the gradients of phi(k)^T v and phi(k) summed over all tokens, or over marginal blocks of the states
-    of each query block, divided by `block_q`; `mu` is the mean value.
+    of each query block, divided by `block_q`. `state` is what `e` belongs to, `dsum` sums of dO, `mu` the mean value.
     """
 
     do: Tensor
@@ -138,8 +152,9 @@ class _Rows(NamedTuple):
     dq: Tensor
     e: Tensor
     dtotal: Tensor
+    state: Tensor
+    dsum: Tensor
     mu: Tensor
-    dproj: Tensor | None
 
 
 def _by_rows(p: Problem, residuals: Residuals, out: Tensor, grad: Tensor) -> _Rows:
@@ -174,19 +189,22 @@ def _by_rows(p: Problem, residuals: Residuals, out: Tensor, grad: Tensor) -> _Ro
         p.tokens, padded, heads, rows, p.pinned, per_split, *grad.stride()[:3],
         D=dim, DP=triton.next_power_of_2(dim), BLOCK_Q=p.block_q, ORDERED=p.order is not None, **_branch(p), **rows_options(p),
     )  # fmt: skip
-    if not branch:
-        return _Rows(do, stats, dq, e, dtotal, mu, None)
-    if marginal:
-        dproj = p.block_q * proj_backward(e.view(1, 1, -1, dim), state.view(1, 1, -1, dim).to(e.dtype))
-    else:
+    if p.linear == "all":
         e, dtotal = e.sum(1) / p.tokens, dtotal.sum(1) / p.tokens
+    return _Rows(do, stats, dq, e, dtotal, state, dsum, mu)
+
+
+def _proj_gradient(p: Problem, shared: _Rows) -> Tensor:
+    e, state = (x.flatten(0, -2) for x in (shared.e, shared.state))
+    if p.linear == "marginal":
+        dproj = p.block_q * proj_backward(e[None, None], state[None, None].to(e.dtype))
+    else:
         # Products of D x D matrices in FP64: they cost nothing, and TF32 may be on for FP32.
-        dproj = (e.flatten(0, 1).double().mT @ state.flatten(0, 1).double()) * p.tokens
-    dproj = (dproj + dsum.sum(1).double().mT @ mu.double()).float()
-    return _Rows(do, stats, dq, e, dtotal, mu, dproj)
+        dproj = (e.double().mT @ state.double()) * p.tokens
+    return dproj + shared.dsum.sum(1).double().mT @ shared.mu.double()
 
 
-def _query_gradient(p: Problem, shared: _Rows, turned: bool) -> Tensor:
+def _query_gradient(p: Problem, shared: _Rows, dq: Tensor, turned: bool) -> None:
     batch, heads, padded, dim = p.q.shape
     rows, kept = p.kv_indices.shape[-2:]
     columns = p.columns
@@ -194,7 +212,6 @@ def _query_gradient(p: Problem, shared: _Rows, turned: bool) -> Tensor:
     per_split = max(1, min(columns, 2 * kept))
     splits = -(-columns // per_split)
     partial = torch.empty(batch, heads, p.pinned, splits, p.block_q, dim, device=p.q.device, dtype=torch.float32)
-    dq = torch.empty_like(p.q) if turned else _in_host_order(p)
     options = dq_options(p)
     far = p.means or (p.q, p.q)
     everything = torch.arange(columns, device=p.q.device, dtype=torch.int32) if p.pinned else p.kv_indices
@@ -215,17 +232,15 @@ def _query_gradient(p: Problem, shared: _Rows, turned: bool) -> Tensor:
             (dq if turned else dq.transpose(1, 2))[:, :, :count] = first
         else:
             dq.index_copy_(1, p.order[:count].long(), first.transpose(1, 2).to(dq.dtype))
-    return dq if turned else dq.transpose(1, 2)
 
 
-def _key_gradients(p: Problem, shared: _Rows, turned: bool) -> tuple[Tensor, Tensor]:
+def _key_gradients(p: Problem, shared: _Rows, dk: Tensor, dv: Tensor, turned: bool) -> None:
     batch, heads, padded, dim = p.q.shape
     columns, kept = p.columns, p.kv_indices.shape[-1]
     work = by_key_block(p.critical, columns=columns, kept=kept, pinned=p.pinned)
     slots = work.early_columns.shape[-1]
     mean_grads = _mean_gradients(p, shared) if p.means is not None else (p.q, p.q)
     early = torch.empty(2, batch, heads, slots, p.block_k, dim, device=p.q.device, dtype=torch.float32)
-    dk, dv = torch.empty_like(p.k) if turned else _in_host_order(p), _in_host_order(p)
     nothing = p.q
 
     def launch(is_early: bool, of_heads: range, e: Tensor, dtotal: Tensor) -> None:
@@ -246,7 +261,6 @@ def _key_gradients(p: Problem, shared: _Rows, turned: bool) -> tuple[Tensor, Ten
             launch(False, range(some.start, some.stop), *_block_gradients(p, shared, some))
     else:
         launch(False, range(batch * heads), shared.e, shared.dtotal)
-    return dk if turned else dk.transpose(1, 2), dv.transpose(1, 2)
 
 
 def _block_gradients(p: Problem, shared: _Rows, heads: slice) -> tuple[Tensor, Tensor]:
@@ -275,9 +289,10 @@ def _mean_gradients(p: Problem, shared: _Rows) -> tuple[Tensor, Tensor]:
     return dk, dv
 
 
-def _in_host_order(p: Problem) -> Tensor:
+def _empty(p: Problem, turned: bool) -> Tensor:
+    """For a gradient in token order ``[B, H, padded, D]``, or in host order ``[B, N, H, D]``."""
     batch, heads, _, dim = p.v.shape
-    return torch.empty(batch, p.tokens, heads, dim, device=p.v.device, dtype=p.v.dtype)
+    return torch.empty_like(p.q) if turned else torch.empty(batch, p.tokens, heads, dim, device=p.v.device, dtype=p.v.dtype)
 
 
 def _sizes(p: Problem) -> dict[str, int]:
