@@ -221,6 +221,29 @@ def test_a_cuda_graph_replays_on_new_inputs(linear: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("linear", ["all", "marginal"])
+def test_a_cuda_graph_replays_a_training_step(linear: str) -> None:
+    """Forward and backward pass, with all the streams of the latter."""
+    inputs = [torch.randn(1, 4, 3000, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    proj = torch.randn(64, 64, device="cuda", requires_grad=True)
+
+    def step(x: Tensor) -> tuple[Tensor, ...]:
+        leaves = [(x * factor).requires_grad_() for factor in (1, 2, 3)]
+        out = sparse_linear_attention(*leaves, keep_ratio=0.2, linear=linear, proj=proj, block_means=True, pinned_tokens=70)
+        return torch.autograd.grad(out.square().sum(), [*leaves, proj])
+
+    expected = [step(x) for x in inputs]
+    static = inputs[0].clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step(static)
+    for x, y in zip(inputs, expected, strict=True):
+        static.copy_(x)
+        graph.replay()
+        assert all(map(torch.equal, out, y))
+
+
+@pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # the compiler's advice
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")  # of a graph between two breaks, in torch 2.11
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])

@@ -75,6 +75,11 @@ def shared_kib(dtype: torch.dtype, dim: int, needs_grad: bool) -> int:
     return backward if needs_grad else forward
 
 
+def has_tma(device: torch.device) -> bool:
+    """Whether the GPU copies tiles to shared memory by itself (TMA) as Triton's tensor descriptors ask it to: Hopper."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
 def use_triton(backend: str, q: Tensor, needs_grad: bool = False) -> bool:
     """Whether to run Triton for `q [..., D]`. Falling back on a GPU warns: plain torch operators are slow there.
 

@@ -19,11 +19,11 @@ from triton.runtime import driver
 from lite3r_plugin.ops import sla
 from lite3r_plugin.ops.backend import SHARED_KIB, shared_kib
 from lite3r_plugin.ops.qk_norm_rope import HeadNorm
-from lite3r_plugin.ops.sla import operator
+from lite3r_plugin.ops.sla import backward_options, operator
 
 CAPABILITY = int(sys.argv[1])
 LIMIT = SHARED_KIB.get(divmod(CAPABILITY, 10), 99)
-LAUNCHES: list[tuple[str, int]] = []
+LAUNCHES: list[tuple[str, int, bool]] = []
 CASES = [  # dtype, head dimension, linear branch, what learns
     (torch.bfloat16, 64, "all", "all"),
     (torch.bfloat16, 64, "all", "proj"),
@@ -49,7 +49,7 @@ class Launcher:
     """Takes the place of a launch."""
 
     def __init__(self, _: Any, metadata: Any) -> None:
-        self.seen = metadata.name, metadata.shared
+        self.seen = metadata.name, metadata.shared, bool(metadata.tensordesc_meta)
 
     def __call__(self, *_: Any) -> None:
         LAUNCHES.append(self.seen)
@@ -75,7 +75,7 @@ class Driver:
 
 
 def run(dtype: torch.dtype, dim: int, linear: str, learns: str, tokens: int) -> dict[str, Any]:
-    """One forward (and backward) pass: kernels launched by each, most shared memory of one in KiB."""
+    """One forward (and backward) pass: kernels launched by each, most shared memory of one in KiB, those that load by TMA."""
     LAUNCHES.clear()
     qkv = torch.randn(1, tokens, 3, 2, dim, dtype=dtype)
     q, k, v = (x.detach().requires_grad_(learns == "all") for x in qkv.permute(2, 0, 3, 1, 4).unbind(0))
@@ -90,14 +90,16 @@ def run(dtype: torch.dtype, dim: int, linear: str, learns: str, tokens: int) -> 
         forward = len(LAUNCHES)
         if learns != "nothing":
             out.backward(torch.ones_like(out))
-    names = [name for name, _ in LAUNCHES]
-    return dict(forward=names[:forward], backward=names[forward:], shared=max(-(-shared // 1024) for _, shared in LAUNCHES))
+    names = [name for name, *_ in LAUNCHES]
+    shared = max(-(-shared // 1024) for _, shared, _ in LAUNCHES)
+    return dict(forward=names[:forward], backward=names[forward:], shared=shared, tma=sorted({name for name, _, tma in LAUNCHES if tma}))
 
 
 def main() -> None:
     """Run all cases that this GPU takes, each short and long; print them as JSON."""
     driver.set_active(Driver())  # type: ignore[arg-type]
     sla.use_triton = operator.use_triton = lambda *_, **__: True
+    backward_options.has_tma = lambda _: CAPABILITY == 90
     report = []
     for dtype, dim, linear, learns in CASES:
         allowed = shared_kib(dtype, dim, learns != "nothing")

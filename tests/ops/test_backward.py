@@ -250,6 +250,29 @@ def test_a_bias_that_an_rms_norm_does_not_add_gets_no_gradient(monkeypatch: pyte
     assert not found[4].any()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("branch", [BRANCHES[1], BRANCHES[3], BRANCHES[5]], ids=str)
+@pytest.mark.parametrize("norm", [None, "layer"])
+def test_streams_wait_for_each_other(branch: Any, norm: str | None) -> None:
+    """Gradients have the same bits where the GPU comes late to all that they are made of, and their memory is written to after them."""
+    arguments = some_arguments(LENGTHS[-1], 64, HALF, branch, norm=norm)
+    needed, grad = [x is not None for x in arguments[:8]], torch.randn(arguments[0].shape, device=DEVICE).to(HALF)
+    expected = by_triton(arguments, needed, grad)
+    torch.cuda.synchronize()
+    for stream in (torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Stream(priority=-1)):
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(100_000_000)  # cycles
+            late = [x * 1 if isinstance(x, Tensor) else x for x in arguments]
+            found = by_triton(tuple(late), needed, grad * 1)
+            copies = [None if x is None else x.clone() for x in found]
+            shapes = [x.shape for x in found if x is not None]
+            del late, found
+            for shape in shapes * 4:
+                torch.full(shape, float("nan"), device=DEVICE, dtype=HALF)
+            torch.cuda.synchronize()
+        assert all(x is y is None or torch.equal(x, y) for x, y in zip(expected, copies, strict=True))  # type: ignore[arg-type]
+
+
 def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`make`, whose floating-point tensors come full of NaN, others of a large number."""
     return lambda *args, **kwargs: (x := make(*args, **kwargs)).fill_(float("nan") if x.is_floating_point() else 1 << 20)

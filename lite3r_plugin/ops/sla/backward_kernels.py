@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from .linear_kernels import _phi
-from .softmax_kernels import block_sizes, host_rows, is_marginal, load_rows, places
+from .softmax_kernels import block_sizes, host_rows, is_marginal, load_rows, load_tile, places
 
 MEAN_PARTS = tl.constexpr(16)  # most parts that the sums of `_dmeans_kernel` come in
 
@@ -49,10 +49,10 @@ def phi_backward(features, grad, SOFTMAX: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N", "rows", "columns", "kept", "far", "words", "pinned", "splits", "per_split"])
 def _dq_kernel(
-    Q, K, V, DO, Stats, Indices, AllIndices, Bits, KFar, VFar, Share, Order, DQ, Partial,
+    Q, K, V, DO, KTiles, VTiles, Stats, Indices, AllIndices, Bits, KFar, VFar, Share, Order, DQ, Partial,
     N, padded, H, rows, columns, kept, far, words, pinned, splits, per_split, scale, scale_log2,
     D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
-    MEANS: tl.constexpr, ADD: tl.constexpr, HOST: tl.constexpr, ORDERED: tl.constexpr, PRECISION: tl.constexpr,
+    MEANS: tl.constexpr, ADD: tl.constexpr, HOST: tl.constexpr, ORDERED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ of a tile of a query block, with Share if ADD, in host order if HOST; sums over a part of the keys for a pinned one."""
     TILES: tl.constexpr = BLOCK_Q // TILE_Q
@@ -81,8 +81,8 @@ def _dq_kernel(
     acc = tl.zeros([TILE_Q, DP], tl.float32)
     for i in range(first * STEPS, last * STEPS):
         key = tl.load(chosen + i // STEPS) * BLOCK_K + i % STEPS * TILE_K
-        k = load_rows(K, head * padded + key + lanes, d, D)
-        v = load_rows(V, head * padded + key + lanes, d, D)
+        k = load_tile(KTiles, head * padded + key, lanes, d, D, TMA)
+        v = load_tile(VTiles, head * padded + key, lanes, d, D, TMA)
         score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 - lse[:, None]
         if key + TILE_K > N:
             score = tl.where((key + lanes < N)[None, :], score, float("-inf"))
@@ -119,11 +119,11 @@ def _dq_kernel(
 
 @triton.jit(do_not_specialize=["N", "columns", "total", "slots", "part", "splits", "first_head"])
 def _dkv_kernel(
-    Q, K, V, DO, Stats, Rows, Starts, EarlyStarts, EarlyColumns, PartK, PartV, MeanDK, MeanDV, E, DTotal, Mu, Proj, Order, DK, DV,
+    QTiles, K, V, DOTiles, Stats, Rows, Starts, EarlyStarts, EarlyColumns, PartK, PartV, MeanDK, MeanDV, E, DTotal, Mu, Proj, Order, DK, DV,
     N, padded, H, columns, total, slots, part, splits, first_head, scale, scale_log2,
     D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
     EARLY: tl.constexpr, LINEAR: tl.constexpr, SOFTMAX: tl.constexpr, MEANS: tl.constexpr,
-    HOST: tl.constexpr, ORDERED: tl.constexpr, PRECISION: tl.constexpr,
+    HOST: tl.constexpr, ORDERED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sums over an early part of a key block's list, or dK and dV of a tile of a key block from those and the rest.
 
@@ -164,8 +164,8 @@ def _dkv_kernel(
     for i in range(first * STEPS, last * STEPS):
         row = tl.load(Rows + head * total + i // STEPS)
         at = head * padded + row * BLOCK_Q + i % STEPS * TILE_Q
-        q = load_rows(Q, at + lanes, d, D)
-        do = load_rows(DO, at + lanes, d, D)
+        q = load_tile(QTiles, at, lanes, d, D, TMA)
+        do = load_tile(DOTiles, at, lanes, d, D, TMA)
         lse, delta = _stats_of(Stats, at, TILE_Q)
         score = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2 - lse[None, :]
         p = tl.exp2(score)
@@ -218,10 +218,10 @@ def _dkv_kernel(
 
 @triton.jit(do_not_specialize=["N", "rows", "columns", "far", "words", "pinned", "per_split"])
 def _dmeans_kernel(
-    Q, KFar, VFar, DO, Stats, Bits, PartK, PartV,
+    QTiles, KFar, VFar, DOTiles, Stats, Bits, PartK, PartV,
     N, padded, rows, columns, far, words, pinned, per_split, scale_log2,
     D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
-    PRECISION: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK (before the scale) and dV of TILE_K mean keys, summed over `per_split` query blocks where they are marginal."""
     STEPS: tl.constexpr = BLOCK_Q // TILE_Q
@@ -243,8 +243,8 @@ def _dmeans_kernel(
     for i in range(first * STEPS, tl.minimum(first + per_split, rows) * STEPS):
         row = i // STEPS
         at = head * padded + row * BLOCK_Q + i % STEPS * TILE_Q
-        q = load_rows(Q, at + lanes, d, D)
-        do = load_rows(DO, at + lanes, d, D)
+        q = load_tile(QTiles, at, lanes, d, D, TMA)
+        do = load_tile(DOTiles, at, lanes, d, D, TMA)
         lse, delta = _stats_of(Stats, at, TILE_Q)
         marginal = is_marginal(Bits + (head * rows + row) * words, start, own, words)
         bias = tl.where(marginal, log_size, float("-inf"))  # what is left out may have a score as large as it likes

@@ -21,8 +21,10 @@ from ..block_map.kernels import block_map_with_bits
 from ..block_map.transpose_kernels import indices_of
 from ..qk_norm_rope.backward_kernels import input_gradient
 from . import kernels
-from .backward import Problem, backward, proj_backward
+from .backward import backward
 from .call import DIFFERENTIABLE, Call
+from .linear_backward import proj_backward
+from .problem import Problem
 
 
 def train_forward(needed: Sequence[bool], *arguments: Any) -> tuple[Tensor, list[Tensor]]:
