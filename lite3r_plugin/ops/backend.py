@@ -106,13 +106,13 @@ def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
 
 
 @contextlib.contextmanager
-def forked(device: torch.device) -> Iterator[contextlib.AbstractContextManager[object]]:
+def forked(device: torch.device, pays: bool = True) -> Iterator[contextlib.AbstractContextManager[object]]:
     """Yields a context whose launches run beside those of the rest of the block, and before them where both want the GPU.
 
     What follows the block waits for both. Memory that is allocated in the context must not be used outside it: it belongs to
-    another stream. On a CPU all runs in turn.
+    another stream. On a CPU, and where it does not pay, all runs in turn.
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or not pays:
         yield contextlib.nullcontext()
         return
     current, other = torch.cuda.current_stream(device), _stream_beside(device)

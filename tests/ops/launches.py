@@ -19,7 +19,7 @@ from triton.runtime import driver
 from lite3r_plugin.ops import sla
 from lite3r_plugin.ops.backend import SHARED_KIB, shared_kib
 from lite3r_plugin.ops.qk_norm_rope import HeadNorm
-from lite3r_plugin.ops.sla import backward_options, operator
+from lite3r_plugin.ops.sla import backward_options, operator, problem
 
 CAPABILITY = int(sys.argv[1])
 LIMIT = SHARED_KIB.get(divmod(CAPABILITY, 10), 99)
@@ -100,6 +100,7 @@ def main() -> None:
     driver.set_active(Driver())  # type: ignore[arg-type]
     sla.use_triton = operator.use_triton = lambda *_, **__: True
     backward_options.has_tma = lambda _: CAPABILITY == 90
+    problem.LARGE = 0
     report = []
     for dtype, dim, linear, learns in CASES:
         allowed = shared_kib(dtype, dim, learns != "nothing")

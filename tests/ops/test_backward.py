@@ -19,6 +19,7 @@ from lite3r_plugin.ops.qk_norm_rope import NO_NORM, HeadNorm
 from lite3r_plugin.ops.sla import operator
 
 training = pytest.importorskip("lite3r_plugin.ops.sla.training")
+problem = pytest.importorskip("lite3r_plugin.ops.sla.problem")
 transpose_kernels = pytest.importorskip("lite3r_plugin.ops.block_map.transpose_kernels")
 marginal_kernels = pytest.importorskip("lite3r_plugin.ops.sla.marginal_kernels")
 
@@ -35,6 +36,11 @@ Arguments = tuple[Any, ...]
 
 # Of the reference: torch's gathers and masked attention add up in any order.
 pytestmark = pytest.mark.filterwarnings("ignore:.*deterministic")
+
+
+@pytest.fixture(autouse=True)
+def with_all_that_large_problems_get(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(problem, "LARGE", 0)
 
 
 def some_arguments(
@@ -248,6 +254,17 @@ def test_a_bias_that_an_rms_norm_does_not_add_gets_no_gradient(monkeypatch: pyte
     found = by_triton(tuple(arguments), [x is not None for x in arguments[:8]], torch.randn(arguments[0].shape, device=DEVICE))
     assert found[4] is not None
     assert not found[4].any()
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_small_problems_have_the_same_gradients(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In turn and by address, to the bit."""
+    arguments = some_arguments(LENGTHS[-1], dim, HALF, ("marginal", "softmax", True))
+    needed, grad = [x is not None for x in arguments[:8]], torch.randn(arguments[0].shape, device=DEVICE).to(HALF)
+    large = by_triton(arguments, needed, grad)
+    monkeypatch.setattr(problem, "LARGE", 1 << 62)
+    small = by_triton(arguments, needed, grad)
+    assert all(x is y is None or torch.equal(x, y) for x, y in zip(large, small, strict=True))  # type: ignore[arg-type]
 
 
 @pytest.mark.gpu

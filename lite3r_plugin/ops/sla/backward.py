@@ -64,7 +64,7 @@ def backward(
         None if problem.proj is None else torch.zeros_like(problem.proj, dtype=torch.float32),
     )
     # Beside the gradient of q, the small launches of the rest, and the ends of large ones, leave nothing idle.
-    with forked(problem.q.device) as aside:
+    with forked(problem.q.device, problem.is_large) as aside:
         if found.q is not None:
             _query_gradient(problem, shared, found.q, turned)
         with aside:

@@ -10,6 +10,8 @@ from torch import Tensor
 from .kernels import LINEAR
 from .linear_kernels import _precision
 
+LARGE = 1 << 30  # kept scores
+
 
 class Problem(NamedTuple):
     """One call of the operator, as its forward pass saw it.
@@ -53,6 +55,11 @@ class Problem(NamedTuple):
     def marginal(self) -> int:
         """Key blocks that are marginal for a query block that is not pinned."""
         return self.columns - self.kv_indices.shape[-1] - self.negligible
+
+    @property
+    def is_large(self) -> bool:
+        """Whether a GPU takes longer than Python. Streams and tensor descriptors, which cost Python some time, then pay."""
+        return self.kv_indices.numel() * self.block_q * self.block_k >= LARGE
 
     @property
     def sizes(self) -> dict[str, object]:
