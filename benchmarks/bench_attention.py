@@ -3,8 +3,8 @@
     python benchmarks/bench_attention.py --json benchmarks/results/h100_operator_keep0.1.json
 
 "ours" is all that a model pays: ordering, pooling, block map, sparse softmax with block means, linear branch, Proj. Times
-are of calls in a queue (`fwd`), and of a CUDA graph of the forward pass (`graph`); `bwd` is a forward and backward pass
-less a forward one. `least` is what matrix units, exponential units and memory would need by themselves at the peaks
+are of calls in a queue (`fwd`), and of a CUDA graph of the forward pass (`graph`); `bwd` is the backward pass of training
+steps in a queue. `least` is what matrix units, exponential units and memory would need by themselves at the peaks
 that are measured in the same run. Peers that are not importable are left out, and said so: see benchmarks/README.md.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from contestants import METHODS, Contestant, Problem, make_problem
-from roofline import Peaks, measure_peaks, queued_ms
+from roofline import Peaks, in_turn_ms, measure_peaks, queued_ms
 from torch import Tensor
 
 from lite3r_plugin.bench.measure import capture, short
@@ -63,8 +63,8 @@ def measure(contestant: Contestant, p: Problem, peaks: Peaks | None, backward: b
                 record["graph_failure"] = short(error, 100)
     if backward and contestant.learns:
         grad = torch.randn(out.shape, device=device).to(out.dtype)
-        both = timed(lambda: torch.autograd.grad(contestant.run(), contestant.learns, grad))
-        record["backward_ms"] = both - timed(contestant.run)  # both with what autograd keeps
+        step = in_turn_ms(contestant.run, lambda out: torch.autograd.grad(out, contestant.learns, grad), device)
+        record["training_forward_ms"], record["backward_ms"] = (ms * contestant.times for ms in step)
     if peaks is not None:
         ms = min(record["forward_ms"], record.get("graph_ms", record["forward_ms"]))
         work = contestant.forward

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -58,6 +59,28 @@ def queued_ms(call: Callable[[], object], device: torch.device, budget_ms: float
     call()
     once = _intervals(call, 1, device)[0]
     return statistics.median(_intervals(call, max(2, min(50, int(budget_ms / max(once, 1e-3)))), device))
+
+
+def in_turn_ms(
+    first: Callable[[], Any], second: Callable[[Any], object], device: torch.device, budget_ms: float = 300
+) -> tuple[float, float]:
+    """Median milliseconds of `first`, and of `second` on its result, called in turn: both at the clock that the GPU then keeps."""
+    if device.type != "cuda":
+        second(first())
+        start = time.perf_counter()
+        result = first()
+        middle = time.perf_counter()
+        second(result)
+        return (middle - start) * 1e3, (time.perf_counter() - middle) * 1e3
+    results: list[Any] = []
+    calls = itertools.cycle((lambda: results.append(first()), lambda: second(results.pop())))
+
+    def call() -> None:
+        next(calls)()
+
+    once = sum(_intervals(call, 4, device)[2:])
+    times = _intervals(call, 2 * max(2, min(50, int(budget_ms / max(once, 1e-3)))), device)
+    return statistics.median(times[::2]), statistics.median(times[1::2])
 
 
 def _intervals(call: Callable[[], object], count: int, device: torch.device) -> list[float]:
