@@ -30,6 +30,7 @@ def run(module: SparseLinearAttention, *args: Any, **kwargs: Any) -> Any:
     spec = module.site.projections
     families = [] if isinstance(spec, Routed) and spec.same_tokens else _families((args, kwargs))
     calls = 0
+    learns = torch.is_grad_enabled()
 
     def attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
         nonlocal calls
@@ -47,6 +48,9 @@ def run(module: SparseLinearAttention, *args: Any, **kwargs: Any) -> Any:
             refused = f"grouped-query attention, keys of shape {tuple(key.shape)} for queries of {tuple(query.shape)}"
         elif query.dim() != 4 or query.shape[-1] != module.site.head_dim or value.shape[-1] != module.site.head_dim:
             refused = f"heads of shape {tuple(query.shape)} where the adapter says head_dim={module.site.head_dim}"
+        elif learns and not torch.is_grad_enabled():
+            refused = "attention without gradients in a forward with them, as of reentrant gradient checkpointing inside the module, "
+            refused += "which would be dense when it is run again (checkpoint the module as a whole)"
         elif families:
             refused = _crossing(module, families, query, value)
         if refused is not None:

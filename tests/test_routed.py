@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError, checkpoint
 from toys import Adapter, Attention, Toy, images, toy_adapter
 
 from lite3r_plugin import AttentionSite, Routed, apply_lite3r, remove_lite3r
@@ -112,3 +113,23 @@ def test_what_a_compiler_hides_is_asked_for_once_without_it() -> None:
     expected = model(images(), **context)
     torch._dynamo.reset()
     assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(images(), **context), expected)
+
+
+class CheckpointedInside(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(super().forward, x, use_reentrant=self.variant == "reentrant")
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize(
+    ("variant", "error", "message"),
+    [("reentrant", UnsupportedAttentionError, "checkpoint the module as a whole"), ("other", CheckpointError, "number of tensors")],
+)
+def test_checkpointing_inside_a_module_raises(variant: str, error: type[Exception], message: str, adapter: Adapter) -> None:
+    """What is run again in the backward pass would be dense attention."""
+    adapter.answer = one_site(Routed(2))
+    model = apply_lite3r(Toy(make=lambda dim, heads: CheckpointedInside(dim, heads, variant)), SPARSE)
+    with torch.no_grad():
+        assert model(images()).isfinite().all()
+    with torch.enable_grad(), pytest.raises(error, match=message):
+        model(images()).sum().backward()
