@@ -67,7 +67,7 @@ SHARED_KIB = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 1): 227,
 
 
 def shared_kib(dtype: torch.dtype, dim: int, needs_grad: bool) -> int:
-    """Shared memory that the largest kernel takes, rounded up; `tests/ops/test_aot.py` checks it."""
+    """Shared memory that the largest kernel takes with any blocks, rounded up; `tests/ops/test_aot.py` checks it."""
     if dtype == torch.float32:
         forward, backward = (128, 192) if dim <= 64 else (160, 640)
     else:
@@ -115,7 +115,8 @@ def forked(device: torch.device, pays: bool = True) -> Iterator[contextlib.Abstr
     if device.type != "cuda" or not pays:
         yield contextlib.nullcontext()
         return
-    current, other = torch.cuda.current_stream(device), _stream_beside(device)
+    current = torch.cuda.current_stream(device)
+    other = _stream_beside(device, current.stream_id)
     other.wait_stream(current)
     try:
         yield torch.cuda.stream(other)
@@ -124,7 +125,8 @@ def forked(device: torch.device, pays: bool = True) -> Iterator[contextlib.Abstr
 
 
 @functools.cache
-def _stream_beside(device: torch.device) -> torch.cuda.Stream:
+def _stream_beside(device: torch.device, current: int) -> torch.cuda.Stream:
+    """One for each current stream, of which one may be captured by a CUDA graph while another is not."""
     return torch.cuda.Stream(device, priority=-1)
 
 

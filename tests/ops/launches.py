@@ -24,12 +24,13 @@ from lite3r_plugin.ops.sla import backward_options, operator, problem
 CAPABILITY = int(sys.argv[1])
 LIMIT = SHARED_KIB.get(divmod(CAPABILITY, 10), 99)
 LAUNCHES: list[tuple[str, int, bool]] = []
-CASES = [  # dtype, head dimension, linear branch, what learns
+CASES = [  # dtype, head dimension, linear branch, what learns, block of keys if it is not 64
     (torch.bfloat16, 64, "all", "all"),
     (torch.bfloat16, 64, "all", "proj"),
     (torch.bfloat16, 64, "none", "nothing"),
     (torch.bfloat16, 128, "marginal", "all"),
     (torch.float16, 64, "marginal", "all"),
+    (torch.bfloat16, 64, "all", "all", 128),
     (torch.float32, 64, "marginal", "all"),
     (torch.float32, 128, "marginal", "nothing"),
 ]
@@ -74,7 +75,7 @@ class Driver:
         return torch.device("cpu")
 
 
-def run(dtype: torch.dtype, dim: int, linear: str, learns: str, tokens: int) -> dict[str, Any]:
+def run(dtype: torch.dtype, dim: int, linear: str, learns: str, block_k: int = 64, *, tokens: int) -> dict[str, Any]:
     """One forward (and backward) pass: kernels launched by each, most shared memory of one in KiB, those that load by TMA."""
     LAUNCHES.clear()
     qkv = torch.randn(1, tokens, 3, 2, dim, dtype=dtype)
@@ -85,7 +86,7 @@ def run(dtype: torch.dtype, dim: int, linear: str, learns: str, tokens: int) -> 
     with torch.set_grad_enabled(learns != "nothing"):
         out = sla.sparse_linear_attention(
             q, k, v, keep_ratio=0.1, order=torch.randperm(tokens).int(), pinned_tokens=70, q_norm=norm, k_norm=norm,
-            positions=torch.randint(0, 37, (1, tokens, 2)), rope_base=100.0, linear=linear, proj=proj, block_means=True,
+            positions=torch.randint(0, 37, (1, tokens, 2)), rope_base=100.0, linear=linear, proj=proj, block_means=True, block_k=block_k,
         )  # fmt: skip
         forward = len(LAUNCHES)
         if learns != "nothing":
@@ -102,12 +103,13 @@ def main() -> None:
     backward_options.has_tma = lambda _: CAPABILITY == 90
     problem.LARGE = 0
     report = []
-    for dtype, dim, linear, learns in CASES:
+    for dtype, dim, linear, learns, *blocks in CASES:
         allowed = shared_kib(dtype, dim, learns != "nothing")
         if allowed > LIMIT:
             continue
-        case = dict(case=f"{dtype} {dim} {linear}, {learns} learns", allowed=allowed, **run(dtype, dim, linear, learns, 1000))
-        longer = run(dtype, dim, linear, learns, 9001)
+        name = f"{dtype} {dim} {linear}, {learns} learns"
+        case = dict(case=name, allowed=allowed, **run(dtype, dim, linear, learns, *blocks, tokens=1000))
+        longer = run(dtype, dim, linear, learns, *blocks, tokens=9001)
         case["as_many_when_long"] = all(case[key] == longer[key] for key in ("forward", "backward"))
         report.append(case)
     print(json.dumps(report, indent=1))

@@ -19,6 +19,7 @@ from lite3r_plugin.ops.qk_norm_rope import NO_NORM, HeadNorm
 from lite3r_plugin.ops.sla import operator
 
 training = pytest.importorskip("lite3r_plugin.ops.sla.training")
+backward_options = pytest.importorskip("lite3r_plugin.ops.sla.backward_options")
 problem = pytest.importorskip("lite3r_plugin.ops.sla.problem")
 transpose_kernels = pytest.importorskip("lite3r_plugin.ops.block_map.transpose_kernels")
 marginal_kernels = pytest.importorskip("lite3r_plugin.ops.sla.marginal_kernels")
@@ -222,17 +223,32 @@ def test_values_are_centred_on_their_mean() -> None:
     torch.testing.assert_close(mu, v.mean(2).flatten(0, 1))
 
 
-def test_saved_tensors_may_come_back_with_other_strides() -> None:
-    """As from `torch.autograd.graph.save_on_cpu(pin_memory=True)`."""
-    arguments = some_arguments(LENGTHS[-1], 32, torch.float32, ("marginal", "softmax", True))
+@pytest.mark.parametrize("norm", [None, "layer"])
+@pytest.mark.parametrize("unpack", ["contiguous", "other strides", "other addresses"])
+def test_saved_tensors_may_come_back_otherwise(unpack: str, norm: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As from `torch.autograd.graph.save_on_cpu(pin_memory=True)`, and worse."""
+    if not GPU:
+        monkeypatch.setattr(backward_options, "has_tma", lambda _: True)
+    arguments = some_arguments(3 * BLOCK_K + 1, 64, HALF, ("marginal", "softmax", True), norm=norm)
 
-    def gradients() -> tuple[Tensor, ...]:
-        leaves = [x if x is None else x.detach().clone().requires_grad_() for x in arguments[:8]]
-        out = training.SparseLinearAttention.apply(*leaves, *arguments[8:])
-        return torch.autograd.grad(out, [x for x in leaves if x is not None], torch.ones_like(out))
+    def gradients() -> list[Tensor]:
+        """Of all, and of Proj alone, for which other things are kept."""
+        found = []
+        for first in (0, 7):
+            leaves = [x if x is None else x.detach().clone().requires_grad_(i >= first) for i, x in enumerate(arguments[:8])]
+            out = training.SparseLinearAttention.apply(*leaves, *arguments[8:])
+            found += torch.autograd.grad(out, [x for x in leaves[first:] if x is not None], torch.ones_like(out))
+        return found
+
+    def back(x: Tensor) -> Tensor:
+        if unpack == "other strides":
+            return x.transpose(0, -1).contiguous().transpose(0, -1)
+        if unpack == "other addresses":
+            return torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)
+        return x.clone(memory_format=torch.contiguous_format)
 
     expected = gradients()
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone(memory_format=torch.contiguous_format), lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, back):
         found = gradients()
     assert all(map(torch.equal, found, expected))
 
@@ -259,7 +275,9 @@ def test_a_bias_that_an_rms_norm_does_not_add_gets_no_gradient(monkeypatch: pyte
 @pytest.mark.parametrize("dim", [64, 128])
 def test_small_problems_have_the_same_gradients(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In turn and by address, to the bit."""
-    arguments = some_arguments(LENGTHS[-1], dim, HALF, ("marginal", "softmax", True))
+    if not GPU:
+        monkeypatch.setattr(backward_options, "has_tma", lambda _: True)  # which is interpreted too
+    arguments = some_arguments(3 * BLOCK_K + 1, dim, HALF, ("marginal", "softmax", True))
     needed, grad = [x is not None for x in arguments[:8]], torch.randn(arguments[0].shape, device=DEVICE).to(HALF)
     large = by_triton(arguments, needed, grad)
     monkeypatch.setattr(problem, "LARGE", 1 << 62)

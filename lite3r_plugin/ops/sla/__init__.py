@@ -69,10 +69,7 @@ def sparse_linear_attention(
     if not torch.compiler.is_compiling() and v.numel() == 0:
         return v.clone()
     q_norm, k_norm = q_norm or NO_NORM, k_norm or NO_NORM
-    # The kernels read these as they lie in memory.
-    affine = (x if x is None else x.contiguous() for x in (q_norm.weight, q_norm.bias, k_norm.weight, k_norm.bias, proj))
-    order, positions = (x if x is None else x.contiguous() for x in (order, positions))
-    tensors = (q, k, v, *affine)
+    tensors = (q, k, v, q_norm.weight, q_norm.bias, k_norm.weight, k_norm.bias, proj)
     options = (
         order, positions, pinned_tokens, keep_ratio, negligible_ratio, q_norm.kind, q_norm.eps, k_norm.kind, k_norm.eps,
         rope_base, scale, linear, feature_map, block_means, block_q, block_k, backend,

@@ -40,6 +40,13 @@ class Call(NamedTuple):
     block_q: int
     block_k: int
 
+    @classmethod
+    def of(cls, *arguments: Any) -> Call:
+        """With those tensors contiguous that kernels read as they lie in memory: a user, a compiler or a hook may have turned them."""
+        call = cls(*arguments)
+        names = ("q_weight", "q_bias", "k_weight", "k_bias", "proj", "order")
+        return call._replace(**{name: x.contiguous() for name in names if (x := getattr(call, name)) is not None})
+
     @property
     def norms(self) -> dict[str, HeadNorm]:
         """Of queries and keys."""

@@ -234,7 +234,7 @@ def launch_options(block_q: int, block_k: int, dim: int, dtype: torch.dtype) -> 
     if dtype == torch.float32:
         wide = dim > 64
         return dict(TILE_Q=min(block_q, 32 if wide else 128), TILE_K=min(block_k, 16 if wide else 64), num_warps=8, num_stages=1)
-    options = dict(TILE_Q=block_q, TILE_K=block_k, num_warps=4 if block_q <= 64 else 8, num_stages=3 if dim <= 64 else 2)
+    options = dict(TILE_Q=block_q, TILE_K=min(block_k, 64), num_warps=4 if block_q <= 64 else 8, num_stages=3 if dim <= 64 else 2)
     if dim <= 64 and block_q > 64:
         # Two programs on an SM, of two warp groups each. A warp group then holds 64 queries, which lets the compiler put the
         # exponentials of one tile of keys between the matrix products of the next.

@@ -31,7 +31,7 @@ OPTIONS = (
 def run(*arguments: Any, needs_grad: bool = False) -> Tensor:
     """`sparse_linear_attention` of the package above, from a flat `Call` and the backend. Returns ``[B, H, N, D]`` in v's dtype."""
     *flat, backend = arguments
-    call = Call(*flat)
+    call = Call.of(*flat)
     # Autocast would run the pooled scores and the linear state in half precision.
     with without_autocast(call.v), on_device_of(call.v):
         triton = use_triton(backend, call.v, needs_grad)

@@ -10,7 +10,7 @@ from torch import Tensor
 from .kernels import LINEAR
 from .linear_kernels import _precision
 
-LARGE = 1 << 30  # kept scores
+LARGE = 1 << 30  # kept scores of a problem
 
 
 class Problem(NamedTuple):

@@ -31,7 +31,7 @@ def load_rows(X, rows, d, D: tl.constexpr):
 
 @triton.jit
 def load_tile(X, first, lanes, d, D: tl.constexpr, TMA: tl.constexpr):
-    """Rows ``first + lanes`` of a ``[*, D]`` matrix, of which X is a tensor descriptor if TMA; zeros beyond D."""
+    """Rows ``first + lanes`` of a ``[*, D]`` matrix, of which X is a tensor descriptor if TMA; if not, with zeros beyond D."""
     if TMA:
         return X.load([first.to(tl.int32), 0])
     else:  # noqa: RET505 (without it both are compiled)

@@ -29,7 +29,7 @@ from .problem import Problem
 
 def train_forward(needed: Sequence[bool], *arguments: Any) -> tuple[Tensor, list[Tensor]]:
     """The output ``[B, H, N, D]``, a view of ``[B, N, H, D]``, and what `train_backward` needs besides it and the arguments."""
-    call = Call(*arguments)
+    call = Call.of(*arguments)
     softmax = any(needed[:7])
     with torch.autocast(call.v.device.type, enabled=False), on_device_of(call.v), torch.no_grad():
         prepared = call.prepared(triton=True)
@@ -114,10 +114,10 @@ def train_backward(
     Args:
         grad: Gradient of the output, ``[B, H, N, D]``, any strides.
         out: The output ``[B, H, N, D]``, any strides: hooks of saved tensors may change them. Not needed when only Proj learns.
-        saved: What `train_forward` returned.
-        needed, arguments: As there; what `keeps` says is not needed may be None.
+        saved: What `train_forward` returned, with any strides.
+        needed, arguments: As there, with any strides; what `keeps` says is not needed may be None.
     """
-    call = Call(*arguments)
+    call, saved = Call.of(*arguments), [x.contiguous() for x in saved]
     with torch.autocast(grad.device.type, enabled=False), on_device_of(grad), torch.no_grad():
         grads: list[Tensor | None] = [None] * DIFFERENTIABLE
         if not any(needed[:7]):
