@@ -223,13 +223,12 @@ def test_values_are_centred_on_their_mean() -> None:
     torch.testing.assert_close(mu, v.mean(2).flatten(0, 1))
 
 
-@pytest.mark.parametrize("norm", [None, "layer"])
-@pytest.mark.parametrize("unpack", ["contiguous", "other strides", "other addresses"])
-def test_saved_tensors_may_come_back_otherwise(unpack: str, norm: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("unpack", "dim", "norm"), [("strides", 32, None), ("strides", 32, "rms"), ("addresses", 64, None)])
+def test_saved_tensors_may_come_back_otherwise(unpack: str, dim: int, norm: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """As from `torch.autograd.graph.save_on_cpu(pin_memory=True)`, and worse."""
     if not GPU:
         monkeypatch.setattr(backward_options, "has_tma", lambda _: True)
-    arguments = some_arguments(3 * BLOCK_K + 1, 64, HALF, ("marginal", "softmax", True), norm=norm)
+    arguments = some_arguments(3 * BLOCK_K + 1, dim, HALF, ("marginal", "softmax", True), norm=norm)
 
     def gradients() -> list[Tensor]:
         """Of all, and of Proj alone, for which other things are kept."""
@@ -241,11 +240,9 @@ def test_saved_tensors_may_come_back_otherwise(unpack: str, norm: str | None, mo
         return found
 
     def back(x: Tensor) -> Tensor:
-        if unpack == "other strides":
+        if unpack == "strides":
             return x.transpose(0, -1).contiguous().transpose(0, -1)
-        if unpack == "other addresses":
-            return torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)
-        return x.clone(memory_format=torch.contiguous_format)
+        return torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)
 
     expected = gradients()
     with torch.autograd.graph.saved_tensors_hooks(lambda x: x, back):
@@ -272,7 +269,7 @@ def test_a_bias_that_an_rms_norm_does_not_add_gets_no_gradient(monkeypatch: pyte
     assert not found[4].any()
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 128] if GPU else [64])
 def test_small_problems_have_the_same_gradients(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In turn and by address, to the bit."""
     if not GPU:
