@@ -103,13 +103,13 @@ def _launch(
     _linear_state_kernel[(total.shape[-2], k.numel() // (padded * dim))](
         k, v, k if mu is None else mu, k if proj is None else proj, state, total, tokens, padded, per_split, scale,
         D=dim, DP=triton.next_power_of_2(dim), BLOCK_K=block_k, SOFTMAX=feature_map == "softmax",
-        CENTRED=mu is not None, FOLDED=proj is not None, PRECISION=_precision(k), **state_options(k.dtype),
+        CENTRED=mu is not None, FOLDED=proj is not None, PRECISION=_precision(k), **state_options(k.dtype, block_k),
     )  # fmt: skip
 
 
-def state_options(dtype: torch.dtype) -> dict[str, int]:
+def state_options(dtype: torch.dtype, block_k: int) -> dict[str, int]:
     """Warps and pipeline stages of the linear-state kernel."""
-    return dict(num_warps=4, num_stages=1 if dtype == torch.float32 else 3)
+    return dict(num_warps=4, num_stages=1 if dtype == torch.float32 else 3 if block_k <= 64 else 2)
 
 
 def _precision(x: Tensor) -> str:
