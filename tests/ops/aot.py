@@ -75,9 +75,9 @@ def variants() -> list[tuple[str, Any, str, dict[str, Any], dict[str, int]]]:
                 found.append(("sparse_linear", sla._sparse_linear_kernel, dtype, constants, options))
             constants = dict(D=dim, DP=padded, ROWS=sla_softmax.FAR_ROWS)
             found.append(("far", sla_softmax._far_kernel, dtype, constants, dict(num_warps=4)))
-            options = sla_linear.state_options(torch_dtype, 64)
+            options = sla_linear.state_options(torch_dtype)
             for label, centred, folded in (("linear_state", False, False), ("block_states", True, False), ("block_states", False, True)):
-                constants = dict(D=dim, DP=padded, BLOCK_K=64, SOFTMAX=True, CENTRED=centred, FOLDED=folded, PRECISION=precision)
+                constants = dict(D=dim, DP=padded, TILE=64, SOFTMAX=True, CENTRED=centred, FOLDED=folded, PRECISION=precision)
                 found.append((label, sla_linear._linear_state_kernel, dtype, constants, options))
             for transposed in (False, True):
                 options = sla_marginal.sums_options(torch_dtype)

@@ -33,6 +33,7 @@ CASES = [  # dtype, head dimension, linear branch, what learns, block of keys if
     (torch.bfloat16, 64, "all", "all", 128),
     (torch.float32, 64, "marginal", "all"),
     (torch.float32, 128, "marginal", "nothing"),
+    (torch.float32, 128, "marginal", "nothing", 128),
 ]
 
 

@@ -131,6 +131,14 @@ def test_gradients_through_norms_and_rotary_embedding(dim: int, norm: str, branc
     assert_gradients(some_arguments(LENGTHS[-1], dim, HALF, branch, norm=norm), monkeypatch)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("branch", [*BRANCHES[1:3], *BRANCHES[4:]], ids=str)
+@pytest.mark.parametrize(("dim", "dtype"), [(64, torch.bfloat16), (64, torch.float32), (128, torch.float16)])
+def test_gradients_with_blocks_of_128_keys(dim: int, dtype: torch.dtype, branch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which are read in several tiles."""
+    assert_gradients((*some_arguments(1374, dim, dtype, branch)[:-1], 128), monkeypatch)
+
+
 @pytest.mark.parametrize("branch", [BRANCHES[2], BRANCHES[4]], ids=str)
 def test_gradients_through_a_rotary_embedding_alone(branch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_gradients(some_arguments(LENGTHS[-1], 32, torch.float32, branch, turned=True), monkeypatch)

@@ -163,6 +163,7 @@ def test_negligible_blocks(dtype: torch.dtype, negligible_ratio: float, branch: 
 def test_blocks_in_several_tiles(tokens: int, branch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """As for wide FP32 heads: the last, partial block then ends in tiles without a single key."""
     monkeypatch.setitem(BLOCKS, "block_k", BLOCKS["block_q"])
+    monkeypatch.setattr(linear_kernels, "LARGEST_TILE", 16)
     options = sla_kernels.launch_options
     monkeypatch.setattr(sla_kernels, "launch_options", lambda *shape: {**options(*shape), "TILE_K": 16, "TILE_Q": 16})
     q, k, v = random_qkv(tokens, 32, torch.float32)

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+LARGEST_TILE = 64  # keys that the linear-state kernel holds at once
 LOG2_E = tl.constexpr(1.4426950408889634)  # powers of two take half the instructions of `tl.exp`
 
 
@@ -21,13 +22,13 @@ def _phi(x, live, SOFTMAX: tl.constexpr, AXIS: tl.constexpr):
 
 
 # Sizes must not specialise the kernels: any number of views and any image size run the same binary.
-@triton.jit(do_not_specialize=["N", "blocks_per_split"])
+@triton.jit(do_not_specialize=["N", "tiles_per_split"])
 def _linear_state_kernel(
-    K, V, Mu, Proj, State, Total, N, padded, blocks_per_split, scale,
-    D: tl.constexpr, DP: tl.constexpr, BLOCK_K: tl.constexpr, SOFTMAX: tl.constexpr, CENTRED: tl.constexpr, FOLDED: tl.constexpr,
+    K, V, Mu, Proj, State, Total, N, padded, tiles_per_split, scale,
+    D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr, SOFTMAX: tl.constexpr, CENTRED: tl.constexpr, FOLDED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """phi(k)^T v and phi(k), summed over `blocks_per_split` key blocks of one head, times `scale`.
+    """phi(k)^T v and phi(k), summed over `tiles_per_split` times TILE keys of one head, times `scale`.
 
     CENTRED: of v - mu. FOLDED: times Proj^T.
     """
@@ -37,8 +38,8 @@ def _linear_state_kernel(
     live = d < D
     state = tl.zeros([DP, DP], tl.float32)
     total = tl.zeros([DP], tl.float32)
-    for i in range(0, blocks_per_split):
-        rows = (split * blocks_per_split + i) * BLOCK_K + tl.arange(0, BLOCK_K)
+    for i in range(0, tiles_per_split):
+        rows = (split * tiles_per_split + i) * TILE + tl.arange(0, TILE)
         inside = (rows < N)[:, None] & live[None, :]
         at = (head * padded + rows)[:, None] * D + d[None, :]
         k = tl.load(K + at, mask=inside, other=0.0)
@@ -100,16 +101,17 @@ def _launch(
     mu: Tensor | None = None, proj: Tensor | None = None,
 ) -> None:  # fmt: skip
     padded, dim = k.shape[-2:]
+    tile = min(block_k, LARGEST_TILE)
     _linear_state_kernel[(total.shape[-2], k.numel() // (padded * dim))](
-        k, v, k if mu is None else mu, k if proj is None else proj, state, total, tokens, padded, per_split, scale,
-        D=dim, DP=triton.next_power_of_2(dim), BLOCK_K=block_k, SOFTMAX=feature_map == "softmax",
-        CENTRED=mu is not None, FOLDED=proj is not None, PRECISION=_precision(k), **state_options(k.dtype, block_k),
+        k, v, k if mu is None else mu, k if proj is None else proj, state, total, tokens, padded, per_split * block_k // tile, scale,
+        D=dim, DP=triton.next_power_of_2(dim), TILE=tile, SOFTMAX=feature_map == "softmax",
+        CENTRED=mu is not None, FOLDED=proj is not None, PRECISION=_precision(k), **state_options(k.dtype),
     )  # fmt: skip
 
 
-def state_options(dtype: torch.dtype, block_k: int) -> dict[str, int]:
+def state_options(dtype: torch.dtype) -> dict[str, int]:
     """Warps and pipeline stages of the linear-state kernel."""
-    return dict(num_warps=4, num_stages=1 if dtype == torch.float32 else 3 if block_k <= 64 else 2)
+    return dict(num_warps=4, num_stages=1 if dtype == torch.float32 else 3)
 
 
 def _precision(x: Tensor) -> str:
