@@ -58,7 +58,7 @@ def queued_ms(call: Callable[[], object], device: torch.device, budget_ms: float
         return (time.perf_counter() - start) * 1e3
     call()
     once = _intervals(call, 1, device)[0]
-    return statistics.median(_intervals(call, max(2, min(50, int(budget_ms / max(once, 1e-3)))), device))
+    return statistics.median(_intervals(call, _repeats(once, budget_ms), device))
 
 
 def in_turn_ms(
@@ -79,8 +79,12 @@ def in_turn_ms(
         next(calls)()
 
     once = sum(_intervals(call, 4, device)[2:])
-    times = _intervals(call, 2 * max(2, min(50, int(budget_ms / max(once, 1e-3)))), device)
+    times = _intervals(call, 2 * _repeats(once, budget_ms), device)
     return statistics.median(times[::2]), statistics.median(times[1::2])
+
+
+def _repeats(once_ms: float, budget_ms: float) -> int:
+    return max(2, min(50, int(budget_ms / max(once_ms, 1e-3))))
 
 
 def _intervals(call: Callable[[], object], count: int, device: torch.device) -> list[float]:

@@ -194,6 +194,19 @@ def test_constants_of_graphs_are_marked_as_torch_does() -> None:
     assert vars(ours) == vars(torchs) != {}
 
 
+def assert_a_graph_replays(run: Callable[[Tensor], tuple[Tensor, ...]], inputs: list[Tensor]) -> None:
+    """With the bits of a call for each of the inputs."""
+    expected = [run(x) for x in inputs]
+    static = inputs[0].clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run(static)
+    for x, y in zip(inputs, expected, strict=True):
+        static.copy_(x)
+        graph.replay()
+        assert all(map(torch.equal, out, y))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("linear", ["all", "none"])
 def test_a_cuda_graph_replays_on_new_inputs(linear: str) -> None:
@@ -206,18 +219,7 @@ def test_a_cuda_graph_replays_on_new_inputs(linear: str) -> None:
         q_norm=HeadNorm("layer", None, None, 1e-6),
     )  # fmt: skip
 
-    def run(qkv: Tensor) -> Tensor:
-        return sparse_linear_attention(*qkv.permute(2, 0, 3, 1, 4).unbind(0), **options)
-
-    expected = [run(x) for x in inputs]
-    static = inputs[0].clone()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = run(static)
-    for x, y in zip(inputs, expected, strict=True):
-        static.copy_(x)
-        graph.replay()
-        assert torch.equal(out, y)
+    assert_a_graph_replays(lambda qkv: (sparse_linear_attention(*qkv.permute(2, 0, 3, 1, 4).unbind(0), **options),), inputs)
 
 
 @pytest.mark.gpu
@@ -233,15 +235,7 @@ def test_a_cuda_graph_replays_a_training_step(linear: str, monkeypatch: pytest.M
         out = sparse_linear_attention(*leaves, keep_ratio=0.2, linear=linear, proj=proj, block_means=True, pinned_tokens=70)
         return torch.autograd.grad(out.square().sum(), [*leaves, proj])
 
-    expected = [step(x) for x in inputs]
-    static = inputs[0].clone()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = step(static)
-    for x, y in zip(inputs, expected, strict=True):
-        static.copy_(x)
-        graph.replay()
-        assert all(map(torch.equal, out, y))
+    assert_a_graph_replays(step, inputs)
 
 
 @pytest.mark.gpu

@@ -92,6 +92,10 @@ def by_autograd(
     return [next(found) if x is not None and x.requires_grad else None for x in leaves]
 
 
+def assert_same_bits(found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> None:
+    assert all(x is y is None or torch.equal(x, y) for x, y in zip(found, expected, strict=True))  # type: ignore[arg-type]
+
+
 def assert_gradients(arguments: Arguments, monkeypatch: pytest.MonkeyPatch, needed: Sequence[bool] | None = None) -> None:
     """As near to FP64 as autograd in the same dtype, within a factor; half precision rounds more operands than autograd does."""
     q = arguments[0]
@@ -176,7 +180,7 @@ def test_gradients_in_groups_of_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(marginal_kernels, "GROUP_BYTES", 1)
     monkeypatch.setattr(marginal_kernels, "MAX_GROUPS", 3)
     grouped = by_triton(arguments, needed, grad)
-    assert all(x is y is None or torch.equal(x, y) for x, y in zip(whole, grouped, strict=True))  # type: ignore[arg-type]
+    assert_same_bits(whole, grouped)
 
 
 def test_norms_learn_where_a_site_runs_dense(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +198,7 @@ def test_gradients_are_deterministic() -> None:
     arguments = some_arguments(LENGTHS[-1], 32, HALF, ("marginal", "softmax", True))
     needed, grad = [x is not None for x in arguments[:8]], torch.randn(arguments[0].shape, device=DEVICE).to(HALF)
     first, second = by_triton(arguments, needed, grad), by_triton(arguments, needed, grad)
-    assert all(x is y is None or torch.equal(x, y) for x, y in zip(first, second, strict=True))  # type: ignore[arg-type]
+    assert_same_bits(first, second)
 
 
 @pytest.mark.parametrize("norm", [None, "layer"])
@@ -207,7 +211,7 @@ def test_nothing_is_read_that_was_not_written(branch: Any, norm: str | None, mon
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
     found = by_triton(arguments, needed, grad)
-    assert all(x is y is None or torch.equal(x, y) for x, y in zip(clean, found, strict=True))  # type: ignore[arg-type]
+    assert_same_bits(clean, found)
 
 
 @pytest.mark.parametrize("options", [dict(keep_ratio=1.0), dict(negligible_ratio=1.0), dict(pinned_tokens=10**6)], ids=str)
@@ -287,7 +291,7 @@ def test_small_problems_have_the_same_gradients(dim: int, monkeypatch: pytest.Mo
     large = by_triton(arguments, needed, grad)
     monkeypatch.setattr(problem, "LARGE", 1 << 62)
     small = by_triton(arguments, needed, grad)
-    assert all(x is y is None or torch.equal(x, y) for x, y in zip(large, small, strict=True))  # type: ignore[arg-type]
+    assert_same_bits(large, small)
 
 
 @pytest.mark.gpu
@@ -310,7 +314,7 @@ def test_streams_wait_for_each_other(branch: Any, norm: str | None) -> None:
             for shape in shapes * 4:
                 torch.full(shape, float("nan"), device=DEVICE, dtype=HALF)
             torch.cuda.synchronize()
-        assert all(x is y is None or torch.equal(x, y) for x, y in zip(expected, copies, strict=True))  # type: ignore[arg-type]
+        assert_same_bits(expected, copies)
 
 
 def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -57,11 +57,12 @@ def backward(
         tile = max(options(problem)["TILE_K"] for options in (dq_options, dmeans_options))
         problem = problem._replace(means=far_blocks(*problem.means, tile, problem.v.dtype))
     shared = by_rows(problem, residuals, out, grad)
+    new_proj = torch.zeros_like if problem.linear == "none" else torch.empty_like
     found = Gradients(
         _empty(problem, turned) if needs_q else None,
         _empty(problem, turned) if needs_kv else None,
         _empty(problem, False) if needs_kv else None,
-        None if problem.proj is None else torch.zeros_like(problem.proj, dtype=torch.float32),
+        None if problem.proj is None else new_proj(problem.proj, dtype=torch.float32),
     )
     # Beside the gradient of q, the small launches of the rest, and the ends of large ones, leave nothing idle.
     with forked(problem.q.device, problem.is_large) as aside:
@@ -88,7 +89,7 @@ def _query_gradient(p: Problem, shared: Rows, dq: Tensor, turned: bool) -> None:
     far = p.means or (p.q, p.q)
     everything = torch.arange(columns, device=p.q.device, dtype=torch.int32) if p.pinned else p.kv_indices
     _dq_kernel[(batch * heads * (p.pinned * splits + rows - p.pinned) * (p.block_q // options["TILE_Q"]),)](
-        p.q, p.k, p.v, shared.do, *_tiles(p, options["TILE_K"], p.k, p.v), shared.stats, p.kv_indices, everything, p.bits, *far, shared.dq,
+        p.q, shared.do, *_tiles(p, options["TILE_K"], p.k, p.v), shared.stats, p.kv_indices, everything, p.bits, *far, shared.dq,
         dq if p.order is None else p.order, dq, partial,
         p.tokens, padded, heads, rows, columns, kept, far[0].shape[2], p.bits.shape[-1], p.pinned, splits, per_split,
         p.scale, p.scale * LOG2_E.value,

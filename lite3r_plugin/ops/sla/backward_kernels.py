@@ -49,7 +49,7 @@ def phi_backward(features, grad, SOFTMAX: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N", "rows", "columns", "kept", "far", "words", "pinned", "splits", "per_split"])
 def _dq_kernel(
-    Q, K, V, DO, KTiles, VTiles, Stats, Indices, AllIndices, Bits, KFar, VFar, Share, Order, DQ, Partial,
+    Q, DO, KTiles, VTiles, Stats, Indices, AllIndices, Bits, KFar, VFar, Share, Order, DQ, Partial,
     N, padded, H, rows, columns, kept, far, words, pinned, splits, per_split, scale, scale_log2,
     D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
     MEANS: tl.constexpr, ADD: tl.constexpr, HOST: tl.constexpr, ORDERED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
@@ -70,7 +70,7 @@ def _dq_kernel(
     lanes = tl.arange(0, TILE_K)
     at = head * padded + row * BLOCK_Q + tile * TILE_Q
     own = tl.arange(0, TILE_Q)
-    dtype: tl.constexpr = V.dtype.element_ty
+    dtype: tl.constexpr = Q.dtype.element_ty
     q = load_rows(Q, at + own, d, D)
     do = load_rows(DO, at + own, d, D)
     lse = tl.load(lse_place(Stats, at + own))
