@@ -83,7 +83,8 @@ def install(model: nn.Module, shapes: Shapes, weights: Mapping[str, Tensor], dev
             linear.in_features, linear.out_features, linear.bias,
             backends.choose("auto", place, linear.in_features, linear.out_features), linear.weight.dtype, torch.device("meta"),
         )  # fmt: skip
-        made.weight_data, made.weight_scale = (weights[f"{fqn}.{name}"].to(place) for name in ("weight_data", "weight_scale"))
+        # Copied: a tensor of a safetensors file lies wherever the file has it, and products round by the alignment of their operands.
+        made.weight_data, made.weight_scale = (weights[f"{fqn}.{name}"].to(place, copy=True) for name in ("weight_data", "weight_scale"))
         made.infinities = torch.zeros(1, dtype=torch.int64, device=place)
         share_hooks(made, linear)
         linear.register_parameter("weight", None)
@@ -107,7 +108,7 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], device: torch.device) 
             with torch.inference_mode(old.is_inference()), torch.no_grad():
                 old.copy_(tensor)
             continue
-        new = tensor.to(device, old.dtype)
+        new = tensor.to(device, old.dtype, copy=True)  # as in `install`
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new, requires_grad=old.requires_grad)
         for owner, place in places[id(old)]:

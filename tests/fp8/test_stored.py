@@ -76,6 +76,17 @@ def test_a_model_without_weights(model: Toy, tmp_path: Path) -> None:
     assert torch.equal(loaded.table, model.table)
 
 
+def test_what_is_loaded_has_memory_of_its_own(model: Toy, tmp_path: Path) -> None:
+    """A file has its tensors at any address, and products round by the alignment of their operands."""
+    save_lite3r(model, tmp_path, whole=True)
+    with torch.device("meta"):
+        empty = Toy()
+    loaded = load_lite3r(empty.eval(), tmp_path)
+    tensors = [*loaded.parameters(), *loaded.buffers()]
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in tensors)
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == len(tensors)
+
+
 def test_no_copy_in_high_precision_is_made(model: Toy, tmp_path: Path) -> None:
     """While a model on the meta device is filled, no tensor as large as a block's weight exists in another dtype."""
     from torch.utils._python_dispatch import TorchDispatchMode
