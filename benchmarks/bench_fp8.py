@@ -30,10 +30,10 @@ import torch
 import triton
 from torch import Tensor, nn
 
+from lite3r_plugin.costs.linear import fp8_pays
 from lite3r_plugin.fp8.block import mlp
 from lite3r_plugin.fp8.linear import Fp8Linear
 from lite3r_plugin.ops.fp8 import kernels
-from lite3r_plugin.runtime import fp8_pays
 
 CHANNELS, HIDDEN = 1024, 4096
 # What `mode="max-autotune-no-cudagraphs"` does to matrix products; it tunes pointwise kernels step by step besides, for a minute.

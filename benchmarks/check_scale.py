@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from lite3r_plugin import TokenLayout
-from lite3r_plugin.layout import order_for, pinned_tokens
 from lite3r_plugin.ops.block_map import block_map, kept_blocks
 from lite3r_plugin.ops.qk_norm_rope import prepare_qkv
 from lite3r_plugin.ops.qk_norm_rope.naive import block_means, block_sizes
 from lite3r_plugin.ops.sla import sparse_linear_attention
 from lite3r_plugin.ops.sla.naive import phi
+from lite3r_plugin.tokens.tracker import order_for, pinned_tokens
 
 SPECIAL, GRID = 5, (37, 37)
 BLOCK_Q, BLOCK_K = 128, 64

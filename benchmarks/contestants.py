@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lite3r_plugin import AttentionSite, Lite3RConfig, Routed
-from lite3r_plugin.attention import ModelState, SparseLinearAttention
-from lite3r_plugin.heads import Heads
+from lite3r_plugin.attention.inputs import Heads
+from lite3r_plugin.attention.module import ModelState, SparseLinearAttention
 from lite3r_plugin.ops.block_map import block_map, kept_blocks
 from lite3r_plugin.ops.qk_norm_rope import prepare_qkv
 from lite3r_plugin.ops.sla import sparse_linear_attention

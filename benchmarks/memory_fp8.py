@@ -25,11 +25,11 @@ import torch
 from torch import nn
 
 from lite3r_plugin import describe, load_lite3r, save_lite3r
+from lite3r_plugin.apply.carried import lite3r_modules
 from lite3r_plugin.bench.measure import peak, release_memory
 from lite3r_plugin.bench.models import BenchModel, build, fidelity, find_model, make_images, reference, tensors
 from lite3r_plugin.bench.runner import weight_bytes
 from lite3r_plugin.bench.variants import VARIANTS, prepare
-from lite3r_plugin.carried import lite3r_modules
 from lite3r_plugin.files import write_atomically
 
 BLOCKS, LOADING, SAME = 0.52, 1.05, 1e-3  # the most that is allowed

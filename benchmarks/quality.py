@@ -28,17 +28,17 @@ import torch
 from torch import Tensor, nn
 
 import lite3r_plugin
-from lite3r_plugin import attention
-from lite3r_plugin.calibrate import calibrate
-from lite3r_plugin.carried import lite3r_modules
-from lite3r_plugin.commands._run import choose_device, choose_dtype, quiet, run_model
-from lite3r_plugin.commands.evaluate import geometry, model_inputs, reference_of, sample_views
-from lite3r_plugin.commands.reconstruct import find_entry
-from lite3r_plugin.data import Scene, open_scenes, pick_views
+from lite3r_plugin.adapter.models import ModelEntry
+from lite3r_plugin.apply.carried import lite3r_modules
+from lite3r_plugin.attention import module as attention
+from lite3r_plugin.cli.evaluate import geometry, model_inputs, reference_of, sample_views
+from lite3r_plugin.cli.reconstruct import find_entry
+from lite3r_plugin.evaluation.run import choose_device, choose_dtype, quiet, run_model
 from lite3r_plugin.files import write_atomically
-from lite3r_plugin.layout import TokenLayout
-from lite3r_plugin.metrics import Geometry, constant_geometry, fidelity, scene_metrics
-from lite3r_plugin.reconstruction import ModelEntry
+from lite3r_plugin.scene.data import Scene, open_scenes, pick_views
+from lite3r_plugin.scene.metrics import Geometry, constant_geometry, fidelity, scene_metrics
+from lite3r_plugin.tokens.tracker import TokenLayout
+from lite3r_plugin.training.calibrate import calibrate
 
 HERE = Path(__file__).parent
 
@@ -92,7 +92,7 @@ def variants(keep_ratios: Sequence[float], order_ratio: float) -> list[Variant]:
 
 
 def raster_order(layout: TokenLayout, device: torch.device) -> Tensor:
-    """As `lite3r_plugin.layout.token_order`, but patches row by row."""
+    """As `lite3r_plugin.tokens.tracker.token_order`, but patches row by row."""
     token = torch.arange(layout.views * layout.tokens_per_view, device=device, dtype=torch.int32).view(layout.views, -1)
     return torch.cat((token[:, : layout.special_tokens].flatten(), token[:, layout.special_tokens :].flatten()))
 

@@ -21,8 +21,8 @@ import torch
 
 from lite3r_plugin import apply_lite3r, describe
 from lite3r_plugin.config import Fp8Backend
-from lite3r_plugin.metrics import depth_metrics, paired_bootstrap, pose_metrics
-from lite3r_plugin.scenes import ProcScenes, TextureBank
+from lite3r_plugin.scene.metrics import depth_metrics, paired_bootstrap, pose_metrics
+from lite3r_plugin.scene.procedural import ProcScenes, TextureBank
 from lite3r_plugin.testbed import Testbed
 
 TEXTURES = 77_777  # their seed; training saw others

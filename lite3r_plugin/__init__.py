@@ -1,16 +1,15 @@
 """Lite3R: sparse-linear attention for feed-forward 3D reconstruction models and other ViT backbones, in one line."""
 
-from .apply import apply_lite3r, lite3r_disabled, remove_lite3r
-from .calibrate import calibrate
-from .checkpoint import load_lite3r, save_lite3r
+from .adapter.hookspecs import hookimpl
+from .adapter.sites import AttentionSite, FusedQKV, PreNormBlock, Rope2D, Routed, SeparateQKV, TokenLayout, TokenSource
+from .apply.checkpoint import load_lite3r, save_lite3r
+from .apply.convert import convert
+from .apply.report import describe
+from .apply.verbs import apply_lite3r, lite3r_disabled, remove_lite3r
 from .config import Lite3RConfig
-from .conversion import convert
 from .errors import Lite3RError
-from .hookspecs import hookimpl
-from .report import describe
-from .sites import AttentionSite, FusedQKV, PreNormBlock, Rope2D, Routed, SeparateQKV, TokenLayout, TokenSource
-
-__version__ = "0.1.0"
+from .training.calibrate import calibrate
+from .version import __version__
 
 __all__ = [
     "AttentionSite",

@@ -1,6 +1,6 @@
 """``python -m lite3r_plugin``: the same as ``lite3r``."""
 
-from .cli import main
+from .cli.app import main
 
 if __name__ == "__main__":
     main()

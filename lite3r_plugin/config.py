@@ -7,11 +7,9 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from .errors import ConfigError
+from .ops.options import Backend, FeatureMap, LinearBranch, check_choice, check_ratio
 
 Scope = Literal["global", "frame", "encoder"]
-Backend = Literal["auto", "triton", "torch"]
-FeatureMap = Literal["softmax", "elu"]
-LinearBranch = Literal["all", "marginal", "none"]
 Precision = Literal["full", "fp8_qat", "fp8"]
 Fp8Backend = Literal["auto", "torch", "te", "weight_only", "emulated"]
 
@@ -42,7 +40,7 @@ class Lite3RConfig:
         keep_special_tokens: Camera, register and class tokens attend to all tokens and all attend to them.
         keep_reference_view: The same for the patches of the first view, which defines the coordinate frame.
         dense_below: Sites with fewer tokens than this run dense, because sparse attention does not pay there.
-            ``None``: where measurements say so for the length and density at hand (`lite3r_plugin.runtime.break_even`).
+            ``None``: where measurements say so for the length and density at hand (`lite3r_plugin.costs.attention.break_even`).
         fuse: Replace QK norm and rotary embedding of known sites by one exact kernel, also at sites that stay dense.
         backend: ``"triton"`` kernels, ``"torch"`` operators, or ``"auto"``: Triton where it can run.
         block_q, block_k: Tokens per query and per key block.
@@ -146,15 +144,3 @@ class Lite3RConfig:
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def check_ratio(name: str, value: Any) -> None:
-    """Raise `ConfigError` unless `value` is a ratio in (0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
-        raise ConfigError(f"{name} must be in (0, 1], got {value!r}; 0.1 keeps a tenth of the key blocks, 1 is dense")
-
-
-def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    """Raise `ConfigError` unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ConfigError(f"{name} must be one of {choices}, got {value!r}")

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .apply import apply_lite3r, lite3r_disabled, remove_lite3r
-from .attention import SparseLinearAttention
-from .carried import lite3r_modules
+from .apply.carried import lite3r_modules
+from .apply.verbs import apply_lite3r, lite3r_disabled, remove_lite3r
+from .attention.module import SparseLinearAttention
 from .config import Lite3RConfig
 from .errors import AdapterError, AlreadyAppliedError
 from .fp8.described import check as check_blocks

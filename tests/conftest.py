@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton kernels are defined, so before any of them is imported
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns when it is unset
 
-sys.path.insert(0, str(Path(__file__).parent))  # helper modules: numerics, hosts
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))  # helper modules: numerics, hosts
 
 # Fills torch.empty with NaN, so an output element that nothing wrote fails its test.
 torch.use_deterministic_algorithms(True, warn_only=True)

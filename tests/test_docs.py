@@ -13,8 +13,8 @@ import pytest
 from typer.testing import CliRunner
 
 import lite3r_plugin
-from lite3r_plugin import hookspecs
-from lite3r_plugin.cli import app
+from lite3r_plugin.adapter import hookspecs
+from lite3r_plugin.cli.app import app
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "adapters/README.md")

@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from lite3r_plugin.images import crop_centre, to_tensor
-from lite3r_plugin.reconstruction import ModelEntry, Prediction, unproject
+from lite3r_plugin.adapter.models import ModelEntry
+from lite3r_plugin.scene.images import crop_centre, to_tensor
+from lite3r_plugin.scene.prediction import Prediction, unproject
 
 LONGEST_SIDE = 504
 PATCH = 14

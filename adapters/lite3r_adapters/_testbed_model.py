@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from PIL import Image
 from torch import Tensor, nn
 
-from lite3r_plugin.images import to_tensor
-from lite3r_plugin.reconstruction import ModelEntry, Prediction, unproject
+from lite3r_plugin.adapter.models import ModelEntry
+from lite3r_plugin.scene.images import to_tensor
+from lite3r_plugin.scene.prediction import Prediction, unproject
 
 LONGEST_SIDE = 224
 PATCH = 8

@@ -1,4 +1,4 @@
-"""Exact fixes of VGGT and Depth Anything 3, one module each; see `lite3r_plugin.hookspecs.lite3r_optimize`."""
+"""Exact fixes of VGGT and Depth Anything 3, one module each; see `lite3r_plugin.adapter.hookspecs.lite3r_optimize`."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lite3r_plugin import hookimpl
-from lite3r_plugin.reconstruction import ModelEntry
+from lite3r_plugin.adapter.models import ModelEntry
 
 
 @hookimpl

@@ -2,7 +2,7 @@
 
     python evaluate.py FOLDER --scenes fountain-P11 Herz-Jesus-P8 --cache features --json results.json
 
-FOLDER holds scenes as `lite3r_plugin.data` reads its layout "strecha". Needs the extra "evaluate".
+FOLDER holds scenes as `lite3r_plugin.scene.data` reads its layout "strecha". Needs the extra "evaluate".
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lite3r_plugin import apply_lite3r, remove_lite3r
-from lite3r_plugin.data import Scene, open_scenes
-from lite3r_plugin.metrics import auc, pair_errors, paired_bootstrap
 from lite3r_plugin.ops.fp8 import fake_quantize
+from lite3r_plugin.scene.data import Scene, open_scenes
+from lite3r_plugin.scene.metrics import auc, pair_errors, paired_bootstrap
 
 Features = dict[str, Tensor]
 THRESHOLDS = (1, 2, 5)  # degrees

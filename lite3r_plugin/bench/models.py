@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..adapter.plugins import model_entries
 from ..errors import InputError
-from ..plugins import model_entries
 
 if TYPE_CHECKING:
-    from ..reconstruction import ModelEntry
+    from ..adapter.models import ModelEntry
 
 DEPTH_KEYS = ("depth",)
 POSE_KEYS = ("pose_enc", "extrinsics", "camera_poses", "pose")

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from ..files import write_atomically
-from ..ops.backend import triton_installed
+from ..ops.dispatch import triton_installed
 
 REPORT_VERSION = 1
 

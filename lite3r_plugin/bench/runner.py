@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..carried import lite3r_modules
+from ..apply.carried import lite3r_modules
+from ..apply.report import describe
 from ..errors import InputError, Lite3RError
-from ..report import describe
 from . import measure
 from .models import BenchModel, build, fidelity, make_images, reference, tensors
 from .records import Cell, Report, machine

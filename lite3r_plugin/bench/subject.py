@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..attention import SparseLinearAttention
-from ..carried import lite3r_modules
+from ..adapter.plugins import find_sites
+from ..apply.carried import lite3r_modules
+from ..attention.module import SparseLinearAttention
 from ..fp8.block import Fp8Block
-from ..plugins import find_sites
 from . import measure
 from .models import fidelity, tensors
 from .records import Candidate, Cell

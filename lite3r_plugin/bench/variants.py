@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..apply import apply_lite3r
-from ..carried import lite3r_modules
+from ..adapter.plugins import get_manager
+from ..apply.carried import lite3r_modules
+from ..apply.verbs import apply_lite3r
 from ..errors import NoSitesError
 from ..fp8 import backends
 from ..fp8.linear import Fp8Linear
-from ..plugins import get_manager
 
 PROJ_STD = 0.02
 FP8 = {"precision": "fp8"}

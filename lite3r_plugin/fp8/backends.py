@@ -10,7 +10,7 @@ from torch import Tensor
 from ..config import Fp8Backend
 from ..errors import BackendError
 from ..ops import weight_only
-from ..ops.backend import triton_installed
+from ..ops.dispatch import triton_installed
 from ..ops.fp8 import Quantized, naive, passes
 from . import te
 

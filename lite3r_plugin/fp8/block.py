@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapter.sites import AttentionSite, PreNormBlock
 from ..errors import AdapterError
 from ..ops.fp8 import Quantized, passes
-from ..sites import AttentionSite, PreNormBlock
-from ..stand_in import StandIn, has_forward_hooks
+from ..wrapper import StandIn, has_forward_hooks
 from .linear import Fp8Linear
 
 

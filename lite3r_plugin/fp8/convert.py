@@ -8,16 +8,16 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ..adapter.sites import AttentionSite
 from ..config import Fp8Backend
+from ..costs.linear import fp8_pays
 from ..errors import ConvertedError
-from ..runtime import fp8_pays
-from ..sites import AttentionSite
-from ..stand_in import replace_modules, share_hooks
+from ..wrapper import replace_modules, share_hooks
 from . import backends
 from .block import Fp8Block, why_not_fused
+from .blocks import modules_in
 from .linear import Fp8Linear
 from .qat import FakeQuantLinear
-from .scope import modules_in
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..adapter.sites import AttentionSite
 from ..errors import AdapterError
-from ..sites import AttentionSite
 
 
 def forward(host: nn.Module, site: AttentionSite, x: Tensor, **given: Any) -> Tensor:

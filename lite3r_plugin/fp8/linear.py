@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from ..config import Fp8Backend
 from ..errors import ConvertedError
 from ..ops.fp8 import E4M3, Quantized, dequantize, fake_quantize, passes
-from ..stand_in import has_forward_hooks
+from ..wrapper import has_forward_hooks
 from . import backends, te
-from .derived import Derived
+from .cache import Derived
 from .qat import compute_dtype
 
 

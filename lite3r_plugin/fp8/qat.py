@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.fp8 import Quantized, dequantize, fake_quantize, quantize
-from ..stand_in import StandIn
-from .derived import Derived
+from ..wrapper import StandIn
+from .cache import Derived
 
 
 class FakeQuantLinear(StandIn, nn.Linear):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..metrics import auc, depth_metrics, pair_errors
+from ..scene.metrics import auc, depth_metrics, pair_errors
 
 
 @torch.no_grad()
@@ -14,7 +14,7 @@ def evaluate(model: nn.Module, sample: dict[str, Tensor], scenes_at_once: int = 
 
     Args:
         model: A `Testbed`.
-        sample: A sample of `lite3r_plugin.scenes.ProcScenes` on the model's device.
+        sample: A sample of `lite3r_plugin.scene.procedural.ProcScenes` on the model's device.
         scenes_at_once: Batch size.
         autocast: Run in BF16.
 

@@ -30,7 +30,7 @@ class TrainingModel(nn.Module):
         """The total loss, and its parts detached.
 
         Args:
-            batch: A sample of `lite3r_plugin.scenes.ProcScenes`.
+            batch: A sample of `lite3r_plugin.scene.procedural.ProcScenes`.
             match_weight: Weight of the correspondence loss.
             camera_weight: Weight of the losses of rotation and translation, against the first view and between all pairs.
         """

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ConfigError
-from ..scenes import ARCS
+from ..scene.procedural import ARCS
 from .model import TestbedConfig
 
 VIEWS_PER_SCENE = 8

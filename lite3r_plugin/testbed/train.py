@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, InputError
 from ..files import replacing, write_atomically
-from ..scenes import ProcScenes, TextureBank
+from ..scene.procedural import ProcScenes, TextureBank
 from .evaluate import evaluate
 from .losses import Batch, TrainingModel
 from .model import WEIGHTS_NAME, Testbed

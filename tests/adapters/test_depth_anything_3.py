@@ -9,8 +9,8 @@ from properties import assert_bf16_is_as_exact_as_dense, assert_compiled_equals_
 from torch import Tensor, nn
 
 from lite3r_plugin import FusedQKV, Rope2D, apply_lite3r
+from lite3r_plugin.adapter.plugins import find_sites
 from lite3r_plugin.errors import NoSitesError
-from lite3r_plugin.plugins import find_sites
 from lite3r_plugin.testing import check_adapter
 
 pytestmark = [

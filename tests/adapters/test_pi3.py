@@ -9,7 +9,7 @@ from properties import assert_bf16_is_as_exact_as_dense, assert_compiled_equals_
 from torch import nn
 
 from lite3r_plugin import FusedQKV, Rope2D
-from lite3r_plugin.plugins import find_sites
+from lite3r_plugin.adapter.plugins import find_sites
 from lite3r_plugin.testing import check_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda':UserWarning")

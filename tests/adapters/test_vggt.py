@@ -17,8 +17,8 @@ from properties import (
 from torch import Tensor, nn
 
 from lite3r_plugin import FusedQKV, Rope2D, Routed, apply_lite3r
+from lite3r_plugin.adapter.plugins import find_sites
 from lite3r_plugin.errors import LayoutError, UnsupportedAttentionError
-from lite3r_plugin.plugins import find_sites
 from lite3r_plugin.testing import TEST_CONFIG, check_adapter
 
 pytestmark = [

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from lite3r_plugin.costs.linear import fp8_pays
 from lite3r_plugin.errors import BackendError, ConfigError
 from lite3r_plugin.fp8 import backends, te
 from lite3r_plugin.ops.fp8 import quantize
-from lite3r_plugin.runtime import fp8_pays
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from toys import Toy, images, toy_adapter
 
 from lite3r_plugin import apply_lite3r, convert, describe, load_lite3r, save_lite3r
-from lite3r_plugin.carried import block_linears
+from lite3r_plugin.apply.carried import block_linears
 from lite3r_plugin.errors import BackendError
 from lite3r_plugin.fp8 import backends, te
 from lite3r_plugin.fp8.block import mlp

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from lite3r_plugin.ops import sla
-from lite3r_plugin.ops.backend import SHARED_KIB, shared_kib
+from lite3r_plugin.ops.dispatch import SHARED_KIB, shared_kib
 from lite3r_plugin.ops.qk_norm_rope import HeadNorm
 from lite3r_plugin.ops.sla import backward_options, operator, problem
 

@@ -11,10 +11,10 @@ from numerics import assert_as_accurate, relative_error
 from torch import Tensor, nn
 
 from lite3r_plugin import AttentionSite, Lite3RConfig, Routed
-from lite3r_plugin.attention import ModelState, SparseLinearAttention
-from lite3r_plugin.heads import Heads
-from lite3r_plugin.ops.backend import why_not_triton
+from lite3r_plugin.attention.inputs import Heads
+from lite3r_plugin.attention.module import ModelState, SparseLinearAttention
 from lite3r_plugin.ops.block_map import block_map
+from lite3r_plugin.ops.dispatch import why_not_triton
 from lite3r_plugin.ops.qk_norm_rope import NO_NORM, HeadNorm
 from lite3r_plugin.ops.sla import operator
 
@@ -185,7 +185,7 @@ def test_gradients_in_groups_of_heads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_norms_learn_where_a_site_runs_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     """Though their queries and keys do not."""
-    monkeypatch.setattr("lite3r_plugin.attention.use_triton", lambda backend, v: backend != "torch")
+    monkeypatch.setattr("lite3r_plugin.attention.module.use_triton", lambda backend, v: backend != "torch")
     site = AttentionSite("site", "global", 32, Routed())
     module = SparseLinearAttention(nn.Linear(1, 1), site, ModelState("test", Lite3RConfig()), sparse=True)
     weight = torch.ones(32, device=DEVICE, requires_grad=True)

@@ -11,9 +11,9 @@ from numerics import assert_as_accurate
 from torch import Tensor
 
 from lite3r_plugin.errors import BackendError
-from lite3r_plugin.ops.backend import why_not_triton
 from lite3r_plugin.ops.block_map import kept_blocks, negligible_blocks
 from lite3r_plugin.ops.block_map import naive as block_map_naive
+from lite3r_plugin.ops.dispatch import why_not_triton
 from lite3r_plugin.ops.qk_norm_rope import HeadNorm
 from lite3r_plugin.ops.qk_norm_rope import naive as prepare_naive
 from lite3r_plugin.ops.sla import naive as sla_naive
@@ -293,7 +293,7 @@ def test_a_sequence_too_long_for_the_map_says_what_to_do() -> None:
 
 def test_strides_of_what_is_not_q_k_v(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels read them as they lie in memory."""
-    monkeypatch.setattr("lite3r_plugin.ops.backend._why_not", lambda *_: None)  # interpreted, where there is no GPU
+    monkeypatch.setattr("lite3r_plugin.ops.dispatch._why_not", lambda *_: None)  # interpreted, where there is no GPU
     q, k, v = random_qkv(LENGTHS[-1], 32, torch.float32)
     tokens = q.shape[2]
     order = torch.stack((torch.randperm(tokens, device=DEVICE), torch.arange(tokens, device=DEVICE)), 1)[:, 0].int()

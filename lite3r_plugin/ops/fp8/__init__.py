@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import constant_in_graphs, triton_installed
+from ..dispatch import constant_in_graphs, triton_installed
 from . import naive
 from .naive import E4M3, E5M2, Quantized, dequantize, fake_quantize, quantize
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import on_device_of, register
+from ..dispatch import on_device_of, register
 from .naive import E4M3, Quantized, sum_dtype
 
 ACTIVATIONS = {None: 0, "none": 1, "tanh": 2, "swiglu": 3}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import on_device_of, register
+from ..dispatch import on_device_of, register
 from . import naive
 from .naive import HeadNorm, Prepared
 

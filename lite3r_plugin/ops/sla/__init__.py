@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backend import use_triton, without_autocast
+from ..dispatch import use_triton, without_autocast
 from ..qk_norm_rope import NO_NORM, HeadNorm
 from . import naive, operator
 from .check import check

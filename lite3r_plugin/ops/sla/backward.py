@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..backend import forked
 from ..block_map.transpose_kernels import by_key_block
+from ..dispatch import forked
 from .backward_kernels import MEAN_PARTS, _dkv_kernel, _dmeans_kernel, _dq_kernel
 from .backward_options import dkv_options, dmeans_options, dq_options, uses_tma
 from .kernels import Residuals

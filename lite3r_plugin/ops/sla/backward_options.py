@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..backend import has_tma
+from ..dispatch import has_tma
 
 if TYPE_CHECKING:
     from .problem import Problem

@@ -7,8 +7,8 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from ...config import Backend, FeatureMap, LinearBranch, check_choice, check_ratio
 from ...errors import ConfigError
+from ..options import Backend, FeatureMap, LinearBranch, check_choice, check_ratio
 
 
 def check(

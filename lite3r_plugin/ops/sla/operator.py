@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import on_device_of, register, use_triton, without_autocast
 from ..block_map import block_map
+from ..dispatch import on_device_of, register, use_triton, without_autocast
 from . import naive
 from .call import DIFFERENTIABLE, Call
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..backend import on_device_of
 from ..block_map.kernels import block_map_with_bits
 from ..block_map.transpose_kernels import indices_of
+from ..dispatch import on_device_of
 from ..qk_norm_rope.backward_kernels import input_gradient
 from . import kernels
 from .backward import backward

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..backend import on_device_of
+from ..dispatch import on_device_of
 from ..fp8 import Quantized
 from . import naive
 

@@ -1,0 +1,83 @@
+"""A model that the command line can build and run: `ModelEntry`."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..scene.prediction import Prediction
+from .weights import RANDOM, find_weights, load_weights
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """A model that the command line can build and run.
+
+    Attributes:
+        name: What users type after ``--model``.
+        summary: One line about it.
+        create: Makes the model with random weights, on the CPU. It may import the model's library.
+        preprocess: RGB images to the model's input, ``[S, 3, H, W]``.
+        predict: Runs the model on that input, already on the model's device, without gradients.
+        default_weights: Hub id or file that is loaded when the user names none; None: the user must name one.
+        library: Import name of the library that `create` needs, or None.
+        install: How to get that library.
+        rename: As in `lite3r_plugin.adapter.weights.load_weights`.
+        min_views: Fewest images it takes.
+        mixed_sizes: What `preprocess` does to images of different sizes, as the end of "images of different sizes are ...".
+    """
+
+    name: str
+    summary: str
+    create: Callable[[], nn.Module]
+    preprocess: Callable[[Sequence[Image.Image]], Tensor]
+    predict: Callable[[nn.Module, Tensor], Prediction]
+    default_weights: str | None = None
+    library: str | None = None
+    install: str = ""
+    rename: Callable[[str], str | None] | None = None
+    min_views: int = 1
+    mixed_sizes: str = "resized to the size of the first"
+
+    @property
+    def available(self) -> bool:
+        """Whether the library that it needs can be found."""
+        return self.library is None or importlib.util.find_spec(self.library) is not None
+
+    def build(self, weights: str | None = None, device: torch.device | str = "cpu") -> nn.Module:
+        """The model in evaluation mode, in FP32, on `device`.
+
+        Args:
+            weights: A file, a Hub id, ``"random"`` (the same numbers every time; for timing only), or None for
+                `default_weights`.
+            device: Where to put it.
+
+        Raises:
+            InputError: the library or the weights cannot be had, or the weights belong to another model.
+        """
+        if not self.available:
+            raise InputError(f"the model {self.name!r} needs the library {self.library!r}, which is not installed: {self.install}")
+        weights = weights or self.default_weights
+        if weights is None:
+            raise InputError(f"the model {self.name!r} has no default weights; name a file or a Hub id, or {RANDOM!r} for timing only")
+        file = None if weights == RANDOM else find_weights(weights)
+        try:
+            with torch.random.fork_rng(devices=()):
+                torch.manual_seed(0)
+                model = self.create()
+        except ImportError as error:
+            raise InputError(
+                f"the library {self.library!r} of the model {self.name!r} cannot be imported ({error}): {self.install}"
+            ) from error
+        if file is not None:
+            load_weights(model, file, self.rename)
+        return model.eval().to(device)

@@ -1,0 +1,201 @@
+"""How a model adapter describes where attention happens.
+
+An adapter returns one `AttentionSite` per attention module. The site says how the module makes q, k and v
+(its *projections*) and how the sequence that it sees is laid out (its *tokens*).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from ..config import Scope
+from ..errors import AdapterError
+
+
+@dataclass(frozen=True)
+class Rope2D:
+    """Axial rotary embedding (RoFormer, arXiv 2104.09864, on two axes, as in CroCo v2, VGGT, DA3 and Pi3).
+
+    The first half of the head dimension turns with the token's first coordinate, the second half with the other. In a
+    half of size h, element i is paired with element i + h/2, and both turn by ``position * base ** (-2i / h)``.
+    """
+
+    base: float = 100.0
+
+
+@dataclass(frozen=True)
+class FusedQKV:
+    """One Linear makes q, k and v: ``qkv(x).view(B, N, 3, H, D)``. Names are children of the attention module.
+
+    The site runs the whole path itself: qkv, norms, rotary embedding, attention, output projection, dropout.
+
+    Attributes:
+        num_heads: H.
+        qkv, out: The input and output Linears.
+        q_norm, k_norm: Norms over the head dimension, or None.
+        attn_drop: Dropout of attention weights, which must be inactive; or None.
+        out_drop: Dropout after ``out``, or None.
+        rope: The rotary embedding, or None.
+        positions: Name of the forward argument with the token coordinates ``[B, N, 2]``; None where there are none.
+    """
+
+    num_heads: int
+    qkv: str = "qkv"
+    out: str = "proj"
+    q_norm: str | None = None
+    k_norm: str | None = None
+    attn_drop: str | None = None
+    out_drop: str | None = None
+    rope: Rope2D | None = None
+    positions: str | None = None
+
+
+@dataclass(frozen=True)
+class SeparateQKV:
+    """Three Linears make q, k and v. Names are children of the attention module.
+
+    Attributes:
+        num_heads: H.
+        q, k, v, out: The Linears.
+        q_norm, k_norm, attn_drop, out_drop, rope, positions: As in `FusedQKV`.
+        returns_weights: The host returns ``(output, attention weights)``; the site returns ``(output, None)``.
+    """
+
+    num_heads: int
+    q: str = "q_proj"
+    k: str = "k_proj"
+    v: str = "v_proj"
+    out: str = "out_proj"
+    q_norm: str | None = None
+    k_norm: str | None = None
+    attn_drop: str | None = None
+    out_drop: str | None = None
+    rope: Rope2D | None = None
+    positions: str | None = None
+    returns_weights: bool = False
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Anything else: the host's own forward runs, and its one call of `scaled_dot_product_attention` is redirected.
+
+    Attributes:
+        num_heads: H, which may be found out only from a forward: then None.
+        same_tokens: The queries are of the same tokens as the keys and values, although they come from different
+            arguments of the host's forward. Where that is not said, such a call is taken for cross-attention and raises.
+    """
+
+    num_heads: int | None = None
+    same_tokens: bool = False
+
+
+Projections = FusedQKV | SeparateQKV | Routed
+
+
+@dataclass(frozen=True)
+class PreNormBlock:
+    """The transformer block around a site, whose forward is exactly, with dropouts inactive,
+
+        x = x + gain1 * attention(norm1(x))
+        x = x + gain2 * down(activation(up(norm2(x))))
+
+    and whose further arguments go to the attention under the same names. A converted (FP8) model then runs it with each
+    quantisation fused into the operation before it. Names are descendants of the block.
+
+    Attributes:
+        fqn: Fully qualified name of the block.
+        norm1, norm2: LayerNorms.
+        up, down: The Linears of the MLP.
+        activation: ``"gelu"``, ``"gelu_tanh"``, or ``"swiglu"``: ``silu(first half) * second half`` of what `up` gives.
+        gain1, gain2: Parameters ``[C]`` (layer scale), or None.
+    """
+
+    fqn: str
+    up: str
+    down: str
+    activation: Literal["gelu", "gelu_tanh", "swiglu"] = "gelu"
+    norm1: str = "norm1"
+    norm2: str = "norm2"
+    gain1: str | None = None
+    gain2: str | None = None
+
+
+@dataclass(frozen=True)
+class TokenSource:
+    """How to find the `TokenLayout` of a forward: from the images that one module of the model is given.
+
+    Attributes:
+        image_module: Fully qualified name of a module whose first tensor argument holds the images, ``[..., H, W]``,
+            and that runs before the attention sites in every forward (the patch embedding is the natural choice).
+        patch_size: Height and width of a patch in pixels. The grid is ``(H // patch_h, W // patch_w)``.
+        special_tokens: Number of camera, register or class tokens in front of the patches of each view.
+    """
+
+    image_module: str
+    patch_size: tuple[int, int]
+    special_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        size = self.patch_size
+        if not (isinstance(size, tuple) and len(size) == 2 and all(isinstance(x, int) and x > 0 for x in size)):
+            raise AdapterError(f"patch_size of a TokenSource is a pair of positive integers (height, width), got {size!r}")
+        if not isinstance(self.special_tokens, int) or self.special_tokens < 0:
+            raise AdapterError(f"special_tokens of a TokenSource is a number of tokens, got {self.special_tokens!r}")
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention module of a model.
+
+    Attributes:
+        fqn: Fully qualified name of the module, as in `torch.nn.Module.get_submodule`.
+        scope: ``"global"``: one sequence holds the tokens of all views; ``"frame"``: of one view; ``"encoder"``: of
+            one view, inside the image encoder in front of a multi-view transformer.
+        head_dim: D, the size of a head.
+        projections: How q, k and v are made.
+        tokens: How the sequence is laid out; None where it has no image grid (then token order is kept).
+        block: The transformer block around the module, where it has the usual structure; None: its Linears are found,
+            but it runs as it is.
+    """
+
+    fqn: str
+    scope: Scope
+    head_dim: int
+    projections: Projections
+    tokens: TokenSource | None = None
+    block: PreNormBlock | None = None
+
+    def __post_init__(self) -> None:
+        if self.scope not in get_args(Scope):
+            raise AdapterError(f"site {self.fqn!r}: scope is one of {get_args(Scope)}, got {self.scope!r}")
+        if not isinstance(self.head_dim, int) or self.head_dim <= 0:
+            raise AdapterError(f"site {self.fqn!r}: head_dim is a positive integer, got {self.head_dim!r}")
+        for name, kind in (("projections", Projections), ("tokens", TokenSource | None), ("block", PreNormBlock | None)):
+            if not isinstance(getattr(self, name), kind):
+                raise AdapterError(f"site {self.fqn!r}: {name} is an instance of {kind}, got {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """The sequence of an attention site in one forward.
+
+    Attributes:
+        views: S, the number of views in the sequence.
+        special_tokens: Tokens in front of the patches of each view.
+        grid: Patch rows and columns of a view.
+    """
+
+    views: int
+    special_tokens: int
+    grid: tuple[int, int]
+
+    @property
+    def tokens_per_view(self) -> int:
+        """P."""
+        return self.special_tokens + self.grid[0] * self.grid[1]
+
+    @property
+    def num_tokens(self) -> int:
+        """N = S * P."""
+        return self.views * self.tokens_per_view

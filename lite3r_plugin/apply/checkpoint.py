@@ -1,0 +1,172 @@
+"""Save and load what Lite3R adds to a model: the linear branches, the FP8 weights, a versioned JSON configuration."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..config import Lite3RConfig
+from ..errors import BackendError, CheckpointError, ConfigError, NoSitesError
+from ..files import replacing
+from ..fp8 import checkpoint as stored
+from .carried import block_linears, lite3r_modules, one_state
+from .convert import finish_conversion
+from .verbs import apply_lite3r, remove_lite3r
+
+Model = TypeVar("Model", bound=nn.Module)
+
+WEIGHTS_NAME = "lite3r.safetensors"
+CONFIG_NAME = "lite3r_config.json"
+FORMAT_VERSION = 1
+
+
+def save_lite3r(model: nn.Module, directory: str | os.PathLike[str], *, whole: bool = False) -> None:
+    """Write the configuration and what Lite3R added to `model` to `directory`, each file atomically.
+
+    Args:
+        model: A model with Lite3R. Of a converted one, the FP8 weights are written too.
+        directory: Where to.
+        whole: Write everything else that the model holds as well, so that `load_lite3r` can fill a model that has no
+            weights, made under ``torch.device("meta")``, or that was trained: without it, biases, norms and heads stay behind.
+
+    Raises:
+        NotAppliedError: the model carries no Lite3R, or several parts of it do on their own.
+        CheckpointError: the model has no values to write, an adapter is around a linear branch, or `directory` is a file.
+    """
+    modules, state = one_state(model, "save_lite3r")
+    directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise CheckpointError(f"{directory} is a file; save_lite3r takes a directory")
+    for fqn, module in modules.items():
+        if "proj_lin" in module._modules and type(module.proj_lin) is not nn.Linear:
+            raise CheckpointError(
+                f"{fqn}.proj_lin has an adapter around it ({type(module.proj_lin).__name__}): merge it before save_lite3r"
+            )
+    weights = {**_branches(model), **stored.fp8_tensors(model), **(stored.other_tensors(model) if whole else {})}
+    if empty := [name for name, tensor in weights.items() if tensor.is_meta]:
+        raise CheckpointError(f"{empty[0]} and others are on the meta device and have no values: load weights before save_lite3r")
+    directory.mkdir(parents=True, exist_ok=True)
+    record = {
+        "format": FORMAT_VERSION,
+        "adapter": state.adapter,
+        # Which backend runs FP8 depends on the machine that loads.
+        "config": (state.config.replace(fp8_backend="auto") if state.config.precision == "fp8" else state.config).to_dict(),
+        "sites": {fqn: {"head_dim": m.site.head_dim, "sparse": m.sparse} for fqn, m in modules.items()},
+        "fp8": stored.fp8_shapes(model),
+        "fp8_biases": stored.biased(model),
+        "whole": whole,
+    }
+    with replacing(directory / WEIGHTS_NAME) as path:
+        save_file(weights, path)
+    with replacing(directory / CONFIG_NAME) as path:
+        path.write_text(json.dumps(record, indent=2) + "\n")
+
+
+@torch.inference_mode(False)  # what is made here must serve outside of it
+def load_lite3r(model: Model, directory: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Model:
+    """Apply the stored configuration to the dense `model` and load what `save_lite3r` wrote, in place.
+
+    Everything is checked before the model keeps any change: after an error it is the dense model again. FP8 weights
+    take the place of the original ones as they are; no copy in high precision is made, and a model on the meta device
+    never has any.
+
+    Args:
+        model: The dense model, with its weights, or on the meta device without.
+        directory: What `save_lite3r` wrote; with ``whole=True``, if the model is on the meta device and is to be complete.
+        device: Where the tensors of a model on the meta device go.
+
+    Returns:
+        The same model.
+
+    Raises:
+        CheckpointError: files are missing or damaged, of another version, or belong to another model.
+        AlreadyAppliedError: the model carries Lite3R already.
+        BackendError: `device` cannot be used.
+        UnknownModelError: no adapter knows the model.
+    """
+    directory = Path(directory)
+    try:
+        device = torch.empty(0, device=device).device
+    except Exception as error:  # whatever a missing driver raises
+        raise BackendError(f"device {str(device)!r} cannot be used here: {(str(error).splitlines() or [''])[0]}") from error
+    record, weights = _read(directory)
+    try:
+        config = Lite3RConfig.from_dict(record["config"])
+        if config.precision != "fp8" and record["fp8"]:
+            raise ConfigError(f"precision is {config.precision!r}, but there are FP8 weights")
+        apply_lite3r(model, config.replace(precision="full") if config.precision == "fp8" else config)
+    except (ConfigError, NoSitesError) as error:
+        raise CheckpointError(f"{directory / CONFIG_NAME} does not fit this {type(model).__name__}: {error}") from error
+    try:
+        _check(model, record, weights, directory)
+    except CheckpointError:
+        remove_lite3r(model)
+        raise
+    if config.precision == "fp8":
+        stored.install(model, record["fp8"], weights, device)
+    stored.fill(model, {name: tensor for name, tensor in weights.items() if not _is_fp8(name, record)}, device)
+    return finish_conversion(model, config) if config.precision == "fp8" else model
+
+
+def _branches(model: nn.Module) -> dict[str, Tensor]:
+    first = {id(module): fqn for fqn, module in reversed(lite3r_modules(model).items())}  # of a module that has several names
+    return {
+        f"{fqn}.proj_lin.weight": module.proj_lin.weight.detach().contiguous()
+        for fqn, module in lite3r_modules(model).items()
+        if "proj_lin" in module._modules and first[id(module)] == fqn
+    }
+
+
+def _is_fp8(name: str, record: dict[str, Any]) -> bool:
+    owner, _, kind = name.rpartition(".")
+    return kind in ("weight_data", "weight_scale") and owner in record["fp8"]
+
+
+def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not (directory / name).is_file():
+            raise CheckpointError(f"{directory} holds no {name}; load_lite3r takes a directory written by save_lite3r")
+    try:
+        record = json.loads((directory / CONFIG_NAME).read_text())
+        weights = load_file(directory / WEIGHTS_NAME)
+    except (ValueError, RecursionError, SafetensorError) as error:  # no JSON, no text, or numbers and nesting beyond reason
+        raise CheckpointError(f"{directory} is damaged: {error}; save it again with save_lite3r") from error
+    version = record.get("format") if isinstance(record, dict) else None
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{directory / CONFIG_NAME} has format {version!r}, this release reads {FORMAT_VERSION}")
+    if missing := {"adapter", "config", "sites", "fp8", "whole"} - set(record):
+        raise CheckpointError(f"{directory / CONFIG_NAME} lacks {sorted(missing)}; save it again with save_lite3r")
+    if wrong := [name for name in ("config", "sites", "fp8") if not isinstance(record[name], dict)]:
+        raise CheckpointError(f"{directory / CONFIG_NAME} is damaged: {wrong[0]!r} is no JSON object; save it again with save_lite3r")
+    return record, weights
+
+
+def _check(model: nn.Module, record: dict[str, Any], weights: dict[str, Tensor], directory: Path) -> None:
+    modules = lite3r_modules(model)
+    found = {fqn: {"head_dim": m.site.head_dim, "sparse": m.sparse} for fqn, m in modules.items()}
+    if found != record["sites"]:
+        other = sorted(set(record["sites"]) ^ set(found)) or sorted(f for f in found if found[f] != record["sites"][f])
+        raise CheckpointError(
+            f"{directory} belongs to another model: it was saved for {len(record['sites'])} sites of adapter {record['adapter']!r}, this "
+            f"{type(model).__name__} has {len(found)}; the first that differs is {other[0]!r}"
+        )
+    stored.check(model, record["fp8"], record.get("fp8_biases"), weights, block_linears(model), str(directory / WEIGHTS_NAME))
+    for name in _branches(model):
+        if (tensor := weights.get(name)) is not None and not (tensor.is_floating_point() and tensor.isfinite().all()):
+            raise CheckpointError(f"{directory / WEIGHTS_NAME} is damaged: {name} is {tensor.dtype}, or has infinities or NaN")
+    replaced = {f"{fqn}.weight" for fqn in record["fp8"]}
+    everything = {name: t for name, t in stored.other_tensors(model).items() if name not in replaced} if record["whole"] else {}
+    expected = {name: tuple(tensor.shape) for name, tensor in {**_branches(model), **everything}.items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items() if not _is_fp8(name, record)}
+    if expected != found:
+        other = sorted(dict(expected.items() ^ found.items()))
+        raise CheckpointError(
+            f"{directory / WEIGHTS_NAME} does not fit its configuration: {other[0]!r} is missing, extra or of another shape"
+        )

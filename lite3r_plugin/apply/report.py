@@ -1,0 +1,149 @@
+"""`describe`: what Lite3R did to a model, as data and as text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..attention.module import CallCounts
+from ..config import Lite3RConfig
+from ..fp8.linear import Fp8Linear
+from ..fp8.qat import FakeQuantLinear
+from .carried import block_linears, one_state
+
+FULL_PRECISION = "in full precision"
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One swapped site: its name, scope, keep ratio (1: dense, only norm and rotary embedding fused) and calls so far."""
+
+    fqn: str
+    scope: str
+    sparse: bool
+    keep_ratio: float
+    calls: CallCounts
+
+
+@dataclass(frozen=True)
+class Report:
+    """The state of a model with Lite3R; `str()` prints it.
+
+    Attributes:
+        model: Class of the model.
+        adapter: Name of the model adapter.
+        config: The configuration.
+        sites: The swapped sites.
+        skipped: Sites that were not swapped, with the reason.
+        branch_parameters: Parameters of the linear branches.
+        trainable_parameters: Parameters of the model with ``requires_grad``.
+        parameters: All parameters of the model.
+        bytes_by_dtype: Bytes of parameters and buffers, by dtype.
+        linears: Linears of the transformer blocks, by what runs them.
+        fp8_bytes: Bytes of weights in FP8 and of their scales, and what the same weights take in BF16.
+        infinities: Infinities that FP8 Linears saturated so far.
+        peak_bytes: The most that this process has had allocated on the model's GPU; None on other devices.
+        notes: What runs in another way than asked, and why.
+    """
+
+    model: str
+    adapter: str
+    config: Lite3RConfig
+    sites: tuple[SiteReport, ...]
+    skipped: dict[str, str]
+    branch_parameters: int
+    trainable_parameters: int
+    parameters: int
+    bytes_by_dtype: dict[str, int]
+    linears: dict[str, int]
+    fp8_bytes: tuple[int, int]
+    infinities: int
+    peak_bytes: int | None
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        config = self.config
+        sparse = [s for s in self.sites if s.sparse]
+        lines = [f"Lite3R on {self.model} (adapter {self.adapter!r})"]
+        for scope, ratio in sorted({(s.scope, s.keep_ratio) for s in sparse}):
+            count = sum((s.scope, s.keep_ratio) == (scope, ratio) for s in sparse)
+            lines.append(
+                f"  {count} {scope} sites sparse-linear: keep_ratio {ratio:g}, "
+                + (f"negligible_ratio {config.negligible_ratio:g}, " if config.negligible_ratio else "")
+                + f"blocks {config.block_q} x {config.block_k}, "
+                f"linear branch {config.linear_branch} ({config.feature_map}), block means {_on(config.block_means)}"
+            )
+        always = {"special tokens": config.keep_special_tokens, "reference view": config.keep_reference_view}
+        pinned = [name for name, kept in always.items() if kept]
+        lines.append(f"  always kept: {', '.join(pinned) or 'nothing'}; backend {config.backend}")
+        for scope, count in sorted(Counter(s.scope for s in self.sites if not s.sparse).items()):
+            lines.append(f"  {count} {scope} sites dense, norm and rotary embedding fused")
+        for reason, count in Counter(self.skipped.values()).items():
+            lines.append(f"  {count} sites untouched: {reason}")
+        densities = [s.calls.density for s in sparse if s.calls.density is not None]
+        calls = sum(s.calls.sparse for s in sparse), sum(s.calls.dense for s in sparse)
+        ran = f"calls so far: {calls[0]} sparse, {calls[1]} dense (shorter than break-even)"
+        lines.append(f"  {ran}" + (f", density of the last {max(densities):.3f}" if densities else ""))
+        if any(kind != FULL_PRECISION for kind in self.linears):
+            lines.append(f"  Linears: {', '.join(f'{count} {kind}' for kind, count in self.linears.items())}")
+            lines.append(f"  infinities saturated so far: {self.infinities}")
+        if self.fp8_bytes[0]:
+            stored, before = self.fp8_bytes
+            lines.append(f"  FP8 weights {stored / 2**20:.1f} MiB with their scales, {stored / before:.3f} of BF16")
+        lines += [f"  {note}" for note in self.notes]
+        lines.append(
+            f"  parameters {self.parameters:,} + linear branches {self.branch_parameters:,}; trainable {self.trainable_parameters:,}; "
+            + ", ".join(f"{size / 2**20:.1f} MiB {dtype}" for dtype, size in self.bytes_by_dtype.items())
+            + ("" if self.peak_bytes is None else f"; peak on this GPU {self.peak_bytes / 2**20:.1f} MiB")
+        )
+        return "\n".join(lines)
+
+
+def describe(model: nn.Module) -> Report:
+    """What Lite3R did to `model`; print it.
+
+    Raises:
+        NotAppliedError: the model carries no Lite3R.
+    """
+    modules, state = one_state(model, "describe")
+    parameters = list(model.parameters())
+    branch = {id(p): p.numel() for m in modules.values() if "proj_lin" in m._modules for p in m.proj_lin.parameters()}
+    sizes: Counter[str] = Counter()
+    for tensor in (*parameters, *model.buffers()):
+        sizes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel() * tensor.element_size()
+    fp8_linears = [m for m in model.modules() if isinstance(m, Fp8Linear)]
+    device = parameters[0].device if parameters else torch.device("cpu")
+    return Report(
+        model=type(model).__name__,
+        adapter=state.adapter,
+        config=state.config,
+        sites=tuple(SiteReport(fqn, m.site.scope, m.sparse, m.keep_ratio, m.calls) for fqn, m in modules.items()),
+        skipped=dict(state.skipped),
+        branch_parameters=sum(branch.values()),
+        trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
+        parameters=sum(p.numel() for p in parameters) - sum(branch.values()),
+        bytes_by_dtype=dict(sizes),
+        linears=dict(Counter(_kind(m) for m in block_linears(model))),
+        fp8_bytes=(
+            sum(m.weight_data.nbytes + m.weight_scale.nbytes for m in fp8_linears),
+            sum(2 * m.weight_data.numel() for m in fp8_linears),
+        ),
+        infinities=sum(
+            int(m.infinities) for m in model.modules() if isinstance(m, (Fp8Linear, FakeQuantLinear)) and not m.infinities.is_meta
+        ),
+        peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        notes=tuple(state.notes),
+    )
+
+
+def _kind(linear: nn.Module) -> str:
+    if isinstance(linear, Fp8Linear):
+        return f"in FP8 ({linear.backend})"
+    return "rounded to FP8 in training" if isinstance(linear, FakeQuantLinear) else FULL_PRECISION
+
+
+def _on(flag: bool) -> str:
+    return "on" if flag else "off"

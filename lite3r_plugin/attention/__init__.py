@@ -1,0 +1,1 @@
+"""The attention module that takes the place of a host's."""

@@ -1,0 +1,73 @@
+"""The command line, ``lite3r``. Subcommands live in `lite3r_plugin.cli.app`; another one is added with `app.command`."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from ..errors import Lite3RError
+from .adapters import adapters
+from .bench import bench
+from .demo import demo
+from .evaluate import evaluate
+from .reconstruct import reconstruct
+
+
+class _Group(TyperGroup):
+    """Prints the package's errors as one line with exit code 2, and only the package's own warnings."""
+
+    def invoke(self, ctx: Any) -> Any:
+        from . import show as _show
+
+        def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+            if category.__module__.startswith("lite3r_plugin"):  # model libraries warn about their own affairs
+                _show.warn(str(message))
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+            warnings.showwarning = show
+            try:
+                return super().invoke(ctx)
+            except Lite3RError as error:
+                _show.error(str(error))
+                raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    name="lite3r",
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    help="Make 3D reconstruction transformers faster: sparse-linear attention for VGGT, Depth Anything 3, Pi3 and more.",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from ..version import __version__
+
+        typer.echo(f"lite3r-plugin {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")] = False,
+) -> None:
+    pass
+
+
+app.command()(demo)
+app.command()(reconstruct)
+app.command()(bench)
+app.command("eval")(evaluate)
+app.command()(adapters)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

@@ -1,0 +1,1 @@
+"""Running models and comparing what they predict."""

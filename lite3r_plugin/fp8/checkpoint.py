@@ -1,0 +1,115 @@
+"""FP8 weights in and out of a checkpoint. Nothing is ever put together in high precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from ..ops.fp8 import E4M3
+from ..wrapper import replace_modules, share_hooks
+from . import backends
+from .linear import Fp8Linear
+from .qat import FakeQuantLinear
+
+Shapes = dict[str, list[int]]
+
+
+def fp8_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The FP8 weights of `model` and their scales, by name."""
+    return {
+        f"{fqn}.{name}": getattr(module, name).contiguous()
+        for fqn, module in model.named_modules()
+        if isinstance(module, Fp8Linear)
+        for name in ("weight_data", "weight_scale")
+    }
+
+
+def fp8_shapes(model: nn.Module) -> Shapes:
+    """``[C_out, C]`` of the FP8 Linears of `model`, by name."""
+    return {fqn: list(m.weight_data.shape) for fqn, m in model.named_modules() if isinstance(m, Fp8Linear)}
+
+
+def biased(model: nn.Module) -> list[str]:
+    """Names of the FP8 Linears of `model` that have a bias, which is not stored with them."""
+    return sorted(fqn for fqn, m in model.named_modules() if isinstance(m, Fp8Linear) and m.bias is not None)
+
+
+def other_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers of `model` that are not in FP8, those outside of its state dict included; counters not."""
+    linears = [(fqn, m) for fqn, m in model.named_modules() if isinstance(m, (Fp8Linear, FakeQuantLinear))]
+    ours = {f"{fqn}.{name}" for fqn, linear in linears for name, _ in linear.named_buffers()}
+    tensors = {name: t.detach() for pairs in (model.named_parameters(), model.named_buffers()) for name, t in pairs if name not in ours}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():  # safetensors takes no two tensors in one piece of memory
+        storage = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if storage in seen else tensor.contiguous()
+        seen.add(storage)
+    return tensors
+
+
+def check(
+    model: nn.Module, shapes: Shapes, biases: list[str] | None, weights: Mapping[str, Tensor], linears: Iterable[nn.Linear], where: str
+) -> None:
+    """Raise `CheckpointError` unless the FP8 tensors in `weights` fit `shapes`, and those and `biases` the Linears of `model`."""
+    known = {id(linear) for linear in linears}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for fqn, shape in shapes.items():
+        linear = modules.get(fqn)
+        if not isinstance(linear, nn.Linear) or id(linear) not in known or [linear.out_features, linear.in_features] != shape:
+            raise CheckpointError(
+                f"{where} has FP8 weights {shape} for {fqn!r}, but this model has no such Linear in its transformer blocks"
+            )
+        for name, dtype, expected in (("weight_data", E4M3, shape), ("weight_scale", torch.float32, [shape[0], 1])):
+            tensor = weights.get(f"{fqn}.{name}")
+            if tensor is None or list(tensor.shape) != expected or tensor.dtype != dtype:
+                found = "missing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+                raise CheckpointError(f"{where}: {fqn}.{name} is {found}, not {dtype} {expected}; save it again with save_lite3r")
+        codes, scales = weights[f"{fqn}.weight_data"].view(torch.uint8), weights[f"{fqn}.weight_scale"]
+        if (codes & 0x7F).eq(0x7F).any() or not scales.isfinite().all():
+            raise CheckpointError(f"{where} is damaged: the FP8 weight of {fqn!r} has infinities or NaN; save it again with save_lite3r")
+    if biases is not None and biases != sorted(fqn for fqn in shapes if modules[fqn].bias is not None):
+        raise CheckpointError(f"{where} belongs to another model: other Linears than those of this {type(model).__name__} have a bias")
+
+
+def install(model: nn.Module, shapes: Shapes, weights: Mapping[str, Tensor], device: torch.device) -> None:
+    """Replace Linears of `model` by FP8 ones with these weights; those on the meta device go to `device`."""
+
+    def make(fqn: str, linear: nn.Linear) -> Fp8Linear:
+        place = device if linear.weight.is_meta else linear.weight.device
+        made = Fp8Linear(
+            linear.in_features, linear.out_features, linear.bias,
+            backends.choose("auto", place, linear.in_features, linear.out_features), linear.weight.dtype, torch.device("meta"),
+        )  # fmt: skip
+        # Copied: a tensor of a safetensors file lies wherever the file has it, and products round by the alignment of their operands.
+        made.weight_data, made.weight_scale = (weights[f"{fqn}.{name}"].to(place, copy=True) for name in ("weight_data", "weight_scale"))
+        made.infinities = torch.zeros(1, dtype=torch.int64, device=place)
+        share_hooks(made, linear)
+        linear.register_parameter("weight", None)
+        return made.train(linear.training)
+
+    modules = dict(model.named_modules(remove_duplicate=False))
+    replace_modules(model, {modules[fqn]: lambda fqn=fqn: make(fqn, modules[fqn]) for fqn in shapes})  # pyright: ignore[reportArgumentType]
+
+
+def fill(model: nn.Module, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+    """Give parameters and buffers of `model` these values; those on the meta device are made on `device`."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}  # a parameter may have several
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for name, value in table.items():
+                places.setdefault(id(value), []).append((module, name))
+    for name, tensor in tensors.items():
+        owner_name, _, child = name.rpartition(".")
+        old = getattr(model.get_submodule(owner_name), child)
+        if not old.is_meta:
+            with torch.inference_mode(old.is_inference()), torch.no_grad():
+                old.copy_(tensor)
+            continue
+        new = tensor.to(device, old.dtype, copy=True)  # as in `install`
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=old.requires_grad)
+        for owner, place in places[id(old)]:
+            setattr(owner, place, new)

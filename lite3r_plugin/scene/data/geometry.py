@@ -1,0 +1,105 @@
+"""What resizing and cropping do to cameras, and what makes a pose from the numbers of a file.
+
+Pixel (u, v) has its centre at (u + 0.5, v + 0.5), so intrinsics scale with the image and no half pixel is left over.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...errors import InputError
+
+ROTATION_TOLERANCE = 0.02  # files round their numbers; wrong conventions are off by far more
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Resizing a whole image, then cutting its middle out. All in pixels; `make` finds the numbers.
+
+    Attributes:
+        source: Height and width before.
+        whole: Height and width after resizing.
+        corner: Row and column where the cut begins.
+        size: Height and width of the cut.
+    """
+
+    source: tuple[int, int]
+    whole: tuple[int, int]
+    corner: tuple[int, int]
+    size: tuple[int, int]
+
+    @classmethod
+    def make(cls, source: tuple[int, int], size: tuple[int, int] | None) -> Fit:
+        """The largest middle part of `source` with the shape of `size`, at that size; None changes nothing."""
+        if size is None:
+            return cls(source, source, (0, 0), source)
+        scale = max(size[0] / source[0], size[1] / source[1])
+        whole = max(size[0], round(source[0] * scale)), max(size[1], round(source[1] * scale))
+        return cls(source, whole, ((whole[0] - size[0]) // 2, (whole[1] - size[1]) // 2), size)
+
+    def image(self, image: Tensor) -> Tensor:
+        """An image ``[C, h, w]`` of the source's size, in [0, 1], resized with bicubic antialiasing and cut."""
+        if self.whole != self.source:
+            image = F.interpolate(image[None], self.whole, mode="bicubic", align_corners=False, antialias=True)[0].clamp(0, 1)
+        (top, left), (height, width) = self.corner, self.size
+        return image[:, top : top + height, left : left + width]
+
+    def nearest(self, values: Tensor) -> Tensor:
+        """A map ``[h, w]`` over the source image, at any resolution: the value nearest to each pixel's centre."""
+        rows, columns = (
+            torch.div((2 * (torch.arange(self.size[i]) + self.corner[i]) + 1) * values.shape[i], 2 * self.whole[i], rounding_mode="floor")
+            for i in (0, 1)
+        )
+        return values[rows[:, None], columns]
+
+    def intrinsics(self, K: Tensor) -> Tensor:
+        """``[3, 3]`` of the source's pixels to those of the cut."""
+        (top, left), (height, width) = self.corner, self.source
+        sy, sx = self.whole[0] / height, self.whole[1] / width
+        change = torch.tensor([[sx, 0, -left], [0, sy, -top], [0, 0, 1]], dtype=K.dtype)
+        return change @ K
+
+
+def camera_matrix(numbers: np.ndarray, origin: str) -> Tensor:
+    """Intrinsics ``[3, 3]`` in FP64.
+
+    Raises:
+        InputError: the numbers are no pinhole camera; the message names `origin`.
+    """
+    K = torch.as_tensor(numbers, dtype=torch.float64)
+    if not K.isfinite().all() or K[0, 0] <= 0 or K[1, 1] <= 0 or K[2].tolist() != [0, 0, 1] or K[1, 0] != 0:
+        raise InputError(f"{origin}: the intrinsics are no pinhole camera: {K.tolist()}")
+    return K
+
+
+def world_to_camera(rotation: np.ndarray, translation: np.ndarray, origin: str) -> Tensor:
+    """``[3, 4]`` in FP64, with the rotation that is nearest to the numbers of a file.
+
+    Raises:
+        InputError: the numbers are no rotation and translation; the message names `origin`.
+    """
+    R, t = torch.as_tensor(rotation, dtype=torch.float64), torch.as_tensor(translation, dtype=torch.float64)
+    if not (R.isfinite().all() and t.isfinite().all()):
+        raise InputError(f"{origin}: the pose holds numbers that are not finite")
+    if (R @ R.T - torch.eye(3, dtype=R.dtype)).abs().max() > ROTATION_TOLERANCE or torch.linalg.det(R) < 0:
+        raise InputError(f"{origin}: the pose has no rotation: {[[round(x, 4) for x in row] for row in R.tolist()]}")
+    U, _, Vh = torch.linalg.svd(R)
+    return torch.cat((U @ Vh, t[:, None]), 1)
+
+
+def inverse_pose(rotation: np.ndarray, centre: np.ndarray, origin: str) -> Tensor:
+    """World to camera ``[3, 4]`` of a camera to world rotation and the camera's centre."""
+    R = world_to_camera(rotation.T, np.zeros(3), origin)[:, :3]
+    return world_to_camera(R.numpy(), -R.numpy() @ centre, origin)
+
+
+def relative_to_first(poses: Tensor) -> Tensor:
+    """World to camera ``[S, 3, 4]`` with the first camera's frame as the world: the first becomes the identity."""
+    R, t = poses.double().split((3, 1), -1)
+    turned = R @ R[:1].mT
+    return torch.cat((turned, t - turned @ t[:1]), -1).to(poses.dtype)

@@ -1,0 +1,95 @@
+"""Coloured point clouds: chosen from a prediction, written as PLY, and drawn for a first look."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import InputError
+from ...files import write_atomically
+from ..prediction import Prediction
+
+
+@dataclass(frozen=True)
+class PointCloud:
+    """M points: ``points [M, 3]`` float32 in world coordinates and ``colors [M, 3]`` uint8."""
+
+    points: Tensor
+    colors: Tensor
+
+
+def point_cloud(prediction: Prediction, drop_percent: float = 20.0, max_points: int = 1_000_000, seed: int = 0) -> PointCloud:
+    """The surest pixels of a prediction as a point cloud.
+
+    Args:
+        prediction: The scene. Pixels that are not finite or have no positive depth are left out.
+        drop_percent: Percentage of the least confident pixels to leave out, in [0, 100).
+        max_points: At most so many points, a random subset that `seed` determines.
+
+    Raises:
+        InputError: a wrong argument, or no valid pixel at all.
+    """
+    if not 0 <= drop_percent < 100:
+        raise InputError(f"the percentage of points to drop is in [0, 100), got {drop_percent}")
+    if max_points < 1:
+        raise InputError(f"the number of points must be at least 1, got {max_points}")
+    confidence = prediction.confidence.flatten()
+    points = prediction.points.flatten(0, 2)
+    valid = points.isfinite().all(-1) & confidence.isfinite() & (prediction.depth.flatten() > 0)
+    kept = valid.nonzero()[:, 0]
+    if not len(kept):
+        raise InputError("the model predicted no valid point for these images; check that its weights are the right ones")
+    if drop := int(len(kept) * drop_percent / 100):
+        threshold = confidence[kept].kthvalue(drop).values
+        surer = kept[confidence[kept] > threshold]
+        kept = surer if len(surer) else kept  # all equally sure
+    if len(kept) > max_points:
+        generator = torch.Generator().manual_seed(seed)
+        kept = kept[torch.randperm(len(kept), generator=generator)[:max_points].sort().values]
+    colors = (prediction.images.flatten(0, 2)[kept] * 255).round().clamp(0, 255).to(torch.uint8)
+    return PointCloud(points[kept], colors)
+
+
+def save_ply(cloud: PointCloud, path: Path) -> None:
+    """Write a binary PLY with colours, all at once. Raises `InputError` when that fails."""
+    import trimesh
+
+    data: Any = trimesh.PointCloud(cloud.points.numpy(), colors=cloud.colors.numpy()).export(file_type="ply")
+    write_atomically(path, data)
+
+
+def render(cloud: PointCloud, size: tuple[int, int] = (480, 720), turn: float = 18.0, lift: float = 10.0) -> Tensor:
+    """A picture ``[H, W, 3]`` uint8 of the cloud from outside: turned and lifted by degrees around its middle.
+
+    World coordinates are those of the first camera (x right, y down, z forward) in all models here, so the picture
+    shows what the first view shows, from aside. White where there is no point.
+    """
+    height, width = size
+    points = cloud.points.double()
+    some = points[:: max(1, len(points) // 1_000_000)]  # torch.quantile takes 16 million numbers at most
+    low, middle, high = (some.quantile(q, 0) for q in (0.02, 0.5, 0.98))
+    extent = (high - low).norm().clamp_min(1e-12)
+    a, b = torch.deg2rad(torch.tensor([turn, -lift], dtype=torch.float64))
+    yaw = torch.tensor([[a.cos(), 0, -a.sin()], [0, 1, 0], [a.sin(), 0, a.cos()]], dtype=torch.float64)
+    pitch = torch.tensor([[1, 0, 0], [0, b.cos(), -b.sin()], [0, b.sin(), b.cos()]], dtype=torch.float64)
+    camera = (points - middle) @ (pitch @ yaw).T + torch.tensor([0, 0, 1.1], dtype=torch.float64) * extent
+    in_front = camera[:, 2] > 0.05 * extent
+    camera, colors = camera[in_front], cloud.colors[in_front]
+    focal = 1.25 * min(size)
+    uv = camera[:, :2] / camera[:, 2:] * focal + torch.tensor([width / 2, height / 2], dtype=torch.float64)
+    canvas = torch.full((height * width, 3), 255, dtype=torch.uint8)
+    nearest = torch.full((height * width,), torch.inf, dtype=torch.float64)
+    for dy in (0, 1):  # every point is two pixels wide and high
+        for dx in (0, 1):
+            column, row = (uv + torch.tensor([dx, dy])).floor().long().unbind(-1)
+            inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+            pixel, depth = (row * width + column)[inside], camera[inside, 2]
+            before = nearest.clone()
+            nearest.scatter_reduce_(0, pixel, depth, "amin")
+            wins = (depth == nearest[pixel]) & (depth < before[pixel])
+            canvas[pixel[wins]] = colors[inside][wins]
+    return canvas.view(height, width, 3)

@@ -1,0 +1,108 @@
+"""Methods side by side over many scenes, always with a prediction that ignores the images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ...errors import InputError
+from .bootstrap import Interval, paired_bootstrap
+from .scene import Geometry, SceneMetrics, constant_geometry, scene_metrics
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+MEAN = "constant"
+ROWS = {  # printed name: family, field, whether larger is better
+    "AbsRel": ("depth", "abs_rel", False),
+    "RMSE": ("depth", "rmse", False),
+    "δ1": ("depth", "delta1", True),
+    "δ2": ("depth", "delta2", True),
+    "δ3": ("depth", "delta3", True),
+    "rotation, degrees": ("pose", "rotation_mean", False),
+    "translation, degrees": ("pose", "translation_mean", False),
+    "AUC@3, %": ("pose", "auc3", True),
+    "AUC@5, %": ("pose", "auc5", True),
+    "AUC@15, %": ("pose", "auc15", True),
+    "AUC@30, %": ("pose", "auc30", True),
+    "ATE": ("pose", "ate", False),
+    "accuracy": ("points", "accuracy", False),
+    "completeness": ("points", "completeness", False),
+    "Chamfer": ("points", "chamfer", False),
+    "F-score": ("points", "f_score", True),
+}
+
+
+class Comparison:
+    """Measures of several methods on the same scenes, and of constant depth with equal cameras, called ``"constant"``.
+
+    Attributes:
+        scores: The measures by method, one per scene.
+    """
+
+    def __init__(self, threshold: float | None = None, max_points: int = 100_000) -> None:
+        """`threshold` and `max_points` are those of `lite3r_plugin.scene.metrics.point_metrics`."""
+        self.threshold = threshold
+        self.max_points = max_points
+        self.scores: dict[str, list[SceneMetrics]] = {}
+
+    def add(self, reference: Geometry, predictions: Mapping[str, Geometry]) -> None:
+        """Measure one scene; every scene needs the same methods."""
+        if not predictions or MEAN in predictions:
+            raise InputError(f"a scene is compared for at least one method, and none is called {MEAN!r}")
+        methods = dict(predictions) | {MEAN: constant_geometry(reference)}
+        if self.scores and set(methods) != set(self.scores):
+            raise InputError(f"every scene needs the methods {sorted(set(self.scores) - {MEAN})}, got {sorted(predictions)}")
+        scores = {name: scene_metrics(scene, reference, self.threshold, self.max_points) for name, scene in methods.items()}
+        for name, score in scores.items():
+            self.scores.setdefault(name, []).append(score)
+
+    def values(self, method: str, row: str) -> list[float]:
+        """The measure `row` (a key of `ROWS`) of `method`, one per scene."""
+        if method not in self.scores or row not in ROWS:
+            raise InputError(f"{row!r} of {method!r} was not measured; there are {sorted(self.scores)} with {list(ROWS)}")
+        family, field, _ = ROWS[row]
+        found = (getattr(score, family) for score in self.scores[method])
+        return [math.nan if measures is None else getattr(measures, field) for measures in found]
+
+    def rows(self) -> list[str]:
+        """The keys of `ROWS`; those of depth and points only where some reference has depth."""
+        with_depth = any(score.depth is not None for scores in self.scores.values() for score in scores)
+        return [row for row, (family, _, _) in ROWS.items() if with_depth or family == "pose"]
+
+    def mean(self, method: str, row: str) -> float:
+        """Mean of a measure over the scenes for which it is defined."""
+        values = [value for value in self.values(method, row) if not math.isnan(value)]
+        return sum(values) / len(values) if values else math.nan
+
+    def difference(self, dense: str, accelerated: str, row: str, seed: int = 0) -> Interval:
+        """Accelerated - dense with its 95 % interval."""
+        return paired_bootstrap(self.values(dense, row), self.values(accelerated, row), seed=seed)
+
+    def table(self, dense: str, accelerated: str) -> Table:
+        """One row per measure: means of every method, and the difference of two with its 95 % interval."""
+        from rich.table import Table
+
+        scenes = len(self.values(dense, "AUC@5, %"))
+        undefined = sum(score.pose.undefined for score in self.scores[dense])
+        pairs = sum(score.pose.pairs for score in self.scores[dense])
+        table = Table(
+            title=f"Means over {scenes} scenes",
+            caption=f"One scale per scene for depth, Sim(3) for points and ATE; lengths in the unit of the reference. {MEAN}: one depth, "
+            f"equal cameras. {undefined} of {pairs} pairs of views have no baseline. * the 95 % interval leaves out 0.",
+        )
+        table.add_column("")
+        for name in self.scores:
+            table.add_column(name, justify="right")
+        table.add_column(f"{accelerated} - {dense} [95 %]".replace("[", r"\["), justify="right")
+        for row in self.rows():
+            up = ROWS[row][2]
+            interval = self.difference(dense, accelerated, row)
+            bounds = rf"{interval.difference:+.4g} \[{interval.low:+.4g}, {interval.high:+.4g}]" + (" *" if interval.clear else "")
+            table.add_row(f"{row} {'↑' if up else '↓'}", *(f"{self.mean(name, row):.4g}" for name in self.scores), bounds)
+        return table
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything that was measured, for JSON."""
+        return {name: [score.to_dict() for score in scores] for name, scores in self.scores.items()}

@@ -1,0 +1,1 @@
+"""What wins quality back."""

@@ -1,0 +1,169 @@
+"""Finding adapters: entry points are faked; nothing is installed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from torch import nn
+from toys import Adapter
+
+from lite3r_plugin import AttentionSite, FusedQKV, hookimpl
+from lite3r_plugin.adapter import plugins
+from lite3r_plugin.adapter.models import ModelEntry
+from lite3r_plugin.adapter.plugins import AdapterWarning, find_sites, get_manager, list_adapters, model_entries
+from lite3r_plugin.errors import AdapterError, UnknownModelError
+
+BUILT_IN = SimpleNamespace(name="lite3r-plugin", version="0.1.0")
+FOREIGN = SimpleNamespace(name="their-package", version="3.2")
+
+
+class Entry:
+    """As much of an entry point as the loader uses."""
+
+    def __init__(self, name: str, plugin: Any, dist: Any = BUILT_IN) -> None:
+        self.name, self.plugin, self.dist = name, plugin, dist
+
+    def load(self) -> Any:
+        if isinstance(self.plugin, Exception):
+            raise self.plugin
+        return self.plugin
+
+
+Install = Callable[..., None]
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """Make these the installed adapters."""
+
+    def fake(*entries: Entry) -> None:
+        monkeypatch.setattr(importlib.metadata, "entry_points", lambda *, group: list(entries) if group == "lite3r.adapters" else [])
+        get_manager.cache_clear()
+
+    yield fake
+    monkeypatch.undo()
+    get_manager.cache_clear()
+
+
+def adapter(name: str, knows: type[nn.Module] = nn.Module) -> Adapter:
+    """An adapter that names one site, called as the adapter itself."""
+    return Adapter(lambda model: [AttentionSite(name, "global", 8, FusedQKV(1))] if isinstance(model, knows) else None)
+
+
+def test_no_adapters_at_all(install: Install) -> None:
+    install()
+    with pytest.raises(UnknownModelError, match=r"no model adapters are installed: reinstall with `pip install"):
+        find_sites(nn.Identity())
+    assert list_adapters() == []
+    assert model_entries() == {}
+
+
+def test_an_unknown_model_names_who_was_asked(install: Install) -> None:
+    install(Entry("one", adapter("one", nn.Linear)), Entry("two", adapter("two", nn.Conv2d)))
+    with pytest.raises(UnknownModelError, match=r"knows torch\.nn\.modules\.linear\.Identity \(asked: two, one\).*adapters/README\.md"):
+        find_sites(nn.Identity())
+
+
+def test_the_first_answer_wins_and_third_parties_are_asked_first(install: Install) -> None:
+    install(Entry("theirs", adapter("theirs", nn.Linear), FOREIGN), Entry("ours", adapter("ours")))
+    assert find_sites(nn.Linear(1, 1))[0] == "theirs"
+    assert find_sites(nn.Identity())[0] == "ours"
+    assert [(a.name, a.distribution, a.version) for a in list_adapters()] == [
+        ("theirs", "their-package", "3.2"),
+        ("ours", "lite3r-plugin", "0.1.0"),
+    ]
+
+
+def test_general_adapters_are_asked_last_even_of_third_parties(install: Install) -> None:
+    class General:
+        @hookimpl(trylast=True)
+        def lite3r_attention_sites(self, model: nn.Module) -> list[AttentionSite]:
+            return []
+
+    install(Entry("general", General(), FOREIGN), Entry("ours", adapter("ours", nn.Linear)))
+    assert find_sites(nn.Linear(1, 1))[0] == "ours"
+    assert find_sites(nn.Identity()) == ("general", ())
+
+
+def test_an_adapter_that_cannot_be_imported_is_named_and_the_rest_works(install: Install) -> None:
+    install(Entry("broken", ImportError("no module named theirs"), FOREIGN), Entry("ours", adapter("ours")))
+    with pytest.warns(AdapterWarning, match=r"'broken' \(their-package 3\.2\) was skipped: ImportError\('no module named theirs'\)"):
+        assert find_sites(nn.Identity())[0] == "ours"
+
+
+def test_a_misspelt_hook_is_reported_and_the_rest_works(install: Install) -> None:
+    class Misspelt:
+        @hookimpl
+        def lite3r_attention_site(self, model: nn.Module) -> None:
+            raise AssertionError
+
+    install(Entry("misspelt", Misspelt(), FOREIGN), Entry("ours", adapter("ours")))
+    with pytest.warns(AdapterWarning, match=r"'misspelt'.*unknown hook 'lite3r_attention_site'"):
+        assert find_sites(nn.Identity())[0] == "ours"
+    assert [a.name for a in list_adapters()] == ["ours"]
+
+
+def test_a_hook_with_a_wrong_argument_is_reported(install: Install) -> None:
+    class Wrong:
+        @hookimpl
+        def lite3r_attention_sites(self, network: nn.Module) -> None:
+            raise AssertionError
+
+    install(Entry("wrong", Wrong(), FOREIGN), Entry("ours", adapter("ours")))
+    with pytest.warns(AdapterWarning, match=r"'wrong'.*network"):
+        assert find_sites(nn.Identity())[0] == "ours"
+
+
+def test_of_two_adapters_with_one_name_the_built_in_one_stays(install: Install) -> None:
+    install(Entry("vggt", adapter("theirs"), FOREIGN), Entry("vggt", adapter("ours")))
+    with pytest.warns(AdapterWarning, match=r"'vggt' \(their-package 3\.2\) was skipped: .*registered as 'vggt' already; rename"):
+        assert find_sites(nn.Identity())[1][0].fqn == "ours"
+
+
+def test_an_adapter_that_fails_on_a_model_is_named_and_the_next_is_asked(install: Install) -> None:
+    def fail(model: nn.Module) -> None:
+        raise KeyError("blocks")
+
+    install(Entry("fails", Adapter(fail), FOREIGN), Entry("ours", adapter("ours")))
+    with pytest.warns(AdapterWarning, match=r"'fails' failed on Identity: KeyError\('blocks'\)"):
+        assert find_sites(nn.Identity())[0] == "ours"
+
+
+def test_an_adapters_own_refusal_reaches_the_user(install: Install) -> None:
+    def refuse(model: nn.Module) -> None:
+        raise AdapterError("this model must be built with sdpa")
+
+    install(Entry("refuses", Adapter(refuse), FOREIGN), Entry("ours", adapter("ours")))
+    with pytest.raises(AdapterError, match="built with sdpa"):
+        find_sites(nn.Identity())
+
+
+def test_a_third_partys_model_entry_wins(install: Install) -> None:
+    def entry(summary: str) -> ModelEntry:
+        return ModelEntry("m", summary, nn.Identity, lambda images: None, lambda model, images: None)  # type: ignore[arg-type,return-value]
+
+    class Models:
+        def __init__(self, summary: str) -> None:
+            self.summary = summary
+
+        @hookimpl
+        def lite3r_models(self) -> dict[str, ModelEntry]:
+            return {"m": entry(self.summary)}
+
+    install(Entry("theirs", Models("theirs"), FOREIGN), Entry("ours", Models("ours")))
+    assert model_entries()["m"].summary == "theirs"
+
+
+def test_the_installed_adapters_all_load() -> None:
+    get_manager.cache_clear()
+    names = {
+        e.name
+        for e in importlib.metadata.entry_points(group="lite3r.adapters")
+        if e.dist is not None and e.dist.name == plugins.DISTRIBUTION
+    }
+    assert {"vggt", "depth_anything_3", "pi3", "timm", "transformers"} <= names
+    assert names <= {name for name, _ in get_manager().list_name_plugin()}

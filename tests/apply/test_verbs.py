@@ -1,0 +1,474 @@
+"""apply, remove and disable: what they refuse, what they leave alone, and what models can still do afterwards."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+from toys import Adapter, Attention, Separate, Toy, images, sites, toy_adapter
+
+from lite3r_plugin import (
+    AttentionSite,
+    FusedQKV,
+    Routed,
+    SeparateQKV,
+    TokenSource,
+    apply_lite3r,
+    describe,
+    lite3r_disabled,
+    remove_lite3r,
+    save_lite3r,
+)
+from lite3r_plugin.apply.carried import lite3r_modules
+from lite3r_plugin.attention.module import SparseLinearAttention
+from lite3r_plugin.errors import (
+    AdapterError,
+    AlreadyAppliedError,
+    BackendError,
+    CheckpointError,
+    ConfigError,
+    LayoutError,
+    NoSitesError,
+    NotAppliedError,
+    UnknownModelError,
+    UnsupportedAttentionError,
+)
+from lite3r_plugin.testing import TEST_CONFIG
+
+SPARSE = TEST_CONFIG.replace(keep_ratio=0.3)
+
+__all__ = ["toy_adapter"]  # the fixture
+pytestmark = pytest.mark.usefixtures("adapter")
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    return {
+        "modules": [(name, id(module)) for name, module in model.named_modules(remove_duplicate=False)],
+        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
+        "keys": list(model.state_dict()),
+        "training": [m.training for m in model.modules()],
+    }
+
+
+def one_site(**fields: Any) -> Any:
+    """An answer with one site, ``cross.0`` with right values but for `fields`."""
+    known: dict[str, Any] = dict(fqn="cross.0", scope="global", head_dim=16, projections=FusedQKV(2))
+    return lambda model: [AttentionSite(**(known | fields))]
+
+
+# What is refused, with the model left as it was.
+
+
+@pytest.mark.parametrize("thing", [None, "vggt", {"model": 1}])
+def test_not_a_module(thing: Any) -> None:
+    with pytest.raises(ConfigError, match=f"takes a torch.nn.Module, got {type(thing).__name__}"):
+        apply_lite3r(thing)
+
+
+def test_an_unknown_model() -> None:
+    with pytest.raises(UnknownModelError, match=r"no model adapter knows torch\.nn.*Linear \(asked: toy\)"):
+        apply_lite3r(nn.Linear(2, 2))
+
+
+def test_applying_twice() -> None:
+    model = apply_lite3r(Toy())
+    with pytest.raises(AlreadyAppliedError, match=r"call remove_lite3r\(model\) first"):
+        apply_lite3r(model)
+    with pytest.raises(AlreadyAppliedError):
+        apply_lite3r(nn.Sequential(model))
+
+
+def test_no_site_with_the_wanted_scope(adapter: Adapter) -> None:
+    with pytest.raises(NoSitesError, match=r"no attention site with scope \('encoder',\).*pass scopes=\('frame', 'global'\)"):
+        apply_lite3r(Toy(), scopes=("encoder",))
+    adapter.answer = lambda model: []
+    with pytest.raises(NoSitesError, match="it has no attention sites at all"):
+        apply_lite3r(Toy())
+
+
+def test_a_keep_ratio_for_no_site() -> None:
+    with pytest.raises(ConfigError, match=r"site_keep_ratios names \['cross\.7'\].*those are like 'cross\.0'"):
+        apply_lite3r(Toy(), site_keep_ratios={"cross.7": 0.5})
+    with pytest.raises(ConfigError, match=r"site_keep_ratios names \['frame\.0'\], which are no sites that become sparse"):
+        apply_lite3r(Toy(), site_keep_ratios={"frame.0": 0.5})
+
+
+def test_an_unknown_option() -> None:
+    with pytest.raises(ConfigError, match="keep_rate"):
+        apply_lite3r(Toy(), keep_rate=0.5)
+
+
+@pytest.mark.parametrize("verb", [remove_lite3r, describe, lambda m: lite3r_disabled(m).__enter__()])
+def test_verbs_on_a_dense_model(verb: Any) -> None:
+    with pytest.raises(NotAppliedError, match=r"this Toy carries no Lite3R; call apply_lite3r\(model\) first"):
+        verb(Toy())
+
+
+def test_the_triton_backend_refuses_other_head_dims_at_once() -> None:
+    with pytest.raises(BackendError, match=r"site 'cross\.0' has head_dim 8; the Triton kernels take \(32, 64, 80, 96, 128\)"):
+        apply_lite3r(Toy(dim=16), backend="triton")
+
+
+def test_the_triton_backend_refuses_cpu_tensors_even_where_it_would_run_dense() -> None:
+    model = apply_lite3r(Toy(dim=64), backend="triton")
+    with pytest.raises(BackendError, match='backend="triton" cannot run here: the tensors are on cpu'):
+        model(images())
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (one_site(fqn="cross.9"), "names 'cross.9', but the model has no such module"),
+        (lambda model: ["cross.0"], "returned str, not AttentionSite"),
+        (lambda model: [sites(model)[0]] * 2, "names the site 'frame.0' twice"),
+        (one_site(projections=FusedQKV(2, qkv="to_qkv")), "Attention has no child 'to_qkv'"),
+        (one_site(projections=FusedQKV(2, out="forward")), "has no child 'forward'"),
+        (one_site(projections=FusedQKV(2, q_norm="q_norm")), "has no child 'q_norm'"),
+        (one_site(projections=SeparateQKV(2)), "has no child 'q_proj'"),
+        (one_site(projections=FusedQKV(4)), "qkv.out_features is 96, but 4 heads of 16 need 192"),
+        (one_site(head_dim=8), "qkv.out_features is 96, but 2 heads of 8 need 48"),
+        (one_site(projections=FusedQKV(2, positions="pos")), "forward has no argument 'pos'"),
+        (one_site(tokens=TokenSource("patches", (4, 4))), "names 'patches', but the model has no such module"),
+        (
+            lambda model: [
+                AttentionSite(f"cross.{i}", "global", 16, FusedQKV(2), TokenSource("embed", (4, 4), special))
+                for i, special in enumerate((1, 2))
+            ],
+            "describes the tokens from 'embed' in two ways",
+        ),
+    ],
+)
+def test_wrong_adapters_are_named_and_the_model_is_unchanged(adapter: Adapter, answer: Any, message: str) -> None:
+    model, adapter.answer = Toy(), answer
+    before = snapshot(model)
+    with pytest.raises(AdapterError, match=re.escape(message)):
+        apply_lite3r(model)
+    assert snapshot(model) == before
+
+
+def test_an_error_at_the_last_site_leaves_the_first_ones_unchanged(adapter: Adapter) -> None:
+    model = Toy()
+    good = sites(model)
+    adapter.answer = lambda model: [*good[:-1], AttentionSite("cross.1", "global", 16, FusedQKV(3))]
+    before = snapshot(model)
+    with pytest.raises(AdapterError, match=r"cross\.1"):
+        apply_lite3r(model)
+    assert snapshot(model) == before
+    assert sum(isinstance(m, SparseLinearAttention) for m in model.modules()) == 0
+
+
+@pytest.mark.parametrize(
+    ("variant", "message"),
+    [
+        ("causal", "causal attention"),
+        ("dropout", "dropout of attention weights"),
+        ("cross", "cross-attention of 246 queries to 245 keys"),
+        ("eager", "called scaled_dot_product_attention 0 times, not once"),
+        ("twice", "called scaled_dot_product_attention 2 times, not once"),
+    ],
+)
+def test_attention_without_a_sparse_form_raises_in_the_forward(variant: str, message: str) -> None:
+    model = apply_lite3r(Toy(make=lambda dim, heads: Attention(dim, heads, variant)), SPARSE)
+    with pytest.raises(UnsupportedAttentionError, match=message):
+        model(images())
+    with lite3r_disabled(model):
+        assert model(images()).isfinite().all()
+
+
+@pytest.mark.parametrize("variant", ["plain", "routed"])
+def test_masks_raise_in_the_forward(variant: str) -> None:
+    model = apply_lite3r(Toy(make=lambda dim, heads: Attention(dim, heads, variant)), SPARSE)
+    with pytest.raises(UnsupportedAttentionError, match=r"site 'cross\.0' was given .*mask.*lite3r_disabled\(model\)"):
+        model(images(), mask=torch.ones(246, 246, dtype=torch.bool))
+
+
+def test_active_dropout_of_attention_weights_raises_in_training_only() -> None:
+    model = Toy()
+    model.cross[0].attn_drop.p = 0.1
+    apply_lite3r(model, SPARSE).train()
+    with pytest.raises(UnsupportedAttentionError, match="dropout of attention weights"):
+        model(images())
+    assert model.eval()(images()).isfinite().all()
+
+
+def test_a_wrong_patch_size_raises_in_the_forward(adapter: Adapter) -> None:
+    adapter.answer = one_site(tokens=TokenSource("embed", (8, 8), 2))
+    with pytest.raises(LayoutError, match=r"site 'cross\.0' got 246 tokens, but a view has 22"):
+        apply_lite3r(Toy(), SPARSE)(images())
+
+
+# What it does.
+
+
+MAKES = {"fused": Attention, "separate": Separate, "routed": lambda dim, heads: Attention(dim, heads, "routed")}
+
+
+@pytest.fixture(params=MAKES)
+def toy(request: pytest.FixtureRequest) -> Toy:
+    return Toy(make=MAKES[request.param]).eval()
+
+
+@pytest.mark.parametrize("linear_branch", ["all", "marginal", "none"])
+def test_keeping_everything_equals_the_dense_model(toy: Toy, linear_branch: Any) -> None:
+    x = images(batch=2).double()
+    toy.double()
+    dense = toy(x)
+    model = apply_lite3r(toy, SPARSE, keep_ratio=1.0, linear_branch=linear_branch)
+    torch.testing.assert_close(model(x), dense, rtol=1e-12, atol=1e-12)
+
+
+def test_the_sparse_operator_at_full_density_equals_the_dense_model(toy: Toy) -> None:
+    """As above, but through the sparse path: everything is pinned."""
+    x = images(views=1).double()
+    toy.double()
+    dense = toy(x)
+    model = apply_lite3r(toy, SPARSE, keep_ratio=0.999)
+    torch.testing.assert_close(model(x), dense, rtol=1e-12, atol=1e-12)
+    assert {(s.calls.sparse, s.calls.density) for s in describe(model).sites if s.sparse} == {(1, 1.0)}
+
+
+def test_sparse_differs_disabled_and_removed_do_not(toy: Toy) -> None:
+    x, before = images(), snapshot(toy)
+    dense = toy(x)
+    model = apply_lite3r(toy, SPARSE)
+    assert model is toy
+    sparse = model(x)
+    assert 1e-6 < (sparse - dense).abs().max() < 1
+    with lite3r_disabled(model):
+        assert torch.equal(model(x), dense)
+    assert torch.equal(model(x), sparse)
+    assert remove_lite3r(model) is toy
+    assert snapshot(toy) == before
+    assert torch.equal(toy(x), dense)
+
+
+def test_with_all_but_the_critical_blocks_negligible_nothing_else_counts(toy: Toy) -> None:
+    x = images()
+    alone = apply_lite3r(copy.deepcopy(toy), SPARSE, block_means=False, linear_branch="none")(x)
+    model = apply_lite3r(toy, SPARSE, negligible_ratio=1.0)
+    torch.testing.assert_close(model(x), alone)
+    assert not torch.allclose(apply_lite3r(remove_lite3r(model), SPARSE, negligible_ratio=0.2)(x), alone)
+
+
+def test_disabled_ends_also_after_an_error_and_nests(toy: Toy) -> None:
+    model = apply_lite3r(toy, SPARSE)
+    with pytest.raises(KeyError), lite3r_disabled(model), lite3r_disabled(model):
+        raise KeyError
+    assert all(m.enabled for m in model.modules() if isinstance(m, SparseLinearAttention))
+
+
+def test_only_global_sites_change_and_only_this_model() -> None:
+    model, other = Toy(), Toy()
+    before = snapshot(other)
+    apply_lite3r(model)
+    assert [isinstance(m, SparseLinearAttention) for m in (*model.frame, *model.cross)] == [False, False, True, True]
+    assert snapshot(other) == before
+    report = describe(model)
+    assert report.skipped == {"frame.0": "scope 'frame' stays dense", "frame.1": "scope 'frame' stays dense"}
+    assert [(s.fqn, s.scope, s.sparse) for s in report.sites] == [("cross.0", "global", True), ("cross.1", "global", True)]
+
+
+def test_scopes_and_single_sites_can_be_chosen() -> None:
+    model = apply_lite3r(Toy(), SPARSE, scopes=("frame",), site_keep_ratios={"frame.1": 1.0})
+    assert {s.fqn: s.keep_ratio for s in describe(model).sites} == {"frame.0": 0.3, "frame.1": 1.0}
+
+
+def test_short_sequences_run_dense_and_say_so() -> None:
+    model = Toy()
+    dense = model(images())
+    apply_lite3r(model)  # dense_below=None: 246 tokens never pay
+    torch.testing.assert_close(model(images()), dense)
+    assert {(s.calls.sparse, s.calls.dense) for s in describe(model).sites} == {(0, 1)}
+
+
+def test_the_state_dict_keeps_its_keys_and_gains_the_branches(toy: Toy) -> None:
+    before = set(toy.state_dict())
+    model = apply_lite3r(toy, SPARSE)
+    assert set(model.state_dict()) - before == {"cross.0.proj_lin.weight", "cross.1.proj_lin.weight"}
+    assert before <= set(model.state_dict())
+    toy2 = remove_lite3r(model)
+    assert set(toy2.state_dict()) == before
+
+
+def test_two_image_sizes_view_counts_and_batches_in_a_row(toy: Toy) -> None:
+    """Each result is what a fresh model gives: nothing of the forward before is left."""
+    inputs = [images(3, 32, 40), images(2, 64, 24), images(3, 32, 40, batch=2), images(1, 40, 32)]
+    alone = [apply_lite3r(copy.deepcopy(toy), SPARSE)(x) for x in inputs]
+    model = apply_lite3r(toy, SPARSE)
+    for x, expected in zip(inputs, alone, strict=True):
+        assert torch.equal(model(x), expected)
+
+
+def test_samples_of_a_batch_do_not_see_each_other(toy: Toy) -> None:
+    model = apply_lite3r(toy, SPARSE)
+    x = images(batch=3)
+    torch.testing.assert_close(model(x), torch.cat([model(sample) for sample in x.split(1)]))
+
+
+def test_copies_and_pickles_are_whole_and_independent(toy: Toy) -> None:
+    model = apply_lite3r(toy, SPARSE)
+    nn.init.normal_(model.cross[0].proj_lin.weight)
+    x = images()
+    expected = model(x)
+    twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    for twin in twins:
+        assert torch.equal(twin(x), expected)
+        assert not torch.equal(twin(images(3, 64, 64)), expected)
+        assert type(remove_lite3r(twin).cross[0]) is type(model.cross[0].host)
+
+
+class Shared(Toy):
+    """Both layers are the same module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cross[1] = self.cross[0]
+
+
+def test_a_module_under_two_names_is_swapped_once() -> None:
+    model = Shared()
+    dense, before = model(images()), snapshot(model)
+    apply_lite3r(model, SPARSE)
+    assert model.cross[0] is model.cross[1]
+    assert not torch.allclose(model(images()), dense)
+    assert describe(model).branch_parameters == 16 * 16
+    remove_lite3r(model)
+    assert snapshot(model) == before
+    assert torch.equal(model(images()), dense)
+
+
+def test_a_part_of_a_model_can_be_given() -> None:
+    model = nn.Sequential(Toy(), nn.Identity())
+    apply_lite3r(model[0], SPARSE)
+    assert {s.fqn for s in describe(model).sites} == {"0.cross.0", "0.cross.1"}
+    assert model(images()).isfinite().all()
+
+
+def test_user_hooks_on_the_attention_module_survive(toy: Toy) -> None:
+    seen: list[str] = []
+    toy.cross[0].register_forward_hook(lambda *_: seen.append("before"))
+    model = apply_lite3r(toy, SPARSE)
+    model.cross[0].register_forward_hook(lambda *_: seen.append("after"))
+    model(images())
+    assert seen == ["before", "after"]
+    remove_lite3r(model)(images())
+    assert seen == ["before", "after"] * 2
+
+
+def test_training_mode_reaches_the_host_and_stays(toy: Toy) -> None:
+    model = apply_lite3r(toy.train(), SPARSE)
+    model.eval()
+    with lite3r_disabled(model):
+        model(images())
+    assert not model.cross[0].host.training
+    assert not remove_lite3r(model).cross[0].training
+
+
+def test_attributes_of_the_host_are_there(toy: Toy) -> None:
+    model = apply_lite3r(toy, SPARSE)
+    assert model.cross[0].num_heads == 2
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        _ = model.cross[0].no_such_thing
+
+
+def test_dtype_moves_reach_everything(toy: Toy) -> None:
+    model = apply_lite3r(toy, SPARSE).double()
+    assert model(images().double()).dtype == torch.float64
+    assert {p.dtype for p in remove_lite3r(model).parameters()} == {torch.float64}
+
+
+def test_autocast_gives_the_autocast_dtype(toy: Toy) -> None:
+    model = apply_lite3r(toy, SPARSE)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(images())
+    assert out.dtype == torch.bfloat16
+    assert out.isfinite().all()
+
+
+# PEFT and gradients.
+
+
+@pytest.mark.parametrize("order", ["apply first", "peft first"])
+def test_lora_on_qkv(order: str) -> None:
+    toy = Toy().eval()
+    x = images()
+    config = peft.LoraConfig(target_modules=["qkv"], r=2, lora_alpha=2, init_lora_weights=False)
+    if order == "apply first":
+        model = peft.get_peft_model(apply_lite3r(toy, SPARSE), config)
+    else:
+        model = apply_lite3r(peft.get_peft_model(toy, config), SPARSE)
+    site = next(m for m in model.modules() if isinstance(m, SparseLinearAttention))
+    assert isinstance(site.qkv, peft.tuners.lora.Linear)
+    assert site.qkv is site.host.qkv
+    with_lora = model(x)
+    with model.disable_adapter():
+        assert not torch.allclose(model(x), with_lora)
+    model(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for name, p in model.named_parameters() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("linear_branch", ["all", "marginal"])
+@pytest.mark.parametrize("block_means", [True, False])
+def test_gradients_equal_finite_differences(linear_branch: Any, block_means: bool) -> None:
+    """Of every weight of a site and of its input. The block map does not flip for such small steps."""
+    model = apply_lite3r(Toy(dim=16, num_heads=1, depth=1).double(), SPARSE, linear_branch=linear_branch, block_means=block_means)
+    site = model.cross[0]
+    nn.init.normal_(site.proj_lin.weight)
+    model(images(views=2, height=16, width=24).double())  # fills in the grid
+    x = torch.randn(1, 2 * 26, 16, dtype=torch.float64)
+    weights = [p.detach().clone().requires_grad_() for p in (site.qkv.weight, site.proj_lin.weight, site.proj.weight)]
+    weights[0].data.mul_(4)
+
+    def run(x: Tensor, *weights: Tensor) -> Tensor:
+        named = dict(zip(("qkv.weight", "proj_lin.weight", "proj.weight"), weights, strict=True))
+        return torch.func.functional_call(site, named, (x,))
+
+    assert torch.autograd.gradcheck(run, (x.requires_grad_(), *weights), fast_mode=True)
+    assert site.calls.sparse > 3
+    assert site.calls.dense == 0
+
+
+def test_gradients_reach_the_branch_when_the_backbone_is_frozen(toy: Toy) -> None:
+    model = apply_lite3r(toy.requires_grad_(False), SPARSE)
+    model(images()).square().sum().backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert set(grads) == {"cross.0.proj_lin.weight", "cross.1.proj_lin.weight"}
+    assert all(g is not None and g.abs().sum() > 0 for g in grads.values())
+
+
+def test_a_forward_without_gradient_keeps_no_graph(toy: Toy) -> None:
+    model = apply_lite3r(toy, SPARSE)
+    assert model(images()).requires_grad
+    with torch.no_grad():
+        assert not model(images()).requires_grad
+
+
+def test_routed_says_nothing_about_heads_but_checks_them(adapter: Adapter) -> None:
+    adapter.answer = one_site(projections=Routed(), head_dim=32)
+    with pytest.raises(UnsupportedAttentionError, match="adapter says head_dim=32"):
+        apply_lite3r(Toy(), SPARSE)(images())
+
+
+def test_a_lora_on_the_linear_branch(tmp_path: Path) -> None:
+    model = apply_lite3r(Toy().eval().requires_grad_(False), SPARSE)
+    for site in lite3r_modules(model).values():
+        nn.init.normal_(site.proj_lin.weight)
+    before = model(images())
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["proj_lin"], init_lora_weights=False))  # pyright: ignore[reportArgumentType]
+    out = adapted.eval()(images())
+    out.square().sum().backward()
+    assert not torch.allclose(out, before)
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in adapted.parameters() if p.requires_grad)
+    with pytest.raises(CheckpointError, match="merge it before save_lite3r"):
+        save_lite3r(model, tmp_path)
+    torch.testing.assert_close(adapted.merge_and_unload()(images()), out, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,293 @@
+"""The benchmark runner on a tiny model on the CPU, and the exact fixes against the real libraries."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from lite3r_plugin import apply_lite3r, lite3r_disabled
+from lite3r_plugin.adapter.plugins import get_manager
+from lite3r_plugin.bench import VARIANTS, Bench, BenchModel
+from lite3r_plugin.bench.measure import sdpa_backend
+from lite3r_plugin.bench.models import fidelity, make_images, tensors
+from lite3r_plugin.bench.table import table
+from lite3r_plugin.bench.variants import prepare, repeated_blocks
+from lite3r_plugin.errors import InputError, NoSitesError
+from lite3r_plugin.fp8.linear import Fp8Linear
+from lite3r_plugin.testbed import Testbed, TestbedConfig
+
+OPTIONS = {"keep_ratio": 0.2, "dense_below": 0, "keep_reference_view": False, "block_q": 16, "block_k": 16}
+EMULATED = {**OPTIONS, "fp8_backend": "emulated"}
+
+
+def small_vggt() -> nn.Module:
+    """VGGT's own code in small. Residual branches count in full, so that a wrong rotation would show."""
+    pytest.importorskip("vggt")
+    from vggt.heads.camera_head import CameraHead
+    from vggt.heads.dpt_head import DPTHead
+    from vggt.models.aggregator import Aggregator
+    from vggt.models.vggt import VGGT
+
+    model = VGGT.__new__(VGGT)  # its constructor has no size
+    nn.Module.__init__(model)
+    model.point_head = model.track_head = None
+    model.aggregator = Aggregator(img_size=112, embed_dim=64, depth=5, num_heads=2, patch_embed="conv")
+    model.camera_head = CameraHead(dim_in=128, num_heads=2, trunk_depth=1)
+    model.depth_head = DPTHead(128, output_dim=2, activation="exp", features=16, out_channels=[8] * 4, intermediate_layer_idx=[0, 1, 3, 4])
+    for name, parameter in model.named_parameters():
+        if name.endswith("gamma"):
+            nn.init.ones_(parameter)
+    return model.eval()
+
+
+def small_da3() -> nn.Module:
+    pytest.importorskip("depth_anything_3")
+    from depth_anything_3.cfg import create_object, load_config
+    from depth_anything_3.registry import MODEL_REGISTRY
+
+    return create_object(load_config(MODEL_REGISTRY["da3-small"])).eval()
+
+
+def optimize(model: nn.Module) -> list[str] | None:
+    from lite3r_adapters.exact_fixes import lite3r_optimize
+
+    return lite3r_optimize(model)
+
+
+@pytest.mark.parametrize("build", [small_vggt, small_da3])
+@torch.no_grad()
+def test_exact_fixes_equal_stock(build) -> None:
+    """In FP32 nothing changes; with BF16 weights the fixed model runs and answers in FP32."""
+    stock = build()
+    images = make_images(3, 112, torch.device("cpu"), 0)
+    images = images[..., :98]  # rows and columns differ
+    fixed = copy.deepcopy(stock)
+    assert optimize(fixed)
+    here, there = tensors(fixed(images)), tensors(stock(images))
+    assert here.keys() == there.keys()
+    for name in here:
+        assert (here[name] - there[name]).abs().max() <= 1e-5, name
+    half = copy.deepcopy(stock).to(torch.bfloat16)
+    optimize(half)
+    depth = tensors(half(images.to(torch.bfloat16)))["depth"]
+    assert depth.dtype == torch.float32
+    assert fidelity({"depth": depth}, {"depth": there["depth"]})["depth_rel_l2"] < 0.02
+
+
+@torch.no_grad()
+def test_fixed_vggt_keeps_only_the_layers_that_heads_read() -> None:
+    model = small_vggt()
+    optimize(model)
+    kept, _ = model.aggregator(make_images(2, 56, torch.device("cpu"), 0))
+    assert [layer is not None for layer in kept] == [True, True, False, True, True]
+
+
+@torch.no_grad()
+def test_fixed_vggt_takes_lite3r() -> None:
+    model = small_vggt()
+    images = make_images(2, 112, torch.device("cpu"), 0)
+    optimize(model)
+    dense = model(images)["depth"]
+    apply_lite3r(model, **OPTIONS)
+    assert not torch.equal(model(images)["depth"], dense)
+    with lite3r_disabled(model):
+        torch.testing.assert_close(model(images)["depth"], dense)
+
+
+def test_unknown_model_has_no_exact_fixes() -> None:
+    assert optimize(nn.Linear(2, 2)) is optimize(Testbed()) is None
+    report = Bench(BenchModel("linear", lambda: nn.Linear(2, 2)), [1], ["strong"], device="cpu").run()
+    assert report.cells[0].status == "error"
+    assert NoSitesError.__name__ in report.cells[0].error
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory):
+    path = tmp_path_factory.mktemp("bench") / "report.json"
+    lines: list[str] = []
+    bench = Bench(
+        BenchModel("small-vggt", small_vggt), [2, 1], resolution=112, options=EMULATED, device="cpu", compile=False, min_runs=2, path=path,
+        commit="abc", log=lines.append,
+    )  # fmt: skip
+    return bench.run(), json.loads(path.read_text()), lines
+
+
+def test_report_covers_all_cells(run) -> None:
+    report, stored, lines = run
+    assert [(c["variant"], c["views"]) for c in stored["cells"]] == [(name, views) for name in VARIANTS for views in (1, 2)]
+    assert {cell["status"] for cell in stored["cells"]} == {"ok"}, [cell["error"] for cell in stored["cells"]]
+    assert len(lines) == len(stored["cells"])
+    assert stored["version"] == 1
+    assert stored == json.loads(json.dumps(report.to_dict()))
+    for key in ("date", "device", "torch", "triton", "commit", "resolution", "lite3r_options", "seed"):
+        assert key in stored["conditions"]
+    assert stored["conditions"]["commit"] == "abc"
+
+
+def test_cells_say_how_they_were_measured(run) -> None:
+    report, _, _ = run
+    for cell in report.cells:
+        assert cell.finite
+        assert cell.winner.min_ms <= cell.winner.median_ms <= cell.winner.max_ms
+        assert cell.candidates["eager"].runs >= 2
+        strong = VARIANTS[cell.variant].strong
+        assert set(cell.weight_bytes) >= {"bfloat16" if strong else "float32"}
+        assert cell.compute_dtypes["depth_head"] == ["bfloat16"]  # on the CPU under autocast, which VGGT ends on GPUs only
+        if strong:
+            assert cell.output_dtypes["depth"] == "float32"
+        assert bool(cell.fixes) == strong
+        if strong:
+            assert cell.candidates["graph"].reason == "there is no CUDA device"
+            assert cell.candidates["compiled"].reason == "compilation is switched off"
+
+
+def test_lite3r_cells_count_sites_and_density(run) -> None:
+    report, _, _ = run
+    for variant in ("lite3r", "lite3r-strong", "lite3r-fp8"):
+        cell = report.find(variant, 2)
+        assert cell.sites["sparse"] == 5
+        # 138 tokens: 9 blocks; 10 special tokens pin 1; of the other 8, a fifth is 2.
+        assert cell.density == pytest.approx((9 + 8 * 3) / 81)
+        assert cell.config["keep_ratio"] == 0.2
+        assert 0 < cell.fidelity["depth_rel_l2"] < 1
+        assert "pose_enc_max_abs" in cell.fidelity
+    assert report.find("stock", 2).fidelity == {}
+    assert report.find("strong", 2).density is None
+
+
+def test_fp8_cells_say_what_runs_the_linears_and_hold_no_second_copy(run) -> None:
+    report, _, _ = run
+    for variant, full in (("strong-fp8", "strong"), ("lite3r-fp8", "lite3r-strong")):
+        cell, other = report.find(variant, 2), report.find(full, 2)
+        assert cell.linears == {"in FP8 (emulated)": 40}  # four in each of ten blocks
+        weights = 10 * 12 * 64**2
+        assert cell.weight_bytes["float8_e4m3fn"] == weights
+        assert cell.weight_bytes["bfloat16"] == other.weight_bytes["bfloat16"] - 2 * weights
+        assert "bfloat16" in cell.compute_dtypes["aggregator"]
+        assert 0 < cell.fidelity["depth_rel_l2"] < 1
+        assert cell.config["precision"] == "fp8"
+    assert report.find("strong-fp8", 2).sites == {"sparse": 0, "dense": 10, "disabled": 0}
+    assert report.find("strong-fp8", 2).density == 1
+    assert report.find("strong-fp8", 2).config["linear_branch"] == "none"
+    assert report.find("strong", 2).linears == {}
+    assert report.find("lite3r", 2).linears == {"in full precision": 40}
+
+
+def small_testbed() -> nn.Module:
+    return Testbed(TestbedConfig(dim=64, head_dim=32, depth=2, stem=8))
+
+
+@pytest.mark.parametrize("name", ["strong-fp8", "lite3r-fp8"])
+@torch.no_grad()
+def test_fp8_variants_free_the_weights_that_they_replace(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(get_manager().hook, "lite3r_optimize", lambda model: [])  # the testbed has no exact fixes
+    module = small_testbed().eval().to(torch.bfloat16)
+    before = {name: StorageWeakRef(p.untyped_storage()) for name, p in module.named_parameters()}
+    prepare(module, VARIANTS[name], EMULATED)
+    gc.collect()
+    replaced = {f"{fqn}.weight" for fqn, m in module.named_modules() if isinstance(m, Fp8Linear)}
+    assert len(replaced) == 16
+    assert {name for name, storage in before.items() if storage.expired()} == replaced
+
+
+def test_without_fp8_products_its_rows_say_why() -> None:
+    report = Bench(BenchModel("small", small_testbed), [2], ["stock", "lite3r-fp8"], resolution=56, options=OPTIONS, device="cpu").run()
+    assert [cell.status for cell in report.cells] == ["ok", "skipped"]
+    assert "no FP8 matrix products: the model is on cpu" in report.cells[1].error
+    table(report)
+
+
+@pytest.mark.parametrize("name", ["strong-fp8", "lite3r-fp8"])
+def test_fp8_variants_compile(name: str) -> None:
+    """Blocks whose attention is sparse stay eager: rows in FP8 cannot cross the break of the graph there."""
+    bench = Bench(BenchModel("small-vggt", small_vggt), [2], ["stock", name], resolution=112, options=EMULATED, device="cpu", min_runs=1)
+    cell = bench.run().cells[1]
+    compiled = cell.candidates["compiled"]
+    assert compiled.reason is None
+    assert compiled.notes["graph_breaks"] == 0
+    assert compiled.notes["difference_to_eager"]["depth_rel_l2"] < 1e-2
+
+
+def test_table_has_both_ratios(run) -> None:
+    report, _, _ = run
+    assert report.speedup(report.find("stock", 2), "stock") == 1
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(table(report))
+    text = console.export_text()
+    assert "x strong" in text
+    assert "lite3r-strong" in text
+
+
+class Fragile(nn.Module):
+    """Runs out of memory from 3 views on."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if images.shape[1] >= 3:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate everything")
+        return images.mean((-1, -2))
+
+
+def test_out_of_memory_is_a_result(tmp_path: Path) -> None:
+    bench = Bench(BenchModel("fragile", Fragile), [1, 3, 4], ["stock", "lite3r"], resolution=16, device="cpu", path=tmp_path / "r.json")
+    report = bench.run()
+    assert [cell.status for cell in report.cells] == ["ok", "oom", "oom", "error", "error", "error"]
+    assert "everything" in report.cells[1].error
+    assert "UnknownModelError" in report.cells[3].error
+    assert json.loads((tmp_path / "r.json").read_text())["cells"][1]["status"] == "oom"
+    table(report)
+
+
+def test_time_budget_skips_cells() -> None:
+    report = Bench(BenchModel("fragile", Fragile), [1, 2], ["stock"], resolution=16, device="cpu", time_budget=0).run()
+    assert [cell.status for cell in report.cells] == ["skipped", "skipped"]
+
+
+@pytest.mark.parametrize("wrong", [{"views": []}, {"views": [0]}, {"variants": ["fast"]}])
+def test_wrong_arguments_raise(wrong) -> None:
+    with pytest.raises(InputError):
+        Bench(**({"model": BenchModel("fragile", Fragile), "views": [1]} | wrong))
+
+
+def test_default_backend_context_does_nothing() -> None:
+    with sdpa_backend("default"):
+        pass
+
+
+def test_blocks_are_found_once() -> None:
+    model = small_vggt()
+    assert len(repeated_blocks(model)) == 10
+
+
+@pytest.mark.gpu
+def test_strong_variants_are_captured_on_the_gpu() -> None:
+    """The forward with the exact fixes does not wait for the GPU, with Lite3R and without."""
+    variants = ["stock", "strong", "strong-fp8", "lite3r-strong", "lite3r-fp8"]
+    model = BenchModel("small-vggt", small_vggt)
+    bench = Bench(model, [2], variants, resolution=112, options=OPTIONS, compile=False, device="cuda")
+    for cell in bench.run().cells[1:]:
+        assert cell.candidates["graph"].reason is None
+        assert cell.candidates["graph"].peak_bytes > 0
+
+
+def test_command_writes_report_and_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from lite3r_plugin.bench import models
+    from lite3r_plugin.cli import bench as command
+
+    monkeypatch.setattr(models, "bench_models", lambda: {"small": BenchModel("small", Fragile)})
+    path = tmp_path / "r.json"
+    command.bench("small", views="1,2", variants="stock", resolution=16, device="cpu", json_path=path, set_=["linear_branch=none"], runs=1)
+    assert json.loads(path.read_text())["conditions"]["lite3r_options"] == {"linear_branch": "none"}
+    assert "x strong" in capsys.readouterr().out
+    assert command.DEFAULT_VARIANTS.split(",") == list(VARIANTS)
+    for wrong in ({"views": "two"}, {"set_": ["keep_ratio"]}, {"model": "unknown"}):
+        with pytest.raises(InputError):
+            command.bench(**({"model": "small", "views": "1"} | wrong))

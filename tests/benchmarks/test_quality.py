@@ -1,0 +1,121 @@
+"""`benchmarks/quality.py`: its variants really differ, its tables say what was measured, and a stopped run goes on."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from lite3r_plugin.testbed import Testbed
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch):
+    """Imports a module of `benchmarks/`, whose files are scripts."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def module(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    return module
+
+
+def scene(abs_rel: float | None, auc: float, near: float | None = None) -> dict[str, float | None]:
+    measures: dict[str, float | None] = {"pose.auc30": auc, "pose.auc3": None}
+    if abs_rel is not None:
+        measures["depth.abs_rel"] = abs_rel
+    return measures | ({} if near is None else {"teacher.depth_abs_rel": near})
+
+
+def test_table(load) -> None:
+    """Means over the scenes that have a measure; differences are paired and in the direction other - dense."""
+    report = load("quality_report")
+    rows = {
+        "constant": {"density": None, "scenes": [scene(0.5, 0.0)] * 2},
+        "dense": {"density": 1.0, "scenes": [scene(0.1, 40.0, 0.0), scene(0.3, 60.0, 0.0)]},
+        "sparse 0.25": {"density": 0.4, "scenes": [scene(0.2, 30.0, 0.05), scene(0.4, 50.0, 0.07)]},
+    }
+    text = report.table("procedural/8", {"sets": 2, "size": [224, 224], "rows": rows})
+    heads, _, constant, dense, sparse = (
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")
+    )
+    sparse, dense, constant = (dict(zip(heads, row, strict=True)) for row in (sparse, dense, constant))
+    assert (dense["AbsRel ↓"], sparse["AbsRel ↓"], constant["AbsRel ↓"]) == ("0.2000", "0.3000", "0.5000")
+    assert sparse["AbsRel − dense"] == "+0.1000 [+0.1000, +0.1000] *"
+    assert sparse["AUC@30 − dense"] == "-10.0 [-10.0, -10.0] *"
+    assert (sparse["depth against dense ↓"], dense["depth against dense ↓"]) == ("0.0600", "")
+    assert (sparse["density"], dense["AUC@30 − dense"], constant["AUC@30 − dense"]) == ("0.400", "", "")
+    assert "AUC@3 ↑" not in heads  # no scene has it
+
+
+def test_table_without_depth_or_scenes(load) -> None:
+    """Data with cameras alone has no depth columns; data with too few views says so."""
+    report = load("quality_report")
+    rows = {"dense": {"density": 1.0, "scenes": [scene(None, 40.0)]}}
+    assert "AbsRel" not in report.table("strecha/8", {"sets": 1, "size": [8, 8], "rows": rows})
+    assert "no scene has so many views" in report.table("strecha/32", {"sets": 0, "rows": {}})
+
+
+def test_run(load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The whole command on one scene; started again, it measures nothing twice."""
+    quality = load("quality")
+    few = ("dense", "sparse", "sparse + means + linear, marginal", "sparse, raster order")
+    every = quality.variants
+    monkeypatch.setattr(quality, "variants", lambda *given: [v for v in every(*given) if v.name in few])
+    data = ["--scenes", "2", "--calibration", "2", "--views", "3", "--json"]
+    monkeypatch.setattr(sys, "argv", ["quality.py", "--small", *data, str(tmp_path / "q.json"), "--markdown", str(tmp_path / "q.md")])
+    quality.main()
+    rows = json.loads((tmp_path / "q.json").read_text())["groups"]["procedural/3"]["rows"]
+    assert list(rows) == ["constant", "dense", *(f"{name} 0.25" for name in few[1:])]
+    near = {name: sum(scene["teacher.depth_abs_rel"] for scene in row["scenes"]) for name, row in rows.items() if name != "constant"}
+    assert near["dense"] == 0
+    assert 0 < near["sparse + means + linear, marginal 0.25"] < 0.8 * near["sparse 0.25"]
+    assert near["sparse, raster order 0.25"] != near["sparse 0.25"]
+    assert rows["sparse 0.25"]["density"] < 1 == rows["dense"]["density"]
+    assert "sparse, raster order 0.25" in (tmp_path / "q.md").read_text()
+
+    monkeypatch.setattr(quality.Bench, "run", lambda *_: pytest.fail("measured again"))
+    quality.main()
+    assert "wrote" in capsys.readouterr().err
+
+
+def test_results_of_other_conditions_are_not_gone_on_with(load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """More scenes or other weights start anew."""
+    quality = load("quality")
+    every = quality.variants
+    monkeypatch.setattr(quality, "variants", lambda *given: every(*given)[:1])
+    path = tmp_path / "q.json"
+
+    def run(scenes: str) -> dict:
+        options = ["--small", "--views", "2", "--json", str(path), "--markdown", str(tmp_path / "q.md"), "--scenes", scenes]
+        monkeypatch.setattr(sys, "argv", ["quality.py", *options])
+        quality.main()
+        return json.loads(path.read_text())
+
+    assert run("1")["groups"]["procedural/2"]["sets"] == 1
+    stored = run("2")
+    assert stored["groups"]["procedural/2"]["sets"] == 2
+    assert "other scenes: starting anew" in capsys.readouterr().err
+    model = Testbed.from_pretrained()
+    assert stored["conditions"]["weights_sha256"] == quality.weights_hash(model)
+    with torch.no_grad():
+        model.depth_head.project.bias[0] += 1
+    stored["conditions"]["weights_sha256"] = quality.weights_hash(model)
+    stored["groups"]["procedural/2"]["rows"]["dense"] = "of other weights"
+    path.write_text(json.dumps(stored))
+    assert isinstance(run("2")["groups"]["procedural/2"]["rows"]["dense"], dict)
+    assert "other weights_sha256: starting anew" in capsys.readouterr().err
+
+
+def test_stored_table_is_the_one_of_the_stored_measures(load) -> None:
+    """`quality.md` is what `quality_report.py` makes of `results/quality.json`."""
+    report = load("quality_report")
+    stored = BENCHMARKS / "results" / "quality.json"
+    assert report.markdown(json.loads(stored.read_text())) == (BENCHMARKS / "quality.md").read_text()

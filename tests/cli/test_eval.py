@@ -1,0 +1,74 @@
+"""`lite3r eval`: on rendered scenes, on cameras alone, and on data that cannot be measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from lite3r_plugin.cli.app import app
+
+SCENES = "procedural:scenes=8,views=4,size=224"
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["eval", "--device", "cpu", "--max-points", "2000", *arguments])
+    return result.exit_code, " ".join(result.output.split())
+
+
+def test_the_testbed_is_as_good_as_stated(tmp_path: Path) -> None:
+    """The shipped weights on the two held-out scenes of this spec, dense and at keep_ratio 0.25."""
+    path = tmp_path / "report.json"
+    code, output = run(
+        "--model", "testbed", "--data", SCENES, "--split", "test", "--views", "4", "--config", "dense_below=0", "--json", str(path)
+    )
+    assert code == 0, output
+    report = json.loads(path.read_text())
+    means = report["means"]
+    assert 0.18 < means["dense"]["AbsRel"] < 0.27
+    assert means["dense"]["AbsRel"] < 0.5 * means["constant"]["AbsRel"]
+    assert means["dense"]["AUC@30, %"] > 38 > means["constant"]["AUC@30, %"]
+    assert abs(means["lite3r"]["AbsRel"] - means["dense"]["AbsRel"]) < 0.025
+    assert 0 < max(f["depth_abs_rel"] for f in report["fidelity"]) < 0.06
+    assert 0.3 < report["density"] < 0.8
+    assert len(report["scenes"]["dense"]) == 2
+    assert report["config"]["keep_ratio"] == 0.25
+    assert "sparse-linear" in output
+
+
+def test_a_short_sequence_says_that_it_ran_dense() -> None:
+    code, output = run("--model", "testbed", "--data", "procedural:scenes=1,views=2,size=64", "--views", "2")
+    assert code == 0, output
+    assert "every site ran dense" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "nosuch"), "no installed adapter can build 'nosuch'"),
+        (("--model", "testbed", "--data", "nosuch:here"), "data is named LAYOUT:PATH"),
+        (("--model", "testbed", "--data", "blendedmvs:/no/such/folder"), "is no folder"),
+        (("--model", "testbed", "--config", "keep_ratio"), "--config takes name=value"),
+        (("--model", "testbed", "--config", "keep_ratio=2"), "keep_ratio must be in"),
+        (("--model", "testbed", "--config", "nosuch=2"), "unknown configuration field"),
+        (("--model", "testbed", "--data", "procedural:scenes=1,views=2,size=32", "--views", "4"), "has 2 views, asked for 4"),
+        (("--model", "testbed", "--data", SCENES, "--rule", "nearest"), "nearest"),
+    ],
+)
+def test_what_cannot_be_measured(arguments: tuple[str, ...], message: str) -> None:
+    code, output = run(*arguments)
+    assert code == 2
+    assert message in output
+
+
+def test_photographs_have_no_reference(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for i in range(2):
+        Image.fromarray(torch.randint(0, 255, (48, 64, 3), dtype=torch.uint8).numpy()).save(tmp_path / f"{i}.png")
+    code, output = run("--model", "testbed", "--data", f"images:{tmp_path}", "--views", "2")
+    assert code == 2
+    assert "has no cameras" in output

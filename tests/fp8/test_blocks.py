@@ -1,0 +1,111 @@
+"""Which modules count as transformer blocks, by structure or as the adapter says."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+from toys import Adapter, Attention, Toy, toy_adapter
+
+from lite3r_plugin import AttentionSite, PreNormBlock, Routed, apply_lite3r, describe
+from lite3r_plugin.apply.carried import block_linears, lite3r_modules
+from lite3r_plugin.errors import AdapterError
+from lite3r_plugin.fp8.blocks import find_blocks, modules_in
+
+__all__ = ["toy_adapter"]  # the fixture
+
+
+def attention() -> nn.Module:
+    return nn.Linear(4, 4)
+
+
+def block() -> nn.Module:
+    return nn.ModuleDict(dict(attn=attention(), mlp=nn.Linear(4, 4)))
+
+
+def blocks_of(model: nn.Module, *sites: str) -> list[str]:
+    return list(find_blocks(model, [AttentionSite(fqn, "global", 4, Routed()) for fqn in sites]))
+
+
+class Named(nn.Module):
+    """Its children, by name."""
+
+    def __init__(self, **children: nn.Module) -> None:
+        super().__init__()
+        for name, child in children.items():
+            self.add_module(name, child)
+
+
+def test_elements_of_a_list() -> None:
+    model = Named(blocks=nn.ModuleList(Named(attn=attention(), mlp=nn.Linear(4, 4)) for _ in range(2)), head=nn.Linear(4, 4))
+    assert blocks_of(model, "blocks.0.attn", "blocks.1.attn") == ["blocks.0", "blocks.1"]
+
+
+def test_one_block_in_its_list_does_not_reach_the_head() -> None:
+    model = Named(decoder=Named(blocks=nn.ModuleList([Named(attn=attention())]), head=nn.Linear(4, 4)))
+    assert blocks_of(model, "decoder.blocks.0.attn") == ["decoder.blocks.0"]
+
+
+def test_attention_deep_inside_its_block() -> None:
+    layers = nn.ModuleList(Named(attention=Named(attention=attention(), output=nn.Linear(4, 4)), up=nn.Linear(4, 4)) for _ in range(2))
+    model = Named(encoder=Named(layer=layers))
+    assert blocks_of(model, "encoder.layer.0.attention.attention", "encoder.layer.1.attention.attention") == [
+        "encoder.layer.0",
+        "encoder.layer.1",
+    ]
+
+
+def test_the_list_itself_holds_the_attention() -> None:
+    model = Named(frame=nn.ModuleList([attention(), attention()]))
+    assert blocks_of(model, "frame.0", "frame.1") == ["frame.0", "frame.1"]
+
+
+def test_attention_and_mlp_in_a_list_of_two() -> None:
+    model = Named(layers=nn.ModuleList(nn.ModuleList([attention(), nn.Linear(4, 4)]) for _ in range(2)))
+    assert blocks_of(model, "layers.0.0", "layers.1.0") == ["layers.0", "layers.1"]
+
+
+def test_outside_of_lists() -> None:
+    model = Named(first=Named(attn=attention()), second=Named(attn=attention()), both=Named(a=attention(), b=attention()))
+    assert blocks_of(model, "first.attn", "second.attn", "both.a", "both.b") == ["first", "second", "both.a", "both.b"]
+    assert blocks_of(Named(attn=attention(), head=nn.Linear(4, 4)), "attn") == ["attn"]
+
+
+def test_two_sites_of_one_block() -> None:
+    model = Named(blocks=nn.ModuleList([Named(self_attn=attention(), cross_attn=attention())]))
+    assert blocks_of(model, "blocks.0.self_attn", "blocks.0.cross_attn") == ["blocks.0"]
+
+
+def test_the_adapter_has_the_last_word() -> None:
+    model = Named(outer=Named(blocks=nn.ModuleList([Named(attn=attention())]), mlp=nn.Linear(4, 4)))
+    site = AttentionSite("outer.blocks.0.attn", "global", 4, Routed(), block=PreNormBlock("outer", "mlp", "mlp"))
+    assert list(find_blocks(model, [site])) == ["outer"]
+
+
+def test_subclasses_of_linear_are_left_alone() -> None:
+    other = nn.modules.linear.NonDynamicallyQuantizableLinear(4, 4)
+    plain = nn.Linear(4, 4)
+    assert modules_in([nn.Sequential(other, plain, plain)], nn.Linear) == [plain]
+
+
+@pytest.mark.usefixtures("adapter")
+def test_the_linears_of_all_scopes_and_no_others() -> None:
+    model = apply_lite3r(Toy(), precision="fp8_qat")
+    assert len(block_linears(model)) == 2 * 4  # qkv and proj, frame and global; neither proj_lin nor the head
+    assert describe(model).linears == {"rounded to FP8 in training": 8}
+    assert type(model.head) is nn.Linear
+
+
+@pytest.mark.parametrize(
+    ("block", "reason"),
+    [
+        (PreNormBlock("cross.0", "qkv", "nothing", norm1="qkv", norm2="qkv"), "nothing"),
+        (PreNormBlock("cross.0", "qkv", "proj", norm1="qkv", norm2="qkv", gain1="qkv.gamma"), "gamma"),
+        (PreNormBlock("frame.0", "qkv", "proj", norm1="qkv", norm2="qkv"), "the site is not inside"),
+    ],
+)
+def test_a_block_that_is_not_as_described(adapter: Adapter, block: PreNormBlock, reason: str) -> None:
+    model = Toy(make=lambda dim, heads: Named(attn=Attention(dim, heads), qkv=nn.Linear(dim, dim), proj=nn.Linear(dim, dim)))
+    adapter.answer = lambda model: [AttentionSite("cross.0.attn", "global", 16, Routed(2), block=block)]
+    with pytest.raises(AdapterError, match=f"site 'cross.0.attn': the block .* is not as described: .*{reason}"):
+        apply_lite3r(model)
+    assert not lite3r_modules(model)

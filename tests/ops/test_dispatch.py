@@ -1,0 +1,89 @@
+"""Which backend runs, and that falling back on a GPU is never silent."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from lite3r_plugin.errors import BackendError
+from lite3r_plugin.ops import dispatch as backend
+from lite3r_plugin.ops.dispatch import SlowPathWarning, use_triton
+from lite3r_plugin.ops.sla import sparse_linear_attention
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes `gpu(dtype, head_dim)`, which looks like a tensor on an H100."""
+    monkeypatch.setattr(backend, "_why_not_cached", backend._why_not_cached.__wrapped__)  # capabilities change
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    return lambda dtype=torch.bfloat16, dim=64: SimpleNamespace(
+        is_cuda=True, device=torch.device("cuda"), dtype=dtype, shape=(1, 2, 9, dim)
+    )
+
+
+def test_a_gpu_tensor_runs_triton(gpu: Any) -> None:
+    assert use_triton("auto", gpu())
+    assert use_triton("triton", gpu())
+    assert not use_triton("torch", gpu())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "needs_grad", "reason"),
+    [
+        (torch.float64, 64, False, "the dtype is torch.float64"),
+        (torch.bfloat16, 72, False, "the head dimension is 72"),
+        (torch.float32, 96, True, "gradients need more shared memory for torch.float32 and head dimension 96"),
+    ],
+)
+def test_falling_back_on_a_gpu_warns(gpu: Any, dtype: torch.dtype, dim: int, needs_grad: bool, reason: str) -> None:
+    with pytest.warns(SlowPathWarning, match=reason):
+        assert not use_triton("auto", gpu(dtype, dim), needs_grad)
+    with pytest.raises(BackendError, match='backend="triton" cannot run here'):
+        use_triton("triton", gpu(dtype, dim), needs_grad)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "dim", "needs_grad", "runs"),
+    [
+        ((9, 0), torch.float32, 128, False, True),
+        ((9, 0), torch.float32, 64, True, True),
+        ((8, 0), torch.float32, 64, True, False),
+        ((8, 0), torch.bfloat16, 128, True, True),
+        ((8, 9), torch.bfloat16, 128, True, False),
+        ((8, 9), torch.bfloat16, 128, False, True),
+        ((8, 6), torch.bfloat16, 64, True, True),
+        ((12, 0), torch.float32, 64, False, False),
+    ],
+)
+def test_small_gpus(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype, dim: int, needs_grad: bool, runs: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert (backend.why_not_triton(gpu(dtype, dim), needs_grad) is None) == runs
+
+
+def test_an_old_gpu(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(BackendError, match=r"older than compute capability 8\.0"):
+        use_triton("triton", gpu())
+
+
+def test_a_cpu_falls_back_without_a_warning() -> None:
+    assert backend.why_not_triton(torch.rand(1, 1, 4, 64)) == "the tensors are on cpu, not on a CUDA GPU"
+    assert not use_triton("auto", torch.rand(1, 1, 4, 64))
+
+
+@pytest.mark.gpu
+def test_tensors_on_another_gpu() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    q, k, v = torch.randn(3, 1, 2, 500, 64, dtype=torch.bfloat16).unbind(0)
+    options: dict[str, Any] = dict(keep_ratio=0.3, linear="all", proj=torch.eye(64), block_means=True)
+    first, second = (
+        sparse_linear_attention(*(x.to(device) for x in (q, k, v)), **options | dict(proj=options["proj"].to(device)))
+        for device in ("cuda:0", "cuda:1")
+    )
+    assert torch.equal(first.cpu(), second.cpu())

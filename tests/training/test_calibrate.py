@@ -1,0 +1,267 @@
+"""`calibrate`: the fit is the least-squares solution, helps on inputs that it has not seen, and leaves alone what it cannot help."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from toys import Adapter, Toy, toy_adapter
+from toys import images as toy_images
+
+from lite3r_plugin import apply_lite3r, lite3r_disabled, load_lite3r, save_lite3r
+from lite3r_plugin.apply.carried import lite3r_modules
+from lite3r_plugin.errors import ConfigError, InputError, NotAppliedError
+from lite3r_plugin.scene.procedural import ProcScenes, TextureBank
+from lite3r_plugin.testbed import Testbed
+from lite3r_plugin.training import calibrate
+from lite3r_plugin.training.calibrate import GAIN, RIDGES, _Observer, _Sums
+
+__all__ = ["toy_adapter"]  # the fixture
+
+FIELDS: dict[str, Any] = {"keep_ratio": 0.15, "dense_below": 0, "block_q": 32, "block_k": 16, "keep_reference_view": False}
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    """Twelve rendered scenes of three views, ``[12, 1, 3, 3, 64, 64]``."""
+    return ProcScenes(TextureBank.procedural(24, 32, seed=5), seed=5)(12, 3, 64, 64)["rgb"][:, None]
+
+
+def sparse_testbed(**fields: Any) -> nn.Module:
+    return apply_lite3r(Testbed.from_pretrained(), **(FIELDS | fields))
+
+
+def sparse_toy(toy: Toy | None = None, **fields: Any) -> Toy:
+    return apply_lite3r(toy or Toy(), **{**FIELDS, "block_q": 16, **fields})
+
+
+def toy_inputs(count: int = 4) -> list[Tensor]:
+    """Unlike one another."""
+    return [toy_images() + torch.randn(1, 3, 3, 32, 40, generator=torch.Generator().manual_seed(i)) for i in range(count)]
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    return [site.proj_lin.weight for site in lite3r_modules(model).values() if site.sparse]
+
+
+def distance(model: nn.Module, images: Tensor) -> float:
+    """Mean difference of log depth to the dense model."""
+    with torch.no_grad():
+        sparse = torch.stack([model(x)["depth"] for x in images]).log()
+        with lite3r_disabled(model):
+            dense = torch.stack([model(x)["depth"] for x in images]).log()
+    return (sparse - dense).abs().mean().item()
+
+
+@pytest.mark.parametrize("linear", ["all", "marginal"])
+def test_comes_closer_to_dense_on_other_scenes(images: Tensor, linear: str) -> None:
+    model = sparse_testbed(linear_branch=linear, block_means=False)
+    before = distance(model, images[8:])
+    report = calibrate(model, images[:8])
+    assert report.inputs == 8
+    assert [site.fqn for site in report.sites] == [fqn for fqn, site in lite3r_modules(model).items() if site.sparse]
+    assert all(site.after <= site.before for site in report.sites)
+    assert sum(site.ridge is not None for site in report.sites) >= 4
+    assert distance(model, images[8:]) < 0.97 * before
+    assert "calibrated" in str(report)
+    assert "ridge" in str(report)
+
+
+def test_the_fit_is_the_ridge_solution() -> None:
+    """Against an augmented least-squares problem in FP64, and the error against explicit residuals."""
+    generator = torch.Generator().manual_seed(0)
+    linear = torch.randn(500, 8, generator=generator, dtype=torch.float64) + 3
+    missed = linear @ torch.randn(8, 8, generator=generator, dtype=torch.float64) + torch.randn(500, 8, generator=generator)
+    sums = _Sums(linear.T @ linear, missed.T @ linear, missed.square().sum(), missed.square().sum(), linear.sum(0), len(linear))
+    for strength in (1e-3, 1.0, 100.0):
+        spread = linear.var(0, correction=0).mean()
+        rows = torch.cat((linear / 500**0.5, (strength * spread).sqrt() * torch.eye(8, dtype=torch.float64)))
+        expected = torch.linalg.lstsq(rows, torch.cat((missed / 500**0.5, torch.zeros(8, 8, dtype=torch.float64)))).solution.T
+        weight = sums.ridge(strength)
+        torch.testing.assert_close(weight, expected)
+        assert sums.error(weight) == pytest.approx((missed - linear @ weight.T).square().sum().item(), rel=1e-9)
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    x = np.exp(x - x.max(-1, keepdims=True))
+    return x / x.sum(-1, keepdims=True)
+
+
+def test_the_fit_is_that_of_gathered_tokens(adapter: Adapter) -> None:
+    """Dense attention, linear branch and cross-validated ridge anew, in numpy, over the tokens of all inputs side by side."""
+    model = sparse_toy(linear_branch="all")
+    gathered: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
+
+    def gather(site, heads) -> Tensor:
+        sparse = site.sparse_linear(heads, None)
+        q, k, v = (x.double().numpy() for x in (heads.q, heads.k, heads.v))
+        dense = softmax(q @ k.swapaxes(-1, -2) / q.shape[-1] ** 0.5) @ v
+        similar = softmax(q) @ softmax(k).swapaxes(-1, -2)
+        linear = similar / similar.sum(-1, keepdims=True) @ v
+        parts = (linear, dense - sparse.double().numpy(), dense)
+        gathered.setdefault(site.site.fqn, []).append(tuple(x.reshape(-1, x.shape[-1]) for x in parts))
+        return sparse
+
+    def solve(parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]], ridge: float) -> np.ndarray:
+        linear, missed = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
+        bias = (len(linear) * ridge * linear.var(0).mean()) ** 0.5 * np.eye(linear.shape[1])
+        return np.linalg.lstsq(np.concatenate((linear, bias)), np.concatenate((missed, 0 * bias)), rcond=None)[0].T
+
+    sites = {fqn: site for fqn, site in lite3r_modules(model).items() if site.sparse}
+    for site in sites.values():
+        site.observer = gather
+    with torch.no_grad():
+        for x in toy_inputs():
+            model(x)
+    report = calibrate(model, toy_inputs())
+    assert [site.fqn for site in report.sites] == list(gathered) == ["cross.0", "cross.1"]
+    for site in report.sites:
+        parts = gathered[site.fqn]
+        others = [parts[:i] + parts[i + 1 :] for i in range(4)]
+        errors = {
+            r: sum(np.square(m - l @ solve(other, r).T).sum() for (l, m, _), other in zip(parts, others, strict=True)) for r in RIDGES
+        }
+        ridge = min(errors, key=errors.__getitem__)
+        missed, dense = (sum(np.square(part[i]).sum() for part in parts) for i in (1, 2))
+        assert errors[ridge] < 0.9 * missed
+        assert site.ridge == ridge
+        assert site.before == pytest.approx((missed / dense) ** 0.5, rel=1e-4)
+        assert site.after == pytest.approx((errors[ridge] / dense) ** 0.5, rel=1e-4)
+        expected = solve(parts, ridge)
+        assert sites[site.fqn].proj_lin.weight.detach().numpy() == pytest.approx(expected, abs=1e-3 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_a_linear_branch_that_is_constant_over_tokens(adapter: Adapter, value: float) -> None:
+    """Its normal equations have rank one or none."""
+    toy = Toy(num_heads=1)
+    with torch.no_grad():
+        for i in range(2):
+            toy.get_parameter(f"cross.{i}.qkv.weight")[64:] = 0
+            toy.get_parameter(f"cross.{i}.qkv.bias")[64:] = value
+    model = sparse_toy(toy)
+    report = calibrate(model, toy_inputs())
+    assert all(site.before < 1e-5 and site.after <= site.before for site in report.sites)
+    assert all(weight.abs().max() < 1e-3 for weight in weights(model))
+
+
+def test_parts_without_a_linear_branch_are_passed_over(adapter: Adapter) -> None:
+
+    class Both(nn.ModuleList):
+        def forward(self, x: Tensor) -> Tensor:
+            return sum((part(x) for part in self), torch.zeros(()))
+
+    report = calibrate(Both([sparse_toy(linear_branch="none"), sparse_toy()]), toy_inputs())
+    assert [site.fqn for site in report.sites] == ["1.cross.0", "1.cross.1"]
+
+
+def test_an_error_of_the_model_leaves_it_too(adapter: Adapter) -> None:
+    model = sparse_toy()
+
+    def given() -> Iterator[Tensor]:
+        yield from toy_inputs(2)
+        raise OSError("disk")
+
+    with pytest.raises(OSError, match="disk"):
+        calibrate(model, given())
+    with pytest.raises(InputError, match="outside lite3r_disabled"), lite3r_disabled(model):
+        calibrate(model, toy_inputs())
+    assert all(site.observer is None for site in lite3r_modules(model).values())
+    assert all((weight == 0).all() for weight in weights(model))
+
+
+def test_what_is_observed_is_what_runs(images: Tensor) -> None:
+    """Sparse + W linear of the observer's sums is the output of a site whose `proj_lin` is W."""
+    model = sparse_testbed(linear_branch="marginal")
+    site = next(site for site in lite3r_modules(model).values() if site.sparse)
+    seen = {}
+
+    def observe(module, heads) -> Tensor:
+        observer = _Observer(64)
+        sparse = observer(module, heads)
+        sums = observer.folds[0]
+        weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(1)) * 0.1
+        run = module.sparse_linear(heads, weight).double()
+        seen["error"] = sums.error(weight.double())
+        seen["expected"] = (module.dense(heads).double() - run).square().sum().item()
+        seen["dense"] = sums.dense.item()
+        return sparse
+
+    site.observer = observe
+    with torch.no_grad():
+        model(images[0])
+    assert seen["error"] == pytest.approx(seen["expected"], rel=1e-3)
+    assert GAIN > 1
+
+
+def test_stays_zero_where_it_cannot_help(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each input's missing part is another multiple of the linear branch, of either sign: nothing carries over."""
+    model = sparse_testbed()
+    signs = iter([1.0, -1.0] * 50)
+    state = {"sign": 1.0}
+    plain = _Observer.__call__
+
+    def flipped(self: _Observer, site, heads) -> Tensor:
+        out = plain(self, site, heads)
+        self.folds[self.fold].cross = self.folds[self.fold].gram * state["sign"]
+        return out
+
+    monkeypatch.setattr(_Observer, "__call__", flipped)
+
+    def given():
+        for x in images[:4]:
+            state["sign"] = next(signs)
+            yield x
+
+    report = calibrate(model, given())
+    assert all(site.ridge is None and site.after == site.before for site in report.sites)
+    assert all((weight == 0).all() for weight in weights(model))
+    assert "left at zero" in str(report)
+
+
+def test_replaces_what_was_there_and_is_saved(images: Tensor, tmp_path: Path) -> None:
+    model = sparse_testbed()
+    calibrate(model, images[:2])
+    fitted = [weight.clone() for weight in weights(model)]
+    with torch.no_grad():
+        for weight in weights(model):
+            weight.normal_()
+    calibrate(model, ({"images": x} if i else (x,) for i, x in enumerate(images[:2])))  # by keyword and by position
+    for one, other in zip(weights(model), fitted, strict=True):
+        torch.testing.assert_close(one, other)
+    save_lite3r(model, tmp_path)
+    loaded = load_lite3r(Testbed.from_pretrained(), tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(images[2])["depth"], model(images[2])["depth"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "inputs", "error", "says"),
+    [
+        ({}, lambda x: x[:1], InputError, "at least two"),
+        ({}, lambda x: [], InputError, "at least two"),
+        ({}, lambda x: [x[0], x[1] * float("nan")], InputError, "not finite"),
+        ({"linear_branch": "none"}, lambda x: x[:2], ConfigError, "linear_branch"),
+        ({"keep_ratio": 1.0}, lambda x: x[:2], ConfigError, "keep_ratio is 1"),
+    ],
+)
+def test_errors_leave_the_model(images: Tensor, fields: dict, inputs: Callable, error: type[Exception], says: str) -> None:
+    model = sparse_testbed(**fields)
+    sites = [site for site in lite3r_modules(model).values() if site.sparse]
+    branches = [site.proj_lin.weight for site in sites if "proj_lin" in site._modules]
+    with torch.no_grad():
+        before = [weight.normal_().clone() for weight in branches]
+    with pytest.raises(error, match=says):
+        calibrate(model, inputs(images))
+    assert all(site.observer is None for site in sites)
+    assert all(torch.equal(weight, old) for weight, old in zip(branches, before, strict=True))
+
+
+def test_needs_lite3r(images: Tensor) -> None:
+    with pytest.raises(NotAppliedError):
+        calibrate(Testbed.from_pretrained(), images)
