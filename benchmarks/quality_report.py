@@ -35,7 +35,7 @@ models. `constant` ignores the images: one depth, equal cameras. AbsRel and δ1 
 medians over pairs of views, averaged over scenes; AUC is of the larger of the two angles, in percent. `against dense` compares with
 the dense model's own output. Differences come with paired bootstrap 95 % intervals over scenes; * leaves out 0. Density is the share
 of scores that were computed exactly; what is pinned comes on top of the keep ratio. No attention weight was trained for sparsity:
-`linear` is `proj_lin` fitted in closed form (`lite3r_plugin.training.calibrate`) to {calibration} rendered scenes of other textures.
+`linear` is `proj_lin` fitted in closed form (`calibrate`) to {calibration} rendered scenes of other textures.
 """
 
 

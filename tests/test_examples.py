@@ -28,7 +28,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_the_third_party_adapter_is_found_by_its_entry_point(installed: str) -> None:
-    code = "from lite3r_plugin.plugins import list_adapters; print([(a.name, a.distribution) for a in list_adapters()][0])"
+    code = "from lite3r_plugin.adapter.plugins import list_adapters; print([(a.name, a.distribution) for a in list_adapters()][0])"
     result = run(sys.executable, "-c", code, PYTHONPATH=installed)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "('tiny_multiview', 'tiny-multiview')"

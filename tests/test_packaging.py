@@ -63,7 +63,7 @@ def test_the_testbeds_weights_are_inside(wheel: zipfile.ZipFile) -> None:
 def test_entry_points_lead_to_modules_in_the_wheel(wheel: zipfile.ZipFile) -> None:
     parser = configparser.ConfigParser()
     parser.read_string(read_metadata(wheel, "entry_points.txt"))
-    assert dict(parser["console_scripts"]) == {"lite3r": "lite3r_plugin.cli:main"}
+    assert dict(parser["console_scripts"]) == {"lite3r": "lite3r_plugin.cli.app:main"}
     modules = dict(parser["lite3r.adapters"]).values()
     assert {"lite3r_adapters.vggt", "lite3r_adapters.depth_anything_3", "lite3r_adapters.pi3", "lite3r_adapters.timm"} <= set(modules)
     assert [m for m in modules if m.replace(".", "/") + ".py" not in wheel.namelist()] == []

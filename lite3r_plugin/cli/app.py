@@ -1,4 +1,4 @@
-"""The command line, ``lite3r``. Subcommands live in `lite3r_plugin.cli.app`; another one is added with `app.command`."""
+"""The command line, ``lite3r``. Subcommands live in `lite3r_plugin.cli`; another one is added with `app.command`."""
 
 from __future__ import annotations
 

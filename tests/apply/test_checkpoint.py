@@ -73,7 +73,7 @@ def test_a_failing_save_leaves_the_old_files(saved: Path, monkeypatch: pytest.Mo
         raise OSError("no space left")
 
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
-    monkeypatch.setattr("lite3r_plugin.apply.verbs.checkpoint.save_file", fail)
+    monkeypatch.setattr("lite3r_plugin.apply.checkpoint.save_file", fail)
     with pytest.raises(OSError, match="no space left"):
         save_lite3r(apply_lite3r(Toy(), CONFIG), saved)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before

@@ -91,7 +91,7 @@ def test_module_and_error_in_a_real_process(tmp_path: Path) -> None:
 
 
 def test_adapters_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lite3r_plugin.cli.app.show.console.width", 200)
+    monkeypatch.setattr("lite3r_plugin.cli.show.console.width", 200)
     out = lite3r("adapters").stdout
     for expected in ("vggt", "timm", "lite3r-plugin", "da3-small", "pi3", "tiny", "a tiny model"):
         assert expected in out
@@ -191,7 +191,7 @@ def test_reconstruct_with_depth_anything_3(photos: Path, tmp_path: Path) -> None
 
 
 def test_demo_on_random_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lite3r_plugin.cli.app.show.console.width", 160)
+    monkeypatch.setattr("lite3r_plugin.cli.show.console.width", 160)
     result = lite3r("demo", "--out", tmp_path / "demo", "--views", 2, "--repeats", 1, "--weights", "random")
     for expected in ("depth against truth", "depth against dense", "Times on a CPU say nothing about a GPU", "sparse-linear"):
         assert expected in result.stdout

@@ -18,7 +18,7 @@ from lite3r_plugin.apply.carried import lite3r_modules
 from lite3r_plugin.errors import ConfigError, InputError, NotAppliedError
 from lite3r_plugin.scene.procedural import ProcScenes, TextureBank
 from lite3r_plugin.testbed import Testbed
-from lite3r_plugin.training import calibrate
+from lite3r_plugin import calibrate
 from lite3r_plugin.training.calibrate import GAIN, RIDGES, _Observer, _Sums
 
 __all__ = ["toy_adapter"]  # the fixture
