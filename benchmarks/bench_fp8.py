@@ -125,7 +125,7 @@ def measure_linears(tokens: int) -> Iterator[dict[str, Any]]:
     """BF16 against FP8 for single Linears, their input in FP8 already or not; and what `runtime.fp8_pays` says."""
     for inputs, outputs in ((1024, 3072), (1024, 1024), (1024, 4096), (4096, 1024)):
         linear = nn.Linear(inputs, outputs, device="cuda", dtype=torch.bfloat16)
-        fp8, light = Fp8Linear.quantized(linear, "torch"), Fp8Linear.quantized(linear, "weight_only")
+        fp8, light = Fp8Linear.quantized(linear, "scaled_mm"), Fp8Linear.quantized(linear, "weight_only")
         x = random(tokens, inputs)
         rows = kernels.quantize(x)
         found, failed = times(
@@ -149,7 +149,7 @@ def measure_mlp(tokens: int, autotune: bool) -> dict[str, Any]:
     layers = [nn.LayerNorm(CHANNELS), nn.Linear(CHANNELS, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, CHANNELS)]
     dense = nn.Sequential(*layers).cuda().bfloat16().requires_grad_(False).eval()
     norm, first, _, second = dense
-    up, down = (Fp8Linear.quantized(linear, "torch") for linear in (first, second))  # pyright: ignore[reportArgumentType]
+    up, down = (Fp8Linear.quantized(linear, "scaled_mm") for linear in (first, second))  # pyright: ignore[reportArgumentType]
 
     def ours() -> Tensor:
         rows = kernels.layer_norm_quantize(x, norm.weight, norm.bias, norm.eps, up.infinities)  # pyright: ignore[reportArgumentType]

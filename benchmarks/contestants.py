@@ -126,7 +126,7 @@ def sparse_work(p: Problem, means: bool, linear: bool, whole: bool = True) -> tu
 
 def ours(p: Problem) -> Iterator[Contestant]:
     """The whole operator; its backward pass for q, k, v and Proj, and for Proj alone; and a site that decides by itself."""
-    backend = "triton" if p.q.is_cuda else "torch"
+    backend = "triton" if p.q.is_cuda else "naive"
     options: dict[str, Any] = dict(keep_ratio=p.keep_ratio, block_q=BLOCK_Q, block_k=BLOCK_K, backend=backend)
     full = dict(linear="marginal", proj=p.proj, block_means=True)  # the defaults
 

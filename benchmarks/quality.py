@@ -84,9 +84,9 @@ def variants(keep_ratios: Sequence[float], order_ratio: float) -> list[Variant]:
             rows += [
                 Variant("sparse, raster order", keep, sparse, raster=True),
                 Variant("sparse + means, raster order", keep, means, raster=True),
-                Variant("sparse, reference view not pinned", keep, (*sparse, ("keep_reference_view", False))),
-                Variant("sparse, nothing pinned", keep, (*sparse, ("keep_reference_view", False), ("keep_special_tokens", False))),
-                Variant("sparse + means, reference view not pinned", keep, (*means, ("keep_reference_view", False))),
+                Variant("sparse, reference view not pinned", keep, (*sparse, ("pin", "special"))),
+                Variant("sparse, nothing pinned", keep, (*sparse, ("pin", "none"))),
+                Variant("sparse + means, reference view not pinned", keep, (*means, ("pin", "special"))),
             ]
     return rows
 

@@ -3,17 +3,49 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from .errors import ConfigError
 from .ops.options import Backend, FeatureMap, LinearBranch, check_choice, check_ratio
 
+if TYPE_CHECKING:
+    from torch import nn
+
 Scope = Literal["global", "frame", "encoder"]
+Pin = Literal["none", "special", "reference"]
 Precision = Literal["full", "fp8_qat", "fp8"]
-Fp8Backend = Literal["auto", "torch", "te", "weight_only", "emulated"]
+Fp8Backend = Literal["auto", "scaled_mm", "te", "weight_only", "emulated"]
+Fp8Filter = tuple[str, ...] | Callable[["nn.Module", str], bool]
 
 CONFIG_VERSION = 1
+DEFAULT_KEEP_RATIO = 0.25
+
+
+class SiteRatios(Mapping[str, float]):
+    """Keep ratios by patterns of site names, in the order in which they are tried; immutable and hashable."""
+
+    def __init__(self, ratios: Mapping[str, float]) -> None:
+        self._items = tuple(ratios.items())
+
+    def __getitem__(self, pattern: str) -> float:
+        return dict(self._items)[pattern]
+
+    def __iter__(self) -> Iterator[str]:
+        return (pattern for pattern, _ in self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mapping) and tuple(other.items()) == self._items  # their order counts
+
+    def __hash__(self) -> int:
+        return hash(self._items)
+
+    def __repr__(self) -> str:
+        return repr(dict(self._items))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,9 +54,9 @@ class Lite3RConfig:
 
     Attributes:
         keep_ratio: Share of the key blocks that each query block attends to exactly, in (0, 1]. It is SLA's
-            ``topk`` and ``1 - sparsity``. Blocks that are always kept (see ``keep_special_tokens`` and
-            ``keep_reference_view``) come on top. 1 is dense attention.
-        site_keep_ratios: Other keep ratios for single sites, by fully qualified name.
+            ``topk`` and ``1 - sparsity``. Blocks that are always kept (see ``pin``) come on top. 1 is dense attention. A mapping
+            gives ratios by patterns of fully qualified site names, such as ``{"*.0.attn": 1.0, "*": 0.1}``; of several patterns
+            that match a site the first counts, and a site that none matches gets the default, 0.25.
         negligible_ratio: Share of the same key blocks that count for nothing, those with the lowest scores, in [0, 1] (SLA's third
             class, arXiv 2509.24006): they have no part in block means and the ``"marginal"`` linear branch. 0: none. Blocks
             that ``keep_ratio`` keeps come first: what it leaves is the most that can be negligible.
@@ -37,51 +69,58 @@ class Lite3RConfig:
         feature_map: The kernel feature map of the linear branch, softmax over the head dimension or elu + 1.
         block_means: Each block that is neither critical nor negligible enters the softmax as one key: its mean key and value, weighted
             by its size. Needs no training; takes 40 to 50 % off the change of depth on the testbed (benchmarks/quality.md).
-        keep_special_tokens: Camera, register and class tokens attend to all tokens and all attend to them.
-        keep_reference_view: The same for the patches of the first view, which defines the coordinate frame.
+        pin: Which tokens attend to all tokens while all attend to them, whatever ``keep_ratio`` says. ``"special"``: camera, register
+            and class tokens; ``"reference"``: those, and the patches of the first view, which defines the coordinate frame;
+            ``"none"``.
         dense_below: Sites with fewer tokens than this run dense, because sparse attention does not pay there.
             ``None``: where measurements say so for the length and density at hand (`lite3r_plugin.costs.attention.break_even`).
         fuse: Replace QK norm and rotary embedding of known sites by one exact kernel, also at sites that stay dense.
-        backend: ``"triton"`` kernels, ``"torch"`` operators, or ``"auto"``: Triton where it can run.
+        attention_backend: What runs sparse attention: ``"triton"`` kernels, the ``"naive"`` definition in plain torch, which is slow,
+            or ``"auto"``: Triton where it can run.
         block_q, block_k: Tokens per query and per key block.
         precision: Of the Linears inside the transformer blocks. ``"full"``: as they are. ``"fp8_qat"``: their inputs and
             weights, and `proj_lin`, are rounded to FP8 in the forward pass, for training; `convert` makes it real.
             ``"fp8"``: `apply_lite3r` converts at once.
-        fp8_backend: What runs the Linears of a converted model: ``"torch"`` (`torch._scaled_mm`, compute capability 8.9
+        fp8_backend: What runs the Linears of a converted model: ``"scaled_mm"`` (`torch._scaled_mm`, compute capability 8.9
             and later), ``"te"`` (TransformerEngine), ``"weight_only"`` (compute capability 8.0 and later: memory, not
             speed), ``"emulated"`` (anywhere, slow), or ``"auto"``: the fastest that can run. With ``"fp8_qat"`` and
             ``"te"``, `proj_lin` trains in TransformerEngine where that can run.
+        fp8_filter: Which of those Linears FP8 takes: patterns of fully qualified names, one of which must match, or a function
+            ``(module, fqn) -> bool``, as torchao's ``module_filter_fn``. What a function chose is kept as a tuple of names.
+        preset: Reserved for whole-model presets. Only None is taken.
 
     Raises:
         ConfigError: a field has a value that it does not take.
     """
 
-    keep_ratio: float = 0.25
-    site_keep_ratios: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    keep_ratio: float | Mapping[str, float] = DEFAULT_KEEP_RATIO
     negligible_ratio: float = 0.0
     scopes: tuple[Scope, ...] | Literal["auto"] = "auto"
     linear_branch: LinearBranch = "marginal"
     feature_map: FeatureMap = "softmax"
     block_means: bool = True
-    keep_special_tokens: bool = True
-    keep_reference_view: bool = True
+    pin: Pin = "reference"
     dense_below: int | None = None
     fuse: bool = True
-    backend: Backend = "auto"
+    attention_backend: Backend = "auto"
     block_q: int = 128
     block_k: int = 64
     precision: Precision = "full"
     fp8_backend: Fp8Backend = "auto"
+    fp8_filter: Fp8Filter = ("*",)
+    preset: None = None
 
     def __post_init__(self) -> None:
-        check_ratio("keep_ratio", self.keep_ratio)
-        if not isinstance(self.site_keep_ratios, Mapping):
-            raise ConfigError(f"site_keep_ratios maps site names to ratios, got {self.site_keep_ratios!r}")
-        for fqn, ratio in self.site_keep_ratios.items():
-            if not isinstance(fqn, str):
-                raise ConfigError(f"site_keep_ratios maps site names to ratios, got the name {fqn!r}")
-            check_ratio(f"site_keep_ratios[{fqn!r}]", ratio)
-        object.__setattr__(self, "site_keep_ratios", dict(self.site_keep_ratios))
+        if isinstance(self.keep_ratio, Mapping):
+            for pattern, ratio in self.keep_ratio.items():
+                if not isinstance(pattern, str):
+                    raise ConfigError(f"keep_ratio maps patterns of site names to ratios, got the pattern {pattern!r}")
+                check_ratio(f"keep_ratio[{pattern!r}]", ratio)
+            if not self.keep_ratio:
+                raise ConfigError('keep_ratio is an empty mapping; give a number, or a pattern of site names for a ratio, {"*": 0.25}')
+            object.__setattr__(self, "keep_ratio", SiteRatios(self.keep_ratio))
+        else:
+            check_ratio("keep_ratio", self.keep_ratio)
         ratio = self.negligible_ratio
         if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio <= 1:
             raise ConfigError(f"negligible_ratio must be in [0, 1], got {ratio!r}; 0.1 leaves out the last tenth of the key blocks")
@@ -93,14 +132,13 @@ class Lite3RConfig:
                 check_choice("scopes", scope, get_args(Scope))
         check_choice("linear_branch", self.linear_branch, get_args(LinearBranch))
         check_choice("feature_map", self.feature_map, get_args(FeatureMap))
-        check_choice("backend", self.backend, get_args(Backend))
+        check_choice("pin", self.pin, get_args(Pin))
+        check_choice("attention_backend", self.attention_backend, get_args(Backend))
         check_choice("precision", self.precision, get_args(Precision))
         check_choice("fp8_backend", self.fp8_backend, get_args(Fp8Backend))
-        for name in ("block_means", "keep_special_tokens", "keep_reference_view", "fuse"):
+        for name in ("block_means", "fuse"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is True or False, got {getattr(self, name)!r}")
-        if self.keep_reference_view and not self.keep_special_tokens:
-            raise ConfigError("keep_reference_view needs keep_special_tokens: the reference view has special tokens of its own")
         if self.dense_below is not None and (not _is_int(self.dense_below) or self.dense_below < 0):
             raise ConfigError(f"dense_below is a number of tokens >= 0 or None, got {self.dense_below!r}")
         for name in ("block_q", "block_k"):
@@ -109,6 +147,14 @@ class Lite3RConfig:
                 raise ConfigError(f"{name} is a power of two from 16 to 128, got {size!r}")
         if self.block_q % self.block_k:
             raise ConfigError(f"block_q must be a multiple of block_k, got {self.block_q} and {self.block_k}")
+        if isinstance(self.fp8_filter, (tuple, list)):
+            if not all(isinstance(pattern, str) for pattern in self.fp8_filter):
+                raise ConfigError(f"fp8_filter holds patterns of names of Linears, got {self.fp8_filter!r}")
+            object.__setattr__(self, "fp8_filter", tuple(self.fp8_filter))
+        elif not callable(self.fp8_filter):
+            raise ConfigError(f"fp8_filter is a tuple of patterns or a function (module, fqn) -> bool, got {self.fp8_filter!r}")
+        if self.preset is not None:
+            raise ConfigError(f"preset {self.preset!r}: this version has no presets; set the fields themselves")
 
     def replace(self, **fields: Any) -> Lite3RConfig:
         """A copy with other values. Unknown names raise `ConfigError`, which lists the known ones."""
@@ -117,16 +163,32 @@ class Lite3RConfig:
             raise ConfigError(f"unknown configuration field(s) {unknown}; known are {sorted(known)}")
         return dataclasses.replace(self, **fields)
 
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The patterns of site names that ``keep_ratio`` has."""
+        return tuple(self.keep_ratio) if isinstance(self.keep_ratio, Mapping) else ()
+
     def keep_ratio_of(self, fqn: str) -> float:
         """The keep ratio of the site `fqn`."""
-        return self.site_keep_ratios.get(fqn, self.keep_ratio)
+        if not isinstance(self.keep_ratio, Mapping):
+            return self.keep_ratio
+        return next((ratio for pattern, ratio in self.keep_ratio.items() if matches(pattern, fqn)), DEFAULT_KEEP_RATIO)
+
+    def takes_fp8(self, module: nn.Module, fqn: str) -> bool:
+        """Whether ``fp8_filter`` takes the Linear `module` with the name `fqn`."""
+        if callable(self.fp8_filter):
+            return bool(self.fp8_filter(module, fqn))
+        return any(matches(pattern, fqn) for pattern in self.fp8_filter)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-serialisable dict with a ``version``, the inverse of `from_dict`."""
-        fields = dataclasses.asdict(self)
-        if self.scopes != "auto":
-            fields["scopes"] = list(self.scopes)
-        return {"version": CONFIG_VERSION, **fields}
+        """A JSON-serialisable dict with a ``version``, the inverse of `from_dict`. Raises `ConfigError` where a function filters."""
+        if callable(self.fp8_filter):
+            raise ConfigError("fp8_filter is a function, which no file can hold; the configuration of a model has the names it chose")
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+        if isinstance(self.keep_ratio, Mapping):
+            plain["keep_ratio"] = dict(self.keep_ratio)
+        return {"version": CONFIG_VERSION, **plain}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Lite3RConfig:
@@ -137,10 +199,13 @@ class Lite3RConfig:
         version = fields.pop("version", None)
         if version != CONFIG_VERSION:
             raise ConfigError(f"configuration version {version!r} is not {CONFIG_VERSION}; it was written by another release")
-        if isinstance(fields.get("scopes"), list):
-            fields["scopes"] = tuple(fields["scopes"])
         return cls().replace(**fields)
 
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def matches(pattern: str, fqn: str) -> bool:
+    """Whether a fully qualified name is `pattern`, or fits it as file names do in a shell (``*``, ``?``, ``[...]``)."""
+    return pattern == fqn or fnmatchcase(fqn, pattern)

@@ -9,6 +9,14 @@ class ConfigError(Lite3RError, ValueError):
     """A field of `Lite3RConfig` has a value that it does not take."""
 
 
+class ModelTypeError(Lite3RError, TypeError):
+    """What was given as the model is no `torch.nn.Module`."""
+
+
+class WeightsError(Lite3RError):
+    """Weights cannot be used as they are: not finite, made by a parametrisation or by pruning, or without values."""
+
+
 class UnknownModelError(Lite3RError):
     """No installed model adapter recognises the model."""
 

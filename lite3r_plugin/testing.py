@@ -22,7 +22,7 @@ from .errors import AdapterError, AlreadyAppliedError
 from .fp8.described import check as check_blocks
 
 # Blocks so small that a test image has many, everything sparse, and only special tokens exempt from it.
-TEST_CONFIG = Lite3RConfig(keep_ratio=0.1, dense_below=0, keep_reference_view=False, backend="torch", block_q=16, block_k=16)
+TEST_CONFIG = Lite3RConfig(keep_ratio=0.1, dense_below=0, pin="special", attention_backend="naive", block_q=16, block_k=16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _check(model: nn.Module, example_inputs: Any, atol: float, config: Lite3RCon
     _expect_equal(dense, run(model), "the dense model gives two different outputs for the same input: make it deterministic first")
     pickled = _can_pickle(model)
 
-    apply_lite3r(model, config, keep_ratio=1.0, site_keep_ratios={})
+    apply_lite3r(model, config, keep_ratio=1.0)
     sites = _sparse_sites(model)
     error, where = _difference(dense, run(model))
     _expect_calls(sites, "dense")

@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 import pytest
+from torch import nn
 
 from lite3r_plugin import Lite3RConfig
 from lite3r_plugin.errors import ConfigError, Lite3RError
@@ -21,8 +22,10 @@ from lite3r_plugin.errors import ConfigError, Lite3RError
         ({"keep_ratio": float("nan")}, "got nan"),
         ({"keep_ratio": True}, "got True"),
         ({"keep_ratio": "0.5"}, "got '0.5'"),
-        ({"site_keep_ratios": {"a.b": 2}}, "site_keep_ratios['a.b'] must be in (0, 1], got 2"),
-        ({"site_keep_ratios": [0.1]}, "site_keep_ratios maps site names to ratios"),
+        ({"keep_ratio": {"a.b": 2}}, "keep_ratio['a.b'] must be in (0, 1], got 2"),
+        ({"keep_ratio": {1: 0.1}}, "maps patterns of site names to ratios, got the pattern 1"),
+        ({"keep_ratio": {}}, "keep_ratio is an empty mapping"),
+        ({"keep_ratio": [0.1]}, "keep_ratio must be in (0, 1], got [0.1]"),
         ({"negligible_ratio": -0.1}, "negligible_ratio must be in [0, 1], got -0.1"),
         ({"negligible_ratio": 1.5}, "got 1.5"),
         ({"negligible_ratio": float("nan")}, "got nan"),
@@ -33,9 +36,12 @@ from lite3r_plugin.errors import ConfigError, Lite3RError
         ({"scopes": ("global", "cross")}, "scopes must be one of ('global', 'frame', 'encoder'), got 'cross'"),
         ({"linear_branch": "some"}, "linear_branch must be one of ('all', 'marginal', 'none'), got 'some'"),
         ({"feature_map": "relu"}, "feature_map must be one of"),
-        ({"backend": "cuda"}, "backend must be one of"),
+        ({"attention_backend": "cuda"}, "attention_backend must be one of"),
         ({"block_means": 1}, "block_means is True or False, got 1"),
-        ({"keep_special_tokens": False}, "keep_reference_view needs keep_special_tokens"),
+        ({"pin": True}, "pin must be one of ('none', 'special', 'reference'), got True"),
+        ({"fp8_filter": (1,)}, "fp8_filter holds patterns of names of Linears"),
+        ({"fp8_filter": 3}, "fp8_filter is a tuple of patterns or a function"),
+        ({"preset": "fast"}, "preset 'fast': this version has no presets"),
         ({"dense_below": -1}, "dense_below is a number of tokens >= 0 or None, got -1"),
         ({"dense_below": 1.5}, "got 1.5"),
         ({"block_q": 100}, "block_q is a power of two from 16 to 128, got 100"),
@@ -64,10 +70,11 @@ def test_replace_changes_fields_and_names_unknown_ones() -> None:
 
 def test_it_is_frozen_and_keeps_no_reference_to_what_it_was_given() -> None:
     ratios = {"a": 0.5}
-    config = Lite3RConfig(site_keep_ratios=ratios, scopes=["frame"])  # type: ignore[arg-type]
+    config = Lite3RConfig(keep_ratio=ratios, scopes=["frame"])  # type: ignore[arg-type]
     ratios["a"] = 7.0
     assert config.keep_ratio_of("a") == 0.5
-    assert config.keep_ratio_of("b") == config.keep_ratio
+    assert config.keep_ratio_of("b") == Lite3RConfig.keep_ratio
+    assert hash(config) == hash(Lite3RConfig(keep_ratio={"a": 0.5}, scopes=("frame",)))
     assert config.scopes == ("frame",)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.keep_ratio = 0.5  # type: ignore[misc]
@@ -78,9 +85,9 @@ def test_it_is_frozen_and_keeps_no_reference_to_what_it_was_given() -> None:
     [
         Lite3RConfig(),
         Lite3RConfig(
-            keep_ratio=0.1, site_keep_ratios={"a.0": 0.3}, negligible_ratio=0.2, scopes=("global", "frame"), linear_branch="marginal",
-            feature_map="elu", block_means=False, keep_special_tokens=True, keep_reference_view=False, dense_below=0, fuse=False,
-            backend="torch", block_q=64, block_k=32,
+            keep_ratio={"a.0": 0.3, "*": 0.1}, negligible_ratio=0.2, scopes=("global", "frame"), linear_branch="marginal",
+            feature_map="elu", block_means=False, pin="special", dense_below=0, fuse=False,
+            attention_backend="naive", block_q=64, block_k=32, fp8_filter=("*.mlp.*",),
         ),
     ],
 )  # fmt: skip
@@ -105,3 +112,20 @@ def test_every_field_is_in_the_dict() -> None:
 def test_foreign_dicts_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Lite3RConfig.from_dict(Lite3RConfig().to_dict() | change)
+
+
+def test_of_several_patterns_the_first_that_matches_counts() -> None:
+    config = Lite3RConfig(keep_ratio={"blocks.0.*": 1.0, "blocks.*": 0.1, "blocks.1.attn": 0.5})
+    assert [config.keep_ratio_of(f"{name}.attn") for name in ("blocks.0", "blocks.1", "frame.0")] == [1.0, 0.1, 0.25]
+    assert config != Lite3RConfig(keep_ratio=dict(reversed(list(config.keep_ratio.items()))))  # type: ignore[union-attr]
+
+
+def test_a_filter_is_patterns_or_a_function() -> None:
+    module = nn.Linear(1, 1)
+    assert Lite3RConfig().takes_fp8(module, "blocks.0.mlp.fc1")
+    config = Lite3RConfig(fp8_filter=("*.mlp.*",))
+    assert [config.takes_fp8(module, f"blocks.0.{name}") for name in ("mlp.fc1", "attn.qkv")] == [True, False]
+    config = Lite3RConfig(fp8_filter=lambda module, fqn: module.in_features == 1 and fqn == "a")  # type: ignore[arg-type]
+    assert [config.takes_fp8(module, name) for name in ("a", "b")] == [True, False]
+    with pytest.raises(ConfigError, match="fp8_filter is a function, which no file can hold"):
+        config.to_dict()

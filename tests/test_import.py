@@ -72,9 +72,8 @@ def test_applying_to_a_model_imports_no_other_models_library() -> None:
 
 
 def test_help_is_printed_without_the_models_libraries() -> None:
-    statement = (
-        "from typer.testing import CliRunner; from lite3r_plugin.cli.app import app; assert CliRunner().invoke(app, ['--help']).exit_code == 0"
-    )
+    statement = "from lite3r_plugin.cli.app import app; from typer.testing import CliRunner; "
+    statement += "assert CliRunner().invoke(app, ['--help']).exit_code == 0"
     assert {"timm", "transformers", "peft", "matplotlib", "trimesh", "accelerate"} & set(heavy_ones(probe(statement)["modules"])) == set()
 
 

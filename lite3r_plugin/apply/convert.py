@@ -23,7 +23,7 @@ ADAPTED = "Linears in FP8 are inside adapters (PEFT)"
 
 
 @torch.inference_mode(False)
-def convert(model: Model, backend: Fp8Backend | None = None, *, tokens: int | None = None) -> Model:
+def convert(model: Model, *, fp8_backend: Fp8Backend | None = None, tokens: int | None = None) -> Model:
     """Store the Linears of the transformer blocks of `model` in FP8 and run them so, in place. There is no way back.
 
     A model that was converted before gets its backends chosen again, for the device that it is on now, and Linears that were left
@@ -31,7 +31,7 @@ def convert(model: Model, backend: Fp8Backend | None = None, *, tokens: int | No
 
     Args:
         model: A model with Lite3R.
-        backend: What is to run the Linears; `Lite3RConfig.fp8_backend` by default.
+        fp8_backend: What is to run the Linears; `Lite3RConfig.fp8_backend` by default.
         tokens: Rows of a typical input of a Linear (batch times views times tokens of a view). With ``"auto"``, Linears
             that would not be faster in FP8 at that size stay as they are. None: all are converted, for the memory.
 
@@ -45,7 +45,7 @@ def convert(model: Model, backend: Fp8Backend | None = None, *, tokens: int | No
         ConvertedError: a weight, or that of a linear branch, is not finite, or is made by a parametrisation or by pruning.
     """
     modules, state = whole_model(model, "convert")
-    config = state.config.replace(precision="fp8", fp8_backend=backend or state.config.fp8_backend)
+    config = state.config.replace(precision="fp8", fp8_backend=fp8_backend or state.config.fp8_backend)
     converted = state.config.precision == "fp8"
     for fqn, module in modules.items():
         if "proj_lin" in module._modules and not fp8.is_finite(module.proj_lin.weight):

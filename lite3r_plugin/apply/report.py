@@ -76,9 +76,8 @@ class Report:
                 + f"blocks {config.block_q} x {config.block_k}, "
                 f"linear branch {config.linear_branch} ({config.feature_map}), block means {_on(config.block_means)}"
             )
-        always = {"special tokens": config.keep_special_tokens, "reference view": config.keep_reference_view}
-        pinned = [name for name, kept in always.items() if kept]
-        lines.append(f"  always kept: {', '.join(pinned) or 'nothing'}; backend {config.backend}")
+        pinned = {"none": "nothing", "special": "special tokens", "reference": "special tokens, reference view"}[config.pin]
+        lines.append(f"  always kept: {pinned}; backend {config.attention_backend}")
         for scope, count in sorted(Counter(s.scope for s in self.sites if not s.sparse).items()):
             lines.append(f"  {count} {scope} sites dense, norm and rotary embedding fused")
         for reason, count in Counter(self.skipped.values()).items():

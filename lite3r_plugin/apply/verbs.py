@@ -15,7 +15,7 @@ from ..adapter.plugins import find_sites
 from ..adapter.sites import AttentionSite, Routed, TokenSource
 from ..attention.module import ModelState, SparseLinearAttention
 from ..attention.styles import projected as projections
-from ..config import Lite3RConfig
+from ..config import Lite3RConfig, matches
 from ..errors import AdapterError, AlreadyAppliedError, BackendError, ConfigError, ConvertedError, Lite3RError, NoSitesError
 from ..fp8 import convert as fp8
 from ..fp8 import te
@@ -59,9 +59,9 @@ def apply_lite3r(model: Model, config: Lite3RConfig | None = None, **fields: Any
     adapter, sites = find_sites(model)
     hosts = _resolve(model, adapter, sites)
     scopes = _scopes(config, adapter, sites)
-    if unused := sorted(set(config.site_keep_ratios) - {site.fqn for site in sites if site.scope in scopes}):
-        example = next(site.fqn for site in sites if site.scope in scopes)
-        raise ConfigError(f"site_keep_ratios names {unused[:3]}, which are no sites that become sparse; those are like {example!r}")
+    sparse_sites = [site.fqn for site in sites if site.scope in scopes]
+    if unused := [pattern for pattern in config.patterns if not any(matches(pattern, fqn) for fqn in sparse_sites)]:
+        raise ConfigError(f"keep_ratio names {unused[:3]}, which match no site that becomes sparse; those are like {sparse_sites[0]!r}")
     # Everything is checked before anything is changed, so an error leaves the model as it was.
     for site in sites:
         check_block(model, site)
@@ -75,9 +75,9 @@ def apply_lite3r(model: Model, config: Lite3RConfig | None = None, **fields: Any
             state.skipped[site.fqn] = f"scope {site.scope!r} stays dense"
             continue
         projections.check(hosts[site.fqn], site)
-        if sparse and config.backend == "triton" and site.head_dim not in TRITON_HEAD_DIMS:
+        if sparse and config.attention_backend == "triton" and site.head_dim not in TRITON_HEAD_DIMS:
             raise BackendError(
-                f'site {site.fqn!r} has head_dim {site.head_dim}; the Triton kernels take {TRITON_HEAD_DIMS}. Use backend="auto"'
+                f'site {site.fqn!r} has head_dim {site.head_dim}; the Triton kernels take {TRITON_HEAD_DIMS}. Use attention_backend="auto"'
             )
         plan[site.fqn] = (site, sparse)
     image_modules = _image_modules(model, adapter, [site for site, sparse in plan.values() if sparse])

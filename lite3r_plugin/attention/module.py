@@ -131,7 +131,7 @@ class SparseLinearAttention(StandIn):
         if self.observer is not None:
             return self.observer(self, heads)
         config, tokens = self.state.config, heads.v.shape[-2]
-        if self.sparse and config.backend == "triton":
+        if self.sparse and config.attention_backend == "triton":
             use_triton("triton", heads.v)  # raises also where this length runs dense
         pinned = self._pinned(self._layout(tokens))
         out = self._attend(heads, pinned)
@@ -169,7 +169,7 @@ class SparseLinearAttention(StandIn):
             order=None if layout is None else order_for(layout, heads.v.device),
             pinned_tokens=self._pinned(layout), linear="none" if proj is None else config.linear_branch, proj=proj,
             feature_map=config.feature_map, block_means=config.block_means,
-            block_q=config.block_q, block_k=config.block_k, backend=config.backend,
+            block_q=config.block_q, block_k=config.block_k, backend=config.attention_backend,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -179,7 +179,7 @@ class SparseLinearAttention(StandIn):
         return (
             f"scope={self.site.scope}, keep_ratio={self.keep_ratio}, negligible_ratio={config.negligible_ratio}, "
             f"blocks={config.block_q}x{config.block_k}, linear_branch={config.linear_branch}, block_means={config.block_means}, "
-            f"backend={config.backend}"
+            f"backend={config.attention_backend}"
         )
 
     def _pays(self, v: Tensor, pinned: int) -> bool:
@@ -220,7 +220,7 @@ class SparseLinearAttention(StandIn):
 
     def _pinned(self, layout: TokenLayout | None) -> int:
         config = self.state.config
-        return pinned_tokens(layout, config.keep_special_tokens, config.keep_reference_view) if layout is not None else 0
+        return pinned_tokens(layout, config.pin) if layout is not None else 0
 
     def _finished(self, heads: Heads) -> tuple[Tensor, Tensor]:
         dtype = heads.v.dtype
@@ -228,7 +228,7 @@ class SparseLinearAttention(StandIn):
             return heads.q.to(dtype), heads.k.to(dtype)
         norms = (x for norm in (heads.q_norm, heads.k_norm) if norm is not None for x in (norm.weight, norm.bias))
         learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (heads.q, heads.k, *norms))
-        backend = "torch" if learns else self.state.config.backend if self.sparse else "auto"  # torch has gradients of this
+        backend = "naive" if learns else self.state.config.attention_backend if self.sparse else "auto"  # torch has gradients of this
         q, k = norm_rope(
             heads.q, heads.k, q_norm=heads.q_norm, k_norm=heads.k_norm, positions=heads.positions, rope_base=heads.rope_base,
             triton=use_triton(backend, heads.v),

@@ -22,7 +22,7 @@ from ..fp8.linear import Fp8Linear
 PROJ_STD = 0.02
 FP8 = {"precision": "fp8"}
 # Dense attention at all sites; the exact fusion of norm and rotary embedding, which the site brings along, stays.
-DENSE = {"keep_ratio": 1.0, "site_keep_ratios": {}, "linear_branch": "none"}
+DENSE = {"keep_ratio": 1.0, "linear_branch": "none"}
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def why_not(variant: Variant, options: Mapping[str, Any], device: torch.device) 
     """The reason why `variant` has nothing to show on `device`, or None: FP8 without FP8 products must be asked for."""
     if not variant.fp8 or options.get("fp8_backend", "auto") != "auto":
         return None
-    reason = backends.why_not("torch", device, 16, 16)
+    reason = backends.why_not("scaled_mm", device, 16, 16)
     return None if reason is None else f"no FP8 matrix products: {reason}; --set fp8_backend=emulated runs it for its memory and error"
 
 

@@ -14,7 +14,7 @@ from ..ops.dispatch import triton_installed
 from ..ops.fp8 import Quantized, naive, passes
 from . import te
 
-QUANTISES_INPUT = ("torch", "emulated")  # backends that take an input that is in FP8 already
+QUANTISES_INPUT = ("scaled_mm", "emulated")  # backends that take an input that is in FP8 already
 
 
 def why_not(backend: Fp8Backend, device: torch.device, inputs: int, outputs: int) -> str | None:
@@ -49,7 +49,7 @@ def choose(requested: Fp8Backend, device: torch.device, inputs: int, outputs: in
             )
         return requested
     # TransformerEngine was slower than torch at every size measured (benchmarks/results), so only an explicit wish gets it.
-    order: tuple[Fp8Backend, ...] = ("torch", "weight_only", "emulated")
+    order: tuple[Fp8Backend, ...] = ("scaled_mm", "weight_only", "emulated")
     return next(backend for backend in order if why_not(backend, device, inputs, outputs) is None)
 
 
@@ -57,7 +57,7 @@ def run(backend: Fp8Backend, x: Tensor | Quantized, weight: Quantized, bias: Ten
     """One FP8 Linear.
 
     Args:
-        backend: ``"torch"``, ``"weight_only"`` or ``"emulated"``.
+        backend: ``"scaled_mm"``, ``"weight_only"`` or ``"emulated"``.
         x: ``[..., C]``; in FP8 already, only where the backend is one of `QUANTISES_INPUT`.
         weight: ``[C_out, C]``.
         bias: ``[C_out]`` or None.
@@ -80,7 +80,7 @@ def run(backend: Fp8Backend, x: Tensor | Quantized, weight: Quantized, bias: Ten
             raise BackendError('the backend "weight_only" takes no input in FP8')
         return weight_only.linear(x.to(dtype), weight, bias, triton=True)
     rows = x if isinstance(x, Quantized) else passes(x).quantize(x, infinities=count)
-    return _scaled_mm(rows, weight, bias, dtype) if backend == "torch" else naive.linear(rows, weight, bias, dtype)
+    return _scaled_mm(rows, weight, bias, dtype) if backend == "scaled_mm" else naive.linear(rows, weight, bias, dtype)
 
 
 def _scaled_mm(x: Quantized, weight: Quantized, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -26,7 +26,7 @@ class Fp8Linear(nn.Module):
     Args:
         in_features, out_features: C and C_out.
         bias: The bias ``[C_out]``, which this module shares and which no longer learns, or None.
-        backend: What runs it: ``"torch"``, ``"te"``, ``"weight_only"`` or ``"emulated"``.
+        backend: What runs it: ``"scaled_mm"``, ``"te"``, ``"weight_only"`` or ``"emulated"``.
         dtype: Of the weight before it was quantised.
         device: Of the (uninitialised) weight.
 
@@ -98,7 +98,7 @@ class Fp8Linear(nn.Module):
             if self.backend == "te":
                 return self._te(input, self).to(dtype)
         bias = self.bias
-        if bias is not None and self.backend == "torch" and dtype != torch.float32:  # whose matrix product takes no other
+        if bias is not None and self.backend == "scaled_mm" and dtype != torch.float32:  # whose matrix product takes no other
             rounded = functools.partial(bias.to, torch.bfloat16)
             bias = rounded() if bias.requires_grad else self._bf16_bias.get(bias, rounded)
         return backends.run(self.backend, input, self._quantized(), bias, dtype, self.infinities)

@@ -86,13 +86,13 @@ def use_triton(backend: str, q: Tensor, needs_grad: bool = False) -> bool:
     Raises:
         BackendError: `backend` is ``"triton"`` and the kernels cannot take these tensors.
     """
-    if backend == "torch":
+    if backend == "naive":
         return False
     reason = why_not_triton(q, needs_grad)
     if reason is None:
         return True
     if backend == "triton":
-        raise BackendError(f'backend="triton" cannot run here: {reason}. Use backend="auto" or "torch".')
+        raise BackendError(f'the "triton" backend of attention cannot run here: {reason}. Use "auto" or "naive".')
     if q.is_cuda and not torch.compiler.is_compiling():
         warnings.warn(f"Lite3R runs plain torch operators on this GPU, which is slow: {reason}", SlowPathWarning, stacklevel=2)
     return False

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from ..errors import ConfigError
 
-Backend = Literal["auto", "triton", "torch"]
+Backend = Literal["auto", "triton", "naive"]
 FeatureMap = Literal["softmax", "elu"]
 LinearBranch = Literal["all", "marginal", "none"]
 

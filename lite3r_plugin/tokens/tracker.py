@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..adapter.sites import TokenLayout, TokenSource
+from ..config import Pin
 from ..errors import LayoutError
 
 TILE = 8
@@ -159,15 +160,12 @@ def token_order(layout: TokenLayout, device: torch.device | str = "cpu") -> Tens
     return torch.cat((special, (views + layout.special_tokens + patches).flatten()))
 
 
-def pinned_tokens(layout: TokenLayout, special: bool, reference_view: bool) -> int:
-    """How many tokens at the start of `token_order` are always kept.
-
-    The reference view can only be pinned together with the special tokens, which come first in the order. In a
-    sequence of one view there is no reference view.
-    """
-    if layout.views > 1 and reference_view:
-        return layout.views * layout.special_tokens + math.prod(layout.grid)
-    return layout.views * layout.special_tokens if special else 0
+def pinned_tokens(layout: TokenLayout, pin: Pin) -> int:
+    """How many tokens at the start of `token_order` are always kept. In a sequence of one view there is no reference view."""
+    if pin == "none":
+        return 0
+    special = layout.views * layout.special_tokens
+    return special + math.prod(layout.grid) if pin == "reference" and layout.views > 1 else special
 
 
 _orders: OrderedDict[tuple[TokenLayout, torch.device], Tensor] = OrderedDict()

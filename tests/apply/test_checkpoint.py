@@ -21,9 +21,7 @@ from lite3r_plugin.testing import TEST_CONFIG
 __all__ = ["toy_adapter"]  # the fixture
 pytestmark = pytest.mark.usefixtures("adapter")
 
-CONFIG = TEST_CONFIG.replace(
-    keep_ratio=0.3, site_keep_ratios={"cross.1": 0.5}, negligible_ratio=0.2, linear_branch="marginal", feature_map="elu"
-)
+CONFIG = TEST_CONFIG.replace(keep_ratio={"cross.1": 0.5, "*": 0.3}, negligible_ratio=0.2, linear_branch="marginal", feature_map="elu")
 JSON, WEIGHTS = "lite3r_config.json", "lite3r.safetensors"
 
 
@@ -120,7 +118,7 @@ def truncate(name: str, size: int) -> Callable[[Path], None]:
         (edit_json(config=[1]), "'config' is no JSON object"),
         (edit_json(sites=[1]), "'sites' is no JSON object"),
         (edit_json(config={"version": 1, "scopes": ["encoder"]}), "does not fit this Toy: .*scope"),
-        (edit_json(config={"version": 1, "site_keep_ratios": {"cross.9": 0.5}}), r"does not fit this Toy: .*cross\.9"),
+        (edit_json(config={"version": 1, "keep_ratio": {"cross.9": 0.5}}), r"does not fit this Toy: .*cross\.9"),
         (edit_weights(lambda w: w.pop("cross.0.proj_lin.weight")), r"'cross\.0\.proj_lin\.weight' is missing, extra or of another shape"),
         (edit_weights(lambda w: w.update(x=torch.zeros(1))), "'x' is missing, extra or of another shape"),
         (edit_weights(lambda w: w.update({"cross.1.proj_lin.weight": torch.zeros(8, 8)})), r"'cross\.1\.proj_lin\.weight'"),

@@ -25,7 +25,7 @@ def test_numbers_before_a_call() -> None:
 
 
 def test_calls_and_density() -> None:
-    model = apply_lite3r(Toy(), SPARSE, site_keep_ratios={"cross.1": 1.0})
+    model = apply_lite3r(Toy(), SPARSE, keep_ratio={"cross.1": 1.0, "*": 0.3})
     for _ in range(3):
         model(images())
     calls = {site.fqn: site.calls for site in describe(model).sites}
@@ -42,12 +42,12 @@ def test_bytes_follow_the_dtype() -> None:
 
 def test_the_text() -> None:
     assert "keep_ratio 0.3, negligible_ratio 0.1, blocks" in str(describe(apply_lite3r(Toy(), SPARSE, negligible_ratio=0.1)))
-    model = apply_lite3r(Toy(), SPARSE, site_keep_ratios={"cross.1": 0.5})
+    model = apply_lite3r(Toy(), SPARSE, keep_ratio={"cross.1": 0.5, "*": 0.3})
     model(images())
     lines = str(describe(model)).splitlines()
     assert lines[0] == "Lite3R on Toy (adapter 'toy')"
     assert "  1 global sites sparse-linear: keep_ratio 0.3, blocks 16 x 16, linear branch marginal (softmax), block means on" in lines
     assert "  1 global sites sparse-linear: keep_ratio 0.5, blocks 16 x 16, linear branch marginal (softmax), block means on" in lines
-    assert "  always kept: special tokens; backend torch" in lines
+    assert "  always kept: special tokens; backend naive" in lines
     assert "  2 sites untouched: scope 'frame' stays dense" in lines
     assert "calls so far: 2 sparse, 0 dense (shorter than break-even), density of the last 0.5" in str(describe(model))

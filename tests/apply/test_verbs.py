@@ -94,10 +94,10 @@ def test_no_site_with_the_wanted_scope(adapter: Adapter) -> None:
 
 
 def test_a_keep_ratio_for_no_site() -> None:
-    with pytest.raises(ConfigError, match=r"site_keep_ratios names \['cross\.7'\].*those are like 'cross\.0'"):
-        apply_lite3r(Toy(), site_keep_ratios={"cross.7": 0.5})
-    with pytest.raises(ConfigError, match=r"site_keep_ratios names \['frame\.0'\], which are no sites that become sparse"):
-        apply_lite3r(Toy(), site_keep_ratios={"frame.0": 0.5})
+    with pytest.raises(ConfigError, match=r"keep_ratio names \['cross\.7'\].*those are like 'cross\.0'"):
+        apply_lite3r(Toy(), keep_ratio={"cross.7": 0.5})
+    with pytest.raises(ConfigError, match=r"keep_ratio names \['frame\.0'\], which match no site that becomes sparse"):
+        apply_lite3r(Toy(), keep_ratio={"frame.0": 0.5})
 
 
 def test_an_unknown_option() -> None:
@@ -113,12 +113,12 @@ def test_verbs_on_a_dense_model(verb: Any) -> None:
 
 def test_the_triton_backend_refuses_other_head_dims_at_once() -> None:
     with pytest.raises(BackendError, match=r"site 'cross\.0' has head_dim 8; the Triton kernels take \(32, 64, 80, 96, 128\)"):
-        apply_lite3r(Toy(dim=16), backend="triton")
+        apply_lite3r(Toy(dim=16), attention_backend="triton")
 
 
 def test_the_triton_backend_refuses_cpu_tensors_even_where_it_would_run_dense() -> None:
-    model = apply_lite3r(Toy(dim=64), backend="triton")
-    with pytest.raises(BackendError, match='backend="triton" cannot run here: the tensors are on cpu'):
+    model = apply_lite3r(Toy(dim=64), attention_backend="triton")
+    with pytest.raises(BackendError, match='"triton" backend of attention cannot run here: the tensors are on cpu'):
         model(images())
 
 
@@ -276,7 +276,7 @@ def test_only_global_sites_change_and_only_this_model() -> None:
 
 
 def test_scopes_and_single_sites_can_be_chosen() -> None:
-    model = apply_lite3r(Toy(), SPARSE, scopes=("frame",), site_keep_ratios={"frame.1": 1.0})
+    model = apply_lite3r(Toy(), SPARSE, scopes=("frame",), keep_ratio={"frame.1": 1.0, "*": 0.3})
     assert {s.fqn: s.keep_ratio for s in describe(model).sites} == {"frame.0": 0.3, "frame.1": 1.0}
 
 

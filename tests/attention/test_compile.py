@@ -156,13 +156,13 @@ def flat_arguments(linear: str, learns: str) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-@pytest.fixture(params=["torch", "triton"])
+@pytest.fixture(params=["naive", "triton"])
 def triton(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether the operators take the Triton path, in its interpreter where there is no GPU."""
     if request.param == "triton":
         pytest.importorskip("triton")
     takes = request.param == "triton"
-    monkeypatch.setattr(operator, "use_triton", lambda backend, v, needs_grad=False: takes and v.dim() == 4 and backend != "torch")
+    monkeypatch.setattr(operator, "use_triton", lambda backend, v, needs_grad=False: takes and v.dim() == 4 and backend != "naive")
     return request.param == "triton"
 
 
@@ -185,7 +185,7 @@ def test_gradients_of_the_operator_are_those_of_the_eager_call(learns: str, trit
     leaves = [x for x in arguments[: operator.DIFFERENTIABLE] if x is not None and x.requires_grad]
     needed = [x is not None and x.requires_grad for x in arguments[: operator.DIFFERENTIABLE]]
     grad = torch.randn(1, 50, 2, 32, device=DEVICE)
-    expected = torch.autograd.grad(operator.run(*arguments[:-1], "torch").transpose(1, 2), leaves, grad)
+    expected = torch.autograd.grad(operator.run(*arguments[:-1], "naive").transpose(1, 2), leaves, grad)
     found = torch.autograd.grad(operator.train(needed, *arguments)[0], leaves, grad)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
@@ -245,7 +245,7 @@ def test_a_cuda_graph_replays_a_training_step(linear: str, monkeypatch: pytest.M
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiled_on_a_gpu(mode: str, adapter: Any) -> None:
     """Triton inside the graph, and CUDA graphs around it."""
-    model = apply_lite3r(Toy(dim=128), TEST_CONFIG, backend="triton", block_q=64, block_k=32).cuda().bfloat16().eval()
+    model = apply_lite3r(Toy(dim=128), TEST_CONFIG, attention_backend="triton", block_q=64, block_k=32).cuda().bfloat16().eval()
     compiled = torch.compile(model, fullgraph=True, mode=mode)
     with torch.no_grad():
         for views in (3, 3, 3, 5, 5):

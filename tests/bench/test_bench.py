@@ -25,7 +25,7 @@ from lite3r_plugin.errors import InputError, NoSitesError
 from lite3r_plugin.fp8.linear import Fp8Linear
 from lite3r_plugin.testbed import Testbed, TestbedConfig
 
-OPTIONS = {"keep_ratio": 0.2, "dense_below": 0, "keep_reference_view": False, "block_q": 16, "block_k": 16}
+OPTIONS = {"keep_ratio": 0.2, "dense_below": 0, "pin": "special", "block_q": 16, "block_k": 16}
 EMULATED = {**OPTIONS, "fp8_backend": "emulated"}
 
 

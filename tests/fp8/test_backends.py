@@ -35,8 +35,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("capability", "size", "backend"),
     [
-        ((9, 0), (1024, 4096), "torch"),
-        ((8, 9), (64, 64), "torch"),
+        ((9, 0), (1024, 4096), "scaled_mm"),
+        ((8, 9), (64, 64), "scaled_mm"),
         ((9, 0), (1024, 1001), "weight_only"),
         ((9, 0), (45, 1024), "weight_only"),
         ((8, 0), (1024, 4096), "weight_only"),
@@ -54,8 +54,8 @@ def test_auto(gpu, capability: tuple[int, int], size: tuple[int, int], backend: 
 @pytest.mark.parametrize(
     ("backend", "capability", "size", "reason"),
     [
-        ("torch", (8, 0), (64, 64), "older than compute capability 8.9"),
-        ("torch", (9, 0), (64, 45), "multiples of 16, not 64 -> 45"),
+        ("scaled_mm", (8, 0), (64, 64), "older than compute capability 8.9"),
+        ("scaled_mm", (9, 0), (64, 45), "multiples of 16, not 64 -> 45"),
         ("te", (9, 0), (40, 64), "multiples of 16"),
         ("weight_only", (7, 5), (64, 64), r"older than compute capability 8\.0"),
     ],
@@ -81,7 +81,7 @@ def test_a_broken_transformer_engine_is_a_reason(gpu, monkeypatch: pytest.Monkey
     assert str(error) in str(te.why_not())
     with pytest.raises(BackendError, match=type(error).__name__):
         backends.choose("te", CUDA, 64, 64)
-    assert backends.choose("auto", CUDA, 64, 64) == "torch"
+    assert backends.choose("auto", CUDA, 64, 64) == "scaled_mm"
 
 
 def test_transformer_engine_is_not_looked_for_without_a_gpu() -> None:
@@ -90,7 +90,7 @@ def test_transformer_engine_is_not_looked_for_without_a_gpu() -> None:
     assert torch.cuda.is_available() or done.stdout.strip() == "False"
 
 
-@pytest.mark.parametrize("backend", ["torch", "weight_only"])
+@pytest.mark.parametrize("backend", ["scaled_mm", "weight_only"])
 def test_a_tensor_on_another_device_than_at_conversion(backend) -> None:
     x, w = torch.randn(3, 16), quantize(torch.randn(16, 16))
     with pytest.raises(BackendError, match=r"convert\(model\) again"):

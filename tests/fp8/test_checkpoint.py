@@ -58,7 +58,7 @@ def test_round_trip(model: Toy, dense: Toy, tmp_path: Path) -> None:
 
 
 def test_the_backend_belongs_to_the_machine(model: Toy, dense: Toy, tmp_path: Path) -> None:
-    convert(model, "emulated")
+    convert(model, fp8_backend="emulated")
     save_lite3r(model, tmp_path)
     assert json.loads((tmp_path / JSON).read_text())["config"]["fp8_backend"] == "auto"
     assert describe(load_lite3r(dense, tmp_path)).config.fp8_backend == "auto"

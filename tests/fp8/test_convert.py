@@ -169,16 +169,16 @@ class TestModel:
     def test_an_impossible_backend_leaves_the_model_as_it_was(self, qat: bool) -> None:
         model = Toy().eval()
         dense = model(images())
-        with pytest.raises(BackendError, match='fp8_backend="torch" cannot run a Linear 32 -> 96 here: the model is on cpu'):
-            apply_lite3r(model, precision="fp8", fp8_backend="torch")
+        with pytest.raises(BackendError, match='fp8_backend="scaled_mm" cannot run a Linear 32 -> 96 here: the model is on cpu'):
+            apply_lite3r(model, precision="fp8", fp8_backend="scaled_mm")
         assert torch.equal(model(images()), dense)
         assert not lite3r_modules(model)
         apply_lite3r(model, **SPARSE, precision="fp8_qat" if qat else "full")
         before = model(images())
         with pytest.raises(BackendError):
-            convert(model, "weight_only")
+            convert(model, fp8_backend="weight_only")
         with pytest.raises(ConfigError):
-            convert(model, "none")  # pyright: ignore[reportArgumentType]
+            convert(model, fp8_backend="none")  # pyright: ignore[reportArgumentType]
         assert torch.equal(model(images()), before)
         remove_lite3r(model)
         assert torch.equal(model(images()), dense)
@@ -189,7 +189,7 @@ class TestModel:
         with pytest.raises(BackendError, match="no Linear of this model is faster in FP8 at 500 tokens here"):
             convert(model, tokens=500)
         assert torch.equal(model(images()), before)
-        convert(model, "emulated", tokens=500)  # an explicit wish is fulfilled
+        convert(model, fp8_backend="emulated", tokens=500)  # an explicit wish is fulfilled
 
     def test_linears_that_stay_are_shown(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("lite3r_plugin.fp8.convert.fp8_pays", lambda device, tokens, inputs, outputs, fused: outputs > 32)
@@ -224,7 +224,7 @@ class TestModel:
         model = apply_lite3r(Toy().eval(), **SPARSE, precision="fp8")
         before, weights = model(images()), [m.weight_data for m in block_linears(model)]
         for linear in block_linears(model):
-            linear.backend = "torch"  # as if it came from a GPU
+            linear.backend = "scaled_mm"  # as if it came from a GPU
         with pytest.raises(BackendError, match=r"convert\(model\) again"):
             model(images())
         convert(model)

@@ -17,9 +17,9 @@ from lite3r_plugin.scene.procedural import ARCS, ProcScenes, TextureBank
 from lite3r_plugin.testbed import Testbed
 
 
-@pytest.fixture(params=["emulated", pytest.param("torch", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["emulated", pytest.param("scaled_mm", marks=pytest.mark.gpu)])
 def backend(request: pytest.FixtureRequest) -> Fp8Backend:
-    if request.param == "torch" and (reason := backends.why_not("torch", torch.device("cuda"), 384, 384)):
+    if request.param == "scaled_mm" and (reason := backends.why_not("scaled_mm", torch.device("cuda"), 384, 384)):
         pytest.skip(reason)
     return request.param
 
@@ -56,7 +56,7 @@ def test_layers_on_real_activations(scene: Tensor, device: str, backend: Fp8Back
 def test_as_trained_and_as_converted(scene: Tensor, device: str, backend: Fp8Backend) -> None:
     model = apply_lite3r(Testbed.from_pretrained(device=device), keep_ratio=0.5, dense_below=0, precision="fp8_qat")
     trained = model(scene)
-    convert(model, backend)
+    convert(model, fp8_backend=backend)
     report = describe(model)
     assert report.linears == {f"in FP8 ({backend})": 40}
     assert report.fp8_bytes[0] <= 0.52 * report.fp8_bytes[1]

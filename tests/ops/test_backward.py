@@ -86,7 +86,7 @@ def by_autograd(
     monkeypatch.setattr(operator, "block_map", lambda *_, **__: chosen)
     tensors = [x if x is None else x.detach().to(torch.float64 if wide else x.dtype) for x in arguments[:8]]
     leaves = [x if x is None else x.requires_grad_(need) for x, need in zip(tensors, needed, strict=True)]
-    out = operator.run(*leaves, *arguments[8:], "torch", needs_grad=True)  # type: ignore[arg-type]
+    out = operator.run(*leaves, *arguments[8:], "naive", needs_grad=True)  # type: ignore[arg-type]
     wanted = [x for x in leaves if x is not None and x.requires_grad]
     found = iter(torch.autograd.grad(out, wanted, grad.to(out.dtype)))
     return [next(found) if x is not None and x.requires_grad else None for x in leaves]
@@ -185,7 +185,7 @@ def test_gradients_in_groups_of_heads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_norms_learn_where_a_site_runs_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     """Though their queries and keys do not."""
-    monkeypatch.setattr("lite3r_plugin.attention.module.use_triton", lambda backend, v: backend != "torch")
+    monkeypatch.setattr("lite3r_plugin.attention.module.use_triton", lambda backend, v: backend != "naive")
     site = AttentionSite("site", "global", 32, Routed())
     module = SparseLinearAttention(nn.Linear(1, 1), site, ModelState("test", Lite3RConfig()), sparse=True)
     weight = torch.ones(32, device=DEVICE, requires_grad=True)

@@ -27,7 +27,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_a_gpu_tensor_runs_triton(gpu: Any) -> None:
     assert use_triton("auto", gpu())
     assert use_triton("triton", gpu())
-    assert not use_triton("torch", gpu())
+    assert not use_triton("naive", gpu())
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_a_gpu_tensor_runs_triton(gpu: Any) -> None:
 def test_falling_back_on_a_gpu_warns(gpu: Any, dtype: torch.dtype, dim: int, needs_grad: bool, reason: str) -> None:
     with pytest.warns(SlowPathWarning, match=reason):
         assert not use_triton("auto", gpu(dtype, dim), needs_grad)
-    with pytest.raises(BackendError, match='backend="triton" cannot run here'):
+    with pytest.raises(BackendError, match='"triton" backend of attention cannot run here'):
         use_triton("triton", gpu(dtype, dim), needs_grad)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lite3r_plugin import TokenLayout, TokenSource
+from lite3r_plugin.config import Pin
 from lite3r_plugin.errors import LayoutError
 from lite3r_plugin.tokens.tracker import MAX_ORDERS, GridTracker, _captured, _orders, order_for, pinned_tokens, token_order
 
@@ -66,11 +67,11 @@ def _coordinates(grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("views", "special", "reference", "expected"),
-    [(4, True, True, 4 * 5 + 6), (4, True, False, 20), (4, False, False, 0), (1, True, True, 5), (1, False, False, 0)],
+    ("views", "pin", "expected"),
+    [(4, "reference", 4 * 5 + 6), (4, "special", 20), (4, "none", 0), (1, "reference", 5), (1, "none", 0)],
 )
-def test_pinned_tokens(views: int, special: bool, reference: bool, expected: int) -> None:
-    assert pinned_tokens(TokenLayout(views, 5, (2, 3)), special, reference) == expected
+def test_pinned_tokens(views: int, pin: Pin, expected: int) -> None:
+    assert pinned_tokens(TokenLayout(views, 5, (2, 3)), pin) == expected
 
 
 def test_eager_orders_are_cached() -> None:

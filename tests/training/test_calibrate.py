@@ -13,17 +13,16 @@ from torch import Tensor, nn
 from toys import Adapter, Toy, toy_adapter
 from toys import images as toy_images
 
-from lite3r_plugin import apply_lite3r, lite3r_disabled, load_lite3r, save_lite3r
+from lite3r_plugin import apply_lite3r, calibrate, lite3r_disabled, load_lite3r, save_lite3r
 from lite3r_plugin.apply.carried import lite3r_modules
 from lite3r_plugin.errors import ConfigError, InputError, NotAppliedError
 from lite3r_plugin.scene.procedural import ProcScenes, TextureBank
 from lite3r_plugin.testbed import Testbed
-from lite3r_plugin import calibrate
 from lite3r_plugin.training.calibrate import GAIN, RIDGES, _Observer, _Sums
 
 __all__ = ["toy_adapter"]  # the fixture
 
-FIELDS: dict[str, Any] = {"keep_ratio": 0.15, "dense_below": 0, "block_q": 32, "block_k": 16, "keep_reference_view": False}
+FIELDS: dict[str, Any] = {"keep_ratio": 0.15, "dense_below": 0, "block_q": 32, "block_k": 16, "pin": "special"}
 
 
 @pytest.fixture(scope="module")

@@ -90,7 +90,7 @@ def block_map_with_bits(
     columns = k_mean.shape[-2]
     if columns > MAX_COLUMNS:
         raise BackendError(
-            f"the sequence has {columns} key blocks, the kernels take {MAX_COLUMNS}; use a larger block_k or backend='torch'"
+            f"the sequence has {columns} key blocks, the kernels take {MAX_COLUMNS}; use a larger block_k or backend='naive'"
         )
     words = -(-columns // 32)
 

@@ -52,7 +52,7 @@ def sparse_linear_attention(
             queries attend to them.
         q_norm, k_norm, positions, rope_base: Norm and rotary embedding to apply first; see `prepare_qkv`.
         scale, linear, feature_map, proj, block_means, block_q, block_k: See `naive.sparse_linear_attention`.
-        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+        backend: ``"auto"``, ``"triton"`` or ``"naive"``.
 
     Returns:
         ``[B, H, N, D]`` in v's dtype, in the order of the input tokens.
