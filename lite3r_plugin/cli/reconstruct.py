@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..config import Lite3RConfig
+from ..config import DEFAULT_KEEP_RATIO, Lite3RConfig
 from ..errors import InputError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def reconstruct(
     weights: Annotated[
         str | None, typer.Option(help="A file or a Hub id; `random` for timing only. By default the published weights.", show_default=False)
     ] = None,
-    keep_ratio: Annotated[float, typer.Option(help="Share of the key blocks that attention keeps, in (0, 1].")] = Lite3RConfig.keep_ratio,
+    keep_ratio: Annotated[float, typer.Option(help="Share of the key blocks that attention keeps, in (0, 1].")] = DEFAULT_KEEP_RATIO,
     dense_below: Annotated[
         int | None,
         typer.Option(help="Sites with fewer tokens stay dense; 0: none does. By default what pays on the device.", show_default=False),
