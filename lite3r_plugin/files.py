@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
+import secrets
+import socket
+import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from .errors import InputError
+
+LEFTOVER_SECONDS = 24 * 3600
 
 
 def check_output(path: Path, suffix: str) -> None:
@@ -25,13 +32,24 @@ def check_output(path: Path, suffix: str) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write to; it takes the place of `path` at the end, so that nobody ever sees half a file."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """A file beside `path` to write to; it takes the place of `path` at the end, so that nobody ever sees half a file.
+
+    Its name is new and cannot be foreseen, so that threads and hosts do not meet in it and no link lies in wait. It is on the disk
+    before it takes the place, readable for whom the umask lets. What killed processes left beside `path` is cleared away.
+    """
+    _clear_leftovers(path)
+    beside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(8)}.tmp")
+    descriptor = os.open(beside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+    os.close(descriptor)
     try:
         yield beside
+        os.chmod(beside, mode)  # a library may have made the file anew, for its owner alone
+        _sync(beside)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+    _sync(path.absolute().parent)
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
@@ -41,3 +59,34 @@ def write_atomically(path: Path, data: bytes | str) -> None:
             beside.write_bytes(data.encode() if isinstance(data, str) else data)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk, where the system can tell."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _clear_leftovers(path: Path) -> None:
+    """Delete what processes left beside `path` when they were killed while they wrote it: of this host those that are gone, of others'
+    what nobody has touched for a day."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        host, pid = (leftover.name.removeprefix(f".{path.name}.").rsplit(".", 3) + ["", ""])[:2]
+        with contextlib.suppress(OSError):
+            gone = not _is_alive(int(pid)) if host == socket.gethostname() and pid.isdecimal() else False
+            if gone or time.time() - leftover.stat().st_mtime > LEFTOVER_SECONDS:
+                leftover.unlink()
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # of another user
+        return True
+    return True
