@@ -1,14 +1,25 @@
-"""From the measures that `quality.py` stored to Markdown tables: ``python benchmarks/quality_report.py RESULTS.json > TABLE.md``."""
+"""From the measures that `quality.py` stored to Markdown.
+
+python benchmarks/quality_report.py                             # writes quality.md from results/quality.json
+python benchmarks/quality_report.py --full RESULTS.json         # prints every measure of every row, with intervals
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
-import sys
+import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
-from lite3r_plugin.scene.metrics import paired_bootstrap
+from lite3r_plugin.scene.metrics import Interval, paired_bootstrap
+
+HERE = Path(__file__).parent
+STORED = HERE / "results" / "quality.json"
+PAGE = HERE / "quality.md"
+WIDTH = 130
 
 COLUMNS = {  # heading: measure, digits
     "AbsRel ↓": ("depth.abs_rel", 4),
@@ -22,31 +33,177 @@ COLUMNS = {  # heading: measure, digits
     "depth against dense ↓": ("teacher.depth_abs_rel", 4),
     "rotation against dense ° ↓": ("teacher.rotation_mean", 2),
 }
-DIFFERENCES = {"AbsRel − dense": ("depth.abs_rel", 4), "AUC@30 − dense": ("pose.auc30", 1)}
+ABS_REL, AUC30 = "depth.abs_rel", "pose.auc30"
+DIFFERENCES = {"AbsRel − dense": (ABS_REL, 4), "AUC@30 − dense": (AUC30, 1)}
+RENDERED = "procedural"
+# Rows of `quality.py`: what `apply_lite3r` gives by default, before and after `calibrate`.
+APPLIED, CALIBRATED = "sparse + means", "sparse + means + linear, marginal"
+DEFAULT_KEEP = 0.25
+
 HEAD = """# What quality costs
 
-Measured by `python benchmarks/quality.py`, read in [README.md](README.md); every measure of every scene is in `{source}`.
+The measures are those of `python benchmarks/quality.py`; every one of every scene is in `{source}`, and this page is written from
+it by `python benchmarks/quality_report.py`. With `--full {source}` it prints all of them, with their intervals.
 
-{conditions}
+{conditions}.
 
-**How to read it.** The model is the testbed that comes with the package (18 M parameters, trained on rendered scenes for 33
-minutes), so only differences to its own dense row mean anything: its absolute numbers must not be compared with those of full-size
-models. `constant` ignores the images: one depth, equal cameras. AbsRel and δ1 are after one median scale per scene; angles are
-medians over pairs of views, averaged over scenes; AUC is of the larger of the two angles, in percent. `against dense` compares with
-the dense model's own output. Differences come with paired bootstrap 95 % intervals over scenes; * leaves out 0. Density is the share
-of scores that were computed exactly; what is pinned comes on top of the keep ratio. No attention weight was trained for sparsity:
-`linear` is `proj_lin` fitted in closed form (`calibrate`) to {calibration} rendered scenes of other textures.
+**How to read it.** The model is the testbed that comes with the package: 18 M parameters, trained on rendered scenes for 33 minutes.
+Only differences from its own dense row mean anything; its numbers must not be compared with those of full-size models. `constant`
+ignores the images: one depth, equal cameras. AbsRel is after one median scale per scene. AUC@30 is of the larger of the two angles
+between pairs of cameras, in percent. Differences are means over scenes; a star marks those whose paired bootstrap 95 % interval leaves
+out 0. Density is the share of scores that were computed exactly: what is pinned comes on top of the keep ratio. No attention weight was
+trained for sparsity. `means` are block means; `linear` is `proj_lin` fitted in closed form (`calibrate`) to {calibration} rendered
+scenes of other textures. `{applied}` is what `apply_lite3r` does by default, `{calibrated}` the same after `calibrate`.
 """
 
 
 def markdown(store: dict[str, Any], source: str = "results/quality.json") -> str:
-    """The whole page."""
+    """The whole page: how to read it, what follows where all rows are there, tables of changes."""
     conditions = store["conditions"]
     listed = ", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in conditions.items())
-    parts = [HEAD.format(source=source, conditions=listed, calibration=conditions["calibration"])]
-    for name, group in store["groups"].items():
-        parts.append(table(name, group))
-    return "\n".join(parts)
+    words = {"applied": APPLIED, "calibrated": CALIBRATED, "calibration": conditions["calibration"]}
+    parts = [HEAD.format(source=source, conditions=listed[0].upper() + listed[1:], **words)]
+    if is_complete(store):
+        parts.append(findings(store))
+    parts += [rendered(store), photographs(store)]
+    return "\n".join(_wrapped(part) for part in parts if part)
+
+
+def groups(store: dict[str, Any], data: str) -> dict[int, dict[str, Any]]:
+    """The groups of a data set that have scenes, by their number of views, ascending."""
+    found = {int(name.partition("/")[2]): group for name, group in store["groups"].items() if name.partition("/")[0] == data}
+    return {views: found[views] for views in sorted(found) if found[views].get("sets")}
+
+
+def rendered(store: dict[str, Any]) -> str:
+    """Changes of depth and cameras on rendered scenes: one row a variant, two columns a number of views."""
+    by_views = groups(store, RENDERED)
+    if not by_views:
+        return ""
+    heads = ["", "density", *(f"{name}, {views} views" for views in by_views for name in ("AbsRel", "AUC@30"))]
+    sizes = ", ".join(f"{group['sets']} scenes of {views} views" for views, group in by_views.items())
+    height, width = next(iter(by_views.values()))["size"]
+    lines = [
+        "## Rendered scenes\n",
+        f"{sizes}, {height} × {width} pixels. The first two rows are values, the others changes against `dense`. "
+        "Density is for each number of views.\n",
+        *_head(heads),
+    ]
+    for key in next(iter(by_views.values()))["rows"]:
+        if not all(key in group["rows"] for group in by_views.values()):
+            continue
+        rows = [group["rows"][key] for group in by_views.values()]
+        cells = [key, "" if rows[0]["density"] in (None, 1) else ", ".join(f"{row['density']:.2f}" for row in rows)]
+        for group in by_views.values():
+            cells += [_cell(group, key, ABS_REL, 4), _cell(group, key, AUC30, 1)]
+        lines.append(_line(cells))
+    return "\n".join(lines) + "\n"
+
+
+def photographs(store: dict[str, Any]) -> str:
+    """What the default costs on every other data set; nothing where there is none."""
+    names = list(dict.fromkeys(name.partition("/")[0] for name in store["groups"]))
+    keys = ("constant", "dense", f"{APPLIED} {DEFAULT_KEEP}", f"{CALIBRATED} {DEFAULT_KEEP}")
+    lines = []
+    for data in names:
+        for views, group in groups(store, data).items() if data != RENDERED else ():
+            cells = [data, str(views), str(group["sets"])]
+            for measure, digits in ((ABS_REL, 4), (AUC30, 1)):
+                cells += [_cell(group, key, measure, digits) if key in group["rows"] else "" for key in keys]
+            lines.append(_line(cells))
+    if not lines:
+        return ""
+    columns = [f"{name}: {row}" for name in ("AbsRel", "AUC@30") for row in ("constant", "dense", "applied", "calibrated")]
+    head = ["data", "views", "sets", *columns]
+    text = f"`keep_ratio={DEFAULT_KEEP}`; `applied` and `calibrated` are changes against `dense`. DTU and Strecha have no depth here.\n"
+    return "\n".join(["## Photographs\n", text, *_head(head), *lines]) + "\n"
+
+
+def summary(store: dict[str, Any]) -> str:
+    """The table of the README: the default, dense, as applied and calibrated, over numbers of views and two keep ratios."""
+    lines = _head(["views", "`keep_ratio`", "AbsRel ↓ dense / applied / calibrated", "AUC@30 ↑ dense / applied / calibrated"])
+    for views, group in groups(store, RENDERED).items():
+        for keep in (DEFAULT_KEEP, DEFAULT_KEEP / 2):
+            keys = ("dense", f"{APPLIED} {keep}", f"{CALIBRATED} {keep}")
+            cells = [
+                " / ".join(f"{mean(group, key, measure):.{digits}f}" for key in keys) for measure, digits in ((ABS_REL, 3), (AUC30, 1))
+            ]
+            lines.append(_line([str(views), str(keep), *cells]))
+    return "\n".join(lines) + "\n"
+
+
+def is_complete(store: dict[str, Any]) -> bool:
+    """Whether `store` has all rows that `findings` speaks of."""
+    by_views = groups(store, RENDERED)
+    needed = {
+        *(f"{row} {keep}" for row in ("sparse", APPLIED, CALIBRATED, "sparse + means + linear, all") for keep in (0.5, 0.25, 0.125)),
+        *(f"{row} 0.25" for row in ("sparse + means, raster order", "sparse, nothing pinned")),
+        *(f"{row}, reference view not pinned 0.25" for row in ("sparse", APPLIED)),
+    }
+    photos = all(groups(store, data) for data in ("7scenes", "dtu-idr", "strecha"))
+    return photos and set(by_views) == {8, 16, 32} and all(needed <= set(group["rows"]) for group in by_views.values())
+
+
+def findings(store: dict[str, Any]) -> str:
+    """What the defaults follow from, with the numbers of `store`, which `is_complete`."""
+    by_views = groups(store, RENDERED)
+    near, density = "teacher.depth_abs_rel", {views: {k: row["density"] for k, row in g["rows"].items()} for views, g in by_views.items()}
+
+    def depth(views: int, first: str, second: str) -> str:
+        return f"{mean(by_views[views], first, near):.3f} to {mean(by_views[views], second, near):.3f}"
+
+    def lost(views: int, row: str, keep: float = DEFAULT_KEEP) -> str:
+        return f"{-mean_change(by_views[views], f'{row} {keep}', AUC30):.1f}"
+
+    def abs_rel(views: int, key: str) -> str:
+        return f"{mean_change(by_views[views], key, ABS_REL):.3f} of AbsRel at density {density[views][key]:.2f}"
+
+    def fitted(keep: float) -> str:
+        return ", ".join(f"from {lost(v, APPLIED, keep)} to {lost(v, CALIBRATED, keep)} ({v} views)" for v in by_views)
+
+    def between(values: list[float], digits: int) -> str:
+        return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
+
+    cells = [(group, keep) for group in by_views.values() for keep in (0.5, 0.25, 0.125)]
+    taken = [100 * (1 - mean(g, f"{APPLIED} {keep}", near) / mean(g, f"sparse {keep}", near)) for g, keep in cells]
+    cameras = max(abs(mean(g, f"{APPLIED} {keep}", AUC30) - mean(g, f"sparse {keep}", AUC30)) for g, keep in cells)
+    loose, free = "sparse, reference view not pinned 0.25", "sparse, nothing pinned 0.25"
+    special = [mean(g, loose, AUC30) - mean(g, free, AUC30) for g in by_views.values()]
+    cost = [density[views][loose] - density[views][free] for views in by_views]
+    unpinned = f"{APPLIED}, reference view not pinned 0.25"
+    half = [-mean_change(by_views[views], f"{CALIBRATED} 0.5", AUC30) for views in (16, 32)]
+    strecha = groups(store, "strecha")[8]
+    return f"""## Findings
+
+* **Block means pay for depth** (`block_means=True`). On rendered scenes they take {between(taken, 0)} % off the change of depth against
+  the dense model, untrained, over all keep ratios and numbers of views: at 0.25 {depth(8, "sparse 0.25", f"{APPLIED} 0.25")} with 8
+  views and {depth(32, "sparse 0.25", f"{APPLIED} 0.25")} with 32. By themselves they do nothing for cameras: AUC@30 with and
+  without them differs by at most {cameras:.1f} points.
+* **The linear branch pays over marginal blocks, calibrated** (`linear_branch="marginal"`). With means it takes the loss of AUC@30,
+  in points, at 0.25 {fitted(0.25)}; at 0.125 {fitted(0.125)}. Over all tokens, calibrated as well, the gain lies within the intervals.
+* **Pinning the reference view pays for depth** (`pin="reference"`). It costs density, so a fair comparison is with a smaller keep
+  ratio. With 16 views and means, 0.125 pinned loses {abs_rel(16, f"{APPLIED} 0.125")}, 0.25 not pinned {abs_rel(16, unpinned)};
+  with 32 views {abs_rel(32, f"{APPLIED} 0.125")} against {abs_rel(32, unpinned)}. For cameras it is the other way round:
+  {lost(16, APPLIED, 0.125)} points of AUC@30 against {lost(16, f"{APPLIED}, reference view not pinned")}, and
+  {lost(32, APPLIED, 0.125)} against {lost(32, f"{APPLIED}, reference view not pinned")}.
+* **Pinning camera and register tokens pays for cameras**: without it {between(special, 1)} points of AUC@30 more are lost. It costs
+  {between(cost, 2)} of density.
+* **Tile order beats raster order for depth**: with means the change against the dense model goes from
+  {depth(8, "sparse + means, raster order 0.25", f"{APPLIED} 0.25")} with 8 views and from
+  {depth(32, "sparse + means, raster order 0.25", f"{APPLIED} 0.25")} with 32. Cameras do not tell the two apart.
+* **`keep_ratio=0.25` is the default and is not free for cameras.** On this small model, whose blocks are large beside its images
+  (196 patches), even 0.5, calibrated, costs {between(half, 1)} points of AUC@30 with 16 and 32 views. Its AUC@3 and AUC@5 are too
+  small to tell anything apart.
+* **Photographs say little.** On 7-Scenes and DTU the dense testbed itself is worse than `constant` or hardly better. On Strecha it
+  sees something (AUC@30 {mean(strecha, "dense", AUC30):.1f}), but there are two scenes. The photographs were recompressed (JPEG, 640
+  pixels of detail) and thinned out: every 24th frame of 7-Scenes kitchen, DTU scan24, Strecha fountain-P11 and Herz-Jesus-P8, which
+  has too few views for rows of 16 and 32.
+"""
+
+
+def full(store: dict[str, Any]) -> str:
+    """Every measure of every row, with intervals: one table for each data set and number of views."""
+    return "\n".join(table(name, group) for name, group in store["groups"].items())
 
 
 def table(name: str, group: dict[str, Any]) -> str:
@@ -59,11 +216,7 @@ def table(name: str, group: dict[str, Any]) -> str:
     columns = {head: spec for head, spec in COLUMNS.items() if spec[0].startswith("teacher") or values(dense, spec[0])}
     differences = {head: spec for head, spec in DIFFERENCES.items() if values(dense, spec[0])}
     heads = ["", "density", *columns, *differences]
-    lines = [
-        f"{title}\n\n{group['sets']} sets of views, images {group['size'][0]} × {group['size'][1]}.\n",
-        "| " + " | ".join(heads) + " |",
-        "|" + "|".join(["---"] + ["---:"] * (len(heads) - 1)) + "|",
-    ]
+    lines = [f"{title}\n\n{group['sets']} sets of views, images {group['size'][0]} × {group['size'][1]}.\n", *_head(heads)]
     for key, row in group["rows"].items():
         cells = [key, "" if row["density"] is None else f"{row['density']:.3f}"]
         for measure, digits in columns.values():
@@ -73,7 +226,7 @@ def table(name: str, group: dict[str, Any]) -> str:
             )
         for measure, digits in differences.values():
             cells.append("" if key in ("dense", "constant") else difference(dense, row["scenes"], measure, digits))
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(_line(cells))
     return "\n".join(lines) + "\n"
 
 
@@ -82,14 +235,69 @@ def values(scenes: list[dict[str, float | None]], measure: str) -> list[float]:
     return [value for scene in scenes if (value := scene.get(measure)) is not None]
 
 
+def mean(group: dict[str, Any], key: str, measure: str) -> float:
+    """Mean of a measure over the scenes of the row `key`; NaN where no scene has it."""
+    found = values(group["rows"][key]["scenes"], measure)
+    return sum(found) / len(found) if found else math.nan
+
+
+def interval(dense: list[dict[str, float | None]], other: list[dict[str, float | None]], measure: str) -> Interval:
+    """Mean difference other - dense with its paired interval."""
+    first, second = ([math.nan if (x := scene.get(measure)) is None else x for scene in scenes] for scenes in (dense, other))
+    return paired_bootstrap(first, second)
+
+
+def mean_change(group: dict[str, Any], key: str, measure: str) -> float:
+    """Mean difference of the row `key` from the dense one."""
+    return interval(group["rows"]["dense"]["scenes"], group["rows"][key]["scenes"], measure).difference
+
+
 def difference(dense: list[dict[str, float | None]], other: list[dict[str, float | None]], measure: str, digits: int) -> str:
     """Mean difference with its interval."""
-    first, second = ([math.nan if (x := scene.get(measure)) is None else x for scene in scenes] for scenes in (dense, other))
-    interval = paired_bootstrap(first, second)
-    star = " *" if interval.clear else ""
-    return f"{interval.difference:+.{digits}f} [{interval.low:+.{digits}f}, {interval.high:+.{digits}f}]{star}"
+    found = interval(dense, other, measure)
+    return f"{found.difference:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]{' *' if found.clear else ''}"
+
+
+def _cell(group: dict[str, Any], key: str, measure: str, digits: int) -> str:
+    """The value of `dense` and `constant`, the change of any other row; nothing where no scene has the measure."""
+    rows = group["rows"]
+    if math.isnan(mean(group, key, measure)):
+        return ""
+    if key in ("dense", "constant"):
+        return f"{mean(group, key, measure):.{digits}f}"
+    found = interval(rows["dense"]["scenes"], rows[key]["scenes"], measure)
+    return f"{found.difference:+.{digits}f}{' *' if found.clear else ''}"
+
+
+def _wrapped(text: str) -> str:
+    """`text` with its paragraphs and list items, which may be set in any way here, in lines of one width."""
+
+    def fill(match: re.Match[str]) -> str:
+        indent = "  " if match[0].startswith("* ") else ""
+        return textwrap.fill(" ".join(match[0].split()), WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+    return re.sub(r"^(?![|#]).+(?:\n(?![|#]|\* ).+)*", fill, text, flags=re.MULTILINE)
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _head(heads: list[str]) -> list[str]:
+    return [_line(heads), "|" + "|".join(["---"] + ["---:"] * (len(heads) - 1)) + "|"]
+
+
+def main() -> None:
+    """Write the page, or print the full tables of one file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", type=Path, metavar="RESULTS.json", help="print every measure of this file in place of writing the page")
+    args = parser.parse_args()
+    if args.full:
+        print(full(json.loads(args.full.read_text())))
+    else:
+        PAGE.write_text(markdown(json.loads(STORED.read_text())))
+        print(f"wrote {PAGE}")
 
 
 if __name__ == "__main__":
-    given = Path(sys.argv[1])
-    sys.stdout.write(markdown(json.loads(given.read_text()), f"results/{given.name}"))
+    main()

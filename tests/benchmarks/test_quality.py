@@ -114,8 +114,60 @@ def test_results_of_other_conditions_are_not_gone_on_with(load, tmp_path: Path, 
     assert "other weights_sha256: starting anew" in capsys.readouterr().err
 
 
-def test_stored_table_is_the_one_of_the_stored_measures(load) -> None:
+@pytest.fixture(scope="module")
+def stored() -> dict:
+    return json.loads((BENCHMARKS / "results" / "quality.json").read_text())
+
+
+def test_stored_page_is_the_one_of_the_stored_measures(load, stored: dict) -> None:
     """`quality.md` is what `quality_report.py` makes of `results/quality.json`."""
+    page = (BENCHMARKS / "quality.md").read_text()
+    assert load("quality_report").markdown(stored) == page, "run: python benchmarks/quality_report.py"
+    assert len(page.split()) < 2000
+
+
+def test_findings_follow_from_the_measures(load, stored: dict) -> None:
+    """What the page says in words, which no number in it would correct."""
     report = load("quality_report")
-    stored = BENCHMARKS / "results" / "quality.json"
-    assert report.markdown(json.loads(stored.read_text())) == (BENCHMARKS / "quality.md").read_text()
+    assert "## Findings" in report.markdown(stored)
+    near = "teacher.depth_abs_rel"
+    by_views = report.groups(stored, report.RENDERED)
+    assert set(by_views) == {8, 16, 32}
+    for views, group in by_views.items():
+
+        def mean(row: str, measure: str, keep: float = 0.25, group: dict = group) -> float:
+            return report.mean(group, f"{row} {keep}", measure)
+
+        for keep in (0.5, 0.25, 0.125):
+            assert mean(report.APPLIED, near, keep) < mean("sparse", near, keep)  # block means pay for depth
+        for keep in (0.25, 0.125):
+            assert mean(report.CALIBRATED, report.AUC30, keep) > mean(report.APPLIED, report.AUC30, keep)  # as the branch does for cameras
+        assert mean(report.APPLIED, near) < mean("sparse + means, raster order", near)
+        loose = f"{report.APPLIED}, reference view not pinned"
+        assert mean("sparse, reference view not pinned", report.AUC30) > mean("sparse, nothing pinned", report.AUC30)
+        if views > 8:
+            rows = group["rows"]
+            assert rows[f"{report.APPLIED} 0.125"]["density"] < rows[f"{loose} 0.25"]["density"]
+            assert mean(report.APPLIED, report.ABS_REL, 0.125) < mean(loose, report.ABS_REL)
+            assert mean(report.APPLIED, report.AUC30, 0.125) < mean(loose, report.AUC30)
+    for group in report.groups(stored, "7scenes").values():
+        assert report.mean(group, "dense", report.ABS_REL) > report.mean(group, "constant", report.ABS_REL)
+
+
+def test_without_all_rows_there_are_no_findings(load, stored: dict) -> None:
+    report = load("quality_report")
+    few = {"conditions": stored["conditions"], "groups": {"procedural/8": stored["groups"]["procedural/8"]}}
+    page = report.markdown(few)
+    assert "## Findings" not in page
+    assert "## Photographs" not in page
+    assert "| sparse + means 0.25 | 0.44 | +0.0036 * | -3.8 * |" in page
+
+
+def test_full_tables(load, stored: dict, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["quality_report.py", "--full", str(BENCHMARKS / "results" / "quality.json")])
+    load("quality_report").main()
+    printed = capsys.readouterr().out
+    assert [line for line in printed.splitlines() if line.startswith("## ")] == [
+        "## {}, {} views".format(*name.split("/")) for name in stored["groups"]
+    ]
+    assert "-2.5 [-4.9, -0.0] *" in printed
