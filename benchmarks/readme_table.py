@@ -1,94 +1,276 @@
-"""Writes the README's tables from stored reports: ``python benchmarks/readme_table.py``.
+"""Writes the tables of README.md and docs/ from stored results: ``python benchmarks/readme_table.py``.
 
-A table stands between ``<!-- table: FILE -->`` and ``<!-- end of table -->``, where FILE is a report of `lite3r bench`.
+A table stands between ``<!-- table: KIND FILE -->`` and ``<!-- end of table -->``. KIND is a name in `TABLES`, FILE a stored result.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import textwrap
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import quality_report
+
 ROOT = Path(__file__).parent.parent
-TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
-HEADER = (
-    "views",
-    "stock",
-    "Lite3R on stock",
-    "gain",
-    "strong dense",
-    "Lite3R on strong",
-    "gain",
-    "gain on stock",
-    "peak memory",
-    "density",
-)
-FP8_HEADER = ("dense in FP8", "Lite3R in FP8", "gain", "gain on stock", "peak memory in FP8")  # where the report has them
+TABLE = re.compile(r"(<!-- table: (\w+) (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+WIDTH = 130
+
+Cell = dict[str, Any]
 
 
-def render(report: dict[str, Any]) -> str:
-    """The table of a report, in Markdown, with its conditions."""
-    cells = {(cell["views"], cell["variant"]): cell for cell in report["cells"]}
-    measured = {variant for (_, variant), cell in cells.items() if _measured(cell) is not None}
-    dense_fp8, fp8 = "strong-fp8" in measured, "lite3r-fp8" in measured
-    header = HEADER + FP8_HEADER[not dense_fp8 :] if fp8 else HEADER
-    lines = ["| " + " | ".join(header) + " |", "|" + " ---: |" * len(header)]
-    for views in sorted({views for views, _ in cells}):
-        stock, one_line, strong, both = (cells.get((views, name)) for name in ("stock", "lite3r", "strong", "lite3r-strong"))
-        row = (
-            str(views), _time(stock), _time(one_line), _ratio(one_line, "stock"),
-            _time(strong), _time(both), _ratio(both, "strong"), _ratio(both, "stock"),
-            f"{_memory(stock)} → {_memory(both)}", _density(both),
-        )  # fmt: skip
-        if fp8:
-            both = cells.get((views, "lite3r-fp8"))
-            row += (_time(cells.get((views, "strong-fp8"))),) if dense_fp8 else ()
-            row += (_time(both), _ratio(both, "strong"), _ratio(both, "stock"), _memory(both))
-        lines.append("| " + " | ".join(row) + " |")
-    c = report["conditions"]
-    options = ", ".join(f"`{name}={value!r}`" for name, value in c["lite3r_options"].items())
-    lines += [
-        "",
-        f"{c['summary'].partition(' (')[0]}, {c['resolution']} × {c['resolution']} pixels, {options}, on one {c['device']}, "
-        f"torch {c['torch']}, triton {c['triton']}, {c['date'][:10]}, "
-        f"commit {c['commit'][:7]}. Median milliseconds of a whole forward. Weights: {c['weights']}.",
-        "",
-    ]
-    return "\n".join(lines)
+def documents() -> list[Path]:
+    """The files that may hold tables."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def update(text: str) -> str:
     """`text` with every table rendered anew from its file."""
-    return TABLE.sub(lambda match: match[1] + render(json.loads((ROOT / match[2]).read_text())) + match[3], text)
+    return TABLE.sub(lambda match: match[1] + TABLES[match[2]](json.loads((ROOT / match[3]).read_text())) + match[4], text)
 
 
-def _measured(cell: dict[str, Any] | None) -> dict[str, Any] | None:
+# Whole models: reports of `lite3r bench`.
+
+
+def speed(report: dict[str, Any]) -> str:
+    """The README's table: times, and each gain over the column that it is a gain over."""
+    heads = ("views", "stock", "Lite3R on stock", "strong dense", "Lite3R on strong", "Lite3R on strong, FP8")
+    rows = [
+        (
+            str(views), _time(cells("stock")), _time_and_gain(cells("lite3r"), cells("stock")), _time(cells("strong")),
+            _time_and_gain(cells("lite3r-strong"), cells("strong")), _time_and_gain(cells("lite3r-fp8"), cells("strong")),
+        )
+        for views, cells in _by_views(report)
+    ]  # fmt: skip
+    return _table(heads, rows) + _note(_conditions(report))
+
+
+def times(report: dict[str, Any]) -> str:
+    """In full precision: times, gains, density."""
+    heads = (
+        "views", "density", "stock", "Lite3R on stock", "gain over stock", "strong dense", "Lite3R on strong", "gain over strong",
+        "gain over stock",
+    )  # fmt: skip
+    rows = [
+        (
+            str(views), _density(cells("lite3r-strong")), _time(cells("stock")), _time(cells("lite3r")),
+            _gain(cells("lite3r"), cells("stock")), _time(cells("strong")), _time(cells("lite3r-strong")),
+            _gain(cells("lite3r-strong"), cells("strong")), _gain(cells("lite3r-strong"), cells("stock")),
+        )
+        for views, cells in _by_views(report)
+    ]  # fmt: skip
+    return _table(heads, rows) + _note(_conditions(report))
+
+
+def times_fp8(report: dict[str, Any]) -> str:
+    """In FP8: times, and gains over each dense baseline."""
+    heads = ("views", "dense in FP8", "Lite3R in FP8", "gain over dense in FP8", "gain over strong", "gain over stock")
+    rows = [
+        (
+            str(views), _time(cells("strong-fp8")), _time(cells("lite3r-fp8")),
+            *(_gain(cells("lite3r-fp8"), cells(over)) for over in ("strong-fp8", "strong", "stock")),
+        )
+        for views, cells in _by_views(report)
+    ]  # fmt: skip
+    return _table(heads, rows)
+
+
+def memory(report: dict[str, Any]) -> str:
+    """Peak memory of each variant."""
+    names = {
+        "stock": "stock", "lite3r": "Lite3R on stock", "strong": "strong dense", "lite3r-strong": "Lite3R on strong",
+        "strong-fp8": "dense in FP8", "lite3r-fp8": "Lite3R in FP8",
+    }  # fmt: skip
+    rows = [(str(views), *(_memory(cells(name)) for name in names)) for views, cells in _by_views(report)]
+    return _table(("views", *names.values()), rows)
+
+
+def launches(report: dict[str, Any]) -> str:
+    """What Python costs: the same variants eager and from a CUDA graph, few views."""
+    names = {"strong": "strong dense", "lite3r-strong": "Lite3R on strong", "lite3r-fp8": "Lite3R in FP8"}
+    heads = ["views", "stock, eager", *(f"{name}, {how}" for name in names.values() for how in ("eager", "graph"))]
+    rows = [
+        (str(views), _time(cells("stock")), *(_way(cells(name), way) for name in names for way in ("eager", "graph")))
+        for views, cells in _by_views(report)
+        if views <= 16
+    ]
+    return _table(heads, rows)
+
+
+def _by_views(report: dict[str, Any]) -> list[tuple[int, Callable[[str], Cell | None]]]:
+    found = {(cell["views"], cell["variant"]): cell for cell in report["cells"]}
+
+    def cells_of(views: int) -> Callable[[str], Cell | None]:
+        return lambda variant: found.get((views, variant))
+
+    return [(views, cells_of(views)) for views in sorted({views for views, _ in found})]
+
+
+def _conditions(report: dict[str, Any]) -> str:
+    c = report["conditions"]
+    options = ", ".join(f"`{name}={value!r}`" for name, value in c["lite3r_options"].items())
+    return (
+        f"{c['summary'].partition(' (')[0]}, {c['resolution']} × {c['resolution']} pixels, {options}, on one {c['device']}, "
+        f"torch {c['torch']}, triton {c['triton']}, {c['date'][:10]}, "
+        f"commit {c['commit'][:7]}. Median milliseconds of a whole forward. Weights: {c['weights']}."
+    )
+
+
+def _measured(cell: Cell | None) -> Cell | None:
     return cell["candidates"][cell["best"]] if cell is not None and cell["best"] is not None else None
 
 
-def _time(cell: dict[str, Any] | None) -> str:
+def _time(cell: Cell | None) -> str:
     measured = _measured(cell)
     if measured is not None:
         return f"{measured['median_ms']:,.0f} ms"
     return "" if cell is None else {"oom": "out of memory", "skipped": "–"}.get(cell["status"], cell["status"])
 
 
-def _memory(cell: dict[str, Any] | None) -> str:
+def _way(cell: Cell | None, way: str) -> str:
+    found = None if cell is None else cell["candidates"].get(way, {}).get("median_ms")
+    return "" if found is None else f"{found:,.0f} ms"
+
+
+def _memory(cell: Cell | None) -> str:
     measured = _measured(cell)
-    return f"{measured['peak_bytes'] / 2**30:.1f} GiB" if measured is not None and measured["peak_bytes"] else "-"
+    return f"{measured['peak_bytes'] / 2**30:.1f} GiB" if measured is not None and measured["peak_bytes"] else "–"
 
 
-def _ratio(cell: dict[str, Any] | None, over: str) -> str:
-    value = None if cell is None else cell[f"speedup_over_{over}"]
-    return "" if value is None else f"{value:.2f} ×"
+def _gain(cell: Cell | None, over: Cell | None) -> str:
+    first, second = _measured(over), _measured(cell)
+    return "" if first is None or second is None else f"{first['median_ms'] / second['median_ms']:.2f} ×"
 
 
-def _density(cell: dict[str, Any] | None) -> str:
+def _time_and_gain(cell: Cell | None, over: Cell | None) -> str:
+    gain = _gain(cell, over)
+    return f"{_time(cell)} ({gain})" if gain else _time(cell)
+
+
+def _density(cell: Cell | None) -> str:
     value = None if cell is None else cell["density"]
     return "" if value is None else "dense" if value == 1 else f"{value:.2f}"
 
 
+# Parts: reports of the other scripts.
+
+
+def operator(report: dict[str, Any]) -> str:
+    """Attention alone: the better of a queue of calls and a replay, in milliseconds."""
+    names = {
+        "SDPA cuDNN": "cuDNN", "SDPA flash": "flash", "published SLA": "published SLA", "ours": "ours",
+        "ours, by policy (cuDNN)": "by policy", "ours, branch over all tokens": "branch over all tokens",
+        "ours, sparse alone": "sparse alone", "FlexAttention, blocks given": "FlexAttention, blocks given",
+    }  # fmt: skip
+    found = {(record["tokens"], record["method"]): record for record in report["records"]}
+    rows = []
+    for tokens in sorted({tokens for tokens, _ in found}):
+        ms = {name: _best(found[tokens, name]) for name in names}
+        ratios = [f"{ms[name] / ms['ours']:.2f} ×" for name in ("SDPA cuDNN", "published SLA")]
+        rows.append((f"{tokens:,}", *(_three(value) for value in ms.values()), *ratios))
+    c = report["conditions"]
+    note = (
+        f"Milliseconds. {c['heads']} heads of {c['head_dim']}, {c['dtype']}, one {c['gpu']}, torch {c['torch']}, triton {c['triton']}, "
+        f"`keep_ratio={report['records'][0]['keep_ratio']}`, one run."
+    )
+    return _table(("N", *names.values(), "ours against cuDNN", "ours against SLA"), rows) + _note(note)
+
+
+def backward(report: dict[str, Any]) -> str:
+    """Backward passes, in milliseconds."""
+    names = {"ours": "ours", "published SLA": "published SLA", "SDPA cuDNN": "cuDNN"}
+    found = {(record["tokens"], record["method"]): record for record in report["records"]}
+    rows = [
+        (f"{tokens:,}", *(_three(found[tokens, name]["backward_ms"]) for name in names))
+        for tokens in sorted({tokens for tokens, _ in found})
+    ]
+    return _table(("N", *names.values()), rows)
+
+
+def mlp(report: dict[str, Any]) -> str:
+    """The MLP of a block in FP8 beside its peers."""
+    rows = []
+    for record in report["mlp"]:
+        ms = record["ms"]
+        best = ms[record["best_bf16"]]
+        gain = f"{best / ms['ours']:.2f} ×"
+        rows.append(
+            (f"{record['tokens']:,}", *(f"{x:.3f} ms" for x in (best, ms["ours"])), gain, *(f"{ms[p]:.3f} ms" for p in ("te", "torchao")))
+        )
+    c = report["conditions"]
+    errors = sorted({f"{100 * error:.1f}" for record in report["mlp"] for error in record["errors"].values()})
+    kinds = sorted({record["best_bf16"].removeprefix("bf16 ") for record in report["mlp"]})
+    note = (
+        f"On one {c['gpu']}, torch {c['torch']}, {c['date']}: LayerNorm, {c['channels']:,} → {c['hidden']:,}, GELU, {c['hidden']:,} → "
+        f"{c['channels']:,}, all quantisation included, as a CUDA graph; random weights, one run. The best BF16 is "
+        f"{' or '.join(kinds)}. Relative error of the output: {' to '.join(dict.fromkeys((errors[0], errors[-1])))} % for all forms of FP8."
+    )
+    heads = ("tokens", "best BF16", "FP8", "gain", "TransformerEngine, one scale a tensor", "torchao, a scale a row")
+    return _table(heads, rows) + _note(note)
+
+
+def fp8_memory(report: dict[str, Any]) -> str:
+    """Bytes of a model and its peaks, in BF16 and in FP8."""
+    bf16, fp8 = report["lite3r-strong"], report["lite3r-fp8"]
+    pairs = {
+        "transformer blocks, all of them": (bf16["blocks"], fp8["blocks"]),
+        "whole model": (sum(bf16["weights"].values()), fp8["held"]),
+        **{f"peak of a forward, {views} views": (peak, fp8["forward_peak"][views]) for views, peak in bf16["forward_peak"].items()},
+    }
+    rows = [(name, *(f"{x / 2**20:,.0f} MiB" for x in pair), f"{pair[1] / pair[0]:.2f}") for name, pair in pairs.items()]
+    rows.insert(2, ("peak of loading a whole checkpoint", "", f"{fp8['loading_peak'] / 2**20:,.0f} MiB", ""))
+    c = report["conditions"]
+    note = (
+        f"VGGT with Lite3R, `keep_ratio={fp8['config']['keep_ratio']}`, {c['weights']} weights, {c['run']}, one {c['device']}, "
+        f"torch {c['torch']}, {c['date']}. The peak of loading is {fp8['loading_peak'] / fp8['held']:.2f} of what the model then holds."
+    )
+    return _table(("", "BF16", "FP8", "share"), rows) + _note(note)
+
+
+def fp8_quality(report: dict[str, Any]) -> str:
+    """What FP8 by itself costs the trained testbed."""
+    names = {"abs_rel": "AbsRel", "auc5": "AUC@5", "auc15": "AUC@15", "auc30": "AUC@30", "rotation_mean": "rotation, degrees"}
+    rows = []
+    for name, title in names.items():
+        measure = report[name]
+        change, low, high = measure["percent"][:3]
+        values = (f"{measure[kind]:.4g}" for kind in ("dense", "fp8"))
+        rows.append((title, f"{measure['scenes']:,}", *values, f"{change:+.2f} % [{low:+.2f}, {high:+.2f}]"))
+    c = report["conditions"]
+    note = (
+        f"The testbed, dense, {c['views']} views of {c['size']} pixels, {c['dtype']} against FP8, one {c['device']}, torch {c['torch']}, "
+        f"{c['date']}. Paired changes with 95 % intervals."
+    )
+    return _table(("measure", "scenes", "BF16", "FP8", "change"), rows) + _note(note)
+
+
+def _note(text: str) -> str:
+    """A paragraph below a table."""
+    return "\n" + textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False) + "\n"
+
+
+def _best(record: dict[str, Any]) -> float:
+    return min(ms for ms in (record["forward_ms"], record["graph_ms"]) if ms is not None)
+
+
+def _three(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}" if value < 1 else f"{value:#.4g}"
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in (heads, *rows)]
+    return "\n".join([lines[0], "|" + " ---: |" * len(heads), *lines[1:]]) + "\n"
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    function.__name__: function
+    for function in (speed, times, times_fp8, memory, launches, operator, backward, mlp, fp8_memory, fp8_quality)
+}
+TABLES["quality"] = quality_report.summary
+
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(update(readme.read_text()))
+    for path in documents():
+        path.write_text(update(path.read_text()))
