@@ -66,7 +66,8 @@ def test_entry_points_lead_to_modules_in_the_wheel(wheel: zipfile.ZipFile) -> No
     assert dict(parser["console_scripts"]) == {"lite3r": "lite3r_plugin.cli.app:main"}
     modules = dict(parser["lite3r.adapters"]).values()
     assert {"lite3r_adapters.vggt", "lite3r_adapters.depth_anything_3", "lite3r_adapters.pi3", "lite3r_adapters.timm"} <= set(modules)
-    assert [m for m in modules if m.replace(".", "/") + ".py" not in wheel.namelist()] == []
+    names = [module.replace(".", "/") for module in modules]
+    assert [name for name in names if not {f"{name}.py", f"{name}/__init__.py"} & set(wheel.namelist())] == []
 
 
 def test_metadata(wheel: zipfile.ZipFile) -> None:

@@ -1,1 +1,1 @@
-"""The built-in model adapters of lite3r-plugin. Each module is a pluggy plugin, registered by entry point."""
+"""The built-in model adapters of lite3r-plugin: each module or package of a family is a pluggy plugin, registered by entry point."""

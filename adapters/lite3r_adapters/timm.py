@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lite3r_plugin import AttentionSite, Routed, TokenSource, hookimpl
+from lite3r_plugin.adapter import AttentionSite, Routed, TokenSource, hookimpl
 
 _ARGUMENTS = {"x", "rope", "attn_mask", "is_causal"}
 _PARAMETERS = {"q_bias", "v_bias"}  # others, such as a table of relative positions, mean that attention gets a bias

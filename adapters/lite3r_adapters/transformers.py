@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lite3r_plugin import AttentionSite, Routed, TokenSource, hookimpl
+from lite3r_plugin.adapter import AttentionSite, Routed, TokenSource, hookimpl
 
 _SPECIAL_TOKENS = {"cls_token", "class_embedding", "register_tokens", "distillation_token"}
 _OTHER_PARAMETERS = {"mask_token", "position_embeddings", "position_embedding"}

@@ -1,1 +1,26 @@
 """What a model adapter is written with: descriptions of attention sites, hooks, the plugin manager, how models are built."""
+
+from .hookspecs import hookimpl
+from .models import ModelEntry
+from .plugins import AdapterInfo, AdapterWarning, find_sites, get_manager, list_adapters, model_entries
+from .sites import AttentionSite, FusedQKV, PreNormBlock, Projections, Rope2D, Routed, SeparateQKV, TokenLayout, TokenSource
+
+__all__ = [
+    "AdapterInfo",
+    "AdapterWarning",
+    "AttentionSite",
+    "FusedQKV",
+    "ModelEntry",
+    "PreNormBlock",
+    "Projections",
+    "Rope2D",
+    "Routed",
+    "SeparateQKV",
+    "TokenLayout",
+    "TokenSource",
+    "find_sites",
+    "get_manager",
+    "hookimpl",
+    "list_adapters",
+    "model_entries",
+]

@@ -13,7 +13,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from lite3r_adapters import _da3_model, _pi3_model, _vggt_model
+from lite3r_adapters.depth_anything_3 import model as da3
+from lite3r_adapters.pi3 import model as pi3
+from lite3r_adapters.vggt import model as vggt
 from lite3r_plugin.adapter.models import ModelEntry
 from lite3r_plugin.adapter.weights import find_weights, load_weights
 from lite3r_plugin.errors import AdapterError, InputError
@@ -94,7 +96,7 @@ def test_damaged_images_are_named(tmp_path: Path) -> None:
         load_image(tmp_path / "float.tif")
 
 
-@pytest.mark.parametrize("module", [_vggt_model, _da3_model, _pi3_model])
+@pytest.mark.parametrize("module", [vggt, da3, pi3])
 def test_preprocess_takes_all_shapes(module: object) -> None:
     for size in ((640, 480), (480, 640), (5, 3), (900, 2), (2, 300)):
         out = module.preprocess([Image.new("RGB", size, "gray")])
@@ -108,10 +110,10 @@ def test_preprocess_takes_all_shapes(module: object) -> None:
 
 def test_preprocess_sizes() -> None:
     photo = [Image.new("RGB", (779, 520), (255, 0, 0))]
-    assert _vggt_model.preprocess(photo).shape[2:] == (350, 518)
-    assert _vggt_model.preprocess([Image.new("RGB", (300, 900))]).shape[2:] == (518, 518)
-    assert _pi3_model.preprocess(photo).shape[2:] == (406, 616)
-    out = _da3_model.preprocess(photo)
+    assert vggt.preprocess(photo).shape[2:] == (350, 518)
+    assert vggt.preprocess([Image.new("RGB", (300, 900))]).shape[2:] == (518, 518)
+    assert pi3.preprocess(photo).shape[2:] == (406, 616)
+    out = da3.preprocess(photo)
     assert out.shape[2:] == (336, 504)
     torch.testing.assert_close(out[0, 0, 0, 0].item(), (1 - 0.485) / 0.229, rtol=1e-5, atol=0)
 

@@ -58,9 +58,7 @@ def small_da3() -> nn.Module:
 
 
 def optimize(model: nn.Module) -> list[str] | None:
-    from lite3r_adapters.exact_fixes import lite3r_optimize
-
-    return lite3r_optimize(model)
+    return get_manager().hook.lite3r_optimize(model=model)
 
 
 @pytest.mark.parametrize("build", [small_vggt, small_da3])

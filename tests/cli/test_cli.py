@@ -17,7 +17,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 import lite3r_plugin
-from lite3r_adapters import _testbed_model
+from lite3r_adapters.testbed import model as testbed
 from lite3r_plugin import hookimpl
 from lite3r_plugin.adapter import plugins
 from lite3r_plugin.adapter.models import ModelEntry
@@ -33,7 +33,7 @@ class TinyPlugin:
     @hookimpl
     def lite3r_models(self) -> dict[str, ModelEntry]:
         """The model ``tiny``."""
-        entry = next(iter(_testbed_model.entries().values()))
+        entry = testbed.ENTRIES["testbed"]
         tiny = dataclasses.replace(
             entry, name="tiny", summary="a tiny model", create=lambda: Testbed(TestbedConfig(dim=64, depth=1)), default_weights=None
         )
@@ -114,7 +114,7 @@ def test_reconstruct(photos: Path, tmp_path: Path) -> None:
     assert "global sites sparse-linear" in result.stdout
     cloud = trimesh.load(out)
     assert len(cloud.vertices) == 3 * 152 * 224
-    colors = _testbed_model.preprocess([Image.open(p) for p in sorted(photos.iterdir())]).permute(0, 2, 3, 1)
+    colors = testbed.preprocess([Image.open(p) for p in sorted(photos.iterdir())]).permute(0, 2, 3, 1)
     np.testing.assert_array_equal(cloud.colors[:, :3], (colors * 255).round().byte().reshape(-1, 3))
     with Image.open(tmp_path / "scene.png") as picture:
         assert picture.width > 500

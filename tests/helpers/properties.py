@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lite3r_plugin import apply_lite3r
-from lite3r_plugin.testing import TEST_CONFIG, _tensors
+from lite3r_plugin.testing import TEST_CONFIG
+from lite3r_plugin.testing.adapter import _tensors
 
 Run = Callable[[nn.Module], object]
 

@@ -7,14 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from lite3r_plugin import AttentionSite, TokenSource, hookimpl
+from lite3r_plugin.adapter import AttentionSite, TokenSource
 
-from . import _qkv
-from ._vit import encoder_sites
+from .. import _blocks
+from .._dinov2 import encoder_sites
 
 
-@hookimpl
-def lite3r_attention_sites(model: nn.Module) -> list[AttentionSite] | None:
+def attention_sites(model: nn.Module) -> list[AttentionSite] | None:
     """Sites of every Pi3 inside `model`."""
     sites = []
     for prefix, module in model.named_modules():
@@ -26,7 +25,7 @@ def lite3r_attention_sites(model: nn.Module) -> list[AttentionSite] | None:
 def _is_pi3(module: nn.Module) -> bool:
     """By structure, so that forks under any module path are known too."""
     return (
-        _qkv.has_attention(getattr(module, "decoder", None))
+        _blocks.has_attention(getattr(module, "decoder", None))
         and isinstance(getattr(module, "encoder", None), nn.Module)
         and isinstance(getattr(module, "register_token", None), nn.Parameter)
         and isinstance(getattr(module, "patch_start_idx", None), int)
@@ -35,13 +34,13 @@ def _is_pi3(module: nn.Module) -> bool:
 
 
 def _pi3_sites(prefix: str, model: Any) -> list[AttentionSite]:
-    tokens = TokenSource(f"{prefix}encoder", _qkv.patch_size(model), model.patch_start_idx)
+    tokens = TokenSource(f"{prefix}encoder", _blocks.patch_size(model), model.patch_start_idx)
     global_sites = {f"decoder.{i}.attn" for i in range(1, len(model.decoder), 2)}
     sites = []
     for name, attn in model.named_modules():
         # Self-attention with token coordinates: the decoder and the point, confidence and camera heads.
-        if _qkv.is_attention(attn) and "xpos" in inspect.signature(attn.forward).parameters:
+        if _blocks.is_attention(attn) and "xpos" in inspect.signature(attn.forward).parameters:
             scope = "global" if name in global_sites else "frame"
-            whole = _qkv.block_around(model, name, prefix, "xpos")
-            sites.append(AttentionSite(f"{prefix}{name}", scope, _qkv.head_dim(attn), _qkv.projections(attn, "xpos"), tokens, whole))
+            whole = _blocks.block_around(model, name, prefix, "xpos")
+            sites.append(AttentionSite(f"{prefix}{name}", scope, _blocks.head_dim(attn), _blocks.projections(attn, "xpos"), tokens, whole))
     return sites + encoder_sites(f"{prefix}encoder.", model.encoder)

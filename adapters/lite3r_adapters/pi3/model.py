@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from lite3r_plugin.adapter.models import ModelEntry
+from lite3r_plugin.adapter import ModelEntry
 from lite3r_plugin.scene.images import to_tensor
 from lite3r_plugin.scene.prediction import Prediction, fit_intrinsics
 

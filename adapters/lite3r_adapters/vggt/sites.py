@@ -6,14 +6,13 @@ from typing import Any
 
 from torch import nn
 
-from lite3r_plugin import AttentionSite, TokenSource, hookimpl
+from lite3r_plugin.adapter import AttentionSite, TokenSource
 
-from . import _qkv
-from ._vit import encoder_sites
+from .. import _blocks
+from .._dinov2 import encoder_sites
 
 
-@hookimpl
-def lite3r_attention_sites(model: nn.Module) -> list[AttentionSite] | None:
+def attention_sites(model: nn.Module) -> list[AttentionSite] | None:
     """Sites of every VGGT aggregator inside `model`."""
     sites = []
     for prefix, module in model.named_modules():
@@ -25,8 +24,8 @@ def lite3r_attention_sites(model: nn.Module) -> list[AttentionSite] | None:
 def _is_aggregator(module: Any) -> bool:
     """VGGT's aggregator by structure, so that forks under any module path are known too."""
     return (
-        _qkv.has_attention(getattr(module, "frame_blocks", None))
-        and _qkv.has_attention(getattr(module, "global_blocks", None))
+        _blocks.has_attention(getattr(module, "frame_blocks", None))
+        and _blocks.has_attention(getattr(module, "global_blocks", None))
         and isinstance(getattr(module, "patch_embed", None), nn.Module)
         and isinstance(getattr(module, "patch_start_idx", None), int)
         and hasattr(module, "patch_size")
@@ -34,11 +33,11 @@ def _is_aggregator(module: Any) -> bool:
 
 
 def _aggregator_sites(prefix: str, aggregator: Any) -> list[AttentionSite]:
-    tokens = TokenSource(f"{prefix}patch_embed", _qkv.patch_size(aggregator), aggregator.patch_start_idx)
+    tokens = TokenSource(f"{prefix}patch_embed", _blocks.patch_size(aggregator), aggregator.patch_start_idx)
     sites = []
     for scope in ("frame", "global"):
         for i, block in enumerate(getattr(aggregator, f"{scope}_blocks")):
-            name, projections = f"{prefix}{scope}_blocks.{i}", _qkv.projections(block.attn, "pos")
-            whole = _qkv.pre_norm_block(name, block, "pos")
-            sites.append(AttentionSite(f"{name}.attn", scope, _qkv.head_dim(block.attn), projections, tokens, whole))
+            name, projections = f"{prefix}{scope}_blocks.{i}", _blocks.projections(block.attn, "pos")
+            whole = _blocks.pre_norm_block(name, block, "pos")
+            sites.append(AttentionSite(f"{name}.attn", scope, _blocks.head_dim(block.attn), projections, tokens, whole))
     return sites + encoder_sites(f"{prefix}patch_embed.", aggregator.patch_embed)

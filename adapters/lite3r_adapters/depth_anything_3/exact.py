@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _exact
-from ._vggt_strong import token_positions
+from lite3r_plugin.runtime.exact import cache_position_embedding, finish_in_fp32, token_positions, use_table_rope
 
 
-def optimize(model: nn.Module) -> list[str] | None:
+def rewrite(model: nn.Module) -> list[str] | None:
     """Fix a `DepthAnything3Net` in place. Works in FP32 and, unlike the host itself, with BF16 weights without autocast."""
     host: Any = model
     encoder: Any = getattr(getattr(model, "backbone", None), "pretrained", None)
@@ -20,14 +19,14 @@ def optimize(model: nn.Module) -> list[str] | None:
         return None
     fixes = []
     if encoder.rope is not None:
-        _exact.use_table_rope(encoder)
+        use_table_rope(encoder)
         encoder._prepare_rope = MethodType(_prepare_rope, encoder)
         fixes.append("rotary embedding from tables and cached token positions, no wait for the GPU")
     if hasattr(host.head, "_add_pos_embed"):
-        _exact.cache_position_embedding(host.head, "_add_pos_embed")
-        _exact.finish_in_fp32(host.head.scratch.output_conv2)
+        cache_position_embedding(host.head, "_add_pos_embed")
+        finish_in_fp32(host.head.scratch.output_conv2)
         if hasattr(host.head.scratch, "output_conv2_aux"):
-            _exact.finish_in_fp32(host.head.scratch.output_conv2_aux[-1])
+            finish_in_fp32(host.head.scratch.output_conv2_aux[-1])
         fixes.append("position embeddings of the depth head cached; it runs in the dtype of the weights, its last activation in FP32")
     if host.cam_dec is not None:
         # Its last Linears are given FP32 by the host whatever the weights are.

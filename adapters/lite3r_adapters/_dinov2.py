@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from lite3r_plugin import AttentionSite, TokenSource
+from lite3r_plugin.adapter import AttentionSite, TokenSource
 
-from . import _qkv
+from . import _blocks
 
 
 def encoder_sites(prefix: str, encoder: Any) -> list[AttentionSite]:
@@ -16,10 +16,12 @@ def encoder_sites(prefix: str, encoder: Any) -> list[AttentionSite]:
     registers, patches = getattr(encoder, "num_register_tokens", None), getattr(encoder, "patch_embed", None)
     if not isinstance(registers, int) or not isinstance(patches, nn.Module):
         return []
-    tokens = TokenSource(f"{prefix}patch_embed", _qkv.patch_size(encoder), special_tokens=1 + registers)
+    tokens = TokenSource(f"{prefix}patch_embed", _blocks.patch_size(encoder), special_tokens=1 + registers)
     sites = []
     for name, attn in encoder.named_modules():
-        if _qkv.is_attention(attn):
-            block = _qkv.block_around(encoder, name, prefix, "pos")
-            sites.append(AttentionSite(f"{prefix}{name}", "encoder", _qkv.head_dim(attn), _qkv.projections(attn, "pos"), tokens, block))
+        if _blocks.is_attention(attn):
+            block = _blocks.block_around(encoder, name, prefix, "pos")
+            sites.append(
+                AttentionSite(f"{prefix}{name}", "encoder", _blocks.head_dim(attn), _blocks.projections(attn, "pos"), tokens, block)
+            )
     return sites

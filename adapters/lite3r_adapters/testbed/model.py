@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from PIL import Image
 from torch import Tensor, nn
 
-from lite3r_plugin.adapter.models import ModelEntry
+from lite3r_plugin.adapter import ModelEntry
 from lite3r_plugin.scene.images import to_tensor
 from lite3r_plugin.scene.prediction import Prediction, unproject
+from lite3r_plugin.testbed import Testbed, TestbedConfig
+from lite3r_plugin.testbed.model import CONFIG_NAME, SHIPPED, WEIGHTS_NAME
 
 LONGEST_SIDE = 224
 PATCH = 8
@@ -18,9 +20,6 @@ PATCH = 8
 
 def _create() -> nn.Module:
     """The testbed in the sizes of the weights that come with the package."""
-    from lite3r_plugin.testbed import Testbed, TestbedConfig
-    from lite3r_plugin.testbed.model import CONFIG_NAME, SHIPPED
-
     sizes = SHIPPED / CONFIG_NAME
     return Testbed(TestbedConfig(**json.loads(sizes.read_text())) if sizes.is_file() else None)
 
@@ -45,11 +44,8 @@ def predict(model: nn.Module, images: Tensor) -> Prediction:
     )
 
 
-def entries() -> dict[str, ModelEntry]:
-    """The entry; its weights are the ones that come with the package."""
-    from lite3r_plugin.testbed.model import SHIPPED, WEIGHTS_NAME
-
-    entry = ModelEntry(
+ENTRIES = {
+    "testbed": ModelEntry(
         name="testbed",
         summary="small VGGT-like test model that comes with the package, trained on rendered scenes",
         create=_create,
@@ -58,4 +54,4 @@ def entries() -> dict[str, ModelEntry]:
         default_weights=str(SHIPPED / WEIGHTS_NAME),
         mixed_sizes="stretched to the first one's shape",
     )
-    return {entry.name: entry}
+}

@@ -1,4 +1,4 @@
-"""The attention module that VGGT, Depth Anything 3 and Pi3 share: fused qkv, norms over the head dimension, axial RoPE."""
+"""The transformer block that VGGT, Depth Anything 3 and Pi3 share: fused qkv, norms over the head dimension, axial RoPE."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lite3r_plugin import FusedQKV, PreNormBlock, Rope2D, Routed
+from lite3r_plugin.adapter import FusedQKV, PreNormBlock, Rope2D, Routed
 
 _BLOCK_CHILDREN = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
 _CHILDREN = {"qkv", "q_norm", "k_norm", "attn_drop", "proj", "proj_drop", "rope"}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..errors import InputError
 
 MAX_POSITIONS = 1024
 
@@ -74,6 +77,15 @@ def cache_position_embedding(head: nn.Module, method: str) -> None:
         return x + cache[key]
 
     setattr(head, method, MethodType(add, head))
+
+
+@functools.lru_cache(maxsize=8)
+def token_positions(views: int, rows: int, columns: int, special: int, device: torch.device) -> Tensor:
+    """Coordinates ``[views, P, 2]`` of the tokens: zero for the special ones, from 1 for the patches."""
+    if max(rows, columns) >= MAX_POSITIONS:
+        raise InputError(f"images of {rows} x {columns} patches are too large; the rotary tables have {MAX_POSITIONS} positions")
+    grid = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), -1).flatten(0, 1) + 1
+    return torch.cat((grid.new_zeros(special, 2), grid)).expand(views, -1, -1).contiguous().to(device)
 
 
 def finish_in_fp32(module: nn.Module) -> None:

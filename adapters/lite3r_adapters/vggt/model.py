@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from PIL import Image
 from torch import Tensor, nn
 
-from lite3r_plugin.adapter.models import ModelEntry
+from lite3r_plugin.adapter import ModelEntry
 from lite3r_plugin.scene.images import crop_centre, pad_centre, to_tensor
 from lite3r_plugin.scene.prediction import Prediction, unproject
 

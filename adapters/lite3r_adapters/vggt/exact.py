@@ -9,26 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lite3r_plugin.errors import AdapterError, InputError
+from lite3r_plugin.errors import AdapterError
+from lite3r_plugin.runtime.exact import cache_position_embedding, finish_in_fp32, token_positions, use_table_rope
 
-from . import _exact
 
-
-def optimize(model: nn.Module) -> list[str] | None:
+def rewrite(model: nn.Module) -> list[str] | None:
     """Fix a VGGT in place. Works in FP32 and, unlike the host itself, with BF16 weights without autocast."""
     aggregator: Any = getattr(model, "aggregator", None)
     if not all(hasattr(aggregator, name) for name in ("frame_blocks", "global_blocks", "aa_order")):
         return None
     if list(aggregator.aa_order) != ["frame", "global"] or aggregator.aa_block_size != 1 or aggregator.rope is None:
         raise AdapterError("the exact fixes know VGGT's aggregator with alternating frame and global blocks and a rotary embedding only")
-    _exact.use_table_rope(aggregator)
+    use_table_rope(aggregator)
     layers = {len(aggregator.frame_blocks) - 1}
     for name in ("depth_head", "point_head"):
         head: Any = getattr(model, name, None)
         if head is not None:
             layers.update(head.intermediate_layer_idx)
-            _exact.cache_position_embedding(head, "_apply_pos_embed")
-            _exact.finish_in_fp32(head.scratch.output_conv2)
+            cache_position_embedding(head, "_apply_pos_embed")
+            finish_in_fp32(head.scratch.output_conv2)
     track_head: Any = getattr(model, "track_head", None)
     if track_head is not None:
         layers.update(track_head.feature_extractor.intermediate_layer_idx)
@@ -65,15 +64,6 @@ def _forward(aggregator: Any, images: Tensor, *, layers: frozenset[int]) -> tupl
         pair = (x.view(batch, views, per_view, width) for x in (in_frame, tokens)) if i in layers else None
         kept.append(None if pair is None else torch.cat(tuple(pair), -1))
     return kept, aggregator.patch_start_idx
-
-
-@functools.lru_cache(maxsize=8)
-def token_positions(views: int, rows: int, columns: int, special: int, device: torch.device) -> Tensor:
-    """Coordinates ``[views, P, 2]`` of the tokens: zero for the special ones, from 1 for the patches."""
-    if max(rows, columns) >= _exact.MAX_POSITIONS:
-        raise InputError(f"images of {rows} x {columns} patches are too large; the rotary tables have {_exact.MAX_POSITIONS} positions")
-    grid = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), -1).flatten(0, 1) + 1
-    return torch.cat((grid.new_zeros(special, 2), grid)).expand(views, -1, -1).contiguous().to(device)
 
 
 def _poses_in_fp32(module: nn.Module, args: tuple[object, ...], output: list[Tensor]) -> list[Tensor]:

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .apply.carried import lite3r_modules
-from .apply.verbs import apply_lite3r, lite3r_disabled, remove_lite3r
-from .attention.module import SparseLinearAttention
-from .config import Lite3RConfig
-from .errors import AdapterError, AlreadyAppliedError
-from .fp8.described import check as check_blocks
+from ..apply.carried import lite3r_modules
+from ..apply.verbs import apply_lite3r, lite3r_disabled, remove_lite3r
+from ..attention.module import SparseLinearAttention
+from ..config import Lite3RConfig
+from ..errors import AdapterError, AlreadyAppliedError
+from .blocks import check as check_blocks
 
 # Blocks so small that a test image has many, everything sparse, and only special tokens exempt from it.
 TEST_CONFIG = Lite3RConfig(keep_ratio=0.1, dense_below=0, pin="special", attention_backend="naive", block_q=16, block_k=16)

@@ -1,0 +1,34 @@
+"""Depth Anything 3: the DINOv2 backbone whose odd blocks, from `alt_start` on, attend across views."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from lite3r_plugin.adapter import AttentionSite, hookimpl
+
+from . import exact, sites
+
+if TYPE_CHECKING:
+    from lite3r_plugin.adapter import ModelEntry
+
+
+@hookimpl
+def lite3r_attention_sites(model: nn.Module) -> list[AttentionSite] | None:
+    """Sites of every Depth Anything 3 backbone inside `model`; the nested model has two."""
+    return sites.attention_sites(model)
+
+
+@hookimpl
+def lite3r_optimize(model: nn.Module) -> list[str] | None:
+    """Rewrite a `DepthAnything3Net` in place."""
+    return exact.rewrite(model)
+
+
+@hookimpl
+def lite3r_models() -> dict[str, ModelEntry]:
+    """``da3-small`` to ``da3nested-giant-large``."""
+    from .model import ENTRIES  # needs Pillow, which applying does not
+
+    return ENTRIES

@@ -1,0 +1,34 @@
+"""VGGT: frame and global attention of the aggregator, and its image encoder."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from lite3r_plugin.adapter import AttentionSite, hookimpl
+
+from . import exact, sites
+
+if TYPE_CHECKING:
+    from lite3r_plugin.adapter import ModelEntry
+
+
+@hookimpl
+def lite3r_attention_sites(model: nn.Module) -> list[AttentionSite] | None:
+    """Sites of every VGGT aggregator inside `model`."""
+    return sites.attention_sites(model)
+
+
+@hookimpl
+def lite3r_optimize(model: nn.Module) -> list[str] | None:
+    """Rewrite a VGGT in place."""
+    return exact.rewrite(model)
+
+
+@hookimpl
+def lite3r_models() -> dict[str, ModelEntry]:
+    """``vggt``."""
+    from .model import ENTRIES  # needs Pillow, which applying does not
+
+    return ENTRIES
