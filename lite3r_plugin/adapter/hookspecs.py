@@ -1,6 +1,6 @@
-"""The hooks of the package. A model adapter is a module with one or both of them, marked with `hookimpl`.
+"""The hooks of the package. A model adapter is a module or package with any of them, marked with `hookimpl`.
 
-Register it under the entry-point group ``lite3r.adapters``; see `adapters/README.md`.
+One family of models is one adapter, with one entry point in the group ``lite3r.adapters``; see `adapters/README.md`.
 """
 
 from __future__ import annotations
@@ -31,20 +31,42 @@ def lite3r_attention_sites(model: nn.Module) -> Sequence[AttentionSite] | None:
     built-in ones, and implementations with ``trylast=True`` (for generic families) after all others. Recognise a
     model by its classes or its structure, never by class names, and do not import its library: whoever passes a
     model has imported it already, so ``sys.modules`` tells.
+
+    Args:
+        model: Any module; the family's own may be it, or somewhere inside it, or not there at all.
+
+    Returns:
+        One site per attention module, under its name in `model`, which need not be in any order; None: ask the next adapter.
+
+    Raises:
+        Lite3RError: reaches the user as it is. Of any other exception an `AdapterWarning` remains, and the next adapter is asked.
     """
 
 
 @hookspec
 def lite3r_models() -> Mapping[str, ModelEntry]:
-    """Models that the command line can build, by name. All adapters' answers are collected."""
+    """Models that the command line can build, by the name that users type. All adapters' answers are collected.
+
+    Where two adapters give one name, a third party's entry wins over a built-in one. The models' libraries may be missing:
+    import them in `ModelEntry.create`, not here.
+    """
     raise NotImplementedError
 
 
 @hookspec(firstresult=True)
-def lite3r_optimize(model: nn.Module) -> Sequence[str] | None:
-    """Apply exact fixes to `model` in place, the same numbers up to rounding; None when this adapter does not know it.
+def lite3r_exact_rewrites(model: nn.Module) -> Sequence[str] | None:
+    """Rewrite parts of `model` in place so that it is faster and gives the same numbers up to rounding.
 
-    The answer says in words what was fixed. Afterwards the model must also run with BF16 weights without autocast, and
-    its forward must not wait for the GPU. Only the given instance may change. `lite3r bench` builds its strong dense
-    baseline with it.
+    Afterwards the model must also run with BF16 weights without autocast, and its forward must not wait for the GPU, so
+    that a CUDA graph can hold it. Only the given instance may change. `lite3r_plugin.runtime.exact` has what the built-in
+    families share. The baseline ``strong`` of `lite3r bench` is built with it. The first adapter that answers wins.
+
+    Args:
+        model: The dense model, of any dtype and on any device.
+
+    Returns:
+        What was rewritten, in words, one string each; None when this adapter does not know the model.
+
+    Raises:
+        AdapterError: it is a model of this family, but built in a way that the rewrites do not know.
     """

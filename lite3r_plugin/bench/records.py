@@ -57,7 +57,7 @@ class Cell:
         compute_dtypes: Output dtypes of the Linears and convolutions of each part of the model (the heads, say), measured.
         output_dtypes: Dtypes of the outputs.
         sdpa: Order of the dense attention backends, or ``"default"``.
-        fixes: Exact fixes that were applied.
+        rewrites: Exact rewrites that were made, in words.
         config: The Lite3R configuration, or None.
         sites: Calls of attention sites in one forward, by what ran.
         density: Share of the score blocks that were computed over the sites that may be sparse; 1 is dense.
@@ -77,7 +77,7 @@ class Cell:
     compute_dtypes: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     output_dtypes: dict[str, str] = dataclasses.field(default_factory=dict)
     sdpa: str = "default"
-    fixes: list[str] = dataclasses.field(default_factory=list)
+    rewrites: list[str] = dataclasses.field(default_factory=list)
     config: dict[str, Any] | None = None
     sites: dict[str, int] = dataclasses.field(default_factory=dict)
     density: float | None = None

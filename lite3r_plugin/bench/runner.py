@@ -90,17 +90,17 @@ class Bench:
 
     def _run_variant(self, variant: Variant) -> None:
         cells = [Cell(variant.name, views, self.resolution) for views in self.views]
-        module, fixes, error = None, [], None
+        module, rewrites, error = None, [], None
         missing = why_not(variant, self.options, self.device)
         if missing is None and self._has_time():
             try:
                 module = build(self.model, self.device, self.seed)
-                fixes = prepare(module, variant, self.options)
+                rewrites = prepare(module, variant, self.options)
             except (RuntimeError, Lite3RError) as caught:
                 error = caught
         subject = Subject(module, variant, self)
         for cell in cells:
-            cell.fixes = fixes
+            cell.rewrites = rewrites
             try:
                 if error is not None:
                     raise error

@@ -32,7 +32,7 @@ class Variant:
     Attributes:
         name: Its name.
         summary: What it is.
-        strong: BF16 weights, exact fixes, the fastest dense attention backend, compiled blocks, CUDA graphs. Otherwise
+        strong: BF16 weights, exact rewrites, the fastest dense attention backend, compiled blocks, CUDA graphs. Otherwise
             FP32 weights under BF16 autocast, eager, as the READMEs of the models say.
         lite3r: With `apply_lite3r`.
         options: Fields of `Lite3RConfig` that belong to the variant, whatever else is asked for.
@@ -54,7 +54,7 @@ VARIANTS = {
     variant.name: variant
     for variant in (
         Variant("stock", "FP32 weights, BF16 autocast, eager, as the model's README says", False, False),
-        Variant("strong", "dense: BF16 weights and heads, exact fixes, best SDPA backend, compiled blocks, CUDA graph", True, False),
+        Variant("strong", "dense: BF16 weights and heads, exact rewrites, best SDPA backend, compiled blocks, CUDA graph", True, False),
         Variant("strong-fp8", "strong with the Linears of the transformer blocks in FP8; attention dense", True, True, FP8 | DENSE),
         Variant("lite3r", "apply_lite3r on the stock model, nothing else", False, True),
         Variant("lite3r-strong", "apply_lite3r on top of everything that strong has", True, True),
@@ -72,24 +72,24 @@ def why_not(variant: Variant, options: Mapping[str, Any], device: torch.device) 
 
 
 def prepare(module: nn.Module, variant: Variant, options: Mapping[str, Any]) -> list[str]:
-    """Turn a stock model into `variant`, in place. Returns the exact fixes that were applied.
+    """Turn a stock model into `variant`, in place. Returns the exact rewrites that were made, in words.
 
     Raises:
-        NoSitesError: no adapter has exact fixes for this model, so it has no strong variant.
+        NoSitesError: no adapter has exact rewrites for this model, so it has no strong variant.
     """
-    fixes: list[str] = []
+    rewrites: list[str] = []
     if variant.strong:
         module.to(torch.bfloat16)
-        found = get_manager().hook.lite3r_optimize(model=module)
+        found = get_manager().hook.lite3r_exact_rewrites(model=module)
         if found is None:
             raise NoSitesError(
-                f"no adapter has exact fixes (the hook lite3r_optimize) for {type(module).__name__}; leave {variant.name!r} out"
+                f"no adapter has exact rewrites (the hook lite3r_exact_rewrites) for {type(module).__name__}; leave {variant.name!r} out"
             )
-        fixes = list(found)
+        rewrites = list(found)
     if variant.lite3r:
         apply_lite3r(module, **{**options, **variant.options})
         fill_projections(module)
-    return fixes
+    return rewrites
 
 
 def fill_projections(module: nn.Module) -> None:

@@ -1,4 +1,7 @@
-"""Exact fixes that VGGT and its relatives share. All of them change one instance, never a class or a module."""
+"""Exact rewrites that families of models share: the same numbers up to rounding, fewer launches, no waits for the GPU.
+
+Adapters put them together in their hook `lite3r_exact_rewrites`. All of them change one instance, never a class or a module.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 
-MAX_POSITIONS = 1024
+MAX_POSITIONS = 1024  # rows and columns of the rotary tables; token coordinates are below it
 
 
 class TableRope(nn.Module):

@@ -1,4 +1,4 @@
-"""The benchmark runner on a tiny model on the CPU, and the exact fixes against the real libraries."""
+"""The benchmark runner on a tiny model on the CPU, and the exact rewrites against the real libraries."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ def small_da3() -> nn.Module:
 
 
 def optimize(model: nn.Module) -> list[str] | None:
-    return get_manager().hook.lite3r_optimize(model=model)
+    return get_manager().hook.lite3r_exact_rewrites(model=model)
 
 
 @pytest.mark.parametrize("build", [small_vggt, small_da3])
 @torch.no_grad()
-def test_exact_fixes_equal_stock(build) -> None:
+def test_exact_rewrites_equal_stock(build) -> None:
     """In FP32 nothing changes; with BF16 weights the fixed model runs and answers in FP32."""
     stock = build()
     images = make_images(3, 112, torch.device("cpu"), 0)
@@ -101,7 +101,7 @@ def test_fixed_vggt_takes_lite3r() -> None:
         torch.testing.assert_close(model(images)["depth"], dense)
 
 
-def test_unknown_model_has_no_exact_fixes() -> None:
+def test_unknown_model_has_no_exact_rewrites() -> None:
     assert optimize(nn.Linear(2, 2)) is optimize(Testbed()) is None
     report = Bench(BenchModel("linear", lambda: nn.Linear(2, 2)), [1], ["strong"], device="cpu").run()
     assert report.cells[0].status == "error"
@@ -142,7 +142,7 @@ def test_cells_say_how_they_were_measured(run) -> None:
         assert cell.compute_dtypes["depth_head"] == ["bfloat16"]  # on the CPU under autocast, which VGGT ends on GPUs only
         if strong:
             assert cell.output_dtypes["depth"] == "float32"
-        assert bool(cell.fixes) == strong
+        assert bool(cell.rewrites) == strong
         if strong:
             assert cell.candidates["graph"].reason == "there is no CUDA device"
             assert cell.candidates["compiled"].reason == "compilation is switched off"
@@ -187,7 +187,7 @@ def small_testbed() -> nn.Module:
 @pytest.mark.parametrize("name", ["strong-fp8", "lite3r-fp8"])
 @torch.no_grad()
 def test_fp8_variants_free_the_weights_that_they_replace(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(get_manager().hook, "lite3r_optimize", lambda model: [])  # the testbed has no exact fixes
+    monkeypatch.setattr(get_manager().hook, "lite3r_exact_rewrites", lambda model: [])  # the testbed has no exact rewrites
     module = small_testbed().eval().to(torch.bfloat16)
     before = {name: StorageWeakRef(p.untyped_storage()) for name, p in module.named_parameters()}
     prepare(module, VARIANTS[name], EMULATED)
@@ -267,7 +267,7 @@ def test_blocks_are_found_once() -> None:
 
 @pytest.mark.gpu
 def test_strong_variants_are_captured_on_the_gpu() -> None:
-    """The forward with the exact fixes does not wait for the GPU, with Lite3R and without."""
+    """The forward with the exact rewrites does not wait for the GPU, with Lite3R and without."""
     variants = ["stock", "strong", "strong-fp8", "lite3r-strong", "lite3r-fp8"]
     model = BenchModel("small-vggt", small_vggt)
     bench = Bench(model, [2], variants, resolution=112, options=OPTIONS, compile=False, device="cuda")

@@ -137,7 +137,7 @@ def test_the_check_at_scale_finds_bad_choices() -> None:
 
 @pytest.fixture
 def _small_testbed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`lite3r bench` knows one small model, as if there were exact fixes for it."""
+    """`lite3r bench` knows one small model, as if there were exact rewrites for it."""
     import memory_fp8
 
     from lite3r_plugin.adapter.plugins import get_manager
@@ -146,7 +146,7 @@ def _small_testbed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     model = BenchModel("small", lambda: Testbed(TestbedConfig(dim=128, head_dim=32, depth=2, stem=8)))
     monkeypatch.setattr(memory_fp8, "find_model", lambda name: model)
-    monkeypatch.setattr(get_manager().hook, "lite3r_optimize", lambda model: [])
+    monkeypatch.setattr(get_manager().hook, "lite3r_exact_rewrites", lambda model: [])
 
 
 @pytest.mark.usefixtures("_small_testbed")

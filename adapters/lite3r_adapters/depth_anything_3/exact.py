@@ -1,4 +1,4 @@
-"""Exact fixes for Depth Anything 3: the same numbers up to rounding, fewer launches, no waits for the GPU."""
+"""Exact rewrites of Depth Anything 3: the same numbers up to rounding, fewer launches, no waits for the GPU."""
 
 from __future__ import annotations
 
@@ -12,27 +12,30 @@ from lite3r_plugin.runtime.exact import cache_position_embedding, finish_in_fp32
 
 
 def rewrite(model: nn.Module) -> list[str] | None:
-    """Fix a `DepthAnything3Net` in place. Works in FP32 and, unlike the host itself, with BF16 weights without autocast."""
+    """Rewrite a `DepthAnything3Net` in place; None when `model` is something else.
+
+    Afterwards it runs in FP32 as before and, unlike the host itself, with BF16 weights without autocast.
+    """
     host: Any = model
     encoder: Any = getattr(getattr(model, "backbone", None), "pretrained", None)
     if not hasattr(encoder, "_prepare_rope") or not hasattr(encoder, "alt_start"):
         return None
-    fixes = []
+    rewritten = []
     if encoder.rope is not None:
         use_table_rope(encoder)
         encoder._prepare_rope = MethodType(_prepare_rope, encoder)
-        fixes.append("rotary embedding from tables and cached token positions, no wait for the GPU")
+        rewritten.append("rotary embedding from tables and cached token positions, no wait for the GPU")
     if hasattr(host.head, "_add_pos_embed"):
         cache_position_embedding(host.head, "_add_pos_embed")
         finish_in_fp32(host.head.scratch.output_conv2)
         if hasattr(host.head.scratch, "output_conv2_aux"):
             finish_in_fp32(host.head.scratch.output_conv2_aux[-1])
-        fixes.append("position embeddings of the depth head cached; it runs in the dtype of the weights, its last activation in FP32")
+        rewritten.append("position embeddings of the depth head cached; it runs in the dtype of the weights, its last activation in FP32")
     if host.cam_dec is not None:
         # Its last Linears are given FP32 by the host whatever the weights are.
         host.cam_dec.float().register_forward_pre_hook(_input_in_fp32)
-        fixes.append("camera decoder in FP32")
-    return fixes or None
+        rewritten.append("camera decoder in FP32")
+    return rewritten or None
 
 
 def _prepare_rope(encoder: Any, B: int, S: int, H: int, W: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ def lite3r_attention_sites(model: nn.Module) -> list[AttentionSite] | None:
 
 
 @hookimpl
-def lite3r_optimize(model: nn.Module) -> list[str] | None:
+def lite3r_exact_rewrites(model: nn.Module) -> list[str] | None:
     """Rewrite a VGGT in place."""
     return exact.rewrite(model)
 

@@ -1,4 +1,4 @@
-"""Exact fixes for VGGT: the same numbers up to rounding, fewer launches, no waits for the GPU, less memory."""
+"""Exact rewrites of VGGT: the same numbers up to rounding, fewer launches, no waits for the GPU, less memory."""
 
 from __future__ import annotations
 
@@ -14,12 +14,18 @@ from lite3r_plugin.runtime.exact import cache_position_embedding, finish_in_fp32
 
 
 def rewrite(model: nn.Module) -> list[str] | None:
-    """Fix a VGGT in place. Works in FP32 and, unlike the host itself, with BF16 weights without autocast."""
+    """Rewrite a VGGT in place; None when `model` is something else.
+
+    Afterwards it runs in FP32 as before and, unlike the host itself, with BF16 weights without autocast.
+
+    Raises:
+        AdapterError: its aggregator alternates its blocks in another way or has no rotary embedding.
+    """
     aggregator: Any = getattr(model, "aggregator", None)
     if not all(hasattr(aggregator, name) for name in ("frame_blocks", "global_blocks", "aa_order")):
         return None
     if list(aggregator.aa_order) != ["frame", "global"] or aggregator.aa_block_size != 1 or aggregator.rope is None:
-        raise AdapterError("the exact fixes know VGGT's aggregator with alternating frame and global blocks and a rotary embedding only")
+        raise AdapterError("the exact rewrites know VGGT's aggregator with alternating frame and global blocks and a rotary embedding only")
     use_table_rope(aggregator)
     layers = {len(aggregator.frame_blocks) - 1}
     for name in ("depth_head", "point_head"):
