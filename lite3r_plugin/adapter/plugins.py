@@ -1,4 +1,4 @@
-"""The plugin manager: finds model adapters by entry point and asks them for the sites of a model."""
+"""The plugin manager: finds model adapters by entry point, asks them for the sites of a model and for the models that they build."""
 
 from __future__ import annotations
 
@@ -29,7 +29,15 @@ class AdapterWarning(UserWarning):
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """An installed model adapter: entry-point name, distribution and version, summary, names of models it can build."""
+    """An installed model adapter.
+
+    Attributes:
+        name: Of its entry point.
+        distribution: The installed package that it comes from, or "" where it was registered by hand.
+        version: Of that package, or "".
+        summary: The first line of its docstring.
+        models: Names of the models that it can build, as ``--model`` of the command line takes them.
+    """
 
     name: str
     distribution: str
@@ -58,8 +66,15 @@ def get_manager() -> pluggy.PluginManager:
 def find_sites(model: nn.Module) -> tuple[str, Sequence[AttentionSite]]:
     """Name of the adapter that knows `model`, and the model's attention sites.
 
+    Args:
+        model: Any module.
+
+    Returns:
+        The name of the first adapter whose answer is not None, and that answer; it may be empty.
+
     Raises:
-        UnknownModelError: no adapter knows the model.
+        UnknownModelError: no adapter knows the model; the message lists the adapters that were asked.
+        AdapterError: an adapter's answer is no sequence. Other errors of the package that an adapter raises pass too.
     """
     manager = get_manager()
     names = []
@@ -85,7 +100,10 @@ def find_sites(model: nn.Module) -> tuple[str, Sequence[AttentionSite]]:
 
 
 def model_entries() -> dict[str, ModelEntry]:
-    """Models that the command line can build, by name; a third party's entry wins over a built-in one of that name."""
+    """Models that the command line can build, by the name that users type.
+
+    The answers of all adapters together; a third party's entry wins over a built-in one of that name.
+    """
     entries: dict[str, ModelEntry] = {}
     for implementation in get_manager().hook.lite3r_models.get_hookimpls():
         found: Any = implementation.function()
@@ -94,16 +112,17 @@ def model_entries() -> dict[str, ModelEntry]:
 
 
 def list_adapters() -> list[AdapterInfo]:
-    """The adapters that loaded, in the order in which they are asked."""
-    manager = get_manager()
+    """The adapters that loaded, in the order in which they are asked for sites; then those that only build models."""
+    hook = get_manager().hook
     distributions = {e.name: e.dist for e in importlib.metadata.entry_points(group=hookspecs.ENTRY_POINT_GROUP)}
+    finders, builders = (list(reversed(h.get_hookimpls())) for h in (hook.lite3r_attention_sites, hook.lite3r_models))
+    build: dict[str, Any] = {i.plugin_name: i.function for i in builders}
     infos = []
-    for implementation in reversed(manager.hook.lite3r_attention_sites.get_hookimpls()):
-        plugin, name = implementation.plugin, implementation.plugin_name
+    for name, plugin in {i.plugin_name: i.plugin for i in (*finders, *builders)}.items():
         dist = distributions.get(name)
         summary = ((getattr(plugin, "__doc__", None) or "").strip().splitlines() or [""])[0]
-        build = getattr(plugin, "lite3r_models", None)
-        infos.append(AdapterInfo(name, dist.name if dist else "", dist.version if dist else "", summary, tuple(build() if build else ())))
+        models = build[name]() if name in build else ()
+        infos.append(AdapterInfo(name, dist.name if dist else "", dist.version if dist else "", summary, tuple(models)))
     return infos
 
 

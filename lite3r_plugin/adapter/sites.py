@@ -15,10 +15,14 @@ from ..errors import AdapterError
 
 @dataclass(frozen=True)
 class Rope2D:
-    """Axial rotary embedding (RoFormer, arXiv 2104.09864, on two axes, as in CroCo v2, VGGT, DA3 and Pi3).
+    """Axial rotary embedding of q and k (RoFormer, arXiv 2104.09864, on two axes, as in CroCo v2, VGGT, DA3 and Pi3).
 
-    The first half of the head dimension turns with the token's first coordinate, the second half with the other. In a
-    half of size h, element i is paired with element i + h/2, and both turn by ``position * base ** (-2i / h)``.
+    The first half of the head dimension is rotated by the token's first coordinate, the second half by the other. In a
+    half of size h, element i is paired with element i + h/2, and the pair is rotated by ``position * base ** (-2i / h)``
+    radians. D must be a multiple of 4.
+
+    Attributes:
+        base: Base of the frequencies.
     """
 
     base: float = 100.0
@@ -28,12 +32,13 @@ class Rope2D:
 class FusedQKV:
     """One Linear makes q, k and v: ``qkv(x).view(B, N, 3, H, D)``. Names are children of the attention module.
 
-    The site runs the whole path itself: qkv, norms, rotary embedding, attention, output projection, dropout.
+    The host's forward takes x ``[B, N, C]`` and returns ``[B, N, C]``; the site runs all of it itself: qkv, norms, rotary
+    embedding, attention with the scale ``D ** -0.5``, output projection, dropout.
 
     Attributes:
         num_heads: H.
-        qkv, out: The input and output Linears.
-        q_norm, k_norm: Norms over the head dimension, or None.
+        qkv, out: The input Linear, C to 3 * H * D, and the output Linear, H * D to C.
+        q_norm, k_norm: Norms over the head dimension, before the rotary embedding, or None.
         attn_drop: Dropout of attention weights, which must be inactive; or None.
         out_drop: Dropout after ``out``, or None.
         rope: The rotary embedding, or None.
@@ -57,7 +62,8 @@ class SeparateQKV:
 
     Attributes:
         num_heads: H.
-        q, k, v, out: The Linears.
+        q, k, v: The input Linears, C to H * D each.
+        out: The output Linear, H * D to C.
         q_norm, k_norm, attn_drop, out_drop, rope, positions: As in `FusedQKV`.
         returns_weights: The host returns ``(output, attention weights)``; the site returns ``(output, None)``.
     """
@@ -80,6 +86,8 @@ class SeparateQKV:
 class Routed:
     """Anything else: the host's own forward runs, and its one call of `scaled_dot_product_attention` is redirected.
 
+    The call's q, k and v are ``[B, H, N, D]``. Two calls or none in one forward raise `UnsupportedAttentionError`.
+
     Attributes:
         num_heads: H, which may be found out only from a forward: then None.
         same_tokens: The queries are of the same tokens as the keys and values, although they come from different
@@ -91,6 +99,7 @@ class Routed:
 
 
 Projections = FusedQKV | SeparateQKV | Routed
+"""How an attention module makes q, k and v."""
 
 
 @dataclass(frozen=True)
@@ -100,13 +109,14 @@ class PreNormBlock:
         x = x + gain1 * attention(norm1(x))
         x = x + gain2 * down(activation(up(norm2(x))))
 
-    and whose further arguments go to the attention under the same names. A converted (FP8) model then runs it with each
-    quantisation fused into the operation before it. Names are descendants of the block.
+    with x ``[B, N, C]``, and whose further arguments go to the attention under the same names. A converted (FP8) model then
+    runs it with each quantisation fused into the operation before it. Names are descendants of the block.
+    `lite3r_plugin.testing.block_forward` is this definition as code; `check_adapter` compares the block with it.
 
     Attributes:
         fqn: Fully qualified name of the block.
-        norm1, norm2: LayerNorms.
-        up, down: The Linears of the MLP.
+        norm1, norm2: LayerNorms over C.
+        up, down: The Linears of the MLP, C to its width (twice that for ``"swiglu"``) and back.
         activation: ``"gelu"``, ``"gelu_tanh"``, or ``"swiglu"``: ``silu(first half) * second half`` of what `up` gives.
         gain1, gain2: Parameters ``[C]`` (layer scale), or None.
     """
@@ -130,6 +140,9 @@ class TokenSource:
             and that runs before the attention sites in every forward (the patch embedding is the natural choice).
         patch_size: Height and width of a patch in pixels. The grid is ``(H // patch_h, W // patch_w)``.
         special_tokens: Number of camera, register or class tokens in front of the patches of each view.
+
+    Raises:
+        AdapterError: `patch_size` is no pair of positive integers, or `special_tokens` no number of tokens.
     """
 
     image_module: str
@@ -157,6 +170,9 @@ class AttentionSite:
         tokens: How the sequence is laid out; None where it has no image grid (then token order is kept).
         block: The transformer block around the module, where it has the usual structure; None: its Linears are found,
             but it runs as it is.
+
+    Raises:
+        AdapterError: a field is of the wrong kind. Whether the description fits the model is found when it is applied.
     """
 
     fqn: str
@@ -178,7 +194,7 @@ class AttentionSite:
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """The sequence of an attention site in one forward.
+    """The sequence of an attention site in one forward: for each view first its special tokens, then its patches row by row.
 
     Attributes:
         views: S, the number of views in the sequence.
@@ -192,7 +208,7 @@ class TokenLayout:
 
     @property
     def tokens_per_view(self) -> int:
-        """P."""
+        """P, special tokens and patches."""
         return self.special_tokens + self.grid[0] * self.grid[1]
 
     @property
