@@ -1,4 +1,4 @@
-"""The hooks of the package. A model adapter is a module or package with any of them, marked with `hookimpl`.
+"""The hooks of the package. A plugin is a module with one or more of them, marked with `hookimpl`; a model adapter has the first.
 
 One family of models is one adapter, with one entry point in the group ``lite3r.adapters``; see `adapters/README.md`.
 """

@@ -25,8 +25,8 @@ class ModelEntry:
     Attributes:
         name: What users type after ``--model``.
         summary: One line about it.
-        create: Makes the model with random weights, on the CPU, in FP32. It may import the model's library.
-        preprocess: S RGB images, of any sizes, to the model's input, FP32 ``[S, 3, H, W]`` on the CPU, in the model's own range.
+        create: Makes the model with random weights, on the CPU. It may import the model's library.
+        preprocess: RGB images to the model's input, ``[S, 3, H, W]``.
         predict: Runs the model on that input, already on the model's device, without gradients.
         default_weights: Hub id or file that is loaded when the user names none; None: the user must name one.
         library: Import name of the library that `create` needs, or None.

@@ -1,5 +1,16 @@
 """The conformance kit for model adapters: one call in a test tells whether an adapter describes its model rightly."""
 
 from .adapter import TEST_CONFIG, AdapterReport, check_adapter
+from .blocks import block_forward, check_blocks
+from .outputs import expect_equal, largest_difference, named_tensors
 
-__all__ = ["TEST_CONFIG", "AdapterReport", "check_adapter"]
+__all__ = [
+    "TEST_CONFIG",
+    "AdapterReport",
+    "block_forward",
+    "check_adapter",
+    "check_blocks",
+    "expect_equal",
+    "largest_difference",
+    "named_tensors",
+]

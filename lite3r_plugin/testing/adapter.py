@@ -1,4 +1,4 @@
-"""The conformance kit for model adapters: one call in a test tells whether an adapter describes its model rightly."""
+"""`check_adapter`: whether an adapter describes its model rightly, by running the model in all the ways that Lite3R would."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from ..apply.verbs import apply_lite3r, lite3r_disabled, remove_lite3r
 from ..attention.module import SparseLinearAttention
 from ..config import Lite3RConfig
 from ..errors import AdapterError, AlreadyAppliedError
-from .blocks import check as check_blocks
+from .blocks import check_blocks
+from .outputs import expect_equal, largest_difference, named_tensors
 
-# Blocks so small that a test image has many, everything sparse, and only special tokens exempt from it.
 TEST_CONFIG = Lite3RConfig(keep_ratio=0.1, dense_below=0, pin="special", attention_backend="naive", block_q=16, block_k=16)
+"""Blocks so small that a test image has many, everything sparse, and only special tokens exempt from it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,17 +99,17 @@ def check_adapter(
 def _check(model: nn.Module, example_inputs: Any, atol: float, config: Lite3RConfig) -> AdapterReport:
     def run(model: nn.Module) -> dict[str, Tensor]:
         torch.manual_seed(0)  # for models that draw numbers
-        return dict(_tensors(_call(model, example_inputs)))
+        return named_tensors(_call(model, example_inputs))
 
     dense = run(model)
     if not dense:
         raise AdapterError("the model's output holds no tensor, so there is nothing to compare; pass a function that returns one")
-    _expect_equal(dense, run(model), "the dense model gives two different outputs for the same input: make it deterministic first")
+    expect_equal(dense, run(model), "the dense model gives two different outputs for the same input: make it deterministic first")
     pickled = _can_pickle(model)
 
     apply_lite3r(model, config, keep_ratio=1.0)
     sites = _sparse_sites(model)
-    error, where = _difference(dense, run(model))
+    error, where = largest_difference(dense, run(model))
     _expect_calls(sites, "dense")
     if not error <= atol:
         raise AdapterError(
@@ -117,9 +118,9 @@ def _check(model: nn.Module, example_inputs: Any, atol: float, config: Lite3RCon
             "Routed() runs the host's own forward"
         )
     with lite3r_disabled(model):
-        _expect_equal(dense, run(model), "lite3r_disabled is not the dense model bit for bit")
+        expect_equal(dense, run(model), "lite3r_disabled is not the dense model bit for bit")
     remove_lite3r(model)
-    _expect_equal(dense, run(model), "remove_lite3r did not bring the dense model back bit for bit")
+    expect_equal(dense, run(model), "remove_lite3r did not bring the dense model back bit for bit")
     check_blocks(model, next(iter(sites.values())).state.sites, run, atol)
 
     apply_lite3r(model, config)
@@ -129,21 +130,21 @@ def _check(model: nn.Module, example_inputs: Any, atol: float, config: Lite3RCon
         sparse = run(model)
     _expect_calls(sites, "sparse")
     _expect_dropped(sites, tokens, config)
-    change, _ = _difference(dense, sparse)
+    change, _ = largest_difference(dense, sparse)
     if not change > error:
         raise AdapterError(
             f"keep_ratio={config.keep_ratio} ran {len(sites)} sites sparse but changed the output by {change:.1e} only, no more than "
             f"rounding: the model does not use what they return, or its weights are so small (layer scales, initial values) that it "
             "makes no difference. Give the example larger random weights, or return hidden states"
         )
-    _expect_equal(sparse, run(copy.deepcopy(model)), "a deep copy gives another output")
+    expect_equal(sparse, run(copy.deepcopy(model)), "a deep copy gives another output")
     if pickled:
-        _expect_equal(sparse, run(pickle.loads(pickle.dumps(model))), "a pickled copy gives another output")
+        expect_equal(sparse, run(pickle.loads(pickle.dumps(model))), "a pickled copy gives another output")
     _check_state_dict(model, run)
     with lite3r_disabled(model):
-        _expect_equal(dense, run(model), "lite3r_disabled is not the dense model bit for bit")
+        expect_equal(dense, run(model), "lite3r_disabled is not the dense model bit for bit")
     remove_lite3r(model)
-    _expect_equal(dense, run(model), "remove_lite3r did not bring the dense model back bit for bit")
+    expect_equal(dense, run(model), "remove_lite3r did not bring the dense model back bit for bit")
     scopes = Counter(site.site.scope for site in sites.values())
     return AdapterReport(adapter, dict(scopes), max(tokens.values()), error, change, pickled)
 
@@ -175,7 +176,7 @@ def _check_state_dict(model: nn.Module, run: Callable[[nn.Module], dict[str, Ten
         nn.init.ones_(weight)
     file.seek(0)
     model.load_state_dict(torch.load(file, weights_only=True))
-    _expect_equal(expected, run(model), "the model gives another output after its state dict was saved and loaded")
+    expect_equal(expected, run(model), "the model gives another output after its state dict was saved and loaded")
 
 
 def _call(model: nn.Module, example_inputs: Any) -> Any:
@@ -185,52 +186,6 @@ def _call(model: nn.Module, example_inputs: Any) -> Any:
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
-
-
-def _tensors(output: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in nested mappings, sequences, dataclasses and plain objects, with its path; detached copies."""
-    if isinstance(output, Tensor):
-        yield path, output.detach().clone()
-    elif isinstance(output, Mapping):
-        for key, value in output.items():
-            yield from _tensors(value, f"{path}[{key!r}]")
-    elif isinstance(output, (list, tuple)):
-        for i, value in enumerate(output):
-            yield from _tensors(value, f"{path}[{i}]")
-    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
-        for field in dataclasses.fields(output):
-            yield from _tensors(getattr(output, field.name), f"{path}.{field.name}")
-
-
-def _difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> tuple[float, str]:
-    """Largest difference of floating-point tensors, and the path of that tensor.
-
-    Absolute, but relative to the largest entry of a tensor whose entries exceed 1, such as a camera matrix in pixels.
-    """
-    if expected.keys() != found.keys():
-        raise AdapterError(f"the output changed its structure: {sorted(expected.keys() ^ found.keys())[:3]} are in one of the two only")
-    largest, where = 0.0, ""
-    for path, x in expected.items():
-        y = found[path]
-        if x.shape != y.shape or x.dtype != y.dtype:
-            raise AdapterError(f"output{path} was {x.dtype} {tuple(x.shape)} and is now {y.dtype} {tuple(y.shape)}")
-        if not x.is_floating_point() or not x.numel():
-            continue
-        same = (x == y) | (x.isnan() & y.isnan())
-        size = x.double().abs().masked_fill(~x.isfinite(), 0).max().clamp_min(1)
-        error = ((x.double() - y.double()).abs().masked_fill(same, 0).nan_to_num(nan=torch.inf).max() / size).item()
-        if error > largest:
-            largest, where = error, path
-    return largest, where
-
-
-def _expect_equal(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], message: str) -> None:
-    difference, where = _difference(expected, found)
-    if difference:
-        raise AdapterError(f"{message} (difference {difference:.2e} at output{where})")
-    for path, x in expected.items():
-        if not x.is_floating_point() and not torch.equal(x, found[path]):
-            raise AdapterError(f"{message} (at output{path})")
 
 
 def _sparse_sites(model: nn.Module) -> dict[str, SparseLinearAttention]:

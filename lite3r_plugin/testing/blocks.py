@@ -1,4 +1,4 @@
-"""What an adapter says about a transformer block, in plain torch, and whether the block does just that."""
+"""The definition of `PreNormBlock` in plain torch, and whether the blocks of a model do just that."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapter.sites import AttentionSite
+from ..adapter.sites import AttentionSite, PreNormBlock
 from ..errors import AdapterError
 
 
-def forward(host: nn.Module, site: AttentionSite, x: Tensor, **given: Any) -> Tensor:
+def block_forward(host: nn.Module, site: AttentionSite, x: Tensor, **given: Any) -> Tensor:
     """The definition of `PreNormBlock`: the parts of `host` put together as `site.block` says.
 
     Args:
         host: The block.
-        site: The site inside it.
+        site: The site inside it; its `block` is not None.
         x: ``[B, N, C]``.
         **given: Further arguments of the block, which go to the attention.
+
+    Returns:
+        ``[B, N, C]``.
     """
     block = site.block
     assert block is not None
@@ -37,23 +40,33 @@ def forward(host: nn.Module, site: AttentionSite, x: Tensor, **given: Any) -> Te
     return x + gains[1] * down(hidden)
 
 
-def check(model: nn.Module, sites: Iterable[AttentionSite], run: Callable[[nn.Module], object], atol: float) -> None:
-    """Run the dense `model` and raise `AdapterError` unless its blocks are as the sites describe them."""
+def check_blocks(model: nn.Module, sites: Iterable[AttentionSite], run: Callable[[nn.Module], object], atol: float) -> None:
+    """Run the dense `model` and compare its blocks with what the sites say of them; sites without a block pass.
+
+    Args:
+        model: The model, in eval mode.
+        sites: Its sites.
+        run: Runs the model that it is given, so that every block is called.
+        atol: Largest difference of a block's output, absolute, or relative to its largest entry where that is above 1.
+
+    Raises:
+        AdapterError: a block gives something else.
+    """
     wrong: list[str] = []
 
-    def watch(site: AttentionSite) -> Callable[..., None]:
+    def watch(site: AttentionSite, block: PreNormBlock) -> Callable[..., None]:
         def compare(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             given = dict(zip(inspect.signature(host.forward).parameters, args, strict=False)) | kwargs
             x = given.pop(next(iter(given)))
-            expected = forward(host, site, x, **{name: value for name, value in given.items() if value is not None})
+            expected = block_forward(host, site, x, **{name: value for name, value in given.items() if value is not None})
             error = (output - expected).abs().max().item() if isinstance(output, Tensor) else torch.inf
             if not error <= atol * max(1.0, expected.abs().max().item()):
-                wrong.append(f"site {site.fqn!r}: the block {site.block.fqn!r} gives something else than described, by {error:.2e}")  # pyright: ignore[reportOptionalMemberAccess]
+                wrong.append(f"site {site.fqn!r}: the block {block.fqn!r} gives something else than described, by {error:.2e}")
 
         return compare
 
-    described = [site for site in sites if site.block is not None]
-    hooks = [model.get_submodule(s.block.fqn).register_forward_hook(watch(s), with_kwargs=True) for s in described if s.block is not None]
+    described = [(site, site.block) for site in sites if site.block is not None]
+    hooks = [model.get_submodule(b.fqn).register_forward_hook(watch(site, b), with_kwargs=True) for site, b in described]
     try:
         run(model)
     finally:

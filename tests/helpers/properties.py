@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lite3r_plugin import apply_lite3r
-from lite3r_plugin.testing import TEST_CONFIG
-from lite3r_plugin.testing.adapter import _tensors
+from lite3r_plugin.testing import TEST_CONFIG, named_tensors
 
 Run = Callable[[nn.Module], object]
 
@@ -19,7 +18,7 @@ Run = Callable[[nn.Module], object]
 def outputs(model: nn.Module, run: Run) -> dict[str, Tensor]:
     """Every tensor of ``run(model)``, by path."""
     with torch.no_grad():
-        return dict(_tensors(run(model)))
+        return named_tensors(run(model))
 
 
 def enlarge_layer_scales(model: nn.Module, value: float = 0.3) -> None:
