@@ -18,7 +18,7 @@ MAX_POSITIONS = 1024  # rows and columns of the rotary tables; token coordinates
 
 
 class TableRope(nn.Module):
-    """Axial rotary embedding from precomputed tables.
+    """Axial rotary embedding from precomputed tables; `lite3r_plugin.adapter.Rope2D` says what it computes.
 
     It takes the place of a module that looks up ``positions.max()`` on the device in every call, which waits for the
     GPU and forbids CUDA graphs. The angles are computed in FP32, whatever the dtype of the tables.
@@ -42,7 +42,7 @@ class TableRope(nn.Module):
         self.register_buffer("sin", angles.sin().to(like.dtype), persistent=False)
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Rotate ``[B, H, N, D]`` by positions ``[B, N, 2]``, which must be below `MAX_POSITIONS`."""
+        """Rotate ``[B, H, N, D]``, in its own dtype, by integer positions ``[B, N, 2]`` from 0 to below `MAX_POSITIONS`."""
         cos = self.cos[positions][:, None].to(tokens.dtype)  # [B, 1, N, 2, D/4]
         sin = self.sin[positions][:, None].to(tokens.dtype)
         first, second = tokens.unflatten(-1, (2, 2, -1)).unbind(-2)  # [B, H, N, 2, D/4]
@@ -50,7 +50,12 @@ class TableRope(nn.Module):
 
 
 def use_table_rope(owner: nn.Module) -> None:
-    """Replace `owner.rope` and every reference to it below `owner` by one `TableRope`."""
+    """Replace `owner.rope` and every reference to it below `owner` by one `TableRope`.
+
+    Args:
+        owner: A module whose `rope` has a `base_frequency`. At least one module that shares it is an attention module with the
+            Linear `qkv` and `num_heads`; the tables take the device and the dtype of the first one's weight.
+    """
     rope: Any = owner.rope
     users = [module for module in owner.modules() if getattr(module, "rope", None) is rope]
     attention: Any = next(module for module in users if hasattr(module, "qkv"))
@@ -63,11 +68,13 @@ def use_table_rope(owner: nn.Module) -> None:
 def cache_position_embedding(head: nn.Module, method: str) -> None:
     """Let a DPT head add its position embedding from a cache, in the dtype of the features.
 
-    The host computes it in FP64 in every call, and its FP32 result promotes BF16 features.
+    The host computes it in FP64 in every call, and its FP32 result promotes BF16 features. One embedding is kept for each
+    size of the features and of the image, dtype and device, as long as the head lives.
 
     Args:
         head: The head.
-        method: Name of the method ``(features, width, height, ratio)`` that adds the embedding.
+        method: Name of its method ``(features [B, C, h, w], width, height, ratio)`` that adds the embedding, which must depend
+            on the sizes alone.
     """
     cache: dict[Any, Tensor] = {}
     host = getattr(type(head), method)
@@ -84,7 +91,13 @@ def cache_position_embedding(head: nn.Module, method: str) -> None:
 
 @functools.lru_cache(maxsize=8)
 def token_positions(views: int, rows: int, columns: int, special: int, device: torch.device) -> Tensor:
-    """Coordinates ``[views, P, 2]`` of the tokens: zero for the special ones, from 1 for the patches."""
+    """Coordinates of the tokens, int64 ``[views, P, 2]`` with P = special + rows * columns, on `device`; the last eight are kept.
+
+    Special tokens come first, at (0, 0); the patches follow row by row, at (row, column) counted from 1.
+
+    Raises:
+        InputError: an image has so many patches that the rotary tables do not reach.
+    """
     if max(rows, columns) >= MAX_POSITIONS:
         raise InputError(f"images of {rows} x {columns} patches are too large; the rotary tables have {MAX_POSITIONS} positions")
     grid = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), -1).flatten(0, 1) + 1
@@ -92,7 +105,7 @@ def token_positions(views: int, rows: int, columns: int, special: int, device: t
 
 
 def finish_in_fp32(module: nn.Module) -> None:
-    """Give the output of `module` back in FP32: the activations that follow it need the precision."""
+    """Give the output of `module`, one tensor, back in FP32: the activations that follow it need the precision."""
     module.register_forward_hook(_to_fp32)
 
 

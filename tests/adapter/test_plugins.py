@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from lite3r_plugin.errors import AdapterError, UnknownModelError
 
 BUILT_IN = SimpleNamespace(name="lite3r-plugin", version="0.1.0")
 FOREIGN = SimpleNamespace(name="their-package", version="3.2")
+ANY_MODEL = ModelEntry("m", "a model", nn.Identity, lambda images: None, lambda model, images: None)  # type: ignore[arg-type,return-value]
 
 
 class Entry:
@@ -144,7 +146,7 @@ def test_an_adapters_own_refusal_reaches_the_user(install: Install) -> None:
 
 def test_a_third_partys_model_entry_wins(install: Install) -> None:
     def entry(summary: str) -> ModelEntry:
-        return ModelEntry("m", summary, nn.Identity, lambda images: None, lambda model, images: None)  # type: ignore[arg-type,return-value]
+        return dataclasses.replace(ANY_MODEL, summary=summary)
 
     class Models:
         def __init__(self, summary: str) -> None:
@@ -158,12 +160,54 @@ def test_a_third_partys_model_entry_wins(install: Install) -> None:
     assert model_entries()["m"].summary == "theirs"
 
 
-def test_the_installed_adapters_all_load() -> None:
+def test_adapters_that_only_build_models_are_listed_last(install: Install) -> None:
+    class Both(Adapter):
+        """Finds and builds.
+
+        In all the ways there are.
+        """
+
+        @hookimpl
+        def lite3r_models(self) -> dict[str, ModelEntry]:
+            return {"small": ANY_MODEL, "large": ANY_MODEL}
+
+    class Builder:
+        @hookimpl
+        def lite3r_models(self) -> dict[str, ModelEntry]:
+            return {"theirs": ANY_MODEL}
+
+    install(Entry("builder", Builder(), FOREIGN), Entry("both", Both(lambda model: None)), Entry("finder", adapter("finder")))
+    assert [(a.name, a.models) for a in list_adapters()] == [("finder", ()), ("both", ("small", "large")), ("builder", ("theirs",))]
+    assert list_adapters()[1].summary == "Finds and builds."
+
+
+def test_a_misspelt_hook_leaves_nothing_of_its_plugin(install: Install) -> None:
+    class Misspelt(Adapter):
+        @hookimpl
+        def lite3r_optimise(self, model: nn.Module) -> None:
+            raise AssertionError
+
+    install(Entry("misspelt", Misspelt(lambda model: []), FOREIGN), Entry("ours", adapter("ours")))
+    with pytest.warns(AdapterWarning, match=r"'misspelt'.*unknown hook 'lite3r_optimise'"):
+        assert find_sites(nn.Identity())[0] == "ours"
+    assert [a.name for a in list_adapters()] == ["ours"]
+
+
+def test_every_family_is_one_adapter_with_all_its_hooks() -> None:
     get_manager.cache_clear()
     names = {
         e.name
         for e in importlib.metadata.entry_points(group="lite3r.adapters")
         if e.dist is not None and e.dist.name == plugins.DISTRIBUTION
     }
-    assert {"vggt", "depth_anything_3", "pi3", "timm", "transformers"} <= names
-    assert names <= {name for name, _ in get_manager().list_name_plugin()}
+    assert names == {"vggt", "depth_anything_3", "pi3", "timm", "transformers", "testbed"}
+    models = {a.name: a.models for a in list_adapters() if a.distribution == plugins.DISTRIBUTION}
+    assert models.keys() == names
+    assert (models["vggt"], models["pi3"], models["testbed"]) == (("vggt",), ("pi3",), ("testbed",))
+    assert "da3-small" in models["depth_anything_3"]
+    assert {i.plugin_name for i in get_manager().hook.lite3r_exact_rewrites.get_hookimpls()} == {"vggt", "depth_anything_3"}
+
+
+def test_general_families_are_asked_last() -> None:
+    asked = [a.name for a in list_adapters()]
+    assert max(asked.index(name) for name in ("vggt", "depth_anything_3", "pi3")) < min(asked.index(n) for n in ("timm", "transformers"))

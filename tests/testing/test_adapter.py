@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lite3r_plugin import AttentionSite, FusedQKV, Rope2D, Routed, TokenSource, apply_lite3r, hookimpl
+from lite3r_plugin import AttentionSite, FusedQKV, PreNormBlock, Rope2D, Routed, TokenSource, apply_lite3r, hookimpl
 from lite3r_plugin.adapter.plugins import get_manager
 from lite3r_plugin.apply.carried import lite3r_modules
 from lite3r_plugin.errors import AdapterError, AlreadyAppliedError, LayoutError, UnknownModelError, UnsupportedAttentionError
@@ -37,7 +37,7 @@ class Net(nn.Module):
         x = self.patches(images.flatten(0, 1))
         x = torch.cat((self.special.expand(len(x), -1, -1), x), 1).unflatten(0, (batch, views)).flatten(1, 2)
         pos = hosts.grid_positions(views, height // 14, width // 14, 1).flatten(0, 1).expand(batch, -1, -1)
-        x = x + self.across(x, pos) + self.noise
+        x = x + self.across(x, pos=pos) + self.noise
         return {"tokens": x, "pair": [x.mean(), (x > 0)], "name": "net"}
 
 
@@ -86,6 +86,16 @@ def test_a_right_adapter_passes_and_the_report_reads_well(register: Register, ne
 def test_routed_passes_too(register: Register, net: nn.Module) -> None:
     register(dataclasses.replace(RIGHT, projections=Routed()))
     assert check(net).dense_error == 0
+
+
+def test_a_block_that_is_not_as_described(register: Register, net: nn.Module) -> None:
+    net.across = hosts.Block(net.across, 32).eval()
+    block = PreNormBlock("across", up="mlp.0", down="mlp.2")
+    register(dataclasses.replace(RIGHT, fqn="across.attn", block=block))
+    check(net)
+    register(dataclasses.replace(RIGHT, fqn="across.attn", block=dataclasses.replace(block, activation="gelu_tanh")))
+    with pytest.raises(AdapterError, match=r"site 'across\.attn': the block 'across' gives something else than described.*activation"):
+        check(net)
 
 
 def test_inputs_may_be_keywords_or_a_function(register: Register, net: nn.Module) -> None:
