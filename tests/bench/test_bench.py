@@ -1,8 +1,7 @@
-"""The benchmark runner on a tiny model on the CPU, and the exact rewrites against the real libraries."""
+"""The benchmark runner on tiny models on the CPU."""
 
 from __future__ import annotations
 
-import copy
 import gc
 import io
 import json
@@ -10,15 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from real_models import small_vggt
 from rich.console import Console
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lite3r_plugin import apply_lite3r, lite3r_disabled
 from lite3r_plugin.adapter.plugins import get_manager
 from lite3r_plugin.bench import VARIANTS, Bench, BenchModel
 from lite3r_plugin.bench.measure import sdpa_backend
-from lite3r_plugin.bench.models import fidelity, make_images, tensors
 from lite3r_plugin.bench.table import table
 from lite3r_plugin.bench.variants import prepare, repeated_blocks
 from lite3r_plugin.errors import InputError, NoSitesError
@@ -29,80 +27,7 @@ OPTIONS = {"keep_ratio": 0.2, "dense_below": 0, "pin": "special", "block_q": 16,
 EMULATED = {**OPTIONS, "fp8_backend": "emulated"}
 
 
-def small_vggt() -> nn.Module:
-    """VGGT's own code in small. Residual branches count in full, so that a wrong rotation would show."""
-    pytest.importorskip("vggt")
-    from vggt.heads.camera_head import CameraHead
-    from vggt.heads.dpt_head import DPTHead
-    from vggt.models.aggregator import Aggregator
-    from vggt.models.vggt import VGGT
-
-    model = VGGT.__new__(VGGT)  # its constructor has no size
-    nn.Module.__init__(model)
-    model.point_head = model.track_head = None
-    model.aggregator = Aggregator(img_size=112, embed_dim=64, depth=5, num_heads=2, patch_embed="conv")
-    model.camera_head = CameraHead(dim_in=128, num_heads=2, trunk_depth=1)
-    model.depth_head = DPTHead(128, output_dim=2, activation="exp", features=16, out_channels=[8] * 4, intermediate_layer_idx=[0, 1, 3, 4])
-    for name, parameter in model.named_parameters():
-        if name.endswith("gamma"):
-            nn.init.ones_(parameter)
-    return model.eval()
-
-
-def small_da3() -> nn.Module:
-    pytest.importorskip("depth_anything_3")
-    from depth_anything_3.cfg import create_object, load_config
-    from depth_anything_3.registry import MODEL_REGISTRY
-
-    return create_object(load_config(MODEL_REGISTRY["da3-small"])).eval()
-
-
-def optimize(model: nn.Module) -> list[str] | None:
-    return get_manager().hook.lite3r_exact_rewrites(model=model)
-
-
-@pytest.mark.parametrize("build", [small_vggt, small_da3])
-@torch.no_grad()
-def test_exact_rewrites_equal_stock(build) -> None:
-    """In FP32 nothing changes; with BF16 weights the fixed model runs and answers in FP32."""
-    stock = build()
-    images = make_images(3, 112, torch.device("cpu"), 0)
-    images = images[..., :98]  # rows and columns differ
-    fixed = copy.deepcopy(stock)
-    assert optimize(fixed)
-    here, there = tensors(fixed(images)), tensors(stock(images))
-    assert here.keys() == there.keys()
-    for name in here:
-        assert (here[name] - there[name]).abs().max() <= 1e-5, name
-    half = copy.deepcopy(stock).to(torch.bfloat16)
-    optimize(half)
-    depth = tensors(half(images.to(torch.bfloat16)))["depth"]
-    assert depth.dtype == torch.float32
-    assert fidelity({"depth": depth}, {"depth": there["depth"]})["depth_rel_l2"] < 0.02
-
-
-@torch.no_grad()
-def test_fixed_vggt_keeps_only_the_layers_that_heads_read() -> None:
-    model = small_vggt()
-    optimize(model)
-    kept, _ = model.aggregator(make_images(2, 56, torch.device("cpu"), 0))
-    assert [layer is not None for layer in kept] == [True, True, False, True, True]
-
-
-@torch.no_grad()
-def test_fixed_vggt_takes_lite3r() -> None:
-    model = small_vggt()
-    images = make_images(2, 112, torch.device("cpu"), 0)
-    optimize(model)
-    dense = model(images)["depth"]
-    apply_lite3r(model, **OPTIONS)
-    assert not torch.equal(model(images)["depth"], dense)
-    with lite3r_disabled(model):
-        torch.testing.assert_close(model(images)["depth"], dense)
-
-
-def test_unknown_model_has_no_exact_rewrites() -> None:
-    assert optimize(nn.Linear(2, 2)) is optimize(Testbed()) is None
+def test_a_model_without_exact_rewrites_has_no_strong_variant() -> None:
     report = Bench(BenchModel("linear", lambda: nn.Linear(2, 2)), [1], ["strong"], device="cpu").run()
     assert report.cells[0].status == "error"
     assert NoSitesError.__name__ in report.cells[0].error

@@ -1,0 +1,35 @@
+"""The published code of model families in small, for tests that need more of it than attention. Skipped where it is not importable."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+
+def small_vggt() -> nn.Module:
+    """VGGT with two of its heads. Residual branches count in full, so that a wrong rotation would show."""
+    pytest.importorskip("vggt")
+    from vggt.heads.camera_head import CameraHead
+    from vggt.heads.dpt_head import DPTHead
+    from vggt.models.aggregator import Aggregator
+    from vggt.models.vggt import VGGT
+
+    model = VGGT.__new__(VGGT)  # its constructor has no size
+    nn.Module.__init__(model)
+    model.point_head = model.track_head = None
+    model.aggregator = Aggregator(img_size=112, embed_dim=64, depth=5, num_heads=2, patch_embed="conv")
+    model.camera_head = CameraHead(dim_in=128, num_heads=2, trunk_depth=1)
+    model.depth_head = DPTHead(128, output_dim=2, activation="exp", features=16, out_channels=[8] * 4, intermediate_layer_idx=[0, 1, 3, 4])
+    for name, parameter in model.named_parameters():
+        if name.endswith("gamma"):
+            nn.init.ones_(parameter)
+    return model.eval()
+
+
+def small_da3() -> nn.Module:
+    """Depth Anything 3 in its smallest size, as it is created for random weights."""
+    pytest.importorskip("depth_anything_3")
+    from depth_anything_3.cfg import create_object, load_config
+    from depth_anything_3.registry import MODEL_REGISTRY
+
+    return create_object(load_config(MODEL_REGISTRY["da3-small"])).eval()  # pyright: ignore[reportArgumentType]
