@@ -3,7 +3,7 @@ import torch
 from lightglue_lite3r import morton_order, sort_features
 from torch import nn
 
-from lite3r_plugin.adapter.plugins import find_sites
+from lite3r_plugin.adapter import find_sites
 from lite3r_plugin.testing import check_adapter
 
 LAYERS = 2
