@@ -68,7 +68,7 @@ def test_applying_to_a_model_imports_no_other_models_library() -> None:
         "import lite3r_plugin, torch\ntry: lite3r_plugin.apply_lite3r(torch.nn.Linear(2, 2))\nexcept lite3r_plugin.Lite3RError: pass"
     )
     loaded = heavy_ones(probe(statement)["modules"])
-    assert {"timm", "transformers", "peft", "triton", "matplotlib", "typer", "trimesh", "accelerate"} & set(loaded) == set()
+    assert {"timm", "transformers", "peft", "PIL", "triton", "matplotlib", "typer", "trimesh", "accelerate"} & set(loaded) == set()
 
 
 def test_help_is_printed_without_the_models_libraries() -> None:
