@@ -21,6 +21,7 @@ ENTRY_POINT_GROUP = "lite3r.adapters"
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
+"""Marks a function as one of the hooks of this module; ``@hookimpl(trylast=True)`` for general families, to be asked last."""
 
 
 @hookspec(firstresult=True)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class AxialRope(nn.Module):
-    """Turns half of each head by the row and half by the column; `name` is the attribute that holds the base."""
+    """Rotates half of each head by the row and half by the column; `name` is the attribute that holds the base."""
 
     def __init__(self, name: str, base: float = 100.0) -> None:
         super().__init__()
@@ -18,12 +18,12 @@ class AxialRope(nn.Module):
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         quarter = x.shape[-1] // 4
         speeds = torch.tensor([getattr(self, self.name) ** (-i / quarter) for i in range(quarter)], dtype=x.dtype)
-        turned = []
+        rotated = []
         for axis, half in enumerate(x.chunk(2, dim=-1)):
             angle = positions[:, None, :, axis, None].to(x.dtype) * speeds
             real, imaginary = half[..., :quarter], half[..., quarter:]
-            turned += [real * angle.cos() - imaginary * angle.sin(), imaginary * angle.cos() + real * angle.sin()]
-        return torch.cat(turned, -1)
+            rotated += [real * angle.cos() - imaginary * angle.sin(), imaginary * angle.cos() + real * angle.sin()]
+        return torch.cat(rotated, -1)
 
 
 class _Attention(nn.Module):
