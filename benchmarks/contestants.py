@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lite3r_plugin import AttentionSite, Lite3RConfig, Routed
-from lite3r_plugin.attention.inputs import Heads
-from lite3r_plugin.attention.module import ModelState, SparseLinearAttention
+from lite3r_plugin.attention.inputs import AttentionInputs
+from lite3r_plugin.attention.module import SparseLinearAttention
+from lite3r_plugin.attention.state import ModelState
 from lite3r_plugin.ops.block_map import block_map, kept_blocks
 from lite3r_plugin.ops.qk_norm_rope import prepare_qkv
 from lite3r_plugin.ops.sla import sparse_linear_attention
@@ -149,7 +150,7 @@ def ours(p: Problem) -> Iterator[Contestant]:
 
     def decide() -> Tensor:
         with _backend(p, SDPBackend.CUDNN_ATTENTION):
-            return site.attend(Heads(p.q, p.k, p.v))
+            return site.attend(AttentionInputs(p.q, p.k, p.v))
 
     yield Contestant("ours, by policy (cuDNN)", decide, work)
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 
-class StandIn(nn.Module):
+class HostWrapper(nn.Module):
     """Shares the host's tables of parameters, buffers, children and hooks.
 
     Whatever replaces a child or a parameter is seen by both, `state_dict` keys stay as they were, and the host itself is

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from ..attention.module import ModelState, SparseLinearAttention
+from ..attention.module import SparseLinearAttention
+from ..attention.state import ModelState
 from ..errors import NotAppliedError
 from ..fp8.blocks import modules_in
 from ..fp8.linear import Fp8Linear

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..attention.module import CallCounts
+from ..attention.state import CallCounts
 from ..config import Lite3RConfig
 from ..fp8.linear import Fp8Linear
 from ..fp8.qat import FakeQuantLinear

@@ -13,7 +13,8 @@ from torch import nn
 
 from ..adapter.plugins import find_sites
 from ..adapter.sites import AttentionSite, Routed, TokenSource
-from ..attention.module import ModelState, SparseLinearAttention
+from ..attention.module import SparseLinearAttention
+from ..attention.state import ModelState
 from ..attention.styles import projected as projections
 from ..config import Lite3RConfig, matches
 from ..errors import AdapterError, AlreadyAppliedError, BackendError, ConfigError, ConvertedError, Lite3RError, NoSitesError

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Heads:
+class AttentionInputs:
     """Queries, keys and values ``[B, H, N, D]`` with what is still to be done to q and k before attention."""
 
     q: Tensor

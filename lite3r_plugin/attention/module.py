@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapter.sites import AttentionSite, TokenLayout
-from ..config import Lite3RConfig
 from ..costs.attention import break_even, shares_of
 from ..ops.block_map import density
 from ..ops.dispatch import use_triton
@@ -25,50 +23,13 @@ from ..ops.fp8 import fake_quantize
 from ..ops.qk_norm_rope import norm_rope
 from ..ops.sla import linear_attention, sparse_linear_attention
 from ..tokens.tracker import GridTracker, order_for, pinned_tokens
-from ..wrapper import StandIn
-from .inputs import Heads
+from ..wrapper import HostWrapper
+from .inputs import AttentionInputs
+from .state import CallCounts, ModelState
 from .styles import projected as projections
 
 
-@dataclass
-class CallCounts:
-    """Forward calls of a site outside `torch.compile`, by what ran, and the density of the last sparse one.
-
-    The density is the share of (query block, key block) pairs that were computed exactly, pinned ones included.
-    """
-
-    sparse: int = 0
-    dense: int = 0
-    disabled: int = 0
-    density: float | None = None
-
-
-@dataclass
-class ModelState:
-    """What the sites of one model share.
-
-    Attributes:
-        adapter: Name of the model adapter.
-        config: The configuration.
-        skipped: Sites that the adapter named but that were not swapped, with the reason.
-        trackers: The grid trackers, by image module.
-        sites: All sites that the adapter named.
-        blocks: The transformer blocks around them, by name.
-        notes: What `describe` is to say besides, such as why something runs in another way than asked.
-        swapped: How many attention modules were taken the place of.
-    """
-
-    adapter: str
-    config: Lite3RConfig
-    skipped: dict[str, str] = field(default_factory=dict)
-    trackers: dict[str, GridTracker] = field(default_factory=dict)
-    sites: tuple[AttentionSite, ...] = ()
-    blocks: dict[str, nn.Module] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    swapped: int = 0
-
-
-class SparseLinearAttention(StandIn):
+class SparseLinearAttention(HostWrapper):
     """Attention of one site: sparse softmax over critical key blocks plus a linear branch through `proj_lin`.
 
     Args:
@@ -96,7 +57,7 @@ class SparseLinearAttention(StandIn):
         self.keep_ratio = state.config.keep_ratio_of(site.fqn) if sparse else 1.0
         self.shares = shares_of(state.config, site.fqn)
         self.enabled = True
-        self.observer: Callable[[SparseLinearAttention, Heads], Tensor] | None = None
+        self.observer: Callable[[SparseLinearAttention, AttentionInputs], Tensor] | None = None
         self.calls = CallCounts()
         self.attended_to_itself = False  # seen to be no cross-attention, at a `Routed` site with several arguments
         self.argument_names = tuple(inspect.signature(host.forward).parameters)
@@ -126,7 +87,7 @@ class SparseLinearAttention(StandIn):
             with torch.no_grad():
                 self.proj_lin.weight.copy_(weight)
 
-    def attend(self, heads: Heads) -> Tensor:
+    def attend(self, heads: AttentionInputs) -> Tensor:
         """Attention over the site's tokens. Returns ``[B, H, N, D]``."""
         if self.observer is not None:
             return self.observer(self, heads)
@@ -139,7 +100,7 @@ class SparseLinearAttention(StandIn):
             tracker.watch(out)
         return out
 
-    def _attend(self, heads: Heads, pinned: int) -> Tensor:
+    def _attend(self, heads: AttentionInputs, pinned: int) -> Tensor:
         config, tokens = self.state.config, heads.v.shape[-2]
         proj = self._projection()
         if not self._pays(heads.v, pinned):
@@ -151,7 +112,7 @@ class SparseLinearAttention(StandIn):
             return self.sparse_linear(heads, None) + self._branch_in_te(heads)
         return self.sparse_linear(heads, proj)
 
-    def dense(self, heads: Heads, proj: Tensor | None = None) -> Tensor:
+    def dense(self, heads: AttentionInputs, proj: Tensor | None = None) -> Tensor:
         """Attention of all tokens to all, plus the linear branch over all of them through `proj`, if there is one."""
         q, k = self._finished(heads)
         out = F.scaled_dot_product_attention(q, k, heads.v, scale=heads.scale)
@@ -159,7 +120,7 @@ class SparseLinearAttention(StandIn):
             out = out + linear_attention(q, k, heads.v, proj=proj, feature_map=self.state.config.feature_map)
         return out
 
-    def sparse_linear(self, heads: Heads, proj: Tensor | None) -> Tensor:
+    def sparse_linear(self, heads: AttentionInputs, proj: Tensor | None) -> Tensor:
         """Sparse attention as configured, plus the linear branch through `proj`, if there is one, whatever pays."""
         config, layout = self.state.config, self._layout(heads.v.shape[-2])
         return sparse_linear_attention(
@@ -193,7 +154,7 @@ class SparseLinearAttention(StandIn):
         may_measure = not compiling and not (v.is_cuda and torch.cuda.is_current_stream_capturing())
         return break_even(v.device, self.shares, may_measure).pays(batch * num_heads * dim, tokens, pinned)
 
-    def _branch_in_te(self, heads: Heads) -> Tensor:
+    def _branch_in_te(self, heads: AttentionInputs) -> Tensor:
         q, k = self._finished(heads)
         identity = torch.eye(q.shape[-1], device=q.device)
         branch = linear_attention(q, k, heads.v, proj=identity, feature_map=self.state.config.feature_map)
@@ -222,7 +183,7 @@ class SparseLinearAttention(StandIn):
         config = self.state.config
         return pinned_tokens(layout, config.pin) if layout is not None else 0
 
-    def _finished(self, heads: Heads) -> tuple[Tensor, Tensor]:
+    def _finished(self, heads: AttentionInputs) -> tuple[Tensor, Tensor]:
         dtype = heads.v.dtype
         if heads.q_norm is None and heads.k_norm is None and heads.rope_base is None:
             return heads.q.to(dtype), heads.k.to(dtype)

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from ..adapter.sites import AttentionSite, PreNormBlock
 from ..errors import AdapterError
 from ..ops.fp8 import Quantized, passes
-from ..wrapper import StandIn, has_forward_hooks
+from ..wrapper import HostWrapper, has_forward_hooks
 from .linear import Fp8Linear
 
 
-class Fp8Block(StandIn):
+class Fp8Block(HostWrapper):
     """Stands in for a `PreNormBlock` whose MLP is in FP8.
 
     A token of the residual stream is read and written once between attention and MLP: residual sum, LayerNorm and

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.fp8 import Quantized, dequantize, fake_quantize, quantize
-from ..wrapper import StandIn
+from ..wrapper import HostWrapper
 from .cache import Derived
 
 
-class FakeQuantLinear(StandIn, nn.Linear):
+class FakeQuantLinear(HostWrapper, nn.Linear):
     """Stands in for a Linear: inputs rounded to FP8 token by token, the weight output row by output row.
 
     A weight that does not learn is quantised once, and kept in FP8 beside the original. One that learns is quantised in each

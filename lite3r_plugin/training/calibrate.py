@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from ..apply.carried import require_lite3r
+from ..attention.inputs import AttentionInputs
 from ..attention.module import SparseLinearAttention
-from ..attention.styles.projected import Heads
 from ..errors import ConfigError, InputError
 
 RIDGES = tuple(10.0 ** (i / 2) for i in range(-6, 7))
@@ -155,7 +155,7 @@ class _Observer:
         self.folds: dict[int, _Sums] = {}
         self.probe = GAIN * torch.eye(head_dim)
 
-    def __call__(self, site: SparseLinearAttention, heads: Heads) -> Tensor:
+    def __call__(self, site: SparseLinearAttention, heads: AttentionInputs) -> Tensor:
         sparse = site.sparse_linear(heads, None)
         probe = self.probe.to(sparse.device, site.proj_lin.weight.dtype)
         linear = (site.sparse_linear(heads, probe).double() - sparse.double()).flatten(0, -2) / GAIN

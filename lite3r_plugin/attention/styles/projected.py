@@ -13,7 +13,7 @@ from ...errors import AdapterError, UnsupportedAttentionError
 from ...fp8.linear import Fp8Linear
 from ...ops.qk_norm_rope import HeadNorm
 from ...wrapper import has_forward_hooks
-from ..inputs import Heads, refusal
+from ..inputs import AttentionInputs, refusal
 from . import routed
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def run(module: SparseLinearAttention, *args: Any, **kwargs: Any) -> Any:
     q, q_norm = _norm(module, spec.q_norm, q)
     k, k_norm = _norm(module, spec.k_norm, k)
     base = spec.rope.base if spec.rope is not None and positions is not None else None
-    out = module.attend(Heads(q, k, v, q_norm, k_norm, positions, base))
+    out = module.attend(AttentionInputs(q, k, v, q_norm, k_norm, positions, base))
     linear = getattr(module, spec.out)
     out = linear.of_heads(out) if isinstance(linear, Fp8Linear) else linear(out.transpose(1, 2).flatten(2))
     if spec.out_drop is not None:

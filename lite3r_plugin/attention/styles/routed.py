@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from ...adapter.sites import Routed
 from ...errors import UnsupportedAttentionError
-from ..inputs import Heads, refusal
+from ..inputs import AttentionInputs, refusal
 
 if TYPE_CHECKING:
     from ..module import SparseLinearAttention
@@ -55,7 +55,7 @@ def run(module: SparseLinearAttention, *args: Any, **kwargs: Any) -> Any:
             refused = _crossing(module, families, query, value)
         if refused is not None:
             raise UnsupportedAttentionError(refusal(module, refused))
-        return module.attend(Heads(query, key, value, scale=scale))
+        return module.attend(AttentionInputs(query, key, value, scale=scale))
 
     with _Redirect(attend, families):
         out = module.run_host(*args, **kwargs)

@@ -1,0 +1,54 @@
+"""What the attention modules of one model share, and what each of them counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from ..adapter.sites import AttentionSite
+from ..config import Lite3RConfig
+from ..tokens.tracker import GridTracker
+
+
+@dataclass
+class CallCounts:
+    """Forward calls of a site outside `torch.compile`, by what ran, and the density of the last sparse one.
+
+    Attributes:
+        sparse: Calls that ran sparse attention.
+        dense: Calls that ran dense attention, because that is faster at their length or nothing was to be dropped.
+        disabled: Calls that ran the host's own forward, inside `lite3r_disabled`.
+        density: The share of (query block, key block) pairs that were computed exactly, pinned ones included; in (0, 1].
+            None before the first sparse call.
+    """
+
+    sparse: int = 0
+    dense: int = 0
+    disabled: int = 0
+    density: float | None = None
+
+
+@dataclass
+class ModelState:
+    """What the sites of one model share.
+
+    Attributes:
+        adapter: Name of the model adapter.
+        config: The configuration.
+        skipped: Sites that the adapter named but that were not swapped, with the reason.
+        trackers: The grid trackers, by image module.
+        sites: All sites that the adapter named.
+        blocks: The transformer blocks around them, by name.
+        notes: What `describe` is to say besides, such as why something runs in another way than asked.
+        swapped: How many attention modules were taken the place of.
+    """
+
+    adapter: str
+    config: Lite3RConfig
+    skipped: dict[str, str] = field(default_factory=dict)
+    trackers: dict[str, GridTracker] = field(default_factory=dict)
+    sites: tuple[AttentionSite, ...] = ()
+    blocks: dict[str, nn.Module] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    swapped: int = 0
