@@ -9,7 +9,6 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from ..attention.styles import projected as projections
 from ..config import Fp8Backend, Lite3RConfig
 from ..errors import BackendError, ConvertedError, NoSitesError
 from ..fp8 import convert as fp8
@@ -80,6 +79,6 @@ def finish_conversion(model: Model, config: Lite3RConfig) -> Model:
     modules, state = whole_model(model, "convert")
     state.config = config
     sites = {module.site.fqn: module for module in modules.values()}
-    takes_fp8 = {fqn for fqn, module in sites.items() if projections.takes_fp8(module)}
+    takes_fp8 = {fqn for fqn, module in sites.items() if module.takes_fp8}
     fp8.fuse_blocks(model, state.sites, state.blocks, takes_fp8)
     return model

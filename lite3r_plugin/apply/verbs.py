@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from ..adapter.plugins import find_sites
-from ..adapter.sites import AttentionSite, Routed, TokenSource
+from ..adapter.sites import AttentionSite, TokenSource
 from ..attention.module import SparseLinearAttention
 from ..attention.state import ModelState
-from ..attention.styles import projected as projections
+from ..attention.styles.registry import check_projections, style_of
 from ..config import Lite3RConfig, matches
 from ..errors import AdapterError, AlreadyAppliedError, BackendError, ConfigError, ConvertedError, Lite3RError, NoSitesError
 from ..fp8 import convert as fp8
@@ -72,10 +72,10 @@ def apply_lite3r(model: Model, config: Lite3RConfig | None = None, **fields: Any
     plan: dict[str, tuple[AttentionSite, bool]] = {}
     for site in sites:
         sparse = site.scope in scopes
-        if not sparse and not (config.fuse and _has_fusable_parts(site)):
+        if not sparse and not (config.fuse and style_of(site, hosts[site.fqn]).fuses):
             state.skipped[site.fqn] = f"scope {site.scope!r} stays dense"
             continue
-        projections.check(hosts[site.fqn], site)
+        check_projections(site, hosts[site.fqn])
         if sparse and config.attention_backend == "triton" and site.head_dim not in TRITON_HEAD_DIMS:
             raise BackendError(
                 f'site {site.fqn!r} has head_dim {site.head_dim}; the Triton kernels take {TRITON_HEAD_DIMS}. Use attention_backend="auto"'
@@ -203,10 +203,6 @@ def _scopes(config: Lite3RConfig, adapter: str, sites: Any) -> set[str]:
             + (f"it has {sorted(present)}: pass scopes={tuple(sorted(present))!r}" if present else "it has no attention sites at all")
         )
     return wanted
-
-
-def _has_fusable_parts(site: AttentionSite) -> bool:
-    return not isinstance(site.projections, Routed) and site.projections.rope is not None
 
 
 def _image_modules(model: nn.Module, adapter: str, sites: list[AttentionSite]) -> dict[str, tuple[nn.Module, TokenSource]]:

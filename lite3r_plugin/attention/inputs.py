@@ -1,21 +1,25 @@
-"""What every way of making q, k and v hands to attention, and how it refuses what attention cannot do."""
+"""What every projection style hands to attention, and how it refuses what attention cannot do."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from ..ops.qk_norm_rope import HeadNorm
 
-if TYPE_CHECKING:
-    from .module import SparseLinearAttention
-
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """Queries, keys and values ``[B, H, N, D]`` with what is still to be done to q and k before attention."""
+    """Queries, keys and values, with what is still to be done to queries and keys before attention.
+
+    Attributes:
+        q, k, v: ``[B, H, N, D]``, floating point; q and k may be of another dtype than v, in whose dtype attention is computed.
+        q_norm, k_norm: Norms over the head dimension that are still to be applied, or None.
+        positions: Token coordinates ``[B, N, 2]``, or None where there is no rotary embedding.
+        rope_base: Base of the axial rotary embedding that is still to be applied (`lite3r_plugin.adapter.sites.Rope2D`), or None.
+        scale: What scores are multiplied by; None: ``D ** -0.5``.
+    """
 
     q: Tensor
     k: Tensor
@@ -27,9 +31,9 @@ class AttentionInputs:
     scale: float | None = None
 
 
-def refusal(module: SparseLinearAttention, what: str) -> str:
-    """The message for a forward that asked for `what`."""
+def refusal(fqn: str, what: str) -> str:
+    """The message of the error for a forward of the site `fqn` that asked for `what`."""
     return (
-        f"site {module.site.fqn!r} was given {what}, which sparse-linear attention does not support. Run it inside "
+        f"site {fqn!r} was given {what}, which sparse-linear attention does not support. Run it inside "
         "lite3r_disabled(model), or leave its scope out of Lite3RConfig.scopes"
     )

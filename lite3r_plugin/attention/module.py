@@ -7,7 +7,6 @@ always there, whole, to run the dense model or to be put back.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +25,7 @@ from ..tokens.tracker import GridTracker, order_for, pinned_tokens
 from ..wrapper import HostWrapper
 from .inputs import AttentionInputs
 from .state import CallCounts, ModelState
-from .styles import projected as projections
+from .styles.registry import style_of
 
 
 class SparseLinearAttention(HostWrapper):
@@ -42,6 +41,8 @@ class SparseLinearAttention(HostWrapper):
         proj_lin: The ``[D, D]`` map of the linear branch, without bias, shared by all heads, zero at the start
             (absent at sites that stay dense and with ``linear_branch="none"``).
         keep_ratio: The keep ratio of this site; 1 where it stays dense.
+        style: How q, k and v are made.
+        argument_names: The arguments of the host's forward.
         enabled: False runs the host's own forward.
         observer: Takes the place of `attend` while it is set, as calibration does to see queries, keys and values.
         calls: What ran so far.
@@ -59,8 +60,8 @@ class SparseLinearAttention(HostWrapper):
         self.enabled = True
         self.observer: Callable[[SparseLinearAttention, AttentionInputs], Tensor] | None = None
         self.calls = CallCounts()
-        self.attended_to_itself = False  # seen to be no cross-attention, at a `Routed` site with several arguments
-        self.argument_names = tuple(inspect.signature(host.forward).parameters)
+        self.style = style_of(site, host, state.config.fuse)
+        self.argument_names = self.style.argument_names
         self.te_projection: Any = None
         if sparse and state.config.linear_branch != "none":
             like = next((p for p in host.parameters() if p.is_floating_point()), torch.empty(0))
@@ -74,7 +75,16 @@ class SparseLinearAttention(HostWrapper):
         if not self.enabled:
             self._count("disabled")
             return self.run_host(*args, **kwargs)
-        return projections.run(self, *args, **kwargs)
+        return self.style.run(self, args, kwargs)
+
+    def child(self, name: str) -> Any:
+        """The host's child of that name, as it is now."""
+        return getattr(self, name)
+
+    @property
+    def takes_fp8(self) -> bool:
+        """Whether its input may be in FP8 already, a `Quantized` instead of a tensor: nothing but its FP8 Linears reads it."""
+        return self.style.takes_fp8(self.child)
 
     def release(self) -> nn.Module:
         """Give back the host, as it was before."""
@@ -87,47 +97,47 @@ class SparseLinearAttention(HostWrapper):
             with torch.no_grad():
                 self.proj_lin.weight.copy_(weight)
 
-    def attend(self, heads: AttentionInputs) -> Tensor:
+    def attend(self, inputs: AttentionInputs) -> Tensor:
         """Attention over the site's tokens. Returns ``[B, H, N, D]``."""
         if self.observer is not None:
-            return self.observer(self, heads)
-        config, tokens = self.state.config, heads.v.shape[-2]
+            return self.observer(self, inputs)
+        config, tokens = self.state.config, inputs.v.shape[-2]
         if self.sparse and config.attention_backend == "triton":
-            use_triton("triton", heads.v)  # raises also where this length runs dense
+            use_triton("triton", inputs.v)  # raises also where this length runs dense
         pinned = self._pinned(self._layout(tokens))
-        out = self._attend(heads, pinned)
+        out = self._attend(inputs, pinned)
         if (tracker := self._tracker()) is not None:
             tracker.watch(out)
         return out
 
-    def _attend(self, heads: AttentionInputs, pinned: int) -> Tensor:
-        config, tokens = self.state.config, heads.v.shape[-2]
+    def _attend(self, inputs: AttentionInputs, pinned: int) -> Tensor:
+        config, tokens = self.state.config, inputs.v.shape[-2]
         proj = self._projection()
-        if not self._pays(heads.v, pinned):
+        if not self._pays(inputs.v, pinned):
             self._count("dense")
-            return self.dense(heads, proj if self.keep_ratio == 1 and config.linear_branch == "all" else None)
+            return self.dense(inputs, proj if self.keep_ratio == 1 and config.linear_branch == "all" else None)
         if not torch.compiler.is_compiling():
             self._count("sparse", density(tokens, self.keep_ratio, pinned, config.block_q, config.block_k))
         if self.te_projection is not None and proj is not None and torch.is_grad_enabled():
-            return self.sparse_linear(heads, None) + self._branch_in_te(heads)
-        return self.sparse_linear(heads, proj)
+            return self.sparse_linear(inputs, None) + self._branch_in_te(inputs)
+        return self.sparse_linear(inputs, proj)
 
-    def dense(self, heads: AttentionInputs, proj: Tensor | None = None) -> Tensor:
+    def dense(self, inputs: AttentionInputs, proj: Tensor | None = None) -> Tensor:
         """Attention of all tokens to all, plus the linear branch over all of them through `proj`, if there is one."""
-        q, k = self._finished(heads)
-        out = F.scaled_dot_product_attention(q, k, heads.v, scale=heads.scale)
+        q, k = self._finished(inputs)
+        out = F.scaled_dot_product_attention(q, k, inputs.v, scale=inputs.scale)
         if proj is not None:
-            out = out + linear_attention(q, k, heads.v, proj=proj, feature_map=self.state.config.feature_map)
+            out = out + linear_attention(q, k, inputs.v, proj=proj, feature_map=self.state.config.feature_map)
         return out
 
-    def sparse_linear(self, heads: AttentionInputs, proj: Tensor | None) -> Tensor:
+    def sparse_linear(self, inputs: AttentionInputs, proj: Tensor | None) -> Tensor:
         """Sparse attention as configured, plus the linear branch through `proj`, if there is one, whatever pays."""
-        config, layout = self.state.config, self._layout(heads.v.shape[-2])
+        config, layout = self.state.config, self._layout(inputs.v.shape[-2])
         return sparse_linear_attention(
-            heads.q, heads.k, heads.v,
-            q_norm=heads.q_norm, k_norm=heads.k_norm, positions=heads.positions, rope_base=heads.rope_base, scale=heads.scale,
+            inputs.q, inputs.k, inputs.v,
+            q_norm=inputs.q_norm, k_norm=inputs.k_norm, positions=inputs.positions, rope_base=inputs.rope_base, scale=inputs.scale,
             keep_ratio=self.keep_ratio, negligible_ratio=config.negligible_ratio,
-            order=None if layout is None else order_for(layout, heads.v.device),
+            order=None if layout is None else order_for(layout, inputs.v.device),
             pinned_tokens=self._pinned(layout), linear="none" if proj is None else config.linear_branch, proj=proj,
             feature_map=config.feature_map, block_means=config.block_means,
             block_q=config.block_q, block_k=config.block_k, backend=config.attention_backend,
@@ -154,10 +164,10 @@ class SparseLinearAttention(HostWrapper):
         may_measure = not compiling and not (v.is_cuda and torch.cuda.is_current_stream_capturing())
         return break_even(v.device, self.shares, may_measure).pays(batch * num_heads * dim, tokens, pinned)
 
-    def _branch_in_te(self, heads: AttentionInputs) -> Tensor:
-        q, k = self._finished(heads)
+    def _branch_in_te(self, inputs: AttentionInputs) -> Tensor:
+        q, k = self._finished(inputs)
         identity = torch.eye(q.shape[-1], device=q.device)
-        branch = linear_attention(q, k, heads.v, proj=identity, feature_map=self.state.config.feature_map)
+        branch = linear_attention(q, k, inputs.v, proj=identity, feature_map=self.state.config.feature_map)
         return self.te_projection(branch, self.proj_lin.weight)
 
     def _projection(self) -> Tensor | None:
@@ -183,16 +193,16 @@ class SparseLinearAttention(HostWrapper):
         config = self.state.config
         return pinned_tokens(layout, config.pin) if layout is not None else 0
 
-    def _finished(self, heads: AttentionInputs) -> tuple[Tensor, Tensor]:
-        dtype = heads.v.dtype
-        if heads.q_norm is None and heads.k_norm is None and heads.rope_base is None:
-            return heads.q.to(dtype), heads.k.to(dtype)
-        norms = (x for norm in (heads.q_norm, heads.k_norm) if norm is not None for x in (norm.weight, norm.bias))
-        learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (heads.q, heads.k, *norms))
+    def _finished(self, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+        dtype = inputs.v.dtype
+        if inputs.q_norm is None and inputs.k_norm is None and inputs.rope_base is None:
+            return inputs.q.to(dtype), inputs.k.to(dtype)
+        norms = (x for norm in (inputs.q_norm, inputs.k_norm) if norm is not None for x in (norm.weight, norm.bias))
+        learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (inputs.q, inputs.k, *norms))
         backend = "naive" if learns else self.state.config.attention_backend if self.sparse else "auto"  # torch has gradients of this
         q, k = norm_rope(
-            heads.q, heads.k, q_norm=heads.q_norm, k_norm=heads.k_norm, positions=heads.positions, rope_base=heads.rope_base,
-            triton=use_triton(backend, heads.v),
+            inputs.q, inputs.k, q_norm=inputs.q_norm, k_norm=inputs.k_norm, positions=inputs.positions, rope_base=inputs.rope_base,
+            triton=use_triton(backend, inputs.v),
         )  # fmt: skip
         return q.to(dtype), k.to(dtype)
 

@@ -1,0 +1,79 @@
+"""What a projection style is, and what it may use of the module that it works for."""
+
+from __future__ import annotations
+
+import abc
+import inspect
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from ...adapter.sites import AttentionSite
+from ..inputs import AttentionInputs
+
+
+class SiteModule(Protocol):
+    """The attention module of a site, as its style sees it.
+
+    Attributes:
+        training: As of every module.
+    """
+
+    training: bool
+
+    @property
+    def sparse(self) -> bool:
+        """Whether attention may be sparse; False at sites that stay dense and only have norm and rotary embedding fused."""
+        ...
+
+    def child(self, name: str) -> Any:
+        """The host's child of that name as it is now: PEFT, quantisation and `.to` may have replaced it since the last call."""
+        ...
+
+    def attend(self, inputs: AttentionInputs) -> Tensor:
+        """Attention over the tokens of the site, ``[B, H, N, D]``."""
+        ...
+
+    def run_host(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's own forward."""
+        ...
+
+
+class ProjectionStyle(abc.ABC):
+    """One way to get from the hidden states to q, k and v and from the output of attention to that of the host.
+
+    Each site has an object of its own, which knows what does not change from call to call; what it has to remember it keeps
+    itself. Children are looked up in every call. It is copied and pickled with its model, so it holds no module, tensor or function.
+
+    Args:
+        site: The description of the site; its `projections` are of the class that the style is registered for.
+        host: The module whose forward is to be replaced. It is looked at, not kept.
+
+    Attributes:
+        site: The description.
+        argument_names: The arguments of the host's forward, in order.
+        fuses: Whether it runs the rotary embedding in one kernel with the norms, which sites that stay dense gain by, too.
+    """
+
+    fuses = False
+
+    def __init__(self, site: AttentionSite, host: nn.Module) -> None:
+        self.site = site
+        self.argument_names = tuple(inspect.signature(host.forward).parameters)
+
+    def check(self, host: nn.Module) -> None:
+        """Raise `AdapterError` unless `host` is as the site says. By default nothing is checked."""
+        return
+
+    @abc.abstractmethod
+    def run(self, module: SiteModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The forward of the site, called with what the host's forward would be.
+
+        Raises:
+            UnsupportedAttentionError: the call asks for what has no sparse form, at a site that may be sparse.
+        """
+
+    def takes_fp8(self, child: Callable[[str], Any]) -> bool:
+        """Whether the site's input may be in FP8 already: nothing but FP8 Linears reads it. `child` as in `SiteModule`."""
+        return False

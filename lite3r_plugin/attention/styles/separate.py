@@ -1,0 +1,32 @@
+"""Sites where three Linears make q, k and v."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...adapter.sites import AttentionSite, SeparateQKV
+from .base import SiteModule
+from .projected import ProjectedStyle
+
+
+class SeparateStyle(ProjectedStyle):
+    """The style of `SeparateQKV`."""
+
+    def __init__(self, site: AttentionSite, host: nn.Module, spec: SeparateQKV) -> None:
+        super().__init__(site, host, spec)
+        self.names = (spec.q, spec.k, spec.v)
+        self.returns_weights = spec.returns_weights
+
+    @property
+    def input_linears(self) -> dict[str, int]:
+        return dict.fromkeys(self.names, 1)
+
+    def project(self, module: SiteModule, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (module.child(name)(x).unflatten(-1, self.shape).transpose(1, 2) for name in self.names)
+        return q, k, v
+
+    def returned(self, out: Tensor) -> Any:
+        """The output, in a pair with None in the place of attention weights where the host returns such a pair."""
+        return (out, None) if self.returns_weights else out
