@@ -23,7 +23,7 @@ from lite3r_plugin.ops.qk_norm_rope import prepare_qkv
 from lite3r_plugin.ops.qk_norm_rope.naive import block_means, block_sizes
 from lite3r_plugin.ops.sla import sparse_linear_attention
 from lite3r_plugin.ops.sla.naive import phi
-from lite3r_plugin.tokens.tracker import order_for, pinned_tokens
+from lite3r_plugin.tokens.layout import pinned_tokens, token_order
 
 SPECIAL, GRID = 5, (37, 37)
 BLOCK_Q, BLOCK_K = 128, 64
@@ -67,7 +67,7 @@ def check(
     qkv = torch.randn(1, tokens, 3, heads, dim, device=device, dtype=dtype, generator=generator)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     proj = torch.randn(dim, dim, device=device, generator=generator) * 0.1
-    order = order_for(layout, device)
+    order = token_order(layout, device)
     options: dict[str, Any] = dict(
         keep_ratio=keep_ratio,
         order=order,

@@ -21,23 +21,22 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import quality_report
 import torch
 from torch import Tensor, nn
 
 import lite3r_plugin
+from lite3r_plugin import TokenLayout
 from lite3r_plugin.adapter.models import ModelEntry
 from lite3r_plugin.apply.carried import lite3r_modules
-from lite3r_plugin.attention import module as attention
 from lite3r_plugin.cli.evaluate import geometry, model_inputs, reference_of, sample_views
 from lite3r_plugin.cli.reconstruct import find_entry
 from lite3r_plugin.evaluation.run import choose_device, choose_dtype, quiet, run_model
 from lite3r_plugin.files import write_atomically
 from lite3r_plugin.scene.data import Scene, open_scenes, pick_views
 from lite3r_plugin.scene.metrics import Geometry, constant_geometry, fidelity, scene_metrics
-from lite3r_plugin.tokens.tracker import TokenLayout
+from lite3r_plugin.tokens.cache import OrderCache
 from lite3r_plugin.training.calibrate import calibrate
 
 HERE = Path(__file__).parent
@@ -92,7 +91,7 @@ def variants(keep_ratios: Sequence[float], order_ratio: float) -> list[Variant]:
 
 
 def raster_order(layout: TokenLayout, device: torch.device) -> Tensor:
-    """As `lite3r_plugin.tokens.tracker.token_order`, but patches row by row."""
+    """As `lite3r_plugin.tokens.layout.token_order`, but patches row by row."""
     token = torch.arange(layout.views * layout.tokens_per_view, device=device, dtype=torch.int32).view(layout.views, -1)
     return torch.cat((token[:, : layout.special_tokens].flatten(), token[:, layout.special_tokens :].flatten()))
 
@@ -117,12 +116,13 @@ class Bench:
             yield
             return
         lite3r_plugin.apply_lite3r(self.model, keep_ratio=variant.keep_ratio, dense_below=0, **dict(variant.fields))
-        order = mock.patch.object(attention, "order_for", raster_order) if variant.raster else contextlib.nullcontext()
         try:
-            with order:
-                if variant.calibrated:
-                    self._calibrated(variant)
-                yield
+            for site in lite3r_modules(self.model).values() if variant.raster else ():
+                for tracker in site.state.trackers.values():
+                    tracker.orders = OrderCache(raster_order)
+            if variant.calibrated:
+                self._calibrated(variant)
+            yield
         finally:
             lite3r_plugin.remove_lite3r(self.model)
 

@@ -21,7 +21,8 @@ from ..ops.dispatch import use_triton
 from ..ops.fp8 import fake_quantize
 from ..ops.qk_norm_rope import norm_rope
 from ..ops.sla import linear_attention, sparse_linear_attention
-from ..tokens.tracker import GridTracker, order_for, pinned_tokens
+from ..tokens.layout import pinned_tokens
+from ..tokens.tracker import GridTracker
 from ..wrapper import HostWrapper
 from .inputs import AttentionInputs
 from .state import CallCounts, ModelState
@@ -132,12 +133,12 @@ class SparseLinearAttention(HostWrapper):
 
     def sparse_linear(self, inputs: AttentionInputs, proj: Tensor | None) -> Tensor:
         """Sparse attention as configured, plus the linear branch through `proj`, if there is one, whatever pays."""
-        config, layout = self.state.config, self._layout(inputs.v.shape[-2])
+        config, tracker, layout = self.state.config, self._tracker(), self._layout(inputs.v.shape[-2])
+        order = None if tracker is None or layout is None else tracker.orders.get(layout, inputs.v.device)
         return sparse_linear_attention(
             inputs.q, inputs.k, inputs.v,
             q_norm=inputs.q_norm, k_norm=inputs.k_norm, positions=inputs.positions, rope_base=inputs.rope_base, scale=inputs.scale,
-            keep_ratio=self.keep_ratio, negligible_ratio=config.negligible_ratio,
-            order=None if layout is None else order_for(layout, inputs.v.device),
+            keep_ratio=self.keep_ratio, negligible_ratio=config.negligible_ratio, order=order,
             pinned_tokens=self._pinned(layout), linear="none" if proj is None else config.linear_branch, proj=proj,
             feature_map=config.feature_map, block_means=config.block_means,
             block_q=config.block_q, block_k=config.block_k, backend=config.attention_backend,

@@ -1,0 +1,107 @@
+"""Forwards whose backward pass is still to come: which of them gradient checkpointing runs again.
+
+Checkpointing runs a part of a forward again inside a backward pass. The images are often outside of that part, and the last
+images that were seen may be those of another forward. So each forward with gradients is remembered with its grid, from its
+images on, until it cannot be recomputed any more:
+
+    images seen, gradients on ----------------------------> remembered
+    a site returns an output that needs gradients --------> watched: a hook waits for the gradient of that output
+    images seen without gradients, then such an output ---> remembered and watched at once (only a part of the model learns)
+    the gradient of that output arrives ------------------> forgotten: all of the forward behind it has been recomputed
+    new images, after a backward pass that recomputed ----> those not watched are forgotten: reentrant checkpointing runs sites
+                                                            without gradients, so that there was no output to watch
+    more than `MAX_PENDING` ------------------------------> the oldest is forgotten
+
+A site that asks for its layout inside a backward pass is being recomputed. If the images were seen in that same pass, they
+are recomputed as well, and the last grid is right. Otherwise it is the grid of a forward that is remembered, of those whose
+tokens the sequence can have; if that leaves two grids, nobody knows which is meant, and it raises.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..errors import LayoutError
+
+MAX_PENDING = 64
+NO_BACKWARD = -1
+Grid = tuple[int, int]
+
+
+def backward_pass() -> int:
+    """A number of the backward pass that runs now, in this thread, or `NO_BACKWARD`."""
+    return torch._C._current_graph_task_id()
+
+
+class PendingForwards:
+    """See the module. Its methods must not be called in code that a compiler traces."""
+
+    def __init__(self) -> None:
+        self._forwards: tuple[_Forward, ...] = ()  # replaced, never changed: hooks run in autograd's threads
+        self._images_in = NO_BACKWARD  # the backward pass in which images were last seen
+        self._new = False  # whether the last images are not those of a remembered forward yet
+        self._recomputed = False  # whether a site was recomputed since the last images
+
+    def saw_images(self, grid: Grid) -> None:
+        """The model was given images of `grid` patches."""
+        self._images_in = backward_pass()
+        self._new = True
+        if self._recomputed and self._images_in == NO_BACKWARD:
+            self._forwards = tuple(forward for forward in self._forwards if forward.watched)
+            self._recomputed = False
+        if torch.is_grad_enabled():
+            self._remember(grid)
+
+    def saw_output(self, out: Tensor, grid: Grid | None) -> None:
+        """A site returned `out` in a forward on `grid`."""
+        if not out.requires_grad or self._images_in != NO_BACKWARD or backward_pass() != NO_BACKWARD:
+            return
+        self._remember(grid)
+        if self._forwards and not self._forwards[-1].watched:
+            self._forwards[-1].watched = True
+            out.register_hook(functools.partial(self._ended, self._forwards[-1]))
+
+    def recomputed_grid(self, last: Grid | None, fits: Callable[[Grid], bool], fqn: str) -> Grid | None:
+        """The grid of the forward that is recomputed now.
+
+        Args:
+            last: Grid of the last images; the answer where no forward is remembered that `fits`.
+            fits: Whether the sequence of the site may be of such a grid.
+            fqn: Name of the site.
+
+        Raises:
+            LayoutError: it could be one of several.
+        """
+        if self._images_in == backward_pass():
+            return last
+        self._recomputed = True
+        fitting = {forward.grid for forward in self._forwards if fits(forward.grid)}
+        if len(fitting) > 1:
+            self._forwards = ()
+            raise LayoutError(
+                f"site {fqn!r} is recomputed by gradient checkpointing, but forwards on grids of {sorted(fitting)} patches came "
+                "before this backward pass, and it cannot be told which is meant: call backward() after each forward, run those that "
+                "need no gradients under torch.no_grad(), or switch checkpointing off"
+            )
+        return fitting.pop() if fitting else last
+
+    def _remember(self, grid: Grid | None) -> None:
+        if self._new and self._images_in == NO_BACKWARD:
+            assert grid is not None
+            self._forwards = (*self._forwards[1 - MAX_PENDING :], _Forward(grid))
+            self._new = False
+
+    def _ended(self, forward: _Forward, grad: Tensor) -> None:
+        self._forwards = tuple(other for other in self._forwards if other is not forward)
+
+
+class _Forward:
+    """One forward of a model with gradients."""
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid = grid
+        self.watched = False
