@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapter.sites import AttentionSite, TokenLayout
-from ..costs.attention import break_even, shares_of
+from ..costs.attention import break_even
+from ..costs.model import SparseShares
 from ..ops.block_map import density
 from ..ops.dispatch import use_triton
 from ..ops.fp8 import fake_quantize
@@ -57,7 +58,7 @@ class SparseLinearAttention(HostWrapper):
         self.sparse = sparse
         # Looked up here, lest code that is compiled for one block depend on its name.
         self.keep_ratio = state.config.keep_ratio_of(site.fqn) if sparse else 1.0
-        self.shares = shares_of(state.config, site.fqn)
+        self.shares = SparseShares.of(state.config, site.fqn)
         self.enabled = True
         self.observer: Callable[[SparseLinearAttention, AttentionInputs], Tensor] | None = None
         self.calls = CallCounts()
@@ -163,7 +164,7 @@ class SparseLinearAttention(HostWrapper):
             return tokens >= config.dense_below
         compiling = torch.compiler.is_compiling()
         may_measure = not compiling and not (v.is_cuda and torch.cuda.is_current_stream_capturing())
-        return break_even(v.device, self.shares, may_measure).pays(batch * num_heads * dim, tokens, pinned)
+        return break_even(v.device, *self.shares, may_measure).pays(batch * num_heads * dim, tokens, pinned)
 
     def _branch_in_te(self, inputs: AttentionInputs) -> Tensor:
         q, k = self._finished(inputs)

@@ -14,7 +14,8 @@ from toys import Attention, Separate, Toy, images, toy_adapter
 
 from lite3r_plugin import apply_lite3r
 from lite3r_plugin.bench.variants import repeated_blocks
-from lite3r_plugin.costs import attention as runtime
+from lite3r_plugin.costs import attention as costs
+from lite3r_plugin.costs.model import AttentionCosts
 from lite3r_plugin.ops.dispatch import constant_in_graphs
 from lite3r_plugin.ops.qk_norm_rope import HeadNorm
 from lite3r_plugin.ops.sla import operator, sparse_linear_attention
@@ -70,7 +71,7 @@ def test_a_graph_has_one_node_for_each_site(toy: Toy) -> None:
 
 @pytest.mark.usefixtures("adapter")
 def test_there_is_one_more_graph_where_sparse_attention_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "CPU", runtime.AttentionCosts(dense=1e-3, slowdown=1.2, per_token=0.0, per_call=5.0))
+    monkeypatch.setattr(costs, "CPU", AttentionCosts(dense=1e-3, slowdown=1.2, per_token=0.0, per_call=5.0))
     model = apply_lite3r(Toy().eval(), TEST_CONFIG, dense_below=None)
     graphs = CompileCounterWithBackend("eager")
     compiled = torch.compile(model, backend=graphs, fullgraph=True)
@@ -253,7 +254,32 @@ def test_compiled_on_a_gpu(mode: str, adapter: Any) -> None:
             torch.testing.assert_close(compiled(x).clone(), model(x), atol=3e-2, rtol=3e-2)
 
 
-@pytest.mark.parametrize("options", [{}, {"keep_ratio": 1.0}, {"precision": "fp8"}], ids=["sparse", "dense", "fp8"])
+@pytest.mark.usefixtures("adapter")
+@pytest.mark.parametrize("dynamic", [None, True])
+@torch.no_grad()
+def test_sites_that_share_code_have_their_own_policy(monkeypatch: pytest.MonkeyPatch, dynamic: bool | None) -> None:
+    """Where code is compiled module by module, a graph for one keep ratio is none for another."""
+    monkeypatch.setattr(costs, "CPU", AttentionCosts(dense=1e-3, slowdown=1.0, per_token=0.0, per_call=0.001))
+    keep = {"cross.0": 0.1, "cross.1": 0.95, "cross.2": 0.1, "cross.3": 0.5}
+    model = apply_lite3r(Toy(depth=4).eval(), TEST_CONFIG, keep_ratio=keep, dense_below=None, block_means=False, pin="none")
+    x = torch.randn(1, 246, 32)
+    model(images())  # the grid
+    expected = [site(x) for site in model.cross]
+    rules = [costs.break_even(torch.device("cpu"), *site.shares, False) for site in model.cross]
+    assert rules[0] == rules[2] != rules[1] != rules[3]
+    graphs = CompileCounterWithBackend("eager")
+    for site in model.cross:
+        site.compile(backend=graphs, fullgraph=True, dynamic=dynamic)
+    for site, out in zip(model.cross, expected, strict=True):
+        torch.testing.assert_close(site(x), out)
+    assert graphs.frame_count == 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"keep_ratio": 1.0}, {"precision": "fp8"}, {"dense_below": None}],
+    ids=["sparse", "dense", "fp8", "policy"],
+)
 @torch.no_grad()
 def test_blocks_compiled_one_by_one_share_code(options: dict[str, Any]) -> None:
     """However many there are, which the compiler's limit of recompilations needs."""

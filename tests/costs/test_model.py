@@ -1,0 +1,58 @@
+"""When sparse attention pays: whole-number arithmetic, agreement with stored measurements."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from cost_formula import SLOW, modelled
+
+from lite3r_plugin import Lite3RConfig
+from lite3r_plugin.costs.attention import CPU, H100
+from lite3r_plugin.costs.model import BILLION, AttentionCosts, SparseShares, break_even_of
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+
+
+@pytest.mark.parametrize("keep_ratio", [0.1, 0.3, 1 / 3, 1.0])
+def test_shares_are_those_of_the_site(keep_ratio: float) -> None:
+    config = Lite3RConfig(keep_ratio={"a.*": keep_ratio, "*": 0.5}, block_means=True, block_k=64)
+    shares = SparseShares.of(config, "a.0")
+    assert shares.keep_ratio == pytest.approx(keep_ratio, abs=1e-9)
+    assert shares.mean_share == 1 / 64
+    assert SparseShares.of(config, "b").keep_ratio == 0.5
+    assert SparseShares.of(config.replace(block_means=False), "a.0").mean_share == 0
+
+
+@pytest.mark.parametrize("costs", [H100, CPU, SLOW])
+@pytest.mark.parametrize(("keep_ratio", "mean_share"), [(0.1, 1 / 64), (0.3, 0.0)])
+@pytest.mark.parametrize("width", [1024, 384])
+def test_the_whole_numbers_say_what_the_formula_says(costs: AttentionCosts, keep_ratio: float, mean_share: float, width: int) -> None:
+    config = Lite3RConfig(keep_ratio=keep_ratio, block_means=mean_share > 0)
+    rule, compared = break_even_of(costs, SparseShares.of(config, "site")), set()
+    assert mean_share in (0.0, 1 / config.block_k)
+    for batch in (1, 7):
+        for tokens in (500, 1374, 2748, 5496, 10992, 43968, 1_374_000):
+            for pinned in (0, tokens // 20, tokens // 2, tokens):
+                critical = 1 - (1 - keep_ratio) * (1 - pinned / tokens) ** 2
+                share = critical + (1 - critical) * mean_share
+                work = batch * width / 1024
+                dense, sparse = work * modelled(costs, tokens, None), work * modelled(costs, tokens, share)
+                sparse += costs.per_call * (1 - work)  # launches do not follow the size
+                if abs(dense - sparse) > 0.01 * dense:
+                    assert rule.pays(batch * width, tokens, pinned) == (sparse < dense)
+                    compared.add(sparse < dense)
+    assert compared == {True, False}
+
+
+def test_an_h100_is_judged_as_it_was_measured() -> None:
+    decided = set()
+    report = json.loads((RESULTS / "h100_operator_keep0.1.json").read_text())
+    width = report["conditions"]["heads"] * report["conditions"]["head_dim"]
+    eager = {(r["tokens"], r["method"]): r["forward_ms"] for r in report["records"] if "forward_ms" in r}
+    for tokens in {tokens for tokens, _ in eager}:
+        pays = eager[tokens, "ours"] < eager[tokens, "SDPA cuDNN"]
+        assert break_even_of(H100, SparseShares(BILLION // 10, 64)).pays(width, tokens, 0) == pays, tokens
+        decided.add(pays)
+    assert decided == {True, False}
