@@ -7,7 +7,8 @@ always there, whole, to run the dense model or to be put back.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -29,6 +30,11 @@ from .inputs import AttentionInputs
 from .state import CallCounts, ModelState
 from .styles.registry import style_of
 
+Observer = Callable[["SparseLinearAttention", AttentionInputs, Tensor], None]
+"""Sees the inputs and the output of an attention, ``[B, H, N, D]``; it must change neither."""
+Substitute = Callable[["SparseLinearAttention", AttentionInputs], Tensor]
+"""Takes the place of an attention: its output ``[B, H, N, D]``."""
+
 
 class SparseLinearAttention(HostWrapper):
     """Attention of one site: sparse softmax over critical key blocks plus a linear branch through `proj_lin`.
@@ -46,7 +52,6 @@ class SparseLinearAttention(HostWrapper):
         style: How q, k and v are made.
         argument_names: The arguments of the host's forward.
         enabled: False runs the host's own forward.
-        observer: Takes the place of `attend` while it is set, as calibration does to see queries, keys and values.
         calls: What ran so far.
         te_projection: Runs `proj_lin` in TransformerEngine where gradients are wanted, or None.
     """
@@ -60,7 +65,8 @@ class SparseLinearAttention(HostWrapper):
         self.keep_ratio = state.config.keep_ratio_of(site.fqn) if sparse else 1.0
         self.shares = SparseShares.of(state.config, site.fqn)
         self.enabled = True
-        self.observer: Callable[[SparseLinearAttention, AttentionInputs], Tensor] | None = None
+        self._observers: tuple[Observer, ...] = ()
+        self._substitutes: tuple[Substitute, ...] = ()
         self.calls = CallCounts()
         self.style = style_of(site, host, state.config.fuse)
         self.argument_names = self.style.argument_names
@@ -101,18 +107,47 @@ class SparseLinearAttention(HostWrapper):
 
     def attend(self, inputs: AttentionInputs) -> Tensor:
         """Attention over the site's tokens. Returns ``[B, H, N, D]``."""
-        if self.observer is not None:
-            return self.observer(self, inputs)
+        out = self._substitutes[-1](self, inputs) if self._substitutes else self._attend(inputs)
+        for observer in self._observers:
+            observer(self, inputs, out)
+        return out
+
+    @contextlib.contextmanager
+    def observe(self, observer: Observer) -> Iterator[None]:
+        """Call ``observer(site, inputs, out)`` after each attention of this site while the context is open.
+
+        Several may be open at once; they are called in the order in which they were opened. Where the host's own forward runs, as in
+        `lite3r_disabled` and where a site that stays dense is `Routed`, there is nothing to see.
+        """
+        self._observers = (*self._observers, observer)
+        try:
+            yield
+        finally:
+            self._observers = _without(self._observers, observer)
+
+    @contextlib.contextmanager
+    def substitute(self, substitute: Substitute) -> Iterator[None]:
+        """Let ``substitute(site, inputs)`` take the place of this site's attention while the context is open.
+
+        Where several are open, the one that was opened last does. Observers see what it returns, ``[B, H, N, D]``.
+        """
+        self._substitutes = (*self._substitutes, substitute)
+        try:
+            yield
+        finally:
+            self._substitutes = _without(self._substitutes, substitute)
+
+    def _attend(self, inputs: AttentionInputs) -> Tensor:
         config, tokens = self.state.config, inputs.v.shape[-2]
         if self.sparse and config.attention_backend == "triton":
             use_triton("triton", inputs.v)  # raises also where this length runs dense
         pinned = self._pinned(self._layout(tokens))
-        out = self._attend(inputs, pinned)
+        out = self._by_policy(inputs, pinned)
         if (tracker := self._tracker()) is not None:
             tracker.watch(out)
         return out
 
-    def _attend(self, inputs: AttentionInputs, pinned: int) -> Tensor:
+    def _by_policy(self, inputs: AttentionInputs, pinned: int) -> Tensor:
         config, tokens = self.state.config, inputs.v.shape[-2]
         proj = self._projection()
         if not self._pays(inputs.v, pinned):
@@ -212,3 +247,9 @@ class SparseLinearAttention(HostWrapper):
         if not torch.compiler.is_compiling():  # a changing int attribute would recompile the caller on every call
             setattr(self.calls, what, getattr(self.calls, what) + 1)
             self.calls.density = self.calls.density if share is None else share
+
+
+def _without(items: tuple[Any, ...], item: Any) -> tuple[Any, ...]:
+    """`items` without the last that is `item`."""
+    last = max(i for i, other in enumerate(items) if other is item)
+    return (*items[:last], *items[last + 1 :])

@@ -14,7 +14,7 @@ calibrated ones before it, gave errors within 1 % of these at every site, at as 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,16 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from ..apply.carried import require_lite3r
-from ..attention.inputs import AttentionInputs
-from ..attention.module import SparseLinearAttention
 from ..errors import ConfigError, InputError
+from .record import AttentionSums, record
 
 RIDGES = tuple(10.0 ** (i / 2) for i in range(-6, 7))
 FOLDS = 8
-# The linear branch is read off as the change that a Proj of GAIN * identity makes, so that half precision rounds it
-# relative to itself and not to the sparse output that it comes added to.
-GAIN = 256.0
-FLOOR = 1e-10
 
 
 @dataclass(frozen=True)
@@ -95,88 +90,29 @@ def calibrate(model: nn.Module, inputs: Iterable[Any]) -> Calibration:
     sites = {fqn: site for fqn, site in sites.items() if site.state.config.linear_branch != "none"}  # parts may differ
     if not sites:
         raise ConfigError("calibration fits the linear branch, and linear_branch is 'none'; apply_lite3r(model, linear_branch='all')")
-    observers = {fqn: _Observer(site.site.head_dim) for fqn, site in sites.items()}
-    count = 0
-    try:
-        for fqn, site in sites.items():
-            site.observer = observers[fqn]
-        for count, given in enumerate(inputs, 1):
-            for observer in observers.values():
-                observer.fold = (count - 1) % FOLDS
-            _run(model, given)
-    finally:
-        for site in sites.values():
-            site.observer = None
+    recorders, count = record(model, sites, inputs, FOLDS)
     if count < 2:
         raise InputError(f"calibration needs at least two inputs, one to fit and one to judge by, got {count}")
-    reached = {fqn: observer for fqn, observer in observers.items() if observer.folds}
+    reached = {fqn: recorder for fqn, recorder in recorders.items() if recorder.folds}
     if not reached:
         raise InputError("the inputs reach no sparse site; give what the model's forward takes, outside lite3r_disabled")
     # All fits come before the first change, so an error leaves the model as it was.
-    fits = {fqn: _fit(fqn, observer) for fqn, observer in reached.items()}
+    fits = {fqn: fit(fqn, list(recorder.folds.values())) for fqn, recorder in reached.items()}
     for fqn, (weight, _) in fits.items():
         sites[fqn].proj_lin.weight.copy_(weight)
     return Calibration(tuple(site for _, site in fits.values()), count)
 
 
-@dataclass
-class _Sums:
-    """Sums over tokens and heads, FP64: l l^T ``[D, D]``, t l^T ``[D, D]``, |t|^2, |O_dense|^2, l ``[D]``, and their number."""
+def fit(fqn: str, folds: list[AttentionSums]) -> tuple[Tensor, SiteCalibration]:
+    """The best Proj of a site, ``[D, D]`` FP64, zero where it does not help, and its report.
 
-    gram: Tensor
-    cross: Tensor
-    missed: Tensor
-    dense: Tensor
-    mean: Tensor
-    count: int
+    Args:
+        fqn: Name of the site.
+        folds: Its sums, by fold of inputs. With one fold there is nothing to judge a fit by, and Proj is zero.
 
-    def plus(self, other: _Sums, sign: int = 1) -> _Sums:
-        return _Sums(*(a + sign * b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
-
-    def ridge(self, strength: float) -> Tensor:
-        """W ``[D, D]``, the weight of a Linear."""
-        mean = self.mean / self.count
-        power = self.gram.trace() / self.count
-        # An l that is the same at all tokens has no spread beyond rounding; the floor keeps its system solvable.
-        spread = torch.maximum(power - mean @ mean, FLOOR * power).clamp(min=1e-300) / len(mean)
-        eye = torch.eye(len(mean), dtype=torch.float64)
-        return torch.linalg.solve(self.gram / self.count + strength * spread * eye, self.cross.T / self.count).T
-
-    def error(self, weight: Tensor) -> float:
-        """Sum of |t - W l|^2."""
-        return (self.missed - 2 * (weight * self.cross).sum() + ((weight @ self.gram) * weight).sum()).item()
-
-
-class _Observer:
-    """Stands in for a site's attention: returns its sparse part and adds to the sums of the current fold."""
-
-    def __init__(self, head_dim: int) -> None:
-        self.fold = 0
-        self.folds: dict[int, _Sums] = {}
-        self.probe = GAIN * torch.eye(head_dim)
-
-    def __call__(self, site: SparseLinearAttention, heads: AttentionInputs) -> Tensor:
-        sparse = site.sparse_linear(heads, None)
-        probe = self.probe.to(sparse.device, site.proj_lin.weight.dtype)
-        linear = (site.sparse_linear(heads, probe).double() - sparse.double()).flatten(0, -2) / GAIN
-        dense = site.dense(heads).double().flatten(0, -2)
-        missed = dense - sparse.double().flatten(0, -2)
-        parts = (linear.T @ linear, missed.T @ linear, missed.square().sum(), dense.square().sum(), linear.sum(0))
-        gram, cross, gap, norm, mean = (part.cpu() for part in parts)
-        sums = _Sums(gram, cross, gap, norm, mean, len(linear))
-        self.folds[self.fold] = self.folds[self.fold].plus(sums) if self.fold in self.folds else sums
-        return sparse
-
-
-def _run(model: nn.Module, given: Any) -> None:
-    if isinstance(given, Mapping):
-        model(**given)
-    else:
-        model(*given) if isinstance(given, (tuple, list)) else model(given)
-
-
-def _fit(fqn: str, observer: _Observer) -> tuple[Tensor, SiteCalibration]:
-    folds = list(observer.folds.values())
+    Raises:
+        InputError: activations are not finite.
+    """
     total = folds[0]
     for fold in folds[1:]:
         total = total.plus(fold)

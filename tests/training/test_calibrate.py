@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from lite3r_plugin.apply.carried import lite3r_modules
 from lite3r_plugin.errors import ConfigError, InputError, NotAppliedError
 from lite3r_plugin.scene.procedural import ProcScenes, TextureBank
 from lite3r_plugin.testbed import Testbed
-from lite3r_plugin.training.calibrate import GAIN, RIDGES, _Observer, _Sums
+from lite3r_plugin.training.calibrate import RIDGES, Calibration, fit
+from lite3r_plugin.training.record import AttentionSums
 
 __all__ = ["toy_adapter"]  # the fixture
 
@@ -48,6 +50,15 @@ def weights(model: nn.Module) -> list[Tensor]:
     return [site.proj_lin.weight for site in lite3r_modules(model).values() if site.sparse]
 
 
+def assert_sites_run_themselves(model: nn.Module, x: Tensor) -> None:
+    """Nothing has taken the place of their attention, which counts its calls."""
+    sites = [site for site in lite3r_modules(model).values() if site.sparse]
+    before = [site.calls.sparse + site.calls.dense for site in sites]
+    with torch.no_grad():
+        model(x)
+    assert [site.calls.sparse + site.calls.dense for site in sites] == [count + 1 for count in before]
+
+
 def distance(model: nn.Module, images: Tensor) -> float:
     """Mean difference of log depth to the dense model."""
     with torch.no_grad():
@@ -69,21 +80,6 @@ def test_comes_closer_to_dense_on_other_scenes(images: Tensor, linear: str) -> N
     assert distance(model, images[8:]) < 0.97 * before
     assert "calibrated" in str(report)
     assert "ridge" in str(report)
-
-
-def test_the_fit_is_the_ridge_solution() -> None:
-    """Against an augmented least-squares problem in FP64, and the error against explicit residuals."""
-    generator = torch.Generator().manual_seed(0)
-    linear = torch.randn(500, 8, generator=generator, dtype=torch.float64) + 3
-    missed = linear @ torch.randn(8, 8, generator=generator, dtype=torch.float64) + torch.randn(500, 8, generator=generator)
-    sums = _Sums(linear.T @ linear, missed.T @ linear, missed.square().sum(), missed.square().sum(), linear.sum(0), len(linear))
-    for strength in (1e-3, 1.0, 100.0):
-        spread = linear.var(0, correction=0).mean()
-        rows = torch.cat((linear / 500**0.5, (strength * spread).sqrt() * torch.eye(8, dtype=torch.float64)))
-        expected = torch.linalg.lstsq(rows, torch.cat((missed / 500**0.5, torch.zeros(8, 8, dtype=torch.float64)))).solution.T
-        weight = sums.ridge(strength)
-        torch.testing.assert_close(weight, expected)
-        assert sums.error(weight) == pytest.approx((missed - linear @ weight.T).square().sum().item(), rel=1e-9)
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
@@ -112,9 +108,9 @@ def test_the_fit_is_that_of_gathered_tokens(adapter: Adapter) -> None:
         return np.linalg.lstsq(np.concatenate((linear, bias)), np.concatenate((missed, 0 * bias)), rcond=None)[0].T
 
     sites = {fqn: site for fqn, site in lite3r_modules(model).items() if site.sparse}
-    for site in sites.values():
-        site.observer = gather
-    with torch.no_grad():
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        for site in sites.values():
+            stack.enter_context(site.substitute(gather))
         for x in toy_inputs():
             model(x)
     report = calibrate(model, toy_inputs())
@@ -170,57 +166,22 @@ def test_an_error_of_the_model_leaves_it_too(adapter: Adapter) -> None:
         calibrate(model, given())
     with pytest.raises(InputError, match="outside lite3r_disabled"), lite3r_disabled(model):
         calibrate(model, toy_inputs())
-    assert all(site.observer is None for site in lite3r_modules(model).values())
+    assert_sites_run_themselves(model, toy_images())
     assert all((weight == 0).all() for weight in weights(model))
 
 
-def test_what_is_observed_is_what_runs(images: Tensor) -> None:
-    """Sparse + W linear of the observer's sums is the output of a site whose `proj_lin` is W."""
-    model = sparse_testbed(linear_branch="marginal")
-    site = next(site for site in lite3r_modules(model).values() if site.sparse)
-    seen = {}
-
-    def observe(module, heads) -> Tensor:
-        observer = _Observer(64)
-        sparse = observer(module, heads)
-        sums = observer.folds[0]
-        weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(1)) * 0.1
-        run = module.sparse_linear(heads, weight).double()
-        seen["error"] = sums.error(weight.double())
-        seen["expected"] = (module.dense(heads).double() - run).square().sum().item()
-        seen["dense"] = sums.dense.item()
-        return sparse
-
-    site.observer = observe
-    with torch.no_grad():
-        model(images[0])
-    assert seen["error"] == pytest.approx(seen["expected"], rel=1e-3)
-    assert GAIN > 1
-
-
-def test_stays_zero_where_it_cannot_help(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stays_zero_where_it_cannot_help() -> None:
     """Each input's missing part is another multiple of the linear branch, of either sign: nothing carries over."""
-    model = sparse_testbed()
-    signs = iter([1.0, -1.0] * 50)
-    state = {"sign": 1.0}
-    plain = _Observer.__call__
-
-    def flipped(self: _Observer, site, heads) -> Tensor:
-        out = plain(self, site, heads)
-        self.folds[self.fold].cross = self.folds[self.fold].gram * state["sign"]
-        return out
-
-    monkeypatch.setattr(_Observer, "__call__", flipped)
-
-    def given():
-        for x in images[:4]:
-            state["sign"] = next(signs)
-            yield x
-
-    report = calibrate(model, given())
-    assert all(site.ridge is None and site.after == site.before for site in report.sites)
-    assert all((weight == 0).all() for weight in weights(model))
-    assert "left at zero" in str(report)
+    one, none = torch.eye(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+    folds = [AttentionSums(one, sign * one, one.sum(), 2 * one.sum(), none, 100) for sign in (1.0, -1.0, 1.0, -1.0)]
+    weight, report = fit("cross.0", folds)
+    assert (weight == 0).all()
+    assert report.ridge is None
+    assert report.after == report.before == pytest.approx(0.5**0.5)
+    assert "left at zero" in str(Calibration((report,), 4))
+    weight, report = fit("cross.0", [fold for fold in folds if fold.cross[0, 0] > 0])
+    assert (weight.diagonal() > 0.9).all()
+    assert report.ridge is not None
 
 
 def test_replaces_what_was_there_and_is_saved(images: Tensor, tmp_path: Path) -> None:
@@ -257,7 +218,7 @@ def test_errors_leave_the_model(images: Tensor, fields: dict, inputs: Callable, 
         before = [weight.normal_().clone() for weight in branches]
     with pytest.raises(error, match=says):
         calibrate(model, inputs(images))
-    assert all(site.observer is None for site in sites)
+    assert_sites_run_themselves(model, images[0])
     assert all(torch.equal(weight, old) for weight, old in zip(branches, before, strict=True))
 
 

@@ -1,0 +1,109 @@
+"""Runs a model on inputs and gathers sums of what its sparse sites see, from which the linear branch can be fitted."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attention.inputs import AttentionInputs
+from ..attention.module import SparseLinearAttention
+
+# The linear branch is read off as the change that a Proj of GAIN * identity makes, so that half precision rounds it
+# relative to itself and not to the sparse output that it comes added to.
+GAIN = 256.0
+FLOOR = 1e-10
+
+
+@dataclass
+class AttentionSums:
+    """Sums over tokens and heads of a site, FP64 on the CPU, with t = O_dense - O_sparse and l the linear branch before Proj.
+
+    Attributes:
+        gram: l l^T, ``[D, D]``.
+        cross: t l^T, ``[D, D]``.
+        missed: |t|^2, a scalar.
+        dense: |O_dense|^2, a scalar.
+        mean: l, ``[D]``: divided by `count`, its mean.
+        count: The number of tokens and heads.
+    """
+
+    gram: Tensor
+    cross: Tensor
+    missed: Tensor
+    dense: Tensor
+    mean: Tensor
+    count: int
+
+    def plus(self, other: AttentionSums, sign: int = 1) -> AttentionSums:
+        """The sums over the tokens of both, or with ``sign=-1`` over those of this one without those of the other."""
+        return AttentionSums(*(a + sign * b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+    def ridge(self, strength: float) -> Tensor:
+        """W ``[D, D]``, the weight of a Linear, that fits t best by W l with this ridge (see `lite3r_plugin.training.calibrate`)."""
+        mean = self.mean / self.count
+        power = self.gram.trace() / self.count
+        # An l that is the same at all tokens has no spread beyond rounding; the floor keeps its system solvable.
+        spread = torch.maximum(power - mean @ mean, FLOOR * power).clamp(min=1e-300) / len(mean)
+        eye = torch.eye(len(mean), dtype=torch.float64)
+        return torch.linalg.solve(self.gram / self.count + strength * spread * eye, self.cross.T / self.count).T
+
+    def error(self, weight: Tensor) -> float:
+        """Sum of |t - W l|^2 for the `weight` W ``[D, D]``, FP64."""
+        return (self.missed - 2 * (weight * self.cross).sum() + ((weight @ self.gram) * weight).sum()).item()
+
+
+@dataclass
+class SumRecorder:
+    """A substitute for the attention of a site (`SparseLinearAttention.substitute`) that returns its sparse part and adds up sums.
+
+    Attributes:
+        fold: The fold whose sums the next call adds to.
+        folds: The sums so far, by fold.
+    """
+
+    fold: int = 0
+    folds: dict[int, AttentionSums] = field(default_factory=dict)
+
+    def __call__(self, site: SparseLinearAttention, inputs: AttentionInputs) -> Tensor:
+        sparse = site.sparse_linear(inputs, None)
+        probe = GAIN * torch.eye(sparse.shape[-1], device=sparse.device, dtype=site.proj_lin.weight.dtype)
+        linear = (site.sparse_linear(inputs, probe).double() - sparse.double()).flatten(0, -2) / GAIN
+        dense = site.dense(inputs).double().flatten(0, -2)
+        missed = dense - sparse.double().flatten(0, -2)
+        parts = (linear.T @ linear, missed.T @ linear, missed.square().sum(), dense.square().sum(), linear.sum(0))
+        gram, cross, gap, norm, mean = (part.cpu() for part in parts)
+        sums = AttentionSums(gram, cross, gap, norm, mean, len(linear))
+        self.folds[self.fold] = self.folds[self.fold].plus(sums) if self.fold in self.folds else sums
+        return sparse
+
+
+def run_on(model: nn.Module, given: Any) -> Any:
+    """What `model` returns for one input: a mapping is passed by keyword, a tuple or list by position, anything else alone."""
+    if isinstance(given, Mapping):
+        return model(**given)
+    return model(*given) if isinstance(given, (tuple, list)) else model(given)
+
+
+def record(
+    model: nn.Module, sites: Mapping[str, SparseLinearAttention], inputs: Iterable[Any], folds: int
+) -> tuple[dict[str, SumRecorder], int]:
+    """Sums of what `sites` of `model` see of `inputs`, each input once, dealt out to `folds` folds in turn.
+
+    Returns:
+        The `SumRecorder` of each site, by name, and the number of inputs. A site that no input reached has no folds.
+    """
+    recorders = {fqn: SumRecorder() for fqn in sites}
+    count = 0
+    with contextlib.ExitStack() as stack:
+        for fqn, site in sites.items():
+            stack.enter_context(site.substitute(recorders[fqn]))
+        for count, given in enumerate(inputs, 1):
+            for recorder in recorders.values():
+                recorder.fold = (count - 1) % folds
+            run_on(model, given)
+    return recorders, count
