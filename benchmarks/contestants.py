@@ -146,7 +146,7 @@ def ours(p: Problem) -> Iterator[Contestant]:
     yield Contestant("ours, branch over all tokens", over_all, forward)
     yield Contestant("ours, sparse alone", run, sparse_work(p, False, False)[0], same_as="sparse")
     site = _policy(p)
-    work = forward if site._pays(p.q, 0) else next(dense(p)).forward
+    work = forward if site.pays(p.q, 0) else next(dense(p)).forward
 
     def decide() -> Tensor:
         with _backend(p, SDPBackend.CUDNN_ATTENTION):

@@ -150,7 +150,7 @@ class SparseLinearAttention(HostWrapper):
     def _by_policy(self, inputs: AttentionInputs, pinned: int) -> Tensor:
         config, tokens = self.state.config, inputs.v.shape[-2]
         proj = self._projection()
-        if not self._pays(inputs.v, pinned):
+        if not self.pays(inputs.v, pinned):
             self._count("dense")
             return self.dense(inputs, proj if self.keep_ratio == 1 and config.linear_branch == "all" else None)
         if not torch.compiler.is_compiling():
@@ -190,7 +190,7 @@ class SparseLinearAttention(HostWrapper):
             f"backend={config.attention_backend}"
         )
 
-    def _pays(self, v: Tensor, pinned: int) -> bool:
+    def pays(self, v: Tensor, pinned: int) -> bool:
         """Whether to run sparse: asked for, or expected to be faster."""
         config, (batch, num_heads, tokens, dim) = self.state.config, v.shape
         if self.keep_ratio == 1:

@@ -1,0 +1,103 @@
+"""Gradient checkpointing runs a forward again when others may have come after it: on which grid?"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lite3r_plugin import TokenSource
+from lite3r_plugin.errors import LayoutError
+from lite3r_plugin.tokens.pending import MAX_PENDING, PendingForwards
+from lite3r_plugin.tokens.tracker import GridTracker
+
+
+def tracker() -> GridTracker:
+    return GridTracker(TokenSource("embed", (4, 4), 1))
+
+
+def test_recomputation_in_a_backward_pass() -> None:
+    """Gradient checkpointing runs a forward again when others may have come after it."""
+    watcher, found = tracker(), []
+
+    class Site(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, tokens):
+            ctx.tokens = tokens
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            found.append(watcher.layout("a", ctx.tokens).grid)
+            return grad, None
+
+    def forward(height: int, width: int) -> torch.Tensor:
+        watcher.observe(nn.Identity(), (torch.zeros(1, 3, height, width),), {})
+        return Site.apply(torch.zeros(1, requires_grad=True), 1 + height * width // 16)
+
+    small, large = forward(8, 12), forward(16, 16)
+    (small + large).backward()
+    assert sorted(found) == [(2, 3), (4, 4)]
+    wide, tall = forward(8, 12), forward(12, 8)
+    with pytest.raises(LayoutError, match=r"recomputed by gradient checkpointing, but forwards on grids of \[\(2, 3\), \(3, 2\)\]"):
+        (wide + tall).backward()
+    with torch.no_grad():
+        watcher.observe(nn.Identity(), (torch.zeros(1, 3, 8, 12),), {})
+    forward(12, 8).backward()
+    assert found[-1] == (3, 2)
+
+
+def test_forwards_whose_backward_pass_is_over_are_forgotten() -> None:
+    """So that checkpointing may be switched on after other sizes were trained on without it."""
+    watcher, found = tracker(), []
+    x = torch.zeros(1, requires_grad=True)
+    for height, width in ((8, 12), (12, 8)):
+        watcher.observe(nn.Identity(), (torch.zeros(1, 3, height, width),), {})
+        out = x * 2
+        out.register_hook(lambda grad: found.append(watcher.layout("a", 7).grid))  # as recomputation asks, before the hook of `watch`
+        watcher.watch(out)
+        if width == 8:
+            watcher.observe(nn.Identity(), (torch.zeros(1, 3, 16, 16),), {})  # another forward comes between
+        out.sum().backward()
+    assert found[0] == (2, 3)
+    watcher = copy.deepcopy(watcher)
+    with torch.no_grad():
+        watcher.observe(nn.Identity(), (torch.zeros(1, 3, 12, 8),), {})
+    assert watcher.layout("a", 7).grid == (3, 2)
+
+
+def recomputed(pending: PendingForwards) -> tuple[int, int] | None:
+    """What it answers in a backward pass of no forward that it knows, whatever the number of tokens."""
+    found = []
+    x = torch.zeros(1, requires_grad=True) * 1
+    x.register_hook(lambda grad: found.append(pending.recomputed_grid((0, 0), lambda grid: True, "a")))
+    x.sum().backward()
+    return found[0]
+
+
+def test_forwards_without_gradients_are_not_remembered() -> None:
+    pending = PendingForwards()
+    with torch.no_grad():
+        pending.saw_images((2, 3))
+    assert recomputed(pending) == (0, 0)
+    pending.saw_images((2, 3))
+    assert recomputed(pending) == (2, 3)
+
+
+def test_new_images_after_a_recomputation_end_forwards_that_nobody_watches() -> None:
+    """As reentrant checkpointing leaves them."""
+    pending = PendingForwards()
+    pending.saw_images((2, 3))
+    assert recomputed(pending) == (2, 3)
+    pending.saw_images((3, 2))
+    assert recomputed(pending) == (3, 2)
+
+
+def test_the_oldest_of_too_many_is_forgotten() -> None:
+    pending = PendingForwards()
+    pending.saw_images((9, 9))
+    for _ in range(MAX_PENDING):
+        pending.saw_images((2, 3))
+    assert recomputed(pending) == (2, 3)
