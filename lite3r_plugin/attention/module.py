@@ -106,7 +106,15 @@ class SparseLinearAttention(HostWrapper):
                 self.proj_lin.weight.copy_(weight)
 
     def attend(self, inputs: AttentionInputs) -> Tensor:
-        """Attention over the site's tokens. Returns ``[B, H, N, D]``."""
+        """Attention over the site's tokens, sparse or dense as `pays` says, or what takes its place (`substitute`).
+
+        Returns:
+            ``[B, H, N, D]`` in the dtype of ``inputs.v``.
+
+        Raises:
+            LayoutError: the tokens are not those of the images that the model was given.
+            BackendError: the backend of the configuration cannot run here.
+        """
         out = self._substitutes[-1](self, inputs) if self._substitutes else self._attend(inputs)
         for observer in self._observers:
             observer(self, inputs, out)
@@ -137,30 +145,11 @@ class SparseLinearAttention(HostWrapper):
         finally:
             self._substitutes = _without(self._substitutes, substitute)
 
-    def _attend(self, inputs: AttentionInputs) -> Tensor:
-        config, tokens = self.state.config, inputs.v.shape[-2]
-        if self.sparse and config.attention_backend == "triton":
-            use_triton("triton", inputs.v)  # raises also where this length runs dense
-        pinned = self._pinned(self._layout(tokens))
-        out = self._by_policy(inputs, pinned)
-        if (tracker := self._tracker()) is not None:
-            tracker.watch(out)
-        return out
-
-    def _by_policy(self, inputs: AttentionInputs, pinned: int) -> Tensor:
-        config, tokens = self.state.config, inputs.v.shape[-2]
-        proj = self._projection()
-        if not self.pays(inputs.v, pinned):
-            self._count("dense")
-            return self.dense(inputs, proj if self.keep_ratio == 1 and config.linear_branch == "all" else None)
-        if not torch.compiler.is_compiling():
-            self._count("sparse", density(tokens, self.keep_ratio, pinned, config.block_q, config.block_k))
-        if self.te_projection is not None and proj is not None and torch.is_grad_enabled():
-            return self.sparse_linear(inputs, None) + self._branch_in_te(inputs)
-        return self.sparse_linear(inputs, proj)
-
     def dense(self, inputs: AttentionInputs, proj: Tensor | None = None) -> Tensor:
-        """Attention of all tokens to all, plus the linear branch over all of them through `proj`, if there is one."""
+        """Attention of all tokens to all, plus the linear branch over all of them through `proj` ``[D, D]``, if there is one.
+
+        Returns ``[B, H, N, D]``.
+        """
         q, k = self._finished(inputs)
         out = F.scaled_dot_product_attention(q, k, inputs.v, scale=inputs.scale)
         if proj is not None:
@@ -168,17 +157,12 @@ class SparseLinearAttention(HostWrapper):
         return out
 
     def sparse_linear(self, inputs: AttentionInputs, proj: Tensor | None) -> Tensor:
-        """Sparse attention as configured, plus the linear branch through `proj`, if there is one, whatever pays."""
-        config, tracker, layout = self.state.config, self._tracker(), self._layout(inputs.v.shape[-2])
-        order = None if tracker is None or layout is None else tracker.orders.get(layout, inputs.v.device)
-        return sparse_linear_attention(
-            inputs.q, inputs.k, inputs.v,
-            q_norm=inputs.q_norm, k_norm=inputs.k_norm, positions=inputs.positions, rope_base=inputs.rope_base, scale=inputs.scale,
-            keep_ratio=self.keep_ratio, negligible_ratio=config.negligible_ratio, order=order,
-            pinned_tokens=self._pinned(layout), linear="none" if proj is None else config.linear_branch, proj=proj,
-            feature_map=config.feature_map, block_means=config.block_means,
-            block_q=config.block_q, block_k=config.block_k, backend=config.attention_backend,
-        )  # fmt: skip
+        """Sparse attention as configured, plus the linear branch through `proj` ``[D, D]``, if there is one, whatever pays.
+
+        Returns ``[B, H, N, D]``. Raises `LayoutError` as `attend`.
+        """
+        tracker = self._tracker()
+        return self._sparse_linear(inputs, proj, None if tracker is None else tracker.layout(self.site.fqn, inputs.v.shape[-2]))
 
     def extra_repr(self) -> str:
         config = self.state.config
@@ -191,7 +175,11 @@ class SparseLinearAttention(HostWrapper):
         )
 
     def pays(self, v: Tensor, pinned: int) -> bool:
-        """Whether to run sparse: asked for, or expected to be faster."""
+        """Whether this site is to run sparse for values `v` ``[B, H, N, D]``, `pinned` of whose N tokens are always kept.
+
+        Never where nothing is to be dropped, from `Lite3RConfig.dense_below` tokens on where that is set, and else where it is expected
+        to be faster (`lite3r_plugin.costs.attention`). An unknown GPU may be measured for that, some seconds, once.
+        """
         config, (batch, num_heads, tokens, dim) = self.state.config, v.shape
         if self.keep_ratio == 1:
             return False
@@ -200,6 +188,39 @@ class SparseLinearAttention(HostWrapper):
         compiling = torch.compiler.is_compiling()
         may_measure = not compiling and not (v.is_cuda and torch.cuda.is_current_stream_capturing())
         return break_even(v.device, *self.shares, may_measure).pays(batch * num_heads * dim, tokens, pinned)
+
+    def _attend(self, inputs: AttentionInputs) -> Tensor:
+        if self.sparse and self.state.config.attention_backend == "triton":
+            use_triton("triton", inputs.v)  # raises also where this length runs dense
+        tracker = self._tracker()
+        out = self._by_policy(inputs, None if tracker is None else tracker.layout(self.site.fqn, inputs.v.shape[-2]))
+        if tracker is not None:
+            tracker.watch(out)
+        return out
+
+    def _by_policy(self, inputs: AttentionInputs, layout: TokenLayout | None) -> Tensor:
+        config, tokens = self.state.config, inputs.v.shape[-2]
+        proj, pinned = self._projection(), self._pinned(layout)
+        if not self.pays(inputs.v, pinned):
+            self._count("dense")
+            return self.dense(inputs, proj if self.keep_ratio == 1 and config.linear_branch == "all" else None)
+        if not torch.compiler.is_compiling():
+            self._count("sparse", density(tokens, self.keep_ratio, pinned, config.block_q, config.block_k))
+        if self.te_projection is not None and proj is not None and torch.is_grad_enabled():
+            return self._sparse_linear(inputs, None, layout) + self._branch_in_te(inputs)
+        return self._sparse_linear(inputs, proj, layout)
+
+    def _sparse_linear(self, inputs: AttentionInputs, proj: Tensor | None, layout: TokenLayout | None) -> Tensor:
+        config, tracker = self.state.config, self._tracker()
+        order = None if tracker is None or layout is None else tracker.orders.get(layout, inputs.v.device)
+        return sparse_linear_attention(
+            inputs.q, inputs.k, inputs.v,
+            q_norm=inputs.q_norm, k_norm=inputs.k_norm, positions=inputs.positions, rope_base=inputs.rope_base, scale=inputs.scale,
+            keep_ratio=self.keep_ratio, negligible_ratio=config.negligible_ratio, order=order,
+            pinned_tokens=self._pinned(layout), linear="none" if proj is None else config.linear_branch, proj=proj,
+            feature_map=config.feature_map, block_means=config.block_means,
+            block_q=config.block_q, block_k=config.block_k, backend=config.attention_backend,
+        )  # fmt: skip
 
     def _branch_in_te(self, inputs: AttentionInputs) -> Tensor:
         q, k = self._finished(inputs)
@@ -221,10 +242,6 @@ class SparseLinearAttention(HostWrapper):
         if not self.sparse or self.site.tokens is None:
             return None
         return self.state.trackers[self.site.tokens.image_module]
-
-    def _layout(self, tokens: int) -> TokenLayout | None:
-        tracker = self._tracker()
-        return None if tracker is None else tracker.layout(self.site.fqn, tokens)
 
     def _pinned(self, layout: TokenLayout | None) -> int:
         config = self.state.config
