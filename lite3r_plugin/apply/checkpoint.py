@@ -16,8 +16,8 @@ from ..config import Lite3RConfig
 from ..errors import BackendError, CheckpointError, ConfigError, NoSitesError
 from ..files import replacing
 from ..fp8 import checkpoint as stored
-from .carried import block_linears, lite3r_modules, one_state
-from .convert import finish_conversion
+from .lookup import block_linears, lite3r_modules, one_state
+from .swap import finish_conversion
 from .verbs import apply_lite3r, remove_lite3r
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -12,7 +12,7 @@ from ..attention.module import CallCounts
 from ..config import Lite3RConfig
 from ..fp8.linear import Fp8Linear
 from ..fp8.qat import FakeQuantLinear
-from .carried import block_linears, one_state
+from .lookup import block_linears, one_state
 
 FULL_PRECISION = "in full precision"
 

@@ -18,15 +18,15 @@ from ..attention.styles import projected as projections
 from ..config import Lite3RConfig, matches
 from ..errors import AdapterError, AlreadyAppliedError, BackendError, ConfigError, ConvertedError, Lite3RError, NoSitesError
 from ..fp8 import convert as fp8
-from ..fp8 import te
+from ..fp8.backends import te
 from ..fp8.block import check as check_block
 from ..fp8.blocks import find_blocks
 from ..fp8.qat import FakeQuantLinear
 from ..ops.dispatch import TRITON_HEAD_DIMS, SlowPathWarning
 from ..tokens.tracker import GridTracker
 from ..wrapper import replace_modules
-from .carried import block_linears, lite3r_modules, require_all, require_lite3r
-from .convert import convert
+from .lookup import block_linears, lite3r_modules, require_all, require_lite3r
+from .swap import convert
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -13,7 +13,8 @@ from ..config import Fp8Backend
 from ..errors import ConvertedError
 from ..ops.fp8 import E4M3, Quantized, dequantize, fake_quantize, passes
 from ..wrapper import has_forward_hooks
-from . import backends, te
+from . import backends
+from .backends import te
 from .cache import Derived
 from .qat import compute_dtype
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..apply.carried import require_lite3r
+from ..apply.lookup import require_lite3r
 from ..attention.module import SparseLinearAttention
 from ..attention.styles.projected import Heads
 from ..errors import ConfigError, InputError

@@ -26,7 +26,7 @@ from lite3r_plugin import (
     remove_lite3r,
     save_lite3r,
 )
-from lite3r_plugin.apply.carried import lite3r_modules
+from lite3r_plugin.apply.lookup import lite3r_modules
 from lite3r_plugin.attention.module import SparseLinearAttention
 from lite3r_plugin.errors import (
     AdapterError,

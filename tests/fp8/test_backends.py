@@ -13,7 +13,8 @@ import torch
 
 from lite3r_plugin.costs.linear import fp8_pays
 from lite3r_plugin.errors import BackendError, ConfigError
-from lite3r_plugin.fp8 import backends, te
+from lite3r_plugin.fp8 import backends
+from lite3r_plugin.fp8.backends import te
 from lite3r_plugin.ops.fp8 import quantize
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -85,7 +86,7 @@ def test_a_broken_transformer_engine_is_a_reason(gpu, monkeypatch: pytest.Monkey
 
 
 def test_transformer_engine_is_not_looked_for_without_a_gpu() -> None:
-    statement = "import sys, lite3r_plugin; from lite3r_plugin.fp8 import te; te.why_not(); print('transformer_engine' in sys.modules)"
+    statement = "import sys; from lite3r_plugin.fp8.backends import te; te.why_not(); print('transformer_engine' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", statement], capture_output=True, text=True, check=True)
     assert torch.cuda.is_available() or done.stdout.strip() == "False"
 

@@ -7,7 +7,7 @@ from torch import nn
 from toys import Adapter, Attention, Toy, toy_adapter
 
 from lite3r_plugin import AttentionSite, PreNormBlock, Routed, apply_lite3r, describe
-from lite3r_plugin.apply.carried import block_linears, lite3r_modules
+from lite3r_plugin.apply.lookup import block_linears, lite3r_modules
 from lite3r_plugin.errors import AdapterError
 from lite3r_plugin.fp8.blocks import find_blocks, modules_in
 

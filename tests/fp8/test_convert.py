@@ -16,7 +16,7 @@ from torch.nn.utils import prune
 from toys import Adapter, Attention, Separate, Toy, images, toy_adapter
 
 from lite3r_plugin import apply_lite3r, convert, describe, lite3r_disabled, remove_lite3r
-from lite3r_plugin.apply.carried import block_linears, lite3r_modules
+from lite3r_plugin.apply.lookup import block_linears, lite3r_modules
 from lite3r_plugin.errors import BackendError, ConfigError, ConvertedError, NoSitesError, NotAppliedError
 from lite3r_plugin.fp8.linear import Fp8Linear
 from lite3r_plugin.ops.fp8 import E4M3, dequantize, fake_quantize, naive, quantize

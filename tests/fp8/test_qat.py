@@ -14,7 +14,7 @@ from torch.nn.utils import prune
 from toys import Toy, images, toy_adapter
 
 from lite3r_plugin import apply_lite3r, describe, lite3r_disabled, remove_lite3r
-from lite3r_plugin.apply.carried import lite3r_modules
+from lite3r_plugin.apply.lookup import lite3r_modules
 from lite3r_plugin.fp8 import qat
 from lite3r_plugin.fp8.qat import FakeQuantLinear
 from lite3r_plugin.ops.dispatch import SlowPathWarning

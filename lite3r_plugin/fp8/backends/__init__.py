@@ -7,11 +7,11 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from ..config import Fp8Backend
-from ..errors import BackendError
-from ..ops import weight_only
-from ..ops.dispatch import triton_installed
-from ..ops.fp8 import Quantized, naive, passes
+from ...config import Fp8Backend
+from ...errors import BackendError
+from ...ops import weight_only
+from ...ops.dispatch import triton_installed
+from ...ops.fp8 import Quantized, naive, passes
 from . import te
 
 QUANTISES_INPUT = ("scaled_mm", "emulated")  # backends that take an input that is in FP8 already

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import BackendError
-from ..ops.fp8 import Quantized, dequantize, quantize
+from ...errors import BackendError
+from ...ops.fp8 import Quantized, dequantize, quantize
 
 MULTIPLE = 16  # of rows; it takes 8, and 16 also serves its weight gradient
 

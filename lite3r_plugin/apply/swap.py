@@ -15,7 +15,7 @@ from ..errors import BackendError, ConvertedError, NoSitesError
 from ..fp8 import convert as fp8
 from ..fp8.linear import Fp8Linear
 from ..fp8.qat import FakeQuantLinear
-from .carried import block_linears, whole_model
+from .lookup import block_linears, whole_model
 
 Model = TypeVar("Model", bound=nn.Module)
 LEFT = "Linears left as they are"
