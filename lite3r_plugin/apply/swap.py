@@ -1,85 +1,94 @@
-"""`convert`: from a model with Lite3R to one whose transformer blocks hold their weights in FP8."""
+"""What changes a model, as planned: modules go in, modules come out, Linears change their precision. Nothing here refuses."""
 
 from __future__ import annotations
 
-import warnings
-from collections import Counter
-from typing import TypeVar
+import functools
 
-import torch
 from torch import nn
 
+from ..attention.module import ModelState, SparseLinearAttention
 from ..attention.styles import projected as projections
-from ..config import Fp8Backend, Lite3RConfig
-from ..errors import BackendError, ConvertedError, NoSitesError
-from ..fp8 import convert as fp8
+from ..fp8.backends import te
+from ..fp8.convert import convert_linears, fake_quantize_linears, fuse_blocks, unfuse_blocks
 from ..fp8.linear import Fp8Linear
 from ..fp8.qat import FakeQuantLinear
-from .lookup import block_linears, whole_model
-
-Model = TypeVar("Model", bound=nn.Module)
-LEFT = "Linears left as they are"
-ADAPTED = "Linears in FP8 are inside adapters (PEFT)"
-
-
-@torch.inference_mode(False)
-def convert(model: Model, *, fp8_backend: Fp8Backend | None = None, tokens: int | None = None) -> Model:
-    """Store the Linears of the transformer blocks of `model` in FP8 and run them so, in place. There is no way back.
-
-    A model that was converted before gets its backends chosen again, for the device that it is on now, and Linears that were left
-    because of `tokens` are looked at again.
-
-    Args:
-        model: A model with Lite3R.
-        fp8_backend: What is to run the Linears; `Lite3RConfig.fp8_backend` by default.
-        tokens: Rows of a typical input of a Linear (batch times views times tokens of a view). With ``"auto"``, Linears
-            that would not be faster in FP8 at that size stay as they are. None: all are converted, for the memory.
-
-    Returns:
-        The same model.
-
-    Raises:
-        NotAppliedError: the model carries no Lite3R, or is a part of the one that it was applied to.
-        NoSitesError: there is no Linear to convert.
-        BackendError: the backend cannot run here, or nothing would be faster at `tokens`.
-        ConvertedError: a weight, or that of a linear branch, is not finite, or is made by a parametrisation or by pruning.
-    """
-    modules, state = whole_model(model, "convert")
-    config = state.config.replace(precision="fp8", fp8_backend=fp8_backend or state.config.fp8_backend)
-    converted = state.config.precision == "fp8"
-    for fqn, module in modules.items():
-        if "proj_lin" in module._modules and not fp8.is_finite(module.proj_lin.weight):
-            raise ConvertedError(f"{fqn}.proj_lin.weight has infinities or NaN: the model is broken; train it again or start from zeros")
-    fused = {id(linear) for linear in block_linears(model, [site.block.fqn for site in state.sites if site.block is not None])}
-    linears = [linear for linear in block_linears(model) if not isinstance(linear, Fp8Linear)]
-    plans = fp8.plan(linears, config.fp8_backend, tokens, lambda linear: id(linear) in fused)
-    if not plans and not converted:
-        raise NoSitesError(f"no transformer block of this {type(model).__name__} has a torch.nn.Linear to convert")
-    if not converted and all(plan.backend is None for plan in plans):
-        raise BackendError(f"no Linear of this model is faster in FP8 at {tokens} tokens here; leave out tokens= to convert for memory")
-    if converted:
-        fp8.rebind(state.blocks.values(), config.fp8_backend)
-        fp8.unfuse_blocks(model)
-    fp8.convert_linears(model, plans)
-    state.notes = [note for note in state.notes if LEFT not in note]
-    others = [m for block in state.blocks.values() for m in block.modules() if isinstance(m, nn.Linear)]
-    others = [f"of class {type(m).__name__}" for m in others if type(m) not in (nn.Linear, FakeQuantLinear)]
-    reasons = [p.reason for p in plans if p.reason] + others
-    state.notes += [f"{count} {LEFT}: {reason}" for reason, count in Counter(reasons).items()]
-    if adapted := sum(isinstance(getattr(m, "base_layer", None), Fp8Linear) for m in model.modules()):
-        note = f"{adapted} {ADAPTED}: they work, but merging them now would lose them; merge adapters before convert(model)"
-        state.notes = [*(n for n in state.notes if ADAPTED not in n), note]
-        warnings.warn(f"Lite3R: {note}", stacklevel=3)
-    for module in modules.values() if state.config.precision == "fp8_qat" else ():
-        module.round_projection()
-    return finish_conversion(model, config)
+from ..tokens.tracker import GridTracker
+from ..wrapper import replace_modules
+from .lookup import Inventory
+from .plan import ApplyPlan, ConversionPlan, left_linears
 
 
-def finish_conversion(model: Model, config: Lite3RConfig) -> Model:
-    """Fuse the blocks of a `model` whose Linears are in FP8 and give it the configuration. Returns it."""
-    modules, state = whole_model(model, "convert")
-    state.config = config
-    sites = {module.site.fqn: module for module in modules.values()}
-    takes_fp8 = {fqn for fqn, module in sites.items() if projections.takes_fp8(module)}
-    fp8.fuse_blocks(model, state.sites, state.blocks, takes_fp8)
-    return model
+def put_in(plan: ApplyPlan) -> ModelState:
+    """Put the attention modules in, and the Linears that round to FP8 in training. Returns what the modules share."""
+    found = plan.found
+    state = ModelState(
+        plan.adapter, plan.config, phase="full" if plan.training is None else "fp8_qat", skipped=dict(plan.skipped), sites=plan.sites,
+        blocks=plan.blocks, swapped=len(plan.swaps),
+    )  # fmt: skip
+    for name, (module, source) in plan.image_modules.items():
+        state.trackers[name] = GridTracker(source)
+        state.trackers[name].attach(module)
+    made = {swap.host: SparseLinearAttention(swap.host, swap.site, state, swap.sparse) for swap in plan.swaps}
+    replace_modules(found.modules, {host: functools.partial(_same, module) for host, module in made.items()})
+    if plan.training is not None:
+        fake_quantize_linears(found.modules, plan.training)
+        note_left(state, left_linears(plan.linears, plan.config))
+        if plan.config.fp8_backend == "te":
+            _train_in_te(list(made.values()), state)
+    if plan.conversion is not None:
+        to_fp8(found, state, plan.conversion)
+    return state
+
+
+def take_out(found: Inventory) -> None:
+    """Put everything back that `put_in` took the place of."""
+    replace_modules(found.modules, {m: m.release for m in found.modules.values() if isinstance(m, FakeQuantLinear)})
+    for state in found.states:
+        for tracker in state.trackers.values():
+            tracker.detach()
+    replace_modules(found.modules, {module: module.release for module in found.attention.values()})
+
+
+def to_fp8(found: Inventory, state: ModelState, plan: ConversionPlan) -> None:
+    """Store the Linears in FP8 and let the blocks around them run fused."""
+    for item in plan.again:
+        if isinstance(item.linear, Fp8Linear) and item.backend is not None:
+            item.linear.backend = item.backend
+    unfuse_blocks(found.modules)  # a fused block is of the modules that it was made around
+    convert_linears(found.modules, plan.linears)
+    if state.phase == "fp8_qat":
+        for module in found.attention.values():
+            module.round_projection()
+    state.config = plan.config
+    run_in_fp8(found, state, plan.left)
+    adapted = sum(isinstance(getattr(module, "base_layer", None), Fp8Linear) for module in set(found.modules.values()))
+    note = f"{adapted} Linears in FP8 are inside adapters (PEFT): they work, but merging them now would lose them; merge adapters before "
+    state.notes["adapted"] = [f"{note}convert(model)"] if adapted else []
+
+
+def run_in_fp8(found: Inventory, state: ModelState, left: dict[str, int]) -> None:
+    """Fuse the blocks of a model whose Linears are in FP8, but for those that were left, counted by reason."""
+    state.phase = "fp8"
+    note_left(state, left)
+    takes_fp8 = {module.site.fqn for module in found.attention.values() if projections.takes_fp8(module)}
+    fuse_blocks(found.modules, state.sites, state.blocks, takes_fp8)
+
+
+def note_left(state: ModelState, left: dict[str, int]) -> None:
+    """Let `describe` say how many Linears were left as they are, by reason."""
+    state.notes["left"] = [f"{count} Linears left as they are: {reason}" for reason, count in left.items()]
+
+
+def _train_in_te(modules: list[SparseLinearAttention], state: ModelState) -> None:
+    """Let TransformerEngine run the projections in training, or note why it cannot."""
+    branches = [module for module in modules if "proj_lin" in module._modules]
+    reasons = {te.why_not_projection(module.proj_lin.weight, state.config.linear_branch) for module in branches}
+    if reasons == {None}:
+        for module in branches:
+            module.te_projection = te.TeProjection()
+    elif reason := next((r for r in reasons if r is not None), None):
+        state.notes["te"] = [f"the linear branches train in emulated FP8, not in TransformerEngine: {reason}"]
+
+
+def _same(module: nn.Module) -> nn.Module:
+    return module

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapter.sites import AttentionSite, TokenLayout
-from ..config import Lite3RConfig
+from ..config import Lite3RConfig, Precision
 from ..costs.attention import break_even, shares_of
 from ..ops.block_map import density
 from ..ops.dispatch import use_triton
@@ -49,22 +49,24 @@ class ModelState:
 
     Attributes:
         adapter: Name of the model adapter.
-        config: The configuration.
+        config: The configuration: what was asked for, in the end.
+        phase: What the Linears of the transformer blocks are now: in full precision, rounded to FP8 in training, or in FP8.
         skipped: Sites that the adapter named but that were not swapped, with the reason.
         trackers: The grid trackers, by image module.
         sites: All sites that the adapter named.
         blocks: The transformer blocks around them, by name.
-        notes: What `describe` is to say besides, such as why something runs in another way than asked.
+        notes: What `describe` is to say besides, such as why something runs in another way than asked, by what it is about.
         swapped: How many attention modules were taken the place of.
     """
 
     adapter: str
     config: Lite3RConfig
+    phase: Precision = "full"
     skipped: dict[str, str] = field(default_factory=dict)
     trackers: dict[str, GridTracker] = field(default_factory=dict)
     sites: tuple[AttentionSite, ...] = ()
     blocks: dict[str, nn.Module] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    notes: dict[str, list[str]] = field(default_factory=dict)
     swapped: int = 0
 
 
@@ -103,7 +105,7 @@ class SparseLinearAttention(StandIn):
         self.te_projection: Any = None
         if sparse and state.config.linear_branch != "none":
             like = next((p for p in host.parameters() if p.is_floating_point()), torch.empty(0))
-            dtype = torch.float32 if state.config.precision == "fp8_qat" else like.dtype  # steps are smaller than BF16's
+            dtype = torch.float32 if state.phase == "fp8_qat" else like.dtype  # steps are smaller than BF16's
             self.proj_lin = nn.Linear(site.head_dim, site.head_dim, bias=False, device=like.device, dtype=dtype)
             nn.init.zeros_(self.proj_lin.weight)
             self.proj_lin.train(host.training)
@@ -207,7 +209,7 @@ class SparseLinearAttention(StandIn):
         weight = self.proj_lin.weight
         if type(self.proj_lin) is not nn.Linear:  # an adapter around it, such as a LoRA: what it does to the unit vectors
             weight = self.proj_lin(torch.eye(weight.shape[1], device=weight.device, dtype=weight.dtype)).mT
-        return fake_quantize(weight) if self.state.config.precision == "fp8_qat" else weight
+        return fake_quantize(weight) if self.state.phase == "fp8_qat" else weight
 
     def _tracker(self) -> GridTracker | None:
         if not self.sparse or self.site.tokens is None:

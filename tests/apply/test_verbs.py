@@ -21,8 +21,11 @@ from lite3r_plugin import (
     SeparateQKV,
     TokenSource,
     apply_lite3r,
+    calibrate,
+    convert,
     describe,
     lite3r_disabled,
+    load_lite3r,
     remove_lite3r,
     save_lite3r,
 )
@@ -35,12 +38,13 @@ from lite3r_plugin.errors import (
     CheckpointError,
     ConfigError,
     LayoutError,
+    ModelTypeError,
     NoSitesError,
     NotAppliedError,
     UnknownModelError,
     UnsupportedAttentionError,
 )
-from lite3r_plugin.testing import TEST_CONFIG
+from lite3r_plugin.testing import TEST_CONFIG, check_adapter
 
 SPARSE = TEST_CONFIG.replace(keep_ratio=0.3)
 
@@ -67,9 +71,24 @@ def one_site(**fields: Any) -> Any:
 
 
 @pytest.mark.parametrize("thing", [None, "vggt", {"model": 1}])
-def test_not_a_module(thing: Any) -> None:
-    with pytest.raises(ConfigError, match=f"takes a torch.nn.Module, got {type(thing).__name__}"):
-        apply_lite3r(thing)
+@pytest.mark.parametrize(
+    "verb",
+    [
+        apply_lite3r,
+        remove_lite3r,
+        describe,
+        convert,
+        lambda m: lite3r_disabled(m).__enter__(),
+        lambda m: calibrate(m, []),
+        lambda m: save_lite3r(m, "nowhere"),
+        lambda m: load_lite3r(m, "nowhere"),
+        lambda m: check_adapter(m, ()),
+    ],
+    ids=["apply", "remove", "describe", "convert", "disabled", "calibrate", "save", "load", "check_adapter"],
+)
+def test_not_a_module(verb: Any, thing: Any) -> None:
+    with pytest.raises(ModelTypeError, match=rf"Lite3R takes a torch\.nn\.Module, got {type(thing).__name__}; pass the module inside it"):
+        verb(thing)
 
 
 def test_an_unknown_model() -> None:
