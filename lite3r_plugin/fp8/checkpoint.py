@@ -66,7 +66,8 @@ def check_fp8_tensors(
         linear = modules.get(fqn)
         if not isinstance(linear, nn.Linear) or id(linear) not in known or [linear.out_features, linear.in_features] != shape:
             raise CheckpointError(
-                f"{where} has FP8 weights {shape} for {fqn!r}, but this model has no such Linear in its transformer blocks"
+                f"{where} has FP8 weights {shape} for {fqn!r}, but this model has no such Linear in its transformer blocks that "
+                "fp8_filter takes"
             )
         for name, dtype, expected in (("weight_data", E4M3, shape), ("weight_scale", torch.float32, [shape[0], 1])):
             tensor = weights.get(f"{fqn}.{name}")

@@ -85,6 +85,7 @@ def calibrate(model: nn.Module, inputs: Iterable[Any]) -> Calibration:
         The errors before and after, by site.
 
     Raises:
+        ModelTypeError: `model` is no `torch.nn.Module`.
         ConfigError: the model has no linear branch, or no site that is sparse.
         InputError: there are fewer than two inputs, none of them reaches a sparse site, or activations are not finite.
         NotAppliedError: `apply_lite3r` was not called.

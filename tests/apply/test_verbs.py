@@ -226,6 +226,34 @@ def test_a_wrong_patch_size_raises_in_the_forward(adapter: Adapter) -> None:
 # What it does.
 
 
+class Counted(Toy):
+    """Counts the walks over all its modules."""
+
+    walks = 0
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+        self.walks += 1
+        return super().named_modules(*args, **kwargs)
+
+
+@pytest.mark.parametrize("precision", ["full", "fp8_qat", "fp8"])
+def test_each_verb_walks_the_model_once(adapter: Adapter, precision: Any) -> None:
+    model, adapter.answer = Counted(), sites  # an adapter that does not walk
+    apply_lite3r(model, SPARSE, precision=precision)
+    assert model.walks == 1
+    if precision != "fp8":
+        with lite3r_disabled(model):
+            assert model.walks == 2
+        remove_lite3r(model)
+        assert model.walks == 3
+        apply_lite3r(model, SPARSE, precision=precision)
+    model.walks = 0
+    convert(model)
+    assert model.walks == 1
+    convert(model)
+    assert model.walks == 2
+
+
 MAKES = {"fused": Attention, "separate": Separate, "routed": lambda dim, heads: Attention(dim, heads, "routed")}
 
 
