@@ -17,7 +17,7 @@ from .qat import FakeQuantLinear
 Shapes = dict[str, list[int]]
 
 
-def fp8_linears(modules: Mapping[str, nn.Module]) -> dict[str, Fp8Linear]:
+def fp8_linears(modules: dict[str, nn.Module]) -> dict[str, Fp8Linear]:
     """The FP8 Linears among `modules`, each by its first name."""
     first = {module: name for name, module in reversed(modules.items())}
     return {name: module for name, module in modules.items() if isinstance(module, Fp8Linear) and first[module] == name}

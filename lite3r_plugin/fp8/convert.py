@@ -92,7 +92,7 @@ def fake_quantize_linears(modules: dict[str, nn.Module], linears: Iterable[nn.Li
 
 def convert_linears(modules: dict[str, nn.Module], plans: Iterable[LinearPlan]) -> None:
     """Replace the Linears one by one; each weight is freed before the next one is quantised."""
-    chosen = {plan.linear: plan.backend for plan in plans if plan.backend is not None}
+    chosen: dict[nn.Module, Fp8Backend] = {plan.linear: plan.backend for plan in plans if plan.backend is not None}
     replace_modules(modules, {linear: functools.partial(_quantized, linear, backend) for linear, backend in chosen.items()})
 
 
