@@ -198,10 +198,17 @@ def left_linears(linears: Sequence[BlockLinear], config: Lite3RConfig) -> dict[s
 
 
 def check_branches(found: Inventory) -> None:
-    """Raise `WeightsError` if a linear branch of the model has infinities or NaN."""
+    """Raise `WeightsError` if a linear branch of the model has infinities or NaN, or cannot be rounded to FP8 for good."""
     for fqn, module in found.attention.items():
-        if "proj_lin" in module._modules and not is_finite(module.proj_lin.weight):
+        if "proj_lin" not in module._modules:
+            continue
+        if not is_finite(module.proj_lin.weight):
             raise WeightsError(f"{fqn}.proj_lin.weight has infinities or NaN: the model is broken; train it again or start from zeros")
+        if module.state.phase == "fp8_qat" and type(module.proj_lin) is not nn.Linear:
+            raise WeightsError(
+                f"{fqn}.proj_lin has an adapter around it ({type(module.proj_lin).__name__}), but training rounded both as one weight: "
+                "merge it before convert"
+            )
 
 
 def _find_hosts(found: Inventory, adapter: str, sites: Sequence[Any]) -> dict[str, nn.Module]:

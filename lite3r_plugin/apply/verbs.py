@@ -79,7 +79,8 @@ def convert(model: Model, *, fp8_backend: Fp8Backend | None = None, tokens: int 
         NotAppliedError: the model carries no Lite3R, or is a part of the one that it was applied to.
         NoSitesError: there is no Linear to convert, or the filter takes none.
         BackendError: the backend cannot run here, or nothing would be faster at `tokens`.
-        WeightsError: a weight, or that of a linear branch, is not finite, or is made by a parametrisation or by pruning.
+        WeightsError: a weight, or that of a linear branch, is not finite, or is made by a parametrisation or by pruning; or after
+            training for FP8 an adapter is still around a linear branch.
     """
     found = look_up(model)
     state = found.require_one_state("convert")

@@ -43,6 +43,7 @@ from lite3r_plugin.errors import (
     NotAppliedError,
     UnknownModelError,
     UnsupportedAttentionError,
+    WeightsError,
 )
 from lite3r_plugin.testing import TEST_CONFIG, check_adapter
 
@@ -519,3 +520,21 @@ def test_a_lora_on_the_linear_branch(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="merge it before save_lite3r"):
         save_lite3r(model, tmp_path)
     torch.testing.assert_close(adapted.merge_and_unload()(images()), out, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["full", "fp8_qat"])
+def test_converting_with_a_lora_on_the_linear_branch(precision: Any) -> None:
+    """What training for FP8 rounded is the sum of both, so they must be merged before; else the branch stays as it is."""
+    model = apply_lite3r(Toy().eval().requires_grad_(False), SPARSE, precision=precision)
+    for site in lite3r_modules(model).values():
+        nn.init.normal_(site.proj_lin.weight)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["proj_lin"], init_lora_weights=False))  # pyright: ignore[reportArgumentType]
+    before = adapted.eval()(images())
+    if precision == "fp8_qat":
+        with pytest.raises(WeightsError, match=r"cross\.0\.proj_lin has an adapter around it .*merge it before convert"):
+            convert(adapted)
+        assert torch.equal(adapted(images()), before)
+        adapted = adapted.merge_and_unload()
+    after = convert(adapted)(images())
+    assert (after - before).norm() < 0.06 * before.norm()
+    assert describe(adapted).linears == {"in FP8 (emulated)": 8}
