@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from lite3r_plugin import describe, load_lite3r, save_lite3r
-from lite3r_plugin.apply.carried import lite3r_modules
+from lite3r_plugin.apply.lookup import lite3r_modules
 from lite3r_plugin.bench.measure import peak, release_memory
 from lite3r_plugin.bench.models import BenchModel, build, fidelity, find_model, make_images, reference, tensors
 from lite3r_plugin.bench.runner import weight_bytes

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import lite3r_plugin
 from lite3r_plugin import TokenLayout
 from lite3r_plugin.adapter.models import ModelEntry
-from lite3r_plugin.apply.carried import lite3r_modules
+from lite3r_plugin.apply.lookup import lite3r_modules
 from lite3r_plugin.cli.evaluate import geometry, model_inputs, reference_of, sample_views
 from lite3r_plugin.cli.reconstruct import find_entry
 from lite3r_plugin.evaluation.run import choose_device, choose_dtype, quiet, run_model

@@ -3,9 +3,8 @@
 from .adapter.hookspecs import hookimpl
 from .adapter.sites import AttentionSite, FusedQKV, PreNormBlock, Rope2D, Routed, SeparateQKV, TokenLayout, TokenSource
 from .apply.checkpoint import load_lite3r, save_lite3r
-from .apply.convert import convert
 from .apply.report import describe
-from .apply.verbs import apply_lite3r, lite3r_disabled, remove_lite3r
+from .apply.verbs import apply_lite3r, convert, lite3r_disabled, remove_lite3r
 from .config import Lite3RConfig
 from .errors import Lite3RError
 from .training.calibrate import calibrate

@@ -85,8 +85,10 @@ class Lite3RConfig:
             and later), ``"te"`` (TransformerEngine), ``"weight_only"`` (compute capability 8.0 and later: memory, not
             speed), ``"emulated"`` (anywhere, slow), or ``"auto"``: the fastest that can run. With ``"fp8_qat"`` and
             ``"te"``, `proj_lin` trains in TransformerEngine where that can run.
-        fp8_filter: Which of those Linears FP8 takes: patterns of fully qualified names, one of which must match, or a function
-            ``(module, fqn) -> bool``, as torchao's ``module_filter_fn``. What a function chose is kept as a tuple of names.
+        fp8_filter: Which of those Linears FP8 takes: patterns of fully qualified names in the model that is given to `apply_lite3r`,
+            one of which must match, or a function ``(module, fqn) -> bool``, as torchao's ``module_filter_fn``. It is asked once, by
+            `apply_lite3r`; the configuration of the model holds the names that it chose. Of a Linear with several names, one
+            is enough.
         preset: Reserved for whole-model presets. Only None is taken.
 
     Raises:

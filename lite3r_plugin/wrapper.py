@@ -58,14 +58,20 @@ def share_hooks(made: nn.Module, host: nn.Module) -> None:
             object.__setattr__(made, table, getattr(host, table))
 
 
-def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, Callable[[], nn.Module]]) -> None:
-    """Put what each value makes where its key is, at every name below `model`; one after the other, made just before."""
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+def replace_modules(modules: dict[str, nn.Module], replacements: Mapping[nn.Module, Callable[[], nn.Module]]) -> None:
+    """Put what each value makes where its key is, at every name that it has; one after the other, made just before.
+
+    Args:
+        modules: All modules of a model by all their names; kept up to date.
+        replacements: By the module to replace, what makes the one in its place.
+    """
+    places: dict[nn.Module, list[str]] = {}
+    for name, module in modules.items():
         if module in replacements:
-            names.setdefault(module, []).append(name)
-    for module, places in names.items():
+            places.setdefault(module, []).append(name)
+    for module, names in places.items():
         made = replacements[module]()
-        for place in places:
-            parent, _, child = place.rpartition(".")
-            setattr(model.get_submodule(parent), child, made)
+        for name in names:
+            parent, _, child = name.rpartition(".")
+            setattr(modules[parent], child, made)
+            modules[name] = made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,12 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..config import Lite3RConfig
-from ..errors import BackendError, CheckpointError, ConfigError, NoSitesError
+from ..errors import BackendError, CheckpointError, ConfigError, NoSitesError, WeightsError
 from ..files import replacing
-from ..fp8 import checkpoint as stored
-from .carried import block_linears, lite3r_modules, one_state
-from .convert import finish_conversion
-from .verbs import apply_lite3r, remove_lite3r
+from ..fp8.checkpoint import check_fp8_tensors, fill_tensors, fp8_linears, fp8_tensors, install_fp8_tensors, other_tensors
+from ..ops.dispatch import SlowPathWarning
+from .lookup import Inventory, look_up
+from .plan import ApplyPlan, left_linears, plan_application
+from .swap import put_in, run_in_fp8
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -31,36 +33,40 @@ def save_lite3r(model: nn.Module, directory: str | os.PathLike[str], *, whole: b
     """Write the configuration and what Lite3R added to `model` to `directory`, each file atomically.
 
     Args:
-        model: A model with Lite3R. Of a converted one, the FP8 weights are written too.
+        model: A model with Lite3R. Of a converted one, the FP8 weights (E4M3, with FP32 scales) are written too.
         directory: Where to.
         whole: Write everything else that the model holds as well, so that `load_lite3r` can fill a model that has no
             weights, made under ``torch.device("meta")``, or that was trained: without it, biases, norms and heads stay behind.
 
     Raises:
+        ModelTypeError: `model` is no `torch.nn.Module`.
         NotAppliedError: the model carries no Lite3R, or several parts of it do on their own.
-        CheckpointError: the model has no values to write, an adapter is around a linear branch, or `directory` is a file.
+        WeightsError: the model, on the meta device, has no values to write.
+        CheckpointError: an adapter is around a linear branch, or `directory` is a file.
     """
-    modules, state = one_state(model, "save_lite3r")
+    found = look_up(model)
+    state, attention = found.require_one_state("save_lite3r"), found.attention
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"{directory} is a file; save_lite3r takes a directory")
-    for fqn, module in modules.items():
+    for fqn, module in attention.items():
         if "proj_lin" in module._modules and type(module.proj_lin) is not nn.Linear:
             raise CheckpointError(
                 f"{fqn}.proj_lin has an adapter around it ({type(module.proj_lin).__name__}): merge it before save_lite3r"
             )
-    weights = {**_branches(model), **stored.fp8_tensors(model), **(stored.other_tensors(model) if whole else {})}
+    linears = fp8_linears(found.modules)
+    weights = {**_branches(found), **fp8_tensors(linears), **(other_tensors(model) if whole else {})}
     if empty := [name for name, tensor in weights.items() if tensor.is_meta]:
-        raise CheckpointError(f"{empty[0]} and others are on the meta device and have no values: load weights before save_lite3r")
+        raise WeightsError(f"{empty[0]} and others are on the meta device and have no values: load weights before save_lite3r")
     directory.mkdir(parents=True, exist_ok=True)
     record = {
         "format": FORMAT_VERSION,
         "adapter": state.adapter,
         # Which backend runs FP8 depends on the machine that loads.
-        "config": (state.config.replace(fp8_backend="auto") if state.config.precision == "fp8" else state.config).to_dict(),
-        "sites": {fqn: {"head_dim": m.site.head_dim, "sparse": m.sparse} for fqn, m in modules.items()},
-        "fp8": stored.fp8_shapes(model),
-        "fp8_biases": stored.biased(model),
+        "config": (state.config.replace(fp8_backend="auto") if state.phase == "fp8" else state.config).to_dict(),
+        "sites": {fqn: {"head_dim": m.site.head_dim, "sparse": m.sparse} for fqn, m in attention.items()},
+        "fp8": {fqn: list(linear.weight_data.shape) for fqn, linear in linears.items()},
+        "fp8_biases": sorted(fqn for fqn, linear in linears.items() if linear.bias is not None),
         "whole": whole,
     }
     with replacing(directory / WEIGHTS_NAME) as path:
@@ -86,11 +92,14 @@ def load_lite3r(model: Model, directory: str | os.PathLike[str], *, device: torc
         The same model.
 
     Raises:
+        ModelTypeError: `model` is no `torch.nn.Module`.
         CheckpointError: files are missing or damaged, of another version, or belong to another model.
         AlreadyAppliedError: the model carries Lite3R already.
         BackendError: `device` cannot be used.
         UnknownModelError: no adapter knows the model.
+        WeightsError: a weight that is to round to FP8 in training is made by a parametrisation or by pruning.
     """
+    found = look_up(model)
     directory = Path(directory)
     try:
         device = torch.empty(0, device=device).device
@@ -101,27 +110,37 @@ def load_lite3r(model: Model, directory: str | os.PathLike[str], *, device: torc
         config = Lite3RConfig.from_dict(record["config"])
         if config.precision != "fp8" and record["fp8"]:
             raise ConfigError(f"precision is {config.precision!r}, but there are FP8 weights")
-        apply_lite3r(model, config.replace(precision="full") if config.precision == "fp8" else config)
+        plan = plan_application(found, config, with_weights=False)
     except (ConfigError, NoSitesError) as error:
-        raise CheckpointError(f"{directory / CONFIG_NAME} does not fit this {type(model).__name__}: {error}") from error
-    try:
-        _check(model, record, weights, directory)
-    except CheckpointError:
-        remove_lite3r(model)
-        raise
+        raise CheckpointError(f"{directory / CONFIG_NAME} does not fit this {found.name}: {error}") from error
+    _check_record(plan, record, weights, directory)
+    state = put_in(plan)
     if config.precision == "fp8":
-        stored.install(model, record["fp8"], weights, device)
-    stored.fill(model, {name: tensor for name, tensor in weights.items() if not _is_fp8(name, record)}, device)
-    return finish_conversion(model, config) if config.precision == "fp8" else model
+        install_fp8_tensors(found.modules, record["fp8"], weights, device)
+    fill_tensors(model, {name: tensor for name, tensor in weights.items() if not _is_fp8(name, record)}, device)
+    if config.precision == "fp8":
+        run_in_fp8(found, state, left_linears(found.linears(state), config))
+    for note in state.notes.get("te", ()):
+        warnings.warn(f"Lite3R: {note}", SlowPathWarning, stacklevel=3)
+    return model
 
 
-def _branches(model: nn.Module) -> dict[str, Tensor]:
-    first = {id(module): fqn for fqn, module in reversed(lite3r_modules(model).items())}  # of a module that has several names
+def _branches(found: Inventory) -> dict[str, Tensor]:
+    """The weights ``[D, D]`` of the linear branches, each by the first name of its module."""
+    first = {module: fqn for fqn, module in reversed(found.attention.items())}
     return {
         f"{fqn}.proj_lin.weight": module.proj_lin.weight.detach().contiguous()
-        for fqn, module in lite3r_modules(model).items()
-        if "proj_lin" in module._modules and first[id(module)] == fqn
+        for module, fqn in reversed(first.items())
+        if "proj_lin" in module._modules
     }
+
+
+def _planned_branches(plan: ApplyPlan) -> dict[str, tuple[int, ...]]:
+    """The shapes of the linear branches that a model is going to have, by the names under which `_branches` stores them."""
+    if plan.config.linear_branch == "none":
+        return {}
+    first = {swap.host: (fqn, swap) for fqn, swap in reversed(plan.places.items())}
+    return {f"{fqn}.proj_lin.weight": (swap.site.head_dim,) * 2 for fqn, swap in first.values() if swap.sparse}
 
 
 def _is_fp8(name: str, record: dict[str, Any]) -> bool:
@@ -148,25 +167,26 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return record, weights
 
 
-def _check(model: nn.Module, record: dict[str, Any], weights: dict[str, Tensor], directory: Path) -> None:
-    modules = lite3r_modules(model)
-    found = {fqn: {"head_dim": m.site.head_dim, "sparse": m.sparse} for fqn, m in modules.items()}
-    if found != record["sites"]:
-        other = sorted(set(record["sites"]) ^ set(found)) or sorted(f for f in found if found[f] != record["sites"][f])
+def _check_record(plan: ApplyPlan, record: dict[str, Any], weights: dict[str, Tensor], directory: Path) -> None:
+    """Raise `CheckpointError` unless what was read fits the model that is going to take it."""
+    sites = {fqn: {"head_dim": swap.site.head_dim, "sparse": swap.sparse} for fqn, swap in plan.places.items()}
+    if sites != record["sites"]:
+        other = sorted(set(record["sites"]) ^ set(sites)) or sorted(f for f in sites if sites[f] != record["sites"][f])
         raise CheckpointError(
             f"{directory} belongs to another model: it was saved for {len(record['sites'])} sites of adapter {record['adapter']!r}, this "
-            f"{type(model).__name__} has {len(found)}; the first that differs is {other[0]!r}"
+            f"{plan.found.name} has {len(sites)}; the first that differs is {other[0]!r}"
         )
-    stored.check(model, record["fp8"], record.get("fp8_biases"), weights, block_linears(model), str(directory / WEIGHTS_NAME))
-    for name in _branches(model):
+    where = str(directory / WEIGHTS_NAME)
+    linears = [linear.module for linear in plan.linears if linear.known and linear.taken_by(plan.config)]
+    check_fp8_tensors(plan.found.modules, record["fp8"], record.get("fp8_biases"), weights, linears, where)
+    branches = _planned_branches(plan)
+    for name in branches:
         if (tensor := weights.get(name)) is not None and not (tensor.is_floating_point() and tensor.isfinite().all()):
-            raise CheckpointError(f"{directory / WEIGHTS_NAME} is damaged: {name} is {tensor.dtype}, or has infinities or NaN")
+            raise CheckpointError(f"{where} is damaged: {name} is {tensor.dtype}, or has infinities or NaN")
     replaced = {f"{fqn}.weight" for fqn in record["fp8"]}
-    everything = {name: t for name, t in stored.other_tensors(model).items() if name not in replaced} if record["whole"] else {}
-    expected = {name: tuple(tensor.shape) for name, tensor in {**_branches(model), **everything}.items()}
+    others = other_tensors(plan.found.model) if record["whole"] else {}
+    expected = branches | {name: tuple(tensor.shape) for name, tensor in others.items() if name not in replaced}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items() if not _is_fp8(name, record)}
     if expected != found:
         other = sorted(dict(expected.items() ^ found.items()))
-        raise CheckpointError(
-            f"{directory / WEIGHTS_NAME} does not fit its configuration: {other[0]!r} is missing, extra or of another shape"
-        )
+        raise CheckpointError(f"{where} does not fit its configuration: {other[0]!r} is missing, extra or of another shape")

@@ -9,17 +9,25 @@ import torch
 from torch import nn
 
 from ..attention.state import CallCounts
-from ..config import Lite3RConfig
+from ..config import Lite3RConfig, Precision
 from ..fp8.linear import Fp8Linear
 from ..fp8.qat import FakeQuantLinear
-from .carried import block_linears, one_state
+from .lookup import look_up
 
 FULL_PRECISION = "in full precision"
 
 
 @dataclass(frozen=True)
-class SiteReport:
-    """One swapped site: its name, scope, keep ratio (1: dense, only norm and rotary embedding fused) and calls so far."""
+class SiteDescription:
+    """One swapped site.
+
+    Attributes:
+        fqn: Its fully qualified name.
+        scope: Its scope, as in `AttentionSite`.
+        sparse: False where it stays dense and only has its norm and rotary embedding fused.
+        keep_ratio: In (0, 1]; 1 where it stays dense.
+        calls: What ran so far.
+    """
 
     fqn: str
     scope: str
@@ -29,13 +37,15 @@ class SiteReport:
 
 
 @dataclass(frozen=True)
-class Report:
-    """The state of a model with Lite3R; `str()` prints it.
+class Description:
+    """The state of a model with Lite3R; `str()` gives it as text.
 
     Attributes:
         model: Class of the model.
         adapter: Name of the model adapter.
-        config: The configuration.
+        config: The configuration: what was asked for, in the end.
+        phase: What the Linears of the transformer blocks are now: ``"full"``, in full precision; ``"fp8_qat"``, rounded to FP8 in
+            training; ``"fp8"``, in FP8.
         sites: The swapped sites.
         skipped: Sites that were not swapped, with the reason.
         branch_parameters: Parameters of the linear branches.
@@ -52,7 +62,8 @@ class Report:
     model: str
     adapter: str
     config: Lite3RConfig
-    sites: tuple[SiteReport, ...]
+    phase: Precision
+    sites: tuple[SiteDescription, ...]
     skipped: dict[str, str]
     branch_parameters: int
     trainable_parameters: int
@@ -101,40 +112,42 @@ class Report:
         return "\n".join(lines)
 
 
-def describe(model: nn.Module) -> Report:
-    """What Lite3R did to `model`; print it.
+def describe(model: nn.Module) -> Description:
+    """What Lite3R did to `model`, as data; print it. Of a part of a model, what is in that part.
 
     Raises:
-        NotAppliedError: the model carries no Lite3R.
+        ModelTypeError: `model` is no `torch.nn.Module`.
+        NotAppliedError: the model carries no Lite3R, or several parts of it do on their own.
     """
-    modules, state = one_state(model, "describe")
+    found = look_up(model)
+    state, attention = found.require_one_state("describe"), found.attention
+    modules = list(dict.fromkeys(found.modules.values()))
     parameters = list(model.parameters())
-    branch = {id(p): p.numel() for m in modules.values() if "proj_lin" in m._modules for p in m.proj_lin.parameters()}
+    branch = {id(p): p.numel() for m in attention.values() if "proj_lin" in m._modules for p in m.proj_lin.parameters()}
     sizes: Counter[str] = Counter()
     for tensor in (*parameters, *model.buffers()):
         sizes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel() * tensor.element_size()
-    fp8_linears = [m for m in model.modules() if isinstance(m, Fp8Linear)]
+    fp8_linears = [m for m in modules if isinstance(m, Fp8Linear)]
     device = parameters[0].device if parameters else torch.device("cpu")
-    return Report(
-        model=type(model).__name__,
+    return Description(
+        model=found.name,
         adapter=state.adapter,
         config=state.config,
-        sites=tuple(SiteReport(fqn, m.site.scope, m.sparse, m.keep_ratio, m.calls) for fqn, m in modules.items()),
+        phase=state.phase,
+        sites=tuple(SiteDescription(fqn, m.site.scope, m.sparse, m.keep_ratio, m.calls) for fqn, m in attention.items()),
         skipped=dict(state.skipped),
         branch_parameters=sum(branch.values()),
         trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
         parameters=sum(p.numel() for p in parameters) - sum(branch.values()),
         bytes_by_dtype=dict(sizes),
-        linears=dict(Counter(_kind(m) for m in block_linears(model))),
+        linears=dict(Counter(_kind(linear.module) for linear in found.linears(state) if linear.known)),
         fp8_bytes=(
             sum(m.weight_data.nbytes + m.weight_scale.nbytes for m in fp8_linears),
             sum(2 * m.weight_data.numel() for m in fp8_linears),
         ),
-        infinities=sum(
-            int(m.infinities) for m in model.modules() if isinstance(m, (Fp8Linear, FakeQuantLinear)) and not m.infinities.is_meta
-        ),
+        infinities=sum(int(m.infinities) for m in modules if isinstance(m, (Fp8Linear, FakeQuantLinear)) and not m.infinities.is_meta),
         peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-        notes=tuple(state.notes),
+        notes=tuple(note for notes in state.notes.values() for note in notes),
     )
 
 

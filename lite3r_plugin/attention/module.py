@@ -73,7 +73,7 @@ class SparseLinearAttention(HostWrapper):
         self.te_projection: Any = None
         if sparse and state.config.linear_branch != "none":
             like = next((p for p in host.parameters() if p.is_floating_point()), torch.empty(0))
-            dtype = torch.float32 if state.config.precision == "fp8_qat" else like.dtype  # steps are smaller than BF16's
+            dtype = torch.float32 if state.phase == "fp8_qat" else like.dtype  # steps are smaller than BF16's
             self.proj_lin = nn.Linear(site.head_dim, site.head_dim, bias=False, device=like.device, dtype=dtype)
             nn.init.zeros_(self.proj_lin.weight)
             self.proj_lin.train(host.training)
@@ -236,7 +236,7 @@ class SparseLinearAttention(HostWrapper):
         weight = self.proj_lin.weight
         if type(self.proj_lin) is not nn.Linear:  # an adapter around it, such as a LoRA: what it does to the unit vectors
             weight = self.proj_lin(torch.eye(weight.shape[1], device=weight.device, dtype=weight.dtype)).mT
-        return fake_quantize(weight) if self.state.config.precision == "fp8_qat" else weight
+        return fake_quantize(weight) if self.state.phase == "fp8_qat" else weight
 
     def _tracker(self) -> GridTracker | None:
         if not self.sparse or self.site.tokens is None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..adapter.sites import AttentionSite
-from ..config import Lite3RConfig
+from ..config import Lite3RConfig, Precision
 from ..tokens.tracker import GridTracker
 
 
@@ -35,20 +35,22 @@ class ModelState:
 
     Attributes:
         adapter: Name of the model adapter.
-        config: The configuration.
+        config: The configuration: what was asked for, in the end.
+        phase: What the Linears of the transformer blocks are now: in full precision, rounded to FP8 in training, or in FP8.
         skipped: Sites that the adapter named but that were not swapped, with the reason.
         trackers: The grid trackers, by image module.
         sites: All sites that the adapter named.
         blocks: The transformer blocks around them, by name.
-        notes: What `describe` is to say besides, such as why something runs in another way than asked.
+        notes: What `describe` is to say besides, such as why something runs in another way than asked, by what it is about.
         swapped: How many attention modules were taken the place of.
     """
 
     adapter: str
     config: Lite3RConfig
+    phase: Precision = "full"
     skipped: dict[str, str] = field(default_factory=dict)
     trackers: dict[str, GridTracker] = field(default_factory=dict)
     sites: tuple[AttentionSite, ...] = ()
     blocks: dict[str, nn.Module] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    notes: dict[str, list[str]] = field(default_factory=dict)
     swapped: int = 0

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..apply.carried import lite3r_modules
+from ..apply.lookup import lite3r_modules
 from ..apply.report import describe
 from ..errors import InputError, Lite3RError
 from . import measure

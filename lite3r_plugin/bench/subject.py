@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter.plugins import find_sites
-from ..apply.carried import lite3r_modules
+from ..apply.lookup import lite3r_modules
 from ..attention.module import SparseLinearAttention
 from ..fp8.block import Fp8Block
 from . import measure

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..adapter.plugins import get_manager
-from ..apply.carried import lite3r_modules
+from ..apply.lookup import lite3r_modules
 from ..apply.verbs import apply_lite3r
 from ..errors import NoSitesError
 from ..fp8 import backends

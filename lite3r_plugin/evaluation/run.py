@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter.models import ModelEntry
-from ..apply.carried import lite3r_modules
+from ..apply.lookup import lite3r_modules
 from ..errors import InputError
 from ..scene.prediction import Prediction
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -92,15 +93,22 @@ def mlp(x: Quantized, up: Fp8Linear, down: Fp8Linear, activation: str) -> Tensor
     return down(passes(wide).gelu_quantize(wide, approximate, infinities=down.infinities))
 
 
-def check(model: nn.Module, site: AttentionSite) -> None:
-    """Raise `AdapterError` unless `model` has the block that `site` names, with all its parts."""
+def check_block(modules: Mapping[str, nn.Module], site: AttentionSite) -> None:
+    """Raise `AdapterError` unless the block that `site` describes, if it describes one, is there with all its parts.
+
+    Args:
+        modules: All modules of the model by name.
+        site: The site.
+    """
     block = site.block
     if block is None:
         return
     try:
         if not site.fqn.startswith(f"{block.fqn}."):
             raise AttributeError("the site is not inside")
-        host = model.get_submodule(block.fqn)
+        if block.fqn not in modules:
+            raise AttributeError("the model has no such module")
+        host = modules[block.fqn]
         for name in (block.norm1, block.norm2, block.up, block.down):
             host.get_submodule(name)
         for name in (block.gain1, block.gain2):

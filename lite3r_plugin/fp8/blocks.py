@@ -1,58 +1,111 @@
-"""Which Linears are quantised: those of the transformer blocks around the attention sites."""
+"""Which Linears FP8 is about: those of the transformer blocks around the attention sites."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import nn
 
 from ..adapter.sites import AttentionSite
-
-M = TypeVar("M", bound=nn.Module)
+from ..config import Lite3RConfig
+from .linear import Fp8Linear
+from .qat import FakeQuantLinear
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
-def find_blocks(model: nn.Module, sites: Sequence[AttentionSite]) -> dict[str, nn.Module]:
-    """The transformer blocks of `model` by name: one around each site, of whatever scope.
+@dataclass(frozen=True)
+class BlockLinear:
+    """A Linear of a transformer block.
+
+    Attributes:
+        module: It, as it is now: of class `Linear`, of a subclass, which may do something else and is left alone, a
+            `FakeQuantLinear` or an `Fp8Linear`.
+        names: Its fully qualified names in the model that Lite3R was applied to. Inside an adapter (PEFT) also that of the adapter,
+            which has the name that the Linear had before.
+    """
+
+    module: nn.Module
+    names: tuple[str, ...]
+
+    @property
+    def known(self) -> bool:
+        """Whether FP8 knows its class."""
+        return type(self.module) in (nn.Linear, FakeQuantLinear, Fp8Linear)
+
+    def taken_by(self, config: Lite3RConfig) -> bool:
+        """Whether `config.fp8_filter` takes it, by one of its names at least."""
+        return any(config.takes_fp8(self.module, name) for name in self.names)
+
+
+def find_blocks(modules: Mapping[str, nn.Module], sites: Sequence[AttentionSite]) -> dict[str, nn.Module]:
+    """The transformer blocks of a model by name: one around each site, of whatever scope.
 
     A block is what the adapter says (`AttentionSite.block`). Else it is the element of the innermost list (`ModuleList`,
     `Sequential`) that the site is in; of lists of which each holds one site (attention and MLP in a list of two), the
     outermost. Outside of any list it is the module around the site, if that holds no other site, or the site itself.
+
+    Args:
+        modules: All modules of the model by name.
+        sites: All its sites.
     """
     names = [site.fqn for site in sites]
 
     def single(name: str) -> bool:
         return sum(_inside(site, name) for site in names) == 1
 
-    blocks = {}
-    for site in sites:
-        name = site.block.fqn if site.block is not None else _around(model, site.fqn, single)
-        blocks[name] = model.get_submodule(name)
-    return blocks
+    found = [site.block.fqn if site.block is not None else _around(modules, site.fqn, single) for site in sites]
+    return {name: modules[name] for name in found}
 
 
-def modules_in(blocks: Iterable[nn.Module], kind: type[M], skip: Iterable[nn.Module] = ()) -> list[M]:
-    """The modules of exactly the class `kind` inside the blocks, each once. A subclass of Linear may do something else."""
-    skipped = {id(module) for module in skip}
-    found = {id(m): m for block in blocks for m in block.modules() if type(m) is kind and id(m) not in skipped}
-    return list(found.values())  # pyright: ignore[reportReturnType]
+def find_linears(modules: Mapping[str, nn.Module], blocks: Mapping[str, Iterable[str]], branches: Iterable[str] = ()) -> list[BlockLinear]:
+    """The Linears inside transformer blocks, each once, in the order of the model.
+
+    Args:
+        modules: All modules of the model by all their names.
+        blocks: Names of the blocks in `modules`, and for each the names that it had when Lite3R was applied.
+        branches: Names of modules whose insides are no part of a block: the linear branches.
+    """
+    skipped = frozenset(branches)
+    found: dict[nn.Module, list[str]] = {}
+    for name, module in modules.items():
+        if not isinstance(module, (nn.Linear, Fp8Linear)):
+            continue
+        around = list(_around_and_itself(name))
+        if not skipped.isdisjoint(around):
+            continue
+        adapter = next((outer for outer in around if outer != name and "base_layer" in modules[outer]._modules), name)
+        for block in around:
+            places = (name, adapter) if len(adapter) > len(block) else (name,)
+            insides = dict.fromkeys(place.removeprefix(block).strip(".") for place in places)
+            for own in blocks.get(block, ()):
+                found.setdefault(module, []).extend(f"{own}.{inside}".strip(".") for inside in insides)
+    return [BlockLinear(module, tuple(dict.fromkeys(names))) for module, names in found.items()]
 
 
-def _around(model: nn.Module, fqn: str, single: Callable[[str], bool]) -> str:
+def _around_and_itself(name: str) -> Iterable[str]:
+    """The names of all modules around one, the outermost first, and its own."""
+    yield ""
+    for end in (i for i, character in enumerate(name) if character == "."):
+        yield name[:end]
+    if name:
+        yield name
+
+
+def _around(modules: Mapping[str, nn.Module], fqn: str, single: Callable[[str], bool]) -> str:
     name = fqn
-    while name and not _in_list(model, name):
+    while name and not _in_list(modules, name):
         name = _parent(name)
     if not name:
         return _parent(fqn) if _parent(fqn) and single(_parent(fqn)) else fqn
-    while (outer := _parent(name)) and single(outer) and _in_list(model, outer):
+    while (outer := _parent(name)) and single(outer) and _in_list(modules, outer):
         name = outer
     return name
 
 
-def _in_list(model: nn.Module, name: str) -> bool:
-    return isinstance(model.get_submodule(_parent(name)), _CONTAINERS)
+def _in_list(modules: Mapping[str, nn.Module], name: str) -> bool:
+    return isinstance(modules[_parent(name)], _CONTAINERS)
 
 
 def _parent(name: str) -> str:

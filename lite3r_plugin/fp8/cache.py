@@ -11,7 +11,7 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-class Derived(Generic[T]):
+class TensorCache(Generic[T]):
     """Remembers what was made from a tensor. Copies and pickles of it remember nothing.
 
     A change is told by the tensor's identity, place, dtype and version counter. Writing through ``tensor.data`` counts

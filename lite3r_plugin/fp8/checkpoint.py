@@ -17,24 +17,17 @@ from .qat import FakeQuantLinear
 Shapes = dict[str, list[int]]
 
 
-def fp8_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The FP8 weights of `model` and their scales, by name."""
+def fp8_linears(modules: dict[str, nn.Module]) -> dict[str, Fp8Linear]:
+    """The FP8 Linears among `modules`, each by its first name."""
+    first = {module: name for name, module in reversed(modules.items())}
+    return {name: module for name, module in modules.items() if isinstance(module, Fp8Linear) and first[module] == name}
+
+
+def fp8_tensors(linears: Mapping[str, Fp8Linear]) -> dict[str, Tensor]:
+    """The weights ``[C_out, C]`` E4M3 of FP8 Linears and their scales ``[C_out, 1]`` FP32, by name."""
     return {
-        f"{fqn}.{name}": getattr(module, name).contiguous()
-        for fqn, module in model.named_modules()
-        if isinstance(module, Fp8Linear)
-        for name in ("weight_data", "weight_scale")
+        f"{fqn}.{name}": getattr(linear, name).contiguous() for fqn, linear in linears.items() for name in ("weight_data", "weight_scale")
     }
-
-
-def fp8_shapes(model: nn.Module) -> Shapes:
-    """``[C_out, C]`` of the FP8 Linears of `model`, by name."""
-    return {fqn: list(m.weight_data.shape) for fqn, m in model.named_modules() if isinstance(m, Fp8Linear)}
-
-
-def biased(model: nn.Module) -> list[str]:
-    """Names of the FP8 Linears of `model` that have a bias, which is not stored with them."""
-    return sorted(fqn for fqn, m in model.named_modules() if isinstance(m, Fp8Linear) and m.bias is not None)
 
 
 def other_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -50,17 +43,31 @@ def other_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def check(
-    model: nn.Module, shapes: Shapes, biases: list[str] | None, weights: Mapping[str, Tensor], linears: Iterable[nn.Linear], where: str
+def check_fp8_tensors(
+    modules: Mapping[str, nn.Module],
+    shapes: Shapes,
+    biases: list[str] | None,
+    weights: Mapping[str, Tensor],
+    linears: Iterable[nn.Module],
+    where: str,
 ) -> None:
-    """Raise `CheckpointError` unless the FP8 tensors in `weights` fit `shapes`, and those and `biases` the Linears of `model`."""
+    """Raise `CheckpointError` unless the FP8 tensors in `weights` fit `shapes`, and those and `biases` the Linears of a model.
+
+    Args:
+        modules: All modules of the model by all their names.
+        shapes: ``[C_out, C]`` of the FP8 Linears, by name.
+        biases: Names of those that have a bias, which is not stored with them; None where that is not known.
+        weights: What the file holds.
+        linears: The Linears that may be in FP8.
+        where: What the file is called in messages.
+    """
     known = {id(linear) for linear in linears}
-    modules = dict(model.named_modules(remove_duplicate=False))
     for fqn, shape in shapes.items():
         linear = modules.get(fqn)
         if not isinstance(linear, nn.Linear) or id(linear) not in known or [linear.out_features, linear.in_features] != shape:
             raise CheckpointError(
-                f"{where} has FP8 weights {shape} for {fqn!r}, but this model has no such Linear in its transformer blocks"
+                f"{where} has FP8 weights {shape} for {fqn!r}, but this model has no such Linear in its transformer blocks that "
+                "fp8_filter takes"
             )
         for name, dtype, expected in (("weight_data", E4M3, shape), ("weight_scale", torch.float32, [shape[0], 1])):
             tensor = weights.get(f"{fqn}.{name}")
@@ -71,11 +78,20 @@ def check(
         if (codes & 0x7F).eq(0x7F).any() or not scales.isfinite().all():
             raise CheckpointError(f"{where} is damaged: the FP8 weight of {fqn!r} has infinities or NaN; save it again with save_lite3r")
     if biases is not None and biases != sorted(fqn for fqn in shapes if modules[fqn].bias is not None):
-        raise CheckpointError(f"{where} belongs to another model: other Linears than those of this {type(model).__name__} have a bias")
+        raise CheckpointError(
+            f"{where} belongs to another model: other Linears than those of this {type(modules['']).__name__} have a bias"
+        )
 
 
-def install(model: nn.Module, shapes: Shapes, weights: Mapping[str, Tensor], device: torch.device) -> None:
-    """Replace Linears of `model` by FP8 ones with these weights; those on the meta device go to `device`."""
+def install_fp8_tensors(modules: dict[str, nn.Module], shapes: Shapes, weights: Mapping[str, Tensor], device: torch.device) -> None:
+    """Replace Linears by FP8 ones with these weights; those on the meta device go to `device`.
+
+    Args:
+        modules: All modules of the model by all their names; kept up to date.
+        shapes: ``[C_out, C]`` of the FP8 Linears, by name.
+        weights: What the file holds.
+        device: Where Linears of the meta device go.
+    """
 
     def make(fqn: str, linear: nn.Linear) -> Fp8Linear:
         place = device if linear.weight.is_meta else linear.weight.device
@@ -90,11 +106,11 @@ def install(model: nn.Module, shapes: Shapes, weights: Mapping[str, Tensor], dev
         linear.register_parameter("weight", None)
         return made.train(linear.training)
 
-    modules = dict(model.named_modules(remove_duplicate=False))
-    replace_modules(model, {modules[fqn]: lambda fqn=fqn: make(fqn, modules[fqn]) for fqn in shapes})  # pyright: ignore[reportArgumentType]
+    linears = {fqn: modules[fqn] for fqn in shapes}
+    replace_modules(modules, {linear: lambda fqn=fqn, linear=linear: make(fqn, linear) for fqn, linear in linears.items()})  # pyright: ignore[reportArgumentType]
 
 
-def fill(model: nn.Module, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+def fill_tensors(model: nn.Module, tensors: Mapping[str, Tensor], device: torch.device) -> None:
     """Give parameters and buffers of `model` these values; those on the meta device are made on `device`."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}  # a parameter may have several
     for module in model.modules():
@@ -108,7 +124,7 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], device: torch.device) 
             with torch.inference_mode(old.is_inference()), torch.no_grad():
                 old.copy_(tensor)
             continue
-        new = tensor.to(device, old.dtype, copy=True)  # as in `install`
+        new = tensor.to(device, old.dtype, copy=True)  # as in `install_fp8_tensors`
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new, requires_grad=old.requires_grad)
         for owner, place in places[id(old)]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -11,98 +11,73 @@ from torch import Tensor, nn
 from ..adapter.sites import AttentionSite
 from ..config import Fp8Backend
 from ..costs.linear import fp8_pays
-from ..errors import ConvertedError
+from ..errors import WeightsError
 from ..wrapper import replace_modules, share_hooks
 from . import backends
 from .block import Fp8Block, why_not_fused
-from .blocks import modules_in
+from .blocks import BlockLinear
 from .linear import Fp8Linear
 from .qat import FakeQuantLinear
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What `convert` will do to one Linear: run it by `backend`, or leave it and say why."""
+class LinearPlan:
+    """What becomes of one Linear: `backend` runs it, or it stays as it is, for `reason`."""
 
-    linear: nn.Linear
+    linear: nn.Module
     backend: Fp8Backend | None
     reason: str = ""
 
 
-def fake_quantize_linears(model: nn.Module, linears: Iterable[nn.Linear]) -> None:
-    """Let each Linear round to FP8 in its forward. Raises `ConvertedError`."""
-    linears = list(linears)
-    for linear in linears:
-        _require_plain(linear)
-    replace_modules(model, {linear: functools.partial(FakeQuantLinear, linear) for linear in linears})
-
-
-def plan(linears: Iterable[nn.Linear], requested: Fp8Backend, tokens: int | None, fused: Callable[[nn.Linear], bool]) -> list[Plan]:
+def plan_linears(
+    linears: Iterable[BlockLinear], requested: Fp8Backend, tokens: int | None, fused: Callable[[BlockLinear], bool]
+) -> list[LinearPlan]:
     """A backend for each Linear; with `tokens`, ``"auto"`` leaves those that would not be faster in FP8.
 
     Args:
-        linears: The Linears.
+        linears: In full precision or in training.
         requested: The backend.
         tokens: Rows of a typical input, or None where memory is what counts.
         fused: Whether the operation before a Linear quantises its input.
 
     Raises:
         BackendError: the requested backend cannot run one of them.
-        ConvertedError: a weight has infinities or NaN, or is made by a parametrisation or by pruning.
+        WeightsError: a weight has infinities or NaN, or is made by a parametrisation or by pruning.
     """
     plans = []
     for linear in linears:
-        _require_plain(linear)
-        device, inputs, outputs = linear.weight.device, linear.in_features, linear.out_features
+        require_plain_weight(linear)
+        module = linear.module
+        assert isinstance(module, nn.Linear)
+        device, inputs, outputs = module.weight.device, module.in_features, module.out_features
         if requested == "auto" and tokens is not None and not fp8_pays(device, tokens, inputs, outputs, fused(linear)):
-            plans.append(Plan(linear, None, f"not faster in FP8 at {tokens} tokens"))
+            plans.append(LinearPlan(module, None, f"not faster in FP8 at {tokens} tokens"))
             continue
-        if not is_finite(linear.weight):
-            raise ConvertedError(f"a weight {outputs} x {inputs} has infinities or NaN: the model is broken, and FP8 would hide it")
-        plans.append(Plan(linear, backends.choose(requested, device, inputs, outputs)))
+        if not is_finite(module.weight):
+            raise WeightsError(
+                f"{linear.names[0]}.weight, {outputs} x {inputs}, has infinities or NaN: the model is broken, and FP8 would hide it"
+            )
+        plans.append(LinearPlan(module, backends.choose(requested, device, inputs, outputs)))
     return plans
 
 
-def convert_linears(model: nn.Module, plans: Iterable[Plan]) -> None:
-    """Replace the Linears one by one; each weight is freed before the next one is quantised."""
-    backends_of: dict[nn.Module, Fp8Backend] = {item.linear: item.backend for item in plans if item.backend is not None}
-    replace_modules(model, {linear: functools.partial(_quantized, linear, backend) for linear, backend in backends_of.items()})
-
-
-def rebind(blocks: Iterable[nn.Module], requested: Fp8Backend) -> None:
-    """Choose the backends of FP8 Linears again, for the device that they are on now.
+def choose_again(linears: Sequence[BlockLinear], requested: Fp8Backend) -> list[LinearPlan]:
+    """A backend for each of these Linears that is in FP8 already, on the device where it is now.
 
     Raises:
         BackendError: the requested backend cannot run one of them.
     """
-    linears = modules_in(blocks, Fp8Linear)
-    chosen: list[Fp8Backend] = [backends.choose(requested, m.weight_data.device, m.in_features, m.out_features) for m in linears]
-    for linear, backend in zip(linears, chosen, strict=True):
-        linear.backend = backend
+    in_fp8 = [linear.module for linear in linears if isinstance(linear.module, Fp8Linear)]
+    return [LinearPlan(m, backends.choose(requested, m.weight_data.device, m.in_features, m.out_features)) for m in in_fp8]
 
 
-def fuse_blocks(model: nn.Module, sites: Iterable[AttentionSite], blocks: Mapping[str, nn.Module], takes_fp8: Container[str]) -> None:
-    """Put `Fp8Block` in the place of every block that a site describes and that has what it needs.
-
-    Args:
-        model: With FP8 Linears.
-        sites: All its sites.
-        blocks: Its blocks by name.
-        takes_fp8: Names of the sites that take an input in FP8.
-    """
-    stand_ins: dict[nn.Module, Callable[[], nn.Module]] = {}
-    for site in sites:
-        if site.block is None:
-            continue
-        host = blocks[site.block.fqn]
-        if why_not_fused(host, site.block) is None:
-            stand_ins[host] = functools.partial(Fp8Block, host, site, site.fqn in takes_fp8)
-    replace_modules(model, stand_ins)
-
-
-def unfuse_blocks(model: nn.Module) -> None:
-    """Put the hosts of all `Fp8Block` back."""
-    replace_modules(model, {m: m.release for m in model.modules() if isinstance(m, Fp8Block)})
+def require_plain_weight(linear: BlockLinear) -> None:
+    """Raise `WeightsError` unless the weight of `linear` is a parameter of its own."""
+    if not isinstance(linear.module._parameters.get("weight"), nn.Parameter):
+        raise WeightsError(
+            f"{linear.names[0]}.weight is no parameter but made of others before each forward: "
+            "make it permanent first (torch.nn.utils.prune.remove, remove_weight_norm or remove_spectral_norm)"
+        )
 
 
 def is_finite(weight: Tensor) -> bool:
@@ -110,12 +85,41 @@ def is_finite(weight: Tensor) -> bool:
     return weight.is_meta or bool(weight.detach().isfinite().all())
 
 
-def _require_plain(linear: nn.Linear) -> None:
-    if not isinstance(linear._parameters.get("weight"), nn.Parameter):
-        raise ConvertedError(
-            f"the weight {linear.out_features} x {linear.in_features} of a Linear is no parameter but made of others before each forward: "
-            "make it permanent first (torch.nn.utils.prune.remove, remove_weight_norm or remove_spectral_norm)"
-        )
+def fake_quantize_linears(modules: dict[str, nn.Module], linears: Iterable[nn.Linear]) -> None:
+    """Let each Linear round to FP8 in its forward. For `modules` see `wrapper.replace_modules`."""
+    replace_modules(modules, {linear: functools.partial(FakeQuantLinear, linear) for linear in linears})
+
+
+def convert_linears(modules: dict[str, nn.Module], plans: Iterable[LinearPlan]) -> None:
+    """Replace the Linears one by one; each weight is freed before the next one is quantised."""
+    chosen: dict[nn.Module, Fp8Backend] = {plan.linear: plan.backend for plan in plans if plan.backend is not None}
+    replace_modules(modules, {linear: functools.partial(_quantized, linear, backend) for linear, backend in chosen.items()})
+
+
+def fuse_blocks(
+    modules: dict[str, nn.Module], sites: Iterable[AttentionSite], blocks: Mapping[str, nn.Module], takes_fp8: Container[str]
+) -> None:
+    """Put `Fp8Block` in the place of every block that a site describes and that has what it needs.
+
+    Args:
+        modules: All modules of a model with FP8 Linears.
+        sites: All its sites.
+        blocks: Its blocks by name.
+        takes_fp8: Names of the sites that take an input in FP8.
+    """
+    made: dict[nn.Module, Callable[[], nn.Module]] = {}
+    for site in sites:
+        if site.block is None:
+            continue
+        host = blocks[site.block.fqn]
+        if why_not_fused(host, site.block) is None:
+            made[host] = functools.partial(Fp8Block, host, site, site.fqn in takes_fp8)
+    replace_modules(modules, made)
+
+
+def unfuse_blocks(modules: dict[str, nn.Module]) -> None:
+    """Put the hosts of all `Fp8Block` back."""
+    replace_modules(modules, {module: module.release for module in modules.values() if isinstance(module, Fp8Block)})
 
 
 def _quantized(linear: nn.Module, backend: Fp8Backend) -> Fp8Linear:

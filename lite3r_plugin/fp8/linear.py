@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -13,8 +12,7 @@ from ..config import Fp8Backend
 from ..errors import ConvertedError
 from ..ops.fp8 import E4M3, Quantized, dequantize, fake_quantize, passes
 from ..wrapper import has_forward_hooks
-from . import backends, te
-from .cache import Derived
+from .backends import BACKENDS
 from .qat import compute_dtype
 
 
@@ -46,7 +44,7 @@ class Fp8Linear(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
-        self.backend: Fp8Backend = backend
+        self.backend = backend
         self.register_buffer("weight_data", torch.empty(out_features, in_features, dtype=E4M3, device=device))
         self.register_buffer("weight_scale", torch.empty(out_features, 1, dtype=torch.float32, device=device))
         self.register_buffer("infinities", torch.zeros(1, dtype=torch.int64, device=device), persistent=False)
@@ -54,18 +52,25 @@ class Fp8Linear(nn.Module):
         if bias is not None:
             bias.requires_grad_(False)
         self.register_parameter("bias", bias)
-        self._te = te.TeLinear()
-        self._bf16_bias: Derived[Tensor] = Derived()
 
     @classmethod
     def quantized(cls, linear: nn.Linear, backend: Fp8Backend) -> Fp8Linear:
-        """`linear` with its weight quantised; a new module."""
+        """`linear` with its weight quantised; a new module, which shares its bias."""
         weight = linear.weight.detach()
-        rows = te.quantize_tensor(weight) if backend == "te" else passes(weight).quantize(weight)
+        rows = BACKENDS[backend].quantize(weight)
         made = cls(linear.in_features, linear.out_features, linear.bias, backend, weight.dtype, torch.device("meta"))
         made.weight_data, made.weight_scale = rows.data, rows.scale
         made.infinities = torch.zeros(1, dtype=torch.int64, device=weight.device)
         return made.train(linear.training)
+
+    @property
+    def backend(self) -> Fp8Backend:
+        """What runs it. Another one may be set: the stored weight serves all."""
+        return self._runner.name
+
+    @backend.setter
+    def backend(self, name: Fp8Backend) -> None:
+        self._runner = BACKENDS[name]()
 
     @property
     def weight(self) -> Tensor:
@@ -73,12 +78,17 @@ class Fp8Linear(nn.Module):
 
         What is written to it is lost: an adapter cannot be merged into it.
         """
-        return dequantize(self._quantized())
+        return dequantize(self.fp8_weight)
+
+    @property
+    def fp8_weight(self) -> Quantized:
+        """The weight ``[C_out, C]`` with its scales ``[C_out, 1]``, as it is stored."""
+        return Quantized(self.weight_data, self.weight_scale, self.dtype)
 
     @property
     def takes_fp8(self) -> bool:
         """Whether `forward` takes an input that is in FP8 already. Hooks are to see a tensor."""
-        return self.backend in backends.QUANTISES_INPUT and not has_forward_hooks(self)
+        return self._runner.takes_fp8 and not has_forward_hooks(self)
 
     def forward(self, input: Tensor | Quantized) -> Tensor:
         """input: ``[..., C]``. Returns ``[..., C_out]`` in input's dtype or autocast's; FP8 inputs say theirs.
@@ -89,19 +99,11 @@ class Fp8Linear(nn.Module):
             BackendError: the tensors are where the backend, chosen at conversion, cannot run.
         """
         dtype = compute_dtype(self.weight_data.device, input.dtype)
-        if isinstance(input, Tensor):
-            if self._wants_grad(input):
-                weight = dequantize(self._quantized(), dtype)
-                return F.linear(
-                    fake_quantize(input, infinities=self.infinities).to(dtype), weight, None if self.bias is None else self.bias.to(dtype)
-                )
-            if self.backend == "te":
-                return self._te(input, self).to(dtype)
-        bias = self.bias
-        if bias is not None and self.backend == "scaled_mm" and dtype != torch.float32:  # whose matrix product takes no other
-            rounded = functools.partial(bias.to, torch.bfloat16)
-            bias = rounded() if bias.requires_grad else self._bf16_bias.get(bias, rounded)
-        return backends.run(self.backend, input, self._quantized(), bias, dtype, self.infinities)
+        if isinstance(input, Tensor) and self._wants_grad(input):
+            weight = dequantize(self.fp8_weight, dtype)
+            bias = None if self.bias is None else self.bias.to(dtype)
+            return F.linear(fake_quantize(input, infinities=self.infinities).to(dtype), weight, bias)
+        return self._runner.run(self, input, dtype)
 
     def of_heads(self, input: Tensor) -> Tensor:
         """`forward` of an attention output ``[B, H, N, D]``, its heads put side by side: ``[B, N, C_out]``."""
@@ -114,9 +116,6 @@ class Fp8Linear(nn.Module):
 
     def _wants_grad(self, input: Tensor) -> bool:
         return torch.is_grad_enabled() and (input.requires_grad or (self.bias is not None and self.bias.requires_grad))
-
-    def _quantized(self) -> Quantized:
-        return Quantized(self.weight_data, self.weight_scale, self.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Fp8Linear:
         exact = (self.weight_data, self.weight_scale)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..ops.fp8 import Quantized, dequantize, fake_quantize, quantize
 from ..wrapper import HostWrapper
-from .cache import Derived
+from .cache import TensorCache
 
 
 class FakeQuantLinear(HostWrapper, nn.Linear):
@@ -29,7 +29,7 @@ class FakeQuantLinear(HostWrapper, nn.Linear):
     def __init__(self, host: nn.Linear) -> None:
         super().__init__(host)
         self.enabled = True
-        self._rounded: Derived[Quantized] = Derived()
+        self._rounded: TensorCache[Quantized] = TensorCache()
         self.register_buffer("infinities", torch.zeros(1, dtype=torch.int64, device=host.weight.device), persistent=False)
 
     def forward(self, input: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..apply.carried import lite3r_modules
+from ..apply.lookup import lite3r_modules
 from ..apply.verbs import apply_lite3r, lite3r_disabled, remove_lite3r
 from ..attention.module import SparseLinearAttention
 from ..config import Lite3RConfig

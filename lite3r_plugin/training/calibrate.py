@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..apply.carried import require_lite3r
+from ..apply.lookup import require_lite3r
 from ..errors import ConfigError, InputError
 from .record import AttentionSums, record
 
@@ -80,6 +80,7 @@ def calibrate(model: nn.Module, inputs: Iterable[Any]) -> Calibration:
         The errors before and after, by site.
 
     Raises:
+        ModelTypeError: `model` is no `torch.nn.Module`.
         ConfigError: the model has no linear branch, or no site that is sparse.
         InputError: there are fewer than two inputs, none of them reaches a sparse site, or activations are not finite.
         NotAppliedError: `apply_lite3r` was not called.

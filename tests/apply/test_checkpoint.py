@@ -14,7 +14,7 @@ from torch import nn
 from toys import Toy, images, toy_adapter
 
 from lite3r_plugin import apply_lite3r, describe, load_lite3r, remove_lite3r, save_lite3r
-from lite3r_plugin.apply.carried import lite3r_modules
+from lite3r_plugin.apply.lookup import lite3r_modules
 from lite3r_plugin.errors import AlreadyAppliedError, CheckpointError, NotAppliedError, UnknownModelError
 from lite3r_plugin.testing import TEST_CONFIG
 

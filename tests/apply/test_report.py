@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from toys import Toy, images, toy_adapter
 
-from lite3r_plugin import apply_lite3r, describe
+from lite3r_plugin import apply_lite3r, convert, describe
 from lite3r_plugin.ops.block_map import density
 from lite3r_plugin.testing import TEST_CONFIG
 
@@ -33,6 +33,22 @@ def test_calls_and_density() -> None:
     assert (calls["cross.1"].sparse, calls["cross.1"].dense) == (0, 3)
     assert calls["cross.0"].density == density(246, 0.3, 6, 16, 16)
     assert calls["cross.1"].density is None
+
+
+def test_the_configuration_is_what_was_asked_for_and_the_phase_what_is() -> None:
+    model = apply_lite3r(Toy(), SPARSE, precision="fp8_qat")
+    assert (describe(model).config.precision, describe(model).phase) == ("fp8_qat", "fp8_qat")
+    convert(model)
+    assert (describe(model).config.precision, describe(model).phase) == ("fp8", "fp8")
+    assert describe(apply_lite3r(Toy(), SPARSE)).phase == "full"
+    assert describe(apply_lite3r(Toy(), SPARSE, precision="fp8")).phase == "fp8"
+
+
+def test_of_a_part_what_is_in_it() -> None:
+    model = apply_lite3r(Toy(), SPARSE, precision="fp8_qat")
+    part = describe(model.cross)
+    assert [site.fqn for site in part.sites] == ["0", "1"]
+    assert part.linears == {"rounded to FP8 in training": 4}
 
 
 def test_bytes_follow_the_dtype() -> None:

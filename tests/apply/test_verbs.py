@@ -21,12 +21,15 @@ from lite3r_plugin import (
     SeparateQKV,
     TokenSource,
     apply_lite3r,
+    calibrate,
+    convert,
     describe,
     lite3r_disabled,
+    load_lite3r,
     remove_lite3r,
     save_lite3r,
 )
-from lite3r_plugin.apply.carried import lite3r_modules
+from lite3r_plugin.apply.lookup import lite3r_modules
 from lite3r_plugin.attention.module import SparseLinearAttention
 from lite3r_plugin.errors import (
     AdapterError,
@@ -35,12 +38,14 @@ from lite3r_plugin.errors import (
     CheckpointError,
     ConfigError,
     LayoutError,
+    ModelTypeError,
     NoSitesError,
     NotAppliedError,
     UnknownModelError,
     UnsupportedAttentionError,
+    WeightsError,
 )
-from lite3r_plugin.testing import TEST_CONFIG
+from lite3r_plugin.testing import TEST_CONFIG, check_adapter
 
 SPARSE = TEST_CONFIG.replace(keep_ratio=0.3)
 
@@ -67,9 +72,24 @@ def one_site(**fields: Any) -> Any:
 
 
 @pytest.mark.parametrize("thing", [None, "vggt", {"model": 1}])
-def test_not_a_module(thing: Any) -> None:
-    with pytest.raises(ConfigError, match=f"takes a torch.nn.Module, got {type(thing).__name__}"):
-        apply_lite3r(thing)
+@pytest.mark.parametrize(
+    "verb",
+    [
+        apply_lite3r,
+        remove_lite3r,
+        describe,
+        convert,
+        lambda m: lite3r_disabled(m).__enter__(),
+        lambda m: calibrate(m, []),
+        lambda m: save_lite3r(m, "nowhere"),
+        lambda m: load_lite3r(m, "nowhere"),
+        lambda m: check_adapter(m, ()),
+    ],
+    ids=["apply", "remove", "describe", "convert", "disabled", "calibrate", "save", "load", "check_adapter"],
+)
+def test_not_a_module(verb: Any, thing: Any) -> None:
+    with pytest.raises(ModelTypeError, match=rf"Lite3R takes a torch\.nn\.Module, got {type(thing).__name__}; pass the module inside it"):
+        verb(thing)
 
 
 def test_an_unknown_model() -> None:
@@ -205,6 +225,34 @@ def test_a_wrong_patch_size_raises_in_the_forward(adapter: Adapter) -> None:
 
 
 # What it does.
+
+
+class Counted(Toy):
+    """Counts the walks over all its modules."""
+
+    walks = 0
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+        self.walks += 1
+        return super().named_modules(*args, **kwargs)
+
+
+@pytest.mark.parametrize("precision", ["full", "fp8_qat", "fp8"])
+def test_each_verb_walks_the_model_once(adapter: Adapter, precision: Any) -> None:
+    model, adapter.answer = Counted(), sites  # an adapter that does not walk
+    apply_lite3r(model, SPARSE, precision=precision)
+    assert model.walks == 1
+    if precision != "fp8":
+        with lite3r_disabled(model):
+            assert model.walks == 2
+        remove_lite3r(model)
+        assert model.walks == 3
+        apply_lite3r(model, SPARSE, precision=precision)
+    model.walks = 0
+    convert(model)
+    assert model.walks == 1
+    convert(model)
+    assert model.walks == 2
 
 
 MAKES = {"fused": Attention, "separate": Separate, "routed": lambda dim, heads: Attention(dim, heads, "routed")}
@@ -472,3 +520,21 @@ def test_a_lora_on_the_linear_branch(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="merge it before save_lite3r"):
         save_lite3r(model, tmp_path)
     torch.testing.assert_close(adapted.merge_and_unload()(images()), out, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["full", "fp8_qat"])
+def test_converting_with_a_lora_on_the_linear_branch(precision: Any) -> None:
+    """What training for FP8 rounded is the sum of both, so they must be merged before; else the branch stays as it is."""
+    model = apply_lite3r(Toy().eval().requires_grad_(False), SPARSE, precision=precision)
+    for site in lite3r_modules(model).values():
+        nn.init.normal_(site.proj_lin.weight)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["proj_lin"], init_lora_weights=False))  # pyright: ignore[reportArgumentType]
+    before = adapted.eval()(images())
+    if precision == "fp8_qat":
+        with pytest.raises(WeightsError, match=r"cross\.0\.proj_lin has an adapter around it .*merge it before convert"):
+            convert(adapted)
+        assert torch.equal(adapted(images()), before)
+        adapted = adapted.merge_and_unload()
+    after = convert(adapted)(images())
+    assert (after - before).norm() < 0.06 * before.norm()
+    assert describe(adapted).linears == {"in FP8 (emulated)": 8}

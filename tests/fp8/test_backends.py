@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from lite3r_plugin.costs.linear import fp8_pays
 from lite3r_plugin.errors import BackendError, ConfigError
-from lite3r_plugin.fp8 import backends, te
-from lite3r_plugin.ops.fp8 import quantize
+from lite3r_plugin.fp8 import backends
+from lite3r_plugin.fp8.backends import te
+from lite3r_plugin.fp8.linear import Fp8Linear
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
@@ -78,23 +80,24 @@ def test_a_broken_transformer_engine_is_a_reason(gpu, monkeypatch: pytest.Monkey
 
     monkeypatch.setitem(sys.modules, "transformer_engine", Broken("transformer_engine"))
     monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", Broken("transformer_engine.pytorch"))
-    assert str(error) in str(te.why_not())
+    assert str(error) in str(te.why_no_library())
     with pytest.raises(BackendError, match=type(error).__name__):
         backends.choose("te", CUDA, 64, 64)
     assert backends.choose("auto", CUDA, 64, 64) == "scaled_mm"
 
 
 def test_transformer_engine_is_not_looked_for_without_a_gpu() -> None:
-    statement = "import sys, lite3r_plugin; from lite3r_plugin.fp8 import te; te.why_not(); print('transformer_engine' in sys.modules)"
+    statement = "import sys; from lite3r_plugin.fp8.backends import te; te.why_no_library(); print('transformer_engine' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", statement], capture_output=True, text=True, check=True)
     assert torch.cuda.is_available() or done.stdout.strip() == "False"
 
 
-@pytest.mark.parametrize("backend", ["scaled_mm", "weight_only"])
+@pytest.mark.parametrize("backend", ["scaled_mm", "weight_only", "te"])
+@torch.no_grad()
 def test_a_tensor_on_another_device_than_at_conversion(backend) -> None:
-    x, w = torch.randn(3, 16), quantize(torch.randn(16, 16))
+    linear = Fp8Linear.quantized(nn.Linear(16, 16), backend)
     with pytest.raises(BackendError, match=r"convert\(model\) again"):
-        backends.run(backend, x, w, None, torch.float32, torch.zeros(1, dtype=torch.int64))
+        linear(torch.randn(3, 16))
 
 
 def test_fp8_pays_for_many_tokens_only(gpu) -> None:

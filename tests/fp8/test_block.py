@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from toys import PATCH, SPECIAL, Adapter, Attention, toy_adapter
 
 from lite3r_plugin import AttentionSite, FusedQKV, PreNormBlock, TokenSource, apply_lite3r
-from lite3r_plugin.apply.carried import lite3r_modules
+from lite3r_plugin.apply.lookup import lite3r_modules
 from lite3r_plugin.fp8.block import Fp8Block
 from lite3r_plugin.fp8.linear import Fp8Linear
 from lite3r_plugin.ops.fp8 import naive

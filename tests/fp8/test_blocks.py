@@ -7,9 +7,9 @@ from torch import nn
 from toys import Adapter, Attention, Toy, toy_adapter
 
 from lite3r_plugin import AttentionSite, PreNormBlock, Routed, apply_lite3r, describe
-from lite3r_plugin.apply.carried import block_linears, lite3r_modules
+from lite3r_plugin.apply.lookup import block_linears, lite3r_modules
 from lite3r_plugin.errors import AdapterError
-from lite3r_plugin.fp8.blocks import find_blocks, modules_in
+from lite3r_plugin.fp8.blocks import find_blocks, find_linears
 
 __all__ = ["toy_adapter"]  # the fixture
 
@@ -23,7 +23,7 @@ def block() -> nn.Module:
 
 
 def blocks_of(model: nn.Module, *sites: str) -> list[str]:
-    return list(find_blocks(model, [AttentionSite(fqn, "global", 4, Routed()) for fqn in sites]))
+    return list(find_blocks(dict(model.named_modules()), [AttentionSite(fqn, "global", 4, Routed()) for fqn in sites]))
 
 
 class Named(nn.Module):
@@ -78,13 +78,34 @@ def test_two_sites_of_one_block() -> None:
 def test_the_adapter_has_the_last_word() -> None:
     model = Named(outer=Named(blocks=nn.ModuleList([Named(attn=attention())]), mlp=nn.Linear(4, 4)))
     site = AttentionSite("outer.blocks.0.attn", "global", 4, Routed(), block=PreNormBlock("outer", "mlp", "mlp"))
-    assert list(find_blocks(model, [site])) == ["outer"]
+    assert list(find_blocks(dict(model.named_modules()), [site])) == ["outer"]
 
 
-def test_subclasses_of_linear_are_left_alone() -> None:
-    other = nn.modules.linear.NonDynamicallyQuantizableLinear(4, 4)
+def linears_of(model: nn.Module, *blocks: str, branches: tuple[str, ...] = ()) -> dict[tuple[str, ...], nn.Module]:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    return {linear.names: linear.module for linear in find_linears(modules, {block: [block] for block in blocks}, branches)}
+
+
+def test_subclasses_of_linear_are_found_but_not_known() -> None:
+    other, plain = nn.modules.linear.NonDynamicallyQuantizableLinear(4, 4), nn.Linear(4, 4)
+    found = find_linears(dict(nn.Sequential(other, plain).named_modules()), {"": ["block"]})
+    assert [(linear.module, linear.known) for linear in found] == [(other, False), (plain, True)]
+
+
+def test_a_linear_has_all_its_names_and_is_found_once() -> None:
     plain = nn.Linear(4, 4)
-    assert modules_in([nn.Sequential(other, plain, plain)], nn.Linear) == [plain]
+    model = Named(a=Named(x=plain, y=plain), b=Named(z=plain), head=nn.Linear(4, 4), more=nn.Linear(4, 4))
+    assert linears_of(model, "a", "b", "more") == {("a.x", "a.y", "b.z"): plain, ("more",): model.more}
+
+
+def test_what_is_inside_an_adapter_has_the_name_of_the_adapter_too() -> None:
+    model = Named(block=Named(qkv=Named(base_layer=nn.Linear(4, 4), lora_A=nn.ModuleDict(dict(default=nn.Linear(4, 4))))))
+    assert list(linears_of(model, "block")) == [("block.qkv.base_layer", "block.qkv"), ("block.qkv.lora_A.default", "block.qkv")]
+
+
+def test_linear_branches_are_no_part_of_a_block() -> None:
+    model = Named(attn=Named(qkv=nn.Linear(4, 4), proj_lin=Named(base_layer=nn.Linear(4, 4))))
+    assert list(linears_of(model, "attn", branches=("attn.proj_lin",))) == [("attn.qkv",)]
 
 
 @pytest.mark.usefixtures("adapter")

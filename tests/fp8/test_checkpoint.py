@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from toys import Toy, images, toy_adapter
 
 from lite3r_plugin import apply_lite3r, convert, describe, load_lite3r, save_lite3r
-from lite3r_plugin.apply.carried import block_linears, lite3r_modules
+from lite3r_plugin.apply.lookup import block_linears, lite3r_modules
 from lite3r_plugin.errors import BackendError, CheckpointError
 from lite3r_plugin.ops.fp8 import E4M3
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from toys import Toy, images, toy_adapter
 
 from lite3r_plugin import apply_lite3r, convert, describe, load_lite3r, save_lite3r
-from lite3r_plugin.apply.carried import block_linears
+from lite3r_plugin.apply.lookup import block_linears
 from lite3r_plugin.errors import BackendError
-from lite3r_plugin.fp8 import backends, te
+from lite3r_plugin.fp8 import backends
+from lite3r_plugin.fp8.backends import te
 from lite3r_plugin.fp8.block import mlp
 from lite3r_plugin.fp8.linear import Fp8Linear
 from lite3r_plugin.ops.fp8 import passes, quantize

@@ -14,7 +14,7 @@ from torch.nn.utils import prune
 from toys import Toy, images, toy_adapter
 
 from lite3r_plugin import apply_lite3r, describe, lite3r_disabled, remove_lite3r
-from lite3r_plugin.apply.carried import lite3r_modules
+from lite3r_plugin.apply.lookup import lite3r_modules
 from lite3r_plugin.fp8 import qat
 from lite3r_plugin.fp8.qat import FakeQuantLinear
 from lite3r_plugin.ops.dispatch import SlowPathWarning
@@ -144,8 +144,14 @@ class TestModel:
         assert apply_lite3r(Toy().bfloat16()).cross[0].proj_lin.weight.dtype == torch.bfloat16
         site = next(site for site in sites if site.sparse)
         nn.init.normal_(site.proj_lin.weight)
-        assert torch.equal(site._projection(), fake_quantize(site.proj_lin.weight))
-        assert not torch.equal(site._projection(), site.proj_lin.weight)
+        x = images(dtype=torch.bfloat16)
+        with torch.no_grad():
+            before, learnt = model(x), site.proj_lin.weight.clone()
+            site.proj_lin.weight.copy_(fake_quantize(learnt))
+            assert not torch.equal(site.proj_lin.weight, learnt)
+            assert torch.equal(model(x), before)
+            site.proj_lin.weight.copy_(2 * learnt)
+            assert not torch.equal(model(x), before)
 
     def test_it_trains(self) -> None:
         teacher, model = Toy().eval(), Toy().eval().requires_grad_(False)

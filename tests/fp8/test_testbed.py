@@ -9,7 +9,7 @@ from numerics import relative_error
 from torch import Tensor, nn
 
 from lite3r_plugin import apply_lite3r, convert, describe
-from lite3r_plugin.apply.carried import block_linears
+from lite3r_plugin.apply.lookup import block_linears
 from lite3r_plugin.config import Fp8Backend
 from lite3r_plugin.fp8 import backends
 from lite3r_plugin.fp8.linear import Fp8Linear

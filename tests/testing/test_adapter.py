@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lite3r_plugin import AttentionSite, FusedQKV, PreNormBlock, Rope2D, Routed, TokenSource, apply_lite3r, hookimpl
 from lite3r_plugin.adapter.plugins import get_manager
-from lite3r_plugin.apply.carried import lite3r_modules
+from lite3r_plugin.apply.lookup import lite3r_modules
 from lite3r_plugin.errors import AdapterError, AlreadyAppliedError, LayoutError, UnknownModelError, UnsupportedAttentionError
 from lite3r_plugin.testing import check_adapter
 

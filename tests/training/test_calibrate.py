@@ -15,7 +15,7 @@ from toys import Adapter, Toy, toy_adapter
 from toys import images as toy_images
 
 from lite3r_plugin import apply_lite3r, calibrate, lite3r_disabled, load_lite3r, save_lite3r
-from lite3r_plugin.apply.carried import lite3r_modules
+from lite3r_plugin.apply.lookup import lite3r_modules
 from lite3r_plugin.errors import ConfigError, InputError, NotAppliedError
 from lite3r_plugin.scene.procedural import ProcScenes, TextureBank
 from lite3r_plugin.testbed import Testbed

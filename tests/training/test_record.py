@@ -8,7 +8,7 @@ from torch import Tensor
 from toys import Adapter, Toy, images, toy_adapter
 
 from lite3r_plugin import apply_lite3r
-from lite3r_plugin.apply.carried import lite3r_modules
+from lite3r_plugin.apply.lookup import lite3r_modules
 from lite3r_plugin.testing import TEST_CONFIG
 from lite3r_plugin.training.record import AttentionSums, SumRecorder, record, run_on
 

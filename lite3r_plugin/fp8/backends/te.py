@@ -1,4 +1,4 @@
-"""TransformerEngine, where it can run: probed when it is asked for, never required.
+"""``"te"``: TransformerEngine, where it can run: probed when it is asked for, never required.
 
 Its FP8 is `Float8CurrentScaling`: one scale for a whole tensor, computed from the tensor itself, so there is no state
 to store and nothing of its own reaches a checkpoint.
@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import BackendError
-from ..ops.fp8 import Quantized, dequantize, quantize
+from ...config import Fp8Backend
+from ...errors import BackendError
+from ...ops.fp8 import Quantized, dequantize, quantize
+from .base import Backend, StoredLinear, why_no_fp8_units
 
 MULTIPLE = 16  # of rows; it takes 8, and 16 also serves its weight gradient
 
@@ -34,8 +36,8 @@ def _library() -> SimpleNamespace | str:
         return f"TransformerEngine cannot be imported ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
 
 
-def why_not() -> str | None:
-    """The reason why TransformerEngine cannot run, or None when it can. The first call imports it."""
+def why_no_library() -> str | None:
+    """The reason why there is no TransformerEngine, or None when there is one. The first call imports it."""
     library = _library()
     return library if isinstance(library, str) else None
 
@@ -48,7 +50,7 @@ def why_not_projection(weight: Tensor, linear_branch: str) -> str | None:
         return f"it needs head dimensions that are multiples of {MULTIPLE}, not {weight.shape[0]}"
     if weight.device.type != "cuda" or torch.cuda.get_device_capability(weight.device) < (8, 9):
         return f"the model is on {weight.device}, not on a GPU with FP8"
-    return why_not()
+    return why_no_library()
 
 
 def _te() -> SimpleNamespace:
@@ -58,14 +60,10 @@ def _te() -> SimpleNamespace:
     return library
 
 
-def quantize_tensor(weight: Tensor) -> Quantized:
-    """A weight ``[C_out, C]`` with one scale for all rows, as TransformerEngine has it."""
-    data, scale, dtype = quantize(weight.reshape(1, -1))
-    return Quantized(data.view(weight.shape), scale.expand(len(weight), 1).contiguous(), dtype)
-
-
-class TeLinear:
+class TransformerEngine(Backend):
     """Runs the FP8 weight of a converted Linear in `te.Linear`. Copies and pickles of it start anew."""
+
+    name: Fp8Backend = "te"
 
     def __init__(self) -> None:
         self._layer: Any = None
@@ -74,31 +72,42 @@ class TeLinear:
     def __getstate__(self) -> dict[str, Any]:
         return {"_layer": None, "_data": None}
 
-    def __call__(self, x: Tensor, owner: Any) -> Tensor:
-        """``[..., C] -> [..., C_out]`` in BF16; `owner` has the buffers `weight_data` and `weight_scale`, and `bias`."""
-        if self._layer is None or owner.weight_data is not self._data:
-            self._layer = self._build(owner)
+    @staticmethod
+    def why_not(device: torch.device, inputs: int, outputs: int) -> str | None:
+        reason = why_no_fp8_units(device, inputs, outputs)
+        return why_no_library() if reason is None else reason
+
+    @staticmethod
+    def quantize(weight: Tensor) -> Quantized:
+        """A weight ``[C_out, C]`` with one scale for all rows, as TransformerEngine has it."""
+        data, scale, dtype = quantize(weight.reshape(1, -1))
+        return Quantized(data.view(weight.shape), scale.expand(len(weight), 1).contiguous(), dtype)
+
+    def _run(self, linear: StoredLinear, x: Tensor | Quantized, dtype: torch.dtype) -> Tensor:
+        assert isinstance(x, Tensor)
+        if self._layer is None or linear.weight_data is not self._data:
+            self._layer = self._build(linear)
         te = _te()
         rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
         with te.autocast(enabled=True, recipe=te.recipe):
             out = self._layer(F.pad(rows, (0, 0, 0, -len(rows) % MULTIPLE)), is_first_microbatch=False)
-        return out[: len(rows)].view(*x.shape[:-1], out.shape[-1])
+        return out[: len(rows)].view(*x.shape[:-1], out.shape[-1]).to(dtype)
 
-    def _build(self, owner: Any) -> Any:
+    def _build(self, linear: StoredLinear) -> Any:
         te = _te()
-        outputs, inputs = owner.weight_data.shape
-        same = quantize_tensor(dequantize(Quantized(owner.weight_data, owner.weight_scale, torch.float32)))
+        outputs, inputs = linear.weight_data.shape
+        same = self.quantize(dequantize(Quantized(linear.weight_data, linear.weight_scale, torch.float32)))
         with torch.no_grad(), te.quantized(enabled=True, recipe=te.recipe):
-            layer = te.Linear(inputs, outputs, bias=owner.bias is not None, params_dtype=torch.bfloat16, device=owner.weight_data.device)
+            layer = te.Linear(inputs, outputs, bias=linear.bias is not None, params_dtype=torch.bfloat16, device=linear.weight_data.device)
             layer.weight.copy_(dequantize(same))
-            if owner.bias is not None:
-                layer.bias.copy_(owner.bias)
+            if linear.bias is not None:
+                layer.bias.copy_(linear.bias)
         layer.requires_grad_(False).eval()
-        # One copy of the codes, theirs, which the owner's buffers now show.
+        # One copy of the codes, theirs, which the buffers of the Linear now show.
         stored = getattr(layer.weight, "_data", None)
-        owner.weight_data = same.data if stored is None else stored.view(same.data.dtype).view(outputs, inputs)
-        owner.weight_scale = same.scale
-        self._data = owner.weight_data
+        linear.weight_data = same.data if stored is None else stored.view(same.data.dtype).view(outputs, inputs)
+        linear.weight_scale = same.scale
+        self._data = linear.weight_data
         return layer
 
 

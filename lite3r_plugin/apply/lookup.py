@@ -1,0 +1,117 @@
+"""What a model carries of Lite3R, found in one walk over its modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..attention.module import SparseLinearAttention
+from ..attention.state import ModelState
+from ..errors import ModelTypeError, NotAppliedError
+from ..fp8.blocks import BlockLinear, find_linears
+from ..wrapper import HostWrapper
+
+
+@dataclass(frozen=True, repr=False)
+class Inventory:
+    """The modules of a model, and among them what Lite3R has put there.
+
+    Attributes:
+        model: The model.
+        modules: All its modules by all their names, as the walk met them. Whoever replaces a module keeps it up to date
+            (`wrapper.replace_modules`), so that one walk does for a whole verb.
+    """
+
+    model: nn.Module
+    modules: dict[str, nn.Module]
+
+    @property
+    def name(self) -> str:
+        """The class of the model."""
+        return type(self.model).__name__
+
+    @property
+    def attention(self) -> dict[str, SparseLinearAttention]:
+        """The attention modules that Lite3R has put in, by fully qualified name; empty when there are none."""
+        return {fqn: module for fqn, module in self.modules.items() if isinstance(module, SparseLinearAttention)}
+
+    @property
+    def states(self) -> list[ModelState]:
+        """What the attention modules share: one state for each call of `apply_lite3r`."""
+        return list({id(module.state): module.state for module in self.attention.values()}.values())
+
+    def require_applied(self) -> dict[str, SparseLinearAttention]:
+        """`attention`; raises `NotAppliedError` when there is none."""
+        attention = self.attention
+        if not attention:
+            raise NotAppliedError(f"this {self.name} carries no Lite3R; call apply_lite3r(model) first")
+        return attention
+
+    def require_one_state(self, verb: str) -> ModelState:
+        """The one state; raises `NotAppliedError` if there is none, or if Lite3R was applied to several parts on their own."""
+        around = {id(module.state): fqn for fqn, module in self.require_applied().items()}
+        if len(around) > 1:
+            raise NotAppliedError(
+                f"Lite3R was applied to {len(around)} parts of this {self.name} on their own (around {', '.join(around.values())}): "
+                f"call {verb} on each of them"
+            )
+        return self.states[0]
+
+    def require_whole(self, state: ModelState, verb: str) -> None:
+        """Raise `NotAppliedError` unless the model holds all attention modules of `state`."""
+        held = len({id(module) for module in self.attention.values() if module.state is state})
+        if held != state.swapped:
+            raise NotAppliedError(
+                f"this {self.name} holds {held} of the {state.swapped} attention modules that Lite3R was applied to: call {verb} on "
+                "the whole model (and take modules out of it before apply_lite3r)"
+            )
+
+    def linears(self, state: ModelState, blocks: Iterable[str] | None = None) -> list[BlockLinear]:
+        """The Linears of the transformer blocks of these names, by default of all, that are in this model."""
+        names: dict[nn.Module, list[str]] = {}
+        for name in state.blocks if blocks is None else blocks:
+            names.setdefault(state.blocks[name], []).append(name)
+        found = {place: names[host] for place, module in self.modules.items() if (host := _host(module)) in names}
+        return find_linears(self.modules, found, [f"{fqn}.proj_lin" for fqn in self.attention])
+
+
+def look_up(model: Any) -> Inventory:
+    """Walk over `model`. Raises `ModelTypeError` when it is no module."""
+    if not isinstance(model, nn.Module):
+        raise ModelTypeError(f"Lite3R takes a torch.nn.Module, got {type(model).__name__}; pass the module inside it")
+    return Inventory(model, dict(model.named_modules(remove_duplicate=False)))
+
+
+def lite3r_modules(model: nn.Module) -> dict[str, SparseLinearAttention]:
+    """The attention modules that Lite3R has put into `model`, by fully qualified name; empty when there are none.
+
+    Raises:
+        ModelTypeError: `model` is no module.
+    """
+    return look_up(model).attention
+
+
+def require_lite3r(model: nn.Module) -> dict[str, SparseLinearAttention]:
+    """`lite3r_modules`; raises `NotAppliedError` when there are none."""
+    return look_up(model).require_applied()
+
+
+def block_linears(model: nn.Module) -> list[Any]:
+    """The Linears of the transformer blocks of `model` that FP8 knows, in full precision, in training or in FP8.
+
+    Raises:
+        ModelTypeError: `model` is no module.
+        NotAppliedError: it carries no Lite3R, or several parts of it do on their own.
+    """
+    found = look_up(model)
+    return [linear.module for linear in found.linears(found.require_one_state("it")) if linear.known]
+
+
+def _host(module: nn.Module) -> nn.Module:
+    """The module that it takes the place of, or itself."""
+    while isinstance(module, HostWrapper):
+        module = module.host
+    return module

@@ -1,0 +1,285 @@
+"""What a verb is going to do to a model. Everything is found and checked here, so an error leaves the model as it was."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..adapter.plugins import find_sites
+from ..adapter.sites import AttentionSite, TokenSource
+from ..attention.styles.registry import check_projections, style_of
+from ..config import Lite3RConfig, matches
+from ..errors import AdapterError, AlreadyAppliedError, BackendError, ConfigError, NoSitesError, WeightsError
+from ..fp8.block import check_block
+from ..fp8.blocks import BlockLinear, find_blocks, find_linears
+from ..fp8.convert import LinearPlan, choose_again, is_finite, plan_linears, require_plain_weight
+from ..fp8.linear import Fp8Linear
+from ..ops.dispatch import TRITON_HEAD_DIMS
+from .lookup import Inventory
+
+
+@dataclass(frozen=True)
+class Swap:
+    """One attention module to take the place of: the module, its description, and whether it becomes sparse."""
+
+    host: nn.Module
+    site: AttentionSite
+    sparse: bool
+
+
+@dataclass(frozen=True, repr=False)
+class ApplyPlan:
+    """What `apply_lite3r` is going to do.
+
+    Attributes:
+        found: The modules of the dense model.
+        adapter: Name of the model adapter.
+        config: The configuration, with names where it had a function as `fp8_filter`.
+        sites: All sites that the adapter named.
+        swaps: What is taken the place of, each module once.
+        skipped: Sites that stay as they are, with the reason.
+        image_modules: The modules that are given the images, by the name that the sites use, and how each is read.
+        blocks: The transformer blocks by name.
+        linears: Their Linears.
+        training: Those of them that are to round to FP8 in training; None where the model is not to train for FP8.
+        conversion: How they come into FP8; None where they do not, or where a checkpoint brings FP8 weights of its own.
+    """
+
+    found: Inventory
+    adapter: str
+    config: Lite3RConfig
+    sites: tuple[AttentionSite, ...]
+    swaps: tuple[Swap, ...]
+    skipped: dict[str, str]
+    image_modules: dict[str, tuple[nn.Module, TokenSource]]
+    blocks: dict[str, nn.Module]
+    linears: list[BlockLinear]
+    training: list[nn.Linear] | None
+    conversion: ConversionPlan | None
+
+    @property
+    def places(self) -> dict[str, Swap]:
+        """The swaps by every name that their modules have in the model."""
+        by_host = {swap.host: swap for swap in self.swaps}
+        return {fqn: by_host[module] for fqn, module in self.found.modules.items() if module in by_host}
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """What `convert` is going to do.
+
+    Attributes:
+        config: The configuration of the converted model.
+        linears: The Linears that are not in FP8 yet and that the filter takes, each with its backend.
+        again: Those in FP8 already, each with the backend that is to run it from now on.
+        left: How many Linears stay as they are, by reason.
+    """
+
+    config: Lite3RConfig
+    linears: list[LinearPlan]
+    again: list[LinearPlan]
+    left: dict[str, int]
+
+
+def plan_application(found: Inventory, config: Lite3RConfig, *, with_weights: bool = True) -> ApplyPlan:
+    """What `apply_lite3r` is to do to a dense model.
+
+    Args:
+        found: The model.
+        config: The configuration.
+        with_weights: Whether ``precision="fp8"`` is about the weights that the model has. False: others take their place.
+
+    Raises:
+        UnknownModelError: no adapter knows the model.
+        NoSitesError: the adapter names no site that this configuration changes, or `fp8_filter` takes no Linear.
+        AlreadyAppliedError: the model, or a part of it, carries Lite3R already.
+        ConfigError: a pattern matches nothing.
+        BackendError: the attention backend cannot run.
+        AdapterError: the adapter does not describe this model.
+        WeightsError: FP8 is wanted, and a weight is not finite, or is made by a parametrisation or by pruning.
+    """
+    if found.attention:
+        raise AlreadyAppliedError("this model carries Lite3R already; call remove_lite3r(model) first to change its configuration")
+    adapter, sites = find_sites(found.model)
+    hosts = _find_hosts(found, adapter, sites)
+    scopes = _sparse_scopes(config, adapter, sites)
+    _check_keep_ratios(config, [site.fqn for site in sites if site.scope in scopes])
+    for site in sites:
+        check_block(found.modules, site)
+    swaps: dict[nn.Module, Swap] = {}  # a module with two names is swapped once
+    skipped: dict[str, str] = {}
+    sources: list[TokenSource] = []
+    for site in sites:
+        sparse, host = site.scope in scopes, hosts[site.fqn]
+        if not sparse and not (config.fuse and style_of(site, host).fuses):
+            skipped[site.fqn] = f"scope {site.scope!r} stays dense"
+            continue
+        check_projections(site, host)
+        if sparse and config.attention_backend == "triton" and site.head_dim not in TRITON_HEAD_DIMS:
+            raise BackendError(
+                f'site {site.fqn!r} has head_dim {site.head_dim}; the Triton kernels take {TRITON_HEAD_DIMS}. Use attention_backend="auto"'
+            )
+        if sparse and site.tokens is not None:
+            sources.append(site.tokens)
+        swaps.setdefault(host, Swap(host, site, sparse))
+    image_modules = _find_image_modules(found, adapter, sources)
+    blocks = find_blocks(found.modules, sites)
+    linears = find_linears(found.modules, {name: [name] for name in blocks})
+    config = _resolve_filter(config, linears, found.name)
+    training = plan_training(linears, config) if config.precision == "fp8_qat" else None
+    conversion = None
+    if config.precision == "fp8" and with_weights:
+        conversion = plan_conversion(linears, sites, config, None, again=False, model=found.name)
+    return ApplyPlan(
+        found, adapter, config, tuple(sites), tuple(swaps.values()), skipped, image_modules, blocks, linears, training, conversion
+    )
+
+
+def plan_training(linears: Sequence[BlockLinear], config: Lite3RConfig) -> list[nn.Linear]:
+    """The Linears that are to round to FP8 in training.
+
+    Raises:
+        WeightsError: the weight of one of them is made by a parametrisation or by pruning.
+    """
+    taken = [linear for linear in linears if linear.known and linear.taken_by(config)]
+    for linear in taken:
+        require_plain_weight(linear)
+    return [linear.module for linear in taken if isinstance(linear.module, nn.Linear)]
+
+
+def plan_conversion(
+    linears: Sequence[BlockLinear], sites: Sequence[AttentionSite], config: Lite3RConfig, tokens: int | None, *, again: bool, model: str
+) -> ConversionPlan:
+    """What `convert` is to do to these Linears.
+
+    Args:
+        linears: All of the transformer blocks.
+        sites: All sites of the model.
+        config: Its configuration, with the wanted `fp8_backend`.
+        tokens: Rows of a typical input, or None where memory is what counts.
+        again: Whether the model was converted before: then nothing need be left to convert.
+        model: What the model is called in messages.
+
+    Raises:
+        NoSitesError: there is no Linear to convert, or `fp8_filter` takes none.
+        BackendError: the backend cannot run here, or nothing would be faster at `tokens`.
+        WeightsError: a weight is not finite, or is made by a parametrisation or by pruning.
+    """
+    config = config.replace(precision="fp8")
+    known = [linear for linear in linears if linear.known and not isinstance(linear.module, Fp8Linear)]
+    taken = [linear for linear in known if linear.taken_by(config)]
+    if not again:
+        if not known:
+            raise NoSitesError(f"no transformer block of this {model} has a torch.nn.Linear to convert")
+        if not taken:
+            raise _nothing_taken(known, model)
+    described = [site.block.fqn for site in sites if site.block is not None]
+    plans = plan_linears(taken, config.fp8_backend, tokens, lambda linear: _is_inside(linear, described))
+    if not again and all(plan.backend is None for plan in plans):
+        raise BackendError(f"no Linear of this model is faster in FP8 at {tokens} tokens here; leave out tokens= to convert for memory")
+    left = Counter(plan.reason for plan in plans if plan.reason)
+    return ConversionPlan(config, plans, choose_again(linears, config.fp8_backend), {**left, **left_linears(linears, config)})
+
+
+def left_linears(linears: Sequence[BlockLinear], config: Lite3RConfig) -> dict[str, int]:
+    """How many of these Linears FP8 leaves whatever they cost, by reason."""
+    reasons = []
+    for linear in linears:
+        if not linear.known:
+            reasons.append(f"of class {type(linear.module).__name__}")
+        elif not isinstance(linear.module, Fp8Linear) and not linear.taken_by(config):
+            reasons.append("not taken by fp8_filter")
+    return dict(Counter(reasons))
+
+
+def check_branches(found: Inventory) -> None:
+    """Raise `WeightsError` if a linear branch of the model has infinities or NaN, or cannot be rounded to FP8 for good."""
+    for fqn, module in found.attention.items():
+        if "proj_lin" not in module._modules:
+            continue
+        if not is_finite(module.proj_lin.weight):
+            raise WeightsError(f"{fqn}.proj_lin.weight has infinities or NaN: the model is broken; train it again or start from zeros")
+        if module.state.phase == "fp8_qat" and type(module.proj_lin) is not nn.Linear:
+            raise WeightsError(
+                f"{fqn}.proj_lin has an adapter around it ({type(module.proj_lin).__name__}), but training rounded both as one weight: "
+                "merge it before convert"
+            )
+
+
+def _find_hosts(found: Inventory, adapter: str, sites: Sequence[Any]) -> dict[str, nn.Module]:
+    hosts: dict[str, nn.Module] = {}
+    for site in sites:
+        if not isinstance(site, AttentionSite):
+            raise AdapterError(f"adapter {adapter!r} returned {type(site).__name__}, not AttentionSite")
+        if not site.fqn:
+            raise ConfigError(f"this {found.name} is an attention module itself: pass the model that holds it")
+        if site.fqn in hosts:
+            raise AdapterError(f"adapter {adapter!r} names the site {site.fqn!r} twice")
+        hosts[site.fqn] = _find_module(found, adapter, site.fqn)
+    return hosts
+
+
+def _find_module(found: Inventory, adapter: str, fqn: str) -> nn.Module:
+    if fqn not in found.modules:
+        raise AdapterError(f"adapter {adapter!r} names {fqn!r}, but the model has no such module")
+    return found.modules[fqn]
+
+
+def _sparse_scopes(config: Lite3RConfig, adapter: str, sites: Sequence[AttentionSite]) -> set[str]:
+    """The scopes that become sparse. Raises `NoSitesError` when no site has one of them."""
+    present: set[str] = {site.scope for site in sites}
+    if config.scopes == "auto":
+        wanted = present & {"global"} or present
+    else:
+        wanted = present.intersection(config.scopes)
+    if not wanted:
+        raise NoSitesError(
+            f"the adapter {adapter!r} found no attention site with scope {config.scopes!r} in this model; "
+            + (f"it has {sorted(present)}: pass scopes={tuple(sorted(present))!r}" if present else "it has no attention sites at all")
+        )
+    return wanted
+
+
+def _check_keep_ratios(config: Lite3RConfig, sparse_sites: Sequence[str]) -> None:
+    if unused := [pattern for pattern in config.patterns if not any(matches(pattern, fqn) for fqn in sparse_sites)]:
+        raise ConfigError(f"keep_ratio names {unused[:3]}, which match no site that becomes sparse; those are like {sparse_sites[0]!r}")
+
+
+def _find_image_modules(found: Inventory, adapter: str, sources: Sequence[TokenSource]) -> dict[str, tuple[nn.Module, TokenSource]]:
+    by_name: dict[str, TokenSource] = {}
+    for source in sources:
+        known = by_name.setdefault(source.image_module, source)
+        if known != source:
+            raise AdapterError(f"adapter {adapter!r} describes the tokens from {known.image_module!r} in two ways")
+    return {name: (_find_module(found, adapter, name), source) for name, source in by_name.items()}
+
+
+def _resolve_filter(config: Lite3RConfig, linears: Sequence[BlockLinear], model: str) -> Lite3RConfig:
+    """`config` with the names that a function as `fp8_filter` chose, which a file can hold. Raises as `plan_application` says."""
+    known = [linear for linear in linears if linear.known]
+    names = [name for linear in known for name in linear.names]
+    if callable(config.fp8_filter):
+        chosen = [name for linear in known for name in linear.names if config.takes_fp8(linear.module, name)]
+        config = config.replace(fp8_filter=tuple(chosen))
+    elif names and (unused := [p for p in config.fp8_filter if not any(matches(p, name) for name in names)]):
+        raise ConfigError(
+            f"fp8_filter names {unused[:3]}, which match no Linear in the transformer blocks of this {model}; those are like {names[0]!r}"
+        )
+    if known and not config.fp8_filter:
+        raise _nothing_taken(known, model)
+    return config
+
+
+def _nothing_taken(linears: Sequence[BlockLinear], model: str) -> NoSitesError:
+    return NoSitesError(
+        f"fp8_filter takes none of the {len(linears)} Linears in the transformer blocks of this {model}: let it take names like "
+        f"{linears[0].names[0]!r}, or leave it out"
+    )
+
+
+def _is_inside(linear: BlockLinear, blocks: Sequence[str]) -> bool:
+    return any(name.startswith(f"{block}.") for name in linear.names for block in blocks)

@@ -1,0 +1,67 @@
+"""``"scaled_mm"``: `torch._scaled_mm` on the FP8 matrix units, compute capability 8.9 and later."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from ...config import Fp8Backend
+from ...ops.fp8 import Quantized
+from ..cache import TensorCache
+from .base import Backend, StoredLinear, in_fp8, why_no_fp8_units
+
+
+class ScaledMM(Backend):
+    """Inputs and weights in FP8, with one scale for each row."""
+
+    name: Fp8Backend = "scaled_mm"
+    takes_fp8 = True
+
+    def __init__(self) -> None:
+        self._bf16_bias: TensorCache[Tensor] = TensorCache()
+
+    @staticmethod
+    def why_not(device: torch.device, inputs: int, outputs: int) -> str | None:
+        return why_no_fp8_units(device, inputs, outputs)
+
+    def _run(self, linear: StoredLinear, x: Tensor | Quantized, dtype: torch.dtype) -> Tensor:
+        bias: Tensor | None = linear.bias
+        if bias is not None and dtype != torch.float32:  # a matrix product with scales by row takes no other
+            rounded = functools.partial(bias.to, torch.bfloat16)
+            bias = rounded() if bias.requires_grad else self._bf16_bias.get(bias, rounded)
+        return scaled_mm(in_fp8(x, linear), linear.fp8_weight, bias, dtype)
+
+
+def scaled_mm(x: Quantized, weight: Quantized, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``x weight^T + bias`` on the FP8 matrix units.
+
+    With scales by row their result is BF16, bias and all. An FP32 model would lose by that what QAT has shown it, so its products
+    come back in FP32, without scales, and the scales follow.
+
+    Args:
+        x: ``[..., C]``, one scale for each row.
+        weight: ``[C_out, C]``, one scale for each row.
+        bias: ``[C_out]`` or None.
+        dtype: Of the result.
+
+    Returns:
+        ``[..., C_out]``.
+    """
+    outputs, inputs = weight.data.shape
+    shape = (*x.data.shape[:-1], outputs)
+    if not x.data.numel():
+        return x.scale.new_empty(shape, dtype=dtype)
+    if dtype == torch.float32:
+        one = torch.ones((), device=x.scale.device)
+        out = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
+            x.data.reshape(-1, inputs), weight.data.t(), scale_a=one, scale_b=one, out_dtype=torch.float32, use_fast_accum=False
+        )
+        out = out.mul_(x.scale.reshape(-1, 1)).mul_(weight.scale.t())
+        return (out if bias is None else out.add_(bias)).view(shape)
+    out = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
+        x.data.reshape(-1, inputs), weight.data.t(), scale_a=x.scale.reshape(-1, 1), scale_b=weight.scale.t(),
+        bias=None if bias is None else bias.to(torch.bfloat16), out_dtype=torch.bfloat16, use_fast_accum=True,
+    )  # fmt: skip
+    return out.view(shape).to(dtype)

@@ -1,0 +1,175 @@
+"""`fp8_filter`: which Linears FP8 takes, in training, converted, and out of a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import nn
+from toys import Adapter, Toy, images, toy_adapter
+
+from lite3r_plugin import apply_lite3r, convert, describe, load_lite3r, remove_lite3r, save_lite3r
+from lite3r_plugin.apply.lookup import lite3r_modules
+from lite3r_plugin.errors import CheckpointError, ConfigError, NoSitesError
+from lite3r_plugin.fp8.linear import Fp8Linear
+from lite3r_plugin.fp8.qat import FakeQuantLinear
+
+__all__ = ["toy_adapter"]  # the fixture
+pytestmark = pytest.mark.usefixtures("adapter")
+SPARSE: dict[str, Any] = dict(keep_ratio=0.3, dense_below=0, block_q=16, block_k=16)
+LEFT = "4 Linears left as they are: not taken by fp8_filter"
+
+
+def names_of(model: nn.Module, kind: type[nn.Module]) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, kind)]
+
+
+def only_qkv(module: nn.Module, fqn: str) -> bool:
+    return fqn.endswith("qkv") and isinstance(module, nn.Linear)
+
+
+QKV = ["frame.0.qkv", "frame.1.qkv", "cross.0.qkv", "cross.1.qkv"]
+FILTERS = pytest.mark.parametrize("fp8_filter", [("*.qkv",), ("frame.*.qkv", "cross.0.qkv", "cross.1.qkv"), only_qkv], ids=str)
+
+
+@FILTERS
+def test_converted_at_once(fp8_filter: Any) -> None:
+    model = apply_lite3r(Toy().eval(), **SPARSE, precision="fp8", fp8_filter=fp8_filter)
+    assert names_of(model, Fp8Linear) == QKV
+    assert describe(model).linears == {"in FP8 (emulated)": 4, "in full precision": 4}
+    assert LEFT in describe(model).notes
+    assert LEFT in str(describe(model))
+    assert model(images()).isfinite().all()
+
+
+@FILTERS
+def test_trained_and_then_converted(fp8_filter: Any) -> None:
+    model = apply_lite3r(Toy().eval(), **SPARSE, precision="fp8_qat", fp8_filter=fp8_filter)
+    assert names_of(model, FakeQuantLinear) == QKV
+    assert describe(model).linears == {"rounded to FP8 in training": 4, "in full precision": 4}
+    assert LEFT in describe(model).notes
+    convert(model)
+    assert names_of(model, Fp8Linear) == QKV
+    assert describe(model).notes == (LEFT,)
+    assert describe(convert(model)).notes == (LEFT,)
+
+
+@FILTERS
+def test_converted_later(fp8_filter: Any) -> None:
+    model = apply_lite3r(Toy().eval(), **SPARSE, fp8_filter=fp8_filter)
+    assert describe(model).notes == ()
+    assert names_of(convert(model), Fp8Linear) == QKV
+
+
+@pytest.mark.parametrize("precision", ["fp8", "fp8_qat"])
+def test_out_of_a_checkpoint(precision: Any, tmp_path: Path) -> None:
+    dense = Toy().eval()
+    model = Toy().eval()
+    model.load_state_dict(dense.state_dict())
+    save_lite3r(apply_lite3r(model, **SPARSE, precision=precision, fp8_filter=only_qkv), tmp_path)
+    loaded = load_lite3r(dense, tmp_path)
+    assert names_of(loaded, Fp8Linear if precision == "fp8" else FakeQuantLinear) == QKV
+    assert describe(loaded).config == describe(model).config
+    assert describe(loaded).notes == describe(model).notes == (LEFT,)
+    assert torch.equal(loaded(images()), model(images()))
+
+
+def test_what_a_function_chose_is_data() -> None:
+    model = apply_lite3r(Toy(), fp8_filter=only_qkv)
+    assert describe(model).config.fp8_filter == tuple(QKV)
+    assert json.loads(json.dumps(describe(model).config.to_dict()))["fp8_filter"] == QKV
+
+
+def test_a_function_sees_each_linear_of_the_blocks_with_its_name() -> None:
+    seen: dict[str, nn.Module] = {}
+    model = Toy()
+    apply_lite3r(model, fp8_filter=lambda module, fqn: bool(seen.setdefault(fqn, module)))
+    assert seen == {name: model.get_submodule(name) for name in (*QKV, *(name.replace("qkv", "proj") for name in QKV))}
+
+
+def test_patterns_that_match_nothing_are_named_and_the_model_is_unchanged() -> None:
+    model = Toy()
+    keys = list(model.state_dict())
+    message = (
+        r"fp8_filter names \['\*\.mlp\.\*'\], which match no Linear in the transformer blocks of this Toy; those are like 'frame\.0\.qkv'"
+    )
+    with pytest.raises(ConfigError, match=message):
+        apply_lite3r(model, fp8_filter=("*.qkv", "*.mlp.*"))
+    assert list(model.state_dict()) == keys
+    with pytest.raises(ConfigError, match="'head'"):
+        apply_lite3r(model, fp8_filter=("head",))  # a Linear outside of the blocks
+
+
+@pytest.mark.parametrize("precision", ["full", "fp8", "fp8_qat"])
+@pytest.mark.parametrize("fp8_filter", [(), lambda module, fqn: False], ids=["no patterns", "function"])
+def test_a_filter_that_takes_nothing(precision: Any, fp8_filter: Any) -> None:
+    model = Toy()
+    with pytest.raises(NoSitesError, match=r"takes none of the 8 Linears .* of this Toy: let it take names like 'frame\.0\.qkv', or leave"):
+        apply_lite3r(model, precision=precision, fp8_filter=fp8_filter)
+    assert not lite3r_modules(model)
+
+
+def test_a_model_without_linears_needs_no_filter(adapter: Adapter) -> None:
+    class Other(nn.modules.linear.NonDynamicallyQuantizableLinear):
+        pass
+
+    model = Toy()
+    for block in (*model.frame, *model.cross):
+        for name in ("qkv", "proj"):
+            linear = getattr(block, name)
+            setattr(block, name, Other(linear.in_features, linear.out_features))
+    apply_lite3r(model, fp8_filter=only_qkv)
+    assert describe(model).config.fp8_filter == ()
+    with pytest.raises(NoSitesError, match=r"no transformer block of this Toy has a torch\.nn\.Linear to convert"):
+        convert(model)
+
+
+def test_one_name_of_several_is_enough() -> None:
+    def shared() -> Toy:
+        toy = Toy().eval()
+        toy.cross[1] = toy.cross[0]
+        return toy
+
+    model = apply_lite3r(shared(), **SPARSE, precision="fp8", fp8_filter=("cross.1.qkv",))
+    assert model.cross[0].qkv is model.cross[1].qkv
+    assert names_of(model, Fp8Linear) == ["cross.0.qkv"]
+    assert names_of(convert(apply_lite3r(shared(), **SPARSE, fp8_filter=("cross.0.proj",))), Fp8Linear) == ["cross.0.proj"]
+
+
+def test_names_are_those_of_the_model_that_was_given() -> None:
+    """Also when the model is inside another one, or adapters are around its Linears, at the time of conversion."""
+    model = nn.Sequential(apply_lite3r(Toy().eval(), **SPARSE, fp8_filter=only_qkv))
+    assert names_of(convert(model), Fp8Linear) == [f"0.{name}" for name in QKV]
+    model = apply_lite3r(Toy().eval(), **SPARSE, fp8_filter=("frame.0.proj",))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["proj"]))  # pyright: ignore[reportArgumentType]
+    with pytest.warns(UserWarning, match="merging them now would lose them"):
+        convert(adapted)
+    assert "base_model.model.frame.0.proj.base_layer" in names_of(adapted, Fp8Linear)
+    assert all(".frame.0.proj." in name for name in names_of(adapted, Fp8Linear))
+
+
+def test_a_checkpoint_with_other_linears_than_its_filter_takes(tmp_path: Path) -> None:
+    save_lite3r(apply_lite3r(Toy(), **SPARSE, precision="fp8", fp8_filter=only_qkv), tmp_path)
+    record = json.loads((tmp_path / "lite3r_config.json").read_text())
+    record["config"]["fp8_filter"] = ["*.proj"]
+    (tmp_path / "lite3r_config.json").write_text(json.dumps(record))
+    dense = Toy()
+    with pytest.raises(CheckpointError, match=r"for 'frame\.0\.qkv', but this model has no such Linear in its transformer blocks"):
+        load_lite3r(dense, tmp_path)
+    assert not lite3r_modules(dense)
+    record["config"]["fp8_filter"] = ["*.mlp"]
+    (tmp_path / "lite3r_config.json").write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match=r"does not fit this Toy: fp8_filter names \['\*\.mlp'\]"):
+        load_lite3r(dense, tmp_path)
+
+
+def test_the_dense_model_comes_back() -> None:
+    model = Toy().eval()
+    dense = model(images())
+    remove_lite3r(apply_lite3r(model, **SPARSE, precision="fp8_qat", fp8_filter=only_qkv))
+    assert torch.equal(model(images()), dense)
+    assert not names_of(model, FakeQuantLinear)
