@@ -33,7 +33,9 @@ def only_qkv(module: nn.Module, fqn: str) -> bool:
 
 
 QKV = ["frame.0.qkv", "frame.1.qkv", "cross.0.qkv", "cross.1.qkv"]
-FILTERS = pytest.mark.parametrize("fp8_filter", [("*.qkv",), ("frame.*.qkv", "cross.0.qkv", "cross.1.qkv"), only_qkv], ids=str)
+FILTERS = pytest.mark.parametrize(
+    "fp8_filter", [("*.qkv",), ("frame.*.qkv", "cross.0.qkv", "cross.1.qkv"), only_qkv], ids=["pattern", "names", "function"]
+)
 
 
 @FILTERS
