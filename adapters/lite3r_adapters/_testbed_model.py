@@ -9,8 +9,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lite3r_plugin.adapter.models import ModelEntry
+from lite3r_plugin.scene.geometry import unproject
 from lite3r_plugin.scene.images import to_tensor
-from lite3r_plugin.scene.prediction import Prediction, unproject
+from lite3r_plugin.scene.prediction import Prediction
 
 LONGEST_SIDE = 224
 PATCH = 8
