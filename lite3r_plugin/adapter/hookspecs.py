@@ -1,4 +1,4 @@
-"""The hooks of the package. A model adapter is a module with one or both of them, marked with `hookimpl`.
+"""The hooks of the package. A plugin is a module with one or more of them, marked with `hookimpl`; a model adapter has the first.
 
 Register it under the entry-point group ``lite3r.adapters``; see `adapters/README.md`.
 """
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
+    import typer
     from torch import nn
 
     from .models import ModelEntry
@@ -47,4 +48,13 @@ def lite3r_optimize(model: nn.Module) -> Sequence[str] | None:
     The answer says in words what was fixed. Afterwards the model must also run with BF16 weights without autocast, and
     its forward must not wait for the GPU. Only the given instance may change. `lite3r bench` builds its strong dense
     baseline with it.
+    """
+
+
+@hookspec
+def lite3r_commands(app: typer.Typer) -> None:
+    """Add commands to the command line: ``@app.command()`` before a function makes ``lite3r NAME``.
+
+    Every plugin is given an `app` of its own and cannot change other commands; the names of built-in commands are taken. A plugin
+    that raises is named in a warning and skipped. Import what is heavy inside of the commands, lest help wait for it.
     """

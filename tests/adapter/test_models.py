@@ -41,7 +41,7 @@ def test_preprocess_sizes() -> None:
     assert _vggt_model.preprocess(photo).shape[2:] == (350, 518)
     assert _vggt_model.preprocess([Image.new("RGB", (300, 900))]).shape[2:] == (518, 518)
     assert _pi3_model.preprocess(photo).shape[2:] == (406, 616)
-    out = _da3_model.preprocess(photo)
+    out = _da3_model.ENTRIES["da3-small"].inputs(photo)
     assert out.shape[2:] == (336, 504)
     torch.testing.assert_close(out[0, 0, 0, 0].item(), (1 - 0.485) / 0.229, rtol=1e-5, atol=0)
 

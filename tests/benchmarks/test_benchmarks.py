@@ -146,6 +146,7 @@ def _small_testbed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     model = BenchModel("small", lambda: Testbed(TestbedConfig(dim=128, head_dim=32, depth=2, stem=8)))
     monkeypatch.setattr(memory_fp8, "find_model", lambda name: model)
+    monkeypatch.setattr(BenchModel, "of", lambda entry: entry)
     monkeypatch.setattr(get_manager().hook, "lite3r_optimize", lambda model: [])
 
 
