@@ -21,7 +21,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import quality_report
 import torch
@@ -29,15 +28,12 @@ from torch import Tensor, nn
 
 import lite3r_plugin
 from lite3r_plugin.adapter.models import ModelEntry
+from lite3r_plugin.adapter.plugins import find_model
 from lite3r_plugin.apply.carried import lite3r_modules
-from lite3r_plugin.attention import module as attention
-from lite3r_plugin.cli.evaluate import geometry, model_inputs, reference_of, sample_views
-from lite3r_plugin.cli.reconstruct import find_entry
-from lite3r_plugin.evaluation.run import choose_device, choose_dtype, quiet, run_model
+from lite3r_plugin.evaluation import choose_device, choose_dtype, model_inputs, quiet, run_model, sample_views
 from lite3r_plugin.files import write_atomically
 from lite3r_plugin.scene.data import Scene, open_scenes, pick_views
 from lite3r_plugin.scene.metrics import Geometry, constant_geometry, fidelity, scene_metrics
-from lite3r_plugin.tokens.tracker import TokenLayout
 from lite3r_plugin.training.calibrate import calibrate
 
 HERE = Path(__file__).parent
@@ -91,10 +87,22 @@ def variants(keep_ratios: Sequence[float], order_ratio: float) -> list[Variant]:
     return rows
 
 
-def raster_order(layout: TokenLayout, device: torch.device) -> Tensor:
-    """As `lite3r_plugin.tokens.tracker.token_order`, but patches row by row."""
-    token = torch.arange(layout.views * layout.tokens_per_view, device=device, dtype=torch.int32).view(layout.views, -1)
-    return torch.cat((token[:, : layout.special_tokens].flatten(), token[:, layout.special_tokens :].flatten()))
+@contextlib.contextmanager
+def raster_order(model: nn.Module) -> Iterator[None]:
+    """Patches row by row instead of in tiles: the sites are told that all patches of a view are one row, whose tiles are runs of it."""
+    trackers = next(iter(lite3r_modules(model).values())).state.trackers
+    handles = []
+    for name, tracker in trackers.items():
+
+        def flatten(module: nn.Module, args: Any, tracker: Any = tracker) -> None:
+            tracker.grid = (1, math.prod(tracker.grid))
+
+        handles.append(model.get_submodule(name).register_forward_pre_hook(flatten))  # after the tracker's own
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class Bench:
@@ -103,7 +111,7 @@ class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self.device = choose_device(args.device)
         self.dtype = choose_dtype(args.dtype, self.device)
-        self.entry: ModelEntry = find_entry(args.model)
+        self.entry: ModelEntry = find_model(args.model)
         with quiet():
             self.model: nn.Module = self.entry.build(args.weights, self.device)
         self.args = args
@@ -117,7 +125,7 @@ class Bench:
             yield
             return
         lite3r_plugin.apply_lite3r(self.model, keep_ratio=variant.keep_ratio, dense_below=0, **dict(variant.fields))
-        order = mock.patch.object(attention, "order_for", raster_order) if variant.raster else contextlib.nullcontext()
+        order = raster_order(self.model) if variant.raster else contextlib.nullcontext()
         try:
             with order:
                 if variant.calibrated:
@@ -129,7 +137,7 @@ class Bench:
     def run(self, inputs: Tensor) -> tuple[Geometry, float]:
         """The prediction for ``[S, 3, H, W]``, and the density."""
         run = run_model(self.entry, self.model, inputs.to(self.device), self.dtype)
-        return geometry(run.prediction), 1.0 if run.density is None else run.density
+        return run.prediction.geometry(), 1.0 if run.density is None else run.density
 
     def _calibrated(self, variant: Variant) -> None:
         """Fit once a variant, on scenes with other textures than any that is evaluated."""
@@ -197,7 +205,7 @@ def evaluate(bench: Bench, store: dict[str, Any], data: str, views: int, rows: S
     spec, draws = (f"{data},views={views}", 1) if layout == "procedural" else (data, bench.args.draws)
     drawn = scenes_of(spec, views, draws)
     samples = [sample_views(bench.entry, scene, indices) for scene, indices in drawn]
-    references = [reference_of(sample) for sample in samples]
+    references = [sample.geometry() for sample in samples]
     inputs = [model_inputs(bench.entry, sample) for sample in samples]
     teachers: list[Geometry | None] = [None] * len(samples)
     group["sets"] = len(samples)
