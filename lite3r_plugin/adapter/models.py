@@ -55,6 +55,11 @@ class ModelEntry:
         """Whether the library that it needs can be found."""
         return self.library is None or importlib.util.find_spec(self.library) is not None
 
+    def require_library(self) -> None:
+        """Raise `InputError` where the library that it needs cannot be found."""
+        if not self.available:
+            raise InputError(f"the model {self.name!r} needs the library {self.library!r}, which is not installed: {self.install}")
+
     def inputs(self, images: Sequence[Image.Image]) -> Tensor:
         """The model's input ``[S, 3, H, W]``, float32, of RGB images."""
         return self.normalize(self.preprocess(images))
@@ -70,8 +75,7 @@ class ModelEntry:
         Raises:
             InputError: the library or the weights cannot be had, or the weights belong to another model.
         """
-        if not self.available:
-            raise InputError(f"the model {self.name!r} needs the library {self.library!r}, which is not installed: {self.install}")
+        self.require_library()
         weights = weights or self.default_weights
         if weights is None:
             raise InputError(f"the model {self.name!r} has no default weights; name a file or a Hub id, or {RANDOM!r} for timing only")

@@ -54,7 +54,7 @@ class Variant:
         return self.options.get("precision") == "fp8"
 
 
-VARIANTS = {
+VARIANTS: dict[str, Variant] = {
     variant.name: variant
     for variant in (
         Variant("stock", "FP32 weights, BF16 autocast, eager, as the model's README says", False, False),
@@ -65,6 +65,7 @@ VARIANTS = {
         Variant("lite3r-fp8", "lite3r-strong with the Linears of the transformer blocks in FP8", True, True, FP8),
     )
 }
+"""The variants by name, in the order in which they run by default."""
 
 
 def why_not(variant: Variant, options: Mapping[str, Any], device: torch.device) -> str | None:

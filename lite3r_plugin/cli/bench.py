@@ -40,8 +40,10 @@ def bench(
     from ..evaluation import choose_device
     from ..files import check_output
 
+    entry = find_model(model)
+    entry.require_library()
     run = Bench(
-        model=BenchModel.of(find_model(model)),
+        model=BenchModel.of(entry),
         views=numbers(views, "--views"),
         variants=[name.strip() for name in variants.split(",")],
         resolution=resolution,

@@ -43,7 +43,7 @@ def reconstruct(
     from ..apply.report import describe
     from ..apply.verbs import apply_lite3r
     from ..evaluation import DENSE, LITE3R, choose_device, choose_dtype, quiet, run_model
-    from ..scene.export import check_output
+    from ..files import check_output
     from ..scene.images import choose_views, find_images, load_images
     from .show import console, progress, say, table_of_runs, warn, what_ran
 

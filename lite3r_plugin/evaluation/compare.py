@@ -203,9 +203,11 @@ def sample_views(entry: ModelEntry, scene: Scene, indices: Sequence[int]) -> Vie
 def model_inputs(entry: ModelEntry, views: Views) -> Tensor:
     """The model's input ``[S, 3, H, W]``, float32 on the CPU, of views at a size that it takes, as `sample_views` gives them.
 
-    Pixels are rounded to 8 bits, so that they are what the model would be given if the views were stored as images.
+    Pixels are rounded to 8 bits and lie in memory as those of files do, so that the prediction is, bit for bit, that of views which
+    are stored as images.
     """
-    return entry.normalize((views.images * BITS).round() / BITS)
+    pixels = (views.images * BITS).round() / BITS
+    return entry.normalize(pixels.contiguous(memory_format=torch.channels_last))
 
 
 def _plain(value: float) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -29,4 +30,6 @@ def test_default_variants_are_all() -> None:
 def test_wrong_options_are_refused() -> None:
     assert "--views takes numbers" in fails("bench", "--model", "tiny", "--views", "two")
     assert "unknown variant(s) ['fast']" in fails("bench", "--model", "tiny", "--variants", "fast")
+    if importlib.util.find_spec("pi3") is None:
+        assert "needs the library 'pi3', which is not installed" in fails("bench", "--model", "pi3")
     assert "must end in .json" in fails("bench", "--model", "tiny", "--json", "r.txt")

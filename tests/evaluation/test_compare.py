@@ -75,7 +75,9 @@ def test_views_reach_a_model_as_if_they_were_files(name: str, scenes: list[Scene
     entry = model_entries()[name]
     views = sample_views(entry, scenes[0], [2, 0])
     pictures = [Image.fromarray((x.permute(1, 2, 0) * 255).round().byte().numpy()) for x in views.images]
-    assert torch.equal(model_inputs(entry, views), entry.inputs(pictures))
+    inputs, expected = model_inputs(entry, views), entry.inputs(pictures)
+    assert torch.equal(inputs, expected)
+    assert inputs.stride() == expected.stride()  # convolutions round by it
     torch.testing.assert_close(views.world_to_camera[0], torch.eye(3, 4))
     geometry = views.geometry()
     assert geometry.depth.shape == views.images[:, 0].shape
