@@ -138,7 +138,7 @@ def test_the_check_at_scale_finds_bad_choices() -> None:
 
 
 @pytest.fixture
-def _small_testbed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _small_testbed() -> Iterator[None]:
     """A plugin with one small model, as if there were exact fixes for it."""
     from lite3r_plugin import hookimpl
     from lite3r_plugin.adapter.plugins import find_model, get_manager
@@ -146,8 +146,8 @@ def _small_testbed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     entry = find_model("testbed")
     small = dataclasses.replace(entry, name="small", create=lambda: Testbed(TestbedConfig(dim=128, head_dim=32, depth=2, stem=8)))
-    get_manager().register(SimpleNamespace(lite3r_models=hookimpl(lambda: {"small": small})), name="small")
-    monkeypatch.setattr(get_manager().hook, "lite3r_optimize", lambda model: [])
+    plugin = SimpleNamespace(lite3r_models=hookimpl(lambda: {"small": small}), lite3r_optimize=hookimpl(lambda model: []))
+    get_manager().register(plugin, name="small")
     yield
     get_manager().unregister(name="small")
 
