@@ -22,7 +22,8 @@ from contestants import METHODS, Contestant, Problem, make_problem
 from roofline import Peaks, in_turn_ms, measure_peaks, queued_ms
 from torch import Tensor
 
-from lite3r_plugin.bench.measure import capture, short
+from lite3r_plugin.errors import short
+from lite3r_plugin.runtime.graphs import capture
 
 HEADINGS = (
     "tokens",

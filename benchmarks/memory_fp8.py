@@ -25,12 +25,13 @@ import torch
 from torch import nn
 
 from lite3r_plugin import describe, load_lite3r, save_lite3r
+from lite3r_plugin.adapter.plugins import find_model
 from lite3r_plugin.apply.lookup import lite3r_modules
-from lite3r_plugin.bench.measure import peak, release_memory
-from lite3r_plugin.bench.models import BenchModel, build, fidelity, find_model, make_images, reference, tensors
+from lite3r_plugin.bench.models import BenchModel, build, make_images, output_differences, reference, tensors
 from lite3r_plugin.bench.runner import weight_bytes
 from lite3r_plugin.bench.variants import VARIANTS, prepare
 from lite3r_plugin.files import write_atomically
+from lite3r_plugin.runtime.device import peak, release_memory
 
 BLOCKS, LOADING, SAME = 0.52, 1.05, 1e-3  # the most that is allowed
 Save = Callable[[dict[str, Any]], None]
@@ -110,7 +111,7 @@ def in_fp8(
         found["forward_peak_by_describe"][count] = describe(loaded).peak_bytes
         found["described"] = str(describe(loaded)).splitlines()
         if count == views[0]:
-            found["loaded_differs_by"] = max(fidelity(outputs, expected).values())
+            found["loaded_differs_by"] = max(output_differences(outputs, expected).values())
         save(result)
 
 
@@ -152,7 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
         if args.json:
             write_atomically(args.json, json.dumps(result, indent=1) + "\n")
 
-    what = (find_model(args.model), views, args.resolution, {"keep_ratio": args.keep_ratio}, device, result, save)
+    what = (BenchModel.of(find_model(args.model)), views, args.resolution, {"keep_ratio": args.keep_ratio}, device, result, save)
     dense_and_sparse(*what)
     in_fp8(*what)
     faults = result["wrong"] = wrong(result)

@@ -29,10 +29,9 @@ from torch import Tensor, nn
 import lite3r_plugin
 from lite3r_plugin import TokenLayout
 from lite3r_plugin.adapter.models import ModelEntry
+from lite3r_plugin.adapter.plugins import find_model
 from lite3r_plugin.apply.lookup import lite3r_modules
-from lite3r_plugin.cli.evaluate import geometry, model_inputs, reference_of, sample_views
-from lite3r_plugin.cli.reconstruct import find_entry
-from lite3r_plugin.evaluation.run import choose_device, choose_dtype, quiet, run_model
+from lite3r_plugin.evaluation import choose_device, choose_dtype, model_inputs, quiet, run_model, sample_views
 from lite3r_plugin.files import write_atomically
 from lite3r_plugin.scene.data import Scene, open_scenes, pick_views
 from lite3r_plugin.scene.metrics import Geometry, constant_geometry, fidelity, scene_metrics
@@ -102,7 +101,7 @@ class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self.device = choose_device(args.device)
         self.dtype = choose_dtype(args.dtype, self.device)
-        self.entry: ModelEntry = find_entry(args.model)
+        self.entry: ModelEntry = find_model(args.model)
         with quiet():
             self.model: nn.Module = self.entry.build(args.weights, self.device)
         self.args = args
@@ -129,7 +128,7 @@ class Bench:
     def run(self, inputs: Tensor) -> tuple[Geometry, float]:
         """The prediction for ``[S, 3, H, W]``, and the density."""
         run = run_model(self.entry, self.model, inputs.to(self.device), self.dtype)
-        return geometry(run.prediction), 1.0 if run.density is None else run.density
+        return run.prediction.geometry(), 1.0 if run.density is None else run.density
 
     def _calibrated(self, variant: Variant) -> None:
         """Fit once a variant, on scenes with other textures than any that is evaluated."""
@@ -197,7 +196,7 @@ def evaluate(bench: Bench, store: dict[str, Any], data: str, views: int, rows: S
     spec, draws = (f"{data},views={views}", 1) if layout == "procedural" else (data, bench.args.draws)
     drawn = scenes_of(spec, views, draws)
     samples = [sample_views(bench.entry, scene, indices) for scene, indices in drawn]
-    references = [reference_of(sample) for sample in samples]
+    references = [sample.geometry() for sample in samples]
     inputs = [model_inputs(bench.entry, sample) for sample in samples]
     teachers: list[Geometry | None] = [None] * len(samples)
     group["sets"] = len(samples)

@@ -16,11 +16,11 @@ import torch
 from roofline import queued_ms
 from torch import Tensor
 
-from lite3r_plugin.bench.measure import capture
 from lite3r_plugin.ops.block_map import kept_blocks
 from lite3r_plugin.ops.block_map.kernels import block_map_with_bits
 from lite3r_plugin.ops.qk_norm_rope import prepare_qkv
 from lite3r_plugin.ops.sla import kernels
+from lite3r_plugin.runtime.graphs import capture
 
 HEADS, DIM, BLOCK_Q, BLOCK_K, KEEP = 16, 64, 128, 64, 0.1
 VARIANTS: list[dict[str, int]] = [

@@ -59,3 +59,9 @@ class CheckpointError(Lite3RError):
 
 class InputError(Lite3RError, ValueError):
     """User input outside the model, such as an image folder or a weights file, cannot be used."""
+
+
+def short(error: BaseException, limit: int = 300) -> str:
+    """The type and the first `limit` characters of the message of `error`, in one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:limit]}{'...' if len(text) > limit else ''}"

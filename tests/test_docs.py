@@ -30,13 +30,6 @@ PAGES = (
     "examples/custom_adapter/README.md", "examples/lightglue/README.md",
 )  # fmt: skip
 BLOCK = re.compile(r"(<!-- not run: [^>]+ -->\n)?```python\n(.*?)```", re.DOTALL)
-# Options that the pages have and the commands do not have yet.
-AHEAD = {
-    ("bench", "--model"), ("bench", "--config"), ("bench", "--repeats"), ("demo", "--config"), ("eval", "--keep-ratio"),
-    ("reconstruct", "--config"),
-}  # fmt: skip
-RENAMED = ["lite3r_optimize"]  # hooks that have their new names in the pages and not yet in the code
-STALE = {"adapters/README.md"}  # pages with names of modules that have moved
 
 
 def read(page: str) -> str:
@@ -97,8 +90,7 @@ def options() -> list:
     for cells in rows("docs/command_line.md"):
         if option := re.match(r"`(--[\w-]+)", cells[0]):
             found |= {(name, option[1]) for name in re.findall(r"\b(demo|reconstruct|eval|bench)\b", cells[1])}
-    marks = {True: [pytest.mark.xfail(strict=True, reason="the command does not have it yet")], False: []}
-    return [pytest.param(*pair, id=" ".join(pair), marks=marks[pair in AHEAD]) for pair in sorted(found)]
+    return [pytest.param(*pair, id=" ".join(pair)) for pair in sorted(found)]
 
 
 @functools.cache
@@ -130,15 +122,10 @@ def test_every_hook_is_documented() -> None:
     hooks = [name for name, value in vars(hookspecs).items() if hasattr(value, "lite3r_spec")]
     assert len(hooks) >= 2
     text = "".join(map(read, (*RUN, "benchmarks/README.md")))
-    assert [hook for hook in hooks if hook not in text] == RENAMED
+    assert [hook for hook in hooks if hook not in text] == []
 
 
-def pages_with_names() -> list:
-    marks = {True: [pytest.mark.xfail(strict=True, reason="names modules that have moved")], False: []}
-    return [pytest.param(page, marks=marks[page in STALE]) for page in PAGES if page != "CHANGELOG.md"]
-
-
-@pytest.mark.parametrize("page", pages_with_names())
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "CHANGELOG.md"])
 def test_names_of_the_package_exist(page: str) -> None:
     missing = []
     for name in set(re.findall(r"\blite3r_plugin(?:\.[A-Za-z_]\w*)+", read(page))):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
+    import typer
     from torch import nn
 
     from .models import ModelEntry
@@ -70,4 +71,13 @@ def lite3r_exact_rewrites(model: nn.Module) -> Sequence[str] | None:
 
     Raises:
         AdapterError: it is a model of this family, but built in a way that the rewrites do not know.
+    """
+
+
+@hookspec
+def lite3r_commands(app: typer.Typer) -> None:
+    """Add commands to the command line: ``@app.command()`` before a function makes ``lite3r NAME``.
+
+    Every plugin is given an `app` of its own and cannot change other commands; the names of built-in commands are taken. A plugin
+    that raises is named in a warning and skipped. Import what is heavy inside of the commands, lest help wait for it.
     """

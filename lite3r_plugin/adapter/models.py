@@ -26,13 +26,14 @@ class ModelEntry:
         name: What users type after ``--model``.
         summary: One line about it.
         create: Makes the model with random weights, on the CPU. It may import the model's library.
-        preprocess: RGB images to the model's input, ``[S, 3, H, W]``.
-        predict: Runs the model on that input, already on the model's device, without gradients.
+        preprocess: 8-bit RGB images to pixels ``[S, 3, H, W]``, float32 in [0, 1], all at one size that the model takes.
+        predict: Runs the model on its input (see `inputs`), already on the model's device, without gradients.
         default_weights: Hub id or file that is loaded when the user names none; None: the user must name one.
         library: Import name of the library that `create` needs, or None.
         install: How to get that library.
         rename: As in `lite3r_plugin.adapter.weights.load_weights`.
         min_views: Fewest images it takes.
+        normalize: Pixels as `preprocess` gives them to the model's input of the same shape; by default they are the input.
         mixed_sizes: What `preprocess` does to images of different sizes, as the end of "images of different sizes are ...".
     """
 
@@ -46,12 +47,22 @@ class ModelEntry:
     install: str = ""
     rename: Callable[[str], str | None] | None = None
     min_views: int = 1
+    normalize: Callable[[Tensor], Tensor] = lambda pixels: pixels
     mixed_sizes: str = "resized to the size of the first"
 
     @property
     def available(self) -> bool:
         """Whether the library that it needs can be found."""
         return self.library is None or importlib.util.find_spec(self.library) is not None
+
+    def require_library(self) -> None:
+        """Raise `InputError` where the library that it needs cannot be found."""
+        if not self.available:
+            raise InputError(f"the model {self.name!r} needs the library {self.library!r}, which is not installed: {self.install}")
+
+    def inputs(self, images: Sequence[Image.Image]) -> Tensor:
+        """The model's input ``[S, 3, H, W]``, float32, of RGB images."""
+        return self.normalize(self.preprocess(images))
 
     def build(self, weights: str | None = None, device: torch.device | str = "cpu") -> nn.Module:
         """The model in evaluation mode, in FP32, on `device`.
@@ -67,8 +78,7 @@ class ModelEntry:
         Raises:
             InputError: the library or the weights cannot be had, or the weights belong to another model.
         """
-        if not self.available:
-            raise InputError(f"the model {self.name!r} needs the library {self.library!r}, which is not installed: {self.install}")
+        self.require_library()
         weights = weights or self.default_weights
         if weights is None:
             raise InputError(f"the model {self.name!r} has no default weights; name a file or a Hub id, or {RANDOM!r} for timing only")

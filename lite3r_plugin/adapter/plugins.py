@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from ..errors import AdapterError, Lite3RError, UnknownModelError
+from ..errors import AdapterError, InputError, Lite3RError, UnknownModelError
 from . import hookspecs
 from .sites import AttentionSite
 
@@ -109,6 +109,16 @@ def model_entries() -> dict[str, ModelEntry]:
         found: Any = implementation.function()
         entries.update(found)
     return entries
+
+
+def find_model(name: str) -> ModelEntry:
+    """The model called `name` that an installed adapter can build. Raises `InputError`, which lists the known ones."""
+    entries = model_entries()
+    if name not in entries:
+        raise InputError(
+            f"no installed adapter can build {name!r}; choose one of {', '.join(sorted(entries)) or 'none'} (see `lite3r adapters`)"
+        )
+    return entries[name]
 
 
 def list_adapters() -> list[AdapterInfo]:

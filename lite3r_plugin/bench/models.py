@@ -5,16 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..adapter.plugins import model_entries
-from ..errors import InputError
-
-if TYPE_CHECKING:
-    from ..adapter.models import ModelEntry
+from ..adapter.models import ModelEntry
+from ..adapter.weights import RANDOM
 
 DEPTH_KEYS = ("depth",)
 POSE_KEYS = ("pose_enc", "extrinsics", "camera_poses", "pose")
@@ -36,22 +33,14 @@ class BenchModel:
     summary: str = ""
     run: Callable[[nn.Module, Tensor], Any] = lambda model, images: model(images)
 
-
-def bench_models() -> dict[str, BenchModel]:
-    """The models of all installed adapters, by name."""
-    return {name: BenchModel(name, functools.partial(_build_random, entry), entry.summary) for name, entry in model_entries().items()}
+    @classmethod
+    def of(cls, entry: ModelEntry) -> BenchModel:
+        """The model of an adapter's entry."""
+        return cls(entry.name, functools.partial(_build_random, entry), entry.summary)
 
 
 def _build_random(entry: ModelEntry) -> nn.Module:
-    return entry.build("random", torch.get_default_device())
-
-
-def find_model(name: str) -> BenchModel:
-    """The model called `name`. Raises `InputError`, which lists the known names."""
-    models = bench_models()
-    if name not in models:
-        raise InputError(f"no installed adapter can build {name!r}; known models are {sorted(models)}")
-    return models[name]
+    return entry.build(RANDOM, torch.get_default_device())
 
 
 def build(model: BenchModel, device: torch.device, seed: int) -> nn.Module:
@@ -83,13 +72,18 @@ def tensors(outputs: Any) -> dict[str, Tensor]:
 
 
 def reference(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The outputs that fidelity is judged on, in FP32 on the CPU: depth and poses, or the only output."""
+    """The outputs that models are compared by, in FP32 on the CPU: depth and poses, or the only output."""
     names = [name for name in outputs if name in DEPTH_KEYS + POSE_KEYS] or list(outputs)[:1]
     return {name: outputs[name].float().cpu() for name in names}
 
 
-def fidelity(outputs: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
-    """Relative L2 error of each expected output, and for poses also the largest absolute error."""
+def output_differences(outputs: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """Relative L2 error of each expected output (``NAME_rel_l2``), and for poses also the largest absolute error (``NAME_max_abs``).
+
+    Args:
+        outputs: `tensors` of the model that is judged.
+        expected: What `reference` made of the outputs of the model that it is compared with.
+    """
     errors = {}
     for name, there in expected.items():
         here = outputs[name].float().cpu()

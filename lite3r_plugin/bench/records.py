@@ -14,6 +14,7 @@ import torch
 
 from ..files import write_atomically
 from ..ops.dispatch import triton_installed
+from ..version import __version__
 
 REPORT_VERSION = 1
 
@@ -91,8 +92,13 @@ class Cell:
 
 
 @dataclasses.dataclass
-class Report:
-    """All cells of a run and the conditions that they share."""
+class BenchReport:
+    """All cells of a run and the conditions that they share.
+
+    Attributes:
+        conditions: Model, options, machine and software, as JSON-serialisable data.
+        cells: In the order in which they were measured.
+    """
 
     conditions: dict[str, Any]
     cells: list[Cell] = dataclasses.field(default_factory=list)
@@ -110,7 +116,7 @@ class Report:
         return theirs.median_ms / mine.median_ms
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON-serialisable data."""
+        """As JSON-serialisable data, with the speed of each cell over stock and over the strong dense baseline."""
         cells = []
         for cell in self.cells:
             ratios = {f"speedup_over_{over}": self.speedup(cell, over) for over in ("stock", "strong")}
@@ -118,14 +124,12 @@ class Report:
         return {"version": REPORT_VERSION, "conditions": self.conditions, "cells": cells}
 
     def save(self, path: Path) -> None:
-        """Write the JSON file in one step: a reader sees the old or the new one, never a part."""
+        """Write the JSON file in one step: a reader sees the old or the new one, never a part. Raises `InputError` where that fails."""
         write_atomically(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
 
 def machine(device: torch.device, commit: str | None) -> dict[str, Any]:
     """The machine and the software, as part of the conditions of a report."""
-    import lite3r_plugin
-
     triton_version = None
     if triton_installed():
         import triton
@@ -139,7 +143,7 @@ def machine(device: torch.device, commit: str | None) -> dict[str, Any]:
         "cudnn": torch.backends.cudnn.version(),
         "triton": triton_version,
         "python": platform.python_version(),
-        "lite3r_plugin": lite3r_plugin.__version__,
+        "lite3r_plugin": __version__,
         "commit": commit or _commit(),
         "tf32_matmul": torch.backends.cuda.matmul.allow_tf32,
         "tf32_cudnn": torch.backends.cudnn.allow_tf32,

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from ..apply.lookup import lite3r_modules
 from ..apply.report import describe
-from ..errors import InputError, Lite3RError
-from . import measure
-from .models import BenchModel, build, fidelity, make_images, reference, tensors
-from .records import Cell, Report, machine
-from .subject import Subject
+from ..config import Lite3RConfig
+from ..errors import InputError, Lite3RError, short
+from ..runtime.device import release_memory
+from .models import BenchModel, build, make_images, output_differences, reference, tensors
+from .records import BenchReport, Cell, machine
+from .subject import Setup, Subject
 from .variants import VARIANTS, Variant, observe, prepare, why_not
 
 
@@ -34,12 +35,16 @@ class Bench:
         device: Where to run.
         compile: Whether strong variants may be compiled.
         graphs: Whether strong variants may be captured into CUDA graphs.
-        min_runs: Timed runs of a cell; 3 where one takes longer than `measure.SLOW_S` seconds.
+        repeats: Timed runs of a cell; 3 where one takes longer than `measure.SLOW_S` seconds.
         time_budget: Seconds after which no further cell is started; what is left is recorded as skipped.
         path: Where the report is written after every cell.
         commit: The commit under test, where the package is not in its repository.
         seed: Seed of weights and images.
         log: Takes progress lines.
+
+    Raises:
+        InputError: a variant is unknown, or there are no views.
+        ConfigError: `options` are not fields of `Lite3RConfig`, or have values that these do not take.
     """
 
     model: BenchModel
@@ -50,7 +55,7 @@ class Bench:
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     compile: bool = True
     graphs: bool = True
-    min_runs: int = 5
+    repeats: int = 5
     time_budget: float | None = None
     path: Path | None = None
     commit: str | None = None
@@ -62,12 +67,16 @@ class Bench:
             raise InputError(f"unknown variant(s) {unknown}; known are {list(VARIANTS)}")
         if not self.views or min(self.views) < 1:
             raise InputError(f"views are numbers >= 1, got {list(self.views)}")
+        for variant in (VARIANTS[name] for name in self.variants):
+            if variant.lite3r:
+                Lite3RConfig().replace(**variant.fields(self.options))
         self.device = torch.device(self.device)
         self.views = sorted(set(self.views))
         self._start = time.monotonic()
+        self._setup = Setup(self.model.run, self.device, self.resolution, self.compile, self.graphs, self.repeats)
         self._stock: dict[int, dict[str, Tensor]] = {}
 
-    def run(self) -> Report:
+    def run(self) -> BenchReport:
         """Measure all cells. A cell that fails, also for want of memory, is recorded, and the run goes on."""
         conditions = {
             "model": self.model.name,
@@ -82,7 +91,7 @@ class Bench:
             "cuda_graphs": self.graphs and self.device.type == "cuda",
             **machine(self.device, self.commit),
         }
-        self.report = Report(conditions)
+        self.report = BenchReport(conditions)
         for name in self.variants:
             with torch.no_grad():
                 self._run_variant(VARIANTS[name])
@@ -98,7 +107,7 @@ class Bench:
                 rewrites = prepare(module, variant, self.options)
             except (RuntimeError, Lite3RError) as caught:
                 error = caught
-        subject = Subject(module, variant, self)
+        subject = None if module is None else Subject(module, variant, self._setup)
         for cell in cells:
             cell.rewrites = rewrites
             try:
@@ -106,26 +115,26 @@ class Bench:
                     raise error
                 if missing is not None:
                     cell.status, cell.error = "skipped", missing
-                elif not self._has_time():
+                elif subject is None or not self._has_time():
                     cell.status, cell.error = "skipped", f"the time budget of {self.time_budget:g} s was spent"
                 else:
                     self._measure(subject, cell)
             except torch.cuda.OutOfMemoryError as caught:
-                cell.status, cell.error = "oom", measure.short(caught)
+                cell.status, cell.error = "oom", short(caught)
             except Exception as caught:  # whatever a host raises is a result too
-                cell.status, cell.error = "error", measure.short(caught)
+                cell.status, cell.error = "error", short(caught)
             self.report.cells.append(cell)
             if self.path is not None:
                 self.report.save(self.path)
             self._log_cell(cell)
-            measure.release_memory(self.device)
-        if subject.compiled_blocks:
+            release_memory(self.device)
+        if subject is not None and subject.blocks:
             torch._dynamo.reset()
         subject = module = None
-        measure.release_memory(self.device)
+        release_memory(self.device)
 
     def _measure(self, subject: Subject, cell: Cell) -> None:
-        module = subject.network
+        module = subject.module
         sites = lite3r_modules(module)
         cell.config = next(iter(sites.values())).state.config.to_dict() if sites else None
         cell.linears = describe(module).linears if sites else {}
@@ -140,7 +149,7 @@ class Bench:
             if cell.variant == "stock":
                 self._stock[cell.views] = reference(outputs)
             elif cell.views in self._stock:
-                cell.fidelity = fidelity(outputs, self._stock[cell.views])
+                cell.fidelity = output_differences(outputs, self._stock[cell.views])
             expected = reference(outputs)
             del outputs
             subject.measure_candidates(forward, cell, expected)

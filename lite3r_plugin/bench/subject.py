@@ -7,24 +7,42 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..adapter.plugins import find_sites
-from ..apply.lookup import lite3r_modules
-from ..attention.module import SparseLinearAttention
-from ..fp8.block import Fp8Block
-from . import measure
-from .models import fidelity, tensors
+from ..errors import short
+from ..runtime.compile import CompiledBlocks
+from ..runtime.device import peak
+from ..runtime.graphs import capture
+from ..runtime.sdpa import fastest_sdpa, sdpa_backend
+from .measure import GRAPH_LIMIT_S, measure
+from .models import output_differences, tensors
 from .records import Candidate, Cell
-from .variants import Variant, repeated_blocks
+from .variants import Variant
 
-if TYPE_CHECKING:
-    from .runner import Bench
 
-RECOMPILE_LIMIT = 16
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """How a run measures, the same for all its variants.
+
+    Attributes:
+        call: ``call(module, images [1, S, 3, R, R])``, the outputs of a forward.
+        device: Where to run.
+        resolution: R, height and width of the images in pixels.
+        compile: Whether strong variants may be compiled.
+        graphs: Whether strong variants may be captured into CUDA graphs.
+        repeats: Timed runs of a cell.
+    """
+
+    call: Callable[[nn.Module, Tensor], Any]
+    device: torch.device
+    resolution: int
+    compile: bool
+    graphs: bool
+    repeats: int
 
 
 @dataclasses.dataclass
@@ -32,64 +50,59 @@ class Subject:
     """A variant's model with what is decided once for all numbers of views: compilation and its failure.
 
     Attributes:
-        module: The model, prepared as `variant`; None where that failed.
+        module: The model, prepared as `variant`.
         variant: The variant.
-        bench: The run that it belongs to.
+        setup: How it is measured.
         backend: The dense attention backend of the current cell.
         compiled_for: The backend that is part of the compiled code.
         compile_failure: Why compilation is not tried again.
-        compiled_blocks: The blocks with their compiled calls.
+        blocks: Its repeated blocks, which run compiled when that is wanted.
     """
 
-    module: nn.Module | None
+    module: nn.Module
     variant: Variant
-    bench: Bench
+    setup: Setup
     backend: str = "default"
     compiled_for: str | None = None
     compile_failure: str | None = None
-    compiled_blocks: list[tuple[nn.Module, Any]] = dataclasses.field(default_factory=list)
+    blocks: CompiledBlocks = dataclasses.field(init=False)
 
-    @property
-    def network(self) -> nn.Module:
-        """`module` of a variant that could be prepared."""
-        assert self.module is not None
-        return self.module
+    def __post_init__(self) -> None:
+        self.blocks = CompiledBlocks(self.module)
 
     @contextlib.contextmanager
     def ready(self, images: Tensor, cell: Cell) -> Iterator[Callable[[], Any]]:
         """The forward on `images` as this variant runs it, without compilation."""
-        device = self.bench.device
+        device = self.setup.device
         if self.variant.strong:
             images = images.to(torch.bfloat16)
-            backend, times = measure.fastest_sdpa(self._probe(cell.views))
+            backend, times = fastest_sdpa(self._probe(cell.views))
             measured = ", ".join(f"{name} {t:.3f} ms" if isinstance(t, float) else f"{name}: {t}" for name, t in times.items())
             cell.sdpa = f"{backend} first ({measured})" if measured else backend
             self.backend = backend
-            modes: tuple[Any, ...] = (measure.sdpa_backend(backend),)
+            mode = sdpa_backend(backend)
         else:
-            modes = (torch.autocast(device.type, torch.bfloat16),)
-        with contextlib.ExitStack() as stack:
-            for mode in modes:
-                stack.enter_context(mode)
-            yield lambda: self.bench.model.run(self.network, images)
+            mode = torch.autocast(device.type, torch.bfloat16)
+        with mode:
+            yield lambda: self.setup.call(self.module, images)
 
     def measure_candidates(self, forward: Callable[[], Any], cell: Cell, expected: dict[str, Tensor]) -> None:
         """Fill the cell's candidates. `expected`: outputs of an eager forward, which the other ways must reproduce."""
-        device, runs = self.bench.device, self.bench.min_runs
+        device, runs = self.setup.device, self.setup.repeats
         if not self.variant.strong:
-            cell.candidates["eager"] = measure.measure(forward, device, runs)
+            cell.candidates["eager"] = measure(forward, device, runs)
             return
         compiled = cell.candidates["compiled"] = self._measure_compiled(forward, expected)
         if compiled.median_ms is not None:
-            with self._compiled():
+            with self.blocks.running():
                 cell.candidates["compiled graph"] = self._measure_graph(forward, compiled, expected)
         # Where compiled blocks run, eager is only of interest for comparison: one run is enough if it is slow.
         quick = compiled.median_ms is not None
-        eager = cell.candidates["eager"] = measure.measure(forward, device, runs, quick=quick)
+        eager = cell.candidates["eager"] = measure(forward, device, runs, quick=quick)
         cell.candidates["graph"] = self._measure_graph(forward, eager, expected)
 
     def _measure_compiled(self, forward: Callable[[], Any], expected: dict[str, Tensor]) -> Candidate:
-        if not self.bench.compile:
+        if not self.setup.compile:
             return Candidate(reason="compilation is switched off")
         if self.compile_failure is not None:
             return Candidate(reason=f"failed before: {self.compile_failure}")
@@ -100,14 +113,14 @@ class Subject:
         counters.clear()
         start = time.monotonic()
         try:
-            with self._compiled():
-                difference = fidelity(tensors(forward()), expected)
+            with self.blocks.running():
+                difference = output_differences(tensors(forward()), expected)
                 seconds = time.monotonic() - start
-                candidate = measure.measure(forward, self.bench.device, self.bench.min_runs)
+                candidate = measure(forward, self.setup.device, self.setup.repeats)
         except torch.cuda.OutOfMemoryError as error:
-            return Candidate(reason=measure.short(error))
+            return Candidate(reason=short(error))
         except Exception as error:  # whatever the compiler raises is a result
-            self.compile_failure = measure.short(error)
+            self.compile_failure = short(error)
             return Candidate(reason=self.compile_failure)
         candidate.prepare_s = seconds
         candidate.notes = {
@@ -118,63 +131,33 @@ class Subject:
         return candidate
 
     def _measure_graph(self, forward: Callable[[], Any], base: Candidate, expected: dict[str, Tensor]) -> Candidate:
-        device = self.bench.device
+        device = self.setup.device
         if device.type != "cuda":
             return Candidate(reason="there is no CUDA device")
-        if not self.bench.graphs:
+        if not self.setup.graphs:
             return Candidate(reason="CUDA graphs are switched off")
-        if base.median_ms is not None and base.median_ms > measure.GRAPH_LIMIT_S * 1e3:
-            return Candidate(reason=f"one run takes longer than {measure.GRAPH_LIMIT_S:g} s, so launches do not matter")
+        if base.median_ms is not None and base.median_ms > GRAPH_LIMIT_S * 1e3:
+            return Candidate(reason=f"one run takes longer than {GRAPH_LIMIT_S:g} s, so launches do not matter")
         start = time.monotonic()
         try:
-            graph, outputs = measure.capture(forward, device)
+            graph, outputs = capture(forward, device)
             seconds = time.monotonic() - start
-            peaks = measure.peak(device)
+            peaks = peak(device)
             graph.replay()
-            difference = fidelity(tensors(outputs), expected)
-            candidate = measure.measure(graph.replay, device, self.bench.min_runs)
+            difference = output_differences(tensors(outputs), expected)
+            candidate = measure(graph.replay, device, self.setup.repeats)
         except Exception as error:  # a forward that waits for the GPU cannot be captured: a result
-            return Candidate(reason=measure.short(error))
+            return Candidate(reason=short(error))
         candidate.prepare_s, (candidate.peak_bytes, candidate.reserved_bytes) = seconds, peaks
         candidate.notes = {"difference_to_eager": difference}
         return candidate
 
-    @contextlib.contextmanager
-    def _compiled(self) -> Iterator[None]:
-        """Blocks run compiled inside the context. Attention that may be sparse stays eager: it is Triton already.
-
-        So does a fused FP8 block around it, all of whose passes are: rows in FP8 cannot cross a break of the graph.
-        """
-        if not self.compiled_blocks:
-            for block in repeated_blocks(self.network):
-                if not (isinstance(block, Fp8Block) and _sparse_sites(block)):
-                    block.compile(dynamic=True)
-                    self.compiled_blocks.append((block, block._compiled_call_impl))
-        sites = _sparse_sites(self.network)
-        try:
-            for site in sites:
-                site.forward = torch.compiler.disable(site.forward)
-            for block, call in self.compiled_blocks:
-                block._compiled_call_impl = call
-            with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT, fail_on_recompile_limit_hit=True):
-                yield
-        finally:
-            for site in sites:
-                del site.forward
-            for block, _ in self.compiled_blocks:
-                block._compiled_call_impl = None
-
     def _probe(self, views: int) -> Tensor:
         """Queries as at a global attention site at this number of views, to choose the backend of dense attention."""
-        _, sites = find_sites(self.network)
+        _, sites = find_sites(self.module)
         site = min(sites, key=lambda site: site.scope != "global")
         tokens, heads = views * 1024, site.projections.num_heads or 16
         if site.tokens is not None:
-            patches = math.prod(self.bench.resolution // size for size in site.tokens.patch_size)
+            patches = math.prod(self.setup.resolution // size for size in site.tokens.patch_size)
             tokens = views * (patches + site.tokens.special_tokens)
-        return torch.randn(1, heads, tokens, site.head_dim, device=self.bench.device, dtype=torch.bfloat16)
-
-
-def _sparse_sites(module: nn.Module) -> list[SparseLinearAttention]:
-    """The attention inside `module` that may run sparse."""
-    return [site for site in lite3r_modules(module).values() if site.sparse and site.keep_ratio < 1]
+        return torch.randn(1, heads, tokens, site.head_dim, device=self.setup.device, dtype=torch.bfloat16)

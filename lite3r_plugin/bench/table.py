@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from .records import Cell, Report
+from .records import BenchReport, Cell
 
 FP8 = "in FP8"  # how `describe` begins what runs a Linear in FP8
 
 
-def table(report: Report) -> Table:
+def table(report: BenchReport) -> Table:
     """One row per cell, with its speed against stock and against the strong dense baseline."""
     conditions = report.conditions
     title = (
@@ -27,7 +27,7 @@ def table(report: Report) -> Table:
     return result
 
 
-def _numbers(report: Report, cell: Cell) -> list[str]:
+def _numbers(report: BenchReport, cell: Cell) -> list[str]:
     won = cell.winner
     if won is None or won.median_ms is None:
         return [f"{cell.status}: {cell.error}"[:100]]

@@ -44,13 +44,17 @@ class Variant:
     lite3r: bool
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    def fields(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Fields of `Lite3RConfig` for it where `options` are asked for."""
+        return {**options, **self.options}
+
     @property
     def fp8(self) -> bool:
         """Whether its Linears are in FP8."""
         return self.options.get("precision") == "fp8"
 
 
-VARIANTS = {
+VARIANTS: dict[str, Variant] = {
     variant.name: variant
     for variant in (
         Variant("stock", "FP32 weights, BF16 autocast, eager, as the model's README says", False, False),
@@ -61,6 +65,7 @@ VARIANTS = {
         Variant("lite3r-fp8", "lite3r-strong with the Linears of the transformer blocks in FP8", True, True, FP8),
     )
 }
+"""The variants by name, in the order in which they run by default."""
 
 
 def why_not(variant: Variant, options: Mapping[str, Any], device: torch.device) -> str | None:
@@ -68,7 +73,7 @@ def why_not(variant: Variant, options: Mapping[str, Any], device: torch.device) 
     if not variant.fp8 or options.get("fp8_backend", "auto") != "auto":
         return None
     reason = backends.why_not("scaled_mm", device, 16, 16)
-    return None if reason is None else f"no FP8 matrix products: {reason}; --set fp8_backend=emulated runs it for its memory and error"
+    return None if reason is None else f"no FP8 matrix products: {reason}; --config fp8_backend=emulated runs it for its memory and error"
 
 
 def prepare(module: nn.Module, variant: Variant, options: Mapping[str, Any]) -> list[str]:
@@ -87,7 +92,7 @@ def prepare(module: nn.Module, variant: Variant, options: Mapping[str, Any]) -> 
             )
         rewrites = list(found)
     if variant.lite3r:
-        apply_lite3r(module, **{**options, **variant.options})
+        apply_lite3r(module, **variant.fields(options))
         fill_projections(module)
     return rewrites
 
@@ -98,15 +103,6 @@ def fill_projections(module: nn.Module) -> None:
     for site in lite3r_modules(module).values():
         if hasattr(site, "proj_lin"):
             nn.init.normal_(site.proj_lin.weight, std=PROJ_STD)
-
-
-def repeated_blocks(module: nn.Module) -> list[nn.Module]:
-    """The transformer blocks: items of a `ModuleList` that are all of one class and have parts of their own."""
-    blocks: dict[int, nn.Module] = {}
-    for found in module.modules():
-        if isinstance(found, nn.ModuleList) and len(found) > 1 and len({type(item) for item in found}) == 1:
-            blocks |= {id(item): item for item in found if sum(1 for _ in item.modules()) > 4 and not isinstance(item, nn.Sequential)}
-    return list(blocks.values())
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def adapters() -> None:
-    """List the installed model adapters, and the models that `lite3r reconstruct` can build."""
+    """List the installed model adapters, and the models that the other commands can build."""
     from rich.table import Table
 
     from ..adapter.plugins import list_adapters, model_entries
@@ -17,7 +17,7 @@ def adapters() -> None:
         table.add_row(info.name, info.summary, f"{info.distribution} {info.version}".strip())
     console.print(table)
 
-    table = Table(title="Models: what `lite3r reconstruct --model` can build", title_justify="left", title_style="bold")
+    table = Table(title="Models: what other commands take as --model", title_justify="left", title_style="bold")
     for header in ("model", "about", "weights", "library"):
         table.add_column(header, overflow="fold")
     for name, entry in model_entries().items():

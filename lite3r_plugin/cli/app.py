@@ -1,7 +1,8 @@
-"""The command line, ``lite3r``. Subcommands live in `lite3r_plugin.cli`; another one is added with `app.command`."""
+"""The command line, ``lite3r``. Subcommands are modules of `lite3r_plugin.cli`; plugins add others by the hook `lite3r_commands`."""
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import Annotated, Any
 
@@ -17,9 +18,22 @@ from .reconstruct import reconstruct
 
 
 class _Group(TyperGroup):
-    """Prints the package's errors as one line with exit code 2, and only the package's own warnings."""
+    """Adds the commands of plugins; prints the package's errors as one line with exit code 2, and only the package's own warnings."""
 
-    def invoke(self, ctx: Any) -> Any:
+    @functools.cached_property
+    def plugin_commands(self) -> dict[str, Any]:
+        """Commands that installed plugins add, by name."""
+        from .plugins import plugin_commands
+
+        return plugin_commands(taken=self.commands)
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*super().list_commands(ctx), *self.plugin_commands]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return super().get_command(ctx, cmd_name) or self.plugin_commands.get(cmd_name)
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
         from . import show as _show
 
         def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
@@ -29,11 +43,16 @@ class _Group(TyperGroup):
         with warnings.catch_warnings():
             warnings.simplefilter("default")
             warnings.showwarning = show
-            try:
-                return super().invoke(ctx)
-            except Lite3RError as error:
-                _show.error(str(error))
-                raise typer.Exit(2) from None
+            return super().main(*args, **kwargs)
+
+    def invoke(self, ctx: Any) -> Any:
+        from . import show as _show
+
+        try:
+            return super().invoke(ctx)
+        except Lite3RError as error:
+            _show.error(str(error))
+            raise typer.Exit(2) from None
 
 
 app = typer.Typer(

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..config import Lite3RConfig
+from .options import Config, Device, KeepRatio, Repeats, Weights, lite3r_config
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..evaluation.run import Run
+    from ..evaluation import Run
 
 SIZE = 224  # the resolution that the testbed was trained for
 TEXTURES, TEXTURE_SIZE = 64, 128
@@ -22,52 +22,46 @@ FIRST_SEED = 1_000_000  # far from the seeds of the scenes and textures that the
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the point clouds and the picture; made if needed.")] = Path("lite3r-demo"),
     views: Annotated[int, typer.Option(min=1, max=64, help="Number of views.")] = 8,
-    keep_ratio: Annotated[float, typer.Option(help="Share of the key blocks that attention keeps, in (0, 1].")] = Lite3RConfig.keep_ratio,
+    keep_ratio: KeepRatio = None,
+    config: Config = None,
     seed: Annotated[int, typer.Option(min=0, help="Which scene.")] = 0,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed runs; the median is printed.")] = 3,
-    weights: Annotated[
-        str | None, typer.Option(help="Weights of the testbed; `random` for timing only. By default the trained ones.", show_default=False)
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    repeats: Repeats = 3,
+    weights: Weights = None,
+    device: Device = "auto",
 ) -> None:
     """Run the packaged test model on a rendered scene, dense and with Lite3R, and compare both with the truth."""
     import torch
 
+    from ..adapter.plugins import find_model
     from ..adapter.weights import RANDOM
     from ..apply.report import describe
-    from ..apply.verbs import apply_lite3r, lite3r_disabled
     from ..errors import InputError
-    from ..evaluation.run import choose_device, merge, run_model
+    from ..evaluation import DENSE, LITE3R, ModelPair, choose_device, merge
     from ..scene.export import Panel, point_cloud, render, save_picture, save_ply
-    from ..scene.prediction import depth_error
-    from .reconstruct import DENSE, LITE3R, find_entry, panels
-    from .show import console, progress, say, table_of_runs, warn
+    from .show import console, depth_error, panels, progress, say, table_of_runs, warn
 
     # Sparse attention would not switch itself on for so few tokens; the demo wants to show it.
-    config = Lite3RConfig(keep_ratio=keep_ratio, dense_below=0)
-    entry, where = find_entry("testbed"), choose_device(device)
+    options = lite3r_config(config, keep_ratio, dense_below=0)
+    entry, where = find_model("testbed"), choose_device(device)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"the folder {out} cannot be made: {error.strerror}") from error
     with progress() as bar:
         task = bar.add_task("Rendering a scene", total=2 + repeats)
-        model = entry.build(weights, where)  # first, because its weights may be missing
+        pair = ModelPair.build(entry, options, weights, where)  # first, because its weights may be missing
         images, truth = _scene(views, seed)
         images = images.to(where)
-        apply_lite3r(model, config)
         samples: dict[str, list[Run]] = {DENSE: [], LITE3R: []}
         for i in range(repeats):  # in turns, so that whatever else the machine does meanwhile slows both
             bar.update(task, advance=1, description=f"Running the test model, dense and with Lite3R, {i + 1} of {repeats}")
-            warm_up = where.type == "cuda" and i == 0
-            with lite3r_disabled(model):
-                samples[DENSE].append(run_model(entry, model, images, torch.float32, warm_up=warm_up))
-            samples[LITE3R].append(run_model(entry, model, images, torch.float32, warm_up=warm_up))
+            for method in (DENSE, LITE3R):
+                samples[method].append(pair.run(method, images, torch.float32, warm_up=where.type == "cuda" and i == 0))
         runs = {name: merge(sample) for name, sample in samples.items()}
-        applied = str(describe(model))
+        applied = str(describe(pair.model))
         bar.update(task, advance=1, description="Writing")
         clouds = {name: point_cloud(run.prediction, max_points=400_000) for name, run in runs.items()}
-        files = {name: out / f"{name.lower()}.ply" for name in runs}
+        files = {name: out / f"{name}.ply" for name in runs}
         for name, cloud in clouds.items():
             save_ply(cloud, files[name])
         rows = panels(runs)
@@ -78,8 +72,8 @@ def demo(
         save_picture(picture, rows, f"lite3r demo: {views} views of a rendered scene", looks)
 
     errors = {
-        "depth against truth": {name: depth_error(run.prediction.depth, truth, align_scale=True) for name, run in runs.items()},
-        "depth against dense": {LITE3R: depth_error(runs[LITE3R].prediction.depth, runs[DENSE].prediction.depth)},
+        "depth against truth": {name: depth_error(run.prediction.depth, truth, "scene") for name, run in runs.items()},
+        "depth against dense": {LITE3R: depth_error(runs[LITE3R].prediction.depth, runs[DENSE].prediction.depth, "none")},
     }
     if weights == RANDOM:
         warn("the weights are random: time and memory are real, the geometry and its errors are meaningless")

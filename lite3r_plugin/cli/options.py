@@ -1,27 +1,74 @@
-"""Options that several commands read in the same way."""
+"""The vocabulary of the command line: options that several commands have, and the one place where they are checked."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
+import typer
+
+from ..config import Lite3RConfig
 from ..errors import InputError
 
+Model = Annotated[str, typer.Option("--model", help="Name of the model; `lite3r adapters` lists them.", show_default=False)]
+Weights = Annotated[
+    str | None,
+    typer.Option("--weights", help="A file or a Hub id; `random` for timing only. By default the published weights.", show_default=False),
+]
+KeepRatio = Annotated[
+    float | None,
+    typer.Option(
+        "--keep-ratio",
+        help=f"Share of the key blocks that attention keeps; the same as --config keep_ratio=... [default: {Lite3RConfig.keep_ratio}]",
+        show_default=False,
+    ),
+]
+Config = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--config",
+        help="A field of Lite3RConfig as name=value, the value in JSON, such as dense_below=0; may be repeated.",
+        show_default=False,
+    ),
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")]
+Dtype = Annotated[str, typer.Option("--dtype", help="Of the computation: auto (bfloat16 on a GPU), float32, bfloat16, float16.")]
+Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Timed runs; the median is printed.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write all numbers here.", show_default=False)]
 
-def parse_fields(items: Iterable[str], option: str) -> dict[str, Any]:
-    """``name=value`` items to a dict; a value that is no JSON is a string.
+
+def config_fields(config: Iterable[str] | None, keep_ratio: float | None = None) -> dict[str, Any]:
+    """Fields of `Lite3RConfig` from ``--config name=value`` and ``--keep-ratio``; a value that is no JSON is a string.
 
     Raises:
-        InputError: an item has no ``=``.
+        InputError: an item has no ``=``, or a field is given twice.
+        ConfigError: there is no field of that name, or it does not take the value.
     """
-    fields = {}
-    for item in items:
+    fields: dict[str, Any] = {} if keep_ratio is None else {"keep_ratio": keep_ratio}
+    for item in config or ():
         name, equals, value = item.partition("=")
         if not equals:
-            raise InputError(f"{option} takes name=value, such as {option} keep_ratio=0.25, got {item!r}")
+            raise InputError(f"--config takes name=value, such as --config keep_ratio=0.25, got {item!r}")
+        if name in fields:
+            raise InputError(f"{name} is given twice; one of them is meant")
         try:
             fields[name] = json.loads(value)
         except json.JSONDecodeError:
             fields[name] = value
+    Lite3RConfig().replace(**fields)
     return fields
+
+
+def lite3r_config(config: Iterable[str] | None, keep_ratio: float | None = None, **defaults: Any) -> Lite3RConfig:
+    """The configuration of `config_fields`, with other `defaults` than the class has."""
+    return Lite3RConfig().replace(**(defaults | config_fields(config, keep_ratio)))
+
+
+def numbers(text: str, option: str) -> list[int]:
+    """``2,4,8`` as numbers. Raises `InputError` where they are none."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"{option} takes numbers separated by commas, such as 2,4,8, got {text!r}") from error

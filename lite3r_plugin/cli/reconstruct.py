@@ -7,34 +7,26 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..config import DEFAULT_KEEP_RATIO, Lite3RConfig
 from ..errors import InputError
+from .options import Config, Device, Dtype, KeepRatio, Model, Repeats, Weights, lite3r_config
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from ..adapter.models import ModelEntry
-    from ..evaluation.run import Run
-    from ..scene.export import Panel
-    from ..scene.prediction import DepthError
-
-DENSE, LITE3R = "dense", "Lite3R"
+    from ..evaluation import Run
+    from ..scene.metrics import DepthMetrics
 
 
 def reconstruct(
     images_dir: Annotated[Path, typer.Argument(help="Folder with photographs of one static scene.", show_default=False)],
-    model: Annotated[str, typer.Option(help="Name of the model; `lite3r adapters` lists them.", show_default=False)],
+    model: Model,
     out: Annotated[Path, typer.Option(help="The point cloud to write, *.ply. A picture is written next to it, as *.png.")] = Path(
         "scene.ply"
     ),
-    weights: Annotated[
-        str | None, typer.Option(help="A file or a Hub id; `random` for timing only. By default the published weights.", show_default=False)
-    ] = None,
-    keep_ratio: Annotated[float, typer.Option(help="Share of the key blocks that attention keeps, in (0, 1].")] = DEFAULT_KEEP_RATIO,
-    dense_below: Annotated[
-        int | None,
-        typer.Option(help="Sites with fewer tokens stay dense; 0: none does. By default what pays on the device.", show_default=False),
-    ] = None,
+    weights: Weights = None,
+    keep_ratio: KeepRatio = None,
+    config: Config = None,
     dense: Annotated[bool, typer.Option("--dense", help="Run the model as it is, without Lite3R.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Run it both ways, write both clouds, and print the difference.")] = False,
     max_views: Annotated[
@@ -42,47 +34,47 @@ def reconstruct(
     ] = None,
     max_points: Annotated[int, typer.Option(min=1, help="Write at most so many points.")] = 1_000_000,
     drop: Annotated[float, typer.Option(min=0, max=99.9, help="Leave out this percentage of the points, the least confident ones.")] = 20.0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    dtype: Annotated[str, typer.Option(help="Of the computation: auto (bfloat16 on a GPU), float32, bfloat16, float16.")] = "auto",
-    repeats: Annotated[int, typer.Option(min=1, help="Timed runs; the median is printed.")] = 1,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    repeats: Repeats = 1,
 ) -> None:
     """Reconstruct a scene from photographs: a coloured point cloud and a picture of views and depth."""
+    from ..adapter.plugins import find_model
     from ..apply.report import describe
     from ..apply.verbs import apply_lite3r
-    from ..evaluation import run as _run
-    from ..scene.export import check_output
+    from ..evaluation import DENSE, LITE3R, choose_device, choose_dtype, quiet, run_model
+    from ..files import check_output
     from ..scene.images import choose_views, find_images, load_images
     from .show import console, progress, say, table_of_runs, warn, what_ran
 
     if dense and compare:
         raise InputError("--dense and --compare exclude each other; --compare runs the dense model too")
-    config = Lite3RConfig(keep_ratio=keep_ratio, dense_below=dense_below)
-    entry = find_entry(model)
+    options, entry = lite3r_config(config, keep_ratio), find_model(model)
     for path in _outputs(out, compare):
         check_output(path, path.suffix if path != out else ".ply")
     paths = choose_views(find_images(images_dir), max_views)
     if len(paths) < entry.min_views:
         raise InputError(f"the model {entry.name!r} needs at least {entry.min_views} images, {images_dir} gives {len(paths)}")
-    where = _run.choose_device(device)
-    number = _run.choose_dtype(dtype, where)
+    where = choose_device(device)
+    number = choose_dtype(dtype, where)
 
     runs: dict[str, Run] = {}
     applied = None
     with progress() as bar:
         task = bar.add_task("Loading images", total=4 + compare)
         pictures = load_images(paths)
-        views = entry.preprocess(pictures).to(where)
+        views = entry.inputs(pictures).to(where)
         bar.update(task, advance=1, description=f"Building {entry.name}")
-        with _run.quiet():
+        with quiet():
             net = entry.build(weights, where)
-        options = {"runs": repeats, "warm_up": repeats > 1 or where.type == "cuda"}
+        warm_up = repeats > 1 or where.type == "cuda"
         if dense or compare:
             bar.update(task, advance=1, description=f"Running {entry.name}, dense")
-            runs[DENSE] = _run.run_model(entry, net, views, number, **options)
+            runs[DENSE] = run_model(entry, net, views, number, repeats, warm_up)
         if not dense:
             bar.update(task, advance=1, description=f"Running {entry.name} with Lite3R")
-            apply_lite3r(net, config)
-            runs[LITE3R] = _run.run_model(entry, net, views, number, **options)
+            apply_lite3r(net, options)
+            runs[LITE3R] = run_model(entry, net, views, number, repeats, warm_up)
             applied = str(describe(net))
         bar.update(task, advance=1, description="Writing")
         notes, errors = _describe_inputs(entry, pictures, weights), _compare(runs)
@@ -105,31 +97,6 @@ def reconstruct(
         say(f"wrote {file} ({what})")
 
 
-def find_entry(name: str) -> ModelEntry:
-    """The model called `name`. Raises `InputError`, which lists the known ones."""
-    from ..adapter.plugins import model_entries
-
-    entries = model_entries()
-    if name not in entries:
-        raise InputError(
-            f"no installed adapter can build {name!r}; choose one of {', '.join(sorted(entries)) or 'none'} (see `lite3r adapters`)"
-        )
-    return entries[name]
-
-
-def panels(runs: dict[str, Run]) -> list[Panel]:
-    """Rows of the picture: the views, each run's depth, and how the runs differ."""
-    from ..scene.export import Panel
-
-    first = next(iter(runs.values())).prediction
-    rows = [Panel("views", first.images, "image")]
-    rows += [Panel(f"depth, {name}", run.prediction.depth, "depth") for name, run in runs.items()]
-    if len(runs) == 2:
-        before, after = (run.prediction.depth for run in runs.values())
-        rows.append(Panel(f"difference of {' and '.join(runs)}", (after - before).abs() / before, "error"))
-    return rows
-
-
 def _outputs(out: Path, compare: bool) -> list[Path]:
     return [out, out.with_suffix(".png"), *([out.with_suffix(".dense.ply")] if compare else [])]
 
@@ -145,16 +112,19 @@ def _describe_inputs(entry: ModelEntry, pictures: list[Image.Image], weights: st
     return notes
 
 
-def _compare(runs: dict[str, Run]) -> dict[str, dict[str, DepthError]]:
-    from ..scene.prediction import depth_error
+def _compare(runs: dict[str, Run]) -> dict[str, dict[str, DepthMetrics | None]]:
+    from ..evaluation import DENSE, LITE3R
+    from .show import depth_error
 
     if len(runs) < 2:
         return {}
-    return {"depth against dense": {LITE3R: depth_error(runs[LITE3R].prediction.depth, runs[DENSE].prediction.depth)}}
+    return {"depth against dense": {LITE3R: depth_error(runs[LITE3R].prediction.depth, runs[DENSE].prediction.depth, "none")}}
 
 
 def _write(out: Path, title: str, runs: dict[str, Run], max_points: int, drop: float) -> dict[Path, str]:
+    from ..evaluation import DENSE
     from ..scene.export import point_cloud, render, save_picture, save_ply
+    from .show import panels
 
     files: dict[Path, str] = {}
     looks = []

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from ..evaluation.run import Run
-    from ..scene.prediction import DepthError
+    from torch import Tensor
+
+    from ..evaluation import Run
+    from ..scene.export import Panel
+    from ..scene.metrics import DepthMetrics
 
 console = Console(highlight=False)
 err_console = Console(stderr=True, highlight=False)
@@ -44,11 +47,11 @@ def what_ran(run: Run) -> str | None:
         return None
     return (
         "Every site ran dense: with so few tokens sparse attention does not pay, so the result is the dense model's. "
-        "Use more views, or --dense-below 0 to see the sparse path anyway."
+        "Use more views, or --config dense_below=0 to see the sparse path anyway."
     )
 
 
-def table_of_runs(title: str, runs: Mapping[str, Run], errors: Mapping[str, Mapping[str, DepthError]]) -> Table:
+def table_of_runs(title: str, runs: Mapping[str, Run], errors: Mapping[str, Mapping[str, DepthMetrics | None]]) -> Table:
     """Time, density and memory of runs by name, and their depth errors by what they are compared with."""
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("")
@@ -59,6 +62,30 @@ def table_of_runs(title: str, runs: Mapping[str, Run], errors: Mapping[str, Mapp
         row += [_error(column.get(name)) for column in errors.values()]
         table.add_row(name, *row)
     return table
+
+
+def depth_error(predicted: Tensor, reference: Tensor, align: Literal["scene", "none"]) -> DepthMetrics | None:
+    """`depth_metrics` of depth maps ``[S, H, W]``; None where they have no pixel to compare, as with random weights."""
+    from ..errors import InputError
+    from ..scene.metrics import depth_metrics
+
+    try:
+        return depth_metrics(predicted, reference, align=align)
+    except InputError:
+        return None
+
+
+def panels(runs: Mapping[str, Run]) -> list[Panel]:
+    """Rows of a picture: the views, each run's depth, and how two runs differ."""
+    from ..scene.export import Panel
+
+    first = next(iter(runs.values())).prediction
+    rows = [Panel("views", first.images, "image")]
+    rows += [Panel(f"depth, {name}", run.prediction.depth, "depth") for name, run in runs.items()]
+    if len(runs) == 2:
+        before, after = (run.prediction.depth for run in runs.values())
+        rows.append(Panel(f"difference of {' and '.join(runs)}", (after - before).abs() / before, "error"))
+    return rows
 
 
 def _seconds(run: Run) -> str:
@@ -72,5 +99,5 @@ def _bytes(n: int | None) -> str:
     return "not measured" if n is None else f"{n / 2**30:.2f} GiB"
 
 
-def _error(e: DepthError | None) -> str:
-    return "" if e is None else f"{e.mean:.2%} / {e.p95:.2%} / {e.maximum:.1%}"
+def _error(e: DepthMetrics | None) -> str:
+    return "" if e is None else f"{e.abs_rel:.2%} / {e.abs_rel_p95:.2%} / {e.abs_rel_max:.1%}"

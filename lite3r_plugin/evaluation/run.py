@@ -1,4 +1,4 @@
-"""Running a model for a command: device, dtype, time, memory, density."""
+"""Running a model: on which device, in which dtype, how long, with how much memory, how dense."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..adapter.models import ModelEntry
 from ..apply.lookup import lite3r_modules
 from ..errors import InputError
+from ..runtime.device import synchronize
 from ..scene.prediction import Prediction
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -27,7 +28,7 @@ class Run:
     """A timed run of a model.
 
     Attributes:
-        prediction: What it predicted.
+        prediction: What it predicted in the last run.
         times: Seconds of each timed run.
         peak_bytes: Most memory in use meanwhile, weights included: on the CPU of the process, on a GPU of its tensors;
             None where the system does not tell.
@@ -46,7 +47,11 @@ class Run:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device called `name`; ``"auto"`` is the GPU if there is one. Raises `InputError` when it is not there."""
+    """The device called `name` (``"cpu"``, ``"cuda"``, ``"cuda:1"``, ...); ``"auto"`` is the GPU if there is one.
+
+    Raises:
+        InputError: it is not there.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -58,20 +63,24 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype called `name`; ``"auto"`` is bfloat16 on a GPU, else float32. Raises `InputError` for another name."""
+    """The dtype of `DTYPES` called `name`; ``"auto"`` is bfloat16 on a GPU, else float32.
+
+    Raises:
+        InputError: there is none of that name.
+    """
     if name not in DTYPES:
         raise InputError(f"unknown dtype {name!r}; choose one of {', '.join(DTYPES)}")
     return DTYPES[name] or (torch.bfloat16 if device.type == "cuda" else torch.float32)
 
 
-def run_model(entry: ModelEntry, model: nn.Module, images: Tensor, dtype: torch.dtype, runs: int = 1, warm_up: bool = False) -> Run:
+def run_model(entry: ModelEntry, model: nn.Module, images: Tensor, dtype: torch.dtype, repeats: int = 1, warm_up: bool = False) -> Run:
     """Predict from `images` ``[S, 3, H, W]`` under autocast to `dtype` (weights stay FP32), timed.
 
     Args:
         entry, model: The model and how to run it.
-        images: As ``entry.preprocess`` makes them, on the model's device.
-        dtype: FP32 means no autocast.
-        runs: Timed runs, of which the median counts.
+        images: As ``entry.inputs`` makes them, on the model's device.
+        dtype: Of the computation; FP32 means no autocast.
+        repeats: Timed runs, of which the median counts.
         warm_up: Run once more before, untimed.
 
     Raises:
@@ -83,11 +92,11 @@ def run_model(entry: ModelEntry, model: nn.Module, images: Tensor, dtype: torch.
         if warm_up:
             entry.predict(model, images)
         start_peak(images.device)
-        for _ in range(runs):
-            _synchronize(images.device)
+        for _ in range(repeats):
+            synchronize(images.device)
             start = time.perf_counter()
             predictions[:] = [entry.predict(model, images)]
-            _synchronize(images.device)
+            synchronize(images.device)
             times.append(time.perf_counter() - start)
     return Run(predictions[0], tuple(times), read_peak(images.device), _density(model))
 
@@ -132,16 +141,11 @@ def _density(model: nn.Module) -> float | None:
     return statistics.fmean(densities) if densities else None
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 @contextlib.contextmanager
 def _explained_memory_errors(images: Tensor) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error):
-            raise InputError(f"{len(images)} views do not fit into the memory of {images.device}; use fewer with --max-views") from error
+            raise InputError(f"{len(images)} views do not fit into the memory of {images.device}; use fewer") from error
         raise

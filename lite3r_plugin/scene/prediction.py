@@ -1,4 +1,4 @@
-"""What a reconstruction model predicts of a scene, and simple geometry of it.
+"""What a reconstruction model predicts of a scene.
 
 Cameras are OpenCV's: x right, y down, z forward; a pixel (u, v) has its centre at (u + 0.5, v + 0.5); depth is the z
 coordinate in the camera's frame. Units are the model's own, metres only where the model says so.
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterError
+from .geometry import Geometry
 
 
 @dataclass(frozen=True)
@@ -57,61 +58,6 @@ class Prediction:
         """S."""
         return self.depth.shape[0]
 
-
-@dataclass(frozen=True)
-class DepthError:
-    """Absolute relative depth error |depth - reference| / reference over pixels: mean, 95th percentile, maximum."""
-
-    mean: float
-    p95: float
-    maximum: float
-
-
-def depth_error(depth: Tensor, reference: Tensor, align_scale: bool = False) -> DepthError:
-    """Compare depth maps ``[S, H, W]`` where the reference is finite and positive.
-
-    Args:
-        depth: What is judged.
-        reference: What it is compared with; 0, negative or not finite where unknown.
-        align_scale: First multiply `depth` by one number for the whole scene, the median of reference / depth. For
-            references from another source than the model, which knows no scale.
-    """
-    known = reference.isfinite() & (reference > 0)
-    depth, reference = depth[known].double(), reference[known].double()
-    if not len(reference):
-        return DepthError(float("nan"), float("nan"), float("nan"))
-    if align_scale:
-        depth = depth * (reference / depth).median()
-    error = (depth - reference).abs() / reference
-    rank = max(1, round(0.95 * len(error)))
-    return DepthError(error.mean().item(), error.kthvalue(rank).values.item(), error.max().item())
-
-
-def unproject(depth: Tensor, world_to_camera: Tensor, intrinsics: Tensor) -> Tensor:
-    """World points ``[S, H, W, 3]`` of depth maps ``[S, H, W]`` with cameras ``[S, 3, 4]`` and ``[S, 3, 3]``."""
-    height, width = depth.shape[-2:]
-    v, u = torch.meshgrid(
-        torch.arange(height, device=depth.device) + 0.5, torch.arange(width, device=depth.device) + 0.5, indexing="ij"
-    )  # fmt: skip
-    pixels = torch.stack((u, v, torch.ones_like(u)), -1).to(depth.dtype)  # [H, W, 3]
-    rays = torch.einsum("sij,hwj->shwi", torch.linalg.inv(intrinsics.to(depth.dtype)), pixels)
-    rotation, translation = world_to_camera[:, :, :3].to(depth.dtype), world_to_camera[:, :, 3].to(depth.dtype)
-    return torch.einsum("sji,shwj->shwi", rotation, rays * depth[..., None] - translation[:, None, None])
-
-
-def fit_intrinsics(camera_points: Tensor) -> Tensor:
-    """Pinhole intrinsics ``[S, 3, 3]`` with a central principal point that explain camera-frame points ``[S, H, W, 3]``.
-
-    For models that predict points but no focal length. Robust: the median over pixels of each axis.
-    """
-    views, height, width = camera_points.shape[:3]
-    x, y, z = camera_points.float().unbind(-1)
-    u = (torch.arange(width, device=x.device) + 0.5 - width / 2).expand_as(x)
-    v = (torch.arange(height, device=x.device) + 0.5 - height / 2)[:, None].expand_as(y)
-    intrinsics = torch.zeros(views, 3, 3, device=x.device)
-    for axis, pixel, coordinate in ((0, u, x), (1, v, y)):
-        slope = coordinate / z
-        focal = (pixel / torch.where(slope == 0, 1e-9, slope)).flatten(1).median(1).values
-        intrinsics[:, axis, axis] = focal.clamp_min(1.0)
-    intrinsics[:, 0, 2], intrinsics[:, 1, 2], intrinsics[:, 2, 2] = width / 2, height / 2, 1.0
-    return intrinsics
+    def geometry(self) -> Geometry:
+        """Depth and cameras, as `lite3r_plugin.scene.metrics` measures them; points are unprojected from these."""
+        return Geometry(self.depth, self.world_to_camera, self.intrinsics)

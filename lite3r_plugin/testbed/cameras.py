@@ -43,18 +43,3 @@ def relative_to_first(world_to_camera: Tensor) -> Tensor:
     rotation, translation = world_to_camera.split((3, 1), -1)
     turned = rotation @ rotation[:, :1].mT
     return torch.cat((turned, translation - turned @ translation[:, :1]), -1)
-
-
-def unproject(depth: Tensor, intrinsics: Tensor, world_to_camera: Tensor) -> Tensor:
-    """Depth maps ``[B, S, H, W]`` to world points ``[B, S, H, W, 3]``; pixel centres are at +0.5."""
-    height, width = depth.shape[-2:]
-    focal = torch.stack((intrinsics[..., 0, 0], intrinsics[..., 1, 1]), -1)[..., None, None, :]
-    centre = intrinsics[..., :2, 2][..., None, None, :]
-    v = torch.arange(height, device=depth.device, dtype=depth.dtype) + 0.5
-    u = torch.arange(width, device=depth.device, dtype=depth.dtype) + 0.5
-    pixels = torch.stack(torch.meshgrid(u, v, indexing="xy"), -1)
-    rays = torch.cat(((pixels - centre) / focal, torch.ones_like(depth[..., None])), -1)
-    camera_points = rays * depth[..., None]
-    rotation, translation = world_to_camera[..., None, :, :3], world_to_camera[..., None, None, :, 3]
-    # R^T (x - t), as a sum: a matrix product would become one small product for each row of pixels
-    return ((camera_points - translation)[..., None] * rotation[..., None, :, :]).sum(-2)

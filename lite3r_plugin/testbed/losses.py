@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cameras import fov_of, relative_to_first, unproject
+from ..scene.geometry import unproject
+from .cameras import fov_of, relative_to_first
 from .model import Testbed
 
 Batch = dict[str, Tensor]
@@ -66,7 +67,7 @@ def supervised_losses(predicted: dict[str, Tensor], batch: Batch) -> dict[str, T
     pose = relative_to_first(batch["w2c"])
     ok = batch["ok"] & batch["ok"][:, :1]
     valid = batch["valid"] & ok[..., None, None]
-    points = torch.where(valid[..., None], unproject(batch["depth"], batch["K"], pose), 0)
+    points = torch.where(valid[..., None], unproject(batch["depth"], pose, batch["K"]), 0)
     count = valid.sum((1, 2, 3)).clamp(min=1)
     scale = (points.norm(dim=-1).sum((1, 2, 3)) / count).clamp(min=1e-2)
     depth = torch.where(valid, batch["depth"] / scale[:, None, None, None], 1).clamp(min=1e-4)

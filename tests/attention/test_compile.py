@@ -13,12 +13,12 @@ from torch.export import Dim, export
 from toys import Attention, Separate, Toy, images, toy_adapter
 
 from lite3r_plugin import apply_lite3r
-from lite3r_plugin.bench.variants import repeated_blocks
 from lite3r_plugin.costs import attention as costs
 from lite3r_plugin.costs.model import AttentionCosts
 from lite3r_plugin.ops.dispatch import constant_in_graphs
 from lite3r_plugin.ops.qk_norm_rope import HeadNorm
 from lite3r_plugin.ops.sla import operator, sparse_linear_attention
+from lite3r_plugin.runtime.compile import repeated_blocks
 from lite3r_plugin.testbed.model import Testbed, TestbedConfig
 from lite3r_plugin.testing import TEST_CONFIG
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -136,17 +138,18 @@ def test_the_check_at_scale_finds_bad_choices() -> None:
 
 
 @pytest.fixture
-def _small_testbed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`lite3r bench` knows one small model, as if there were exact rewrites for it."""
-    import memory_fp8
-
-    from lite3r_plugin.adapter.plugins import get_manager
-    from lite3r_plugin.bench import BenchModel
+def _small_testbed() -> Iterator[None]:
+    """A plugin with one small model, as if there were exact rewrites for it."""
+    from lite3r_plugin import hookimpl
+    from lite3r_plugin.adapter.plugins import find_model, get_manager
     from lite3r_plugin.testbed import Testbed, TestbedConfig
 
-    model = BenchModel("small", lambda: Testbed(TestbedConfig(dim=128, head_dim=32, depth=2, stem=8)))
-    monkeypatch.setattr(memory_fp8, "find_model", lambda name: model)
-    monkeypatch.setattr(get_manager().hook, "lite3r_exact_rewrites", lambda model: [])
+    entry = find_model("testbed")
+    small = dataclasses.replace(entry, name="small", create=lambda: Testbed(TestbedConfig(dim=128, head_dim=32, depth=2, stem=8)))
+    plugin = SimpleNamespace(lite3r_models=hookimpl(lambda: {"small": small}), lite3r_exact_rewrites=hookimpl(lambda model: []))
+    get_manager().register(plugin, name="small")
+    yield
+    get_manager().unregister(name="small")
 
 
 @pytest.mark.usefixtures("_small_testbed")
@@ -154,7 +157,7 @@ def test_memory_in_fp8(tmp_path: Path) -> None:
     import memory_fp8
 
     path = tmp_path / "memory.json"
-    assert memory_fp8.main(["--views", "2,3", "--resolution", "64", "--json", str(path)]) == 1
+    assert memory_fp8.main(["--model", "small", "--views", "2,3", "--resolution", "64", "--json", str(path)]) == 1
     stored = json.loads(path.read_text())
     fp8, full = stored["lite3r-fp8"], stored["lite3r-strong"]
     linears = 2 * 2 * 8 * 128**2  # its MLPs are twice as wide; so small that scales and norms count

@@ -10,9 +10,10 @@ import torch
 
 from lite3r_plugin import apply_lite3r, remove_lite3r
 from lite3r_plugin.errors import ConfigError, InputError
+from lite3r_plugin.scene.geometry import unproject
 from lite3r_plugin.scene.procedural import ARCS, ProcScenes, TextureBank
 from lite3r_plugin.testbed import Testbed, TestbedConfig
-from lite3r_plugin.testbed.cameras import decode_pose, fov_of, relative_to_first, unproject
+from lite3r_plugin.testbed.cameras import decode_pose, fov_of, relative_to_first
 from lite3r_plugin.testbed.evaluate import auc, evaluate, pose_errors
 from lite3r_plugin.testbed.losses import TrainingModel, correspondences, match_loss
 from lite3r_plugin.testbed.train import main
@@ -120,7 +121,7 @@ def test_true_matches_have_the_lowest_loss(sample: dict[str, torch.Tensor]) -> N
     index, weight = correspondences(sample, 8)
     assert 0.1 < (weight.sum(-1) > 0.5).float().mean() < 1
     grid = (48 // 8, 64 // 8)
-    points = unproject(sample["depth"], sample["K"], sample["w2c"])[:, :, 4::8, 4::8].flatten(2, 3)
+    points = unproject(sample["depth"], sample["w2c"], sample["K"])[:, :, 4::8, 4::8].flatten(2, 3)
     code = (points @ torch.randn(3, 64) * 2 + torch.rand(64) * 6).sin()
     scale = torch.tensor(3.0)
     true = match_loss(code, grid, index, weight, scale)

@@ -10,8 +10,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lite3r_plugin.adapter import ModelEntry
+from lite3r_plugin.scene.geometry import unproject
 from lite3r_plugin.scene.images import crop_centre, to_tensor
-from lite3r_plugin.scene.prediction import Prediction, unproject
+from lite3r_plugin.scene.prediction import Prediction
 
 LONGEST_SIDE = 504
 PATCH = 14
@@ -39,16 +40,20 @@ def _rename(name: str) -> str:
 
 
 def preprocess(images: Sequence[Image.Image]) -> Tensor:
-    """Longest side 504 pixels, multiples of 14, ImageNet statistics; the common middle of images of different sizes."""
+    """Longest side 504 pixels, multiples of 14; the common middle of images of different sizes."""
     resized = [_resize(image) for image in images]
     width, height = min(image.width for image in resized), min(image.height for image in resized)
-    pixels = to_tensor([crop_centre(image, width, height) for image in resized])
+    return to_tensor([crop_centre(image, width, height) for image in resized])
+
+
+def normalize(pixels: Tensor) -> Tensor:
+    """ImageNet statistics."""
     mean, std = _statistics(pixels)
     return (pixels - mean) / std
 
 
 def predict(model: nn.Module, images: Tensor) -> Prediction:
-    """Depth and cameras from the model, points by unprojection. `images` as `preprocess` makes them."""
+    """Depth and cameras from the model, points by unprojection. `images` as `normalize` makes them."""
     output = model(images[None])
     depth = output["depth"].reshape(images.shape[0], *images.shape[-2:]).float()
     world_to_camera, intrinsics = output["extrinsics"][0, :, :3, :4].float(), output["intrinsics"][0].float()
@@ -86,6 +91,7 @@ ENTRIES = {
         summary=f"Depth Anything 3, {summary}",
         create=functools.partial(_create, name),
         preprocess=preprocess,
+        normalize=normalize,
         predict=predict,
         default_weights=f"depth-anything/{name.upper()}",
         library="depth_anything_3",

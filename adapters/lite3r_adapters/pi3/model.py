@@ -10,8 +10,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lite3r_plugin.adapter import ModelEntry
+from lite3r_plugin.scene.geometry import fit_intrinsics
 from lite3r_plugin.scene.images import to_tensor
-from lite3r_plugin.scene.prediction import Prediction, fit_intrinsics
+from lite3r_plugin.scene.prediction import Prediction
 
 PATCH = 14
 PIXEL_LIMIT = 255_000

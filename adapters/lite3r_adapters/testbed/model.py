@@ -9,8 +9,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lite3r_plugin.adapter import ModelEntry
+from lite3r_plugin.scene.geometry import unproject
 from lite3r_plugin.scene.images import to_tensor
-from lite3r_plugin.scene.prediction import Prediction, unproject
+from lite3r_plugin.scene.prediction import Prediction
 from lite3r_plugin.testbed import Testbed, TestbedConfig
 from lite3r_plugin.testbed.model import CONFIG_NAME, SHIPPED, WEIGHTS_NAME
 

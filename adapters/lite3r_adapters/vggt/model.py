@@ -8,8 +8,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lite3r_plugin.adapter import ModelEntry
+from lite3r_plugin.scene.geometry import unproject
 from lite3r_plugin.scene.images import crop_centre, pad_centre, to_tensor
-from lite3r_plugin.scene.prediction import Prediction, unproject
+from lite3r_plugin.scene.prediction import Prediction
 
 WIDTH = 518
 PATCH = 14

@@ -12,8 +12,8 @@ import numpy as np
 
 from ...errors import InputError
 from ..images import find_images
+from .cameras import camera_matrix, inverse_pose, world_to_camera
 from .files import folders, image_named, parse_numbers, read_bytes, read_mask, read_text
-from .geometry import camera_matrix, inverse_pose, world_to_camera
 from .mvsnet import dtu_scans
 from .scene import Frame, Scene, Scenes
 

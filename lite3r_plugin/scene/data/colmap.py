@@ -17,8 +17,8 @@ import numpy as np
 from torch import Tensor
 
 from ...errors import InputError
+from .cameras import camera_matrix, world_to_camera
 from .files import checked_depth, folders, parse_numbers, read_bytes, read_text
-from .geometry import camera_matrix, world_to_camera
 from .scene import Frame, Scene, Scenes
 
 # Names, numbers of focal lengths and of all parameters, in the order of the binary format's ids; None: no pinhole even undistorted.

@@ -13,8 +13,8 @@ from pathlib import Path
 from torch import Tensor
 
 from ...errors import InputError
+from .cameras import camera_matrix, world_to_camera
 from .files import folders, image_named, parse_numbers, read_mask, read_numbers, read_pfm, read_text
-from .geometry import camera_matrix, world_to_camera
 from .scene import Frame, Scene, Scenes
 
 # The seven scenes that the authors of BlendedMVS keep for validation.

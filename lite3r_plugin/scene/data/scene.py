@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
+from ..geometry import Geometry, relative_to_first
+from .cameras import Fit
 from .files import read_image
-from .geometry import Fit, relative_to_first
 
 Lazy = Tensor | Callable[[], Tensor]
 
@@ -78,8 +79,18 @@ class Views:
             raise InputError("these views have no poses; open a layout with cameras")
         return replace(self, world_to_camera=relative_to_first(self.world_to_camera))
 
+    def geometry(self) -> Geometry:
+        """Depth, cameras and mask, as `lite3r_plugin.scene.metrics` measures them.
+
+        Raises:
+            InputError: no cameras.
+        """
+        if self.intrinsics is None or self.world_to_camera is None:
+            raise InputError("these views have no cameras; open a layout with cameras")
+        return Geometry(self.depth, self.world_to_camera, self.intrinsics, self.valid)
+
     def as_sample(self) -> dict[str, Tensor]:
-        """A batch of this one scene with the keys of `lite3r_plugin.scene.procedural.ProcScenes`; needs cameras.
+        """A batch of this one scene in the format of the renderer, `lite3r_plugin.scene.procedural.ProcScenes`, for training losses.
 
         Raises:
             InputError: no cameras.

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import InputError
+from .cameras import camera_matrix, inverse_pose
 from .files import folders, image_named, read_depth_png, read_numbers, read_text
-from .geometry import camera_matrix, inverse_pose
 from .scene import Frame, Scene, Scenes
 
 NOMINAL = ((585.0, 0.0, 320.0), (0.0, 585.0, 240.0), (0.0, 0.0, 1.0))

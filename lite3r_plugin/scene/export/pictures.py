@@ -1,4 +1,4 @@
-"""A picture of a reconstruction: views, depth maps, their difference, and the point cloud from aside."""
+"""A picture of a reconstruction: views, depth maps, their difference, and the point cloud from the side."""
 
 from __future__ import annotations
 

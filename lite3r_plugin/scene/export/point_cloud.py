@@ -63,10 +63,10 @@ def save_ply(cloud: PointCloud, path: Path) -> None:
 
 
 def render(cloud: PointCloud, size: tuple[int, int] = (480, 720), turn: float = 18.0, lift: float = 10.0) -> Tensor:
-    """A picture ``[H, W, 3]`` uint8 of the cloud from outside: turned and lifted by degrees around its middle.
+    """A picture ``[H, W, 3]`` uint8 of the cloud from outside: rotated and lifted by degrees around its middle.
 
     World coordinates are those of the first camera (x right, y down, z forward) in all models here, so the picture
-    shows what the first view shows, from aside. White where there is no point.
+    shows what the first view shows, from the side. White where there is no point.
     """
     height, width = size
     points = cloud.points.double()

@@ -1,6 +1,6 @@
 """How good a reconstruction is: depth, pose and points against a reference, and fidelity to a dense teacher.
 
-    from lite3r_plugin.metrics import Comparison, Geometry
+    from lite3r_plugin.scene.metrics import Comparison, Geometry
 
     comparison = Comparison()
     for reference, dense, lite3r in scenes:                      # three `Geometry` objects
@@ -13,6 +13,7 @@ frames and units of the two sides need not agree. AUC is in percent, angles in d
 the unit of the reference. What cannot be measured is NaN, and None in `to_dict`; input that makes no sense is an `InputError`.
 """
 
+from ..geometry import Geometry
 from .alignment import Similarity, fit_similarity
 from .bootstrap import Interval, paired_bootstrap
 from .comparison import Comparison
@@ -20,7 +21,7 @@ from .depth import DepthMetrics, depth_metrics
 from .fidelity import Fidelity, fidelity
 from .points import PointMetrics, cloud_metrics, point_metrics
 from .pose import PairErrors, PoseMetrics, auc, pair_errors, pose_metrics
-from .scene import Geometry, SceneMetrics, constant_geometry, scene_metrics
+from .scene import SceneMetrics, constant_geometry, scene_metrics
 
 __all__ = [
     "Comparison",

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ...errors import InputError
+from ..geometry import Geometry
 from .bootstrap import Interval, paired_bootstrap
-from .scene import Geometry, SceneMetrics, constant_geometry, scene_metrics
+from .scene import SceneMetrics, constant_geometry, scene_metrics
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -17,10 +17,10 @@ Align = Literal["scene", "view", "none"]
 
 @dataclass(frozen=True)
 class DepthMetrics(Record):
-    """Means over all pixels that both sides know, after alignment.
+    """Over all pixels that both sides know, after alignment; means where nothing else is said.
 
     Attributes:
-        abs_rel: |predicted - reference| / reference.
+        abs_rel, abs_rel_p95, abs_rel_max: |predicted - reference| / reference: mean, 95th percentile, maximum.
         rmse: Root of the mean squared error, in the unit of the reference.
         delta1, delta2, delta3: Shares of pixels whose ratio, the larger over the smaller, is below 1.25, 1.25², 1.25³.
         coverage: Share of the reference's pixels for which there is a prediction.
@@ -28,6 +28,8 @@ class DepthMetrics(Record):
     """
 
     abs_rel: float
+    abs_rel_p95: float
+    abs_rel_max: float
     rmse: float
     delta1: float
     delta2: float
@@ -73,9 +75,12 @@ def depth_metrics(predicted: Tensor, reference: Tensor, valid: Tensor | None = N
     mine = (mine * scales[:, None, None])[both]
     true = true[both]
     error = (mine - true).abs()
+    relative = error / true
     ratio = torch.maximum(mine / true, true / mine)
     return DepthMetrics(
-        (error / true).mean().item(),
+        relative.mean().item(),
+        relative.kthvalue(max(1, round(0.95 * len(relative)))).values.item(),
+        relative.max().item(),
         error.square().mean().sqrt().item(),
         *((ratio < 1.25**k).double().mean().item() for k in (1, 2, 3)),
         coverage=both.sum().item() / known.sum().item(),

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from ...errors import InputError
+from ..geometry import Geometry
 from .depth import depth_metrics
 from .points import spread
 from .pose import pair_errors
 from .records import Record
-from .scene import Geometry
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .textures import uniform
-from .tracing import Primitives, Scene, trace
+from .tracing import Primitives, SceneTensors, trace
 
 # furniture templates in a unit footprint: rows of (cx,cy,cz, hx,hy,hz), z from 0 to ~1, 6 boxes each
 _TEMPLATES = torch.tensor(
@@ -122,7 +122,7 @@ class SceneSampler:
         """Uniform numbers in [lo, hi)."""
         return uniform(shape, self.g, self.device, lo, hi)
 
-    def scene(self, B: int) -> Scene:
+    def scene(self, B: int) -> SceneTensors:
         """B scenes: centres ``c``, half sizes ``h``, rotations ``R`` (local to world), maps ``M`` (world to unit local), which exist
         (``on``), textures a face ``tex``, their repeats a metre ``rep``, offsets ``off``, ``tint``, specular weight ``spec``, lights
         ``lpos``, ``lcol``, ``amb``, and the cluster that cameras look at (``ctr``, ``rad``, ``table_h``). The room is the last box."""
@@ -239,7 +239,7 @@ class SceneSampler:
             table_h=table_h,
         )
 
-    def cameras(self, s: Scene, V: int, H: int, W: int) -> Scene:
+    def cameras(self, s: SceneTensors, V: int, H: int, W: int) -> SceneTensors:
         """V cameras a scene on an arc around its cluster: ``pos``, ``R`` (rows are the camera's axes), ``K``, ``w2c``, and ``ok``:
         False where the camera is inside or too near to something and no better one was found."""
         dev, g, r = self.device, self.g, self.r

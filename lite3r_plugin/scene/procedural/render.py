@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .layout import SceneSampler
 from .textures import TextureBank
-from .tracing import Scene, shade, trace, unshadowed
+from .tracing import SceneTensors, shade, trace, unshadowed
 
 ARCS = (0.35, 0.8, 1.6, 3.1, 6.28)
 
@@ -79,7 +79,7 @@ class ProcScenes:
             out["points"] = (cameras["pos"][:, :, None] + d * depth.reshape(B, V, -1, 1)).reshape(B, V, H, W, 3)
         return out
 
-    def _render(self, s: Scene, cameras: Scene, H: int, W: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _render(self, s: SceneTensors, cameras: SceneTensors, H: int, W: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         counts, ss = self.sampler.counts, self.supersampling
         o, f = cameras["pos"], cameras["K"][..., 0, 0]
         B, V = o.shape[:2]

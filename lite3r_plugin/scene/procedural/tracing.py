@@ -16,7 +16,7 @@ from torch import Tensor
 from .textures import TextureBank
 
 INFINITY = float("inf")
-Scene = dict[str, Tensor]
+SceneTensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def trace(counts: Primitives, c: Tensor, M: Tensor, on: Tensor, o: Tensor, d: Te
 def shade(
     counts: Primitives,
     bank: TextureBank,
-    s: Scene,
+    s: SceneTensors,
     o: Tensor,
     d: Tensor,
     t: Tensor,
@@ -124,7 +124,7 @@ def shade(
     return colour.reshape(B, V, P, 3), n.reshape(B, V, P, 3)
 
 
-def _surface(counts: Primitives, s: Scene, scene: Tensor, k: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _surface(counts: Primitives, s: SceneTensors, scene: Tensor, k: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Flat primitive index, normal, texture coordinates u and v, and face (0..5) of points ``[N, 3]`` on primitives ``[N]``."""
     K1 = s["M"].shape[1]
     flat = scene * K1 + k

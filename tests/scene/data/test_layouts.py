@@ -97,7 +97,7 @@ def test_photographs_have_no_cameras(sample: Sample, tmp_path: Path) -> None:
     assert views.intrinsics is None
     assert views.world_to_camera is None
     assert not views.valid.any()
-    for use in (views.relative, views.as_sample):
+    for use in (views.relative, views.as_sample, views.geometry):
         with pytest.raises(InputError, match="open a layout with cameras"):
             use()
 

@@ -12,7 +12,7 @@ from written_scenes import render, write_layout
 
 from lite3r_plugin.errors import InputError
 from lite3r_plugin.scene.data import Frame, Scene, Scenes, ViewSets, open_scenes, pick_views
-from lite3r_plugin.scene.data.geometry import Fit
+from lite3r_plugin.scene.data.cameras import Fit
 from lite3r_plugin.scene.data.mvsnet import BLENDEDMVS_TEST, DTU_TEST, DTU_VALIDATION, dtu_scans
 
 SIDES = st.tuples(st.integers(24, 90), st.integers(24, 90))

@@ -11,8 +11,10 @@ import trimesh
 from PIL import Image
 
 from lite3r_plugin.errors import InputError
-from lite3r_plugin.scene.export import Panel, PointCloud, check_output, point_cloud, render, save_picture, save_ply
-from lite3r_plugin.scene.prediction import Prediction, unproject
+from lite3r_plugin.files import check_output
+from lite3r_plugin.scene.export import Panel, PointCloud, point_cloud, render, save_picture, save_ply
+from lite3r_plugin.scene.geometry import unproject
+from lite3r_plugin.scene.prediction import Prediction
 
 
 def prediction(views: int = 2, height: int = 12, width: int = 16) -> Prediction:

@@ -47,6 +47,7 @@ def test_closed_form() -> None:
     assert (found.abs_rel, found.rmse) == pytest.approx((0.125, math.sqrt(0.25)))
     assert (found.delta1, found.delta2, found.delta3) == (0.75, 1.0, 1.0)
     assert (found.coverage, found.scales) == (1.0, (1.0,))
+    assert (found.abs_rel_p95, found.abs_rel_max) == pytest.approx((0.5, 0.5))
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)

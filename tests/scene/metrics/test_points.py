@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lite3r_plugin.errors import InputError
+from lite3r_plugin.scene.geometry import unproject
 from lite3r_plugin.scene.metrics import Geometry, cloud_metrics, fit_similarity, point_metrics
-from lite3r_plugin.scene.prediction import unproject
 
 MakeGeometry = Callable[..., Geometry]
 LENGTHS = ("accuracy", "completeness", "chamfer", "threshold")

@@ -111,7 +111,7 @@ def test_parts_that_do_not_fit(scene: MakeGeometry, field: str) -> None:
 
 def test_intrinsics_are_checked(scene: MakeGeometry) -> None:
     truth = scene()
-    for bad in (torch.zeros(3, 3, 3), truth.intrinsics * math.nan):
+    for bad in (torch.zeros(3, 3, 3), truth.intrinsics * math.nan, truth.intrinsics.mT, 2 * truth.intrinsics):
         with pytest.raises(InputError, match="intrinsics"):
             dataclasses.replace(truth, intrinsics=bad).points()
 

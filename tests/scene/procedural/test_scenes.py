@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from lite3r_plugin.errors import InputError
+from lite3r_plugin.scene.geometry import unproject
 from lite3r_plugin.scene.procedural import ProcScenes, TextureBank, covisibility, reprojection_check
 from lite3r_plugin.scene.procedural.tracing import Primitives, trace
-from lite3r_plugin.testbed.cameras import unproject
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def test_warped_views_agree(bank: TextureBank) -> None:
 
 def test_points_depth_and_cameras_describe_one_geometry(bank: TextureBank) -> None:
     sample = ProcScenes(bank, seed=2)(2, 2, 24, 32, want_points=True)
-    torch.testing.assert_close(unproject(sample["depth"], sample["K"], sample["w2c"]), sample["points"], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(unproject(sample["depth"], sample["w2c"], sample["K"]), sample["points"], atol=1e-4, rtol=1e-4)
     shares = covisibility(sample, step=4)
     assert shares.shape == (2, 2, 2)
     assert (shares.diagonal(dim1=1, dim2=2) > 0.99).all()

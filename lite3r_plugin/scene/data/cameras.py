@@ -96,10 +96,3 @@ def inverse_pose(rotation: np.ndarray, centre: np.ndarray, origin: str) -> Tenso
     """World to camera ``[3, 4]`` of a camera to world rotation and the camera's centre."""
     R = world_to_camera(rotation.T, np.zeros(3), origin)[:, :3]
     return world_to_camera(R.numpy(), -R.numpy() @ centre, origin)
-
-
-def relative_to_first(poses: Tensor) -> Tensor:
-    """World to camera ``[S, 3, 4]`` with the first camera's frame as the world: the first becomes the identity."""
-    R, t = poses.double().split((3, 1), -1)
-    turned = R @ R[:1].mT
-    return torch.cat((turned, t - turned @ t[:1]), -1).to(poses.dtype)

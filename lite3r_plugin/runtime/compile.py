@@ -1,0 +1,76 @@
+"""`torch.compile` of the repeated blocks of a transformer, one compiled graph for all blocks of a class."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..attention.module import SparseLinearAttention
+from ..fp8.block import Fp8Block
+
+RECOMPILE_LIMIT = 16
+
+
+def repeated_blocks(module: nn.Module) -> list[nn.Module]:
+    """The transformer blocks: items of a `ModuleList` that are all of one class and have parts of their own."""
+    blocks: dict[int, nn.Module] = {}
+    for found in module.modules():
+        if isinstance(found, nn.ModuleList) and len(found) > 1 and len({type(item) for item in found}) == 1:
+            blocks |= {id(item): item for item in found if sum(1 for _ in item.modules()) > 4 and not isinstance(item, nn.Sequential)}
+    return list(blocks.values())
+
+
+class CompiledBlocks:
+    """The repeated blocks of a model, compiled when they first run inside of `running`; outside they run eagerly.
+
+    Attention that may be sparse stays eager: it is Triton already. So does a fused FP8 block around it, all of whose
+    passes are: rows in FP8 cannot cross a break of the graph.
+
+    Args:
+        module: The model. Only its `repeated_blocks` change, and only inside of `running`.
+        backend: As in `torch.compile`.
+    """
+
+    def __init__(self, module: nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:
+        self.module, self.backend = module, backend
+        self._calls: list[tuple[nn.Module, Any]] = []  # blocks with their compiled calls
+
+    def __bool__(self) -> bool:
+        """Whether anything was compiled."""
+        return bool(self._calls)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Blocks run compiled inside the context.
+
+        Raises (inside):
+            torch._dynamo.exc.FailOnRecompileLimitHit: a block is compiled for more than `RECOMPILE_LIMIT` cases.
+        """
+        if not self._calls:
+            for block in repeated_blocks(self.module):
+                if not (isinstance(block, Fp8Block) and _sparse_sites(block)):
+                    block.compile(dynamic=True, backend=self.backend)
+                    self._calls.append((block, block._compiled_call_impl))
+        sites = _sparse_sites(self.module)
+        try:
+            for site in sites:
+                site.forward = torch.compiler.disable(site.forward)
+            for block, call in self._calls:
+                block._compiled_call_impl = call
+            with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT, fail_on_recompile_limit_hit=True):
+                yield
+        finally:
+            for site in sites:
+                del site.forward
+            for block, _ in self._calls:
+                block._compiled_call_impl = None
+
+
+def _sparse_sites(module: nn.Module) -> list[SparseLinearAttention]:
+    """The attention inside `module` that may run sparse."""
+    # Under another name a module would be given twice, and its forward taken away once.
+    return [site for site in module.modules() if isinstance(site, SparseLinearAttention) and site.sparse and site.keep_ratio < 1]

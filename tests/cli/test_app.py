@@ -1,0 +1,97 @@
+"""The command line as users meet it: help, version, errors and warnings in one line, commands of other packages."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import typer
+from commands import fails, lite3r
+
+import lite3r_plugin
+from lite3r_plugin import hookimpl
+from lite3r_plugin.adapter.plugins import AdapterWarning, get_manager
+from lite3r_plugin.errors import InputError
+
+Add = Callable[[str, Callable[[typer.Typer], None]], None]
+
+
+@pytest.fixture
+def add() -> Iterator[Add]:
+    """Installs a plugin whose command hook is the given function."""
+    names = []
+
+    def register(name: str, commands: Callable[[typer.Typer], None]) -> None:
+        get_manager().register(SimpleNamespace(lite3r_commands=hookimpl(commands)), name=name)
+        names.append(name)
+
+    yield register
+    for name in names:
+        get_manager().unregister(name=name)
+
+
+def test_help_and_version() -> None:
+    for command in ("demo", "bench", "eval", "reconstruct", "adapters"):
+        assert command in lite3r("--help").stdout
+        assert "Usage" in lite3r(command, "--help").stdout
+    assert lite3r("--version").stdout.strip() == f"lite3r-plugin {lite3r_plugin.__version__}"
+
+
+def test_module_and_error_in_a_real_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "lite3r_plugin", "reconstruct", "none", "--model", "testbed"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == ["error: none does not exist; name a folder with photographs of one scene"]
+
+
+def hello(app: typer.Typer) -> None:
+    @app.command()
+    def hello(name: str = "world") -> None:
+        """Greet."""
+        if name == "nobody":
+            raise InputError("nobody is there")
+        warnings.warn("a library's own affair", FutureWarning, stacklevel=2)
+        warnings.warn("greetings are not translated", AdapterWarning, stacklevel=2)
+        typer.echo(f"hello {name}")
+
+
+def test_another_package_adds_a_command(add: Add) -> None:
+    """It is listed, has help, and its warnings and errors are shown as those of built-in ones."""
+    add("theirs", hello)
+    help_text = lite3r("--help").stdout
+    assert "hello" in help_text
+    assert "Greet." in help_text
+    assert "--name" in lite3r("hello", "--help").stdout
+    result = lite3r("hello", "--name", "you")
+    assert result.stdout == "hello you\n"
+    assert result.stderr.splitlines() == ["warning: greetings are not translated"]
+    assert fails("hello", "--name", "nobody") == "error: nobody is there"
+
+
+def test_a_plugin_that_fails_is_named_and_skipped_whole(add: Add) -> None:
+    def broken(app: typer.Typer) -> None:
+        hello(app)
+        raise RuntimeError("no luck")
+
+    add("broken", broken)
+    add("theirs", lambda app: app.command("greet")(lambda: None))
+    result = lite3r("--help")
+    assert "the commands of the plugin 'broken' were skipped: RuntimeError('no luck')" in result.stderr
+    assert "hello" not in result.stdout
+    assert "greet" in result.stdout
+    assert "No such command" in lite3r("hello", code=2).stderr
+
+
+def test_names_that_are_taken_stay_what_they_are(add: Add) -> None:
+    add("first", lambda app: app.command("greet")(lambda: typer.echo("first")))
+    add("second", lambda app: app.command("greet")(lambda: typer.echo("second")))
+    add("third", lambda app: app.command("demo")(lambda: typer.echo("third")))
+    result = lite3r("--help")
+    assert "'greet' of the plugin" in result.stderr
+    assert "'demo' of the plugin 'third' was skipped" in result.stderr
+    assert "--repeats" in lite3r("demo", "--help").stdout

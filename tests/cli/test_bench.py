@@ -1,0 +1,35 @@
+"""`lite3r bench`: a report and a table."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+from commands import fails, lite3r
+
+from lite3r_plugin.bench import VARIANTS
+from lite3r_plugin.cli.bench import DEFAULT_VARIANTS
+
+
+def test_report_and_table(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    options = ("--views", "1,2", "--variants", "stock,lite3r", "--resolution", 16, "--device", "cpu", "--repeats", 1)
+    result = lite3r("bench", "--model", "tiny", *options, "--json", path, "--config", "linear_branch=none")
+    stored = json.loads(path.read_text())
+    assert stored["conditions"]["lite3r_options"] == {"linear_branch": "none"}
+    assert [cell["status"] for cell in stored["cells"]] == ["ok"] * 4
+    assert "x strong" in result.stdout
+    assert "lite3r_options: {'linear_branch': 'none'}" in result.stdout
+
+
+def test_default_variants_are_all() -> None:
+    assert DEFAULT_VARIANTS.split(",") == list(VARIANTS)
+
+
+def test_wrong_options_are_refused() -> None:
+    assert "--views takes numbers" in fails("bench", "--model", "tiny", "--views", "two")
+    assert "unknown variant(s) ['fast']" in fails("bench", "--model", "tiny", "--variants", "fast")
+    if importlib.util.find_spec("pi3") is None:
+        assert "needs the library 'pi3', which is not installed" in fails("bench", "--model", "pi3")
+    assert "must end in .json" in fails("bench", "--model", "tiny", "--json", "r.txt")

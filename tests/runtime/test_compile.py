@@ -1,0 +1,73 @@
+"""Blocks of a transformer run compiled inside a context, and only there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from lite3r_plugin import apply_lite3r
+from lite3r_plugin.runtime.compile import CompiledBlocks, repeated_blocks
+from lite3r_plugin.testbed import Testbed, TestbedConfig
+
+DEPTH = 2
+BLOCKS = 2 * DEPTH + 2  # of the aggregator and of the camera head
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    """No graphs of other tests, which would count towards the limit."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def model() -> Testbed:
+    torch.manual_seed(0)
+    return Testbed(TestbedConfig(dim=64, head_dim=32, depth=DEPTH, stem=8)).eval()
+
+
+def images(views: int) -> Tensor:
+    return torch.rand(1, views, 3, 64, 96, generator=torch.Generator().manual_seed(1))
+
+
+def test_blocks_are_found_once() -> None:
+    made = model()
+    blocks = repeated_blocks(made)
+    assert len(blocks) == BLOCKS
+    assert {type(block) for block in blocks} == {type(made.aggregator.frame_blocks[0])}
+    assert repeated_blocks(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))) == []
+
+
+@torch.no_grad()
+def test_blocks_run_compiled_inside_only() -> None:
+    made, counter = model(), CompileCounterWithBackend("eager")
+    blocks = CompiledBlocks(made, backend=counter)
+    expected = {views: made(images(views))["depth"] for views in (2, 3)}
+    assert not blocks
+    for views, depth in expected.items():
+        with blocks.running():
+            torch.testing.assert_close(made(images(views))["depth"], depth)
+        assert blocks
+    compiled = counter.frame_count
+    assert 0 < compiled <= BLOCKS
+    torch.testing.assert_close(made(images(5))["depth"].shape, torch.Size((1, 5, 64, 96)))
+    assert counter.frame_count == compiled
+
+
+@torch.no_grad()
+def test_attention_that_may_be_sparse_stays_eager() -> None:
+    """And works afterwards, also where a failure ends the context."""
+    made = apply_lite3r(model(), keep_ratio=0.5, dense_below=0, block_q=16, block_k=16)
+    forwards = {name: module.forward for name, module in made.named_modules()}
+    expected = made(images(2))["depth"]
+    blocks = CompiledBlocks(made, backend="eager")
+    with blocks.running():
+        torch.testing.assert_close(made(images(2))["depth"], expected)
+    with pytest.raises(RuntimeError, match="on purpose"), blocks.running():
+        raise RuntimeError("on purpose")
+    assert {name: module.forward for name, module in made.named_modules()} == forwards
+    torch.testing.assert_close(made(images(2))["depth"], expected)
