@@ -1,6 +1,6 @@
 """Times attention alone, whole operators on the same tensors in one process: dense SDPA, peers, ours; with a roofline.
 
-    python benchmarks/bench_attention.py --json benchmarks/results/h100_operator_keep0.1.json
+    python benchmarks/operators/bench_attention.py --json benchmarks/results/h100_operator_keep0.1.json
 
 "ours" is all that a model pays: ordering, pooling, block map, sparse softmax with block means, linear branch, Proj. Times
 are of calls in a queue (`fwd`), and of a CUDA graph of the forward pass (`graph`); `bwd` is the backward pass of training

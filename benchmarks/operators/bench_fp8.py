@@ -1,6 +1,6 @@
 """Times FP8 on VGGT's sizes, in one process on one GPU: passes, Linears, and the whole MLP, against BF16 and peers.
 
-    python benchmarks/bench_fp8.py --json benchmarks/results/h100_fp8.json
+    python benchmarks/operators/bench_fp8.py --json benchmarks/results/h100_fp8.json
 
 Whole MLP: LayerNorm, 1024 -> 4096, GELU, 4096 -> 1024, its quantisation included. BF16 is what is fastest of eager,
 torch.compile and torch.compile with autotuned matrix products (GELU in their epilogue); ours is what a converted block

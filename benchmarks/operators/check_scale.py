@@ -1,6 +1,6 @@
 """Checks the whole operator on a very long sequence: its memory, and sampled query blocks against plain torch in FP32.
 
-    python benchmarks/check_scale.py --views 1000 --keep-ratio 0.02
+    python benchmarks/operators/check_scale.py --views 1000 --keep-ratio 0.02
 
 N = views x 1374 tokens (518 x 518 pixels, 5 special tokens) in the order and with the pinned tokens that a model has;
 q, k and v are views of one qkv tensor, so that offsets pass 2**31. Exits with 1 when something is wrong.

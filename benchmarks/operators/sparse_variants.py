@@ -1,6 +1,6 @@
 """What was tried for the sparse kernel, side by side on one GPU: the softmax over critical blocks alone, BF16, 16 heads of 64, keep 0.1.
 
-    python benchmarks/sparse_variants.py --tokens 43968
+    python benchmarks/operators/sparse_variants.py --tokens 43968
 
 A small kernel with switches: an online softmax or a fixed reference; one tile of keys after the other, or the scores of the
 next tile multiplied under the exponentials of this one; keys and values by pointers or by TMA; queries and keys in BF16

@@ -1,6 +1,6 @@
 """Times the sparse kernel with other tiles, warps, stages and registers than `launch_options` gives it, on one GPU.
 
-    python benchmarks/tune_sparse.py --tokens 43968,137400
+    python benchmarks/operators/tune_sparse.py --tokens 43968,137400
 
 Per line: milliseconds of the kernel without branches, and with block means and the linear branch (its state included), each
 as a CUDA graph; the first one's TFLOP/s; and how far the output is from that of the first line. BF16, 16 heads of 64, keep 0.1.
