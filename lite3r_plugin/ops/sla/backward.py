@@ -1,179 +1,187 @@
-"""Gradients of the operator over ordered, padded tokens: the launches of the backward kernels.
+"""The whole operator with gradients, in Triton: what its forward pass keeps, and its backward pass.
 
-The twin of what autograd makes of `naive.sparse_linear_attention`. Only what is asked for is computed, nothing waits for
-the GPU, and no sum depends on the order in which programs run.
+Where only Proj learns, the linear branch before Proj is kept, one tensor of the size of the output. Where q, k, v (or the
+norms before them) learn, the inputs and the output are kept, which the layers around the operator mostly keep as well,
+and over marginal blocks the states; the ordered tensors are made again. Without a norm they are kept in place of the inputs.
+
+Arguments are those of `operator.run`, flat; `needed` says which of the first eight, the tensors, need a gradient.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
+from torch.autograd.function import once_differentiable
 
-from ..block_map.transpose_kernels import by_key_block
-from ..dispatch import forked
-from .backward_kernels import MEAN_PARTS, _dkv_kernel, _dmeans_kernel, _dq_kernel
-from .backward_options import dkv_options, dmeans_options, dq_options, uses_tma
-from .kernels import Residuals
-from .linear_backward import PROGRAMS, Rows, by_rows, proj_gradient
-from .linear_kernels import LOG2_E, _precision
-from .marginal_kernels import head_groups, marginal_sums
+from ..block_map.kernels import block_map_with_bits
+from ..block_map.transpose_kernels import indices_of
+from ..dispatch import on_device_of
+from ..qk_norm_rope.backward_kernels import input_gradient
+from . import kernels
+from .backward import backward
+from .call import DIFFERENTIABLE, Call
+from .linear_backward import proj_backward
 from .problem import Problem
-from .softmax_kernels import far_blocks
 
 
-class Gradients(NamedTuple):
-    """Gradients of `Problem`'s tensors in v's dtype, those of block means included; proj FP32.
+def train_forward(needed: Sequence[bool], *arguments: Any) -> tuple[Tensor, list[Tensor]]:
+    """The output ``[B, H, N, D]``, a view of ``[B, N, H, D]``, and what `train_backward` needs besides it and the arguments."""
+    call = Call.of(*arguments)
+    softmax = any(needed[:7])
+    with torch.autocast(call.v.device.type, enabled=False), on_device_of(call.v), torch.no_grad():
+        prepared = call.prepared(triton=True)
+        kv_indices, bits, skipped = block_map_with_bits(prepared.q_mean, prepared.k_mean, **call.blocks)
+        assert bits is not None
+        assert skipped is not None
+        problem = _problem(call, prepared[:3], prepared[4:], kv_indices, bits, skipped)
+        mu = _mean_value(call, prepared.v_mean) if softmax and call.linear == "marginal" else None
+        out, residuals = kernels.forward(
+            *problem[:4], save_lse=softmax, save_linear=not softmax, mu=mu,
+            **{name: getattr(problem, name) for name in Problem._fields[5:]},
+        )  # fmt: skip
+    if not softmax:
+        return out, [x for x in (residuals.linear,) if x is not None]
+    made = prepared._asdict() | residuals._asdict() | dict(bits=bits)
+    if call.leaves_out:
+        made["skipped"] = skipped.clone() if skipped is bits else skipped  # an operator's results share no memory
+    if call.linear == "marginal" and residuals.state is None:  # no block is marginal, but the number of results is fixed
+        spare = dict(zip(_kept(call), train_saved(needed, *arguments), strict=True))
+        made |= {name: spare[name].zero_() for name in ("state", "total")}
+    return out, [made[name] for name in _kept(call)]
 
-    That of v is ``[B, H, N, D]`` in host order, a view of ``[B, N, H, D]``. Those of q and k are too, unless the norm or the
-    rotation before attention is to be undone: then they are ``[B, H, padded, D]`` in token order, undefined after N tokens.
-    """
 
-    q: Tensor | None
-    k: Tensor | None
-    v: Tensor | None
-    proj: Tensor | None
+def _mean_value(call: Call, v_mean: Tensor) -> Tensor:
+    """Mean value of each head ``[B * H, D]``, from those of key blocks; the last may be short."""
+    last = call.v.shape[-2] - (v_mean.shape[2] - 1) * call.block_k
+    return ((v_mean.sum(2) * call.block_k - v_mean[:, :, -1] * (call.block_k - last)) / call.v.shape[-2]).flatten(0, 1)
 
 
-def backward(
-    problem: Problem, residuals: Residuals, out: Tensor, grad: Tensor, *, turned: bool, needs_q: bool, needs_kv: bool
-) -> Gradients:
-    """Gradients of q, of k and v, and (if there is a linear branch) of Proj.
+def _kept(call: Call) -> list[str]:
+    """Names of what is kept besides arguments and output where more than Proj learns; q, k, v are those in order."""
+    names = ["lse", "bits"]
+    if call.leaves_out:
+        names.append("skipped")
+    if call.linear != "none":
+        names += ["state", "total"]
+    if call.linear == "marginal":
+        names.append("mu")
+    if keeps_ordered(call):
+        names += ["q", "k", "v", "k_mean", "v_mean"]
+    return names
+
+
+def keeps_ordered(call: Call) -> bool:
+    """Whether q, k, v are kept in order and not as they came. With a norm both would be needed."""
+    if call.v is None:  # in a backward pass for which they were kept so
+        return True
+    return call.q_kind is None and call.k_kind is None and call.q.dtype == call.k.dtype == call.v.dtype
+
+
+def keeps(needed: Sequence[bool], call: Call) -> list[bool]:
+    """Which arguments the backward pass needs, of all those that are tensors."""
+    if not any(needed[:7]):
+        return [name == "proj" for name in Call._fields]
+    return [name not in ("q", "k", "v") or not keeps_ordered(call) for name in Call._fields]
+
+
+def train_saved(needed: Sequence[bool], *arguments: Any) -> list[Tensor]:
+    """Empty tensors like those that `train_forward` keeps, for tracing."""
+    call = Call(*arguments)
+    batch, heads, tokens, dim = call.v.shape
+    if not any(needed[:7]):
+        return [call.v.new_empty(batch, tokens, heads, dim)]
+    rows, columns = -(-tokens // call.block_q), -(-tokens // call.block_k)
+    owners = (batch * heads, rows) if call.linear == "marginal" else (batch, heads)
+    number, own = torch.float32, call.v.dtype
+    words = (batch, heads, rows, -(-columns // 32)), torch.int32
+    ordered, means = ((batch, heads, rows * call.block_q, dim), own), ((batch, heads, columns, dim), number)
+    kinds: dict[str, tuple[tuple[int, ...], torch.dtype]] = dict(
+        lse=((batch, heads, rows * call.block_q), number), bits=words, skipped=words,
+        state=((*owners, dim, dim), own if call.linear == "marginal" else number), total=((*owners, dim), number),
+        mu=((batch * heads, dim), number), q=ordered, k=ordered, v=ordered, k_mean=means, v_mean=means,
+    )  # fmt: skip
+    return [call.v.new_empty(shape, dtype=dtype) for shape, dtype in (kinds[name] for name in _kept(call))]
+
+
+def train_backward(
+    grad: Tensor, out: Tensor | None, saved: Sequence[Tensor], needed: Sequence[bool], *arguments: Any
+) -> list[Tensor | None]:
+    """Gradients of the first eight arguments, None where not needed.
 
     Args:
-        problem, residuals: The call, with all of `Residuals` but `linear`.
-        out: Its output, ``[B, H, N, D]``, a view of contiguous ``[B, N, H, D]``, in host order.
-        grad: The gradient of `out`, ``[B, H, N, D]``, any strides.
-        turned: Whether the gradients of q and k are wanted in token order.
-        needs_q, needs_kv: Whether the gradient of q, and those of k and v, are wanted.
+        grad: Gradient of the output, ``[B, H, N, D]``, any strides.
+        out: The output ``[B, H, N, D]``, any strides: hooks of saved tensors may change them. Not needed when only Proj learns.
+        saved: What `train_forward` returned, with any strides.
+        needed, arguments: As there, with any strides; what `keeps` says is not needed may be None.
     """
-    rows = problem.kv_indices.shape[-2]
-    problem = problem._replace(pinned=min(problem.pinned, rows))
-    if problem.marginal == 0 or problem.pinned == rows:
-        problem = problem._replace(means=None, linear="none" if problem.linear == "marginal" else problem.linear)
-    if problem.means is not None:
-        tile = max(options(problem)["TILE_K"] for options in (dq_options, dmeans_options))
-        problem = problem._replace(means=far_blocks(*problem.means, tile, problem.v.dtype))
-    shared = by_rows(problem, residuals, out, grad)
-    new_proj = torch.zeros_like if problem.linear == "none" else torch.empty_like
-    found = Gradients(
-        _empty(problem, turned) if needs_q else None,
-        _empty(problem, turned) if needs_kv else None,
-        _empty(problem, False) if needs_kv else None,
-        None if problem.proj is None else new_proj(problem.proj, dtype=torch.float32),
-    )
-    # Beside the gradient of q, the small launches of the rest, and the ends of large ones, leave nothing idle.
-    with forked(problem.q.device, problem.is_large) as aside:
-        if found.q is not None:
-            _query_gradient(problem, shared, found.q, turned)
-        with aside:
-            if found.proj is not None and problem.linear != "none":
-                found.proj.copy_(proj_gradient(problem, shared))
-            if found.k is not None and found.v is not None:
-                _key_gradients(problem, shared, found.k, found.v, turned)
-    in_order = [x if x is None or turned else x.transpose(1, 2) for x in found[:2]]
-    return Gradients(*in_order, None if found.v is None else found.v.transpose(1, 2), found.proj)
-
-
-def _query_gradient(p: Problem, shared: Rows, dq: Tensor, turned: bool) -> None:
-    batch, heads, padded, dim = p.q.shape
-    rows, kept = p.kv_indices.shape[-2:]
-    columns = p.columns
-    # A pinned query block attends to all keys: cut, lest its program runs on when all others are done.
-    per_split = max(1, min(columns, 2 * kept))
-    splits = -(-columns // per_split)
-    partial = torch.empty(batch, heads, p.pinned, splits, p.block_q, dim, device=p.q.device, dtype=torch.float32)
-    options = dq_options(p)
-    far = p.means or (p.q, p.q)
-    everything = torch.arange(columns, device=p.q.device, dtype=torch.int32) if p.pinned else p.kv_indices
-    _dq_kernel[(batch * heads * (p.pinned * splits + rows - p.pinned) * (p.block_q // options["TILE_Q"]),)](
-        p.q, shared.do, *_tiles(p, options["TILE_K"], p.k, p.v), shared.stats, p.kv_indices, everything, p.bits, *far, shared.dq,
-        dq if p.order is None else p.order, dq, partial,
-        p.tokens, padded, heads, rows, columns, kept, far[0].shape[2], p.bits.shape[-1], p.pinned, splits, per_split,
-        p.scale, p.scale * LOG2_E.value,
-        **p.sizes, MEANS=p.means is not None, ADD=p.linear != "none", HOST=not turned, ORDERED=p.order is not None,
-        TMA=uses_tma(p), PRECISION=_precision(p.q), **options,
-    )  # fmt: skip
-    if p.pinned:
-        count = min(p.pinned * p.block_q, p.tokens)
-        first = partial.sum(3).flatten(2, 3)[:, :, :count]
-        if p.linear != "none":
-            first += shared.dq[:, :, :count]
-        if turned or p.order is None:
-            (dq if turned else dq.transpose(1, 2))[:, :, :count] = first
+    call, saved = Call.of(*arguments), [x.contiguous() for x in saved]
+    with torch.autocast(grad.device.type, enabled=False), on_device_of(grad), torch.no_grad():
+        grads: list[Tensor | None] = [None] * DIFFERENTIABLE
+        if not any(needed[:7]):
+            grads[7] = proj_backward(grad, saved[0])
         else:
-            dq.index_copy_(1, p.order[:count].long(), first.transpose(1, 2).to(dq.dtype))
+            assert out is not None
+            out = out.transpose(1, 2).contiguous().transpose(1, 2)
+            kept = dict(zip(_kept(call), saved, strict=True))
+            if keeps_ordered(call):
+                q, k, v = (kept[name] for name in ("q", "k", "v"))
+                means = kept["k_mean"], kept["v_mean"]
+                call = call._replace(**{name: kept[name][:, :, : out.shape[-2]] for name in ("q", "k", "v")})
+            else:
+                q, k, v, _, *means = call.prepared(triton=True)
+            residuals = kernels.Residuals(**{name: kept.get(name) for name in kernels.Residuals._fields})
+            bits = kept["bits"]
+            problem = _problem(call, (q, k, v), (means[0], means[1]), indices_of(bits, call.kept), bits, kept.get("skipped", bits))
+            wanted = [any(needed[i] for i in group) for group in ((0, 3, 4), (1, 5, 6), (2,))]
+            found = backward(
+                problem, residuals, out, grad, turned=call.is_turned, needs_q=wanted[0], needs_kv=wanted[1] or wanted[2]
+            )  # fmt: skip
+            grads[:3], grads[7] = found[:3], found.proj
+            if call.is_turned:
+                for i, (norm, turned) in enumerate(zip(call.norms.values(), found[:2], strict=True)):
+                    if turned is not None:
+                        weights = slice(3 + 2 * i, 5 + 2 * i)
+                        result = input_gradient((call.q, call.k)[i], turned, norm=norm, affine=any(needed[weights]), **call.turned)
+                        grads[i] = result.x
+                        grads[weights] = result.weight, result.bias
+    return [
+        x.to(x.dtype if like is None else like.dtype) if x is not None and need else None
+        for x, need, like in zip(grads, needed, arguments, strict=False)
+    ]  # fmt: skip
 
 
-def _key_gradients(p: Problem, shared: Rows, dk: Tensor, dv: Tensor, turned: bool) -> None:
-    batch, heads, padded, dim = p.q.shape
-    columns, kept = p.columns, p.kv_indices.shape[-1]
-    work = by_key_block(p.critical, columns=columns, kept=kept, pinned=p.pinned)
-    slots = work.early_columns.shape[-1]
-    mean_grads = _mean_gradients(p, shared) if p.means is not None else (p.q, p.q)
-    early = torch.empty(2, batch, heads, slots, p.block_k, dim, device=p.q.device, dtype=torch.float32)
-    nothing = p.q
+class SparseLinearAttention(torch.autograd.Function):
+    """`train_forward` and `train_backward` for eager autograd."""
 
-    def launch(is_early: bool, of_heads: range, e: Tensor, dtotal: Tensor) -> None:
-        options = dkv_options(p)
-        q, do = _tiles(p, options["TILE_Q"], p.q, shared.do)
-        programs = len(of_heads) * (slots if is_early else columns) * (p.block_k // options["TILE_K"])
-        _dkv_kernel[(programs,)](
-            q, p.k, p.v, do, shared.stats, work.rows, work.starts, work.early_starts, work.early_columns, *early, *mean_grads,
-            e, dtotal, shared.mu, *(nothing if x is None else x for x in (p.proj, p.order)), dk, dv,
-            p.tokens, padded, heads, columns, work.rows.shape[-1], slots, work.part, mean_grads[0].shape[1], of_heads.start,
-            p.scale, p.scale * LOG2_E.value,
-            **p.sizes, EARLY=is_early, MEANS=p.means is not None, HOST=not turned, ORDERED=p.order is not None, TMA=uses_tma(p), **p.branch,
-            **options,
-        )  # fmt: skip
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        ctx.needed = [isinstance(x, Tensor) and need for x, need in zip(arguments[:DIFFERENTIABLE], ctx.needs_input_grad, strict=False)]
+        out, saved = train_forward(ctx.needed, *arguments)
+        kept = keeps(ctx.needed, Call(*arguments))
+        tensors = [x if isinstance(x, Tensor) and keep else None for x, keep in zip(arguments, kept, strict=True)]
+        ctx.save_for_backward(out if any(ctx.needed[:7]) else None, *tensors, *saved)
+        ctx.others = [None if isinstance(x, Tensor) else x for x in arguments]
+        return out
 
-    if slots:
-        launch(True, range(batch * heads), shared.e, shared.dtotal)
-    if p.linear == "marginal":
-        for some in head_groups(batch * heads, columns, p.v):
-            launch(False, range(some.start, some.stop), *_block_gradients(p, shared, some))
-    else:
-        launch(False, range(batch * heads), shared.e, shared.dtotal)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (grad,) = grad_outputs
+        out, *rest = ctx.saved_tensors
+        tensors, saved = rest[: len(ctx.others)], rest[len(ctx.others) :]
+        arguments = [other if tensor is None else tensor for tensor, other in zip(tensors, ctx.others, strict=True)]
+        grads = train_backward(grad, out, saved, ctx.needed, *arguments)
+        return (*grads, *(None for _ in arguments[DIFFERENTIABLE:]))
 
 
-def _block_gradients(p: Problem, shared: Rows, heads: slice) -> tuple[Tensor, Tensor]:
-    """`Rows.e` and `Rows.dtotal` of each key block: those of query blocks for which it is marginal, summed; of key `heads`."""
-    bits, e, dtotal = (x[heads] for x in (p.bits.flatten(0, 1), shared.e, shared.dtotal))
-    into = e.new_empty(len(bits), p.columns, *e.shape[2:]), dtotal.new_empty(len(bits), p.columns, dtotal.shape[-1])
-    marginal_sums(bits, e, dtotal, into, columns=p.columns, scale=p.block_q / (p.marginal * p.block_k), transposed=True)
-    return into
-
-
-def _mean_gradients(p: Problem, shared: Rows) -> tuple[Tensor, Tensor]:
-    """Gradients of the mean keys, before the scale, and of the mean values: ``[B * H, splits, columns, D]`` FP32, to be summed."""
-    assert p.means is not None
-    batch, heads, padded, dim = p.q.shape
-    rows, columns = p.kv_indices.shape[-2], p.columns
-    options = dmeans_options(p)
-    tiles = -(-columns // options["TILE_K"])
-    per_split = -(-(rows - p.pinned) // min(MEAN_PARTS.value, max(1, 4 * PROGRAMS // (tiles * batch * heads))))
-    splits = -(-(rows - p.pinned) // per_split)
-    dk, dv = torch.empty(2, batch * heads, splits, columns, dim, device=p.q.device, dtype=torch.float32)
-    q, do = _tiles(p, options["TILE_Q"], p.q, shared.do)
-    _dmeans_kernel[(tiles, splits, batch * heads)](
-        q, *p.means, do, shared.stats, p.bits, dk, dv,
-        p.tokens, padded, rows, columns, p.means[0].shape[2], p.bits.shape[-1], p.pinned, per_split, p.scale * LOG2_E.value,
-        **p.sizes, TMA=uses_tma(p), PRECISION=_precision(p.q), **options,
+def _problem(
+    call: Call, qkv: tuple[Tensor, Tensor, Tensor], means: tuple[Tensor, Tensor], kv_indices: Tensor, bits: Tensor, skipped: Tensor
+) -> Problem:
+    return Problem(
+        *qkv, kv_indices, bits, skipped, call.negligible, means if call.block_means else None, call.proj, call.order,
+        call.v.shape[-2], call.pinned_queries, call.v.shape[-1] ** -0.5 if call.scale is None else call.scale,
+        call.linear, call.feature_map, call.block_q, call.block_k,
     )  # fmt: skip
-    return dk, dv
-
-
-def _tiles(p: Problem, rows: int, *tensors: Tensor) -> list[Any]:
-    """Tensors in token order as the kernels' loops take them, `rows` rows at a time: by TMA, or by address."""
-    if not uses_tma(p):
-        return list(tensors)
-    dim = p.q.shape[-1]
-    return [TensorDescriptor(x, [x.numel() // dim, dim], [dim, 1], [rows, dim]) for x in tensors]
-
-
-def _empty(p: Problem, turned: bool) -> Tensor:
-    """For a gradient in token order ``[B, H, padded, D]``, or in host order ``[B, N, H, D]``."""
-    batch, heads, _, dim = p.v.shape
-    return torch.empty_like(p.q) if turned else torch.empty(batch, p.tokens, heads, dim, device=p.v.device, dtype=p.v.dtype)
