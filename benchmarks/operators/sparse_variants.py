@@ -23,8 +23,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from lite3r_plugin.ops.block_map import kept_blocks
 from lite3r_plugin.ops.block_map.kernels import block_map_with_bits
 from lite3r_plugin.ops.qk_norm_rope import prepare_qkv
-from lite3r_plugin.ops.sla import kernels
-from lite3r_plugin.ops.sla.softmax_kernels import accumulate
+from lite3r_plugin.ops.sla.kernels.forward import sparse_linear_attention
+from lite3r_plugin.ops.sla.kernels.linear import LOG2_E
+from lite3r_plugin.ops.sla.kernels.softmax import accumulate
 
 HEADS, DIM, BLOCK_Q, BLOCK_K, KEEP = 16, 64, 128, 64, 0.1
 FOUR, EIGHT = dict(num_warps=4, maxnreg=168), dict(num_warps=8, maxnreg=128)
@@ -110,7 +111,7 @@ def compare(tokens: int, device: torch.device) -> None:
     columns = -(-tokens // BLOCK_K)
     kept = kept_blocks(columns, KEEP, 0)
     indices = block_map_with_bits(p.q_mean, p.k_mean, kept=kept, bits=False).kv_indices
-    expected = kernels.sparse_linear_attention(p.q, p.k, p.v, indices, tokens=tokens).float()
+    expected = sparse_linear_attention(p.q, p.k, p.v, indices, tokens=tokens).float()
     rows, padded, flops = indices.shape[-2], p.q.shape[-2], 4 * tokens * kept * BLOCK_K * DIM * HEADS
     scales = torch.ones(columns, device=device)
 
@@ -122,7 +123,7 @@ def compare(tokens: int, device: torch.device) -> None:
         out = torch.full((1, tokens, HEADS, DIM), float("nan"), device=device, dtype=torch.bfloat16)
         arguments = (
             q, k, p.v, tiles(k, switches["TMA"]), tiles(p.v, switches["TMA"]), scales, indices, out,
-            tokens, padded, HEADS, rows, kept, DIM**-0.5 * kernels.LOG2_E.value,
+            tokens, padded, HEADS, rows, kept, DIM**-0.5 * LOG2_E.value,
         )  # fmt: skip
 
         def run(arguments: Any = arguments, more: Any = switches | options) -> Any:

@@ -20,7 +20,7 @@ from lite3r_plugin.bench.measure import capture
 from lite3r_plugin.ops.block_map import kept_blocks
 from lite3r_plugin.ops.block_map.kernels import block_map_with_bits
 from lite3r_plugin.ops.qk_norm_rope import prepare_qkv
-from lite3r_plugin.ops.sla import kernels
+from lite3r_plugin.ops.sla.kernels import forward
 
 HEADS, DIM, BLOCK_Q, BLOCK_K, KEEP = 16, 64, 128, 64, 0.1
 VARIANTS: list[dict[str, int]] = [
@@ -49,14 +49,14 @@ def tune(tokens: int, device: torch.device) -> None:
     p = prepare_qkv(q, k, v, block_q=BLOCK_Q, block_k=BLOCK_K, triton=True)
     indices, bits, _ = block_map_with_bits(p.q_mean, p.k_mean, kept=kept)
     whole: dict[str, Any] = dict(bits=bits, means=(p.k_mean, p.v_mean), linear="all", proj=proj)
-    chosen, first = kernels.launch_options, None
+    chosen, first = forward.launch_options, None
     flops = 4 * tokens * kept * BLOCK_K * DIM * HEADS
 
     def run(**more: Any) -> Tensor:
-        return kernels.sparse_linear_attention(p.q, p.k, p.v, indices, tokens=tokens, **more)
+        return forward.sparse_linear_attention(p.q, p.k, p.v, indices, tokens=tokens, **more)
 
     for options in VARIANTS:
-        kernels.launch_options = lambda *_, options=options: dict(options)
+        forward.launch_options = lambda *_, options=options: dict(options)
         try:
             out = run(**whole).float()
             first = out if first is None else first
@@ -64,7 +64,7 @@ def tune(tokens: int, device: torch.device) -> None:
             error = float((out - first).norm() / first.norm())
             print(f"{tokens} {options}: {alone:.3f} {full:.3f} ms, {flops / alone / 1e9:.0f} TFLOP/s, differs by {error:.1e}", flush=True)
         finally:
-            kernels.launch_options = chosen
+            forward.launch_options = chosen
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Compiles the FP8 kernels ahead of time, without a GPU. Run as a script; `test_aot_fp8.py` does, in a fresh process.
+"""Compiles the FP8 kernels ahead of time, without a GPU. Run as a script; `test_aot.py` does, in a fresh process.
 
-Usage: python aot_fp8.py CAPABILITY [CAPABILITY ...]   (80, 89, 90, ...)
+Usage: python aot.py CAPABILITY [CAPABILITY ...]   (80, 89, 90, ...)
 """
 
 from __future__ import annotations

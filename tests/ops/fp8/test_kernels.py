@@ -6,15 +6,14 @@ import math
 
 import pytest
 import torch
-from numerics import assert_as_accurate, assert_quantizes
+from numerics import assert_quantizes
+from pairs import grid
 from torch import Tensor
 
-from lite3r_plugin.ops.fp8 import naive, quantize
-from lite3r_plugin.ops.fp8.naive import E4M3, Quantized, dequantize
-from lite3r_plugin.ops.weight_only import naive as weight_only_naive
+from lite3r_plugin.ops.fp8 import naive
+from lite3r_plugin.ops.fp8.naive import E4M3, dequantize
 
 kernels = pytest.importorskip("lite3r_plugin.ops.fp8.kernels")
-weight_only = pytest.importorskip("lite3r_plugin.ops.weight_only.kernels")
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -31,9 +30,7 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, device=DEVICE).to(dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("rows", "width", "dtype"), grid(ROWS, WIDTHS, DTYPES), ids=str)
 class TestPasses:
     def test_quantize(self, rows: int, width: int, dtype: torch.dtype) -> None:
         x = random(2, rows, width, dtype=dtype)
@@ -111,32 +108,6 @@ def test_infinities_and_nan(infinite: tuple[int, ...]) -> None:
 def test_codes_of_all_sizes() -> None:
     x = torch.cat([torch.tensor([448.0]), torch.linspace(-448, 448, 301), torch.linspace(-0.03, 0.03, 210)]).to(DEVICE)[None]
     assert torch.equal(kernels.quantize(x).data.view(torch.uint8) & 0x7F, naive.quantize(x).data.view(torch.uint8) & 0x7F)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(
-    ("rows", "outputs", "inputs"), [(1, 5, 16), (37, 130, 45), (1374, 1024, 1024)] if GPU else [(1, 5, 16), (37, 130, 45)]
-)
-def test_weight_only_linear(rows: int, outputs: int, inputs: int, bias: bool, dtype: torch.dtype) -> None:
-    x, weight = random(2, rows, inputs, dtype=dtype), quantize(random(outputs, inputs) * random(outputs, inputs).exp())
-    b = random(outputs, dtype=dtype) if bias else None
-    found = weight_only.linear(x, weight, b)
-    assert found.dtype == dtype
-    reference = weight_only_naive.linear(x.double(), weight, None if b is None else b.double())
-    same = weight_only_naive.linear(x, weight, b)
-    if GPU and dtype == torch.float32:  # its products are TF32's
-        assert ((found.double() - reference).norm() / reference.norm()).item() < 2**-10
-    else:
-        assert_as_accurate(found, same, reference)
-
-
-def test_weight_only_decodes_every_code() -> None:
-    codes = torch.arange(256, dtype=torch.uint8, device=DEVICE)
-    codes = codes[codes & 0x7F != 0x7F].view(E4M3).repeat_interleave(16).view(-1, 16)  # all finite numbers, a row each
-    weight = Quantized(codes, torch.ones(len(codes), 1, device=DEVICE), torch.float32)
-    x = torch.eye(16, device=DEVICE).half()
-    assert torch.equal(weight_only.linear(x, weight, None), codes.float().half().T.contiguous())
 
 
 def test_compiled_for_any_size() -> None:

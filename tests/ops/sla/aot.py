@@ -16,10 +16,7 @@ from triton.compiler import ASTSource
 
 from lite3r_plugin.ops.block_map import kernels as block_map
 from lite3r_plugin.ops.qk_norm_rope import kernels as qk_norm_rope
-from lite3r_plugin.ops.sla import kernels as sla
-from lite3r_plugin.ops.sla import linear_kernels as sla_linear
-from lite3r_plugin.ops.sla import marginal_kernels as sla_marginal
-from lite3r_plugin.ops.sla import softmax_kernels as sla_softmax
+from lite3r_plugin.ops.sla.kernels import forward, linear, marginal, softmax
 
 INDEX_POINTERS = {
     "Order": "*i32", "Indices": "*i32", "AllIndices": "*i32", "Bits": "*i32", "Skipped": "*i32", "Failed": "*i32", "Positions": "*i64",
@@ -34,7 +31,7 @@ def signature(kernel: Any, dtype: str, constants: dict[str, Any], label: str) ->
     """Argument types of a launch whose tensors have `dtype`."""
     own = set()
     if label == "sparse_linear":
-        own = {"State"} if constants["LINEAR"] == sla.LINEAR["marginal"] else set()
+        own = {"State"} if constants["LINEAR"] == linear.LINEAR["marginal"] else set()
     elif label == "block_states":
         own = {"State"}
     types = {}
@@ -65,25 +62,27 @@ def variants() -> list[tuple[str, Any, str, dict[str, Any], dict[str, int]]]:
                     ORDERED=pool, POOL=pool,
                 )  # fmt: skip
                 found.append(("prepare", qk_norm_rope._prepare_kernel, dtype, constants, dict(num_warps=8)))
-            for branch, softmax, means, save in (("all", True, True, False), ("marginal", False, False, False), ("all", True, True, True)):
+            forms = (("all", True, True, False), ("marginal", False, False, False), ("all", True, True, True))
+            for branch, is_softmax, means, save in forms:
                 constants = dict(
-                    D=dim, DP=padded, BLOCK_Q=128, BLOCK_K=64, LINEAR=sla.LINEAR[branch], SOFTMAX=softmax, CENTRED=not save and not means,
-                    MEANS=means, ORDERED=True, SAVE_LSE=save, SAVE_LINEAR=save, FIXED=True, AGAIN=False, PRECISION=precision,
+                    D=dim, DP=padded, BLOCK_Q=128, BLOCK_K=64, LINEAR=linear.LINEAR[branch], SOFTMAX=is_softmax,
+                    CENTRED=not save and not means, MEANS=means, ORDERED=True, SAVE_LSE=save, SAVE_LINEAR=save, FIXED=True, RETRY=False,
+                    PRECISION=precision,
                 )  # fmt: skip
-                options = sla.launch_options(128, 64, dim, torch_dtype)
+                options = forward.launch_options(128, 64, dim, torch_dtype)
                 constants |= {name: options.pop(name) for name in ("TILE_Q", "TILE_K")}
-                found.append(("sparse_linear", sla._sparse_linear_kernel, dtype, constants, options))
-            constants = dict(D=dim, DP=padded, ROWS=sla_softmax.FAR_ROWS)
-            found.append(("far", sla_softmax._far_kernel, dtype, constants, dict(num_warps=4)))
-            options = sla_linear.state_options(torch_dtype)
+                found.append(("sparse_linear", forward._sparse_linear_kernel, dtype, constants, options))
+            constants = dict(D=dim, DP=padded, ROWS=softmax.MEAN_ROWS)
+            found.append(("padded_means", softmax._padded_means_kernel, dtype, constants, dict(num_warps=4)))
+            options = linear.state_options(torch_dtype)
             for label, centred, folded in (("linear_state", False, False), ("block_states", True, False), ("block_states", False, True)):
                 constants = dict(D=dim, DP=padded, TILE=64, SOFTMAX=True, CENTRED=centred, FOLDED=folded, PRECISION=precision)
-                found.append((label, sla_linear._linear_state_kernel, dtype, constants, options))
+                found.append((label, linear._linear_state_kernel, dtype, constants, options))
             for transposed in (False, True):
-                options = sla_marginal.sums_options(torch_dtype)
+                options = marginal.sums_options(torch_dtype)
                 constants = dict(D=dim, TRANSPOSED=transposed, PRECISION=precision)
                 constants |= {name: options.pop(name) for name in ("TILE_OUT", "TILE_IN", "TILE")}
-                found.append(("marginal_sums", sla_marginal._marginal_sums_kernel, dtype, constants, options))
+                found.append(("marginal_sums", marginal._marginal_sums_kernel, dtype, constants, options))
     for width in (32, 1024, 32768):
         for skipped in (False, True):
             constants = dict(WIDTH=width, BITS=True, SKIPPED=skipped)

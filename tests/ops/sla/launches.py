@@ -16,10 +16,10 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from lite3r_plugin.ops import sla
+from lite3r_plugin.ops import dispatch, sla
 from lite3r_plugin.ops.dispatch import SHARED_KIB, shared_kib
 from lite3r_plugin.ops.qk_norm_rope import HeadNorm
-from lite3r_plugin.ops.sla import backward_options, operator, problem
+from lite3r_plugin.ops.sla.kernels import backward_options, operands
 
 CAPABILITY = int(sys.argv[1])
 LIMIT = SHARED_KIB.get(divmod(CAPABILITY, 10), 99)
@@ -100,9 +100,9 @@ def run(dtype: torch.dtype, dim: int, linear: str, learns: str, block_k: int = 6
 def main() -> None:
     """Run all cases that this GPU takes, each short and long; print them as JSON."""
     driver.set_active(Driver())  # type: ignore[arg-type]
-    sla.use_triton = operator.use_triton = lambda *_, **__: True
+    dispatch.why_not_triton = lambda *_, **__: None
     backward_options.has_tma = lambda _: CAPABILITY == 90
-    problem.LARGE = 0
+    operands.LARGE = 0
     report = []
     for dtype, dim, linear, learns, *blocks in CASES:
         allowed = shared_kib(dtype, dim, learns != "nothing")

@@ -7,12 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+LINEAR = {"none": 0, "all": 1, "marginal": 2}  # what kernels call the branches
 LARGEST_TILE = 64  # keys that the linear-state kernel holds at once
 LOG2_E = tl.constexpr(1.4426950408889634)  # powers of two take half the instructions of `tl.exp`
 
 
 @triton.jit
-def _phi(x, live, SOFTMAX: tl.constexpr, AXIS: tl.constexpr):
+def phi(x, live, SOFTMAX: tl.constexpr, AXIS: tl.constexpr):
     """The feature map over axis AXIS of x (FP32); `live`, of x's rank, marks the true head dimensions."""
     if SOFTMAX:
         x = tl.where(live, x, float("-inf"))
@@ -28,9 +29,14 @@ def _linear_state_kernel(
     D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr, SOFTMAX: tl.constexpr, CENTRED: tl.constexpr, FOLDED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """phi(k)^T v and phi(k), summed over `tiles_per_split` times TILE keys of one head, times `scale`.
+    """phi(k)^T v and phi(k), summed over `tiles_per_split` times TILE keys of one head, times `scale`; programs [splits, heads].
 
-    CENTRED: of v - mu. FOLDED: times Proj^T.
+        K, V            [heads, padded, D], zeros after N tokens
+        Mu              [heads, D] FP32: the state is that of v - mu (CENTRED)
+        Proj            [D, D]: the state goes through it (FOLDED)
+        State, Total    [heads, splits, D, D] in any dtype and [heads, splits, D] FP32
+
+    All are contiguous. DP is D up to a power of two; SOFTMAX: the feature map is softmax, not elu + 1.
     """
     split = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
@@ -44,7 +50,7 @@ def _linear_state_kernel(
         at = (head * padded + rows)[:, None] * D + d[None, :]
         k = tl.load(K + at, mask=inside, other=0.0)
         v = tl.load(V + at, mask=inside, other=0.0)
-        features = tl.where((rows < N)[:, None], _phi(k.to(tl.float32), live[None, :], SOFTMAX, 1), 0.0).to(v.dtype)
+        features = tl.where((rows < N)[:, None], phi(k.to(tl.float32), live[None, :], SOFTMAX, 1), 0.0).to(v.dtype)
         state = tl.dot(tl.trans(features), v, state, input_precision=PRECISION)
         total += tl.sum(features.to(tl.float32), 0)
     out = head * tl.num_programs(0) + split
@@ -105,7 +111,7 @@ def _launch(
     _linear_state_kernel[(total.shape[-2], k.numel() // (padded * dim))](
         k, v, k if mu is None else mu, k if proj is None else proj, state, total, tokens, padded, per_split * block_k // tile, scale,
         D=dim, DP=triton.next_power_of_2(dim), TILE=tile, SOFTMAX=feature_map == "softmax",
-        CENTRED=mu is not None, FOLDED=proj is not None, PRECISION=_precision(k), **state_options(k.dtype),
+        CENTRED=mu is not None, FOLDED=proj is not None, PRECISION=precision(k), **state_options(k.dtype),
     )  # fmt: skip
 
 
@@ -114,6 +120,6 @@ def state_options(dtype: torch.dtype) -> dict[str, int]:
     return dict(num_warps=4, num_stages=1 if dtype == torch.float32 else 3)
 
 
-def _precision(x: Tensor) -> str:
+def precision(x: Tensor) -> str:
     """FP32 operands are multiplied in three TF32 products, which is FP32 accuracy; others in their own precision."""
     return "tf32x3" if x.dtype == torch.float32 else "ieee"

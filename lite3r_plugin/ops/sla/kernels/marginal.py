@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .linear_kernels import _precision, block_states
+from .linear import block_states, precision
 
 GROUP_BYTES = 1 << 30
 MAX_GROUPS = 16
@@ -73,7 +73,14 @@ def _marginal_sums_kernel(
     Bits, States, Totals, OutStates, OutTotals, rows, columns, words, scale,
     D: tl.constexpr, TILE_OUT: tl.constexpr, TILE_IN: tl.constexpr, TILE: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Sums of states [D x D] and totals [D] over marginal pairs; programs that share a slice of the states run side by side."""
+    """Sums of states and totals over marginal pairs, times `scale`; programs that share a slice of the states run side by side.
+
+        Bits                     [heads, rows, words] i32: a bit for each of `columns` key blocks that is not marginal
+        States, Totals           [heads, columns, D, D] and [heads, columns, D] FP32; with TRANSPOSED, `rows` in place of `columns`
+        OutStates, OutTotals     the same for `rows`; with TRANSPOSED, for `columns`
+
+    All are contiguous. Programs are [tiles of TILE_OUT results, slices of TILE numbers of a state and of 32 of a total, heads].
+    """
     head = tl.program_id(2).to(tl.int64)
     tile = tl.program_id(1)
     tiles: tl.constexpr = (D * D + TILE - 1) // TILE
@@ -103,7 +110,7 @@ def marginal_sums(
     grid = (-(-into[0].shape[1] // options["TILE_OUT"]), -(-dim * dim // options["TILE"]) + -(-dim // 32), heads)
     _marginal_sums_kernel[grid](
         bits, states, totals, *into, rows, columns, words, scale,
-        D=dim, TRANSPOSED=transposed, PRECISION=_precision(states), **options,
+        D=dim, TRANSPOSED=transposed, PRECISION=precision(states), **options,
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ Two things make it fast where exponentials take as long as matrix products:
 * **A fixed reference.** An online softmax (FlashAttention, arXiv 2205.14135) rescales its sums whenever it meets a larger
   score. Here the largest score of the first tile of keys is subtracted from all scores, so that nothing is rescaled. The
   result is the same as long as no sum overflows: while no score is some fifty above that reference. Who calls this looks at
-  the sums, and runs the tiles again that fail. FP16 ends too soon for that; it always runs online.
+  the sums, and retries the tiles that fail. FP16 ends too soon for that; it always runs online.
 * **A pipeline.** The scores of the next tile of keys are multiplied while the exponentials of this one are taken.
 """
 
@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 LARGEST_SUM = tl.constexpr(2.0**80)  # with values up to 2**47 nothing overflows in FP32 or BF16
-FAR_ROWS = 32
+MEAN_ROWS = 32
 
 
 @triton.jit
@@ -95,13 +95,13 @@ def block_sizes(bits, first, lanes, N, columns, words, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def attend(
-    q, keys, values, chosen, near, k_means, v_means, bits, far, N, columns, words, scale_log2, d,
+    q, keys, values, chosen, near, k_means, v_means, bits, means, N, columns, words, scale_log2, d,
     D: tl.constexpr, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr, MEANS: tl.constexpr, FIXED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Softmax of a tile of queries `q` ``[TILE_Q, DP]`` over `near` key blocks, and the means of the marginal ones of all `columns`.
 
     Pointers are those of one head. The near blocks are listed in `chosen`, ascending; of others `bits` tells which are
-    marginal. `far` rows of means are read: the columns and zeros up to a whole tile, or none at all.
+    marginal. `means` rows of means are read: the columns and zeros up to a whole tile, or none at all.
     Returns the sum of values ``[TILE_Q, DP]``, the sum of exponentials and the reference ``[TILE_Q]``, in powers of two.
     """
     STEPS: tl.constexpr = BLOCK_K // TILE_K
@@ -133,7 +133,7 @@ def attend(
     v = load_rows(values, key + lanes, d, D)
     top, weight, acc = accumulate(score, lanes, v, scale_log2, top, weight, acc, False, FIXED, PRECISION)
     if MEANS:
-        for i in range(0, tl.cdiv(far, TILE_K)):
+        for i in range(0, tl.cdiv(means, TILE_K)):
             first = i * TILE_K
             sizes = block_sizes(bits, first, lanes, N, columns, words, BLOCK_K)
             score = tl.dot(q, tl.trans(load_rows(k_means, first + lanes, d, D)), input_precision=PRECISION)
@@ -142,26 +142,29 @@ def attend(
     return acc, weight, top
 
 
-@triton.jit(do_not_specialize=["columns", "far"])
-def _far_kernel(KMean, VMean, KFar, VFar, columns, far, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr):
-    """Mean keys and values of one head in another dtype, with rows of zeros up to `far`."""
+@triton.jit(do_not_specialize=["columns", "padded"])
+def _padded_means_kernel(KMean, VMean, KPadded, VPadded, columns, padded, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr):
+    """Mean keys and values of one head, from KMean, VMean ``[B * H, columns, D]`` FP32 to KPadded, VPadded ``[B * H, padded, D]``.
+
+    The latter are in a dtype of their own, with rows of zeros after `columns`; all are contiguous.
+    """
     head = tl.program_id(1).to(tl.int64)
     block = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, DP)
     inside = (block < columns)[:, None] & (d < D)[None, :]
-    written = (block < far)[:, None] & (d < D)[None, :]
+    written = (block < padded)[:, None] & (d < D)[None, :]
     source = (head * columns + block)[:, None] * D + d[None, :]
-    to = (head * far + block)[:, None] * D + d[None, :]
-    tl.store(KFar + to, tl.load(KMean + source, mask=inside, other=0.0).to(KFar.dtype.element_ty), mask=written)
-    tl.store(VFar + to, tl.load(VMean + source, mask=inside, other=0.0).to(VFar.dtype.element_ty), mask=written)
+    to = (head * padded + block)[:, None] * D + d[None, :]
+    tl.store(KPadded + to, tl.load(KMean + source, mask=inside, other=0.0).to(KPadded.dtype.element_ty), mask=written)
+    tl.store(VPadded + to, tl.load(VMean + source, mask=inside, other=0.0).to(VPadded.dtype.element_ty), mask=written)
 
 
-def far_blocks(k_mean: Tensor, v_mean: Tensor, tile: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def padded_means(k_mean: Tensor, v_mean: Tensor, tile: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Mean keys and values ``[B, H, columns, D]`` in `dtype`, followed by rows of zeros up to a multiple of `tile`."""
     batch, heads, columns, dim = k_mean.shape
-    far = triton.cdiv(columns, tile) * tile
-    k, v = torch.empty(2, batch, heads, far, dim, device=k_mean.device, dtype=dtype)
-    _far_kernel[(triton.cdiv(far, FAR_ROWS), batch * heads)](
-        k_mean, v_mean, k, v, columns, far, D=dim, DP=triton.next_power_of_2(dim), ROWS=FAR_ROWS, num_warps=4
+    padded = triton.cdiv(columns, tile) * tile
+    k, v = torch.empty(2, batch, heads, padded, dim, device=k_mean.device, dtype=dtype)
+    _padded_means_kernel[(triton.cdiv(padded, MEAN_ROWS), batch * heads)](
+        k_mean, v_mean, k, v, columns, padded, D=dim, DP=triton.next_power_of_2(dim), ROWS=MEAN_ROWS, num_warps=4
     )  # fmt: skip
     return k, v

@@ -18,8 +18,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .linear_kernels import _phi
-from .softmax_kernels import block_sizes, host_rows, is_marginal, load_rows, load_tile, places
+from .linear import phi
+from .softmax import block_sizes, host_rows, is_marginal, load_rows, load_tile, places
 
 MEAN_PARTS = tl.constexpr(16)  # most parts that the sums of `_dmeans_kernel` come in
 
@@ -47,14 +47,30 @@ def phi_backward(features, grad, SOFTMAX: tl.constexpr):
     return grad * tl.minimum(features, 1.0)  # elu(x) + 1 is x + 1 above zero, and its own derivative below
 
 
-@triton.jit(do_not_specialize=["N", "rows", "columns", "kept", "far", "words", "pinned", "splits", "per_split"])
+@triton.jit(do_not_specialize=["N", "rows", "columns", "kept", "mean_rows", "words", "pinned", "splits", "per_split"])
 def _dq_kernel(
-    Q, DO, KTiles, VTiles, Stats, Indices, AllIndices, Bits, KFar, VFar, Share, Order, DQ, Partial,
-    N, padded, H, rows, columns, kept, far, words, pinned, splits, per_split, scale, scale_log2,
+    Q, DO, KTiles, VTiles, Stats, Indices, AllIndices, Bits, KMeans, VMeans, Share, Order, DQ, Partial,
+    N, padded, H, rows, columns, kept, mean_rows, words, pinned, splits, per_split, scale, scale_log2,
     D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
     MEANS: tl.constexpr, ADD: tl.constexpr, HOST: tl.constexpr, ORDERED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dQ of a tile of a query block, with Share if ADD, in host order if HOST; sums over a part of the keys for a pinned one."""
+    """dQ of a tile of a query block, with Share if ADD, in host order if HOST; sums over a part of the keys for a pinned one.
+
+    A program for each tile, in one dimension: those of `splits` parts of `per_split` key blocks of pinned query blocks come first.
+
+        Q, DO                   [B * H, padded, D]
+        KTiles, VTiles          [B * H, padded, D]; TMA: tensor descriptors of [B * H * padded, D] in tiles of [TILE_K, D]
+        Stats                   FP32, see `lse_place`
+        Indices, AllIndices     [B * H, rows, kept] and [columns] i32: the critical key blocks of a query block, and of a pinned one
+        Bits                    [B * H, rows, words] i32: a bit for each key block that is not marginal (MEANS)
+        KMeans, VMeans          [B * H, mean_rows, D], zeros after `columns` rows (MEANS)
+        Share                   [B * H, padded, D]: what the linear branch adds (ADD)
+        Order                   [N]: the host row of each token (ORDERED)
+        DQ                      [B, N, H, D] if HOST, else [B * H, padded, D]
+        Partial                 [B * H, pinned, splits, BLOCK_Q, D] FP32, without Share
+
+    All are contiguous. Sizes as in `_sparse_linear_kernel`; `scale_log2` is `scale` times log2(e).
+    """
     TILES: tl.constexpr = BLOCK_Q // TILE_Q
     STEPS: tl.constexpr = BLOCK_K // TILE_K
     tile = tl.program_id(0) % TILES
@@ -91,10 +107,10 @@ def _dq_kernel(
         acc = tl.dot(ds.to(dtype), k, acc, input_precision=PRECISION)
     if MEANS:
         bits = Bits + (head * rows + row) * words
-        for i in range(0, tl.where(long, 0, far // TILE_K)):
+        for i in range(0, tl.where(long, 0, mean_rows // TILE_K)):
             start = i * TILE_K
-            k = load_rows(KFar, head * far + start + lanes, d, D)
-            v = load_rows(VFar, head * far + start + lanes, d, D)
+            k = load_rows(KMeans, head * mean_rows + start + lanes, d, D)
+            v = load_rows(VMeans, head * mean_rows + start + lanes, d, D)
             sizes = block_sizes(bits, start, lanes, N, columns, words, BLOCK_K)
             score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 - lse[:, None]
             dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
@@ -125,10 +141,26 @@ def _dkv_kernel(
     EARLY: tl.constexpr, LINEAR: tl.constexpr, SOFTMAX: tl.constexpr, MEANS: tl.constexpr,
     HOST: tl.constexpr, ORDERED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Sums over an early part of a key block's list, or dK and dV of a tile of a key block from those and the rest.
+    """Sums over an early part of a key block's list (EARLY), or dK and dV of a tile of a key block from those and the rest.
 
-    E and DTotal are of each head, or with LINEAR == 2 of each key block of the heads from `first_head` on. dV is stored in host
-    order, and dK too if HOST.
+    A program for each tile of an early part or of a key block, in one dimension. Lists are those of `Columns`.
+
+        K, V                       [B * H, padded, D]
+        QTiles, DOTiles            [B * H, padded, D]; TMA: tensor descriptors of [B * H * padded, D] in tiles of [TILE_Q, D]
+        Stats                      FP32, see `lse_place`
+        Rows                       [B * H, total] i32: the query blocks of each key block
+        Starts, EarlyStarts        [B * H, columns + 1] i32: where lists start in Rows, and their early parts among those of the head
+        EarlyColumns               [B * H, slots] i32: the key block of each early part of `part` query blocks (EARLY)
+        PartK, PartV               [B * H, slots, BLOCK_K, D] FP32: sums over early parts, dK before the scale; EARLY writes them
+        MeanDK, MeanDV             [B * H, splits, columns, D] FP32: from `_dmeans_kernel` (MEANS)
+        E, DTotal                  LINEAR == 1: [B * H, D, D] and [B * H, D]; LINEAR == 2: [heads, columns, D, D] and
+                                   [heads, columns, D], of the heads from `first_head` on, which the programs are for
+        Mu, Proj                   [B * H, D] FP32 and [D, D] (LINEAR)
+        Order                      [N]: the host row of each token (ORDERED)
+        DK                         [B, N, H, D] if HOST, else [B * H, padded, D], undefined after N tokens
+        DV                         [B, N, H, D]
+
+    All are contiguous. Sizes, LINEAR and SOFTMAX as in `_sparse_linear_kernel`; `scale_log2` is `scale` times log2(e).
     """
     TILES: tl.constexpr = BLOCK_K // TILE_K
     STEPS: tl.constexpr = BLOCK_Q // TILE_Q
@@ -205,7 +237,7 @@ def _dkv_kernel(
             proj = tl.load(Proj + square, mask=both, other=0.0).to(dtype)
             dstate = tl.dot(e, proj, input_precision=PRECISION).to(dtype)
             # Loaded again: kept in registers through the loop, they would push others out.
-            features = _phi(load_rows(K, head * padded + n, d, D).to(tl.float32), (d < D)[None, :], SOFTMAX, 1)
+            features = phi(load_rows(K, head * padded + n, d, D).to(tl.float32), (d < D)[None, :], SOFTMAX, 1)
             dv = tl.dot(features.to(dtype), dstate, dv, input_precision=PRECISION)
         tl.store(DV + host[:, None] * D + d[None, :], dv.to(dtype), mask=inside)
         if LINEAR != 0:
@@ -216,24 +248,35 @@ def _dkv_kernel(
         tl.store(DK + (host if HOST else head * padded + n)[:, None] * D + d[None, :], dk.to(dtype), mask=inside)
 
 
-@triton.jit(do_not_specialize=["N", "rows", "columns", "far", "words", "pinned", "per_split"])
+@triton.jit(do_not_specialize=["N", "rows", "columns", "mean_rows", "words", "pinned", "per_split"])
 def _dmeans_kernel(
-    QTiles, KFar, VFar, DOTiles, Stats, Bits, PartK, PartV,
-    N, padded, rows, columns, far, words, pinned, per_split, scale_log2,
+    QTiles, KMeans, VMeans, DOTiles, Stats, Bits, PartK, PartV,
+    N, padded, rows, columns, mean_rows, words, pinned, per_split, scale_log2,
     D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dK (before the scale) and dV of TILE_K mean keys, summed over `per_split` query blocks where they are marginal."""
+    """dK (before the scale) and dV of TILE_K mean keys, summed over `per_split` query blocks where they are marginal.
+
+    Programs are [tiles of mean keys, splits of the query blocks that are not pinned, B * H].
+
+        QTiles, DOTiles     [B * H, padded, D]; TMA: tensor descriptors of [B * H * padded, D] in tiles of [TILE_Q, D]
+        KMeans, VMeans      [B * H, mean_rows, D], zeros after `columns` rows
+        Stats               FP32, see `lse_place`
+        Bits                [B * H, rows, words] i32: a bit for each key block that is not marginal
+        PartK, PartV        [B * H, splits, columns, D] FP32
+
+    All are contiguous. Sizes as in `_sparse_linear_kernel`.
+    """
     STEPS: tl.constexpr = BLOCK_Q // TILE_Q
     split = tl.program_id(1)
     head = tl.program_id(2).to(tl.int64)
     d = tl.arange(0, DP)
     lanes = tl.arange(0, TILE_Q)
-    dtype: tl.constexpr = VFar.dtype.element_ty
+    dtype: tl.constexpr = VMeans.dtype.element_ty
     start = tl.program_id(0) * TILE_K
     own = tl.arange(0, TILE_K)
-    k = load_rows(KFar, head * far + start + own, d, D)
-    v = load_rows(VFar, head * far + start + own, d, D)
+    k = load_rows(KMeans, head * mean_rows + start + own, d, D)
+    v = load_rows(VMeans, head * mean_rows + start + own, d, D)
     block = start + own
     log_size = tl.log2(tl.maximum(tl.minimum(N - block * BLOCK_K, BLOCK_K), 1).to(tl.float32))
     log_size = tl.where(block < columns, log_size, float("-inf"))
