@@ -37,9 +37,9 @@ def reference(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, proj: Tensor, lin
     sizes = block_sizes(tokens, BLOCK_K, k.device)
     critical = torch.zeros(len(sizes), dtype=torch.bool, device=k.device).scatter(0, chosen.long(), True)
     near = critical.repeat_interleave(BLOCK_K)[:tokens]
-    far = ~critical
-    mean_k, mean_v = block_means(k, BLOCK_K)[far], block_means(v, BLOCK_K)[far]
-    scores = torch.cat((q @ k[near].mT * scale, q @ mean_k.mT * scale + sizes[far].log()), -1)
+    others = ~critical
+    mean_k, mean_v = block_means(k, BLOCK_K)[others], block_means(v, BLOCK_K)[others]
+    scores = torch.cat((q @ k[near].mT * scale, q @ mean_k.mT * scale + sizes[others].log()), -1)
     out = scores.softmax(-1) @ torch.cat((v[near], mean_v))
     inside = ~near if linear == "marginal" else torch.ones_like(near)
     if not inside.any():

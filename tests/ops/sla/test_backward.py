@@ -35,10 +35,10 @@ def with_all_that_large_calls_get(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def some_arguments(
     tokens: int, dim: int, dtype: torch.dtype, branch: Branch, *, norm: str | None = None, pinned_tokens: int = 20,
-    keep_ratio: float = 0.25, negligible_ratio: float = 0.0, ordered: bool = True, rotated: bool = False,
+    keep_ratio: float = 0.25, negligible_ratio: float = 0.0, ordered: bool = True, rotated: bool = False, batch: int = 2 if GPU else 1,
 ) -> Arguments:  # fmt: skip
     """A call of the whole operator. q is of another size than k, as its norm is another one."""
-    q, k, v = random_qkv(tokens, dim, dtype)
+    q, k, v = random_qkv(tokens, dim, dtype, batch=batch)
     linear, feature_map, means = branch
     norms = [NO_NORM, NO_NORM]
     if norm is not None:
@@ -49,7 +49,8 @@ def some_arguments(
     order = random_order(tokens) if ordered else None
     return Arguments(
         q, k, v, norms[0].weight, norms[0].bias, norms[1].weight, norms[1].bias, proj, order=order,
-        positions=torch.randint(0, 40, (2, tokens, 2), device=DEVICE) if rotated else None, pinned_tokens=min(pinned_tokens, tokens // 3),
+        positions=torch.randint(0, 40, (batch, tokens, 2), device=DEVICE) if rotated else None,
+        pinned_tokens=min(pinned_tokens, tokens // 3),
         keep_ratio=keep_ratio, negligible_ratio=negligible_ratio, q_kind=norms[0].kind, q_eps=norms[0].eps, k_kind=norms[1].kind,
         k_eps=norms[1].eps, rope_base=100.0 if rotated else None, scale=None, linear=linear, feature_map=feature_map, block_means=means,
         backend="triton", **BLOCKS,
@@ -129,14 +130,14 @@ def assert_gradients(arguments: Arguments, needed: Needed | None = None) -> None
 
 @pytest.mark.parametrize(("tokens", "dtype", "branch"), grid(LENGTHS, (HALF, torch.float32), BRANCHES), ids=str)
 def test_gradients(tokens: int, dtype: torch.dtype, branch: Branch) -> None:
-    assert_gradients(some_arguments(tokens, 64 if GPU else 32, dtype, branch))
+    assert_gradients(some_arguments(tokens, 64 if GPU else 32, dtype, branch, batch=2))
 
 
 @pytest.mark.parametrize(
     ("dim", "norm", "branch"), grid((80, 128) if GPU else (80,), ("layer", "rms"), [BRANCHES[2], BRANCHES[5]]), ids=str
 )
 def test_gradients_through_norms_and_rotary_embedding(dim: int, norm: str, branch: Branch) -> None:
-    assert_gradients(some_arguments(LENGTHS[-1], dim, HALF, branch, norm=norm))
+    assert_gradients(some_arguments(LENGTHS[-1], dim, HALF, branch, norm=norm, batch=2))
 
 
 @pytest.mark.gpu

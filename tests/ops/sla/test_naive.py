@@ -51,8 +51,8 @@ def written_out(
     """The module's formulas over all pairs. Block means: each token stands for its block's mean, so sums come out right."""
     mean_k, mean_v = (expand_means(x) for x in (k, v))
     near = (q @ k.mT * scale).masked_fill(~critical, -math.inf)
-    far = (q @ mean_k.mT * scale).masked_fill(critical | negligible, -math.inf) if means else torch.full_like(near, -math.inf)
-    weights = torch.cat((near, far), -1).softmax(-1)
+    by_means = (q @ mean_k.mT * scale).masked_fill(critical | negligible, -math.inf) if means else torch.full_like(near, -math.inf)
+    weights = torch.cat((near, by_means), -1).softmax(-1)
     out = weights @ torch.cat((v, mean_v), -2)
     if linear != "none":
         assert proj is not None
