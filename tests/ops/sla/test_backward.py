@@ -24,6 +24,8 @@ backward_options = pytest.importorskip("lite3r_plugin.ops.sla.kernels.backward_o
 operands = pytest.importorskip("lite3r_plugin.ops.sla.kernels.operands")
 marginal_kernels = pytest.importorskip("lite3r_plugin.ops.sla.kernels.marginal")
 
+LONG = LENGTHS[-1] if GPU else 81  # the fewest tokens with blocks of all kinds, and a short one of queries and of keys
+
 # Of the reference: torch's gathers and masked attention add up in any order.
 pytestmark = pytest.mark.filterwarnings("ignore:.*deterministic")
 
@@ -137,7 +139,7 @@ def test_gradients(tokens: int, dtype: torch.dtype, branch: Branch) -> None:
     ("dim", "norm", "branch"), grid((80, 128) if GPU else (80,), ("layer", "rms"), [BRANCHES[2], BRANCHES[5]]), ids=str
 )
 def test_gradients_through_norms_and_rotary_embedding(dim: int, norm: str, branch: Branch) -> None:
-    assert_gradients(some_arguments(LENGTHS[-1], dim, HALF, branch, norm=norm, batch=2))
+    assert_gradients(some_arguments(LONG, dim, HALF, branch, norm=norm, batch=2))
 
 
 @pytest.mark.gpu
@@ -150,7 +152,7 @@ def test_gradients_with_blocks_of_128_keys(dim: int, dtype: torch.dtype, branch:
 
 @pytest.mark.parametrize("branch", [BRANCHES[2], BRANCHES[4]], ids=str)
 def test_gradients_through_a_rotary_embedding_alone(branch: Branch) -> None:
-    assert_gradients(some_arguments(LENGTHS[-1], 32, torch.float32, branch, rotated=True))
+    assert_gradients(some_arguments(LONG, 32, torch.float32, branch, rotated=True))
 
 
 @pytest.mark.parametrize("branch", BRANCHES, ids=str)
@@ -167,13 +169,13 @@ def test_gradients_at_the_edges(pinned_tokens: int, keep_ratio: float, branch: B
 @pytest.mark.parametrize("negligible_ratio", [0.3, 1.0])
 def test_gradients_with_negligible_blocks(negligible_ratio: float, branch: Branch) -> None:
     """Some, and all that are not critical."""
-    assert_gradients(some_arguments(LENGTHS[-1], 32, torch.float32, branch, negligible_ratio=negligible_ratio))
+    assert_gradients(some_arguments(LONG, 32, torch.float32, branch, negligible_ratio=negligible_ratio))
 
 
 @pytest.mark.parametrize("learns", [("proj",), ("q",), ("v", "k_weight"), ("q_weight",), ("k", "proj")], ids=str)
 @pytest.mark.parametrize("branch", [BRANCHES[2], BRANCHES[4]], ids=str)
 def test_only_what_is_asked_for(learns: tuple[str, ...], branch: Branch) -> None:
-    arguments = some_arguments(LENGTHS[-1], 32, torch.float32, branch, norm="layer")
+    arguments = some_arguments(LONG, 32, torch.float32, branch, norm="layer")
     assert_gradients(arguments, Needed(*(name in learns for name in INPUTS)))
 
 
@@ -188,7 +190,7 @@ def test_no_other_gradient_is_returned(learns: tuple[str, ...]) -> None:
 
 def test_gradients_in_groups_of_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any grouping gives the same bits."""
-    arguments = some_arguments(LENGTHS[-1], 32, HALF, ("marginal", "softmax", True))
+    arguments = some_arguments(LONG, 32, HALF, ("marginal", "softmax", True))
     grad = random_grad(arguments)
     whole = by_triton(arguments, grad)
     monkeypatch.setattr(marginal_kernels, "GROUP_BYTES", 1)
@@ -198,7 +200,7 @@ def test_gradients_in_groups_of_heads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_gradients_are_deterministic() -> None:
-    arguments = some_arguments(LENGTHS[-1], 32, HALF, ("marginal", "softmax", True))
+    arguments = some_arguments(LONG, 32, HALF, ("marginal", "softmax", True))
     grad = random_grad(arguments)
     first, second = by_triton(arguments, grad), by_triton(arguments, grad)
     assert_same_bits(first, second)
@@ -208,7 +210,7 @@ def test_gradients_are_deterministic() -> None:
 @pytest.mark.parametrize("branch", [BRANCHES[2], BRANCHES[4], BRANCHES[5]], ids=str)
 def test_nothing_is_read_that_was_not_written(branch: Branch, norm: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """With NaN in all new memory gradients have the same bits."""
-    arguments = some_arguments(LENGTHS[-1], 32, torch.float32, branch, norm=norm)
+    arguments = some_arguments(LONG, 32, torch.float32, branch, norm=norm)
     grad = random_grad(arguments)
     clean = by_triton(arguments, grad)
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
@@ -219,8 +221,8 @@ def test_nothing_is_read_that_was_not_written(branch: Branch, norm: str | None, 
 
 @pytest.mark.parametrize("options", [dict(keep_ratio=1.0), dict(negligible_ratio=1.0), dict(pinned_tokens=10**6)], ids=str)
 def test_what_is_kept_without_marginal_blocks_is_written(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = some_arguments(LENGTHS[-1], 32, torch.float32, ("marginal", "softmax", True), **options)
-    arguments = arguments._replace(pinned_tokens=LENGTHS[-1] if "pinned_tokens" in options else 0)
+    arguments = some_arguments(LONG, 32, torch.float32, ("marginal", "softmax", True), **options)
+    arguments = arguments._replace(pinned_tokens=LONG if "pinned_tokens" in options else 0)
     monkeypatch.setattr(Tensor, "new_empty", poisoned(Tensor.new_empty))
     _, saved = forward.train(all_of(arguments), arguments)
     assert saved.state is not None
@@ -264,7 +266,7 @@ def test_saved_tensors_may_come_back_otherwise(unpack: str, dim: int, norm: str 
 
 def test_small_gradients_in_fp16() -> None:
     """Sums over a query block, divided by its size, would be below what FP16 can hold."""
-    arguments = some_arguments(LENGTHS[-1], 32, torch.float16, ("marginal", "softmax", True), pinned_tokens=0)
+    arguments = some_arguments(LONG, 32, torch.float16, ("marginal", "softmax", True), pinned_tokens=0)
     grad = (5e-6 * torch.randn(arguments.q.shape, device=DEVICE)).half()
     found, exact = by_triton(arguments, grad).proj, by_definition(arguments, grad, all_of(arguments), wide=True).proj
     assert found is not None
@@ -273,7 +275,7 @@ def test_small_gradients_in_fp16() -> None:
 
 
 def test_a_bias_that_an_rms_norm_does_not_add_gets_no_gradient() -> None:
-    arguments = some_arguments(LENGTHS[-1], 32, torch.float32, BRANCHES[0], norm="rms")._replace(q_bias=torch.randn(32, device=DEVICE))
+    arguments = some_arguments(LONG, 32, torch.float32, BRANCHES[0], norm="rms")._replace(q_bias=torch.randn(32, device=DEVICE))
     found = by_triton(arguments, random_grad(arguments)).q_bias
     assert found is not None
     assert not found.any()
@@ -297,7 +299,7 @@ def test_small_calls_have_the_same_gradients(dim: int, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("norm", [None, "layer"])
 def test_streams_wait_for_each_other(branch: Branch, norm: str | None) -> None:
     """Gradients have the same bits where the GPU comes late to all that they are made of, and their memory is written to after them."""
-    arguments = some_arguments(LENGTHS[-1], 64, HALF, branch, norm=norm)
+    arguments = some_arguments(LONG, 64, HALF, branch, norm=norm)
     grad = random_grad(arguments)
     expected = by_triton(arguments, grad)
     torch.cuda.synchronize()
