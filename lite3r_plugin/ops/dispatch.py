@@ -67,7 +67,10 @@ SHARED_KIB = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 1): 227,
 
 
 def shared_kib(dtype: torch.dtype, dim: int, needs_grad: bool) -> int:
-    """Shared memory that the largest kernel takes, rounded up; `tests/ops/test_aot.py` checks it. GPUs of 227 KiB may take more of it."""
+    """KiB of shared memory that the largest kernel takes, rounded up, of a block; GPUs of 227 KiB may take more.
+
+    `tests/ops/sla/test_aot.py` checks it.
+    """
     if dtype == torch.float32:
         forward, backward = (128, 192) if dim <= 64 else (160, 640)
     else:
@@ -106,8 +109,8 @@ def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
 
 
 @contextlib.contextmanager
-def forked(device: torch.device, pays: bool = True) -> Iterator[contextlib.AbstractContextManager[object]]:
-    """Yields a context whose launches run beside those of the rest of the block, and before them where both want the GPU.
+def side_stream(device: torch.device, pays: bool = True) -> Iterator[contextlib.AbstractContextManager[object]]:
+    """Yields a context whose launches run on a side stream: beside those of the rest of the block, before them where both want the GPU.
 
     What follows the block waits for both. Memory that is allocated in the context must not be used outside it: it belongs to
     another stream. On a CPU, and where it does not pay, all runs in turn.
@@ -116,16 +119,16 @@ def forked(device: torch.device, pays: bool = True) -> Iterator[contextlib.Abstr
         yield contextlib.nullcontext()
         return
     current = torch.cuda.current_stream(device)
-    other = _stream_beside(device, current.stream_id)
-    other.wait_stream(current)
+    side = _side_stream_of(device, current.stream_id)
+    side.wait_stream(current)
     try:
-        yield torch.cuda.stream(other)
+        yield torch.cuda.stream(side)
     finally:  # also after an error: memory that is then freed must not be written to any more
-        current.wait_stream(other)
+        current.wait_stream(side)
 
 
 @functools.cache
-def _stream_beside(device: torch.device, current: int) -> torch.cuda.Stream:
+def _side_stream_of(device: torch.device, current: int) -> torch.cuda.Stream:
     """One for each current stream, of which one may be captured by a CUDA graph while another is not."""
     return torch.cuda.Stream(device, priority=-1)
 

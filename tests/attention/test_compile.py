@@ -15,9 +15,11 @@ from toys import Attention, Separate, Toy, images, toy_adapter
 from lite3r_plugin import apply_lite3r
 from lite3r_plugin.costs import attention as costs
 from lite3r_plugin.costs.model import AttentionCosts
+from lite3r_plugin.ops import dispatch
 from lite3r_plugin.ops.dispatch import constant_in_graphs
 from lite3r_plugin.ops.qk_norm_rope import HeadNorm
-from lite3r_plugin.ops.sla import operator, sparse_linear_attention
+from lite3r_plugin.ops.sla import forward, operators, sparse_linear_attention
+from lite3r_plugin.ops.sla.signature import INPUTS, Arguments
 from lite3r_plugin.runtime.compile import repeated_blocks
 from lite3r_plugin.testbed.model import Testbed, TestbedConfig
 from lite3r_plugin.testing import TEST_CONFIG
@@ -66,7 +68,7 @@ def test_a_graph_has_one_node_for_each_site(toy: Toy) -> None:
     graphs = CompileCounterWithBackend("eager")
     with torch.no_grad():
         torch.compile(apply_lite3r(toy, TEST_CONFIG), backend=graphs, fullgraph=True)(images())
-    assert sum(node.target is operator.infer for node in graphs.graphs[0].graph.nodes) == 2
+    assert sum(node.target is operators.infer for node in graphs.graphs[0].graph.nodes) == 2
 
 
 @pytest.mark.usefixtures("adapter")
@@ -143,18 +145,26 @@ def test_the_default_compiler() -> None:
             torch.testing.assert_close(compiled(some_views(views)), model(images(views)))
 
 
-def flat_arguments(linear: str, learns: str) -> tuple[Any, ...]:
+def flat_arguments(linear: str, learns: str) -> Arguments:
     """Arguments of the operators, with a norm, a rotary embedding, an order, and everything that may be absent absent once."""
     tokens, dim = 50, 32
     q, k, v = torch.randn(1, tokens, 3, 2, dim, device=DEVICE).permute(2, 0, 3, 1, 4).unbind(0)
     norm = HeadNorm("layer", torch.rand(dim, device=DEVICE), torch.rand(dim, device=DEVICE), 1e-5)
-    tensors = (q, k, v, norm.weight, norm.bias, None, None, torch.randn(dim, dim, device=DEVICE) if linear != "none" else None)
-    tensors = [None if x is None else x.clone().requires_grad_(learns == "all" or i == 7) for i, x in enumerate(tensors)]
-    order, positions = torch.randperm(tokens, device=DEVICE).int(), torch.randint(0, 9, (1, tokens, 2), device=DEVICE)
-    return (
-        *tensors, order, positions, 5, 0.3, 0.2 if linear == "marginal" else 0.0, "layer", 1e-5, None, 0.0, 100.0, None, linear, "softmax",
-        linear == "all", 32, 16, "auto",
+    tensors = dict(q=q, k=k, v=v, q_weight=norm.weight, q_bias=norm.bias)
+    if linear != "none":
+        tensors["proj"] = torch.randn(dim, dim, device=DEVICE)
+    leaves = {name: x.clone().requires_grad_(learns == "all" or name == "proj") for name, x in tensors.items()}
+    return Arguments(
+        **dict.fromkeys(INPUTS) | leaves, order=torch.randperm(tokens, device=DEVICE).int(),
+        positions=torch.randint(0, 9, (1, tokens, 2), device=DEVICE), pinned_tokens=5, keep_ratio=0.3,
+        negligible_ratio=0.2 if linear == "marginal" else 0.0, q_kind="layer", q_eps=1e-5, k_kind=None, k_eps=0.0, rope_base=100.0,
+        scale=None, linear=linear, feature_map="softmax", block_means=linear == "all", block_q=32, block_k=16, backend="auto",
     )  # fmt: skip
+
+
+def learning(arguments: Arguments) -> list[bool]:
+    """Which inputs need a gradient."""
+    return [x is not None and x.requires_grad for x in arguments.inputs]
 
 
 @pytest.fixture(params=["naive", "triton"])
@@ -162,32 +172,33 @@ def triton(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> b
     """Whether the operators take the Triton path, in its interpreter where there is no GPU."""
     if request.param == "triton":
         pytest.importorskip("triton")
-    takes = request.param == "triton"
-    monkeypatch.setattr(operator, "use_triton", lambda backend, v, needs_grad=False: takes and v.dim() == 4 and backend != "naive")
+    reason = None if request.param == "triton" else "it is not wanted"
+    monkeypatch.setattr(dispatch, "why_not_triton", lambda *_, **__: reason)
     return request.param == "triton"
 
 
+@pytest.mark.filterwarnings("ignore::lite3r_plugin.ops.dispatch.SlowPathWarning")  # on a GPU
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # opcheck's own
 @pytest.mark.filterwarnings("ignore:.*deterministic")
 @pytest.mark.parametrize("linear", ["all", "none"])
 @pytest.mark.parametrize("learns", ["all", "proj"])
 def test_the_operators_keep_their_contracts(linear: str, learns: str, triton: bool) -> None:
     arguments = flat_arguments(linear, learns)
-    torch.library.opcheck(operator.infer, [x.detach() if isinstance(x, Tensor) else x for x in arguments])
-    needed = [x is not None and x.requires_grad for x in arguments[: operator.DIFFERENTIABLE]]
+    torch.library.opcheck(operators.infer, [x.detach() if isinstance(x, Tensor) else x for x in arguments])
+    needed = learning(arguments)
     if any(needed):
-        torch.library.opcheck(operator.train, (needed, *arguments))
+        torch.library.opcheck(operators.train, (needed, *arguments))
 
 
+@pytest.mark.filterwarnings("ignore::lite3r_plugin.ops.dispatch.SlowPathWarning")  # on a GPU
 @pytest.mark.filterwarnings("ignore:.*deterministic")  # torch's gathers and masked attention on a GPU
 @pytest.mark.parametrize("learns", ["all", "proj"])
 def test_gradients_of_the_operator_are_those_of_the_eager_call(learns: str, triton: bool) -> None:
     arguments = flat_arguments("marginal", learns)
-    leaves = [x for x in arguments[: operator.DIFFERENTIABLE] if x is not None and x.requires_grad]
-    needed = [x is not None and x.requires_grad for x in arguments[: operator.DIFFERENTIABLE]]
+    leaves = [x for x in arguments.inputs if x is not None and x.requires_grad]
     grad = torch.randn(1, 50, 2, 32, device=DEVICE)
-    expected = torch.autograd.grad(operator.run(*arguments[:-1], "naive").transpose(1, 2), leaves, grad)
-    found = torch.autograd.grad(operator.train(needed, *arguments)[0], leaves, grad)
+    expected = torch.autograd.grad(forward.run(arguments._replace(backend="naive")).transpose(1, 2), leaves, grad)
+    found = torch.autograd.grad(operators.train(learning(arguments), *arguments)[0], leaves, grad)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
@@ -228,7 +239,7 @@ def test_a_cuda_graph_replays_on_new_inputs(linear: str) -> None:
 @pytest.mark.parametrize("linear", ["all", "marginal"])
 def test_a_cuda_graph_replays_a_training_step(linear: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward pass, with all the streams of the latter."""
-    monkeypatch.setattr("lite3r_plugin.ops.sla.problem.LARGE", 0)
+    monkeypatch.setattr("lite3r_plugin.ops.sla.kernels.operands.LARGE", 0)
     inputs = [torch.randn(1, 4, 3000, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
     proj = torch.randn(64, 64, device="cuda", requires_grad=True)
 

@@ -19,9 +19,11 @@ SMALL = ["--device", "cpu", "--heads", "2", "--head-dim", "32", "--dtype", "floa
 
 @pytest.fixture(autouse=True)
 def _scripts() -> Iterator[None]:
-    sys.path.insert(0, str(BENCHMARKS))
+    folders = [str(BENCHMARKS), str(BENCHMARKS / "operators")]
+    sys.path[:0] = folders
     yield
-    sys.path.remove(str(BENCHMARKS))
+    for folder in folders:
+        sys.path.remove(folder)
 
 
 def test_the_bench_of_attention(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,8 @@
-"""Which key blocks each query block attends to exactly, and which not at all. `kernels` is the Triton twin; it gives bit sets as well."""
+"""Which key blocks each query block attends to exactly, and which not at all.
+
+`naive` is the definition, `kernels` its Triton twin, which gives bit sets as well; `transpose_kernels` turns these into what a
+backward pass needs.
+"""
 
 from .naive import block_map, density, kept_blocks, negligible_blocks
 

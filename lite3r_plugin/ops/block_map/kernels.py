@@ -40,7 +40,16 @@ def _select_kernel(
     Scores, Indices, Bits, Skipped, columns, count, pinned, words, out_row_offset, rows, out_rows,
     WIDTH: tl.constexpr, BITS: tl.constexpr, SKIPPED: tl.constexpr,
 ):  # fmt: skip
-    """Writes the `count` highest of a row, as indices and (BITS) as bits; or (SKIPPED) adds all but them to the bits of before."""
+    """Writes the `count` highest of a row, as indices and (BITS) as bits; or (SKIPPED) adds all but them to the bits of before.
+
+    Programs are [rows of a slab, heads].
+
+        Scores            [heads, rows, columns] FP32: a slab of query blocks
+        Indices           [heads, out_rows, count] i32: of all query blocks, of which the slab begins at `out_row_offset`
+        Bits, Skipped     [heads, out_rows, words] i32
+
+    All are contiguous. The first `pinned` columns are chosen whatever their scores; WIDTH is `columns` up to a power of two.
+    """
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
     column = tl.arange(0, WIDTH)
@@ -79,7 +88,13 @@ def _select_kernel(
 def block_map_with_bits(
     q_mean: Tensor, k_mean: Tensor, *, kept: int, pinned: int = 0, negligible: int = 0, bits: bool = True
 ) -> BlockMap:  # fmt: skip
-    """As `naive.block_map`, and the same as bit sets where `bits`.
+    """As `naive.block_map` (SLA, arXiv 2509.24006, Eq. 2, 3), and the same as bit sets where `bits`.
+
+    Args:
+        q_mean: ``[B, H, query blocks, D]`` FP32.
+        k_mean: ``[B, H, key blocks, D]`` FP32.
+        kept, pinned, negligible: Numbers of key blocks, see `naive.block_map`.
+        bits: Whether bit sets are made.
 
     Scores take `SLAB_BYTES` or a `MAX_SLABS`-th of the whole map, whichever is more: launches do not grow with the length.
 

@@ -21,18 +21,25 @@ SLAB_BYTES = 64 << 20
 
 
 def kept_blocks(key_blocks: int, keep_ratio: float, pinned: int) -> int:
-    """Key blocks that a query block attends to: the pinned ones and `keep_ratio` of the others, at least one."""
+    """Key blocks that a query block attends to: the pinned ones and `keep_ratio` (in (0, 1]) of the others, rounded up, at least one."""
     free = key_blocks - pinned
     return pinned + min(free, max(math.ceil(keep_ratio * free - 1e-9), 1))
 
 
 def negligible_blocks(key_blocks: int, negligible_ratio: float, kept: int, pinned: int) -> int:
-    """Key blocks that a query block leaves out altogether: `negligible_ratio` of those that are not pinned, if as many are not kept."""
+    """Key blocks that a query block leaves out: `negligible_ratio` (in [0, 1]) of those that are not pinned, if as many are not kept."""
     return min(key_blocks - kept, math.floor(negligible_ratio * (key_blocks - pinned) + 1e-9))
 
 
 def density(tokens: int, keep_ratio: float, pinned_tokens: int, block_q: int, block_k: int) -> float:
-    """Share of all (query block, key block) pairs that are computed exactly, pinned ones included."""
+    """Share in [0, 1] of all (query block, key block) pairs that are computed exactly, pinned ones included.
+
+    Args:
+        tokens: N, at least 1.
+        keep_ratio: In (0, 1], of the key blocks that are not pinned.
+        pinned_tokens: The blocks of the first `pinned_tokens` tokens attend to all, and all attend to them.
+        block_q, block_k: Tokens per block.
+    """
     rows, columns = -(-tokens // block_q), -(-tokens // block_k)
     pinned_rows = min(-(-pinned_tokens // block_q), rows)
     kept = kept_blocks(columns, keep_ratio, -(-pinned_tokens // block_k))
@@ -43,8 +50,8 @@ def block_map(q_mean: Tensor, k_mean: Tensor, *, kept: int, pinned: int = 0, neg
     """Indices of the kept and of the negligible key blocks of each query block, ascending.
 
     Args:
-        q_mean: ``[B, H, query blocks, D]`` pooled queries.
-        k_mean: ``[B, H, key blocks, D]`` pooled keys.
+        q_mean: ``[B, H, query blocks, D]`` pooled queries, FP32 or FP64.
+        k_mean: ``[B, H, key blocks, D]`` pooled keys, in the same dtype.
         kept: Key blocks to keep, pinned ones included.
         pinned: The first `pinned` key blocks are always kept.
         negligible: Key blocks to leave out, at most those that are not kept.

@@ -40,7 +40,11 @@ class Columns(NamedTuple):
 
 @triton.jit(do_not_specialize=["rows", "columns", "words", "pinned", "total"])
 def _columns_kernel(Bits, Starts, Counts, List, rows, columns, words, pinned, total, ROWS: tl.constexpr, FILL: tl.constexpr):
-    """Counts the query blocks of 32 key blocks, or writes them to their lists; pinned query blocks attend to all."""
+    """Counts the query blocks of 32 key blocks, or (FILL) writes them to their lists; pinned query blocks attend to all.
+
+    Programs are [words, heads]. Bits ``[heads, rows, words]``, Starts ``[heads, columns + 1]`` (FILL), Counts ``[heads, columns]`` and
+    List ``[heads, total]`` (FILL) are int32 and contiguous.
+    """
     word = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     column = word * 32 + tl.arange(0, 32)
@@ -63,7 +67,11 @@ def _columns_kernel(Bits, Starts, Counts, List, rows, columns, words, pinned, to
 
 @triton.jit(do_not_specialize=["columns", "slots", "part"])
 def _starts_kernel(Counts, Starts, EarlyStarts, EarlyColumns, columns, slots, part, COLUMNS: tl.constexpr):
-    """Where the lists of one head start, and its early parts: sums of what comes before each key block."""
+    """Where the lists of one head start, and its early parts: sums of what comes before each key block.
+
+    A program for each head. Counts ``[heads, columns]``, Starts and EarlyStarts ``[heads, columns + 1]`` and EarlyColumns
+    ``[heads, slots]`` are int32 and contiguous, see `Columns`.
+    """
     head = tl.program_id(0).to(tl.int64)
     starts = Starts + head * (columns + 1)
     early_starts = EarlyStarts + head * (columns + 1)
@@ -91,7 +99,7 @@ def _starts_kernel(Counts, Starts, EarlyStarts, EarlyColumns, columns, slots, pa
 
 @triton.jit(do_not_specialize=["kept", "words"])
 def _indices_kernel(Bits, Indices, kept, words, WIDTH: tl.constexpr):
-    """Writes the positions of the bits of one row, ascending."""
+    """Writes the positions of the bits of one row of Bits ``[rows, words]``, ascending, to Indices ``[rows, kept]``; both int32."""
     row = tl.program_id(0).to(tl.int64)
     word = tl.arange(0, WIDTH)
     bits = tl.load(Bits + row * words + word, mask=word < words, other=0)
@@ -117,6 +125,9 @@ def by_key_block(bits: Tensor, *, columns: int, kept: int, pinned: int) -> Colum
         columns: Number of key blocks.
         kept: Key blocks that a query block attends to.
         pinned: The first `pinned` query blocks attend to all key blocks, whatever their bits are.
+
+    Returns:
+        See `Columns`; all on the GPU of `bits`, which is not waited for.
     """
     batch, heads, rows, words = bits.shape
     total = pinned * columns + (rows - pinned) * kept

@@ -33,7 +33,10 @@ def _why_no_kernels(device: torch.device) -> str | None:
 
 
 def passes(x: Tensor) -> Any:
-    """The module whose `quantize`, `layer_norm_quantize`, ... take x: `kernels` where they run, else `naive`."""
+    """The module whose `quantize`, `layer_norm_quantize`, ... take x ``[..., C]``: `kernels` where they run, else `naive`.
+
+    `kernels` take floating-point tensors but FP64, of at most `MAX_WIDTH` entries in a row, on a GPU with FP8 (sm89 on).
+    """
     if not x.numel() or x.shape[-1] > MAX_WIDTH or x.dtype == torch.float64 or why_no_kernels(x.device) is not None:
         return naive
     from . import kernels

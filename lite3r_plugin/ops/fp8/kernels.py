@@ -59,6 +59,18 @@ def _rows_kernel(
     NORM: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, COUNT: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
+    """One row in FP8, after a residual sum, a norm or an activation function; a program for each row.
+
+        X                 [rows, C or 2 C (ACTIVATION 3)], a stride of x_stride_n from row to row and of 1 in it; or, with HEAD_DIM,
+                          [B, C / HEAD_DIM, tokens, HEAD_DIM] of strides x_stride_b, x_stride_h, x_stride_n and 1, a row for each token
+        Update            [rows, C] of strides update_stride and 1: added to X, times Gain [C] (GAIN) (RESIDUAL)
+        Weight, Bias      [C]: of a LayerNorm (NORM, with WEIGHT and BIAS)
+        Total             [rows, C] contiguous: the sum, in any dtype (RESIDUAL)
+        Data, Scale       [rows, C] E4M3 and [rows] FP32, contiguous
+        Infinities        [1] i64: the number of infinities is added to it (COUNT)
+
+    ACTIVATION is of `ACTIVATIONS`. BLOCK is C up to a power of two. INTERPRETED: not compiled.
+    """
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     live = lane < C

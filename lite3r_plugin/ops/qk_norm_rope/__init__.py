@@ -1,4 +1,7 @@
-"""Norm, rotary embedding, token order and pooling of q, k, v in one pass."""
+"""Norm, rotary embedding, token order and pooling of q, k, v in one pass.
+
+`naive` is the definition, `kernels` its Triton twin, `backward_kernels` the gradient of the twin's inputs.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,22 @@ from . import naive
 from .naive import HeadNorm, Prepared
 
 NO_NORM = HeadNorm(None, None, None, 0.0)
+"""The norm that leaves queries or keys as they are."""
 
 __all__ = ["NO_NORM", "HeadNorm", "Prepared", "norm_rope", "prepare_qkv"]
 
 
 def prepare_qkv(q: Tensor, k: Tensor, v: Tensor, *, triton: bool, **options: Any) -> Prepared:
-    """`naive.prepare_qkv` (same options), in one Triton kernel if `triton`."""
+    """q, k, v normed, rotated, in token order, and their means over blocks: the pass before attention.
+
+    Args:
+        q, k, v: ``[B, H, N, D]``, any strides.
+        triton: Whether one Triton kernel does it, which takes what `dispatch.why_not_triton` lets through, or torch operators.
+        options: `order`, `q_norm`, `k_norm`, `positions`, `rope_base`, `block_q`, `block_k` of `naive.prepare_qkv`, the definition.
+
+    Returns:
+        `Prepared`; if `triton`, q, k, v are padded with zeros to a multiple of `block_q` tokens.
+    """
     if triton:
         from . import kernels
 
@@ -35,7 +48,18 @@ def norm_rope(
     rope_base: float | None,
     triton: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`naive.norm_rope` of queries and keys ``[B, H, N, D]``, back in their own dtype; one kernel if `triton`."""
+    """Norm and rotate queries and keys ahead of dense attention; `naive.norm_rope` is the definition.
+
+    Args:
+        q, k: ``[B, H, N, D]``, any strides.
+        q_norm, k_norm: Norms over the head dimension, or None.
+        positions: ``[B or 1, N, 2]`` token coordinates of the rotary embedding, which is skipped without `rope_base`.
+        rope_base: Base of the rotary frequencies.
+        triton: Whether one Triton kernel does it, which has no gradient, or torch operators.
+
+    Returns:
+        Both ``[B, H, N, D]`` in their own dtypes; arithmetic is FP32 (FP64 for FP64 input without `triton`).
+    """
     if not triton:  # a compiler fuses these operators itself
         return (
             naive.norm_rope(q, norm=q_norm, positions=positions, rope_base=rope_base).to(q.dtype),

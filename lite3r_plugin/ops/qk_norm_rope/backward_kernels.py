@@ -1,4 +1,4 @@
-"""Gradients of the pass before attention: one pass that turns back, puts back in host order and undoes the norm.
+"""Gradients of the pass before attention: one pass that rotates back, puts back in host order and undoes the norm.
 
 With y = x_hat w + b the norm's output and g its gradient after the rotation is undone:
 
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .kernels import NORMS, _affine, _broadcast_stride, _rotation
+from .kernels import NORMS, broadcast_stride, norm_affine, rotation
 from .naive import HeadNorm
 
 
@@ -37,6 +37,18 @@ def _undo_kernel(
     D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
     NORM: tl.constexpr, ROPE: tl.constexpr, ORDERED: tl.constexpr, AFFINE: tl.constexpr,
 ):  # fmt: skip
+    """Gradient of one input of the pass, for ROWS tokens of HEADS heads; programs [token blocks, groups of heads, B].
+
+        X                [B, H, N, D] in host order, of strides x_stride_b, x_stride_h, x_stride_n and 1: the input (NORM)
+        G                [B, H, at least N, D] in token order, of strides g_stride_b, g_stride_h, g_stride_n and 1: the output's gradient
+        DX               [B, N, H, D] contiguous, in host order: its gradient, in any dtype
+        W                [D]: the norm's weight (NORM)
+        DAffine          [programs, 2, D] FP32: sums for the gradients of the norm's weight and bias (AFFINE)
+        Order            [N]: the host row of each token (ORDERED)
+        Positions        [B, N, 2] of strides p_stride_b, p_stride_n, p_stride_c (ROPE)
+
+    `log2_base` is log2 of the base of the rotary frequencies; HALF is D / 2 up to a power of two; NORM: 0 none, 1 layer, 2 RMS.
+    """
     batch = tl.program_id(2).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = rows < N
@@ -50,7 +62,7 @@ def _undo_kernel(
     lanes2 = lanes1 + D // 4
     inside = live[:, None] & live_lane[None, :]
     if ROPE:
-        cos, sin = _rotation(Positions + batch * p_stride_b + source * p_stride_n, p_stride_c, live, lane, log2_base, D)
+        cos, sin = rotation(Positions + batch * p_stride_b + source * p_stride_n, p_stride_c, live, lane, log2_base, D)
     if AFFINE:
         dw1 = tl.zeros([HALF], tl.float32)
         dw2 = dw1
@@ -62,9 +74,9 @@ def _undo_kernel(
         g1 = tl.load(at + lanes1[None, :], mask=inside, other=0.0).to(tl.float32)
         g2 = tl.load(at + lanes2[None, :], mask=inside, other=0.0).to(tl.float32)
         if ROPE:
-            turned = g1 * cos + g2 * sin
+            rotated_back = g1 * cos + g2 * sin
             g2 = g2 * cos - g1 * sin
-            g1 = turned
+            g1 = rotated_back
         if NORM != 0:
             at = X + batch * x_stride_b + head * x_stride_h + source[:, None] * x_stride_n
             x1 = tl.load(at + lanes1[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -120,6 +132,9 @@ def input_gradient(
         grad: ``[B, H, at least N, D]``, the gradient in token order; those of the means are already in it.
         order, norm, positions, rope_base: What was done to `x`.
         affine: Whether the gradients of the norm's weight and bias are wanted.
+
+    Returns:
+        The gradient of `x` as a view of ``[B, N, H, D]``; that of an RMS norm's bias, which is not added, is zero.
     """
     x = x if x.stride(-1) == 1 else x.contiguous()
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
@@ -132,10 +147,10 @@ def input_gradient(
     per_program = next(n for n in (4, 2, 1) if heads % n == 0)
     out = torch.empty(batch, tokens, heads, dim, device=x.device, dtype=x.dtype)
     daffine = torch.empty(batch * heads // per_program * blocks, 2, dim, device=x.device) if affine else out
-    weight = _affine(norm, dim, x.device)[0]
+    weight = norm_affine(norm, dim, x.device)[0]
     _undo_kernel[(blocks, heads // per_program, batch)](
         x, grad, out, out if weight is None else weight, daffine, out if order is None else order, positions if rope else out,
-        *x.stride()[:3], *grad.stride()[:3], *((_broadcast_stride(positions, batch), *positions.stride()[1:]) if rope else (0, 0, 0)),
+        *x.stride()[:3], *grad.stride()[:3], *((broadcast_stride(positions, batch), *positions.stride()[1:]) if rope else (0, 0, 0)),
         tokens, heads, math.log2(rope_base) if rope else 0.0, norm.eps,
         D=dim, HALF=triton.next_power_of_2(dim // 2), ROWS=rows, HEADS=per_program,
         NORM=NORMS[norm.kind], ROPE=rope, ORDERED=order is not None, AFFINE=affine, num_warps=4,

@@ -21,6 +21,7 @@ NORMS = {None: 0, "layer": 1, "rms": 2}
 
 @triton.jit
 def _norm_rotate(x1, x2, W, B, lanes1, lanes2, live_lane, cos, sin, eps, D: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr):
+    """The two halves of rows of a head, x1 and x2 (FP32), normed and rotated."""
     if NORM == 1:
         mean = (tl.sum(x1, 1) + tl.sum(x2, 1)) / D
         x1 = tl.where(live_lane[None, :], x1 - mean[:, None], 0.0)
@@ -76,7 +77,7 @@ def _store_halves(
 
 
 @triton.jit
-def _rotation(place, p_stride_c, live, lane, log2_base, D: tl.constexpr):
+def rotation(place, p_stride_c, live, lane, log2_base, D: tl.constexpr):
     """cos and sin of the angles of tokens whose two coordinates are at `place` and `p_stride_c` after it, by half lane."""
     first = tl.load(place, mask=live, other=0).to(tl.float32)
     second = tl.load(place + p_stride_c, mask=live, other=0).to(tl.float32)
@@ -94,6 +95,18 @@ def _prepare_kernel(
     D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
     Q_NORM: tl.constexpr, K_NORM: tl.constexpr, ROPE: tl.constexpr, ORDERED: tl.constexpr, POOL: tl.constexpr,
 ):  # fmt: skip
+    """Norm, rotate, reorder and pool ROWS tokens of one head of q, k and v; programs [token blocks, H, B].
+
+        Q, K, V                 [B, H, N, D] in host order, of strides q_stride_b, q_stride_h, q_stride_n and 1, and so on
+        Order                   [N]: the host row of each token (ORDERED)
+        Positions               [B, N, 2] of strides p_stride_b, p_stride_n, p_stride_c (ROPE)
+        QW, QB, KW, KB          [D]: weight and bias of the norms (Q_NORM, K_NORM: 0 none, 1 layer, 2 RMS, which has no bias)
+        QOut, KOut, VOut        [B * H, out_rows, D] contiguous, in token order; with POOL zeros after N tokens
+        QMean                   [B * H, q_blocks, D] FP32 contiguous: means over ROWS tokens (POOL)
+        KMean, VMean            [B * H, k_blocks, D] FP32 contiguous: means over BLOCK_K tokens (POOL)
+
+    Without POOL, V is left alone. `log2_base` is log2 of the base of the rotary frequencies; HALF is D / 2 up to a power of two.
+    """
     first_row = tl.program_id(0) * ROWS
     batch = tl.program_id(2).to(tl.int64)
     rows = first_row + tl.arange(0, ROWS)
@@ -111,7 +124,7 @@ def _prepare_kernel(
     cos = tl.zeros([ROWS, HALF], tl.float32)
     sin = cos
     if ROPE:
-        cos, sin = _rotation(Positions + batch * p_stride_b + source * p_stride_n, p_stride_c, live, lane, log2_base, D)
+        cos, sin = rotation(Positions + batch * p_stride_b + source * p_stride_n, p_stride_c, live, lane, log2_base, D)
     head = tl.program_id(1).to(tl.int64)
     base = batch * H + head
     to = (base * out_rows + rows)[:, None] * D
@@ -173,12 +186,12 @@ def _launch(q, k, v, order, q_norm, k_norm, positions, rope_base, out, means, ro
     rope = positions is not None and rope_base is not None
     nothing = out[0]
     q_norm, k_norm = q_norm or HeadNorm(None, None, None, 0.0), k_norm or HeadNorm(None, None, None, 0.0)
-    weights = [w for norm in (q_norm, k_norm) for w in _affine(norm, dim, q.device)]
+    weights = [w for norm in (q_norm, k_norm) for w in norm_affine(norm, dim, q.device)]
     _prepare_kernel[(blocks, heads, batch)](
         q, k, v, nothing if order is None else order, positions if rope else nothing,
         *(nothing if w is None else w for w in weights), out[0], out[1], v_out, *(means if pool else (nothing,) * 3),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        *((_broadcast_stride(positions, batch), *positions.stride()[1:]) if rope else (0, 0, 0)),
+        *((broadcast_stride(positions, batch), *positions.stride()[1:]) if rope else (0, 0, 0)),
         tokens, heads, out[0].shape[2],
         means[0].shape[2] if pool else 0, means[1].shape[2] if pool else 0,
         math.log2(rope_base) if rope else 0.0, q_norm.eps, k_norm.eps,
@@ -188,11 +201,12 @@ def _launch(q, k, v, order, q_norm, k_norm, positions, rope_base, out, means, ro
     )  # fmt: skip
 
 
-def _broadcast_stride(positions: Tensor, batch: int) -> int:
+def broadcast_stride(positions: Tensor, batch: int) -> int:
+    """Stride of the batch of `positions` ``[B or 1, N, 2]``."""
     return 0 if positions.shape[0] == 1 and batch > 1 else positions.stride(0)
 
 
-def _affine(norm: HeadNorm, dim: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+def norm_affine(norm: HeadNorm, dim: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
     """Weight and bias of a norm; ones and zeros where it has none."""
     if norm.kind is None:
         return None, None

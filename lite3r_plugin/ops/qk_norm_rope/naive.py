@@ -20,7 +20,13 @@ from torch import Tensor
 
 
 class HeadNorm(NamedTuple):
-    """A norm over the head dimension: ``kind`` (None: no norm), ``weight [D]`` and ``bias [D]`` (or None), ``eps``."""
+    """A norm over the head dimension.
+
+    Attributes:
+        kind: ``"layer"``, ``"rms"`` (no bias is added) or None: no norm.
+        weight, bias: ``[D]`` in any dtype, or None.
+        eps: Added to the variance, or to the mean square.
+    """
 
     kind: Literal["layer", "rms"] | None
     weight: Tensor | None
@@ -111,6 +117,9 @@ def prepare_qkv(
         positions: ``[B, N, 2]`` token coordinates for the rotary embedding, which is skipped without `rope_base`.
         rope_base: Base of the rotary frequencies.
         block_q, block_k: Tokens per pooled block.
+
+    Returns:
+        See `Prepared`.
     """
     q = norm_rope(q, norm=q_norm, positions=positions, rope_base=rope_base)
     k = norm_rope(k, norm=k_norm, positions=positions, rope_base=rope_base)

@@ -129,8 +129,8 @@ def sparse_linear_attention(
             -1, torch.cat((critical, left_out), -1), False
         )
         if block_means:
-            far_k, far_v = (x[:, :, None].expand(-1, -1, rows.shape[2], -1, -1) for x in means)
-            near_k, near_v = torch.cat((near_k, far_k), 3), torch.cat((near_v, far_v), 3)
+            mean_k, mean_v = (x[:, :, None].expand(-1, -1, rows.shape[2], -1, -1) for x in means)
+            near_k, near_v = torch.cat((near_k, mean_k), 3), torch.cat((near_v, mean_v), 3)
             bias = torch.cat((bias, sizes.to(wide).log().where(marginal, -torch.inf)), 3)
         out = F.scaled_dot_product_attention(
             *(x.flatten(0, 2)[:, None] for x in (rows, near_k, near_v)), attn_mask=bias.flatten(0, 2)[:, None, None], scale=scale

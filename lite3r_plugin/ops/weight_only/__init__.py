@@ -12,7 +12,17 @@ __all__ = ["linear"]
 
 
 def linear(x: Tensor, weight: Quantized, bias: Tensor | None, *, triton: bool) -> Tensor:
-    """`naive.linear`, in one Triton kernel if `triton`, which takes BF16, FP16 and FP32 on CUDA GPUs from sm80 on."""
+    """``x weight'^T + bias`` in x's dtype; `naive.linear` is the definition.
+
+    Args:
+        x: ``[..., C]``.
+        weight: ``[C_out, C]``, E4M3, finite.
+        bias: ``[C_out]`` or None.
+        triton: Whether one Triton kernel does it, which takes BF16, FP16 and FP32 (rounded to TF32) on CUDA GPUs from sm80 on.
+
+    Returns:
+        ``[..., C_out]``.
+    """
     if triton and x.numel():
         from . import kernels
 

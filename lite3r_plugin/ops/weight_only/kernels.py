@@ -19,6 +19,14 @@ def _linear_kernel(
     X, W, Scale, Bias, Out, M, N, K, x_stride,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """BLOCK_M rows and BLOCK_N columns of X W^T; a program for each, in one dimension.
+
+    X         [M, K] of strides x_stride and 1
+    W         [N, K] u8 contiguous: E4M3 codes
+    Scale     [N] FP32
+    Bias      [N] (BIAS)
+    Out       [M, N] contiguous
+    """
     # Programs that run together share columns of the weight and rows of x in the L2 cache.
     rows, columns = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     program = tl.program_id(0)

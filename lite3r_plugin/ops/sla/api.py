@@ -1,0 +1,139 @@
+"""The public entry: `sparse_linear_attention`, from q, k, v in host order to the output in host order, and what it refuses."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from ...errors import ConfigError
+from ..dispatch import use_triton, without_autocast
+from ..options import Backend, FeatureMap, LinearBranch, check_choice, check_ratio
+from ..qk_norm_rope import NO_NORM, HeadNorm
+from . import forward, naive, operators
+from .signature import Arguments
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, proj: Tensor, feature_map: str) -> Tensor:
+    """The linear branch over all tokens, through Proj, in torch operators: linear in N, any device; untouched by autocast.
+
+    Args:
+        q, k, v: ``[B, H, N, D]``, floating point.
+        proj: ``[D, D]``, as the weight of `torch.nn.Linear`.
+        feature_map: ``"softmax"`` or ``"elu"``.
+
+    Returns:
+        ``[B, H, N, D]`` in q's dtype; arithmetic is FP32 (FP64 for FP64 input). See `naive` for the formula (Lite3R,
+        arXiv 2605.11354).
+    """
+    with without_autocast(v):
+        return naive.linear_attention(q, k, v, proj=proj, feature_map=feature_map)
+
+
+def sparse_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    keep_ratio: float,
+    negligible_ratio: float = 0.0,
+    order: Tensor | None = None,
+    pinned_tokens: int = 0,
+    q_norm: HeadNorm | None = None,
+    k_norm: HeadNorm | None = None,
+    positions: Tensor | None = None,
+    rope_base: float | None = None,
+    scale: float | None = None,
+    linear: str = "none",
+    feature_map: str = "softmax",
+    proj: Tensor | None = None,
+    block_means: bool = False,
+    block_q: int = 128,
+    block_k: int = 64,
+    backend: str = "auto",
+) -> Tensor:
+    """Sparse-linear attention (SLA, arXiv 2509.24006; Lite3R, arXiv 2605.11354).
+
+    Args:
+        q, k, v: ``[B, H, N, D]``, any strides.
+        keep_ratio: Share of the key blocks that are not pinned to keep for each query block, in (0, 1].
+        negligible_ratio: Share of them to leave out, without a mean or a part in the branch over marginal blocks, in [0, 1].
+        order: ``[N]`` int permutation that makes blocks of consecutive tokens compact, or None.
+        pinned_tokens: The blocks that hold the first `pinned_tokens` tokens (in `order`) attend to all keys, and all
+            queries attend to them.
+        q_norm, k_norm, positions, rope_base: Norm and rotary embedding to apply first; see `prepare_qkv`.
+        scale, linear, feature_map, proj, block_means, block_q, block_k: See `naive.sparse_linear_attention`.
+        backend: ``"auto"``, ``"triton"`` or ``"naive"``.
+
+    Returns:
+        ``[B, H, N, D]`` in v's dtype, in the order of the input tokens.
+
+    Raises:
+        BackendError: `backend` is ``"triton"`` and the kernels cannot take these tensors.
+        ConfigError: tensors do not fit each other; an option is out of its range; `linear` needs a `proj` that was not given.
+    """
+    check_options(keep_ratio, negligible_ratio, scale, linear, feature_map, backend)
+    check_tensors(q, k, v, order, positions, proj, pinned_tokens)
+    proj = naive.needed_proj(linear, proj)
+    if not torch.compiler.is_compiling() and v.numel() == 0:
+        return v.clone()
+    q_norm, k_norm = q_norm or NO_NORM, k_norm or NO_NORM
+    arguments = Arguments(
+        q, k, v, q_norm.weight, q_norm.bias, k_norm.weight, k_norm.bias, proj,
+        order=order, positions=positions, pinned_tokens=pinned_tokens, keep_ratio=keep_ratio, negligible_ratio=negligible_ratio,
+        q_kind=q_norm.kind, q_eps=q_norm.eps, k_kind=k_norm.kind, k_eps=k_norm.eps, rope_base=rope_base, scale=scale, linear=linear,
+        feature_map=feature_map, block_means=block_means, block_q=block_q, block_k=block_k, backend=backend,
+    )  # fmt: skip
+    needed = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in arguments.inputs]
+    if torch.compiler.is_compiling():
+        out = operators.train(needed, *arguments)[0] if any(needed) else operators.infer(*arguments)
+        return out.transpose(1, 2)
+    if any(needed) and use_triton(backend, v, needs_grad=True):
+        from .backward import SparseLinearAttentionFunction
+
+        return SparseLinearAttentionFunction.apply(*arguments)
+    return forward.run(arguments, needs_grad=any(needed))
+
+
+# A kernel would read beyond a tensor that is too small, or take an option for another.
+
+
+def check_options(
+    keep_ratio: float, negligible_ratio: float, scale: float | None, linear: str, feature_map: str, backend: str
+) -> None:  # fmt: skip
+    """Raise `ConfigError` unless the options of `sparse_linear_attention` are in their ranges."""
+    check_ratio("keep_ratio", keep_ratio)
+    if not 0 <= negligible_ratio <= 1:
+        raise ConfigError(f"negligible_ratio must be in [0, 1], got {negligible_ratio!r}")
+    if scale is not None and scale < 0:
+        raise ConfigError(f"scale is {scale}; it must not be negative: negate the queries instead")
+    for name, value, choices in (("linear", linear, LinearBranch), ("feature_map", feature_map, FeatureMap), ("backend", backend, Backend)):
+        check_choice(name, value, get_args(choices))
+
+
+def check_tensors(
+    q: Tensor, k: Tensor, v: Tensor, order: Tensor | None, positions: Tensor | None, proj: Tensor | None, pinned_tokens: int
+) -> None:  # fmt: skip
+    """Raise `ConfigError` unless the tensors of `sparse_linear_attention` fit each other. Looks at no values of theirs."""
+    if q.dim() != 4 or not v.is_floating_point():
+        raise ConfigError(f"q, k and v are [B, H, N, D] floating-point tensors, got {q.dim()} dimensions and {v.dtype}")
+    dim = v.shape[-1]
+    if proj is not None and tuple(proj.shape) != (dim, dim):
+        raise ConfigError(f"proj is [D, D] = [{dim}, {dim}], got {list(proj.shape)}")
+    if order is not None and (order.dim() != 1 or order.dtype not in (torch.int32, torch.int64)):
+        raise ConfigError(f"order is [N] int32 or int64, got {list(order.shape)} {order.dtype}")
+    if torch.compiler.is_compiling():  # lengths are symbols there, and a comparison would become a guard
+        return
+    if not q.shape == k.shape == v.shape:
+        raise ConfigError(
+            f"q, k and v must have the same shape, got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}: expand grouped keys and "
+            "values, and use dense attention across two sequences"
+        )
+    tokens = v.shape[-2]
+    if order is not None and len(order) != tokens:
+        raise ConfigError(f"order names {len(order)} tokens, but q has {tokens}")
+    if positions is not None and tuple(positions.shape[-2:]) != (tokens, 2):
+        raise ConfigError(f"positions are [..., N, 2] for N = {tokens} tokens, got {list(positions.shape)}")
+    if not 0 <= pinned_tokens <= tokens:
+        raise ConfigError(f"pinned_tokens must be in [0, {tokens}], the number of tokens, got {pinned_tokens}")

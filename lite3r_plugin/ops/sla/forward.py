@@ -1,0 +1,113 @@
+"""The forward pass of the whole operator: prepare q, k, v, choose blocks, attend; in torch operators or in Triton.
+
+`run` is what an eager call runs that needs no gradient, or gets it from autograd through torch operators. `train` keeps what
+the Triton backward pass needs (`backward.py`). Work on ordered, padded tokens is in `kernels/`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..block_map import block_map
+from ..dispatch import on_device_of, use_triton, without_autocast
+from . import naive, saved
+from .saved import Saved
+from .signature import Arguments, Needed
+
+
+def run(arguments: Arguments, *, needs_grad: bool = False) -> Tensor:
+    """The whole operator.
+
+    Args:
+        arguments: See `api.sparse_linear_attention`, which checks them.
+        needs_grad: Whether autograd follows what is done here, which needs more of a GPU.
+
+    Returns:
+        ``[B, H, N, D]`` in v's dtype, in host order.
+
+    Raises:
+        BackendError: the backend is ``"triton"`` and the kernels cannot take these tensors.
+    """
+    arguments = arguments.contiguous()
+    # Autocast would run the pooled scores and the linear state in half precision.
+    with without_autocast(arguments.v), on_device_of(arguments.v):
+        return _on_triton(arguments) if use_triton(arguments.backend, arguments.v, needs_grad) else _on_torch(arguments)
+
+
+def _on_torch(arguments: Arguments) -> Tensor:
+    prepared = arguments.prepared(triton=False)
+    counts = arguments.block_counts()
+    kv_indices, negligible = block_map(
+        prepared.q_mean.detach(), prepared.k_mean.detach(), kept=counts.kept, pinned=counts.pinned, negligible=counts.negligible
+    )
+    out = naive.sparse_linear_attention(
+        prepared.q, prepared.k, prepared.v, kv_indices, negligible=negligible, pinned=arguments.pinned_queries, scale=arguments.scale,
+        linear=arguments.linear, feature_map=arguments.feature_map, proj=arguments.proj, block_means=arguments.block_means,
+        block_q=arguments.block_q, block_k=arguments.block_k,
+    )  # fmt: skip
+    return out if arguments.order is None else torch.empty_like(out).index_copy(-2, arguments.order.long(), out)
+
+
+def _on_triton(arguments: Arguments) -> Tensor:
+    from ..block_map.kernels import block_map_with_bits
+    from .kernels.forward import forward
+    from .kernels.operands import Operands
+
+    prepared = arguments.prepared(triton=True)
+    counts = arguments.block_counts()
+    chosen = block_map_with_bits(
+        prepared.q_mean, prepared.k_mean, kept=counts.kept, pinned=counts.pinned, negligible=counts.negligible,
+        bits=arguments.block_means or arguments.linear == "marginal",
+    )  # fmt: skip
+    return forward(Operands.of(arguments, prepared[:3], prepared[4:], chosen, counts.negligible))[0]
+
+
+def train(needed: Needed, arguments: Arguments) -> tuple[Tensor, Saved]:
+    """The whole operator on Triton, for a backward pass.
+
+    Args:
+        needed: Which inputs need a gradient.
+        arguments: As `run` takes them.
+
+    Returns:
+        The output ``[B, H, N, D]``, a view of contiguous ``[B, N, H, D]``, and what `backward.backward` needs besides it and the
+        arguments, in tensors that share no memory with each other: `saved.names` says what.
+    """
+    from ..block_map.kernels import block_map_with_bits
+    from .kernels.forward import forward
+    from .kernels.operands import Operands
+
+    arguments = arguments.contiguous()
+    with torch.autocast(arguments.v.device.type, enabled=False), on_device_of(arguments.v), torch.no_grad():
+        prepared = arguments.prepared(triton=True)
+        counts = arguments.block_counts()
+        chosen = block_map_with_bits(
+            prepared.q_mean, prepared.k_mean, kept=counts.kept, pinned=counts.pinned, negligible=counts.negligible
+        )  # fmt: skip
+        operands = Operands.of(arguments, prepared[:3], prepared[4:], chosen, counts.negligible)
+        centred = needed.attention and arguments.linear == "marginal"
+        mu = _mean_value(arguments, prepared.v_mean) if centred else None
+        out, made = forward(operands, save_lse=needed.attention, save_linear=not needed.attention, mu=mu)
+    if not needed.attention:
+        return out, Saved(linear=made.linear)
+    skipped = None
+    if arguments.leaves_out:
+        assert chosen.skipped is not None
+        skipped = chosen.skipped.clone() if chosen.skipped is chosen.bits else chosen.skipped
+    kept = Saved(lse=made.lse, bits=chosen.bits, skipped=skipped, state=made.state, total=made.total, mu=made.mu)
+    if centred and made.state is None:  # no block is marginal, but what is kept is fixed
+        spare = saved.empty(needed, arguments)
+        assert spare.state is not None
+        assert spare.total is not None
+        kept = kept._replace(state=spare.state.zero_(), total=spare.total.zero_())
+    if saved.keeps_ordered(arguments):
+        kept = kept._replace(q=prepared.q, k=prepared.k, v=prepared.v, k_mean=prepared.k_mean, v_mean=prepared.v_mean)
+    return out, kept
+
+
+def _mean_value(arguments: Arguments, v_mean: Tensor) -> Tensor:
+    """Mean value of each head ``[B * H, D]``, from those of key blocks; the last may be short."""
+    tokens, block = arguments.tokens, arguments.block_k
+    last = tokens - (v_mean.shape[2] - 1) * block
+    return ((v_mean.sum(2) * block - v_mean[:, :, -1] * (block - last)) / tokens).flatten(0, 1)

@@ -1,0 +1,118 @@
+"""The whole operator as operators of `torch.library`, which `torch.compile` and `torch.export` keep as they are.
+
+A graph then holds one node for each site and serves any number of tokens:
+
+    lite3r::sparse_linear_attention            no gradients
+    lite3r::sparse_linear_attention_train      returns what its backward needs as well
+    lite3r::sparse_linear_attention_backward
+
+Their arguments are those of `signature.Arguments`, flat, and their results ``[B, N, H, D]`` contiguous, a layout that a graph can
+rely on. `infer` and `train` are the first two.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..dispatch import register, use_triton
+from . import forward, saved
+from .saved import Saved
+from .signature import INPUTS, Arguments, Gradients, Needed, schema
+
+
+def _rows_first(x: Tensor) -> Tensor:
+    """``[B, H, N, D] -> [B, N, H, D]`` contiguous; free for what the kernels return."""
+    return x.transpose(1, 2).contiguous()
+
+
+def _trains_on_triton(arguments: Arguments) -> bool:
+    return use_triton(arguments.backend, arguments.v, needs_grad=True)
+
+
+def _infer(*flat: Any) -> Tensor:
+    return _rows_first(forward.run(Arguments(*flat)))
+
+
+def _train(needed: list[bool], *flat: Any) -> tuple[Tensor, list[Tensor]]:
+    arguments = Arguments(*flat)
+    if not _trains_on_triton(arguments):
+        return _rows_first(forward.run(arguments, needs_grad=True)), []
+    out, kept = forward.train(Needed(*needed), arguments)
+    return _rows_first(out), kept.tensors()
+
+
+def _backward(grad: Tensor, out: Tensor | None, needed: list[bool], *flat: Any) -> list[Tensor]:
+    """Gradients of the inputs that are `needed`; on the torch path, which saved nothing, by autograd through it, run again."""
+    kept, arguments = Saved(*flat[: len(Saved._fields)]), Arguments(*flat[len(Saved._fields) :])
+    if kept.is_empty:
+        grads = _by_autograd(grad, Needed(*needed), arguments)
+    else:
+        from .backward import backward
+
+        out = None if out is None else out.transpose(1, 2)
+        grads = [x for x in backward(grad.transpose(1, 2), out, kept, Needed(*needed), arguments) if x is not None]
+    return [_rows_first(x).transpose(1, 2) if x.dim() == 4 else x.contiguous() for x in grads]
+
+
+def _by_autograd(grad: Tensor, needed: Needed, arguments: Arguments) -> list[Tensor]:
+    with torch.enable_grad():
+        inputs = zip(arguments.inputs, needed, strict=True)
+        leaves: list[Any] = [None if x is None else x.detach().requires_grad_(need) for x, need in inputs]
+        wanted = [x for x in leaves if x is not None and x.requires_grad]
+        result = forward.run(Arguments(*leaves, *arguments.options), needs_grad=True).transpose(1, 2)
+        return list(torch.autograd.grad(result, wanted, grad, allow_unused=True, materialize_grads=True))
+
+
+def _fake_infer(*flat: Any) -> Tensor:
+    v = Arguments(*flat).v
+    batch, heads, tokens, dim = v.shape
+    return v.new_empty(batch, tokens, heads, dim)
+
+
+def _fake_train(needed: list[bool], *flat: Any) -> tuple[Tensor, list[Tensor]]:
+    arguments = Arguments(*flat)
+    kept = saved.empty(Needed(*needed), arguments).tensors() if _trains_on_triton(arguments) else []
+    return _fake_infer(*flat), kept
+
+
+def _fake_backward(grad: Tensor, out: Tensor | None, needed: list[bool], *flat: Any) -> list[Tensor]:
+    inputs = Gradients(*Arguments(*flat[len(Saved._fields) :]).inputs)
+    found = []
+    for name, x, need in zip(INPUTS, inputs, needed, strict=True):
+        if need and name in ("q", "k", "v"):  # which may not have been kept
+            found.append(grad.new_empty(grad.shape, dtype=grad.dtype if x is None else x.dtype).transpose(1, 2))
+        elif need:
+            found.append(x.new_empty(x.shape))
+    return found
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
+    needed, arguments = Needed(*inputs[0]), Arguments(*inputs[1:])
+    out, tensors = output
+    saved.keep(ctx, needed, arguments, out, Saved.of(tensors, needed, arguments))
+
+
+def _differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():  # create_graph=True: the backward operator has no derivative, and it would be taken for zero
+        raise NotImplementedError("sparse-linear attention has no second derivatives: use dense attention (lite3r_disabled) for them")
+    out, kept, needed, arguments = saved.kept(ctx)
+    grads = iter(torch.ops.lite3r.sparse_linear_attention_backward(grad, out, list(needed), *kept, *arguments))
+    return (None, *(next(grads) if need else None for need in needed), *(None for _ in arguments.options))
+
+
+ARGUMENTS = schema(Arguments)
+# Inputs that are not kept are None there.
+KEPT_ARGUMENTS = ARGUMENTS.replace("Tensor ", "Tensor? ")
+
+infer = register("sparse_linear_attention", f"({ARGUMENTS}) -> Tensor", _infer, _fake_infer)
+train = register("sparse_linear_attention_train", f"(bool[] needed, {ARGUMENTS}) -> (Tensor, Tensor[])", _train, _fake_train)
+register(
+    "sparse_linear_attention_backward",
+    f"(Tensor grad, Tensor? out, bool[] needed, {schema(Saved, prefix='saved_')}, {KEPT_ARGUMENTS}) -> Tensor[]",
+    _backward,
+    _fake_backward,
+)
+torch.library.register_autograd("lite3r::sparse_linear_attention_train", _differentiate, setup_context=_keep)

@@ -1,0 +1,191 @@
+"""The whole operator from its public entry: what it promises on every path, and what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sla_cases import BLOCKS as KERNEL_BLOCKS
+from sla_cases import DEVICE, LENGTHS, random_qkv
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lite3r_plugin.errors import ConfigError
+from lite3r_plugin.ops import dispatch
+from lite3r_plugin.ops.block_map import block_map
+from lite3r_plugin.ops.dispatch import triton_installed
+from lite3r_plugin.ops.qk_norm_rope import HeadNorm
+from lite3r_plugin.ops.qk_norm_rope import naive as prepare
+from lite3r_plugin.ops.sla import naive, sparse_linear_attention
+
+B, H, D = 2, 2, 8
+BLOCK_Q, BLOCK_K = 32, 16
+EXACT: dict[str, Any] = dict(rtol=1e-11, atol=1e-11)
+
+
+def qkv(tokens: int, batch: int = B, heads: int = H, dim: int = D, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    return [2 * torch.randn(batch, heads, tokens, dim, dtype=dtype) for _ in range(3)]
+
+
+def test_an_order_comes_back_undone() -> None:
+    """With everything kept the order cannot be seen in the output."""
+    q, k, v = qkv(97)
+    out = sparse_linear_attention(q, k, v, keep_ratio=1.0, order=torch.randperm(97).int(), block_q=BLOCK_Q, block_k=BLOCK_K)
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v), **EXACT)
+
+
+def test_the_order_decides_what_is_a_block() -> None:
+    q, k, v = qkv(96)
+    order = torch.randperm(96)
+    options: dict[str, Any] = dict(keep_ratio=0.2, block_means=True, block_q=BLOCK_Q, block_k=BLOCK_K)
+    by_hand = torch.empty_like(v)
+    by_hand[:, :, order] = sparse_linear_attention(*(x[:, :, order] for x in (q, k, v)), **options)
+    out = sparse_linear_attention(q, k, v, order=order.int(), **options)
+    torch.testing.assert_close(out, by_hand, **EXACT)
+    assert not torch.allclose(out, sparse_linear_attention(q, k, v, **options))
+
+
+def test_pinned_tokens_see_all_and_all_see_them() -> None:
+    q, k, v = qkv(160)
+    options: dict[str, Any] = dict(keep_ratio=0.01, pinned_tokens=20, block_q=BLOCK_Q, block_k=BLOCK_K)
+    out = sparse_linear_attention(q, k, v, **options)
+    dense = F.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(out[:, :, :20], dense[:, :, :20], **EXACT)
+    assert not torch.allclose(out[:, :, BLOCK_Q:], dense[:, :, BLOCK_Q:])
+    v[:, :, :20] += 1000.0
+    assert (sparse_linear_attention(q, k, v, **options) - out).amin() > 0
+
+
+def test_negligible_blocks_have_no_part() -> None:
+    """Those with the lowest scores: their values may be anything. Where only critical blocks are left the branch is zero."""
+    q, k, v = qkv(160)
+    options: dict[str, Any] = dict(keep_ratio=0.3, pinned_tokens=0, block_q=BLOCK_Q, block_k=BLOCK_K)
+    means = [prepare.block_means(x, block) for x, block in ((q, BLOCK_Q), (k, BLOCK_K))]
+    left_out = block_map(*means, kept=3, negligible=2)[1].long()
+    full: dict[str, Any] = dict(linear="marginal", proj=torch.randn(D, D, dtype=torch.float64), block_means=True)
+    out = sparse_linear_attention(q, k, v, negligible_ratio=0.2, **full, **options)
+    other = torch.full_like(v, 1000.0).unflatten(2, (10, BLOCK_K))
+    for row in range(5):
+        chosen = torch.zeros(B, H, 10, dtype=torch.bool).scatter(-1, left_out[:, :, row], True)
+        changed = torch.where(chosen[..., None, None], other, v.unflatten(2, (10, BLOCK_K))).flatten(2, 3)
+        block = slice(row * BLOCK_Q, (row + 1) * BLOCK_Q)
+        changed_out = sparse_linear_attention(q, k, changed, negligible_ratio=0.2, **full, **options)
+        torch.testing.assert_close(changed_out[:, :, block], out[:, :, block], **EXACT)
+    nothing_else = sparse_linear_attention(q, k, v, negligible_ratio=1.0, **full, **options)
+    torch.testing.assert_close(nothing_else, sparse_linear_attention(q, k, v, **options), **EXACT)
+
+
+class LargestTensor(TorchDispatchMode):
+    """The largest number of elements that any operator inside returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return out
+
+
+@pytest.mark.parametrize("linear", ["all", "marginal"])
+def test_no_operator_makes_all_pairs(monkeypatch: pytest.MonkeyPatch, linear: str) -> None:
+    monkeypatch.setattr(naive, "SLAB_BYTES", 1 << 20)
+    tokens = 4096
+    q, k, v = qkv(tokens, 1, 1, dtype=torch.float32)
+    with LargestTensor() as largest:
+        sparse_linear_attention(q, k, v, keep_ratio=0.1, pinned_tokens=64, linear=linear, proj=torch.eye(D), block_means=True)
+    assert largest.elements < tokens * tokens / 8
+    with LargestTensor() as dense:  # the mode does see such tensors
+        (q @ k.mT).softmax(-1) @ v
+    assert dense.elements >= tokens * tokens
+
+
+def test_half_precision_is_computed_wide() -> None:
+    """Logits in the hundreds and long sums: wrong in FP16 arithmetic, right up to the rounding of the result."""
+    q, k, v = (x * scale for x, scale in zip(qkv(160, dtype=torch.float16), (8, 8, 1), strict=True))
+    options: dict[str, Any] = dict(keep_ratio=0.3, linear="all", proj=torch.eye(D), block_q=BLOCK_Q, block_k=BLOCK_K)
+    half, wide = (sparse_linear_attention(*(x.to(dtype) for x in (q, k, v)), **options) for dtype in (torch.float16, torch.float64))
+    assert half.dtype == torch.float16
+    torch.testing.assert_close(half.double(), wide, rtol=2e-3, atol=2e-3)
+
+
+def test_autocast_does_not_reach_the_operator() -> None:
+    q, k, v = qkv(97, dtype=torch.float32)
+    options: dict[str, Any] = dict(keep_ratio=0.3, linear="marginal", proj=torch.eye(D), block_q=BLOCK_Q, block_k=BLOCK_K)
+    expected = sparse_linear_attention(q, k, v, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(sparse_linear_attention(q, k, v, **options), expected)
+
+
+@pytest.mark.parametrize("linear", ["all", "marginal"])
+def test_a_linear_branch_without_its_matrix_is_an_error(linear: str) -> None:
+    q, k, v = qkv(31)
+    with pytest.raises(ConfigError, match=f"linear='{linear}' needs proj"):
+        sparse_linear_attention(q, k, v, keep_ratio=0.5, linear=linear, block_q=BLOCK_Q, block_k=BLOCK_K)
+
+
+def test_a_negative_scale_raises() -> None:
+    q = torch.randn(1, 1, 8, 16)
+    with pytest.raises(ConfigError, match="must not be negative"):
+        sparse_linear_attention(q, q, q, keep_ratio=1.0, scale=-1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(keep_ratio=1.5), r"keep_ratio must be in \(0, 1\]"),
+        (dict(negligible_ratio=float("nan")), "negligible_ratio must be"),
+        (dict(feature_map="relu"), "feature_map must be one of"),
+        (dict(backend="cuda"), "backend must be one of"),
+        (dict(pinned_tokens=-1), "pinned_tokens must be in"),
+        (dict(order=torch.arange(39)), "order names 39 tokens, but q has 40"),
+        (dict(order=torch.arange(40).float()), "order is"),
+        (dict(linear="all", proj=torch.eye(8)), r"proj is \[D, D\] = \[16, 16\]"),
+        (dict(k=torch.randn(1, 1, 40, 16)), "must have the same shape"),
+        (dict(k=torch.randn(1, 2, 39, 16)), "must have the same shape"),
+        (dict(v=torch.ones(1, 2, 40, 16).long()), "floating-point"),
+        (dict(positions=torch.zeros(39, 2)), "positions are"),
+    ],
+)
+def test_what_the_operator_refuses(options: dict[str, Any], message: str) -> None:
+    q, k, v = torch.randn(3, 1, 2, 40, 16)
+    with pytest.raises(ConfigError, match=message):
+        sparse_linear_attention(**(dict(q=q, k=k, v=v, keep_ratio=0.5) | options))
+
+
+def test_nothing_to_attend_to() -> None:
+    for shape in ((0, 2, 40, 16), (1, 2, 0, 16)):
+        assert sparse_linear_attention(*torch.randn(3, *shape), keep_ratio=0.5).shape == shape
+
+
+@pytest.mark.parametrize("linear", ["all", "marginal"])
+def test_autocast_does_not_reach_into_the_operator(linear: str) -> None:
+    q, k, v = random_qkv(LENGTHS[-1], 64, torch.float32)
+    options: dict[str, Any] = dict(
+        keep_ratio=0.3, linear=linear, proj=torch.randn(64, 64, device=DEVICE), block_means=True, **KERNEL_BLOCKS
+    )
+    plain = sparse_linear_attention(q, k, v, **options)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert torch.equal(sparse_linear_attention(q, k, v, **options), plain)
+
+
+@pytest.mark.skipif(not triton_installed(), reason="needs triton")
+def test_strides_of_what_is_not_q_k_v(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels read them as they lie in memory."""
+    monkeypatch.setattr(dispatch, "why_not_triton", lambda *_, **__: None)  # interpreted, where there is no GPU
+    q, k, v = random_qkv(LENGTHS[-1], 32, torch.float32)
+    tokens = q.shape[2]
+    order = torch.stack((torch.randperm(tokens, device=DEVICE), torch.arange(tokens, device=DEVICE)), 1)[:, 0].int()
+    proj, weight = torch.randn(32, 32, device=DEVICE).T, torch.rand(64, device=DEVICE)[::2]
+    pairs = torch.stack((order, order), 1)[:, 0]
+    assert not any(x.is_contiguous() for x in (proj, weight, pairs))
+    for linear in ("all", "marginal"):
+        options: dict[str, Any] = dict(keep_ratio=0.3, linear=linear, block_means=True, backend="triton", **KERNEL_BLOCKS)
+        results = [
+            sparse_linear_attention(q, k, v, proj=p, order=o, q_norm=HeadNorm("rms", w, None, 1e-6), **options)
+            for p, o, w in ((proj, pairs, weight), (proj.contiguous(), pairs.contiguous(), weight.contiguous()))
+        ]
+        assert torch.equal(*results)

@@ -1,0 +1,19 @@
+"""The grids that tests of operators run on a CPU hold every pair of values."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+from pairs import all_pairs
+
+
+@pytest.mark.parametrize("sizes", [(3,), (2, 3), (3, 2, 6), (5, 2, 2, 3, 2, 2), (2, 2, 2, 2, 2, 2, 2)], ids=str)
+def test_every_two_values_of_two_parameters_meet(sizes: tuple[int, ...]) -> None:
+    axes = [[f"{name}{i}" for i in range(size)] for name, size in zip("abcdefg", sizes, strict=False)]
+    rows = all_pairs(*axes)
+    assert {row[0] for row in rows} == set(axes[0])
+    for (i, one), (j, other) in itertools.combinations(enumerate(axes), 2):
+        assert {(row[i], row[j]) for row in rows} == set(itertools.product(one, other))
+    assert len(rows) == len(set(rows)) <= math.prod(sorted(sizes)[-2:]) + len(sizes)
