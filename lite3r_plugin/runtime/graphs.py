@@ -33,6 +33,12 @@ def capture(call: Callable[[], Any], device: torch.device) -> tuple[torch.cuda.C
     torch.cuda.current_stream(device).wait_stream(stream)
     release_memory(device)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = call()
+    try:
+        with torch.cuda.graph(graph):
+            outputs = call()
+    except RuntimeError:
+        # The GPU's generator of random numbers stays in a capture that failed, and refuses every later call; one that succeeds frees it.
+        with torch.cuda.device(device), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            torch.zeros(1, device=device)
+        raise
     return graph, outputs

@@ -89,7 +89,8 @@ def by_definition(arguments: Arguments, grad: Tensor, needed: Needed, wide: bool
     prepared = leaves.prepared(triton=False)
     out = naive.sparse_linear_attention(
         prepared.q, prepared.k, prepared.v, kv_indices, negligible=negligible, pinned=leaves.pinned_queries, scale=leaves.scale,
-        linear=leaves.linear, feature_map=leaves.feature_map, proj=leaves.proj, block_means=leaves.block_means, **BLOCKS,
+        linear=leaves.linear, feature_map=leaves.feature_map, proj=leaves.proj, block_means=leaves.block_means,
+        block_q=leaves.block_q, block_k=leaves.block_k,
     )  # fmt: skip
     if leaves.order is not None:
         out = torch.empty_like(out).index_copy(-2, leaves.order.long(), out)
@@ -148,6 +149,11 @@ def test_gradients_through_norms_and_rotary_embedding(dim: int, norm: str, branc
 def test_gradients_with_blocks_of_128_keys(dim: int, dtype: torch.dtype, branch: Branch) -> None:
     """Which are read in several tiles."""
     assert_gradients(some_arguments(1374, dim, dtype, branch)._replace(block_k=128))
+
+
+def test_gradients_with_blocks_of_keys_as_large_as_those_of_queries() -> None:
+    arguments = some_arguments(LONG, 64 if GPU else 32, torch.float32, BRANCHES[4])
+    assert_gradients(arguments._replace(block_k=arguments.block_q))
 
 
 @pytest.mark.parametrize("branch", [BRANCHES[2], BRANCHES[4]], ids=str)
