@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lite3r_plugin.scene.data.files import write_pfm
+from lite3r_plugin.scene.data.maps import write_pfm
 from lite3r_plugin.scene.procedural import ProcScenes, TextureBank, covisibility
 
 Sample = dict[str, Tensor]
