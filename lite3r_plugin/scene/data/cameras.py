@@ -126,7 +126,7 @@ def world_to_camera(rotation: np.ndarray, translation: np.ndarray, origin: str) 
 
 def inverse_pose(rotation: np.ndarray, centre: np.ndarray, origin: str) -> Tensor:
     """World to camera ``[3, 4]`` of a camera to world rotation and the camera's centre."""
-    R = world_to_camera(rotation.T, np.zeros(3), origin)[:, :3]
+    R = world_to_camera(rotation.T, centre, origin)[:, :3]  # looks at the numbers of the centre as well
     return world_to_camera(R.numpy(), -R.numpy() @ centre, origin)
 
 
