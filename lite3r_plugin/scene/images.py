@@ -25,6 +25,7 @@ OTHER_PICTURES = {
 # Pillow would hand other content, such as PostScript, to other programs, whatever the file is called.
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "TIFF", "BMP", "DIB", "GIF", "PPM", "AVIF", "HEIF")
 SEVERAL = ("TIFF", "WEBP", "GIF", "PNG", "AVIF", "HEIF")  # not MPO: phones put previews and gain maps there
+BAND = 512  # rows that are converted at a time: Pillow takes memory twice for what it hands over
 ORIENTATION = 0x0112  # EXIF tag; 1 is upright, and so is what is not 2 to 8
 INSTALL_HEIC = "install the reader, pip install 'lite3r-plugin[heic]', or save it as JPEG"
 TURNS = {
@@ -157,8 +158,10 @@ def to_tensor(images: Sequence[Image.Image]) -> Tensor:
     """Images of one size as ``[S, 3, H, W]`` float32 in [0, 1]."""
     width, height = images[0].size
     pixels = torch.empty(len(images), 3, height, width)
-    for row, image in zip(pixels, images, strict=True):  # one after the other: a large image takes a lot of memory for a moment
-        row.copy_(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+    for target, image in zip(pixels.numpy(), images, strict=True):
+        for top in range(0, height, BAND):
+            bottom = min(top + BAND, height)
+            target[:, top:bottom] = np.asarray(image.crop((0, top, width, bottom))).transpose(2, 0, 1)
     return pixels.div_(255)
 
 

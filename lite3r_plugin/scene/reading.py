@@ -14,7 +14,7 @@ from pathlib import Path
 from ..errors import InputError
 
 MAX_PIXELS, MAX_BYTES = "LITE3R_MAX_PIXELS", "LITE3R_MAX_BYTES"
-# 50 million pixels take 0.95 GB on their way to a float32 tensor.
+# 50 million pixels take 0.8 GB on their way to a float32 tensor.
 LIMITS = {MAX_PIXELS: 50_000_000, MAX_BYTES: 2**31}
 
 

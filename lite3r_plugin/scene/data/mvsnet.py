@@ -174,7 +174,9 @@ def _say_rest(folder: Path, used: Iterable[Path], but: str | None = None) -> Non
     rest = [
         path.name
         for path in entries(folder)
-        if path.name.lower() not in names and (is_image(path) or path.suffix.lower() == ".txt") and not (but and path.stem.endswith(but))
+        if path.name.lower() not in names
+        and (is_image(path) or path.suffix.lower() == ".txt")
+        and not (but and path.stem.lower().endswith(but))
     ]
     if rest:
         say(f"{folder}: {len(rest)} files are left out, which are no views by their names: {listed(rest)}")

@@ -152,10 +152,12 @@ def _focal(values: dict[str, Any], axis: str, side: int, origin: str) -> float |
 def _number(values: dict[str, Any], key: str, origin: str, otherwise: Any = None) -> Any:
     """A number of the file as float; what is not there is `otherwise`."""
     value = values.get(key, otherwise)
-    if value is None:
-        return None
+    return None if value is None else _finite(value, origin, key)
+
+
+def _finite(value: Any, origin: str, what: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
-        raise InputError(f"{origin} has {key} {_brief(value)}, which is no finite number")
+        raise InputError(f"{origin} has {what} {_brief(value)}, which is no finite number")
     return float(value)
 
 
@@ -166,8 +168,7 @@ def _matrix(value: Any, origin: str) -> np.ndarray:
         rows = [*rows, [0, 0, 0, 1]]
     if len(rows) != 4 or not all(isinstance(row, list) and len(row) == 4 for row in rows):
         raise InputError(f"{origin} has no transform_matrix of 4x4 numbers")
-    numbers = {str(i): x for i, x in enumerate(x for row in rows for x in row)}
-    return np.array([_number(numbers, key, f"{origin}, transform_matrix,", math.nan) for key in numbers]).reshape(4, 4)
+    return np.array([[_finite(number, f"{origin}, transform_matrix,", "a number") for number in row] for row in rows])
 
 
 def _named(finder: Names, values: dict[str, Any], key: str, origin: str) -> Path | None:
