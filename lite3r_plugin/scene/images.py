@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from PIL import Image, UnidentifiedImageError, features
 from torch import Tensor
 
 from ..errors import InputError
-from .reading import MAX_PIXELS, entries, is_dir, is_file, limit, listed, say, shown
+from .reading import current_limits, entries, is_dir, is_file, listed, say, shown
 
 HEIC, AVIF = (".heic", ".heif", ".hif"), (".avif",)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".bmp", *AVIF, *HEIC)
@@ -23,10 +24,11 @@ OTHER_PICTURES = {
     ".psd", ".tga", ".mov", ".mp4", ".avi", ".mkv", ".webm",
 }  # fmt: skip
 # Pillow would hand other content, such as PostScript, to other programs, whatever the file is called.
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "TIFF", "BMP", "DIB", "GIF", "PPM", "AVIF", "HEIF")
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "TIFF", "BMP", "DIB", "GIF", "PPM", "AVIF")
 SEVERAL = ("TIFF", "WEBP", "GIF", "PNG", "AVIF", "HEIF")  # not MPO: phones put previews and gain maps there
 BAND = 512  # rows that are converted at a time: Pillow takes memory twice for what it hands over
 ORIENTATION = 0x0112  # EXIF tag; 1 is upright, and so is what is not 2 to 8
+OTHER_PIXELS = "lite3r_plugin.scene.data.limits(pixels=...) sets another limit"
 INSTALL_HEIC = "install the reader, pip install 'lite3r-plugin[heic]', or save it as JPEG"
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
@@ -92,13 +94,11 @@ def opened(path: Path, pixels: bool = True) -> Iterator[Image.Image]:
         pixels: Load them; else only what the file says about itself.
 
     Raises:
-        InputError: the file is no image, is damaged, or has more pixels than `lite3r_plugin.scene.reading.MAX_PIXELS` allows.
+        InputError: the file is no image, is damaged, or has more pixels than `lite3r_plugin.scene.reading.Limits` allow.
     """
-    allowed = limit(MAX_PIXELS)
-    if Image.MAX_IMAGE_PIXELS is not None and allowed > Image.MAX_IMAGE_PIXELS:
-        Image.MAX_IMAGE_PIXELS = allowed  # the user says that images are so large; Pillow has a limit of its own
+    allowed = current_limits().pixels
     try:
-        with Image.open(path, formats=_formats(path)) as file:
+        with _decoder(path) as file:
             if (count := file.width * file.height) > allowed:
                 raise InputError(f"{path} has {count:,} pixels, {_too_many(allowed)}")
             if pixels:
@@ -197,26 +197,25 @@ def _eight_bits(values: np.ndarray, path: Path) -> np.ndarray:
 
 
 def _too_many(allowed: int) -> str:
-    return f"more than the {allowed:,} that are read; make it smaller, or set the environment variable {MAX_PIXELS}"
+    return f"more than the {allowed:,} that are read; make it smaller, or {OTHER_PIXELS}"
 
 
-def _formats(path: Path) -> list[str]:
-    """Names of the decoders that are there, HEIC's if the file needs it, whatever it is called."""
-    Image.init()
+def _decoder(path: Path) -> Image.Image:
+    """The file as an image, not loaded yet, by what is in it, whatever it is called."""
     with path.open("rb") as file:
         head = file.read(64)
-    if head[4:8] == b"ftyp" and b"avif" not in head and not _has_heic():
-        raise InputError(f"{path} is a HEIC photograph: {INSTALL_HEIC}")
-    return [name for name in FORMATS if name in Image.OPEN]
+    if head[4:8] == b"ftyp" and b"avif" not in head:
+        if not _has_heic():
+            raise InputError(f"{path} is a HEIC photograph: {INSTALL_HEIC}")
+        from pillow_heif import HeifImageFile
+
+        return HeifImageFile(path)  # Pillow's registry stays as it is
+    Image.init()
+    return Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN])
 
 
 def _has_heic() -> bool:
-    try:
-        import pillow_heif
-    except ImportError:
-        return False
-    pillow_heif.register_heif_opener()
-    return True
+    return importlib.util.find_spec("pillow_heif") is not None
 
 
 def _require_decoders(folder: Path, images: list[Path]) -> None:

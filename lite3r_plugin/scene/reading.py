@@ -1,37 +1,68 @@
-"""What all readers of people's files share: limits, lookups that never raise what they should not, and saying what is left out.
-
-Limits are environment variables, because they hold for whole processes and their workers: `MAX_PIXELS` for one image, `MAX_BYTES` for one
-file. What is over a limit is refused before memory is taken for it.
-"""
+"""What all readers of people's files share: limits, lookups that never raise what they should not, and saying what is left out."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import InputError
+from PIL import Image
 
-MAX_PIXELS, MAX_BYTES = "LITE3R_MAX_PIXELS", "LITE3R_MAX_BYTES"
-# 50 million pixels take 0.8 GB on their way to a float32 tensor.
-LIMITS = {MAX_PIXELS: 50_000_000, MAX_BYTES: 2**31}
+from ..errors import InputError
 
 
 class DataWarning(UserWarning):
     """Part of the data is left out, or one of several possible readings was chosen; the message names how many and which."""
 
 
-def limit(name: str) -> int:
-    """The limit `MAX_PIXELS` or `MAX_BYTES`: of the environment variable of that name, or the default.
+@dataclass(frozen=True)
+class Limits:
+    """What is refused before memory is taken for it.
+
+    Attributes:
+        pixels: More of them in an image, or values in a depth map. 50 million take 0.8 GB on their way to a float32 tensor.
+        size: More bytes in a file.
+    """
+
+    pixels: int = 50_000_000
+    size: int = 2**31
+
+
+DEFAULT = Limits()
+_LIMITS: ContextVar[Limits] = ContextVar("lite3r_data_limits", default=DEFAULT)
+
+
+def current_limits() -> Limits:
+    """The limits that hold here: those of the innermost `limits`, or the defaults."""
+    return _LIMITS.get()
+
+
+@contextlib.contextmanager
+def limits(pixels: int | None = None, size: int | None = None) -> Iterator[Limits]:
+    """Other limits inside the block, in this thread: ``with limits(pixels=200_000_000): scene.sample(...)``.
+
+    Args:
+        pixels, size: As in `Limits`; None: as outside.
 
     Raises:
-        InputError: the variable is set to no whole number above 0.
+        InputError: one is below 1.
     """
-    word = os.environ.get(name, str(LIMITS[name]))
-    if not (word.isascii() and word.isdigit() and len(word) <= 18 and int(word)):
-        raise InputError(f"the environment variable {name} should be a whole number above 0, is {word[:40]!r}")
-    return int(word)
+    outside = _LIMITS.get()
+    inside = Limits(outside.pixels if pixels is None else pixels, outside.size if size is None else size)
+    if min(inside.pixels, inside.size) < 1:
+        raise InputError(f"limits are whole numbers above 0, not pixels={pixels}, size={size}")
+    pillows, token = Image.MAX_IMAGE_PIXELS, _LIMITS.set(inside)
+    if pillows is not None and inside.pixels > pillows:
+        Image.MAX_IMAGE_PIXELS = inside.pixels  # Pillow has a limit of its own, for the whole process
+    try:
+        yield inside
+    finally:
+        Image.MAX_IMAGE_PIXELS = pillows
+        _LIMITS.reset(token)
 
 
 def say(message: str) -> None:
@@ -87,14 +118,14 @@ def read_bytes(path: Path, most: int | None = None) -> bytes:
 
     Args:
         path: The file.
-        most: More bytes are refused; None: the limit `MAX_BYTES`.
+        most: More bytes are refused; None: `Limits.size`.
 
     Raises:
         InputError: it is missing, unreadable or too large.
     """
     if not is_file(path):
         raise InputError(f"{shown(str(path), 300)} is missing")
-    allowed = limit(MAX_BYTES) if most is None else most
+    allowed = current_limits().size if most is None else most
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -102,7 +133,7 @@ def read_bytes(path: Path, most: int | None = None) -> bytes:
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     if size > allowed or len(data) > allowed:
-        way_out = f"; the environment variable {MAX_BYTES} sets another limit" if most is None else "; it is another kind of file"
+        way_out = "; lite3r_plugin.scene.data.limits(size=...) sets another limit" if most is None else "; it is another kind of file"
         raise InputError(f"{path} has {max(size, len(data)):,} bytes, more than the {allowed:,} that are read{way_out}")
     return data
 

@@ -17,11 +17,11 @@ from PIL import Image
 from lite3r_plugin.errors import InputError
 from lite3r_plugin.scene.data import DataWarning, open_scenes
 from lite3r_plugin.scene.data.archives import read_matrices
-from lite3r_plugin.scene.data.files import read_image
+from lite3r_plugin.scene.data.files import image_size, read_image
 from lite3r_plugin.scene.data.maps import read_colmap_depth, read_pfm
 from lite3r_plugin.scene.data.mvsnet import read_pairs
 from lite3r_plugin.scene.images import find_images, load_image
-from lite3r_plugin.scene.reading import MAX_BYTES, MAX_PIXELS, entries, is_dir, is_file, limit, listed, read_bytes, say
+from lite3r_plugin.scene.reading import Limits, current_limits, entries, is_dir, is_file, limits, listed, read_bytes, say
 
 GIB = 2**30
 
@@ -44,23 +44,21 @@ def png(path: Path, width: int, height: int, colour: int = 2) -> Path:
     return path
 
 
-def test_limits_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert limit(MAX_PIXELS) == 50_000_000
-    monkeypatch.setenv(MAX_PIXELS, "123")
-    assert limit(MAX_PIXELS) == 123
-    for nonsense in ("", "0", "-1", "1e9", "²", "9" * 30):
-        monkeypatch.setenv(MAX_PIXELS, nonsense)
-        with pytest.raises(InputError, match="LITE3R_MAX_PIXELS should be a whole number above 0"):
-            limit(MAX_PIXELS)
+def test_limits_hold_in_their_block() -> None:
+    assert current_limits() == Limits(50_000_000, 2**31)
+    with limits(pixels=200), limits(size=30) as inner:
+        assert current_limits() == inner == Limits(200, 30)
+    assert current_limits() == Limits()
+    with pytest.raises(InputError, match="limits are whole numbers above 0, not pixels=0"), limits(pixels=0):
+        pass
 
 
-def test_images_have_a_limit_of_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_have_a_limit_of_pixels(tmp_path: Path) -> None:
     Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
-    monkeypatch.setenv(MAX_PIXELS, "599")
-    with pytest.raises(InputError, match=r"a\.png has 600 pixels, more than the 599 that are read; .*LITE3R_MAX_PIXELS"):
+    with limits(pixels=599), pytest.raises(InputError, match=r"a\.png has 600 pixels, more than the 599 that are read; .*limits\(pixels="):
         load_image(tmp_path / "a.png")
-    monkeypatch.setenv(MAX_PIXELS, "600")
-    assert load_image(tmp_path / "a.png").size == (30, 20)
+    with limits(pixels=600):
+        assert load_image(tmp_path / "a.png").size == (30, 20)
 
 
 @pytest.mark.parametrize(("width", "height"), [(10_000, 10_000), (20_000, 20_000), (60_000, 60_000)])
@@ -87,10 +85,12 @@ def test_the_largest_image_takes_less_than_a_gibibyte(tmp_path: Path) -> None:
     assert peak() - before < GIB
 
 
-def test_a_users_limit_is_pillows_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
-    assert load_image(tmp_path / "a.png").size == (30, 20)
+def test_a_users_limit_is_pillows_too(tmp_path: Path) -> None:
+    file = png(tmp_path / "a.png", 10_000, 9_500)  # Pillow warns from 89 million pixels on
+    before = Image.MAX_IMAGE_PIXELS
+    with limits(pixels=100_000_000):
+        assert image_size(file) == (9_500, 10_000)
+    assert before == Image.MAX_IMAGE_PIXELS
 
 
 def test_strips_are_no_photographs(tmp_path: Path) -> None:
@@ -99,13 +99,12 @@ def test_strips_are_no_photographs(tmp_path: Path) -> None:
         read_image(tmp_path / "a.png")
 
 
-def test_files_have_a_limit_of_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_have_a_limit_of_bytes(tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_bytes(bytes(100))
     assert len(read_bytes(tmp_path / "a.bin", 100)) == 100
     with pytest.raises(InputError, match=r"a\.bin has 100 bytes, more than the 99 that are read; it is another kind"):
         read_bytes(tmp_path / "a.bin", 99)
-    monkeypatch.setenv(MAX_BYTES, "99")
-    with pytest.raises(InputError, match=r"a\.bin has 100 bytes, more than the 99 .*LITE3R_MAX_BYTES sets another"):
+    with limits(size=99), pytest.raises(InputError, match=r"a\.bin has 100 bytes, more than the 99 .*limits\(size=.* sets another"):
         read_bytes(tmp_path / "a.bin")
 
 

@@ -19,9 +19,9 @@ Whatever a loader leaves out, or chooses among several, is a `DataWarning`; what
 `lite3r_plugin.errors.InputError` that names the file. Images and masks are paired with cameras by names or numbers.
 """
 
-from ..reading import DataWarning
+from ..reading import DataWarning, Limits, limits
 from .layouts import LAYOUTS, open_scenes
 from .sampling import ViewSets, pick_views
 from .scene import Frame, Scene, Scenes, Views
 
-__all__ = ["LAYOUTS", "DataWarning", "Frame", "Scene", "Scenes", "ViewSets", "Views", "open_scenes", "pick_views"]
+__all__ = ["LAYOUTS", "DataWarning", "Frame", "Limits", "Scene", "Scenes", "ViewSets", "Views", "limits", "open_scenes", "pick_views"]

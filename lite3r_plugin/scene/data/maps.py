@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ..images import opened
-from ..reading import MAX_PIXELS, limit, read_bytes
+from ..images import OTHER_PIXELS, opened
+from ..reading import current_limits, read_bytes
 
 # Depth in any unit that somebody uses; numbers of another byte order or type are spread over all exponents.
 DEPTHS = (1e-15, 1e15)
@@ -61,7 +61,10 @@ def read_depth_png(path: Path, unit: float = 0.001, unknown: tuple[int, ...] = (
         values = np.array(file)
     if values.min() < 0 or values.max() > 65535:
         raise InputError(f"{path} has values from {values.min()} to {values.max()}; depth has 16 bits, 0 to 65535")
-    return checked_depth(np.where(np.isin(values, unknown), 0, values).astype(np.float32) * np.float32(unit), path)
+    depth = values.astype(np.float32)
+    for value in unknown:
+        depth[values == value] = 0
+    return checked_depth(np.multiply(depth, np.float32(unit), out=depth), path)
 
 
 def read_mask(path: Path) -> Tensor:
@@ -98,8 +101,8 @@ def checked_depth(values: np.ndarray, path: Path) -> Tensor:
 
 def _values(data: bytes, start: int, width: int, height: int, order: str, path: Path) -> np.ndarray:
     """``[H, W]`` of 4-byte values."""
-    if width * height > (allowed := limit(MAX_PIXELS)):
-        raise InputError(f"{path} announces {width}x{height} values, more than the {allowed:,} that are read ({MAX_PIXELS})")
+    if width * height > (allowed := current_limits().pixels):
+        raise InputError(f"{path} announces {width}x{height} values, more than the {allowed:,} that are read; {OTHER_PIXELS}")
     if not width or not height or len(data) - start != 4 * width * height:
         raise InputError(
             f"{path} should hold {width}x{height} values in {4 * width * height} bytes, has {len(data) - start}: it is damaged"
