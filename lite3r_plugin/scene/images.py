@@ -43,7 +43,7 @@ def find_images(folder: Path) -> list[Path]:
     `DataWarning`.
 
     Raises:
-        InputError: no such folder, no image in it, or images that this installation cannot read (HEIC without pillow-heif).
+        InputError: no such folder, or no image in it.
     """
     name = shown(str(folder), 300)
     if is_file(folder):
@@ -56,7 +56,6 @@ def find_images(folder: Path) -> list[Path]:
     if not images:
         what = f"its {len(files)} files are of other kinds" if files else "it is empty"
         raise InputError(f"{folder} holds no images ({', '.join(SUFFIXES)}): {what}")
-    _require_decoders(folder, images)
     stems = {p.stem.lower() for p in images}
     if other := [p.name for p in files if p.suffix.lower() in OTHER_PICTURES and p.stem.lower() not in stems]:
         say(f"{folder}: {len(other)} pictures of other kinds are left out: {listed(other)}; save them as JPEG or PNG to use them")
@@ -115,6 +114,21 @@ def opened(path: Path, pixels: bool = True) -> Iterator[Image.Image]:
         raise InputError(f"{path} cannot be read as an image ({why}); replace it or take it out of the folder") from error
 
 
+def require_decoders(paths: Sequence[Path]) -> None:
+    """Refuse images that nobody reads here, all at once: without them it would be another scene.
+
+    Raises:
+        InputError: there are HEIC photographs and no pillow-heif, or AVIF images and too old a Pillow.
+    """
+    heic, avif = ([path for path in paths if path.suffix.lower() in kinds] for kinds in (HEIC, AVIF))
+    if heic and not _has_heic():
+        raise InputError(f"{heic[0].parent} holds {len(heic)} HEIC photographs among {len(paths)}: {_names(heic)}; {INSTALL_HEIC}")
+    if avif and not features.check("avif"):
+        raise InputError(
+            f"{avif[0].parent} holds {len(avif)} AVIF images among {len(paths)}: {_names(avif)}; update Pillow to 11.3 or newer"
+        )
+
+
 def load_image(path: Path, posed: bool = False) -> Image.Image:
     """One image as 8-bit RGB: turned upright by its EXIF entry, transparency laid over white, 16-bit grey scaled.
 
@@ -150,7 +164,8 @@ def orientation(image: Image.Image) -> int:
 
 
 def load_images(paths: Sequence[Path]) -> list[Image.Image]:
-    """`load_image` of each path."""
+    """`load_image` of each path, of all or, where this installation cannot read some, of none."""
+    require_decoders(paths)
     return [load_image(path) for path in paths]
 
 
@@ -214,14 +229,9 @@ def _decoder(path: Path) -> Image.Image:
     return Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN])
 
 
+def _names(paths: Sequence[Path]) -> str:
+    return listed(path.name for path in paths)
+
+
 def _has_heic() -> bool:
     return importlib.util.find_spec("pillow_heif") is not None
-
-
-def _require_decoders(folder: Path, images: list[Path]) -> None:
-    """Refuse images that nobody reads here: leaving them out would reconstruct another scene than the folder shows."""
-    heic, avif = ([p.name for p in images if p.suffix.lower() in kinds] for kinds in (HEIC, AVIF))
-    if heic and not _has_heic():
-        raise InputError(f"{folder} holds {len(heic)} HEIC photographs among {len(images)}: {listed(heic)}; {INSTALL_HEIC}")
-    if avif and not features.check("avif"):
-        raise InputError(f"{folder} holds {len(avif)} AVIF images among {len(images)}: {listed(avif)}; update Pillow to 11.3 or newer")

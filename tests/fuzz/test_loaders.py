@@ -32,7 +32,7 @@ from lite3r_plugin.scene.images import load_image
 
 LONGEST = 10.0  # seconds that one input may take
 MEMORY = 2**30  # bytes that all of them may add to the process
-DEFAULT_SECONDS = 14.0  # of all layouts together
+DEFAULT_SECONDS = 11.0  # of all layouts together
 
 
 @contextlib.contextmanager
@@ -153,7 +153,7 @@ def test_any_content(name: str, tmp_path: Path, pytestconfig: pytest.Config, cap
     (tmp_path / "images.txt").write_text("1 1 0 0 0 0 0 0 1 a.png\n\n")
 
     @settings(
-        max_examples=60 if seconds is None else int(100 * seconds),
+        max_examples=40 if seconds is None else int(100 * seconds),
         deadline=None,
         database=None,
         derandomize=seconds is None,

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image, features
 
 from lite3r_plugin.errors import InputError
-from lite3r_plugin.scene.images import ORIENTATION, TURNS, choose_views, find_images, load_image
+from lite3r_plugin.scene.data import open_scenes
+from lite3r_plugin.scene.images import ORIENTATION, TURNS, choose_views, find_images, load_image, load_images
 from lite3r_plugin.scene.reading import DataWarning
 
 
@@ -104,7 +105,9 @@ def test_heic_without_its_reader_is_an_error_that_names_it(tmp_path: Path, monke
         (tmp_path / f"IMG_{i}.HEIC").write_bytes(b"\0\0\0\x1cftypheic" + bytes(16))
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     with pytest.raises(InputError, match=r"6 HEIC photographs among 9: IMG_3\.HEIC, .* and 1 more; .*pip install 'lite3r-plugin\[heic\]'"):
-        find_images(tmp_path)
+        load_images(find_images(tmp_path))
+    with pytest.raises(InputError, match="6 HEIC photographs among 9"):
+        open_scenes(f"images:{tmp_path}")[0]
     with pytest.raises(InputError, match=r"IMG_3\.HEIC is a HEIC photograph: install the reader"):
         load_image(tmp_path / "IMG_3.HEIC")
 
@@ -120,7 +123,7 @@ def test_avif_that_nobody_reads_is_an_error_that_names_it(tmp_path: Path, monkey
     (tmp_path / "a.avif").write_bytes(b"")
     monkeypatch.setattr(features, "check", lambda _: False)
     with pytest.raises(InputError, match=r"1 AVIF images among 1: a\.avif; update Pillow"):
-        find_images(tmp_path)
+        load_images(find_images(tmp_path))
 
 
 def test_pictures_of_other_kinds_are_named(tmp_path: Path) -> None:

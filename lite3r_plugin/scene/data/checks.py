@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
+from ..images import require_decoders
 from ..reading import listed, say
 from .scene import Frame, Scene
 
@@ -26,11 +27,12 @@ def make_scene(name: str, frames: Sequence[Frame], folder: Path) -> Scene:
     origin, which a `DataWarning` says. Frames without a depth map or mask, where others have one, are named in a `DataWarning` as well.
 
     Raises:
-        InputError: there are fewer than two frames, or several of one name.
+        InputError: there are fewer than two frames, several of one name, or images of kinds that are not read here.
     """
     twice = [frame for frame, count in Counter(frame.name for frame in frames).items() if count > 1]
     if twice:
         raise InputError(f"{folder} holds several images of one name: {listed(twice)}; rename or remove them")
+    require_decoders([frame.image for frame in frames if isinstance(frame.image, Path)])
     for what in ("depth", "mask"):
         without = [frame.name for frame in frames if getattr(frame, what) is None]
         if 0 < len(without) < len(frames):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -107,13 +108,18 @@ class Names:
             if path not in self._folders:
                 held: dict[str, list[Path]] = {}
                 for entry in entries(path) if is_dir(path) else ():
-                    held.setdefault(entry.name.casefold(), []).append(entry)
+                    held.setdefault(_folded(entry.name), []).append(entry)
                 self._folders[path] = held
-            found = self._folders[path].get(part.casefold())
+            found = self._folders[path].get(_folded(part))
             if found is None:
                 return None
             path = path / part if path / part in found else only(found, part)
         return path
+
+
+def _folded(name: str) -> str:
+    """A name without case, and with accents as one letter: macOS writes them apart."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def numbered(paths: Iterable[Path], pattern: str, what: str) -> dict[int, Path]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...errors import InputError
 from ..images import OTHER_PIXELS, opened
-from ..reading import current_limits, read_bytes
+from ..reading import current_limits, read_bytes, say
 
 # Depth in any unit that somebody uses; numbers of another byte order or type are spread over all exponents.
 DEPTHS = (1e-15, 1e15)
@@ -49,7 +49,7 @@ def read_colmap_depth(path: Path) -> Tensor:
     head = re.match(rb"([0-9]{1,9})&([0-9]{1,9})&1&", data)
     if head is None:
         raise InputError(f"{path} is no depth map of COLMAP: it begins with {data[:16]!r}")
-    return checked_depth(_values(data, head.end(), int(head[1]), int(head[2]), "<f4", path), path)
+    return checked_depth(_values(data, head.end(), int(head[1]), int(head[2]), "<f4", path), path, estimated=True)
 
 
 def read_depth_png(path: Path, unit: float = 0.001, unknown: tuple[int, ...] = (0, 65535)) -> Tensor:
@@ -82,8 +82,13 @@ def read_mask(path: Path) -> Tensor:
     return torch.from_numpy(values > top // 2)
 
 
-def checked_depth(values: np.ndarray, path: Path) -> Tensor:
+def checked_depth(values: np.ndarray, path: Path, estimated: bool = False) -> Tensor:
     """A depth map as float32 ``[H, W]``, as it is, once it is known to be one.
+
+    Args:
+        values: ``[H, W]``.
+        path: What messages name.
+        estimated: From the images, which may tell nothing: a map without content is said in a `DataWarning`. Else it is refused.
 
     Raises:
         InputError: it holds NaN, knows no depth, or values that are none.
@@ -92,6 +97,9 @@ def checked_depth(values: np.ndarray, path: Path) -> Tensor:
     if np.isnan(values).any():
         raise InputError(f"{path} holds {int(np.isnan(values).sum())} NaN; depth is 0 where it is unknown")
     known = values[np.isfinite(values) & (values > 0)]
+    if not len(known) and estimated:
+        say(f"{path} knows no depth of {values.shape[1]}x{values.shape[0]}")
+        return torch.from_numpy(values)
     if not len(known):
         raise InputError(f"{path} holds no depth: nothing of {values.shape[1]}x{values.shape[0]} is known; mend it, or take the view out")
     if known.min() < DEPTHS[0] or known.max() > DEPTHS[1]:

@@ -220,7 +220,7 @@ def renamed(path: Path, change: Callable[[str], str]) -> Path:
     """The names of the images in a text model changed; the files stay."""
     file = path / "sparse/0/images.txt"
     for i in range(4):
-        file.write_text(file.read_text().replace(f" view {i}.png", f" {change(f'view {i}.png')}"))
+        file.write_text(file.read_text("utf-8").replace(f" view {i}.png", f" {change(f'view {i}.png')}"), "utf-8")
     return path
 
 
@@ -228,6 +228,13 @@ def renamed(path: Path, change: Callable[[str], str]) -> Path:
 def test_names_are_found_as_people_write_them(sample: Sample, change: Callable[[str], str], tmp_path: Path) -> None:
     scene = opened(renamed(write_layout(sample, "colmap-text", tmp_path), change))
     assert [Path(str(frame.image)).name for frame in scene.frames] == [f"view {i}.png" for i in range(4)]
+
+
+def test_accents_that_macos_writes_apart(sample: Sample, tmp_path: Path) -> None:
+    renamed(write_layout(sample, "colmap-text", tmp_path), lambda name: name.replace("view", "h\u00e4user"))
+    for i in range(4):
+        (tmp_path / f"images/view {i}.png").rename(tmp_path / f"images/ha\u0308user {i}.png")
+    assert [frame.name for frame in opened(tmp_path).frames] == [f"h\u00e4user {i}.png" for i in range(4)]
 
 
 def test_images_in_subfolders(sample: Sample, tmp_path: Path) -> None:
@@ -275,6 +282,15 @@ def test_of_several_models_the_largest_is_read(sample: Sample, largest: int, tmp
     shutil.rmtree(made)
     with pytest.warns(DataWarning, match=rf"holds 3 COLMAP models: .*sparse/{largest} of 4 images.*; sparse/{largest} is read"):
         assert len(opened(tmp_path)) == 4
+
+
+def test_an_image_of_which_stereo_tells_nothing_is_said(sample: Sample, tmp_path: Path) -> None:
+    file = write_layout(sample, "colmap", tmp_path) / "stereo/depth_maps/view 2.png.geometric.bin"
+    file.write_bytes(b"24&16&1&" + bytes(4 * 24 * 16))
+    scene = opened(tmp_path)
+    with pytest.warns(DataWarning, match=r"view 2\.png\.geometric\.bin knows no depth"):
+        views = scene.sample(range(4))
+    assert views.valid.flatten(1).any(1).tolist() == [True, True, False, True]
 
 
 def test_a_model_with_distortion_yields_to_the_undistorted_one(sample: Sample, tmp_path: Path) -> None:

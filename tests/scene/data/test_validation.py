@@ -255,6 +255,8 @@ def test_depth_has_content_and_a_range() -> None:
     assert depth_of([[0, -1, np.inf, 2.5]]).tolist() == [[0, -1, float("inf"), 2.5]]
     with pytest.raises(InputError, match=r"a\.pfm holds no depth: nothing of 3x1 is known"):
         depth_of([[0.0, -1, np.inf]])
+    with pytest.warns(DataWarning, match=r"a\.pfm knows no depth of 3x1"):
+        assert checked_depth(np.zeros((1, 3)), Path("a.pfm"), estimated=True).tolist() == [[0, 0, 0]]
     for wrong in (1e-40, 3e38):
         with pytest.raises(InputError, match=r"a\.pfm holds depths from .*byte order"):
             depth_of([[1.0, wrong]])
