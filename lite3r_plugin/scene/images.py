@@ -124,9 +124,7 @@ def require_decoders(paths: Sequence[Path]) -> None:
     if heic and not _has_heic():
         raise InputError(f"{heic[0].parent} holds {len(heic)} HEIC photographs among {len(paths)}: {_names(heic)}; {INSTALL_HEIC}")
     if avif and not features.check("avif"):
-        raise InputError(
-            f"{avif[0].parent} holds {len(avif)} AVIF images among {len(paths)}: {_names(avif)}; update Pillow to 11.3 or newer"
-        )
+        raise InputError(f"{avif[0].parent} holds {len(avif)} AVIF images among {len(paths)}: {_names(avif)}; update Pillow to 11.3")
 
 
 def load_image(path: Path, posed: bool = False) -> Image.Image:

@@ -28,6 +28,10 @@ FILE = "transforms.json"
 PARTS = ("transforms_train.json", "transforms_val.json", "transforms_test.json")
 DISTORTION = ("k1", "k2", "k3", "k4", "k5", "k6", "p1", "p2", "distortion_params")
 PINHOLES = ("OPENCV", "PINHOLE", "SIMPLE_PINHOLE", "PERSPECTIVE")  # without the distortion, which is refused
+# What holds for all frames where it stands beside them.
+KEYS = (*DISTORTION, "camera_model", "is_fisheye", "w", "h", "cx", "cy", "depth_unit_scale_factor") + tuple(
+    f"{kind}_{axis}" for kind in ("fl", "camera_angle") for axis in "xy"
+)
 OPENCV_AXES = np.diag([1.0, -1, -1])
 
 
@@ -51,10 +55,11 @@ def _load(root: Path, name: str) -> Scene:
     finder, frames, used = Names(folder), list[Frame](), set[Path]()
     for file in _files(folder):
         content = _read(file)
+        shared = {key: content[key] for key in KEYS if key in content}
         for number, entry in enumerate(content["frames"]):
             if not isinstance(entry, dict):
                 raise InputError(f"{file}: frame {number} is no object with file_path and transform_matrix")
-            frames.append(_frame(finder, {**content, **entry}, f"{file}: frame {number}"))
+            frames.append(_frame(finder, {**shared, **entry}, f"{file}: frame {number}"))
             used.add(Path(frames[-1].image) if isinstance(frames[-1].image, Path) else folder)
     if len(used) < len(frames):
         raise InputError(f"{folder}: several frames are of one image; give each its own")

@@ -38,8 +38,10 @@ def seven_scenes(path: Path) -> Scenes:
     root = path.parent if path in found else path
     names = [p.relative_to(root).as_posix() for p in found]
     splits = {p.parent: file for p in found if is_file(file := child(p.parent, SPLIT))}
-    listing = {folder: _listed(file) for folder, file in splits.items()}
-    test = [(folder / name).relative_to(root).as_posix() for folder, names in listing.items() for name in names] if splits else None
+    listing = {folder.relative_to(root).as_posix(): _listed(file) for folder, file in splits.items()}
+    test = (
+        [name if folder == "." else f"{folder}/{name}" for folder, sequences in listing.items() for name in sequences] if splits else None
+    )
     if test is not None and path not in found and (absent := sorted(set(test) - set(names))):
         say(f"{path}: {len(absent)} of {len(test)} test sequences are not there: {listed(absent)}")
     return Scenes(names, partial(_load, root), test)
