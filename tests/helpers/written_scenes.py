@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lite3r_plugin.scene.data.files import write_pfm
+from lite3r_plugin.scene.data.maps import write_pfm
 from lite3r_plugin.scene.procedural import ProcScenes, TextureBank, covisibility
 
 Sample = dict[str, Tensor]
@@ -157,6 +158,21 @@ def _colmap(sample: Sample, path: Path, binary: bool) -> None:
         (model / "images.txt").write_text("\n".join(images_text) + "\n")
 
 
+def _nerfstudio(sample: Sample, path: Path) -> None:
+    images, depths = _folders(path, "images", "depth")
+    frames = []
+    height, width = sample["depth"].shape[1:]
+    for i, image, K, pose, depth in _views(sample):
+        image.save(images / f"frame_{i}.png")
+        Image.fromarray((depth * 1000).round().numpy().astype(np.uint16)).save(depths / f"frame_{i}.png")
+        camera_to_world = np.linalg.inv(np.vstack([pose, [0, 0, 0, 1]])) @ np.diag([1.0, -1, -1, 1])
+        frame = {"file_path": f"images/frame_{i}.png", "depth_file_path": f"depth/frame_{i}.png"}
+        frame |= {"fl_x": K[0, 0], "fl_y": K[1, 1], "cx": K[0, 2], "cy": K[1, 2], "transform_matrix": camera_to_world.tolist()}
+        frames.append(frame)
+    content = {"camera_model": "OPENCV", "w": width, "h": height, "k1": 0.0, "p1": 0, "frames": frames}
+    (path / "transforms.json").write_text(json.dumps(content, indent=1))
+
+
 def _images(sample: Sample, path: Path) -> None:
     for i, image, *_ in _views(sample):
         image.save(path / f"{i}.png")
@@ -171,6 +187,7 @@ WRITERS: dict[str, Callable[[Sample, Path], None]] = {
     "strecha": _strecha,
     "colmap": lambda sample, path: _colmap(sample, path, binary=True),
     "colmap-text": lambda sample, path: _colmap(sample, path, binary=False),
+    "nerfstudio": _nerfstudio,
     "images": _images,
 }
 

@@ -11,12 +11,17 @@
 | 7scenes | 7-Scenes | yes | yes |
 | strecha | fountain, Herz-Jesus, ... with ``.camera`` files | no | no |
 | colmap | COLMAP models, undistorted | where there are depth maps | no |
+| nerfstudio | nerfstudio and NeRF, ``transforms.json`` | where there are depth maps | no |
 | images | a folder of photographs | no, nor cameras | no |
 | procedural | rendered, no files | yes | yes |
+
+Whatever a loader leaves out, or chooses among several, is a `DataWarning`; what is damaged, or no camera, pose, depth or mask, is an
+`lite3r_plugin.errors.InputError` that names the file. Images and masks are paired with cameras by names or numbers.
 """
 
+from ..reading import DataWarning, Limits, limits
 from .layouts import LAYOUTS, open_scenes
 from .sampling import ViewSets, pick_views
 from .scene import Frame, Scene, Scenes, Views
 
-__all__ = ["LAYOUTS", "Frame", "Scene", "Scenes", "ViewSets", "Views", "open_scenes", "pick_views"]
+__all__ = ["LAYOUTS", "DataWarning", "Frame", "Limits", "Scene", "Scenes", "ViewSets", "Views", "limits", "open_scenes", "pick_views"]

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Callable
+from collections.abc import Set
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from ...errors import InputError
-from ..images import find_images
-from .cameras import camera_matrix, inverse_pose, world_to_camera
-from .files import folders, image_named, parse_numbers, read_bytes, read_mask, read_text
+from ..images import is_image
+from ..reading import entries, is_dir, is_file, listed, only
+from .archives import read_matrices
+from .cameras import FARTHEST, camera_matrix, inverse_pose, rigid, world_to_camera
+from .checks import make_scene
+from .files import Names, child, find_scenes, images_by_number
+from .maps import read_mask
 from .mvsnet import dtu_scans
 from .scene import Frame, Scene, Scenes
+from .text import parse_integers, read_numbers, read_text
 
 IDR_CAMERAS = "cameras_sphere.npz"
 STRECHA_CAMERAS = "gt_dense_cameras"
@@ -24,10 +27,12 @@ STRECHA_CAMERAS = "gt_dense_cameras"
 def dtu_idr(path: Path) -> Scenes:
     """DTU as IDR lays it out: a folder of scans, or one scan, with ``cameras_sphere.npz``, ``image`` or ``images``, and ``mask``.
 
-    The cameras are for pixel centres at whole numbers, so the principal point moves by half a pixel. Poses are in millimetres: the
-    ``scale_mat`` of the file, which puts the object into a unit sphere, is left out.
+    Images and masks belong to the camera of the last number in their names. The cameras are for pixel centres at whole numbers, so the
+    principal point moves by half a pixel. Poses are in millimetres: the ``scale_mat`` of the file, which puts the object into a unit
+    sphere, is left out.
     """
-    return dtu_scans(*_find(path, _has_idr_cameras, _idr, f"a folder with {IDR_CAMERAS}"))
+    root, names = find_scenes(path, _has_idr_cameras, f"a folder with {IDR_CAMERAS}")
+    return dtu_scans(names, partial(_idr, root))
 
 
 def strecha(path: Path) -> Scenes:
@@ -36,7 +41,8 @@ def strecha(path: Path) -> Scenes:
     A camera file holds the intrinsics, three zeros, camera to world rotation, camera centre, width and height. What the pixel centres
     are is not written; the principal point is taken as it stands. Unit: metres.
     """
-    return Scenes(*_find(path, _has_strecha_cameras, _strecha, "a folder with .camera files"))
+    root, names = find_scenes(path, _has_strecha_cameras, "a folder with .camera files")
+    return Scenes(names, partial(_strecha, root))
 
 
 def decompose(projection: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -51,64 +57,79 @@ def decompose(projection: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 
 def _has_idr_cameras(folder: Path) -> bool:
-    return (folder / IDR_CAMERAS).is_file()
+    return is_file(folder / IDR_CAMERAS)
 
 
-def _idr(folder: Path, name: str) -> Scene:
-    file = folder / IDR_CAMERAS
-    try:
-        with np.load(io.BytesIO(read_bytes(file)), allow_pickle=False) as content:
-            matrices = {int(key[10:]): content[key] for key in content.files if re.fullmatch(r"world_mat_\d+", key)}
-    except InputError:
-        raise
-    except Exception as error:  # a damaged archive raises whatever its parser trips over
-        raise InputError(f"{file} cannot be read as cameras: {error}") from error
-    images = find_images(next((p for p in (folder / "image", folder / "images") if p.is_dir()), folder / "image"))
-    masks = find_images(folder / "mask") if (folder / "mask").is_dir() else []
-    if masks and len(masks) != len(images):
-        raise InputError(f"{folder / 'mask'} holds {len(masks)} masks for {len(images)} images")
+def _idr(root: Path, name: str) -> Scene:
+    folder = root / name
+    file, pictures, silhouettes = folder / IDR_CAMERAS, child(folder, "image", "images"), child(folder, "mask", "masks")
+    matrices, images = read_matrices(file, "world_mat_"), _all_numbered(pictures)
+    _require_same(file, "world_mat", matrices.keys(), pictures, "image", images.keys())
+    masks = _all_numbered(silhouettes) if is_dir(silhouettes) else {}
+    if is_dir(silhouettes):
+        _require_same(silhouettes, "mask", masks.keys(), pictures, "image", images.keys())
     frames = []
-    for i, image in enumerate(images):
-        if i not in matrices:
-            raise InputError(f"{file} has no world_mat_{i}, the camera of {image.name}")
-        if matrices[i].shape != (4, 4) or not np.isfinite(matrices[i]).all() or abs(np.linalg.det(matrices[i][:3, :3])) < 1e-9:
-            raise InputError(f"{file}: world_mat_{i} is no projection")
-        K, R, t = decompose(matrices[i][:3].astype(np.float64))
+    for number, image in images.items():
+        origin, matrix = f"{file}: world_mat_{number}", matrices[number]
+        rigid(matrix, origin)
+        if not np.abs(matrix).max() < FARTHEST or abs(np.linalg.det(matrix[:3, :3])) < 1e-9:
+            raise InputError(f"{origin} is no projection")
+        K, R, t = decompose(matrix[:3])
         K[:2, 2] += 0.5
-        mask = partial(read_mask, masks[i]) if masks else None
-        frames.append(Frame(image.stem, image, camera_matrix(K, f"{file}, {i}"), world_to_camera(R, t, f"{file}, {i}"), mask=mask))
-    return Scene(name, tuple(frames), str(folder))
+        mask = partial(read_mask, masks[number]) if masks else None
+        frames.append(Frame(image.stem, image, camera_matrix(K, origin), world_to_camera(R, t, origin), mask=mask))
+    return make_scene(name, frames, folder)
+
+
+def _all_numbered(folder: Path) -> dict[int, Path]:
+    """All images of a folder by the last number of their names."""
+    images = images_by_number(folder)
+    if without := [p.name for p in entries(folder) if is_image(p) and p not in images.values()]:
+        raise InputError(f"{folder} holds {len(without)} images without a number, which pairs them with cameras: {listed(without)}")
+    return images
+
+
+def _require_same(first: Path, what: str, numbers: Set[int], second: Path, kind: str, others: Set[int]) -> None:
+    for lost, holder, missing, owner, thing in (
+        (sorted(others - numbers), first, what, second, kind),
+        (sorted(numbers - others), second, kind, first, what),
+    ):
+        if lost:
+            raise InputError(
+                f"{first} holds {len(numbers)} {what}s for {len(others)} {kind}s of {second}: {holder.name} has no {missing}_{lost[0]}, "
+                f"whose {thing} is in {owner.name}; they are paired by number, so give each its own"
+            )
 
 
 def _has_strecha_cameras(folder: Path) -> bool:
-    return (folder / STRECHA_CAMERAS).is_dir() or any(folder.glob("*.camera"))
+    return is_dir(child(folder, STRECHA_CAMERAS)) or any(p.suffix.lower() == ".camera" for p in entries(folder))
 
 
-def _strecha(folder: Path, name: str) -> Scene:
-    cameras = folder / STRECHA_CAMERAS if (folder / STRECHA_CAMERAS).is_dir() else folder
-    pictures = folder / "images" if (folder / "images").is_dir() else folder
-    found = {file.name.removesuffix(".camera"): file for file in sorted(cameras.glob("*.camera"))}
-    for image in find_images(pictures):
-        if image.name not in found and image.stem not in found:
-            raise InputError(f"{cameras / (image.name + '.camera')} is missing: the camera of {image}")
+def _strecha(root: Path, name: str) -> Scene:
+    folder = root / name
+    cameras = held if is_dir(held := child(folder, STRECHA_CAMERAS)) else folder
+    pictures = held if is_dir(held := child(folder, "images")) else folder
+    files = [p for p in entries(cameras) if p.suffix.lower() == ".camera"]
+    names, images = Names(pictures), {p: None for p in entries(pictures) if is_image(p)}
     frames = []
-    for stem, file in found.items():
-        values = parse_numbers(read_text(file).split(), 26, file)
-        image = pictures / stem if (pictures / stem).is_file() else image_named(pictures, Path(stem).stem)
+    for file in files:
+        values = read_numbers(file, 26)
+        image = _photograph(names, list(images), file)
+        images.pop(image)
         pose = inverse_pose(values[12:21].reshape(3, 3), values[21:24], str(file))
-        size = int(values[25]), int(values[24])
-        frames.append(Frame(image.stem, image, camera_matrix(values[:9].reshape(3, 3), str(file)), pose, size=size))
-    return Scene(name, tuple(frames), str(folder))
+        width, height = parse_integers(read_text(file).split()[24:26], file)
+        frames.append(Frame(image.stem, image, camera_matrix(values[:9].reshape(3, 3), str(file)), pose, size=(height, width)))
+    if images:
+        raise InputError(f"{cameras / (next(iter(images)).name + '.camera')} is missing: the camera of {listed(images)}")
+    return make_scene(name, frames, folder)
 
 
-def _find(
-    path: Path, holds: Callable[[Path], bool], load: Callable[[Path, str], Scene], wanted: str
-) -> tuple[list[str], Callable[[str], Scene]]:
-    found = [path] if holds(path) else [folder for folder in folders(path) if holds(folder)]
-    if not found:
-        raise InputError(f"{path} holds no scene: {wanted}")
-    return [p.name for p in found], partial(_load, found[0].parent, load)
-
-
-def _load(root: Path, load: Callable[[Path, str], Scene], name: str) -> Scene:
-    return load(root / name, name)
+def _photograph(names: Names, unpaired: list[Path], file: Path) -> Path:
+    """The image ``0000.jpg`` of ``0000.jpg.camera``, or the one that differs in its kind alone."""
+    found = names.find(file.stem)
+    if found is None or not is_image(found):
+        same = [p for p in unpaired if p.stem.casefold() == Path(file.stem).stem.casefold()]
+        found = only(same, f"the camera {file.name}") if same else None
+    if found is None or found not in unpaired:
+        raise InputError(f"{names.root} has no image {file.stem} of its own for the camera {file.name}")
+    return found

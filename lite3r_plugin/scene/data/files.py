@@ -1,20 +1,19 @@
-"""Reading the files of data sets; whatever is wrong with one is an `InputError` that names it."""
+"""Finding the folders and files of data sets, and reading their images; errors name the file."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image
 from torch import Tensor
 
 from ...errors import InputError
-from ..images import SUFFIXES, load_image, to_tensor
+from ..images import SUFFIXES, is_image, load_image, opened, to_tensor
+from ..reading import entries, is_dir, is_file, listed, only, say, shown
 
-ORIENTATION = 0x0112  # EXIF tag; 1 is upright
+LONGEST = 50  # times the shorter side: a longer strip takes far more memory when it is resized than it has pixels
 
 
 def read_image(path: Path, posed: bool = False) -> Tensor:
@@ -24,116 +23,133 @@ def read_image(path: Path, posed: bool = False) -> Tensor:
         path: The file.
         posed: Its camera is known: an EXIF tag that turns it is refused, because nobody can tell which pixels the camera is for.
     """
-    image = load_image(_there(path))
-    if posed:
-        with Image.open(path) as file:
-            if file.getexif().get(ORIENTATION, 1) != 1:
-                raise InputError(f"{path} has an EXIF tag that turns it, and a camera; turn its pixels or remove the tag")
+    image = load_image(_there(path), posed)
+    if max(image.size) > LONGEST * min(image.size):
+        raise InputError(f"{path} has {image.width}x{image.height} pixels: it is no photograph")
     return to_tensor([image])[0]
 
 
-def read_text(path: Path) -> str:
-    """A text file."""
-    try:
-        return _there(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as text: {error}") from error
+def image_size(path: Path) -> tuple[int, int]:
+    """Height and width of an image, as it is stored, without reading its pixels.
 
-
-def read_bytes(path: Path) -> bytes:
-    """A binary file."""
-    try:
-        return _there(path).read_bytes()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def read_numbers(path: Path, least: int) -> np.ndarray:
-    """The numbers of a text file, `least` or more of them."""
-    return parse_numbers(read_text(path).split(), least, path)
-
-
-def parse_numbers(words: Iterable[str], least: int, path: Path) -> np.ndarray:
-    """Words of `path` as numbers, `least` or more of them."""
-    try:
-        numbers = np.array([float(word) for word in words])
-    except ValueError as error:
-        raise InputError(f"{path} should hold numbers: {error}") from error
-    if len(numbers) < least:
-        raise InputError(f"{path} ends early: {len(numbers)} numbers of {least}")
-    return numbers
-
-
-def read_pfm(path: Path) -> Tensor:
-    """A depth map of a grey PFM file, ``[H, W]`` with the top row first."""
-    data = read_bytes(path)
-    head = re.match(rb"(P[fF])\s+(\d+)\s+(\d+)\s+([-+.\deE]+)\s", data)
-    if head is None or head[1] != b"Pf":
-        raise InputError(f"{path} is no grey PFM file: it begins with {data[:16]!r}")
-    width, height = int(head[2]), int(head[3])
-    body = data[head.end() :]
-    if not width or not height or len(body) != 4 * width * height:
-        raise InputError(f"{path} should hold {width}x{height} values in {4 * width * height} bytes, has {len(body)}: it is damaged")
-    order = "<f4" if head[4].startswith(b"-") else ">f4"  # the sign of the scale tells the byte order
-    values = np.frombuffer(body, order).reshape(height, width)[::-1]
-    return checked_depth(values.astype(np.float32), path)
-
-
-def write_pfm(path: Path, values: Tensor) -> None:
-    """The file that `read_pfm` reads."""
-    height, width = values.shape
-    body = values.detach().cpu().float().flip(0).contiguous().numpy().astype("<f4").tobytes()
-    path.write_bytes(f"Pf\n{width} {height}\n-1.0\n".encode() + body)
-
-
-def read_depth_png(path: Path, unit: float = 0.001, unknown: tuple[int, ...] = (0, 65535)) -> Tensor:
-    """A depth map of 16-bit integers, ``[H, W]`` times `unit`; 0 where it is one of `unknown`."""
-    values = _grey(path)
-    if values.dtype == np.uint8:
-        raise InputError(f"{path} has 8-bit pixels; depth has 16")
-    return torch.from_numpy(np.where(np.isin(values, unknown), 0, values).astype(np.float32)) * unit
-
-
-def read_mask(path: Path) -> Tensor:
-    """A mask ``[H, W]`` of an image, true in its lighter half."""
-    values = _grey(path)
-    return torch.from_numpy(values > (127 if values.dtype == np.uint8 else 0))
-
-
-def checked_depth(values: np.ndarray, path: Path) -> Tensor:
-    """A depth map without NaN."""
-    if np.isnan(values).any():
-        raise InputError(f"{path} holds {int(np.isnan(values).sum())} NaN; depth is 0 where it is unknown")
-    return torch.from_numpy(values)
-
-
-def image_named(folder: Path, stem: str) -> Path:
-    """The image `stem` of `folder`, of whichever kind."""
-    for suffix in SUFFIXES:
-        if (path := folder / (stem + suffix)).is_file():
-            return path
-    raise InputError(f"{folder} has no image {stem} ({', '.join(SUFFIXES)})")
+    Raises:
+        InputError: it is missing or no image.
+    """
+    with opened(_there(path), pixels=False) as file:
+        return file.height, file.width
 
 
 def folders(path: Path) -> list[Path]:
     """The folders in a folder, in name order."""
-    if not path.is_dir():
-        raise InputError(f"{path} is no folder; name the folder that holds the data")
-    return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    return [p for p in entries(path) if is_dir(p)]
 
 
-def _grey(path: Path) -> np.ndarray:
-    try:
-        with Image.open(_there(path)) as file:
-            values = np.asarray(file if file.mode.startswith("I") else file.convert("L"))
-    except InputError:
-        raise
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error ...
-        raise InputError(f"{path} cannot be read as an image ({error})") from error
-    return values
+def find_scenes(path: Path, holds: Callable[[Path], bool], wanted: str) -> tuple[Path, list[str]]:
+    """The folder of scenes, and their names: `path` itself where it holds one, else those of its folders that do.
+
+    Folders without a scene beside others with one are left out with a `DataWarning`.
+
+    Args:
+        path: Where.
+        holds: Whether a folder is a scene.
+        wanted: What a scene is, for the error.
+
+    Raises:
+        InputError: there is none.
+    """
+    if holds(path):
+        return path.parent, [path.name]
+    below = folders(path)
+    found = [folder for folder in below if holds(folder)]
+    if not found:
+        raise InputError(f"{path} holds no scene: {wanted}")
+    if len(found) < len(below):
+        rest = [folder.name for folder in below if folder not in found]
+        say(f"{path}: {len(rest)} of {len(below)} folders are left out, which hold no scene ({wanted}): {listed(rest)}")
+    return path, [folder.name for folder in found]
+
+
+def child(folder: Path, *names: str) -> Path:
+    """The first of `names` that is in `folder`, upper and lower case being the same; where none is, the first as it stands."""
+    for name in names:
+        found = Names(folder).find(name)
+        if found is not None:
+            return found
+    return folder / names[0]
+
+
+class Names:
+    """Finds files by names relative to a folder, also where upper and lower case differ, or Windows wrote the slashes.
+
+    Args:
+        root: The folder.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root, self._folders = root, dict[Path, dict[str, list[Path]]]()
+
+    def find(self, name: str) -> Path | None:
+        """The file or folder of that name: the very one, or the only one that differs in case alone; None: there is none.
+
+        Raises:
+            InputError: several differ in case alone.
+        """
+        for spelled in dict.fromkeys((name, name.replace("\\", "/"))):
+            path = self.root / spelled
+            if is_file(path) or is_dir(path):
+                return path
+            if ".." not in path.parts and not Path(spelled).is_absolute() and (found := self._any_case(spelled)) is not None:
+                return found
+        return None
+
+    def _any_case(self, name: str) -> Path | None:
+        path = self.root
+        for part in Path(name).parts:
+            if path not in self._folders:
+                held: dict[str, list[Path]] = {}
+                for entry in entries(path) if is_dir(path) else ():
+                    held.setdefault(_folded(entry.name), []).append(entry)
+                self._folders[path] = held
+            found = self._folders[path].get(_folded(part))
+            if found is None:
+                return None
+            path = path / part if path / part in found else only(found, part)
+        return path
+
+
+def _folded(name: str) -> str:
+    """A name without case, and with accents as one letter: macOS writes them apart."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def numbered(paths: Iterable[Path], pattern: str, what: str) -> dict[int, Path]:
+    """Those of `paths` whose whole names `pattern` matches, in any case, by the number in its first group.
+
+    Raises:
+        InputError: two have the same number.
+    """
+    compiled = re.compile(pattern, re.IGNORECASE | re.ASCII)
+    found: dict[int, list[Path]] = {}
+    for path in paths:
+        if match := compiled.fullmatch(path.name):
+            found.setdefault(int(match[1]), []).append(path)
+    return {number: only(found[number], f"{what} {number}") for number in sorted(found)}
+
+
+def images_by_number(folder: Path, pattern: str = r"[^0-9]*(?:[0-9]+[^0-9]+)*([0-9]{1,12})") -> dict[int, Path]:
+    """The images of a folder by the last number of their names, or what `pattern` matches of the names without suffix."""
+    return numbered((p for p in entries(folder) if is_image(p)), rf"{pattern}\.(?:{'|'.join(s[1:] for s in SUFFIXES)})", "image")
+
+
+def image_named(folder: Path, stem: str) -> Path:
+    """The image `stem` of `folder`, of whichever kind."""
+    found = [p for p in entries(folder) if is_image(p) and p.stem.casefold() == stem.casefold()]
+    if not found:
+        raise InputError(f"{folder} has no image {shown(stem)} ({', '.join(SUFFIXES)})")
+    return only(found, f"image {shown(stem)}")
 
 
 def _there(path: Path) -> Path:
-    if not path.is_file():
-        raise InputError(f"{path} is missing")
+    if not is_file(path):
+        raise InputError(f"{shown(str(path), 300)} is missing")
     return path

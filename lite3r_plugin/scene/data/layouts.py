@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Literal
 
 from ...errors import InputError
-from ..images import SUFFIXES, find_images
+from ..images import find_images, has_images
+from ..reading import is_dir, shown
 from .calibrated import dtu_idr, strecha
+from .checks import make_scene
 from .colmap import colmap
-from .files import folders
+from .files import find_scenes, folders
 from .mvsnet import blendedmvs, dtu
+from .nerfstudio import nerfstudio
 from .procedural import procedural
 from .scene import Frame, Scene, Scenes
 from .seven_scenes import seven_scenes
@@ -21,10 +24,10 @@ from .seven_scenes import seven_scenes
 
 def images(path: Path) -> Scenes:
     """A folder of photographs of one scene, or a folder of such folders. No cameras, no depth."""
-    found = [path] if _has_images(path) else [folder for folder in folders(path) if _has_images(folder)]
-    if not found:
+    if not has_images(path) and not any(has_images(folder) for folder in folders(path)):
         find_images(path)  # says what is there instead
-    return Scenes([p.name for p in found], partial(_photographs, found[0].parent))
+    root, names = find_scenes(path, has_images, "a folder with photographs")
+    return Scenes(names, partial(_photographs, root))
 
 
 LAYOUTS: dict[str, Callable[[Path], Scenes]] = {
@@ -34,6 +37,7 @@ LAYOUTS: dict[str, Callable[[Path], Scenes]] = {
     "7scenes": seven_scenes,
     "strecha": strecha,
     "colmap": colmap,
+    "nerfstudio": nerfstudio,
     "images": images,
 }
 PROCEDURAL = "procedural"
@@ -51,7 +55,7 @@ def open_scenes(spec: str, split: Literal["train", "test"] | None = None) -> Sce
     """
     layout, colon, rest = spec.partition(":")
     if layout not in (*LAYOUTS, PROCEDURAL) or not colon:
-        raise InputError(f"data is named LAYOUT:PATH with LAYOUT one of {', '.join((*LAYOUTS, PROCEDURAL))}; got {spec!r}")
+        raise InputError(f"data is named LAYOUT:PATH with LAYOUT one of {', '.join((*LAYOUTS, PROCEDURAL))}; got {shown(spec)!r}")
     scenes = procedural(rest) if layout == PROCEDURAL else LAYOUTS[layout](_folder(rest))
     if split is None:
         return scenes
@@ -64,15 +68,15 @@ def open_scenes(spec: str, split: Literal["train", "test"] | None = None) -> Sce
 
 
 def _folder(name: str) -> Path:
-    path = Path(os.path.abspath(Path(name).expanduser()))  # a name even for "." and ".."; links keep theirs
-    if not name or not path.is_dir():
-        raise InputError(f"{name or 'an empty path'} is no folder; name the folder that holds the data")
+    try:
+        path = Path(os.path.abspath(Path(name).expanduser()))  # a name even for "." and ".."; links keep theirs
+    except (RuntimeError, ValueError) as error:  # ~ of nobody, a NUL
+        raise InputError(f"{shown(name)} is no folder ({error}); name the folder that holds the data") from error
+    if not name or not is_dir(path):
+        raise InputError(f"{shown(name, 300) or 'an empty path'} is no folder; name the folder that holds the data")
     return path
 
 
-def _has_images(folder: Path) -> bool:
-    return any(p.suffix.lower() in SUFFIXES and not p.name.startswith(".") for p in folder.iterdir() if p.is_file())
-
-
 def _photographs(root: Path, name: str) -> Scene:
-    return Scene(name, tuple(Frame(path.name, path) for path in find_images(root / name)), str(root / name))
+    folder = root / name
+    return make_scene(name, [Frame(path.name, path) for path in find_images(folder)], folder)

@@ -11,6 +11,7 @@ import torch
 
 from ...errors import InputError
 from ..procedural import ProcScenes, TextureBank
+from ..reading import shown
 from .scene import Frame, Scene, Scenes
 
 DEFAULTS = {"scenes": 16, "views": 8, "size": 224, "seed": 0, "textures": 64}
@@ -37,12 +38,12 @@ def procedural(options: str) -> Scenes:
                 raise InputError(f"procedural scenes are rendered on the cpu, or on cuda where there is a GPU; got {option!r}")
             device = value
             continue
-        if name not in DEFAULTS or not value.isdigit():
-            raise InputError(f"procedural scenes take {', '.join(f'{k}=NUMBER' for k in DEFAULTS)}; got {option!r}")
+        if name not in DEFAULTS or not (value.isascii() and value.isdigit() and len(value) < 7):
+            raise InputError(f"procedural scenes take {', '.join(f'{k}=NUMBER' for k in DEFAULTS)}; got {shown(option)!r}")
         values[name] = int(value)
     count = values.pop("scenes")
-    if count < 1 or values["views"] < 2 or values["size"] < 8 or values["textures"] < 6:
-        raise InputError(f"procedural scenes: scenes >= 1, views >= 2, size >= 8, textures >= 6; got {options!r}")
+    if count < 1 or values["views"] < 2 or not 8 <= values["size"] <= 4096 or values["textures"] < 6:
+        raise InputError(f"procedural scenes: scenes >= 1, views >= 2, size 8 to 4096, textures >= 6; got {options!r}")
     names = [f"procedural-{i:05d}" for i in range(count)]
     test = names[count - max(1, count // 4) :] if count > 1 else []
     return Scenes(names, partial(_render, values, device, frozenset(test)), test)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...errors import InputError
 from ..geometry import Geometry, relative_to_first
-from .cameras import Fit
+from .cameras import Fit, check_camera
 from .files import read_image
 
 Lazy = Tensor | Callable[[], Tensor]
@@ -217,6 +217,8 @@ def _load(scene: Scene, frame: Frame, size: tuple[int, int] | None) -> tuple[Ten
             f"{_origin(scene, frame)} has {source[1]}x{source[0]} pixels, its camera is for {frame.size[1]}x{frame.size[0]}; "
             "use the images that the cameras were made for"
         )
+    if frame.intrinsics is not None:
+        check_camera(frame.intrinsics, source, _origin(scene, frame))
     fit = Fit.make(source, size)
     depth, mask = _map(scene, frame, frame.depth, source), _map(scene, frame, frame.mask, source)
     depth = torch.zeros(fit.size) if depth is None else fit.nearest(depth).float()

@@ -15,7 +15,7 @@ from written_scenes import Sample, render, write_layout
 
 from lite3r_plugin.errors import InputError
 from lite3r_plugin.scene.data import open_scenes
-from lite3r_plugin.scene.data.files import read_pfm, write_pfm
+from lite3r_plugin.scene.data.maps import read_pfm, write_pfm
 from lite3r_plugin.scene.data.mvsnet import read_pairs
 
 SCENE = "scene/"
@@ -98,7 +98,7 @@ DAMAGE = [
     ("colmap", "sparse/0/images.bin", Path.unlink, "images.bin is missing"),
     ("colmap", "sparse/0/cameras.bin", lambda p: p.write_bytes(p.read_bytes()[:30]), "cameras.bin ends early"),
     ("colmap", "images/view 1.png", Path.unlink, "view 1.png is missing"),
-    ("colmap", "stereo/depth_maps/view 1.png.geometric.bin", cut, "geometric.bin is no depth map"),
+    ("colmap", "stereo/depth_maps/view 1.png.geometric.bin", cut, "geometric.bin should hold 24x16 values"),
     ("colmap-text", "sparse/0/cameras.txt", replaced("11 PINHOLE", "11 OPENCV_FISHEYE"), "OPENCV_FISHEYE camera with distortion"),
     ("colmap-text", "sparse/0/cameras.txt", replaced("11 PINHOLE", "99 PINHOLE"), "view 1.png is of camera 11"),
     ("colmap-text", "sparse/0/images.txt", replaced("view 1.png", ""), "10 words"),

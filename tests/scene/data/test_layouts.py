@@ -13,7 +13,7 @@ from lite3r_plugin.scene.data import Scene, Views, open_scenes
 from lite3r_plugin.scene.procedural import reprojection_check
 
 POSED = [layout for layout in WRITERS if layout != "images"]
-WITH_DEPTH = ("blendedmvs", "7scenes", "colmap", "colmap-text")
+WITH_DEPTH = ("blendedmvs", "7scenes", "colmap", "colmap-text", "nerfstudio")
 
 
 @pytest.fixture(scope="module")
