@@ -114,6 +114,7 @@ class SceneSampler:
         arcs: tuple[float, ...],
     ) -> None:  # fmt: skip
         self.textures, self.device, self.arcs = textures, device, arcs
+        self.fov = (42.0, 85.0)  # over the longer side, in degrees
         self.g = torch.Generator(device=device).manual_seed(seed)
         self.groups, self.free, self.pictures = groups, free, pictures
         self.counts = Primitives(groups * 6 + free + pictures, ellipsoids, cylinders)
@@ -245,19 +246,7 @@ class SceneSampler:
         dev, g, r = self.device, self.g, self.r
         B = s["c"].shape[0]
         C = max(4 * V, 16)
-        foc = s["ctr"].clone()
-        foc[:, 2] = s["table_h"] + s["rad"] * r(B, lo=0.1, hi=0.5)
-        base = r(B, 1) * 2 * math.pi
-        span = torch.tensor(self.arcs, device=dev)[torch.randint(0, len(self.arcs), (B, 1), generator=g, device=dev)]
-        ang = base + (r(B, C) - 0.5) * span
-        dist = s["rad"][:, None] * r(B, 1, lo=1.2, hi=2.6) * r(B, C, lo=0.75, hi=1.25)
-        elev = r(B, 1, lo=0.05, hi=0.9) + (r(B, C) - 0.5) * 0.35
-        pos = torch.stack([dist * ang.cos() * elev.cos(), dist * ang.sin() * elev.cos(), dist * elev.sin()], -1) + foc[:, None]
-        lim = s["half"][:, None] - 0.15
-        pos = torch.cat(
-            [pos[..., :2].clamp(-lim[..., :2], lim[..., :2]), pos[..., 2:].clamp(min=0.15).minimum(2 * s["half"][:, None, 2:] - 0.15)], -1
-        )
-        tgt = foc[:, None] + torch.randn(B, C, 3, generator=g, device=dev) * (0.22 * s["rad"])[:, None, None]
+        pos, tgt = self.candidates(s, C)
         fwd = F.normalize(tgt - pos, dim=-1)
         up = torch.tensor([0.0, 0.0, 1.0], device=dev).expand_as(fwd)
         right = F.normalize(torch.cross(fwd, up, dim=-1), dim=-1)
@@ -279,7 +268,7 @@ class SceneSampler:
         ok = ~bad.gather(1, idx)
         pos = pos.gather(1, idx[..., None].expand(B, V, 3))
         Rwc = Rwc.gather(1, idx[..., None, None].expand(B, V, 3, 3))
-        fov = r(B, 1, lo=42.0, hi=85.0) * math.pi / 180
+        fov = r(B, 1, lo=self.fov[0], hi=self.fov[1]) * math.pi / 180
         f = (max(H, W) / 2) / (fov / 2).tan()
         f = f.expand(B, V)
         K = torch.zeros(B, V, 3, 3, device=dev)
@@ -287,4 +276,21 @@ class SceneSampler:
         w2c = torch.cat([Rwc, -(Rwc @ pos[..., None])], -1)
         return dict(pos=pos, R=Rwc, K=K, w2c=w2c, ok=ok)
 
-    # ------------------------------------------------------------------ ray casting
+    def candidates(self, s: SceneTensors, C: int) -> tuple[Tensor, Tensor]:
+        """C places a scene on an arc around its cluster, and what is looked at from there, both ``[B, C, 3]``."""
+        dev, g, r = self.device, self.g, self.r
+        B = s["c"].shape[0]
+        foc = s["ctr"].clone()
+        foc[:, 2] = s["table_h"] + s["rad"] * r(B, lo=0.1, hi=0.5)
+        base = r(B, 1) * 2 * math.pi
+        span = torch.tensor(self.arcs, device=dev)[torch.randint(0, len(self.arcs), (B, 1), generator=g, device=dev)]
+        ang = base + (r(B, C) - 0.5) * span
+        dist = s["rad"][:, None] * r(B, 1, lo=1.2, hi=2.6) * r(B, C, lo=0.75, hi=1.25)
+        elev = r(B, 1, lo=0.05, hi=0.9) + (r(B, C) - 0.5) * 0.35
+        pos = torch.stack([dist * ang.cos() * elev.cos(), dist * ang.sin() * elev.cos(), dist * elev.sin()], -1) + foc[:, None]
+        lim = s["half"][:, None] - 0.15
+        pos = torch.cat(
+            [pos[..., :2].clamp(-lim[..., :2], lim[..., :2]), pos[..., 2:].clamp(min=0.15).minimum(2 * s["half"][:, None, 2:] - 0.15)], -1
+        )
+        tgt = foc[:, None] + torch.randn(B, C, 3, generator=g, device=dev) * (0.22 * s["rad"])[:, None, None]
+        return pos, tgt
