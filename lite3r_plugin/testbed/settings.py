@@ -6,35 +6,37 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ConfigError
-from ..scene.procedural import ARCS
 from .model import TestbedConfig
 
-VIEWS_PER_SCENE = 8
+
+@dataclass(frozen=True)
+class Shape:
+    """Of the samples of a step: height and width in pixels, and number of views."""
+
+    height: int
+    width: int
+    views: int
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of the curriculum, in which all shapes are fixed.
-
-    Attributes:
-        share: Of the run's time, relative to the other stages of the run.
-        size: Height and width of the images in pixels.
-        views: Views of a sample; steps take turns. Divisors of `VIEWS_PER_SCENE`.
-        arcs: Angles in radians over which the cameras of a scene spread.
-    """
+    """A part of the curriculum: its share of the schedule, and the shapes that its steps take in turn."""
 
     share: float
-    size: int
-    views: tuple[int, ...]
-    arcs: tuple[float, ...] = ARCS
+    shapes: tuple[Shape, ...]
 
 
+_EIGHT = Shape(224, 224, 8)
 CURRICULUM = (
-    Stage(share=0.15, size=112, views=(4,), arcs=ARCS[:3]),
-    Stage(share=0.5, size=112, views=(4, 8)),
-    Stage(share=0.6, size=224, views=(8,)),
+    # half resolution is a quarter of the tokens; with full resolution in between, the positions that it lacks stay learnt
+    Stage(0.4, (Shape(112, 112, 8), _EIGHT, Shape(112, 112, 8), Shape(224, 224, 4), Shape(112, 112, 4), _EIGHT)),
+    Stage(
+        0.6,
+        (_EIGHT, Shape(224, 224, 4), _EIGHT, Shape(168, 224, 8), _EIGHT, Shape(224, 224, 16), _EIGHT, Shape(224, 168, 8))
+        + (_EIGHT, Shape(224, 224, 2), _EIGHT, Shape(224, 224, 8), _EIGHT, Shape(224, 224, 4), _EIGHT, Shape(224, 224, 32)),
+    ),
 )
-SMOKE = (Stage(share=0.3, size=32, views=(4,)), Stage(share=0.3, size=32, views=(4, 8)), Stage(share=0.4, size=48, views=(8,)))
+SMOKE = (Stage(0.5, (Shape(32, 32, 4),)), Stage(0.5, (Shape(64, 64, 8), Shape(48, 64, 2))))
 SMOKE_MODEL = TestbedConfig(dim=64, depth=2, stem=16)
 
 
@@ -43,45 +45,54 @@ class TrainingConfig:
     """Settings of a run.
 
     Attributes:
-        out: Folder for the weights, the state to resume from, and the metrics.
+        out: Folder for the weights and the metrics.
         minutes: Length of the run, compilation and evaluation included.
-        resume: Folder of an earlier run to start from.
-        views_per_step: Views of a batch at 112 x 112 pixels; at other sizes as many as have the same number of pixels.
+        resume: Folder of weights to start from.
+        grow: Start from `grow.deeper` of them.
+        window: Part of the schedule that this run covers, within [0, 1]. Runs that follow each other share one schedule.
+        worlds: Folder of packed worlds to train on, beside procedural scenes.
+        world_share: Share of the samples that come from them.
+        workers: Processes that render them, for each process that trains.
+        views_per_step: Views of a step at 224 x 224 pixels, for each process; at other sizes as many as have that many pixels.
         learning_rate, weight_decay, warmup: Of both optimizers; warm-up in steps.
         camera_weight: Weight of the camera losses, beside 1 for depth and points.
-        match_weight: Weight of the correspondence loss; a third of it in the last third of the run.
-        replay: Steps that one batch of rendered scenes serves, each time with other orders, groups and colours of its views.
-        stages: Stages of the curriculum that are run, counted from 1. A run that goes on where another ended leaves out the first.
+        match_weight: Weight of the correspondence loss; a third of it in the last third of the schedule.
+        pool, refresh: Clips that are kept of each source for each process, and steps after which some of them are replaced.
         textures, seed: Size of the texture bank, and seed of everything.
-        evaluation_scenes: Held-out scenes, each of eight views.
+        evaluation_scenes: Held-out scenes of each kind, of eight views.
         log_every, evaluate_every: In seconds.
-        compile: Compile the model and the renderer.
+        compile: Compile the model and the losses.
         smoke: A run of seconds with a tiny model, to see that everything works; `max_steps` ends it.
         max_steps: End after so many steps, if given.
     """
 
     out: Path
-    minutes: float = 8.0
+    minutes: float = 10.0
     resume: Path | None = None
-    views_per_step: int = 384
-    learning_rate: float = 8e-4
+    grow: bool = False
+    window: tuple[float, float] = (0.0, 1.0)
+    worlds: Path | None = None
+    world_share: float = 0.5
+    workers: int = 5
+    views_per_step: int = 96
+    learning_rate: float = 5e-4
     weight_decay: float = 0.05
-    warmup: int = 400
+    warmup: int = 100
     camera_weight: float = 2.0
     match_weight: float = 0.2
-    replay: int = 3
-    stages: tuple[int, ...] = (1, 2, 3)
+    pool: int = 2048
+    refresh: int = 16
     textures: int = 384
     seed: int = 0
-    evaluation_scenes: int = 64
+    evaluation_scenes: int = 32
     log_every: float = 20.0
-    evaluate_every: float = 75.0
+    evaluate_every: float = 120.0
     compile: bool = True
     smoke: bool = False
     max_steps: int | None = None
 
     def __post_init__(self) -> None:
-        if self.minutes <= 0 or (self.views_per_step % (12 * VIEWS_PER_SCENE) and not self.smoke):
-            raise ConfigError(f"minutes > 0 and views_per_step a multiple of {12 * VIEWS_PER_SCENE} are needed, got {self}")
-        if self.replay < 1 or not self.stages or not set(self.stages) <= set(range(1, len(CURRICULUM) + 1)):
-            raise ConfigError(f"replay >= 1 and stages of 1 to {len(CURRICULUM)} are needed, got {self}")
+        if self.minutes <= 0 or self.views_per_step < 1 or not 0 <= self.window[0] < self.window[1] <= 1:
+            raise ConfigError(f"minutes > 0, views_per_step >= 1 and a window within [0, 1] are needed, got {self}")
+        if self.grow and self.resume is None:
+            raise ConfigError("only weights that are given can be grown: pass resume too")

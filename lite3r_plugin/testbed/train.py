@@ -1,7 +1,8 @@
-"""Train the testbed on procedural scenes in a fixed time: ``accelerate launch -m lite3r_plugin.testbed.train --minutes 8 --out DIR``.
+"""Train the testbed in a fixed time, on any number of GPUs: ``accelerate launch -m lite3r_plugin.testbed.train --minutes 10 --out DIR``.
 
-The learning rate falls to zero at the end of the given time, whatever the speed of the machine, so each run ends annealed. A
-run that is given ``--resume DIR`` starts from the weights of an earlier one, and from its optimizer where ``training.pt`` is there.
+The schedule follows the clock, so each run ends where it should, whatever the speed of the machine. A run can start from nothing but
+the weights of an earlier one (``--resume DIR``); runs that follow each other share one schedule by their parts of it, for example
+``--window 0 0.2`` and then ``--window 0.2 1``.
 """
 
 from __future__ import annotations
@@ -17,19 +18,24 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from accelerate.utils import broadcast, gather_object
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from ..errors import ConfigError, InputError
 from ..files import replacing, write_atomically
-from ..scene.procedural import ProcScenes, TextureBank
 from .evaluate import evaluate
+from .grow import deeper
+from .held_out import KINDS, held_out
 from .losses import Batch, TrainingModel
-from .model import WEIGHTS_NAME, Testbed
+from .model import Testbed
 from .optimizers import make_optimizers
-from .settings import CURRICULUM, SMOKE, SMOKE_MODEL, VIEWS_PER_SCENE, Stage, TrainingConfig
+from .settings import CURRICULUM, SMOKE, SMOKE_MODEL, Shape, TrainingConfig
+from .sources import Sources
 
-STATE_NAME = "training.pt"
+MATCHERS_NAME = "matchers.safetensors"  # what only training needs, beside the weights
 METRICS_NAME = "metrics.json"
+CLOCK_EVERY = 16  # steps; asking the clock waits for the device, and all processes have to see the same time
 
 
 class Trainer:
@@ -39,102 +45,97 @@ class Trainer:
         self.config = config
         self.started = time.monotonic()
         self.step = 0
-        self.warm_at = 0.0  # when the first step, which compiles, was over
-        self.accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
+        self.share = 0.0  # of this run's time that is over, the compilation not counted
+        self.warm_at = 0.0  # when everything was compiled
+        gpu = torch.cuda.is_available()
+        self.accelerator = Accelerator(cpu=not gpu, mixed_precision="bf16" if gpu else "no")
         self.device = self.accelerator.device
-        rank = self.accelerator.process_index
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         torch.manual_seed(config.seed)
         torch._dynamo.config.recompile_limit = 64  # the default is fewer than the shapes of the curriculum
-        self.stages = [(SMOKE if config.smoke else CURRICULUM)[i - 1] for i in sorted(set(config.stages))]
-        state = _read_state(config.resume) if config.resume else None
-        if config.resume and state is None:
-            self.model = TrainingModel(Testbed.from_pretrained(config.resume).train())
-        else:
-            self.model = TrainingModel(Testbed(SMOKE_MODEL if config.smoke else None))
-        if state is not None:
-            _load(self.model, state["model"], config.resume)
+        self.stages = SMOKE if config.smoke else CURRICULUM
+        self.sources = Sources(config, self.device, rank)
+        self.model = TrainingModel(self._start())
+        if config.resume and (config.resume / MATCHERS_NAME).exists() and not config.grow:
+            self.model.load_state_dict({k: v.float() for k, v in load_file(config.resume / MATCHERS_NAME).items()}, strict=False)
         if config.compile:
             bed = self.model.model
             for module in (*bed.aggregator.frame_blocks, *bed.aggregator.global_blocks, bed.aggregator.patch_embed):
-                module.compile(dynamic=False)
-            bed.depth_head.compile(dynamic=False)
-            bed.point_head.compile(dynamic=False)
-            self.model.losses = torch.compile(self.model.losses, dynamic=False)
+                module.compile(dynamic=True)
+            bed.depth_head.compile(dynamic=True)
+            bed.point_head.compile(dynamic=True)
+            self.model.losses = torch.compile(self.model.losses, dynamic=True)
         self.wrapped, *self.optimizers = self.accelerator.prepare(self.model, *make_optimizers(self.model, config, self.device))
-        if state is not None:
-            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(saved)
-        size = 32 if config.smoke else 128
-        bank = TextureBank.procedural(12 if config.smoke else config.textures, size, self.device, seed=config.seed)
-        # Every process has its own scenes; a resumed run goes on with new ones where it knows how far the earlier one was.
-        seed = config.seed + 1000 * rank + (state["step"] if state else 0) + 1
-        self.scenes = ProcScenes(bank, self.device, seed, compile=config.compile)
-        self.eager_scenes = ProcScenes(bank, self.device, seed)
-        self.held_out = self._held_out()
+        kinds = KINDS if config.worlds else ("rendered", "gate")
+        mine = kinds[rank::processes]  # each process evaluates some kinds of scenes
+        size, scenes = (32, 2) if config.smoke else (224, config.evaluation_scenes)
+        self.held_out = {kind: held_out(kind, scenes, self.device, False, config.worlds, size) for kind in mine}
         self.history: list[dict[str, Any]] = []
-        self._rendered: tuple[Stage, Batch] | None = None
-        self._uses = 0
+        self._say(f"{sum(p.numel() for p in self.model.model.parameters()) / 1e6:.1f} M parameters on {processes} x {self.device.type}")
 
     def run(self) -> dict[str, Any]:
-        """Train until the time is up. Returns the final metrics, which are also written."""
-        logged = evaluated = self._elapsed()
+        """Train until the time is up. Returns the final measures of each kind of scene, which are also written."""
+        self.sources.fill(2 if self.config.smoke else 240)
+        self._warm_up()
+        logged = evaluated = self.warm_at = self._elapsed()
         sums: dict[str, Tensor] = {}
         steps = views = 0
-        stage = None
-        self._say(f"{sum(p.numel() for p in self.model.model.parameters()) / 1e6:.1f} M parameters on {self.device}")
-        while (progress := self._progress()) < 1 and self.step != self.config.max_steps:
-            current = self._stage(progress)
-            if current is not stage:
-                stage = current
-                self._say(f"stage: {stage.size} px, {stage.views} views, arcs {stage.arcs}")
-            batch = self._batch(current)
-            losses = self._train_step(batch, progress)
+        while self.share < 1 and self.step != self.config.max_steps:
+            batch = self.sources.batch(self._shape())
+            losses = self._train_step(batch)
             sums = {name: sums[name] + value if sums else value for name, value in losses.items()}
-            if self.step == 1:
-                losses["total"].item()  # waits for the device
-                self.warm_at = logged = self._elapsed()
-                self._say(f"first step done, total loss {losses['total'].item():.3f}")
             steps, views = steps + 1, views + batch["ok"].numel() * self.accelerator.num_processes
-            if self.step % 10 == 0 and self.device.type == "cuda":
-                torch.cuda.synchronize()  # otherwise the clock runs behind the device
-            now = self._elapsed()
-            if now - logged >= self.config.log_every or self.step == self.config.max_steps:
-                means = {name: (value / steps).item() for name, value in sums.items()}
-                if not math.isfinite(means["total"]):
-                    raise InputError(f"the loss is not finite at step {self.step}: lower --learning-rate, or resume from --out")
-                text = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
-                self._say(f"step {self.step:6d}  {views / (now - logged):6.0f} views/s  lr {self._rate(progress):.1e}  {text}")
+            if self.step % self.config.refresh == 0:
+                self.sources.refresh()
+            if self.step % CLOCK_EVERY and self.step != self.config.max_steps:
+                continue
+            now = self._look_at_the_clock()
+            if now - logged >= self.config.log_every or self.share >= 1 or self.step == self.config.max_steps:
+                self._log({name: (value / steps).item() for name, value in sums.items()}, views / (now - logged))
                 logged, sums, steps, views = now, {}, 0, 0
-            if now - evaluated >= self.config.evaluate_every:
-                evaluated = now
-                self._evaluate(current.size)
+            if now - evaluated >= self.config.evaluate_every and self.share < 0.9:
+                self._evaluate()
                 self.save()
-                logged = self._elapsed()
+                evaluated = logged = self._look_at_the_clock()
                 sums, steps, views = {}, 0, 0
-        for size in sorted({s.size for s in self.stages}):
-            self._evaluate(size)
+        self._evaluate()
         self.save()
         return self.history[-1]
 
     def save(self) -> None:
-        """Write weights, state and metrics, each file at once or not at all."""
+        """Write weights and metrics, each file at once or not at all."""
         if not self.accelerator.is_main_process:
             return
         out = self.config.out
-        out.mkdir(parents=True, exist_ok=True)
         self.model.model.save_pretrained(out)
-        state = {"model": self.model.state_dict(), "step": self.step}
-        state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
-        with replacing(out / STATE_NAME) as part:
-            torch.save(state, part)
-        metrics = {"steps": self.step, "seconds": round(self._elapsed(), 1), "history": self.history}
-        write_atomically(out / METRICS_NAME, json.dumps(metrics, indent=2) + "\n")
+        rest = {k: v.detach().half().contiguous().cpu() for k, v in self.model.state_dict().items() if not k.startswith("model.")}
+        with replacing(out / MATCHERS_NAME) as part:
+            save_file(rest, part)
+        metrics = {"steps": self.step, "seconds": round(self._elapsed(), 1), "processes": self.accelerator.num_processes}
+        metrics |= {"settings": {k: str(v) for k, v in vars(self.config).items()}, "history": self.history}
+        write_atomically(out / METRICS_NAME, json.dumps(metrics, indent=1) + "\n")
 
-    def _train_step(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+    def _start(self) -> Testbed:
+        if self.config.resume is None:
+            return Testbed(SMOKE_MODEL if self.config.smoke else None)
+        model = Testbed.from_pretrained(self.config.resume).train()
+        return deeper(model) if self.config.grow else model
+
+    def _warm_up(self) -> None:
+        """Compile for all shapes of the curriculum. Many worlds are rendered meanwhile."""
+        for shape in dict.fromkeys(shape for stage in self.stages for shape in stage.shapes):
+            loss, _ = self.wrapped(self.sources.batch(shape), self.config.match_weight, self.config.camera_weight)
+            self.accelerator.backward(loss)
+            self._say(f"{shape.views} views of {shape.height} x {shape.width}: total loss {loss.item():.3f}")
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        self.sources.fill(0)
+
+    def _train_step(self, batch: Batch) -> dict[str, Tensor]:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = self._rate(progress)
-        match_weight = self.config.match_weight / (1 if progress < 2 / 3 else 3)
+                group["lr"] = self._rate()
+        match_weight = self.config.match_weight / (1 if self._progress() < 2 / 3 else 3)
         loss, losses = self.wrapped(batch, match_weight, self.config.camera_weight)
         self.accelerator.backward(loss)
         self.accelerator.clip_grad_norm_(self.wrapped.parameters(), 1.0)
@@ -144,121 +145,80 @@ class Trainer:
         self.step += 1
         return losses
 
-    def _batch(self, stage: Stage) -> Batch:
-        """Views of scenes in samples: new scenes, or the last ones in another order, so with another view as the world."""
-        if self._rendered is None or self._rendered[0] is not stage or self._uses == self.config.replay:
-            self._rendered, self._uses = (stage, self._new_scenes(stage)), 0
-        self._uses += 1
-        scenes = self._rendered[1]
-        order = torch.rand(scenes["ok"].shape, device=self.device).argsort(1)
-        row = torch.arange(len(order), device=self.device)[:, None]
-        views = stage.views[self.step % len(stage.views)]
-        batch = {k: x[row, order].reshape(-1, views, *x.shape[2:]) for k, x in scenes.items()}
-        gain = 1 + 0.1 * (torch.rand(*batch["rgb"].shape[:3], 1, 1, device=self.device) - 0.5)
-        return batch | {"rgb": (batch["rgb"] * gain).clamp(0, 1)}
+    def _shape(self) -> Shape:
+        left = self._progress() * sum(stage.share for stage in self.stages)
+        for stage in self.stages:
+            if (left := left - stage.share) < 0:
+                break
+        return stage.shapes[self.step % len(stage.shapes)]
 
-    def _new_scenes(self, stage: Stage) -> Batch:
-        """New scenes, all of `VIEWS_PER_SCENE` views for one shape of the renderer."""
-        if self.config.smoke:
-            count, chunk = 1, VIEWS_PER_SCENE
-        else:
-            count = max(1, round(self.config.views_per_step * (112 / stage.size) ** 2 / VIEWS_PER_SCENE))
-            chunk = count * VIEWS_PER_SCENE // 3
-        try:
-            sample = self._render(self.scenes, count, chunk, stage)
-        except Exception as error:  # the compilers of some releases fail on the renderer
-            if self.scenes is self.eager_scenes:
-                raise
-            self._say(f"the renderer does not compile here and goes on uncompiled: {str(error).strip().splitlines()[-1][:200]}")
-            self.scenes = self.eager_scenes
-            sample = self._render(self.scenes, count, chunk, stage)
-        return {k: sample[k] for k in ("rgb", "depth", "valid", "ok", "K", "w2c")}
+    def _rate(self) -> float:
+        warm = min(1.0, (self.step + 1) / self.config.warmup)
+        return self.config.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * self._progress()))
 
-    def _render(self, scenes: ProcScenes, count: int, chunk: int, stage: Stage) -> dict[str, Tensor]:
-        scenes.sampler.arcs, scenes.max_views_per_chunk = stage.arcs, chunk
-        return scenes(count, VIEWS_PER_SCENE, stage.size, stage.size)
+    def _progress(self) -> float:
+        start, end = self.config.window
+        return start + (end - start) * min(self.share, 1.0)
 
-    def _held_out(self) -> dict[int, Batch]:
-        """Scenes with seeds and textures that training does not see, for each image size."""
-        config = self.config
-        count = 2 if config.smoke else config.evaluation_scenes
-        size = 32 if config.smoke else 128
-        bank = TextureBank.procedural(12 if config.smoke else 128, size, self.device, seed=config.seed + 77_777)
-        samples = {}
-        for size in {s.size for s in self.stages}:
-            scenes = ProcScenes(bank, self.device, seed=88_888, max_views_per_chunk=32)
-            samples[size] = scenes(count, VIEWS_PER_SCENE, size, size)
-        return samples
-
-    def _evaluate(self, size: int) -> None:
+    def _evaluate(self) -> None:
         # The compiled forward would be compiled again for these shapes without gradients.
         with torch.compiler.set_stance("force_eager"):
-            measures = evaluate(self.model.model, self.held_out[size], autocast=self.device.type == "cuda")
-        self.history.append({"step": self.step, "seconds": round(self._elapsed(), 1), "size": size, **measures})
-        self._say(f"held out, {size} px: " + "  ".join(f"{name} {value:.3f}" for name, value in measures.items()))
+            autocast = self.device.type == "cuda"
+            rows = [(kind, evaluate(self.model.model, sample, autocast=autocast)) for kind, sample in self.held_out.items()]
+        measures = dict(gather_object(rows))
+        self.history.append({"step": self.step, "seconds": round(self._elapsed(), 1), "progress": round(self._progress(), 4), **measures})
+        for kind, row in sorted(measures.items()):
+            self._say(f"held out, {kind}: " + "  ".join(f"{name} {value:.3f}" for name, value in row.items()))
 
-    def _rate(self, progress: float) -> float:
-        warm = min(1.0, (self.step + 1) / self.config.warmup)
-        return self.config.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    def _log(self, means: dict[str, float], views_a_second: float) -> None:
+        if not math.isfinite(means["total"]):
+            raise InputError(f"the loss is not finite at step {self.step}: lower --learning-rate, or resume from --out")
+        text = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
+        pools = "/".join(str(pool.added) for pool in (self.sources.scene_pool, self.sources.world_pool) if pool is not None)
+        self._say(f"step {self.step:6d}  {views_a_second:6.0f} views/s  lr {self._rate():.1e}  clips {pools}  {text}")
 
-    def _stage(self, progress: float) -> Stage:
-        left = progress * sum(stage.share for stage in self.stages)
-        for stage in self.stages[:-1]:
-            if (left := left - stage.share) < 0:
-                return stage
-        return self.stages[-1]
+    def _look_at_the_clock(self) -> float:
+        """Seconds since the start, the main process's in all processes; `share` follows."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()  # otherwise the clock runs behind the device
+        now = float(cast("Tensor", broadcast(torch.tensor(self._elapsed(), device=self.device))))
+        self.share = max(0.0, (now - self.warm_at) / max(60 * self.config.minutes - self.warm_at, 1e-6))
+        return now
 
     def _elapsed(self) -> float:
         return time.monotonic() - self.started
 
-    def _progress(self) -> float:
-        """Share of the time after the first step that is over, the same in all processes."""
-        share = (self._elapsed() - self.warm_at) / max(60 * self.config.minutes - self.warm_at, 1e-6) if self.step else 0.0
-        if self.accelerator.num_processes == 1:
-            return share
-        reduced = self.accelerator.reduce(torch.tensor(share, device=self.device), "mean")
-        return float(cast("Tensor", reduced))
-
     def _say(self, text: str) -> None:
         self.accelerator.print(f"[{self._elapsed():6.1f} s] {text}", flush=True)
-
-
-def _read_state(directory: Path) -> dict[str, Any] | None:
-    """The state of an earlier run; None where the folder holds only its weights."""
-    if not (directory / STATE_NAME).exists() and (directory / WEIGHTS_NAME).exists():
-        return None
-    try:
-        return torch.load(directory / STATE_NAME, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise InputError(f"cannot resume from {directory / STATE_NAME}: {error}") from error
-
-
-def _load(model: nn.Module, weights: dict[str, Tensor], directory: Path | None) -> None:
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise InputError(f"the run in {directory} trained another model: {error}") from error
 
 
 def parse(arguments: Sequence[str] | None = None) -> TrainingConfig:
     """The settings from the command line."""
     defaults = TrainingConfig(Path())
     parser = argparse.ArgumentParser(prog="lite3r_plugin.testbed.train", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for weights, state and metrics")
-    parser.add_argument("--resume", type=Path, help="folder of an earlier run to start from")
+    parser.add_argument("--out", type=Path, required=True, help="folder for weights and metrics")
+    parser.add_argument("--resume", type=Path, help="folder of weights to start from")
+    parser.add_argument("--grow", action="store_true", help="start from a deeper model that computes the same")
+    parser.add_argument("--window", type=float, nargs=2, default=defaults.window, help="part of the schedule, within 0 and 1")
     parser.add_argument("--minutes", type=float, default=defaults.minutes, help="length of the run, compilation included")
-    parser.add_argument("--views-per-step", type=int, default=defaults.views_per_step, help="views of 112 px a step; fewer of larger ones")
+    parser.add_argument("--worlds", type=Path, help="folder of packed worlds")
+    parser.add_argument("--world-share", type=float, default=defaults.world_share, help="share of the samples that come from worlds")
+    parser.add_argument("--workers", type=int, default=defaults.workers, help="processes that render worlds, for each GPU")
+    parser.add_argument("--views-per-step", type=int, default=defaults.views_per_step, help="views of 224 px, for each GPU")
     parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
     parser.add_argument("--warmup", type=int, default=defaults.warmup, help="steps")
     parser.add_argument("--match-weight", type=float, default=defaults.match_weight, help="weight of the correspondence loss")
     parser.add_argument("--camera-weight", type=float, default=defaults.camera_weight, help="weight of the camera losses")
-    parser.add_argument("--replay", type=int, default=defaults.replay, help="steps that one batch of rendered scenes serves")
-    parser.add_argument("--stages", type=int, nargs="+", default=defaults.stages, help="stages of the curriculum to run, from 1")
+    parser.add_argument("--pool", type=int, default=defaults.pool, help="clips that are kept")
+    parser.add_argument("--refresh", type=int, default=defaults.refresh, help="steps after which some clips are replaced")
+    parser.add_argument("--evaluation-scenes", type=int, default=defaults.evaluation_scenes, help="held-out scenes of each kind")
+    parser.add_argument("--evaluate-every", type=float, default=defaults.evaluate_every, help="seconds")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-steps", type=int, help="end after so many steps")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--smoke", action="store_true", help="a tiny model on tiny images, to see that everything works")
-    return TrainingConfig(**vars(parser.parse_args(arguments)))
+    values = vars(parser.parse_args(arguments))
+    return TrainingConfig(**values | {"window": tuple(values["window"])})
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
