@@ -101,7 +101,8 @@ class Feed:
     def __init__(self, stream: Iterator[Mapping[str, Any]], ahead: int) -> None:
         self._waiting: deque[Mapping[str, Any]] = deque()
         self._error: BaseException | None = None
-        threading.Thread(target=self._fetch, args=(stream, ahead), daemon=True).start()
+        self.thread = threading.Thread(target=self._fetch, args=(stream, ahead), daemon=True)
+        self.thread.start()
 
     def take(self, most: int) -> dict[str, Tensor] | None:
         """Up to `most` clips, stacked; None if there is none. What went wrong in the stream is raised here."""

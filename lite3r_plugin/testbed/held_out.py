@@ -55,7 +55,8 @@ def held_out(kind: str, count: int, device: torch.device, final: bool, worlds: P
         valid = sample["depth"] > 0
         ok = torch.ones(count, VIEWS, dtype=torch.bool, device=device)
         return sample | {"rgb": sample["rgb"] / 255, "depth": sample["depth"].clamp(min=1e-3), "valid": valid, "ok": ok}
-    bank = TextureBank.procedural(128, 128, device, seed=77_777 + final)
+    textures = (128, 128) if size == SIZE else (12, 32)
+    bank = TextureBank.procedural(*textures, device, seed=77_777 + final)
     return ProcScenes(bank, device, seed=88_888 + final, max_views_per_chunk=32)(count, VIEWS, size, size)
 
 

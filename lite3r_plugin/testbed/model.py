@@ -42,7 +42,7 @@ class TestbedConfig:
     """
 
     dim: int = 384
-    depth: int = 5
+    depth: int = 6
     head_dim: int = 64
     mlp_ratio: float = 2.0
     registers: int = 4

@@ -2,15 +2,67 @@
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .losses import TrainingModel
 from .settings import TrainingConfig
 
 
+class Muon(torch.optim.Optimizer):
+    """`torch.optim.Muon` (Jordan et al. 2024) with steps of AdamW's size, all matrices of one shape at once.
+
+    One matrix after another, as torch does it, a step of a small model has more than a thousand launches, which took a ninth of its
+    time on an H200.
+
+    Args:
+        matrices: Parameters with two dimensions.
+        lr, weight_decay, momentum: As in `torch.optim.Muon` with ``adjust_lr_fn="match_rms_adamw"``.
+    """
+
+    def __init__(self, matrices: Iterable[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
+        shapes: defaultdict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+        for matrix in matrices:
+            shapes[matrix.shape].append(matrix)
+        groups = [{"params": same} for same in shapes.values()]
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """One step; parameters without a gradient stay. A closure is not supported."""
+        for group in self.param_groups:
+            matrices = [p for p in group["params"] if p.grad is not None]
+            if not matrices:
+                continue
+            gradients = [p.grad for p in matrices]
+            averages = [self.state[p].setdefault("average", torch.zeros_like(p)) for p in matrices]
+            torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
+            ahead = torch._foreach_lerp(gradients, averages, group["momentum"])
+            turned = _orthogonal(torch.stack(ahead)).to(matrices[0].dtype).unbind()
+            torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(matrices, turned, alpha=-0.2 * math.sqrt(max(matrices[0].shape)) * group["lr"])
+
+
+def _orthogonal(x: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor:
+    """Matrices ``[n, r, c]`` with all singular values near 1, by the Newton-Schulz iteration in BF16."""
+    x = x.bfloat16()
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        gram = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+        x = torch.baddbmm(x, gram, x, beta=3.4445)
+    return x.mT if tall else x
+
+
 def make_optimizers(model: TrainingModel, config: TrainingConfig, device: torch.device) -> list[torch.optim.Optimizer]:
-    """Muon (Jordan et al. 2024), with steps of AdamW's size, for the matrices of the transformer blocks; AdamW for the rest.
+    """`Muon` for the matrices of the transformer blocks; AdamW for the rest.
 
     Weights of linear maps and convolutions decay; biases, norms, gains and tokens do not.
     """
@@ -25,6 +77,6 @@ def make_optimizers(model: TrainingModel, config: TrainingConfig, device: torch.
         {"params": [p for p in rest if id(p) not in decays], "weight_decay": 0.0},
     ]
     return [
-        torch.optim.Muon(hidden, config.learning_rate, config.weight_decay, adjust_lr_fn="match_rms_adamw"),
+        Muon(hidden, config.learning_rate, config.weight_decay),
         torch.optim.AdamW(groups, config.learning_rate, (0.9, 0.95), fused=device.type == "cuda"),
     ]

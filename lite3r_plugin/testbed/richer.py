@@ -12,7 +12,7 @@ from ..scene.procedural import ARCS, ProcScenes, TextureBank
 from ..scene.procedural.layout import SceneSampler
 from ..scene.procedural.tracing import SceneTensors
 
-CLUTTER = {"groups": 5, "free": 10, "pictures": 6, "ellipsoids": 8, "cylinders": 8}
+CLUTTER = {"groups": 4, "free": 10, "pictures": 6, "ellipsoids": 7, "cylinders": 7}
 
 
 class RicherScenes(ProcScenes):

@@ -11,7 +11,8 @@ from .losses import Batch
 from .richer import RicherScenes, texture_bank
 from .settings import Shape, TrainingConfig
 
-WORLD_VIEWS, SCENE_VIEWS = 16, 32  # of a clip
+VIEWS = 16  # of a clip
+AHEAD = 512  # clips of worlds that wait in memory
 PICTURES = "photos.npz"
 
 
@@ -28,33 +29,33 @@ class Sources:
         self.config, self.device = config, device
         seed = 1000 * config.seed + rank + 1
         self.generator = torch.Generator(device=device).manual_seed(seed)
-        self.size = 64 if config.smoke else 224
-        self.clips_at_once = 1 if config.smoke else 6
-        views = 8 if config.smoke else SCENE_VIEWS
+        self.size = 48 if config.smoke else 224
+        self.clips_at_once = 1 if config.smoke else 12
+        views = 8 if config.smoke else VIEWS
         pictures = config.worlds / PICTURES if config.worlds and (config.worlds / PICTURES).exists() else None
         bank = texture_bank(12 if config.smoke else config.textures, 32 if config.smoke else 128, device, config.seed, pictures)
         self.scenes = RicherScenes(bank, device, seed)
-        self.scene_pool = ClipPool(max(2, config.pool // 2), views, self.size, device)
+        self.scene_pool = ClipPool(config.pool, views, self.size, device)
         self.world_pool: ClipPool | None = None
         if config.worlds:
             from .worlds import world_stream
 
             files = world_files(config.worlds, held_out=False)
             gpu = device.index if device.type == "cuda" else None
-            shape = (WORLD_VIEWS, self.size, self.size)
-            self.feed = Feed(world_stream(files, pictures, *shape, seed=seed, workers=config.workers, device=gpu), config.pool)
-            self.world_pool = ClipPool(config.pool, WORLD_VIEWS, self.size, device)
+            shape = (VIEWS, self.size, self.size)
+            self.feed = Feed(world_stream(files, pictures, *shape, seed=seed, workers=config.workers, device=gpu), AHEAD)
+            self.world_pool = ClipPool(config.pool, VIEWS, self.size, device)
 
     def fill(self, clips: int) -> None:
         """Render scenes up to `clips` of them, and take all worlds that wait."""
         while len(self.scene_pool) < min(clips, self.scene_pool.capacity):
             self._render()
-        self._take(self.config.pool)
+        self._take(AHEAD)
 
     def refresh(self) -> None:
         """Replace some of the clips."""
         self._render()
-        self._take(self.config.refresh)
+        self._take(self.config.refresh // 2)
 
     def batch(self, shape: Shape) -> Batch:
         """Samples of one shape, from worlds and scenes in the configured proportion."""

@@ -59,12 +59,9 @@ class Trainer:
         if config.resume and (config.resume / MATCHERS_NAME).exists() and not config.grow:
             self.model.load_state_dict({k: v.float() for k, v in load_file(config.resume / MATCHERS_NAME).items()}, strict=False)
         if config.compile:
-            bed = self.model.model
-            for module in (*bed.aggregator.frame_blocks, *bed.aggregator.global_blocks, bed.aggregator.patch_embed):
-                module.compile(dynamic=True)
-            bed.depth_head.compile(dynamic=True)
-            bed.point_head.compile(dynamic=True)
-            self.model.losses = torch.compile(self.model.losses, dynamic=True)
+            aggregator = self.model.model.aggregator
+            for block in (*aggregator.frame_blocks, *aggregator.global_blocks):
+                block.compile(dynamic=False)
         self.wrapped, *self.optimizers = self.accelerator.prepare(self.model, *make_optimizers(self.model, config, self.device))
         kinds = KINDS if config.worlds else ("rendered", "gate")
         mine = kinds[rank::processes]  # each process evaluates some kinds of scenes
@@ -75,14 +72,15 @@ class Trainer:
 
     def run(self) -> dict[str, Any]:
         """Train until the time is up. Returns the final measures of each kind of scene, which are also written."""
-        self.sources.fill(2 if self.config.smoke else 240)
+        self.sources.fill(2 if self.config.smoke else 144)
         self._warm_up()
         logged = evaluated = self.warm_at = self._elapsed()
         sums: dict[str, Tensor] = {}
         steps = views = 0
         while self.share < 1 and self.step != self.config.max_steps:
-            batch = self.sources.batch(self._shape())
-            losses = self._train_step(batch)
+            shape = self._shape()
+            batch = self.sources.batch(shape)
+            losses = self._train_step(batch, shape)
             sums = {name: sums[name] + value if sums else value for name, value in losses.items()}
             steps, views = steps + 1, views + batch["ok"].numel() * self.accelerator.num_processes
             if self.step % self.config.refresh == 0:
@@ -98,6 +96,7 @@ class Trainer:
                 self.save()
                 evaluated = logged = self._look_at_the_clock()
                 sums, steps, views = {}, 0, 0
+        self.save()  # whatever happens to the evaluation
         self._evaluate()
         self.save()
         return self.history[-1]
@@ -124,19 +123,23 @@ class Trainer:
     def _warm_up(self) -> None:
         """Compile for all shapes of the curriculum. Many worlds are rendered meanwhile."""
         for shape in dict.fromkeys(shape for stage in self.stages for shape in stage.shapes):
-            loss, _ = self.wrapped(self.sources.batch(shape), self.config.match_weight, self.config.camera_weight)
+            loss, _ = self._forward(self.sources.batch(shape), shape)
             self.accelerator.backward(loss)
             self._say(f"{shape.views} views of {shape.height} x {shape.width}: total loss {loss.item():.3f}")
+            self.sources.fill(0)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        self.sources.fill(0)
 
-    def _train_step(self, batch: Batch) -> dict[str, Tensor]:
+    def _forward(self, batch: Batch, shape: Shape) -> tuple[Tensor, dict[str, Tensor]]:
+        match_weight = self.config.match_weight / (1 if self._progress() < 2 / 3 else 3)
+        with torch.compiler.set_stance("default" if shape.compiled else "force_eager"):
+            return self.wrapped(batch, match_weight, self.config.camera_weight)
+
+    def _train_step(self, batch: Batch, shape: Shape) -> dict[str, Tensor]:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self._rate()
-        match_weight = self.config.match_weight / (1 if self._progress() < 2 / 3 else 3)
-        loss, losses = self.wrapped(batch, match_weight, self.config.camera_weight)
+        loss, losses = self._forward(batch, shape)
         self.accelerator.backward(loss)
         self.accelerator.clip_grad_norm_(self.wrapped.parameters(), 1.0)
         for optimizer in self.optimizers:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,6 @@ from lite3r_plugin.testbed import Testbed, TestbedConfig
 from lite3r_plugin.testbed.cameras import decode_pose, fov_of, relative_to_first
 from lite3r_plugin.testbed.evaluate import auc, evaluate, pose_errors
 from lite3r_plugin.testbed.losses import TrainingModel, correspondences, match_loss
-from lite3r_plugin.testbed.train import main
 
 TINY = TestbedConfig(dim=64, depth=2, stem=16)
 
@@ -46,7 +44,7 @@ def test_shapes(model: Testbed) -> None:
 def test_default_size() -> None:
     with torch.device("meta"):
         parameters = sum(p.numel() for p in Testbed().parameters())
-    assert 10e6 < parameters < 20e6  # at most 40 MB in FP16
+    assert 18e6 < parameters < 22e6  # at most 44 MB in FP16
 
 
 @torch.no_grad()
@@ -143,17 +141,3 @@ def test_training_lowers_the_loss(sample: dict[str, torch.Tensor]) -> None:
     assert totals[-1] < 0.75 * totals[0]
     measures = evaluate(training.model, sample)
     assert measures["abs_rel"] < measures["mean_abs_rel"]
-
-
-@pytest.mark.filterwarnings("ignore:.*deterministic")  # cuDNN's attention on a GPU
-def test_the_command_trains_and_resumes(tmp_path: Path) -> None:
-    main(["--smoke", "--no-compile", "--max-steps", "2", "--out", str(tmp_path / "a")])
-    metrics = json.loads((tmp_path / "a" / "metrics.json").read_text())
-    assert metrics["steps"] == 2
-    assert {"abs_rel", "rotation", "auc30", "mean_rotation"} <= set(metrics["history"][-1])
-    main(["--smoke", "--no-compile", "--max-steps", "1", "--out", str(tmp_path / "b"), "--resume", str(tmp_path / "a")])
-    assert Testbed.from_pretrained(tmp_path / "b").config.depth == 2
-    (tmp_path / "a" / "training.pt").unlink()  # the weights alone do too
-    main(["--smoke", "--no-compile", "--max-steps", "1", "--out", str(tmp_path / "b"), "--resume", str(tmp_path / "a")])
-    with pytest.raises(SystemExit, match="cannot resume"):
-        main(["--smoke", "--out", str(tmp_path / "c"), "--resume", str(tmp_path / "nowhere")])
