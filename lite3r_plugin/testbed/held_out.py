@@ -1,6 +1,6 @@
 """What weights reach on scenes that no training saw: ``python -m lite3r_plugin.testbed.held_out --weights DIR [DIR] --json FILE``.
 
-Three kinds of scene, eight views of 224 x 224 pixels each: `rendered` (`lite3r_plugin.scene.procedural` with its defaults), `worlds` (packed
+Three kinds of scene, eight views of 224 pixels each: `rendered` (`lite3r_plugin.scene.procedural` with its defaults), `worlds` (packed
 worlds that training leaves out, where a folder of them is given) and `gate` (the second generator). Each has scenes for selection, which
 training looks at, and final ones, which are for figures to publish.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -76,7 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     models = {str(path): Testbed.from_pretrained(path, device) for path in args.weights}
     results: dict[str, dict[str, dict[str, float]]] = {name: {} for name in models}
     for kind in args.kinds:
+        started = time.monotonic()
         sample = held_out(kind, args.scenes, device, not args.selection, args.worlds, args.size)
+        print(f"{kind}: {len(sample['rgb'])} scenes in {time.monotonic() - started:.1f} s", flush=True)
         for name, model in models.items():
             results[name][kind] = evaluate(model, sample, autocast=device.type == "cuda")
             print(f"{name}, {kind}: " + "  ".join(f"{key} {value:.3f}" for key, value in results[name][kind].items()), flush=True)
