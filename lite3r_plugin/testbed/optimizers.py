@@ -25,27 +25,27 @@ class Muon(torch.optim.Optimizer):
         lr, weight_decay, momentum: As in `torch.optim.Muon` with ``adjust_lr_fn="match_rms_adamw"``.
     """
 
-    def __init__(self, matrices: Iterable[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
-        shapes: defaultdict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+    def __init__(self, matrices: Iterable[Tensor], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
+        shapes: defaultdict[torch.Size, list[Tensor]] = defaultdict(list)
         for matrix in matrices:
             shapes[matrix.shape].append(matrix)
         groups = [{"params": same} for same in shapes.values()]
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        """One step; parameters without a gradient stay. A closure is not supported."""
+    def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One step; all matrices have gradients. A closure is not supported."""
         for group in self.param_groups:
-            matrices = [p for p in group["params"] if p.grad is not None]
-            if not matrices:
-                continue
-            gradients = [p.grad for p in matrices]
-            averages = [self.state[p].setdefault("average", torch.zeros_like(p)) for p in matrices]
-            torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
-            ahead = torch._foreach_lerp(gradients, averages, group["momentum"])
-            turned = _orthogonal(torch.stack(ahead)).to(matrices[0].dtype).unbind()
-            torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(matrices, turned, alpha=-0.2 * math.sqrt(max(matrices[0].shape)) * group["lr"])
+            matrices, rate = group["params"], group["lr"]
+            gradients = torch.stack([p.grad for p in matrices])
+            state = self.state[matrices[0]]
+            if "average" not in state:
+                state["average"] = torch.zeros_like(gradients)
+            average = state["average"]
+            average.lerp_(gradients, 1 - group["momentum"])
+            turned = _orthogonal(gradients.lerp(average, group["momentum"])).to(gradients.dtype)
+            for matrix, step in zip(matrices, turned, strict=True):
+                matrix.mul_(1 - rate * group["weight_decay"]).add_(step, alpha=-0.2 * math.sqrt(max(step.shape)) * rate)
 
 
 def _orthogonal(x: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor:
@@ -76,7 +76,5 @@ def make_optimizers(model: TrainingModel, config: TrainingConfig, device: torch.
         {"params": [p for p in rest if id(p) in decays], "weight_decay": config.weight_decay},
         {"params": [p for p in rest if id(p) not in decays], "weight_decay": 0.0},
     ]
-    return [
-        Muon(hidden, config.learning_rate, config.weight_decay),
-        torch.optim.AdamW(groups, config.learning_rate, (0.9, 0.95), fused=device.type == "cuda"),
-    ]
+    muon: torch.optim.Optimizer = Muon(hidden, config.learning_rate, config.weight_decay)
+    return [muon, torch.optim.AdamW(groups, config.learning_rate, (0.9, 0.95), fused=device.type == "cuda")]

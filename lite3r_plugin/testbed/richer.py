@@ -12,7 +12,7 @@ from ..scene.procedural import ARCS, ProcScenes, TextureBank
 from ..scene.procedural.layout import SceneSampler
 from ..scene.procedural.tracing import SceneTensors
 
-CLUTTER = {"groups": 4, "free": 10, "pictures": 6, "ellipsoids": 7, "cylinders": 7}
+CLUTTER = (4, 10, 6, 7, 7)  # groups of furniture, single boxes, pictures, ellipsoids, cylinders
 
 
 class RicherScenes(ProcScenes):
@@ -20,8 +20,8 @@ class RicherScenes(ProcScenes):
     walk sideways."""
 
     def __init__(self, bank: TextureBank, device: torch.device, seed: int) -> None:
-        super().__init__(bank, device, seed, **CLUTTER)
-        self.sampler = RicherSampler(bank.T, self.device, seed, **CLUTTER, arcs=ARCS)
+        super().__init__(bank, device, seed)
+        self.sampler = RicherSampler(bank.T, self.device, seed, *CLUTTER, arcs=ARCS)
         self.sampler.fov = (35.0, 100.0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +65,8 @@ class TrainingConfig:
         minutes: Length of the run, compilation and evaluation included.
         resume: Folder of weights to start from.
         grow: Start from `grow.deeper` of them.
-        window: Part of the schedule that this run covers, within [0, 1]. Runs that follow each other share one schedule.
+        window: Start and end of the part of the schedule that this run covers, within [0, 1]. Runs that follow each other share one
+            schedule.
         worlds: Folder of packed worlds to train on, beside procedural scenes.
         world_share: Share of the samples that come from them.
         workers: Processes that render them, for each process that trains.
@@ -86,7 +88,7 @@ class TrainingConfig:
     minutes: float = 10.0
     resume: Path | None = None
     grow: bool = False
-    window: tuple[float, float] = (0.0, 1.0)
+    window: Sequence[float] = (0.0, 1.0)
     worlds: Path | None = None
     world_share: float = 0.5
     workers: int = 4

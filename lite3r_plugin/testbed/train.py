@@ -8,6 +8,7 @@ the weights of an earlier one (``--resume DIR``); runs that follow each other sh
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -149,11 +150,10 @@ class Trainer:
         return losses
 
     def _shape(self) -> Shape:
-        left = self._progress() * sum(stage.share for stage in self.stages)
-        for stage in self.stages:
-            if (left := left - stage.share) < 0:
-                break
-        return stage.shapes[self.step % len(stage.shapes)]
+        over = self._progress() * sum(stage.share for stage in self.stages)
+        ends = itertools.accumulate(stage.share for stage in self.stages)
+        shapes = self.stages[min(sum(end <= over for end in ends), len(self.stages) - 1)].shapes
+        return shapes[self.step % len(shapes)]
 
     def _rate(self) -> float:
         warm = min(1.0, (self.step + 1) / self.config.warmup)
@@ -220,8 +220,7 @@ def parse(arguments: Sequence[str] | None = None) -> TrainingConfig:
     parser.add_argument("--max-steps", type=int, help="end after so many steps")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--smoke", action="store_true", help="a tiny model on tiny images, to see that everything works")
-    values = vars(parser.parse_args(arguments))
-    return TrainingConfig(**values | {"window": tuple(values["window"])})
+    return TrainingConfig(**vars(parser.parse_args(arguments)))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -30,7 +30,7 @@ class Renderer:
     """
 
     def __init__(self, samples: int = 2, device: int | None = None) -> None:
-        import moderngl
+        import moderngl  # pyright: ignore[reportMissingImports]
 
         chosen = {} if device is None else {"device_index": device}
         self.gl, self.samples = moderngl, samples
@@ -187,7 +187,7 @@ class LoadedWorld:
         for layer in self.swapped:
             picture = pictures[rng.integers(len(pictures))]
             pixels = np.asarray(picture.resize((side, side), Image.Resampling.BILINEAR))
-            self._write(layer, np.rot90(pixels, rng.integers(4)) if rng.random() < 0.5 else pixels[:, ::-1])
+            self._write(layer, np.rot90(pixels, int(rng.integers(4))) if rng.random() < 0.5 else pixels[:, ::-1])
         self._mipmaps()
 
     def _write(self, layer: int, pixels: Array) -> None:

@@ -45,20 +45,25 @@ class WorldSampler:
             rgb ``[V, 3, H, W]`` u8; depth ``[V, H, W]`` f16 along the optical axis in metres, 0 in the sky; K ``[V, 3, 3]`` f32; w2c
             ``[V, 3, 4]`` f32.
         """
-        rng = self.rng
-        for _ in range(attempts):
-            loaded = self._random_world()
-            clip = int(rng.integers(len(loaded.world.clip_fov)))
-            chosen = rng.permutation(loaded.world.clip_pos.shape[1])[:views]
-            w2c, K = clip_cameras(loaded.world, clip, chosen, height, width, rng)
-            light = Light.random(rng, loaded.has_light)
-            rgb, depth = self.renderer.render(loaded, w2c, K, height, width, light, int(rng.integers(1 << 30)))
-            depth[depth > FARTHEST] = 0
-            shows = (rgb.reshape(views, -1).std(1) > 9) & ((depth > 0).reshape(views, -1).mean(1) > 0.35)
-            if shows.mean() > 0.8:
-                break
+        for _ in range(attempts - 1):
+            clip, shows = self._any_clip(views, height, width)
+            if shows:
+                return clip
+        return self._any_clip(views, height, width)[0]
+
+    def _any_clip(self, views: int, height: int, width: int) -> tuple[Clip, bool]:
+        """A clip, and whether most of its views show something."""
+        rng, loaded = self.rng, self._random_world()
+        number = int(rng.integers(len(loaded.world.clip_fov)))
+        chosen = rng.permutation(loaded.world.clip_pos.shape[1])[:views]
+        w2c, K = clip_cameras(loaded.world, number, chosen, height, width, rng)
+        light = Light.random(rng, loaded.has_light)
+        rgb, depth = self.renderer.render(loaded, w2c, K, height, width, light, int(rng.integers(1 << 30)))
+        depth[depth > FARTHEST] = 0
+        shows = (rgb.reshape(views, -1).std(1) > 9) & ((depth > 0).reshape(views, -1).mean(1) > 0.35)
         images = np.ascontiguousarray(rgb.transpose(0, 3, 1, 2))
-        return {"rgb": images, "depth": depth.astype(np.float16), "K": K.astype(np.float32), "w2c": w2c.astype(np.float32)}
+        clip = {"rgb": images, "depth": depth.astype(np.float16), "K": K.astype(np.float32), "w2c": w2c.astype(np.float32)}
+        return clip, bool(shows.mean() > 0.8)
 
     def _random_world(self) -> LoadedWorld:
         index = int(self.rng.integers(len(self.files)))
