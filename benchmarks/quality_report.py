@@ -47,7 +47,8 @@ it by `python benchmarks/quality_report.py`. With `--full {source}` it prints al
 
 {conditions}.
 
-**How to read it.** The model is the testbed that comes with the package: 18 M parameters, trained on rendered scenes for 33 minutes.
+**How to read it.** The model is the testbed that comes with the package, with the weights of its first generation: 18 M
+parameters, trained on rendered scenes for 33 minutes.
 Only differences from its own dense row mean anything; its numbers must not be compared with those of full-size models. `constant`
 ignores the images: one depth, equal cameras. AbsRel is after one median scale per scene. AUC@30 is of the larger of the two angles
 between pairs of cameras, in percent. Differences are means over scenes; a star marks those whose paired bootstrap 95 % interval leaves
