@@ -37,16 +37,17 @@ def damage(root: Path, draw: random.Random) -> list[str]:
 @contextlib.contextmanager
 def restored(root: Path) -> Iterator[None]:
     """What is under `root` is afterwards as it was before."""
+    folders = {path for path in root.rglob("*") if path.is_dir()}
     before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
     try:
         yield
     finally:
-        for path in list(root.rglob("*")):
-            if path.is_file() and path not in before:
+        for path in sorted(root.rglob("*"), reverse=True):  # what is in a folder before the folder
+            if path.is_dir() and path not in folders:
+                path.rmdir()
+            elif path.is_file() and path not in before:
                 path.unlink()
         for path, content in before.items():
-            if path.is_dir():
-                path.rmdir()
             if not path.is_file() or path.read_bytes() != content:
                 path.write_bytes(content)
 
@@ -122,5 +123,6 @@ def _whole(path: Path, files: list[Path], draw: random.Random) -> str:
         "long": lambda: path.write_bytes(data * 200),
     }
     kind = draw.choice(sorted(changes))
-    changes[kind]()
+    with contextlib.suppress(IsADirectoryError):  # the new name is that of a folder that an earlier change made
+        changes[kind]()
     return kind
