@@ -18,6 +18,7 @@ from ..errors import BackendError, CheckpointError, ConfigError, NoSitesError, W
 from ..files import replacing
 from ..fp8.checkpoint import check_fp8_tensors, fill_tensors, fp8_linears, fp8_tensors, install_fp8_tensors, other_tensors
 from ..ops.dispatch import SlowPathWarning
+from ..wrapper import Changes
 from .lookup import Inventory, look_up
 from .plan import ApplyPlan, left_linears, plan_application
 from .swap import put_in, run_in_fp8
@@ -41,11 +42,12 @@ def save_lite3r(model: nn.Module, directory: str | os.PathLike[str], *, whole: b
     Raises:
         ModelTypeError: `model` is no `torch.nn.Module`.
         NotAppliedError: the model carries no Lite3R, or several parts of it do on their own.
-        WeightsError: the model, on the meta device, has no values to write.
+        WeightsError: the model, on the meta device, has no values to write, or its conversion to FP8 did not finish.
         CheckpointError: an adapter is around a linear branch, or `directory` is a file.
     """
     found = look_up(model)
     state, attention = found.require_one_state("save_lite3r"), found.attention
+    found.require_finished(state, "save_lite3r")
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"{directory} is a file; save_lite3r takes a directory")
@@ -114,12 +116,14 @@ def load_lite3r(model: Model, directory: str | os.PathLike[str], *, device: torc
     except (ConfigError, NoSitesError) as error:
         raise CheckpointError(f"{directory / CONFIG_NAME} does not fit this {found.name}: {error}") from error
     _check_record(plan, record, weights, directory)
-    state = put_in(plan)
+    with Changes() as changes:
+        state = put_in(plan, changes)
     if config.precision == "fp8":
         install_fp8_tensors(found.modules, record["fp8"], weights, device)
     fill_tensors(model, {name: tensor for name, tensor in weights.items() if not _is_fp8(name, record)}, device)
     if config.precision == "fp8":
-        run_in_fp8(found, state, left_linears(found.linears(state), config))
+        with Changes() as changes:
+            run_in_fp8(found, state, left_linears(found.linears(state), config), changes)
     for note in state.notes.get("te", ()):
         warnings.warn(f"Lite3R: {note}", SlowPathWarning, stacklevel=3)
     return model
