@@ -22,6 +22,7 @@ torch.utils.deterministic.fill_uninitialized_memory = True
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--data-root", help="folder with real samples, one folder for each layout of lite3r_plugin.data, for tests/data")
+    parser.addoption("--every-line", action="store_true", help="interrupt before every line in tests/apply/test_interruptions.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
