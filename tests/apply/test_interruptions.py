@@ -13,11 +13,25 @@ from typing import Any
 
 import pytest
 import torch
-from interruptions import contents, interrupted, lines_of
+from interruptions import contents, interrupted, lines_of, say
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from toys import Adapter, toy_adapter
 
-from lite3r_plugin import apply_lite3r, calibrate, convert, describe, lite3r_disabled, load_lite3r, remove_lite3r, save_lite3r
+from lite3r_plugin import (
+    AttentionSite,
+    FusedQKV,
+    PreNormBlock,
+    TokenSource,
+    apply_lite3r,
+    calibrate,
+    convert,
+    describe,
+    lite3r_disabled,
+    load_lite3r,
+    remove_lite3r,
+    save_lite3r,
+)
 from lite3r_plugin.apply.lookup import lite3r_modules
 from lite3r_plugin.attention.module import SparseLinearAttention
 from lite3r_plugin.errors import ConvertedError, WeightsError
@@ -26,10 +40,22 @@ from lite3r_plugin.fp8.linear import Fp8Linear
 from lite3r_plugin.fp8.qat import FakeQuantLinear
 from lite3r_plugin.wrapper import Changes
 
+__all__ = ["toy_adapter"]  # the fixture
 SPARSE: dict[str, Any] = dict(keep_ratio=0.3, dense_below=0, block_q=16, block_k=16)
 STEP = 61
 Lines = Callable[..., Iterator[int]]
-Record = Callable[[str, Any], None]
+
+
+@pytest.fixture(autouse=True)
+def _blocks(adapter: Adapter) -> None:
+    """A ViT whose blocks are described, so that convert fuses them."""
+
+    def sites(model: nn.Module) -> list[AttentionSite]:
+        tokens = TokenSource("patch_embed.proj", (4, 4), 1)
+        blocks = [PreNormBlock(f"blocks.{i}", "mlp.fc1", "mlp.fc2") for i in range(2)]
+        return [AttentionSite(f"{block.fqn}.attn", "global", 32, FusedQKV(1), tokens, block) for block in blocks]
+
+    adapter.answer = sites
 
 
 @pytest.fixture
@@ -50,7 +76,7 @@ def x() -> Tensor:
 
 def vit() -> nn.Module:
     torch.manual_seed(0)
-    return VisionTransformer(img_size=32, patch_size=4, embed_dim=32, depth=2, num_heads=1, num_classes=4).eval()
+    return VisionTransformer(img_size=32, patch_size=4, embed_dim=32, depth=2, num_heads=1, num_classes=4, norm_layer=nn.LayerNorm).eval()
 
 
 def applied(precision: str = "full") -> nn.Module:
@@ -110,7 +136,7 @@ def outcome(model: nn.Module, dense: dict[str, Any], x: Tensor, converted: dict[
 
 
 @pytest.mark.parametrize("precision", ["full", "fp8_qat", "fp8"])
-def test_apply(lines: Lines, x: Tensor, precision: str, record_property: Record) -> None:
+def test_apply(lines: Lines, x: Tensor, precision: str) -> None:
     def apply() -> None:
         apply_lite3r(model, **SPARSE, precision=precision)
 
@@ -125,13 +151,13 @@ def test_apply(lines: Lines, x: Tensor, precision: str, record_property: Record)
         if became not in ("dense", "with Lite3R"):
             model = vit()
             dense = contents(model)
-    record_property("outcomes", dict(seen))
+    say(f"apply, {precision}", seen)
     assert seen["dense"] > 0.3 * seen.total()
     assert precision == "fp8" or set(seen) <= {"dense", "with Lite3R"}
 
 
 @pytest.mark.parametrize("precision", ["full", "fp8_qat"])
-def test_remove(lines: Lines, x: Tensor, precision: str, record_property: Record) -> None:
+def test_remove(lines: Lines, x: Tensor, precision: str) -> None:
     model = applied(precision)
     steps = lines(lambda: remove_lite3r(model))
     dense, seen = contents(model), Counter[str]()
@@ -142,12 +168,12 @@ def test_remove(lines: Lines, x: Tensor, precision: str, record_property: Record
         if lite3r_modules(model):  # as before, but that hooks may have moved
             assert {**contents(model), "tables": None} == {**before, "tables": None}
         seen[outcome(model, dense, x)] += 1
-    record_property("outcomes", dict(seen))
+    say(f"remove, {precision}", seen)
     assert set(seen) <= {"dense", "with Lite3R"}
 
 
 @pytest.mark.parametrize("precision", ["full", "fp8_qat"])
-def test_convert(lines: Lines, x: Tensor, precision: str, record_property: Record) -> None:
+def test_convert(lines: Lines, x: Tensor, precision: str) -> None:
     """Before the first Linear is in FP8 nothing has changed, the linear branches and the output included."""
 
     def run() -> None:
@@ -156,6 +182,7 @@ def test_convert(lines: Lines, x: Tensor, precision: str, record_property: Recor
     model = applied(precision)
     steps = lines(run)
     converted, seen = summary(model), Counter[str]()
+    assert converted["fused"] == 2
     model = applied(precision)
     before, output = contents(model), model(x)
     for line in steps:
@@ -167,7 +194,7 @@ def test_convert(lines: Lines, x: Tensor, precision: str, record_property: Recor
         seen[outcome(model, {}, x, converted)] += 1
         model = applied(precision)
         before = contents(model)
-    record_property("outcomes", dict(seen))
+    say(f"convert, {precision}", seen)
     assert set(seen) <= {"as before", "half converted", "converted"}
     assert seen["half converted"] > 0.2 * seen.total()
 

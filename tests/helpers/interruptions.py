@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -51,6 +52,11 @@ def interrupted(call: Callable[[], object], line: int, *more: int) -> bool:
     except Interruption:
         return True
     return False
+
+
+def say(what: str, seen: Counter[str]) -> None:
+    """Print what became of the models of a test, for ``pytest -s``."""
+    sys.stdout.write(f"{what}: {seen.total()} lines, {dict(seen)}\n")
 
 
 def contents(model: nn.Module) -> dict[str, Any]:
