@@ -41,11 +41,12 @@ def save_lite3r(model: nn.Module, directory: str | os.PathLike[str], *, whole: b
     Raises:
         ModelTypeError: `model` is no `torch.nn.Module`.
         NotAppliedError: the model carries no Lite3R, or several parts of it do on their own.
-        WeightsError: the model, on the meta device, has no values to write.
+        WeightsError: the model, on the meta device, has no values to write, or its conversion to FP8 did not finish.
         CheckpointError: an adapter is around a linear branch, or `directory` is a file.
     """
     found = look_up(model)
     state, attention = found.require_one_state("save_lite3r"), found.attention
+    found.require_finished(state, "save_lite3r")
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"{directory} is a file; save_lite3r takes a directory")

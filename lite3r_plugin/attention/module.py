@@ -8,6 +8,7 @@ always there, whole, to run the dense model or to be put back.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,7 +26,7 @@ from ..ops.qk_norm_rope import norm_rope
 from ..ops.sla import linear_attention, sparse_linear_attention
 from ..tokens.layout import pinned_tokens
 from ..tokens.tracker import GridTracker
-from ..wrapper import HostWrapper
+from ..wrapper import Changes, HostWrapper
 from .inputs import AttentionInputs
 from .state import CallCounts, ModelState
 from .styles.registry import style_of
@@ -65,8 +66,8 @@ class SparseLinearAttention(HostWrapper):
         self.keep_ratio = state.config.keep_ratio_of(site.fqn) if sparse else 1.0
         self.shares = SparseShares.of(state.config, site.fqn)
         self.enabled = True
-        self._observers: tuple[Observer, ...] = ()
-        self._substitutes: tuple[Substitute, ...] = ()
+        self._observers: tuple[tuple[Observer], ...] = ()  # each in a tuple of its own, by which it is told from others like it
+        self._substitutes: tuple[tuple[Substitute], ...] = ()
         self.calls = CallCounts()
         self.style = style_of(site, host, state.config.fuse)
         self.argument_names = self.style.argument_names
@@ -94,16 +95,11 @@ class SparseLinearAttention(HostWrapper):
         """Whether its input may be in FP8 already, a `Quantized` instead of a tensor: nothing but its FP8 Linears reads it."""
         return self.style.takes_fp8(self.child)
 
-    def release(self) -> nn.Module:
-        """Give back the host, as it was before."""
-        self._modules.pop("proj_lin", None)
-        return super().release()
-
-    def round_projection(self) -> None:
+    def round_projection(self, changes: Changes) -> None:
         """Put into `proj_lin`, for good, the weight that training for FP8 used."""
-        if (weight := self._projection()) is not None:
-            with torch.no_grad():
-                self.proj_lin.weight.copy_(weight)
+        if (rounded := self._projection()) is not None:
+            weight = self.proj_lin.weight.detach()
+            changes.make(functools.partial(weight.copy_, rounded.detach()), functools.partial(weight.copy_, weight.clone()))
 
     def attend(self, inputs: AttentionInputs) -> Tensor:
         """Attention over the site's tokens, sparse or dense as `pays` says, or what takes its place (`substitute`).
@@ -115,8 +111,8 @@ class SparseLinearAttention(HostWrapper):
             LayoutError: the tokens are not those of the images that the model was given.
             BackendError: the backend of the configuration cannot run here.
         """
-        out = self._substitutes[-1](self, inputs) if self._substitutes else self._attend(inputs)
-        for observer in self._observers:
+        out = self._substitutes[-1][0](self, inputs) if self._substitutes else self._attend(inputs)
+        for (observer,) in self._observers:
             observer(self, inputs, out)
         return out
 
@@ -127,11 +123,15 @@ class SparseLinearAttention(HostWrapper):
         Several may be open at once; they are called in the order in which they were opened. Where the host's own forward runs, as in
         `lite3r_disabled` and where a site that stays dense is `Routed`, there is nothing to see.
         """
-        self._observers = (*self._observers, observer)
+        entry = (observer,)
         try:
-            yield
-        finally:
-            self._observers = _without(self._observers, observer)
+            try:
+                self._observers = (*self._observers, entry)
+                yield
+            finally:
+                self._observers = _without(self._observers, entry)
+        finally:  # an interruption may come before the first
+            self._observers = _without(self._observers, entry)
 
     @contextlib.contextmanager
     def substitute(self, substitute: Substitute) -> Iterator[None]:
@@ -139,11 +139,15 @@ class SparseLinearAttention(HostWrapper):
 
         Where several are open, the one that was opened last does. Observers see what it returns, ``[B, H, N, D]``.
         """
-        self._substitutes = (*self._substitutes, substitute)
+        entry = (substitute,)
         try:
-            yield
+            try:
+                self._substitutes = (*self._substitutes, entry)
+                yield
+            finally:
+                self._substitutes = _without(self._substitutes, entry)
         finally:
-            self._substitutes = _without(self._substitutes, substitute)
+            self._substitutes = _without(self._substitutes, entry)
 
     def dense(self, inputs: AttentionInputs, proj: Tensor | None = None) -> Tensor:
         """Attention of all tokens to all, plus the linear branch over all of them through `proj` ``[D, D]``, if there is one.
@@ -267,6 +271,5 @@ class SparseLinearAttention(HostWrapper):
 
 
 def _without(items: tuple[Any, ...], item: Any) -> tuple[Any, ...]:
-    """`items` without the last that is `item`."""
-    last = max(i for i, other in enumerate(items) if other is item)
-    return (*items[:last], *items[last + 1 :])
+    """`items` without `item`, if it is among them."""
+    return tuple(other for other in items if other is not item)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..ops.fp8 import E4M3
-from ..wrapper import replace_modules, share_hooks
 from . import backends
+from .convert import put_in_fp8
 from .linear import Fp8Linear
 from .qat import FakeQuantLinear
 
@@ -102,12 +103,11 @@ def install_fp8_tensors(modules: dict[str, nn.Module], shapes: Shapes, weights: 
         # Copied: a tensor of a safetensors file lies wherever the file has it, and products round by the alignment of their operands.
         made.weight_data, made.weight_scale = (weights[f"{fqn}.{name}"].to(place, copy=True) for name in ("weight_data", "weight_scale"))
         made.infinities = torch.zeros(1, dtype=torch.int64, device=place)
-        share_hooks(made, linear)
-        linear.register_parameter("weight", None)
         return made.train(linear.training)
 
-    linears = {fqn: modules[fqn] for fqn in shapes}
-    replace_modules(modules, {linear: lambda fqn=fqn, linear=linear: make(fqn, linear) for fqn, linear in linears.items()})  # pyright: ignore[reportArgumentType]
+    for fqn in shapes:
+        if isinstance(linear := modules[fqn], nn.Linear):  # it is, but for a second name of one that has been replaced
+            put_in_fp8(modules, linear, functools.partial(make, fqn, linear))
 
 
 def fill_tensors(model: nn.Module, tensors: Mapping[str, Tensor], device: torch.device) -> None:
