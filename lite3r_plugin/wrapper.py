@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from .errors import WeightsError
 
 
 class HostWrapper(nn.Module):
@@ -45,10 +48,37 @@ class HostWrapper(nn.Module):
         self.host.training = self.training
         return self.host
 
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        raise WeightsError(
+            "torch.nn.DataParallel copies the weights of a model for each GPU, but what Lite3R put in would run those of the first: use "
+            "torch.nn.parallel.DistributedDataParallel, or call remove_lite3r(model) first"
+        )
+
 
 def has_forward_hooks(module: nn.Module) -> bool:
     """Whether somebody watches the calls of `module`, which then must be called."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def must_be_called(module: nn.Module) -> bool:
+    """Whether somebody watches the calls of `module`, or has put a forward of its own into this instance, as accelerate does."""
+    return has_forward_hooks(module) or "forward" in module.__dict__
+
+
+def is_plain_tensor(tensor: Tensor) -> bool:
+    """Whether any operator may read it: no subclass with operators of its own, such as a DTensor or a quantised weight of torchao."""
+    if torch.compiler.is_compiling():  # what is traced is of classes of the compiler
+        return not hasattr(tensor, "__tensor_flatten__")
+    return type(tensor) in (Tensor, nn.Parameter)
+
+
+def may_be_read(module: nn.Module) -> bool:
+    """Whether the parameters of `module` may be read instead of calling it.
+
+    Not where its calls are hooked or wrapped, which may bring the weights in for a call alone (CPU offload, sharding), nor where a
+    parameter is a tensor subclass that only its module knows to use.
+    """
+    return not must_be_called(module) and all(p is None or is_plain_tensor(p) for p in module._parameters.values())
 
 
 def share_hooks(made: nn.Module, host: nn.Module) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import BackendError
+from ..errors import BackendError, ConfigError, WeightsError
 
 TRITON_HEAD_DIMS = (32, 64, 80, 96, 128)
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -99,6 +99,24 @@ def use_triton(backend: str, q: Tensor, needs_grad: bool = False) -> bool:
     if q.is_cuda and not torch.compiler.is_compiling():
         warnings.warn(f"Lite3R runs plain torch operators on this GPU, which is slow: {reason}", SlowPathWarning, stacklevel=2)
     return False
+
+
+def require_one_device(v: Tensor, **others: Tensor | None) -> None:
+    """Raise unless all tensors are where `v` is: a tensor without values would make others of its kind, a kernel would read elsewhere.
+
+    Raises:
+        WeightsError: one of `others` is on the meta device, or `v` alone is.
+        ConfigError: one is on another device.
+    """
+    for name, x in others.items():
+        if x is None or x.device == v.device:
+            continue
+        if x.is_meta or v.is_meta:
+            raise WeightsError(
+                f"{name} is on {x.device} and the values on {v.device}: tensors on the meta device have none. Load weights first; hooks "
+                "that bring them in for the call of a block as a whole (CPU offload) come after apply_lite3r"
+            )
+        raise ConfigError(f"{name} is on {x.device} and the values on {v.device}: move the model as a whole, or the tensor")
 
 
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
