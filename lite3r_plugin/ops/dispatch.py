@@ -153,7 +153,7 @@ def _side_stream_of(device: torch.device, current: int) -> torch.cuda.Stream:
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Keeps autocast for x's device from what is inside, which chooses its precision itself."""
-    if not torch.is_autocast_enabled(x.device.type):
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):  # which knows no meta device
         return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import InputError, WeightsError
+from ..wrapper import must_be_called
 
 MAX_POSITIONS = 1024  # rows and columns of the rotary tables; token coordinates are below it
 
@@ -36,7 +37,7 @@ class TableRope(nn.Module):
         super().__init__()
         self.base_frequency = base
         for name in ("cos", "sin"):
-            self.register_buffer(name, like.new_empty(MAX_POSITIONS, head_dim // 4), persistent=False)
+            self.register_buffer(name, torch.empty(MAX_POSITIONS, head_dim // 4, device=like.device, dtype=like.dtype), persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -61,11 +62,16 @@ def use_table_rope(owner: nn.Module) -> None:
     Args:
         owner: A module whose `rope` has a `base_frequency`. At least one module that shares it is an attention module with the
             Linear `qkv` and `num_heads`; the tables take the device and the dtype of the first one's weight.
+
+    Raises:
+        WeightsError: that weight is offloaded.
     """
     rope: Any = owner.rope
     users = [module for module in owner.modules() if getattr(module, "rope", None) is rope]
     attention: Any = next(module for module in users if hasattr(module, "qkv"))
     weight = attention.qkv.weight
+    if weight.is_meta and must_be_called(attention.qkv):
+        raise WeightsError("the weights of this model come only for each call (CPU offload): exact rewrites first, offload then")
     table = TableRope(attention.qkv.in_features // attention.num_heads, rope.base_frequency, weight)
     for module in users:
         module.rope = table
