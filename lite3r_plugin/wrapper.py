@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from .errors import WeightsError
 
+# The host is not set yet while unpickling. The others are accelerate's: it would take the forward that it wrapped of the host for ours.
+_OWN = ("host", "_hf_hook", "_old_forward")
+
 
 class HostWrapper(nn.Module):
     """Shares the host's tables of parameters, buffers, children and hooks.
@@ -34,7 +37,7 @@ class HostWrapper(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "host":  # not set yet, while unpickling
+            if name in _OWN:
                 raise
             return getattr(self.host, name)
 

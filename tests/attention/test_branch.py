@@ -12,9 +12,9 @@ from held_weights import hold, lend
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from toys import Toy, images, toy_adapter
+from toys import Attention, Toy, images, toy_adapter
 
-from lite3r_plugin import apply_lite3r, calibrate, convert, lite3r_disabled
+from lite3r_plugin import apply_lite3r, calibrate, convert, lite3r_disabled, remove_lite3r
 from lite3r_plugin.apply.lookup import lite3r_modules
 from lite3r_plugin.attention.branch import branch_weight
 from lite3r_plugin.errors import WeightsError
@@ -79,6 +79,30 @@ class TestWeightsThatAreLentForACall:
         for block in model.aggregator.global_blocks:
             lend(block.attn, whole=True)
         torch.testing.assert_close(depth(sparse(model)), expected)
+
+    def test_twice(self, adapter: object) -> None:
+        """Who wraps a host and later what took its place wraps each."""
+
+        class Biased(Attention):
+            def __init__(self, dim: int, num_heads: int) -> None:
+                super().__init__(dim, num_heads)
+                self.bias = nn.Parameter(torch.randn(dim))
+
+            def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+                return super().forward(x + self.bias, mask)
+
+        model = Toy(make=Biased).eval()
+        expected = model(images())
+        model = accelerate.cpu_offload(model, execution_device=CPU)
+        apply_lite3r(model, TEST_CONFIG, keep_ratio=1.0, fuse=False)
+        for site in model.cross:
+            accelerate.hooks.add_hook_to_module(site, accelerate.hooks.ModelHook())
+        torch.testing.assert_close(model(images()), expected)
+        assert [site.calls.dense for site in model.cross] == [1, 1]
+        for site in model.cross:
+            accelerate.hooks.remove_hook_from_module(site)
+        torch.testing.assert_close(model(images()), expected)
+        torch.testing.assert_close(remove_lite3r(model)(images()), expected)
 
     def test_by_a_block_for_all_inside(self) -> None:
         """After apply all is there when it is needed; before, nobody can tell where a branch belongs."""
