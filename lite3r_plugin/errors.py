@@ -14,7 +14,7 @@ class ModelTypeError(Lite3RError, TypeError):
 
 
 class WeightsError(Lite3RError):
-    """Weights cannot be used as they are: not finite, made by a parametrisation or by pruning, or without values."""
+    """Weights cannot be used as they are: not finite, made of others, without values, sharded, quantised or replicated."""
 
 
 class UnknownModelError(Lite3RError):

@@ -7,9 +7,15 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping, MutableMapping
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from .errors import WeightsError
+
+# The host is not set yet while unpickling. The others are accelerate's: it would take the forward that it wrapped of the host for ours.
+_OWN = ("host", "_hf_hook", "_old_forward")
 
 TABLES = tuple(vars(nn.Module()))
 
@@ -83,7 +89,7 @@ class HostWrapper(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "host":  # not set yet, while unpickling
+            if name in _OWN:
                 raise
             return getattr(self.host, name)
 
@@ -121,6 +127,12 @@ class HostWrapper(nn.Module):
         self.host.training = self.training
         return self.host
 
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        raise WeightsError(
+            "torch.nn.DataParallel copies the weights of a model for each GPU, but what Lite3R put in would run those of the first: use "
+            "torch.nn.parallel.DistributedDataParallel, or call remove_lite3r(model) first"
+        )
+
 
 def host_of(module: nn.Module) -> nn.Module:
     """The module that `module` takes the place of, or itself."""
@@ -143,6 +155,27 @@ def argument_names(module: nn.Module) -> tuple[str, ...] | None:
 def has_forward_hooks(module: nn.Module) -> bool:
     """Whether somebody watches the calls of `module`, which then must be called."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def must_be_called(module: nn.Module) -> bool:
+    """Whether somebody watches the calls of `module`, or has put a forward of its own into this instance, as accelerate does."""
+    return has_forward_hooks(module) or "forward" in module.__dict__
+
+
+def is_plain_tensor(tensor: Tensor) -> bool:
+    """Whether any operator may read it: no subclass with operators of its own, such as a DTensor or a quantised weight of torchao."""
+    if torch.compiler.is_compiling():  # what is traced is of classes of the compiler
+        return not hasattr(tensor, "__tensor_flatten__")
+    return type(tensor) in (Tensor, nn.Parameter)
+
+
+def may_be_read(module: nn.Module) -> bool:
+    """Whether the parameters of `module` may be read instead of calling it.
+
+    Not where its calls are hooked or wrapped, which may bring the weights in for a call alone (CPU offload, sharding), nor where a
+    parameter is a tensor subclass that only its module knows to use.
+    """
+    return not must_be_called(module) and all(p is None or is_plain_tensor(p) for p in module._parameters.values())
 
 
 def share_hooks(made: nn.Module, host: nn.Module) -> None:

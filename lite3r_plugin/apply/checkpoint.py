@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..attention.branch import BranchLinear
 from ..config import Lite3RConfig
 from ..errors import BackendError, CheckpointError, ConfigError, NoSitesError, WeightsError
 from ..files import replacing
@@ -51,7 +52,7 @@ def save_lite3r(model: nn.Module, directory: str | os.PathLike[str], *, whole: b
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"{directory} is a file; save_lite3r takes a directory")
     for fqn, module in attention.items():
-        if "proj_lin" in module._modules and type(module.proj_lin) is not nn.Linear:
+        if "proj_lin" in module._modules and not isinstance(module.proj_lin, BranchLinear):
             raise CheckpointError(
                 f"{fqn}.proj_lin has an adapter around it ({type(module.proj_lin).__name__}): merge it before save_lite3r"
             )

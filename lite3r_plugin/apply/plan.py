@@ -12,6 +12,7 @@ from torch import nn
 
 from ..adapter.plugins import find_sites
 from ..adapter.sites import AttentionSite, TokenSource
+from ..attention.branch import why_not_written
 from ..attention.styles.registry import check_projections, style_of
 from ..config import Lite3RConfig, matches
 from ..errors import AdapterError, AlreadyAppliedError, BackendError, ConfigError, NoSitesError, WeightsError
@@ -207,11 +208,8 @@ def check_branches(found: Inventory) -> None:
             continue
         if not is_finite(module.proj_lin.weight):
             raise WeightsError(f"{fqn}.proj_lin.weight has infinities or NaN: the model is broken; train it again or start from zeros")
-        if module.state.phase == "fp8_qat" and type(module.proj_lin) is not nn.Linear:
-            raise WeightsError(
-                f"{fqn}.proj_lin has an adapter around it ({type(module.proj_lin).__name__}), but training rounded both as one weight: "
-                "merge it before convert"
-            )
+        if module.state.phase == "fp8_qat" and (reason := why_not_written(module.proj_lin)):
+            raise WeightsError(f"convert cannot round {fqn}.proj_lin for good, as training did in passing: it {reason}")
 
 
 def _check_branch_dtype(site: AttentionSite, host: nn.Module) -> None:

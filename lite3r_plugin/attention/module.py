@@ -20,13 +20,14 @@ from ..adapter.sites import AttentionSite, TokenLayout
 from ..costs.attention import break_even
 from ..costs.model import SparseShares
 from ..ops.block_map import density
-from ..ops.dispatch import use_triton
+from ..ops.dispatch import require_one_device, use_triton
 from ..ops.fp8 import fake_quantize
 from ..ops.qk_norm_rope import norm_rope
 from ..ops.sla import linear_attention, sparse_linear_attention
 from ..tokens.layout import pinned_tokens
 from ..tokens.tracker import GridTracker
-from ..wrapper import Changes, HostWrapper
+from ..wrapper import Changes, HostWrapper, may_be_read
+from .branch import branch_weight, make_branch, write_branch
 from .inputs import AttentionInputs
 from .state import CallCounts, ModelState
 from .styles.registry import style_of
@@ -47,7 +48,7 @@ class SparseLinearAttention(HostWrapper):
         sparse: False for a site that stays dense and only has its norm and rotary embedding fused.
 
     Attributes:
-        proj_lin: The ``[D, D]`` map of the linear branch, without bias, shared by all heads, zero at the start
+        proj_lin: The ``[D, D]`` map of the linear branch, FP32, without bias, shared by all heads, zero at the start
             (absent at sites that stay dense and with ``linear_branch="none"``).
         keep_ratio: The keep ratio of this site; 1 where it stays dense.
         style: How q, k and v are made.
@@ -73,11 +74,7 @@ class SparseLinearAttention(HostWrapper):
         self.argument_names = self.style.argument_names
         self.te_projection: Any = None
         if sparse and state.config.linear_branch != "none":
-            like = next((p for p in host.parameters() if p.is_floating_point()), torch.empty(0))
-            dtype = torch.float32 if state.phase == "fp8_qat" else like.dtype  # steps are smaller than BF16's
-            self.proj_lin = nn.Linear(site.head_dim, site.head_dim, bias=False, device=like.device, dtype=dtype)
-            nn.init.zeros_(self.proj_lin.weight)
-            self.proj_lin.train(host.training)
+            self.proj_lin = make_branch(host, site.head_dim)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the host's forward. Raises `UnsupportedAttentionError` for masks, causal order and attention dropout."""
@@ -97,9 +94,11 @@ class SparseLinearAttention(HostWrapper):
 
     def round_projection(self, changes: Changes) -> None:
         """Put into `proj_lin`, for good, the weight that training for FP8 used."""
-        if (rounded := self._projection()) is not None:
-            weight = self.proj_lin.weight.detach()
-            changes.make(functools.partial(weight.copy_, rounded.detach()), functools.partial(weight.copy_, weight.clone()))
+        if "proj_lin" in self._modules and (rounded := self._projection(self.proj_lin.weight)) is not None:
+            before = self.proj_lin.weight.detach().clone()
+            changes.make(
+                functools.partial(write_branch, self.proj_lin, rounded.detach()), functools.partial(write_branch, self.proj_lin, before)
+            )
 
     def attend(self, inputs: AttentionInputs) -> Tensor:
         """Attention over the site's tokens, sparse or dense as `pays` says, or what takes its place (`substitute`).
@@ -110,6 +109,7 @@ class SparseLinearAttention(HostWrapper):
         Raises:
             LayoutError: the tokens are not those of the images that the model was given.
             BackendError: the backend of the configuration cannot run here.
+            WeightsError: weights are on the meta device, and inputs are not.
         """
         out = self._substitutes[-1][0](self, inputs) if self._substitutes else self._attend(inputs)
         for (observer,) in self._observers:
@@ -154,6 +154,7 @@ class SparseLinearAttention(HostWrapper):
 
         Returns ``[B, H, N, D]``.
         """
+        require_one_device(inputs.v, queries=inputs.q, keys=inputs.k)
         q, k = self._finished(inputs)
         out = F.scaled_dot_product_attention(q, k, inputs.v, scale=inputs.scale)
         if proj is not None:
@@ -204,13 +205,13 @@ class SparseLinearAttention(HostWrapper):
 
     def _by_policy(self, inputs: AttentionInputs, layout: TokenLayout | None) -> Tensor:
         config, tokens = self.state.config, inputs.v.shape[-2]
-        proj, pinned = self._projection(), self._pinned(layout)
+        proj, pinned = self._projection(inputs.v), self._pinned(layout)
         if not self.pays(inputs.v, pinned):
             self._count("dense")
             return self.dense(inputs, proj if self.keep_ratio == 1 and config.linear_branch == "all" else None)
         if not torch.compiler.is_compiling():
             self._count("sparse", density(tokens, self.keep_ratio, pinned, config.block_q, config.block_k))
-        if self.te_projection is not None and proj is not None and torch.is_grad_enabled():
+        if self._trains_in_te():
             return self._sparse_linear(inputs, None, layout) + self._branch_in_te(inputs)
         return self._sparse_linear(inputs, proj, layout)
 
@@ -226,20 +227,21 @@ class SparseLinearAttention(HostWrapper):
             block_q=config.block_q, block_k=config.block_k, backend=config.attention_backend,
         )  # fmt: skip
 
+    def _trains_in_te(self) -> bool:
+        return self.te_projection is not None and torch.is_grad_enabled() and may_be_read(self.proj_lin)
+
     def _branch_in_te(self, inputs: AttentionInputs) -> Tensor:
         q, k = self._finished(inputs)
         identity = torch.eye(q.shape[-1], device=q.device)
         branch = linear_attention(q, k, inputs.v, proj=identity, feature_map=self.state.config.feature_map)
         return self.te_projection(branch, self.proj_lin.weight)
 
-    def _projection(self) -> Tensor | None:
-        """The weight of the linear branch. While training for FP8 it is rounded to FP8; its input, which the attention
-        kernels make and use at once, is not."""
+    def _projection(self, like: Tensor) -> Tensor | None:
+        """The weight of the linear branch, on the device of `like` ``[..., D]``. While training for FP8 it is rounded to FP8; its
+        input, which the attention kernels make and use at once, is not."""
         if not self.sparse or self.state.config.linear_branch == "none":
             return None
-        weight = self.proj_lin.weight
-        if type(self.proj_lin) is not nn.Linear:  # an adapter around it, such as a LoRA: what it does to the unit vectors
-            weight = self.proj_lin(torch.eye(weight.shape[1], device=weight.device, dtype=weight.dtype)).mT
+        weight = branch_weight(self.proj_lin, like, self.site)
         return fake_quantize(weight) if self.state.phase == "fp8_qat" else weight
 
     def _tracker(self) -> GridTracker | None:

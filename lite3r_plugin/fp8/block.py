@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ..adapter.sites import AttentionSite, PreNormBlock
 from ..errors import AdapterError
+from ..ops.dispatch import require_one_device
 from ..ops.fp8 import Quantized, passes
-from ..wrapper import HostWrapper, argument_names, has_forward_hooks
+from ..wrapper import HostWrapper, argument_names, has_forward_hooks, may_be_read, must_be_called
 from .linear import Fp8Linear
 
 
@@ -21,8 +22,8 @@ class Fp8Block(HostWrapper):
     A token of the residual stream is read and written once between attention and MLP: residual sum, LayerNorm and
     quantisation are one pass; so are LayerNorm and quantisation before the attention, where its site takes FP8, and
     activation and quantisation inside the MLP. With gradients, in training, when it is called with what the description does
-    not cover, and while a module inside has hooks or another one is in its place, the host's own forward runs, on the same FP8
-    Linears. (Code compiled by `torch.compile` looks neither for hooks nor for replaced modules.)
+    not cover, and while a module inside has hooks, is wrapped or has another one in its place, the host's own forward runs, on the
+    same FP8 Linears. (Code compiled by `torch.compile` looks for that only at modules whose weights are read here.)
 
     Args:
         host: The block.
@@ -54,18 +55,31 @@ class Fp8Block(HostWrapper):
         if not isinstance(x, Tensor) or self.training or not given.keys() <= self.attention_arguments:
             return self.run_host(*args, **kwargs)
         wants_grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
-        if wants_grad or not (torch.compiler.is_compiling() or self._untouched()):
+        if wants_grad or not self._readable() or not (torch.compiler.is_compiling() or self._untouched(attention)):
             return self.run_host(*args, **kwargs)
         return self._forward(x, attention, given)
 
-    def _untouched(self) -> bool:
-        return all(parent._modules.get(name) is child and not has_forward_hooks(child) for parent, name, child in self.parts)
+    def _readable(self) -> bool:
+        block = self.block
+        gains = (name.rpartition(".")[0] for name in (block.gain1, block.gain2) if name is not None)
+        owners = [self.get_submodule(name) for name in (block.norm1, block.norm2, *filter(None, gains))]
+        return all(may_be_read(owner) for owner in owners)
+
+    def _untouched(self, attention: nn.Module) -> bool:
+        if has_forward_hooks(attention):
+            return False
+        return all(
+            parent._modules.get(name) is child and (child is attention or not must_be_called(child)) for parent, name, child in self.parts
+        )
 
     def _forward(self, x: Tensor, attention: nn.Module, given: dict[str, Any]) -> Tensor:
         block = self.block
         norm1, norm2 = (self.get_submodule(name) for name in (block.norm1, block.norm2))
         gain1, gain2 = (None if name is None else self.get_parameter(name) for name in (block.gain1, block.gain2))
         up, down = self.get_submodule(block.up), self.get_submodule(block.down)
+        require_one_device(
+            x, **{f"{block.norm1}.weight": norm1.weight, f"{block.norm2}.weight": norm2.weight, "gain1": gain1, "gain2": gain2}
+        )
         assert isinstance(norm2, nn.LayerNorm)
         assert isinstance(up, Fp8Linear)
         assert isinstance(down, Fp8Linear)

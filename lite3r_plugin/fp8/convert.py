@@ -12,7 +12,7 @@ from ..adapter.sites import AttentionSite
 from ..config import Fp8Backend
 from ..costs.linear import fp8_pays
 from ..errors import WeightsError
-from ..wrapper import Changes, HostWrapper, host_of, replace_modules, share_hooks
+from ..wrapper import Changes, HostWrapper, host_of, is_plain_tensor, must_be_called, replace_modules, share_hooks
 from . import backends
 from .block import Fp8Block, why_not_fused
 from .blocks import BlockLinear
@@ -71,8 +71,18 @@ def choose_again(linears: Sequence[BlockLinear], requested: Fp8Backend) -> list[
 
 
 def require_plain_weight(linear: BlockLinear) -> None:
-    """Raise `WeightsError` unless the weight of `linear` is a parameter of its own."""
-    if not isinstance(linear.module._parameters.get("weight"), nn.Parameter):
+    """Raise `WeightsError` unless the weight of `linear` is a parameter of its own, there as it is, that any operator may read."""
+    weight = linear.module._parameters.get("weight")
+    if isinstance(weight, Tensor) and not is_plain_tensor(weight):
+        raise WeightsError(
+            f"{linear.names[0]}.weight is a {type(weight).__name__}: FP8 takes plain weights, so use FP8 before the model is sharded, and "
+            "instead of another quantisation"
+        )
+    if isinstance(weight, Tensor) and weight.is_meta and must_be_called(linear.module):
+        raise WeightsError(
+            f"{linear.names[0]}.weight is on the meta device and comes only for each call (CPU offload): use FP8 first, offload then"
+        )
+    if not isinstance(weight, nn.Parameter):
         raise WeightsError(
             f"{linear.names[0]}.weight is no parameter but made of others before each forward: "
             "make it permanent first (torch.nn.utils.prune.remove, remove_weight_norm or remove_spectral_norm)"
@@ -80,8 +90,8 @@ def require_plain_weight(linear: BlockLinear) -> None:
 
 
 def is_finite(weight: Tensor) -> bool:
-    """Whether it has neither infinities nor NaN; a weight on the meta device has no values at all."""
-    return weight.is_meta or bool(weight.detach().isfinite().all())
+    """Whether it has neither infinities nor NaN; of one on the meta device, or of another class, nothing is known."""
+    return weight.is_meta or not is_plain_tensor(weight) or bool(weight.detach().isfinite().all())
 
 
 def convert_linears(modules: dict[str, nn.Module], plans: Iterable[LinearPlan]) -> None:

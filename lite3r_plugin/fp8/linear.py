@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..config import Fp8Backend
 from ..errors import ConvertedError
 from ..ops.fp8 import E4M3, Quantized, dequantize, fake_quantize, passes
-from ..wrapper import has_forward_hooks
+from ..wrapper import must_be_called
 from .backends import BACKENDS
 from .qat import compute_dtype
 
@@ -87,8 +87,8 @@ class Fp8Linear(nn.Module):
 
     @property
     def takes_fp8(self) -> bool:
-        """Whether `forward` takes an input that is in FP8 already. Hooks are to see a tensor."""
-        return self._runner.takes_fp8 and not has_forward_hooks(self)
+        """Whether `forward` takes an input that is in FP8 already. Who watches or wraps it is to see a tensor."""
+        return self._runner.takes_fp8 and not must_be_called(self)
 
     def forward(self, input: Tensor | Quantized) -> Tensor:
         """input: ``[..., C]``. Returns ``[..., C_out]`` in input's dtype or autocast's; FP8 inputs say theirs.
@@ -104,6 +104,13 @@ class Fp8Linear(nn.Module):
             bias = None if self.bias is None else self.bias.to(dtype)
             return F.linear(fake_quantize(input, infinities=self.infinities).to(dtype), weight, bias)
         return self._runner.run(self, input, dtype)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Zeros, for a module that was made on the meta device and is to be given weights: there are none to start from in FP8."""
+        for tensor in (self.weight_data.view(torch.uint8), self.weight_scale, self.infinities, self.bias):
+            if tensor is not None:
+                tensor.zero_()
 
     def of_heads(self, input: Tensor) -> Tensor:
         """`forward` of an attention output ``[B, H, N, D]``, its heads put side by side: ``[B, N, C_out]``."""
@@ -124,7 +131,7 @@ class Fp8Linear(nn.Module):
             moved = fn(t)
             return t.to(moved.device) if moved.dtype != t.dtype and any(t is e for e in exact) else moved
 
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight_data.device)).dtype
         super()._apply(move, recurse)
         return self
 

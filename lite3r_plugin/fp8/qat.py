@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import WeightsError
 from ..ops.fp8 import Quantized, dequantize, fake_quantize, quantize
-from ..wrapper import HostWrapper
+from ..wrapper import HostWrapper, is_plain_tensor
 from .cache import TensorCache
 
 
@@ -43,10 +44,20 @@ class FakeQuantLinear(HostWrapper, nn.Linear):
             self._rounded.forget()
         return super().__getattr__(name)
 
+    def reset_parameters(self) -> None:
+        """The host's own, and no infinities: what was made on the meta device may be initialised by it."""
+        self.host.reset_parameters()
+        self.infinities.zero_()
+
     def _weight(self) -> Tensor:
         weight = self._parameters.get("weight")
         if weight is None:  # made from others, by a parametrisation or by pruning
             weight = self.weight
+        if not is_plain_tensor(weight):
+            raise WeightsError(
+                f"a Linear that rounds to FP8 in training was given a {type(weight).__name__} as its weight, which it cannot read: shard "
+                "by fully_shard of FSDP2, whose forward sees plain weights, and quantise instead of precision='fp8_qat', not on top of it"
+            )
         if weight.requires_grad:
             self._rounded.forget()
             return fake_quantize(weight)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import BackendError
+from ..errors import BackendError, ConfigError, WeightsError
 
 TRITON_HEAD_DIMS = (32, 64, 80, 96, 128)
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -101,6 +101,24 @@ def use_triton(backend: str, q: Tensor, needs_grad: bool = False) -> bool:
     return False
 
 
+def require_one_device(v: Tensor, **others: Tensor | None) -> None:
+    """Raise unless all tensors are where `v` is: a tensor without values would make others of its kind, a kernel would read elsewhere.
+
+    Raises:
+        WeightsError: one of `others` is on the meta device, or `v` alone is.
+        ConfigError: one is on another device.
+    """
+    for name, x in others.items():
+        if x is None or x.device == v.device:
+            continue
+        if x.is_meta or v.is_meta:
+            raise WeightsError(
+                f"{name} is on {x.device} and the values on {v.device}: tensors on the meta device have none. Load weights first; hooks "
+                "that bring them in for the call of a block as a whole (CPU offload) come after apply_lite3r"
+            )
+        raise ConfigError(f"{name} is on {x.device} and the values on {v.device}: move the model as a whole, or the tensor")
+
+
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Makes x's GPU the current one: Triton launches on the current GPU, whatever its arguments are on. Compilers see to it themselves."""
     if torch.compiler.is_compiling() or not x.is_cuda or torch.cuda.current_device() == x.device.index:
@@ -135,7 +153,7 @@ def _side_stream_of(device: torch.device, current: int) -> torch.cuda.Stream:
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Keeps autocast for x's device from what is inside, which chooses its precision itself."""
-    if not torch.is_autocast_enabled(x.device.type):
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):  # which knows no meta device
         return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)
 

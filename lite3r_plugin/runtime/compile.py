@@ -55,7 +55,7 @@ class CompiledBlocks:
                 if not (isinstance(block, Fp8Block) and _sparse_sites(block)):
                     block.compile(dynamic=True, backend=self.backend)
                     self._calls.append((block, block._compiled_call_impl))
-        sites = _sparse_sites(self.module)
+        sites = {site: site.__dict__.get("forward") for site in _sparse_sites(self.module)}  # who wrapped it before, wants it back
         try:
             for site in sites:
                 site.forward = torch.compiler.disable(site.forward)
@@ -64,8 +64,10 @@ class CompiledBlocks:
             with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT, fail_on_recompile_limit_hit=True):
                 yield
         finally:
-            for site in sites:
+            for site, forward in sites.items():
                 del site.forward
+                if forward is not None:
+                    site.forward = forward
             for block, _ in self._calls:
                 block._compiled_call_impl = None
 

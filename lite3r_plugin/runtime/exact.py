@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import InputError, WeightsError
+from ..wrapper import must_be_called
 
 MAX_POSITIONS = 1024  # rows and columns of the rotary tables; token coordinates are below it
 
@@ -35,11 +36,17 @@ class TableRope(nn.Module):
     def __init__(self, head_dim: int, base: float, like: Tensor) -> None:
         super().__init__()
         self.base_frequency = base
-        half = head_dim // 2
-        frequencies = 1.0 / base ** (torch.arange(0, half, 2, device=like.device).float() / half)
-        angles = torch.arange(MAX_POSITIONS, device=like.device).float()[:, None] * frequencies
-        self.register_buffer("cos", angles.cos().to(like.dtype), persistent=False)
-        self.register_buffer("sin", angles.sin().to(like.dtype), persistent=False)
+        for name in ("cos", "sin"):
+            self.register_buffer(name, torch.empty(MAX_POSITIONS, head_dim // 4, device=like.device, dtype=like.dtype), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Compute the tables, also once a module that was made on the meta device is somewhere."""
+        device, quarter = self.cos.device, self.cos.shape[1]
+        frequencies = 1.0 / self.base_frequency ** (torch.arange(0, 2 * quarter, 2, device=device).float() / (2 * quarter))
+        angles = torch.arange(MAX_POSITIONS, device=device).float()[:, None] * frequencies
+        self.cos.copy_(angles.cos())
+        self.sin.copy_(angles.sin())
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Rotate ``[B, H, N, D]``, in its own dtype, by integer positions ``[B, N, 2]`` from 0 to below `MAX_POSITIONS`."""
@@ -55,11 +62,16 @@ def use_table_rope(owner: nn.Module) -> None:
     Args:
         owner: A module whose `rope` has a `base_frequency`. At least one module that shares it is an attention module with the
             Linear `qkv` and `num_heads`; the tables take the device and the dtype of the first one's weight.
+
+    Raises:
+        WeightsError: that weight is offloaded.
     """
     rope: Any = owner.rope
     users = [module for module in owner.modules() if getattr(module, "rope", None) is rope]
     attention: Any = next(module for module in users if hasattr(module, "qkv"))
     weight = attention.qkv.weight
+    if weight.is_meta and must_be_called(attention.qkv):
+        raise WeightsError("the weights of this model come only for each call (CPU offload): exact rewrites first, offload then")
     table = TableRope(attention.qkv.in_features // attention.num_heads, rope.base_frequency, weight)
     for module in users:
         module.rope = table
@@ -100,7 +112,8 @@ def token_positions(views: int, rows: int, columns: int, special: int, device: t
     """
     if max(rows, columns) >= MAX_POSITIONS:
         raise InputError(f"images of {rows} x {columns} patches are too large; the rotary tables have {MAX_POSITIONS} positions")
-    grid = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), -1).flatten(0, 1) + 1
+    axes = (torch.arange(1, size + 1, device="cpu") for size in (rows, columns))
+    grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 1)
     return torch.cat((grid.new_zeros(special, 2), grid)).expand(views, -1, -1).contiguous().to(device)
 
 

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from ..apply.lookup import require_lite3r
-from ..errors import ConfigError, InputError
+from ..attention.branch import why_not_written, write_branch
+from ..errors import ConfigError, InputError, WeightsError
 from .record import AttentionSums, record
 
 RIDGES = tuple(10.0 ** (i / 2) for i in range(-6, 7))
@@ -74,7 +75,8 @@ def calibrate(model: nn.Module, inputs: Iterable[Any]) -> Calibration:
     Args:
         model: After `apply_lite3r`, with a linear branch, in eval mode. What `proj_lin` held before is replaced.
         inputs: At least two inputs of the model, as different as its later inputs will be: a tensor or a tuple is passed by
-            position, a mapping by keyword. They are used once, so a generator will do. No labels are needed.
+            position, a mapping by keyword. They are used once, so a generator will do. No labels are needed. Of a model that FSDP2
+            shards, every process gives as many, and those of the first one count.
 
     Returns:
         The errors before and after, by site.
@@ -84,6 +86,7 @@ def calibrate(model: nn.Module, inputs: Iterable[Any]) -> Calibration:
         ConfigError: the model has no linear branch, or no site that is sparse.
         InputError: there are fewer than two inputs, none of them reaches a sparse site, or activations are not finite.
         NotAppliedError: `apply_lite3r` was not called.
+        WeightsError: a branch cannot be written: it has an adapter around it, or is offloaded, quantised or sharded by another than FSDP2.
     """
     sites = {fqn: site for fqn, site in require_lite3r(model).items() if site.sparse and site.keep_ratio < 1}
     if not sites:
@@ -91,6 +94,9 @@ def calibrate(model: nn.Module, inputs: Iterable[Any]) -> Calibration:
     sites = {fqn: site for fqn, site in sites.items() if site.state.config.linear_branch != "none"}  # parts may differ
     if not sites:
         raise ConfigError("calibration fits the linear branch, and linear_branch is 'none'; apply_lite3r(model, linear_branch='all')")
+    for fqn, site in sites.items():
+        if reason := why_not_written(site.proj_lin):
+            raise WeightsError(f"calibration cannot fit {fqn}.proj_lin: it {reason}")
     recorders, count = record(model, sites, inputs, FOLDS)
     if count < 2:
         raise InputError(f"calibration needs at least two inputs, one to fit and one to judge by, got {count}")
@@ -99,9 +105,21 @@ def calibrate(model: nn.Module, inputs: Iterable[Any]) -> Calibration:
         raise InputError("the inputs reach no sparse site; give what the model's forward takes, outside lite3r_disabled")
     # All fits come before the first change, so an error leaves the model as it was.
     fits = {fqn: fit(fqn, list(recorder.folds.values())) for fqn, recorder in reached.items()}
+    _shard_again(model)
     for fqn, (weight, _) in fits.items():
-        sites[fqn].proj_lin.weight.copy_(weight)
+        write_branch(sites[fqn].proj_lin, weight)
     return Calibration(tuple(site for _, site in fits.values()), count)
+
+
+def _shard_again(model: nn.Module) -> None:
+    """Let FSDP2 drop the whole weights that it keeps after a forward: what is written to them does not last."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def fit(fqn: str, folds: list[AttentionSums]) -> tuple[Tensor, SiteCalibration]:

@@ -49,7 +49,7 @@ class AttentionSums:
         power = self.gram.trace() / self.count
         # An l that is the same at all tokens has no spread beyond rounding; the floor keeps its system solvable.
         spread = torch.maximum(power - mean @ mean, FLOOR * power).clamp(min=1e-300) / len(mean)
-        eye = torch.eye(len(mean), dtype=torch.float64)
+        eye = torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
         return torch.linalg.solve(self.gram / self.count + strength * spread * eye, self.cross.T / self.count).T
 
     def error(self, weight: Tensor) -> float:
@@ -71,7 +71,7 @@ class SumRecorder:
 
     def __call__(self, site: SparseLinearAttention, inputs: AttentionInputs) -> Tensor:
         sparse = site.sparse_linear(inputs, None)
-        probe = GAIN * torch.eye(sparse.shape[-1], device=sparse.device, dtype=site.proj_lin.weight.dtype)
+        probe = GAIN * torch.eye(sparse.shape[-1], device=sparse.device, dtype=torch.float32)
         linear = (site.sparse_linear(inputs, probe).double() - sparse.double()).flatten(0, -2) / GAIN
         dense = site.dense(inputs).double().flatten(0, -2)
         missed = dense - sparse.double().flatten(0, -2)

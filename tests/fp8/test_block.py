@@ -240,6 +240,22 @@ def test_hooks_and_replaced_modules_are_seen() -> None:
         block.set_submodule(name, before)
 
 
+@torch.no_grad()
+def test_modules_with_a_forward_of_their_own_are_called() -> None:
+    """As those are whose weights come for a call alone."""
+    model = apply_lite3r(Model().eval(), **SPARSE, precision="fp8")
+    x = torch.rand(2, 3, 24, 32)
+    expected, seen = model(x), []
+    for name in ("norm1", "norm2", "ls1", "mlp.0", "attn.qkv", "attn.proj"):
+        module = model.blocks[0].get_submodule(name)
+        forward = module.forward
+        module.forward = lambda x, name=name, forward=forward: seen.append((name, type(x))) or forward(x)
+        torch.testing.assert_close(model(x), expected, rtol=0.1, atol=0.1)
+        assert seen.pop() == (name, torch.Tensor)
+        del module.forward
+    assert torch.equal(model(x), expected)
+
+
 @pytest.mark.parametrize("learns", ["norm1.weight", "attn.proj_lin.weight", "ls1.gamma", "attn.proj.bias", "mlp.0.bias"])
 def test_gradients_of_one_parameter_alone(learns: str) -> None:
     """Whether or not the input of the block has one; the fused passes have none."""

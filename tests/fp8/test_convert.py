@@ -31,6 +31,18 @@ def converted(inputs: int = 24, outputs: int = 10, bias: bool = True, dtype: tor
 
 
 class TestLinear:
+    def test_what_was_made_on_the_meta_device_holds_nothing_until_it_is_loaded(self) -> None:
+        made = Fp8Linear(24, 10, nn.Parameter(torch.empty(10, device="meta")), "emulated", torch.float32, torch.device("meta"))
+        made.to_empty(device="cpu")
+        made.infinities.fill_(7)
+        made.reset_parameters()
+        assert not made(torch.randn(3, 24)).any()
+        assert not made.infinities.any()
+        _, other = converted()
+        made.load_state_dict(other.state_dict())
+        x = torch.randn(3, 24)
+        assert torch.equal(made(x), other(x))
+
     @pytest.mark.parametrize("bias", [True, False])
     @pytest.mark.parametrize("shape", [(24,), (7, 24), (2, 3, 24)], ids=str)
     def test_is_the_definition(self, shape: tuple[int, ...], bias: bool) -> None:

@@ -153,7 +153,6 @@ class TestModel:
         model = apply_lite3r(Toy().bfloat16(), **QAT)
         sites = lite3r_modules(model).values()
         assert {site.proj_lin.weight.dtype for site in sites if site.sparse} == {torch.float32}
-        assert apply_lite3r(Toy().bfloat16()).cross[0].proj_lin.weight.dtype == torch.bfloat16
         site = next(site for site in sites if site.sparse)
         nn.init.normal_(site.proj_lin.weight)
         x = images(dtype=torch.bfloat16)

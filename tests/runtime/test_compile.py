@@ -71,3 +71,17 @@ def test_attention_that_may_be_sparse_stays_eager() -> None:
         raise RuntimeError("on purpose")
     assert {name: module.forward for name, module in made.named_modules()} == forwards
     torch.testing.assert_close(made(images(2))["depth"], expected)
+
+
+@torch.no_grad()
+def test_sites_get_a_forward_of_their_own_back() -> None:
+    """As accelerate gives them one, to bring in weights for each call."""
+    made = apply_lite3r(model(), keep_ratio=0.25, dense_below=0, block_q=32, block_k=32)
+    site, calls = made.aggregator.global_blocks[0].attn, []
+    forward = site.forward
+    site.forward = own = lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
+    with CompiledBlocks(made, backend="eager").running():
+        made(images(2))
+    assert site.__dict__["forward"] is own
+    assert "forward" not in made.aggregator.global_blocks[1].attn.__dict__
+    assert calls

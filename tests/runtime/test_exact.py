@@ -5,9 +5,10 @@ from __future__ import annotations
 import hosts
 import pytest
 import torch
+from held_weights import lend
 from torch import Tensor, nn
 
-from lite3r_plugin.errors import InputError
+from lite3r_plugin.errors import InputError, WeightsError
 from lite3r_plugin.ops.qk_norm_rope.naive import rotate
 from lite3r_plugin.runtime.exact import MAX_POSITIONS, TableRope, cache_position_embedding, finish_in_fp32, token_positions, use_table_rope
 
@@ -33,6 +34,21 @@ def test_every_user_of_a_rotary_embedding_gets_the_tables() -> None:
     assert tables == {id(model.rope)}
     assert isinstance(model.rope, TableRope)
     torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tables_of_the_meta_device_are_computed_once_they_are_somewhere(dtype: torch.dtype) -> None:
+    table = TableRope(16, 100.0, torch.empty(0, device="meta", dtype=dtype)).to_empty(device="cpu")
+    for values in table.buffers():
+        values.fill_(7)
+    table.reset_parameters()
+    expected = TableRope(16, 100.0, torch.empty(0, dtype=dtype))
+    assert all(torch.equal(*pair) for pair in zip(table.buffers(), expected.buffers(), strict=True))
+
+
+def test_tables_need_to_know_where_they_are_used() -> None:
+    with pytest.raises(WeightsError, match="exact rewrites first, offload then"):
+        use_table_rope(lend(hosts.VGGT(encoder=False)).aggregator)
 
 
 def test_positions_count_patches_from_one() -> None:

@@ -13,7 +13,7 @@ from ...adapter.sites import AttentionSite, FusedQKV, SeparateQKV
 from ...errors import AdapterError, UnsupportedAttentionError
 from ...fp8.linear import Fp8Linear
 from ...ops.qk_norm_rope import HeadNorm
-from ...wrapper import has_forward_hooks
+from ...wrapper import may_be_read
 from ..inputs import AttentionInputs, refusal
 from .base import ProjectionStyle, SiteModule
 
@@ -113,11 +113,11 @@ def head_norm(norm: nn.Module, dim: int) -> HeadNorm | None:
 
 
 def _norm(module: SiteModule, name: str | None, x: Tensor) -> tuple[Tensor, HeadNorm | None]:
-    """`x` and the norm left to the kernel; a norm that the kernel does not know is applied here."""
+    """`x` and the norm left to the kernel; one that the kernel does not know, or may not read, is applied here."""
     norm = module.child(name) if name is not None else None
     if norm is None or type(norm) is nn.Identity:
         return x, None
-    known = None if has_forward_hooks(norm) else head_norm(norm, x.shape[-1])
+    known = head_norm(norm, x.shape[-1]) if may_be_read(norm) else None
     return (x, known) if known is not None else (norm(x), None)
 
 

@@ -27,13 +27,14 @@ def style_of(site: AttentionSite, host: nn.Module, fuse: bool = True) -> Project
 
     Args:
         site: Its `projections` are of a class in `STYLES`, or derived from one.
-        host: The module whose forward is to be replaced.
+        host: The module whose forward is to be replaced. A forward that was put into this instance is not: it runs.
         fuse: False lets the host's own forward make q, k and v, whatever the site says of it (`Lite3RConfig.fuse`).
 
     Raises:
         AdapterError: no style serves that class.
     """
-    spec = site.projections if fuse else Routed()
+    # A forward of the instance may bring in the weights of everything inside, as accelerate's for a module that is loaded whole.
+    spec = site.projections if fuse and "forward" not in host.__dict__ else Routed()
     for kind in type(spec).__mro__:
         if kind in STYLES:
             return STYLES[kind](site, host, spec)

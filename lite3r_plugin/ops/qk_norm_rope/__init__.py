@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import on_device_of, register
+from ..dispatch import on_device_of, register, require_one_device
 from . import naive
 from .naive import HeadNorm, Prepared
 
 NO_NORM = HeadNorm(None, None, None, 0.0)
 """The norm that leaves queries or keys as they are."""
 
-__all__ = ["NO_NORM", "HeadNorm", "Prepared", "norm_rope", "prepare_qkv"]
+__all__ = ["NO_NORM", "HeadNorm", "Prepared", "norm_rope", "norm_tensors", "prepare_qkv"]
 
 
 def prepare_qkv(q: Tensor, k: Tensor, v: Tensor, *, triton: bool, **options: Any) -> Prepared:
@@ -36,6 +36,12 @@ def prepare_qkv(q: Tensor, k: Tensor, v: Tensor, *, triton: bool, **options: Any
 
         return kernels.prepare_qkv(q, k, v, **options)
     return naive.prepare_qkv(q, k, v, **options)
+
+
+def norm_tensors(q_norm: HeadNorm | None, k_norm: HeadNorm | None) -> dict[str, Tensor | None]:
+    """The weights and biases of two norms, by what they are called in messages."""
+    norms = {"the norm of queries": q_norm or NO_NORM, "the norm of keys": k_norm or NO_NORM}
+    return {f"the {part} of {name}": getattr(norm, part) for name, norm in norms.items() for part in ("weight", "bias")}
 
 
 def norm_rope(
@@ -59,7 +65,11 @@ def norm_rope(
 
     Returns:
         Both ``[B, H, N, D]`` in their own dtypes; arithmetic is FP32 (FP64 for FP64 input without `triton`).
+
+    Raises:
+        ConfigError, WeightsError: the tensors are on several devices, or some of them on the meta device.
     """
+    require_one_device(q, keys=k, positions=positions, **norm_tensors(q_norm, k_norm))
     if not triton:  # a compiler fuses these operators itself
         return (
             naive.norm_rope(q, norm=q_norm, positions=positions, rope_base=rope_base).to(q.dtype),

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
-from ..dispatch import use_triton, without_autocast
+from ..dispatch import require_one_device, use_triton, without_autocast
 from ..options import Backend, FeatureMap, LinearBranch, check_choice, check_ratio
-from ..qk_norm_rope import NO_NORM, HeadNorm
+from ..qk_norm_rope import NO_NORM, HeadNorm, norm_tensors
 from . import forward, naive, operators
 from .signature import Arguments
 
@@ -26,7 +26,11 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, proj: Tensor, feature_m
     Returns:
         ``[B, H, N, D]`` in q's dtype; arithmetic is FP32 (FP64 for FP64 input). See `naive` for the formula (Lite3R,
         arXiv 2605.11354).
+
+    Raises:
+        ConfigError, WeightsError: the tensors are on several devices, or some of them on the meta device.
     """
+    require_one_device(v, queries=q, keys=k, proj=proj)
     with without_autocast(v):
         return naive.linear_attention(q, k, v, proj=proj, feature_map=feature_map)
 
@@ -72,6 +76,7 @@ def sparse_linear_attention(
     Raises:
         BackendError: `backend` is ``"triton"`` and the kernels cannot take these tensors.
         ConfigError: tensors do not fit each other; an option is out of its range; `linear` needs a `proj` that was not given.
+        WeightsError: some of the tensors are on the meta device.
     """
     check_options(keep_ratio, negligible_ratio, scale, linear, feature_map, backend)
     check_tensors(q, k, v, order, positions, proj, pinned_tokens)
@@ -79,6 +84,9 @@ def sparse_linear_attention(
     if not torch.compiler.is_compiling() and v.numel() == 0:
         return v.clone()
     q_norm, k_norm = q_norm or NO_NORM, k_norm or NO_NORM
+    require_one_device(
+        v, queries=q, keys=k, order=order, positions=positions, proj=proj, **norm_tensors(q_norm, k_norm)
+    )  # fmt: skip
     arguments = Arguments(
         q, k, v, q_norm.weight, q_norm.bias, k_norm.weight, k_norm.bias, proj,
         order=order, positions=positions, pinned_tokens=pinned_tokens, keep_ratio=keep_ratio, negligible_ratio=negligible_ratio,

@@ -12,13 +12,13 @@ from sla_cases import DEVICE, LENGTHS, random_qkv
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lite3r_plugin.errors import ConfigError
+from lite3r_plugin.errors import ConfigError, WeightsError
 from lite3r_plugin.ops import dispatch
 from lite3r_plugin.ops.block_map import block_map
 from lite3r_plugin.ops.dispatch import triton_installed
-from lite3r_plugin.ops.qk_norm_rope import HeadNorm
+from lite3r_plugin.ops.qk_norm_rope import HeadNorm, norm_rope
 from lite3r_plugin.ops.qk_norm_rope import naive as prepare
-from lite3r_plugin.ops.sla import naive, sparse_linear_attention
+from lite3r_plugin.ops.sla import linear_attention, naive, sparse_linear_attention
 
 B, H, D = 2, 2, 8
 BLOCK_Q, BLOCK_K = 32, 16
@@ -154,6 +154,28 @@ def test_what_the_operator_refuses(options: dict[str, Any], message: str) -> Non
     q, k, v = torch.randn(3, 1, 2, 40, 16)
     with pytest.raises(ConfigError, match=message):
         sparse_linear_attention(**(dict(q=q, k=k, v=v, keep_ratio=0.5) | options))
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "proj", "order", "positions", "q_norm", "k_norm"])
+def test_tensors_without_values_are_refused(name: str) -> None:
+    """Alone; where all are on the meta device, so is the output."""
+    q, k, v = torch.randn(3, 1, 2, 40, 16)
+    norms = {name: HeadNorm("layer", torch.ones(16), torch.zeros(16), 1e-5) for name in ("q_norm", "k_norm")}
+    given = dict(q=q, k=k, v=v, proj=torch.eye(16), order=torch.arange(40), positions=torch.zeros(1, 40, 2), **norms)
+    options: dict[str, Any] = dict(keep_ratio=0.5, linear="all", rope_base=100.0, block_q=16, block_k=16)
+    x = given[name]
+    without = x.to("meta") if isinstance(x, Tensor) else x._replace(bias=x.bias.to("meta"))
+    with pytest.raises(WeightsError, match=r"is on (meta|cpu) and the values on .*: tensors on the meta device have none"):
+        sparse_linear_attention(**(given | options | {name: without}))
+    dense: dict[str, Any] = {key: given[key] for key in ("q", "k", "positions", "q_norm", "k_norm")} | dict(rope_base=100.0, triton=False)
+    if name in dense:
+        with pytest.raises(WeightsError, match="tensors on the meta device have none"):
+            norm_rope(**(dense | {name: without}))
+    if name in ("q", "k", "v", "proj"):
+        with pytest.raises(WeightsError, match="tensors on the meta device have none"):
+            linear_attention(**({key: given[key] for key in ("q", "k", "v", "proj")} | {name: without}), feature_map="elu")
+    everything = {key: x.to("meta") if isinstance(x, Tensor) else None for key, x in given.items()}
+    assert sparse_linear_attention(**(everything | options)).is_meta
 
 
 def test_nothing_to_attend_to() -> None:
