@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import accelerate
 import pytest
@@ -14,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from toys import Attention, Toy, images, toy_adapter
 
-from lite3r_plugin import apply_lite3r, calibrate, convert, lite3r_disabled, remove_lite3r
+from lite3r_plugin import apply_lite3r, calibrate, convert, lite3r_disabled, load_lite3r, remove_lite3r, save_lite3r
 from lite3r_plugin.apply.lookup import lite3r_modules
 from lite3r_plugin.attention.branch import branch_weight
 from lite3r_plugin.errors import WeightsError
@@ -198,6 +199,15 @@ class TestDtypes:
             model.to(host)  # the user's wish
             assert {p.weight.dtype for p in branches(model)} == {host}
             assert model(images(dtype=host)).dtype == host
+
+    def test_a_checkpoint_keeps_it(self, adapter: object, tmp_path: Path) -> None:
+        model = sparse(Toy().bfloat16().eval())
+        other = Toy().bfloat16().eval()
+        other.load_state_dict({name: x for name, x in model.state_dict().items() if "proj_lin" not in name})
+        save_lite3r(model, tmp_path)
+        load_lite3r(other, tmp_path)
+        assert all(torch.equal(a.weight, b.weight) for a, b in zip(branches(model), branches(other), strict=True))
+        assert torch.equal(model(images(dtype=torch.bfloat16)), other(images(dtype=torch.bfloat16)))
 
     @pytest.mark.parametrize("linear_branch", ["all", "marginal"])
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
