@@ -61,6 +61,29 @@ def write_atomically(path: Path, data: bytes | str) -> None:
         raise InputError(f"{path} cannot be written: {error.strerror}") from error
 
 
+@contextlib.contextmanager
+def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
+    """Wait until nobody else has locked `folder`, thread or process, then have it for oneself, or with others that read.
+
+    For files that belong together. The lock ends with its process, however that ends. Where the system or the disk has no such locks,
+    there is none.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing does not, where a process was forked meanwhile
+        os.close(descriptor)
+
+
 def _sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk, where the system can tell."""
     with contextlib.suppress(OSError):
