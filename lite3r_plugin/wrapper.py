@@ -1,11 +1,60 @@
-"""Modules that take the place of a host's module without taking it apart."""
+"""Modules that take the place of a host's module without taking it apart, and changes of a model that are all made or none."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Mapping, MutableMapping
+from types import TracebackType
 from typing import Any
 
 from torch import nn
+
+TABLES = tuple(vars(nn.Module()))
+
+
+class Changes:
+    """Changes of a model that belong together: an error or an interruption inside the context takes all of them back.
+
+    What can fail is to be made before, so that only small steps are left to do inside. How a change is undone is written down
+    before it is made, lest an interruption come in between; so undoing one that was not made must do no harm.
+    """
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], object]] = []
+
+    def __enter__(self) -> Changes:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            return
+        try:
+            self.undo()
+        finally:
+            self.undo()  # the rest, where a second interruption came
+
+    def undo(self) -> None:
+        """Take all changes back, the last one first."""
+        while self._undo:
+            self._undo[-1]()
+            self._undo.pop()
+
+    def make(self, do: Callable[[], object], undo: Callable[[], object]) -> None:
+        """Make a change by calling `do`, which `undo` takes back."""
+        self._undo.append(undo)
+        do()
+
+    def put(self, table: MutableMapping[str, Any], key: str, value: Any) -> None:
+        """``table[key] = value``."""
+        undo = functools.partial(table.__setitem__, key, table[key]) if key in table else functools.partial(table.pop, key, None)
+        self.make(functools.partial(table.__setitem__, key, value), undo)
+
+    def drop(self, table: MutableMapping[str, Any], key: str) -> None:
+        """``del table[key]``, if it is there."""
+        if key in table:
+            self.make(functools.partial(table.pop, key, None), functools.partial(table.__setitem__, key, table[key]))
 
 
 class HostWrapper(nn.Module):
@@ -13,6 +62,8 @@ class HostWrapper(nn.Module):
 
     Whatever replaces a child or a parameter is seen by both, `state_dict` keys stay as they were, and the host itself is
     always there, whole, to run or to be put back.
+
+    It is made without touching the host: until `join` it has copies of the tables, and in them what it adds.
 
     Args:
         host: The module to stand in for.
@@ -23,9 +74,10 @@ class HostWrapper(nn.Module):
 
     def __init__(self, host: nn.Module) -> None:
         nn.Module.__init__(self)
-        for table in vars(nn.Module()):
-            object.__setattr__(self, table, getattr(host, table))
+        for table in TABLES:
+            object.__setattr__(self, table, copy.copy(getattr(host, table)))
         object.__setattr__(self, "host", host)
+        self._added: dict[str, list[str]] = {}
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -35,15 +87,57 @@ class HostWrapper(nn.Module):
                 raise
             return getattr(self.host, name)
 
+    def join(self, changes: Changes) -> None:
+        """Share the host's tables from now on, and add to them what this module has of its own."""
+        for name in TABLES:
+            own, shared = vars(self)[name], vars(self.host)[name]
+            if not isinstance(shared, (dict, set)):
+                continue
+            object.__setattr__(self, name, shared)
+            self._added[name] = [key for key in own if key not in shared]
+            for key in self._added[name]:
+                if isinstance(shared, set):
+                    changes.make(functools.partial(shared.add, key), functools.partial(shared.discard, key))
+                else:
+                    changes.put(shared, key, own[key])
+
+    def leave(self, changes: Changes) -> None:
+        """Take out of the host's tables what this module has added."""
+        for name, keys in self._added.items():
+            shared = vars(self)[name]
+            for key in keys:
+                if isinstance(shared, set):
+                    changes.make(functools.partial(shared.discard, key), functools.partial(shared.add, key))
+                else:
+                    changes.drop(shared, key)
+
     def run_host(self, *args: Any, **kwargs: Any) -> Any:
         """The host's own forward, with the parameters as they are now."""
         self.host.training = self.training
         return self.host.forward(*args, **kwargs)
 
     def release(self) -> nn.Module:
-        """Give back the host, as it was before."""
+        """The host, to be put back (`replace_modules`): trained or evaluated as this module was."""
         self.host.training = self.training
         return self.host
+
+
+def host_of(module: nn.Module) -> nn.Module:
+    """The module that `module` takes the place of, or itself."""
+    while isinstance(module, HostWrapper):
+        module = module.host
+    return module
+
+
+def argument_names(module: nn.Module) -> tuple[str, ...] | None:
+    """The arguments of the forward of `module`, in order; None where they cannot be read.
+
+    A forward that somebody has exchanged may be any object that can be called, with any `__signature__`.
+    """
+    try:
+        return tuple(inspect.signature(module.forward).parameters)
+    except Exception:  # whatever that object raises
+        return None
 
 
 def has_forward_hooks(module: nn.Module) -> bool:
@@ -53,25 +147,32 @@ def has_forward_hooks(module: nn.Module) -> bool:
 
 def share_hooks(made: nn.Module, host: nn.Module) -> None:
     """Let `made`, which takes the place of `host` for good, have its hooks."""
-    for table in vars(nn.Module()):
+    for table in TABLES:
         if "hooks" in table:
             object.__setattr__(made, table, getattr(host, table))
 
 
-def replace_modules(modules: dict[str, nn.Module], replacements: Mapping[nn.Module, Callable[[], nn.Module]]) -> None:
-    """Put what each value makes where its key is, at every name that it has; one after the other, made just before.
+def replace_modules(changes: Changes, modules: dict[str, nn.Module], made: Mapping[nn.Module, nn.Module]) -> None:
+    """Put each value of `made` where its key is, at every name that it has; wrappers leave and join the tables of their hosts.
+
+    A wrapper goes in before and comes out after anything that it adds: whoever finds none has nothing to clean up.
 
     Args:
+        changes: Takes note of what is done.
         modules: All modules of a model by all their names; kept up to date.
-        replacements: By the module to replace, what makes the one in its place.
+        made: By the module to replace, the one in its place.
     """
     places: dict[nn.Module, list[str]] = {}
     for name, module in modules.items():
-        if module in replacements:
+        if module in made:
             places.setdefault(module, []).append(name)
-    for module, names in places.items():
-        made = replacements[module]()
+    for old, names in places.items():
+        new = made[old]
+        if isinstance(old, HostWrapper):
+            old.leave(changes)
         for name in names:
             parent, _, child = name.rpartition(".")
-            setattr(modules[parent], child, made)
-            modules[name] = made
+            changes.put(modules[parent]._modules, child, new)
+            modules[name] = new
+        if isinstance(new, HostWrapper):
+            new.join(changes)

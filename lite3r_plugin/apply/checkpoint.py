@@ -19,6 +19,7 @@ from ..files import locked, replacing
 from ..fp8.checkpoint import check_fp8_tensors, fp8_linears, fp8_tensors, install_fp8_tensors, other_tensors
 from ..fp8.convert import require_plain_weight
 from ..ops.dispatch import SlowPathWarning
+from ..wrapper import Changes
 from . import ranks
 from .lookup import Inventory, look_up
 from .names import by_plain_name, plain_config
@@ -26,7 +27,6 @@ from .plan import ApplyPlan, left_linears, plan_application
 from .seal import CONFIG_NAME, FORMAT_VERSION, WEIGHTS_NAME, metadata_of, read_sealed, same_text, seals
 from .swap import put_in, run_in_fp8
 from .tensors import fill_tensors, writable
-from .undo import undone_on_error
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -47,7 +47,8 @@ def save_lite3r(model: nn.Module, directory: str | os.PathLike[str], *, whole: b
     Raises:
         ModelTypeError: `model` is no `torch.nn.Module`.
         NotAppliedError: the model carries no Lite3R, or several parts of it do on their own.
-        WeightsError: the model, on the meta device, has no values to write, or a parameter has infinities or NaN.
+        WeightsError: the model, on the meta device, has no values to write, a parameter has infinities or NaN, or a
+            conversion to FP8 did not finish.
         CheckpointError: an adapter is around a linear branch, `directory` is a file, two modules have one name without their wrappers,
             a tensor is of a kind that no file holds, `FullyShardedDataParallel` has flattened the weights, or another process failed.
     """
@@ -55,7 +56,7 @@ def save_lite3r(model: nn.Module, directory: str | os.PathLike[str], *, whole: b
     sharded = ranks.is_sharded(model)
     writer = ranks.writes(sharded)
     with ranks.together(sharded):
-        found.require_one_state("save_lite3r")
+        found.require_finished(found.require_one_state("save_lite3r"), "save_lite3r")
         if directory.exists() and not directory.is_dir():
             raise CheckpointError(f"{directory} is a file; save_lite3r takes a directory")
         _check_savable(found, whole)
@@ -117,13 +118,13 @@ def load_lite3r(model: Model, directory: str | os.PathLike[str], *, device: torc
         raise CheckpointError(f"{directory / CONFIG_NAME} does not fit this {found.name}: {error}") from error
     linears = _fp8_candidates(plan)
     _check_record(plan, record, weights, linears, directory)
-    with undone_on_error(model) as undo:
-        state = put_in(plan)
-        install_fp8_tensors(found.modules, {name: linears[name] for name in record["fp8"]}, weights, device)
+    with Changes() as changes:
+        state = put_in(plan, changes)
+        install_fp8_tensors(changes, found.modules, {name: linears[name] for name in record["fp8"]}, weights, device)
         others = {name: tensor for name, tensor in weights.items() if not _is_fp8(name, record)}
-        fill_tensors(model, others, device, str(directory / WEIGHTS_NAME), undo)
+        fill_tensors(changes, model, others, device, str(directory / WEIGHTS_NAME))
         if record["fp8"]:
-            run_in_fp8(found, state, left_linears(found.linears(state), config))
+            run_in_fp8(found, state, left_linears(found.linears(state), config), changes)
         for note in state.notes.get("te", ()):
             warnings.warn(f"Lite3R: {note}", SlowPathWarning, stacklevel=3)
         return model

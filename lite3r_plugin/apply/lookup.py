@@ -10,9 +10,10 @@ from torch import nn
 
 from ..attention.module import SparseLinearAttention
 from ..attention.state import ModelState
-from ..errors import ModelTypeError, NotAppliedError
+from ..errors import ModelTypeError, NotAppliedError, WeightsError
 from ..fp8.blocks import BlockLinear, find_linears
-from ..wrapper import HostWrapper
+from ..fp8.linear import Fp8Linear
+from ..wrapper import host_of
 
 
 @dataclass(frozen=True, repr=False)
@@ -60,21 +61,50 @@ class Inventory:
             )
         return self.states[0]
 
-    def require_whole(self, state: ModelState, verb: str) -> None:
-        """Raise `NotAppliedError` unless the model holds all attention modules of `state`."""
+    @property
+    def converted(self) -> bool:
+        """Whether a Linear of the model is in FP8: what the model is decides, whatever `ModelState` says."""
+        return any(isinstance(module, Fp8Linear) for module in self.modules.values())
+
+    def bare_hosts(self, state: ModelState) -> int:
+        """How many attention modules of the dense model are back in their places, or still: an interruption left them there."""
+        modules = set(self.modules.values())
+        return sum(host in modules for host in state.hosts)
+
+    def require_whole(self, state: ModelState, verb: str, *, in_part: bool = False) -> None:
+        """Raise `NotAppliedError` unless the model holds all attention modules of `state`, `in_part` those of the dense model."""
         held = len({id(module) for module in self.attention.values() if module.state is state})
-        if held != state.swapped:
+        bare = self.bare_hosts(state)
+        if held + bare < len(state.hosts):
             raise NotAppliedError(
-                f"this {self.name} holds {held} of the {state.swapped} attention modules that Lite3R was applied to: call {verb} on "
+                f"this {self.name} holds {held} of the {len(state.hosts)} attention modules that Lite3R was applied to: call {verb} on "
                 "the whole model (and take modules out of it before apply_lite3r)"
             )
+        if bare and not in_part:
+            raise NotAppliedError(
+                f"{bare} of the {len(state.hosts)} attention modules that Lite3R was applied to are those of the dense model, since "
+                f"something was interrupted: remove_lite3r(model) takes out the others; call apply_lite3r again before {verb}"
+            )
+
+    def require_finished(self, state: ModelState, verb: str) -> None:
+        """Raise `WeightsError` if a conversion to FP8 was begun and not finished."""
+        if (unfinished := self.unfinished(state)) is not None:
+            raise WeightsError(f"{unfinished}: finish that before {verb}")
+
+    def unfinished(self, state: ModelState) -> str | None:
+        """What is to be said of a conversion to FP8 that failed or was interrupted; None where there was none."""
+        if state.phase == "fp8" or not (self.converted or state.config.precision == "fp8"):
+            return None
+        linears = [linear.module for linear in self.linears(state) if linear.known]
+        done = sum(isinstance(linear, Fp8Linear) for linear in linears)
+        return f"the conversion to FP8 did not finish, {done} of {len(linears)} Linears are in FP8; convert(model) goes on"
 
     def linears(self, state: ModelState, blocks: Iterable[str] | None = None) -> list[BlockLinear]:
         """The Linears of the transformer blocks of these names, by default of all, that are in this model."""
         names: dict[nn.Module, list[str]] = {}
         for name in state.blocks if blocks is None else blocks:
             names.setdefault(state.blocks[name], []).append(name)
-        found = {place: names[host] for place, module in self.modules.items() if (host := _host(module)) in names}
+        found = {place: names[host] for place, module in self.modules.items() if (host := host_of(module)) in names}
         return find_linears(self.modules, found, [f"{fqn}.proj_lin" for fqn in self.attention])
 
 
@@ -108,10 +138,3 @@ def block_linears(model: nn.Module) -> list[Any]:
     """
     found = look_up(model)
     return [linear.module for linear in found.linears(found.require_one_state("it")) if linear.known]
-
-
-def _host(module: nn.Module) -> nn.Module:
-    """The module that it takes the place of, or itself."""
-    while isinstance(module, HostWrapper):
-        module = module.host
-    return module

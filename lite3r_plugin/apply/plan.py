@@ -11,6 +11,7 @@ from torch import nn
 
 from ..adapter.plugins import find_sites
 from ..adapter.sites import AttentionSite, TokenSource
+from ..attention.module import BRANCH_DTYPES
 from ..attention.styles.registry import check_projections, style_of
 from ..config import Lite3RConfig, matches
 from ..errors import AdapterError, AlreadyAppliedError, BackendError, ConfigError, NoSitesError, WeightsError
@@ -99,8 +100,9 @@ def plan_application(found: Inventory, config: Lite3RConfig, *, with_weights: bo
         AlreadyAppliedError: the model, or a part of it, carries Lite3R already.
         ConfigError: a pattern matches nothing.
         BackendError: the attention backend cannot run.
-        AdapterError: the adapter does not describe this model.
-        WeightsError: FP8 is wanted, and a weight is not finite, or is made by a parametrisation or by pruning.
+        AdapterError: the adapter does not describe this model, or the arguments of the forward of a site cannot be read.
+        WeightsError: FP8 is wanted, and a weight is not finite, or is made by a parametrisation or by pruning; or the weights of a site
+            are of a dtype that a linear branch cannot have.
     """
     if found.attention:
         raise AlreadyAppliedError("this model carries Lite3R already; call remove_lite3r(model) first to change its configuration")
@@ -125,6 +127,8 @@ def plan_application(found: Inventory, config: Lite3RConfig, *, with_weights: bo
             )
         if sparse and site.tokens is not None:
             sources.append(site.tokens)
+        if sparse and config.linear_branch != "none":
+            _check_branch_dtype(site, host)
         swaps.setdefault(host, Swap(host, site, sparse))
     image_modules = _find_image_modules(found, adapter, sources)
     blocks = find_blocks(found.modules, sites)
@@ -208,6 +212,15 @@ def check_branches(found: Inventory) -> None:
                 f"{fqn}.proj_lin has an adapter around it ({type(module.proj_lin).__name__}), but training rounded both as one weight: "
                 "merge it before convert"
             )
+
+
+def _check_branch_dtype(site: AttentionSite, host: nn.Module) -> None:
+    dtypes = {p.dtype for p in host.parameters() if p.is_floating_point()}
+    if dtypes and dtypes.isdisjoint(BRANCH_DTYPES):
+        raise WeightsError(
+            f"site {site.fqn!r} has weights in {', '.join(sorted(map(str, dtypes)))} alone, in which no linear branch can be: apply Lite3R "
+            'before another tool changes the weights (its own FP8 is convert), or pass linear_branch="none"'
+        )
 
 
 def _find_hosts(found: Inventory, adapter: str, sites: Sequence[Any]) -> dict[str, nn.Module]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from ..attention.state import CallCounts
+from ..attention.state import CallCounts, ModelState
 from ..config import Lite3RConfig, Precision
 from ..fp8.linear import Fp8Linear
 from ..fp8.qat import FakeQuantLinear
-from .lookup import look_up
+from .lookup import Inventory, look_up
 
 FULL_PRECISION = "in full precision"
 
@@ -45,7 +46,7 @@ class Description:
         adapter: Name of the model adapter.
         config: The configuration: what was asked for, in the end.
         phase: What the Linears of the transformer blocks are now: ``"full"``, in full precision; ``"fp8_qat"``, rounded to FP8 in
-            training; ``"fp8"``, in FP8.
+            training; ``"fp8"``, in FP8, be it not all of them.
         sites: The swapped sites.
         skipped: Sites that were not swapped, with the reason.
         branch_parameters: Parameters of the linear branches.
@@ -133,7 +134,7 @@ def describe(model: nn.Module) -> Description:
         model=found.name,
         adapter=state.adapter,
         config=state.config,
-        phase=state.phase,
+        phase="fp8" if found.converted else state.phase,
         sites=tuple(SiteDescription(fqn, m.site.scope, m.sparse, m.keep_ratio, m.calls) for fqn, m in attention.items()),
         skipped=dict(state.skipped),
         branch_parameters=sum(branch.values()),
@@ -147,8 +148,16 @@ def describe(model: nn.Module) -> Description:
         ),
         infinities=sum(int(m.infinities) for m in modules if isinstance(m, (Fp8Linear, FakeQuantLinear)) and not m.infinities.is_meta),
         peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-        notes=tuple(note for notes in state.notes.values() for note in notes),
+        notes=(*_interrupted(found, state), *(note for notes in state.notes.values() for note in notes)),
     )
+
+
+def _interrupted(found: Inventory, state: ModelState) -> Iterator[str]:
+    """What is half done."""
+    if (unfinished := found.unfinished(state)) is not None:
+        yield unfinished
+    if bare := found.bare_hosts(state):
+        yield f"{bare} attention modules are those of the dense model, since something was interrupted; remove_lite3r takes out the rest"
 
 
 def _kind(linear: nn.Module) -> str:

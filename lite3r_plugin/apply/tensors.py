@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, WeightsError
+from ..wrapper import Changes
 from .names import by_plain_name
-from .undo import Undo
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -53,45 +55,50 @@ def check_values(name: str, tensor: Tensor, dtype: torch.dtype, learned: bool, w
         )
 
 
-def fill_tensors(model: nn.Module, tensors: Mapping[str, Tensor], device: torch.device, where: str, undo: Undo) -> None:
+def fill_tensors(changes: Changes, model: nn.Module, tensors: Mapping[str, Tensor], device: torch.device, where: str) -> None:
     """Give parameters and buffers of `model` these values; those on the meta device are made on `device`.
 
+    Until `changes` are final, the values from before are kept.
+
     Args:
+        changes: Takes note of what is done.
         model: The model.
         tensors: Values by plain name (`by_plain_name`), of the right shapes.
         device: Where tensors of the meta device go.
         where: What the file is called in messages.
-        undo: Remembers what is overwritten.
 
     Raises:
         CheckpointError: values are of another kind than those of the model, or not finite; nothing is changed yet.
     """
-    places: dict[int, list[tuple[nn.Module, str]]] = {}  # a parameter may have several
+    places: dict[int, list[tuple[dict[str, Any], str]]] = {}  # a parameter may have several
     for module in model.modules():
         for table in (module._parameters, module._buffers):
             for name, value in table.items():
-                places.setdefault(id(value), []).append((module, name))
+                places.setdefault(id(value), []).append((table, name))
     own = by_plain_name(named_tensors(model))
     for name, tensor in tensors.items():
         check_values(name, tensor, own[name].dtype, isinstance(own[name], nn.Parameter), where)
     for name, tensor in tensors.items():
         old = own[name]
         if not old.is_meta and not _overlaps(old):
-            undo.keep(old)
-            with torch.inference_mode(old.is_inference()), torch.no_grad():
-                old.copy_(tensor)
+            changes.make(functools.partial(_write, old, tensor), functools.partial(_write, old, old.detach().clone()))
             continue
         # Copied: a tensor of a safetensors file lies wherever the file has it, and products round by the alignment of their operands.
         new = tensor.to(device if old.is_meta else old.device, old.dtype, copy=True)
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new, requires_grad=old.requires_grad)
-        for owner, place in places[id(old)]:
-            setattr(owner, place, new)
+        for table, place in places[id(old)]:
+            changes.put(table, place, new)
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """All parameters and buffers by all their names."""
     return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+
+
+def _write(tensor: Tensor, values: Tensor) -> None:
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+        tensor.copy_(values)
 
 
 def _is_finite(tensor: Tensor) -> bool:

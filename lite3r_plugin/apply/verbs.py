@@ -18,6 +18,7 @@ from ..config import Fp8Backend, Lite3RConfig
 from ..errors import ConfigError, ConvertedError
 from ..fp8.qat import FakeQuantLinear
 from ..ops.dispatch import SlowPathWarning
+from ..wrapper import Changes
 from .lookup import Inventory, look_up
 from .plan import check_branches, plan_application, plan_conversion
 from .swap import put_in, take_out, to_fp8
@@ -29,7 +30,8 @@ Model = TypeVar("Model", bound=nn.Module)
 def apply_lite3r(model: Model, config: Lite3RConfig | None = None, **fields: Any) -> Model:
     """Make the attention of `model` sparse-linear, in place. Nothing outside this instance changes.
 
-    Everything is checked before anything is changed: an error leaves the model as it was.
+    Everything is checked before anything is changed: an error or an interruption leaves the model as it was; with
+    ``precision="fp8"`` see `convert`, which comes second.
 
     Args:
         model: Any model that an installed adapter recognises, itself or as a part of it. Any floating-point dtype, any device.
@@ -44,13 +46,18 @@ def apply_lite3r(model: Model, config: Lite3RConfig | None = None, **fields: Any
         UnknownModelError: no adapter knows the model.
         NoSitesError: the adapter names no site that this configuration changes, or there is no Linear for FP8.
         AlreadyAppliedError: the model, or a part of it, carries Lite3R already.
-        WeightsError: FP8 is wanted, and a weight is not finite, or is made by a parametrisation or by pruning.
+        WeightsError: FP8 is wanted, and a weight is not finite, or is made by a parametrisation or by pruning; or the weights of a site
+            are of a dtype that a linear branch cannot have.
         ConfigError, BackendError, AdapterError: a wrong field, a backend that cannot run, a wrong adapter.
     """
     found = look_up(model)
     if config is not None and not isinstance(config, Lite3RConfig):
         raise ConfigError(f"config is a Lite3RConfig, got {config!r}; single fields are keywords: apply_lite3r(model, keep_ratio=0.1)")
-    state = put_in(plan_application(found, (config or Lite3RConfig()).replace(**fields)))
+    plan = plan_application(found, (config or Lite3RConfig()).replace(**fields))
+    with Changes() as changes:
+        state = put_in(plan, changes)
+    if plan.conversion is not None:
+        to_fp8(found, state, plan.conversion)
     for topic, kind in (("te", SlowPathWarning), ("adapted", UserWarning)):
         for note in state.notes.get(topic, ()):
             warnings.warn(f"Lite3R: {note}", kind, stacklevel=3)
@@ -64,6 +71,9 @@ def convert(model: Model, *, fp8_backend: Fp8Backend | None = None, tokens: int 
     A model that was converted before gets its backends chosen again, for the device that it is on now, and Linears that were left
     because of `tokens` are looked at again. Which Linears are taken, `Lite3RConfig.fp8_filter` said when Lite3R was applied. Weights
     are stored as E4M3 with one FP32 scale for each output row.
+
+    Each weight is freed before the next is stored, so an error or an interruption (memory may run out) leaves some Linears in FP8 and
+    some not. Such a model runs, `describe` says how far it came, and another call goes on.
 
     Args:
         model: A model with Lite3R.
@@ -87,7 +97,7 @@ def convert(model: Model, *, fp8_backend: Fp8Backend | None = None, tokens: int 
     found.require_whole(state, "convert")
     config = state.config.replace(fp8_backend=fp8_backend or state.config.fp8_backend)
     check_branches(found)
-    plan = plan_conversion(found.linears(state), state.sites, config, tokens, again=state.phase == "fp8", model=found.name)
+    plan = plan_conversion(found.linears(state), state.sites, config, tokens, again=found.converted, model=found.name)
     to_fp8(found, state, plan)
     for note in state.notes.get("adapted", ()):
         warnings.warn(f"Lite3R: {note}", stacklevel=3)
@@ -97,19 +107,22 @@ def convert(model: Model, *, fp8_backend: Fp8Backend | None = None, tokens: int 
 def remove_lite3r(model: Model) -> Model:
     """Take Lite3R out again: the same modules, outputs and `state_dict` keys as before, bit for bit.
 
+    An error or an interruption leaves the model as it was. A model that was left half in and half out is taken out whole.
+
     Returns:
         The same model.
 
     Raises:
         ModelTypeError: `model` is no `torch.nn.Module`.
         NotAppliedError: the model carries no Lite3R, or is a part of the one that it was applied to.
-        ConvertedError: its weights are in FP8.
+        ConvertedError: weights are in FP8, be it not all of them.
     """
     found = look_up(model)
     _require_original_weights(found, "remove_lite3r")
     for state in found.states:
-        found.require_whole(state, "remove_lite3r")
-    take_out(found)
+        found.require_whole(state, "remove_lite3r", in_part=True)
+    with Changes() as changes:
+        take_out(found, changes)
     return model
 
 
@@ -120,22 +133,24 @@ def lite3r_disabled(model: nn.Module) -> Iterator[None]:
     Raises:
         ModelTypeError: `model` is no `torch.nn.Module`.
         NotAppliedError: the model carries no Lite3R.
-        ConvertedError: its weights are in FP8.
+        ConvertedError: weights are in FP8, be it not all of them.
     """
     found = look_up(model)
     _require_original_weights(found, "lite3r_disabled")
     modules = [m for m in dict.fromkeys(found.modules.values()) if isinstance(m, (SparseLinearAttention, FakeQuantLinear))]
-    before = [module.enabled for module in modules]
+    changes = Changes()
     try:
-        for module in modules:
-            module.enabled = False
-        yield
+        try:
+            for module in modules:
+                changes.put(vars(module), "enabled", False)
+            yield
+        finally:
+            changes.undo()
     finally:
-        for module, enabled in zip(modules, before, strict=True):
-            module.enabled = enabled
+        changes.undo()  # an interruption may come before the first, too
 
 
 def _require_original_weights(found: Inventory, verb: str) -> None:
     found.require_applied()
-    if any(state.phase == "fp8" for state in found.states):
+    if found.converted:
         raise ConvertedError(f"{verb} needs the weights that convert(model) replaced by FP8; build the model again for the dense one")

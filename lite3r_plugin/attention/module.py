@@ -8,6 +8,7 @@ always there, whole, to run the dense model or to be put back.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,11 +26,13 @@ from ..ops.qk_norm_rope import norm_rope
 from ..ops.sla import linear_attention, sparse_linear_attention
 from ..tokens.layout import pinned_tokens
 from ..tokens.tracker import GridTracker
-from ..wrapper import HostWrapper
+from ..wrapper import Changes, HostWrapper
 from .inputs import AttentionInputs
 from .state import CallCounts, ModelState
 from .styles.registry import style_of
 
+BRANCH_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""What the weight of a linear branch may be in: the first of these that its host has."""
 Observer = Callable[["SparseLinearAttention", AttentionInputs, Tensor], None]
 """Sees the inputs and the output of an attention, ``[B, H, N, D]``; it must change neither."""
 Substitute = Callable[["SparseLinearAttention", AttentionInputs], Tensor]
@@ -72,7 +75,7 @@ class SparseLinearAttention(HostWrapper):
         self.argument_names = self.style.argument_names
         self.te_projection: Any = None
         if sparse and state.config.linear_branch != "none":
-            like = next((p for p in host.parameters() if p.is_floating_point()), torch.empty(0))
+            like = next((p for p in host.parameters() if p.dtype in BRANCH_DTYPES), torch.empty(0))
             dtype = torch.float32 if state.phase == "fp8_qat" else like.dtype  # steps are smaller than BF16's
             self.proj_lin = nn.Linear(site.head_dim, site.head_dim, bias=False, device=like.device, dtype=dtype)
             nn.init.zeros_(self.proj_lin.weight)
@@ -94,16 +97,11 @@ class SparseLinearAttention(HostWrapper):
         """Whether its input may be in FP8 already, a `Quantized` instead of a tensor: nothing but its FP8 Linears reads it."""
         return self.style.takes_fp8(self.child)
 
-    def release(self) -> nn.Module:
-        """Give back the host, as it was before."""
-        self._modules.pop("proj_lin", None)
-        return super().release()
-
-    def round_projection(self) -> None:
+    def round_projection(self, changes: Changes) -> None:
         """Put into `proj_lin`, for good, the weight that training for FP8 used."""
-        if (weight := self._projection()) is not None:
-            with torch.no_grad():
-                self.proj_lin.weight.copy_(weight)
+        if (rounded := self._projection()) is not None:
+            weight = self.proj_lin.weight.detach()
+            changes.make(functools.partial(weight.copy_, rounded.detach()), functools.partial(weight.copy_, weight.clone()))
 
     def attend(self, inputs: AttentionInputs) -> Tensor:
         """Attention over the site's tokens, sparse or dense as `pays` says, or what takes its place (`substitute`).

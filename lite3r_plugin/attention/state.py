@@ -42,7 +42,7 @@ class ModelState:
         sites: All sites that the adapter named.
         blocks: The transformer blocks around them, by name.
         notes: What `describe` is to say besides, such as why something runs in another way than asked, by what it is about.
-        swapped: How many attention modules were taken the place of.
+        hosts: The attention modules that were taken the place of.
     """
 
     adapter: str
@@ -53,4 +53,4 @@ class ModelState:
     sites: tuple[AttentionSite, ...] = ()
     blocks: dict[str, nn.Module] = field(default_factory=dict)
     notes: dict[str, list[str]] = field(default_factory=dict)
-    swapped: int = 0
+    hosts: tuple[nn.Module, ...] = ()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from ..adapter.sites import AttentionSite, PreNormBlock
 from ..errors import AdapterError
 from ..ops.fp8 import Quantized, passes
-from ..wrapper import HostWrapper, has_forward_hooks
+from ..wrapper import HostWrapper, argument_names, has_forward_hooks
 from .linear import Fp8Linear
 
 
@@ -39,12 +38,12 @@ class Fp8Block(HostWrapper):
         self.block: PreNormBlock = site.block
         self.attention = site.fqn[len(site.block.fqn) + 1 :]
         self.attention_takes_fp8 = attention_takes_fp8
-        self.argument_names = tuple(inspect.signature(host.forward).parameters)
+        self.argument_names = argument_names(host) or ()
         # Whoever wraps or watches a module inside is to see it called, with tensors.
         self.parts = tuple((parent, name, child) for parent in host.modules() for name, child in parent.named_children())
         attention = self.get_submodule(self.attention)
         # Of a site the signature says nothing; it remembers its host's.
-        self.attention_arguments = set(getattr(attention, "argument_names", inspect.signature(attention.forward).parameters))
+        self.attention_arguments = set(getattr(attention, "argument_names", None) or argument_names(attention) or ())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the host's forward."""
@@ -120,6 +119,8 @@ def check_block(modules: Mapping[str, nn.Module], site: AttentionSite) -> None:
 
 def why_not_fused(host: nn.Module, block: PreNormBlock) -> str | None:
     """The reason why `Fp8Block` cannot stand in for `host`, or None when it can."""
+    if not argument_names(host):
+        return "the arguments of its forward cannot be read"
     for name in (block.norm1, block.norm2):
         norm = host.get_submodule(name)
         if type(norm) is not nn.LayerNorm or len(norm.normalized_shape) != 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..ops.fp8 import E4M3, Quantized, dequantize
-from ..wrapper import replace_modules, share_hooks
+from ..wrapper import Changes, replace_modules, share_hooks
 from . import backends
 from .linear import Fp8Linear
 from .qat import FakeQuantLinear
@@ -67,31 +68,40 @@ def check_fp8_tensors(
 
 
 def install_fp8_tensors(
-    modules: dict[str, nn.Module], linears: Mapping[str, nn.Linear], weights: Mapping[str, Tensor], device: torch.device
+    changes: Changes, modules: dict[str, nn.Module], linears: Mapping[str, nn.Linear], weights: Mapping[str, Tensor], device: torch.device
 ) -> None:
     """Replace Linears by FP8 ones with these weights; those on the meta device go to `device`.
 
+    Until `changes` are final, the original weights are kept.
+
     Args:
+        changes: Takes note of what is done.
         modules: All modules of the model by all their names; kept up to date.
         linears: Those to replace, by the names that they have in the file.
         weights: What the file holds.
         device: Where Linears of the meta device go.
     """
 
-    def make(fqn: str, linear: nn.Linear) -> Fp8Linear:
-        place = device if linear.weight.is_meta else linear.weight.device
-        made = Fp8Linear(
-            linear.in_features, linear.out_features, linear.bias,
-            backends.choose("auto", place, linear.in_features, linear.out_features), linear.weight.dtype, torch.device("meta"),
-        )  # fmt: skip
-        # Copied: a tensor of a safetensors file lies wherever the file has it, and products round by the alignment of their operands.
-        made.weight_data, made.weight_scale = (weights[f"{fqn}.{name}"].to(place, copy=True) for name in ("weight_data", "weight_scale"))
-        made.infinities = torch.zeros(1, dtype=torch.int64, device=place)
-        share_hooks(made, linear)
-        linear.register_parameter("weight", None)
-        return made.train(linear.training)
+    made: dict[nn.Module, nn.Module] = {}
+    for fqn, linear in linears.items():
+        if (bias := linear._parameters.get("bias")) is not None:  # which no longer learns
+            changes.make(functools.partial(bias.requires_grad_, False), functools.partial(bias.requires_grad_, bias.requires_grad))
+        made[linear] = _fp8_linear(linear, weights[f"{fqn}.weight_data"], weights[f"{fqn}.weight_scale"], device)
+    for linear in linears.values():
+        changes.put(linear._parameters, "weight", None)  # free it, whoever still holds the module
+    replace_modules(changes, modules, made)
 
-    replace_modules(modules, {linear: lambda fqn=fqn, linear=linear: make(fqn, linear) for fqn, linear in linears.items()})  # pyright: ignore[reportArgumentType]
+
+def _fp8_linear(linear: nn.Linear, data: Tensor, scale: Tensor, device: torch.device) -> Fp8Linear:
+    """What takes the place of `linear`, with this weight: where that of `linear` is, or on `device`."""
+    place = device if linear.weight.is_meta else linear.weight.device
+    backend = backends.choose("auto", place, linear.in_features, linear.out_features)
+    made = Fp8Linear(linear.in_features, linear.out_features, linear.bias, backend, linear.weight.dtype, torch.device("meta"))
+    # Copied: a tensor of a safetensors file lies wherever the file has it, and products round by the alignment of their operands.
+    made.weight_data, made.weight_scale = data.to(place, copy=True), scale.to(place, copy=True)
+    made.infinities = torch.zeros(1, dtype=torch.int64, device=place)
+    share_hooks(made, linear)
+    return made.train(linear.training)
 
 
 def _problem(data: Tensor, scale: Tensor, dtype: torch.dtype) -> str | None:

@@ -12,12 +12,11 @@ from ..adapter.sites import AttentionSite
 from ..config import Fp8Backend
 from ..costs.linear import fp8_pays
 from ..errors import WeightsError
-from ..wrapper import replace_modules, share_hooks
+from ..wrapper import Changes, HostWrapper, host_of, replace_modules, share_hooks
 from . import backends
 from .block import Fp8Block, why_not_fused
 from .blocks import BlockLinear
 from .linear import Fp8Linear
-from .qat import FakeQuantLinear
 
 
 @dataclass(frozen=True)
@@ -85,47 +84,51 @@ def is_finite(weight: Tensor) -> bool:
     return weight.is_meta or bool(weight.detach().isfinite().all())
 
 
-def fake_quantize_linears(modules: dict[str, nn.Module], linears: Iterable[nn.Linear]) -> None:
-    """Let each Linear round to FP8 in its forward. For `modules` see `wrapper.replace_modules`."""
-    replace_modules(modules, {linear: functools.partial(FakeQuantLinear, linear) for linear in linears})
-
-
 def convert_linears(modules: dict[str, nn.Module], plans: Iterable[LinearPlan]) -> None:
-    """Replace the Linears one by one; each weight is freed before the next one is quantised."""
-    chosen: dict[nn.Module, Fp8Backend] = {plan.linear: plan.backend for plan in plans if plan.backend is not None}
-    replace_modules(modules, {linear: functools.partial(_quantized, linear, backend) for linear, backend in chosen.items()})
+    """Replace the Linears one by one; each weight is freed before the next one is quantised.
+
+    After an error or an interruption each is either as it was or in FP8. For `modules` see `wrapper.replace_modules`.
+    """
+    for plan in plans:
+        if plan.backend is not None:
+            host = plan.linear.release() if isinstance(plan.linear, HostWrapper) else plan.linear
+            assert isinstance(host, nn.Linear)
+            put_in_fp8(modules, plan.linear, functools.partial(Fp8Linear.quantized, host, plan.backend))
+
+
+def put_in_fp8(modules: dict[str, nn.Module], linear: nn.Module, make: Callable[[], Fp8Linear]) -> None:
+    """Put what `make` gives in the place of `linear`, with its hooks and its bias, and free its weight: there is no way back."""
+    host = host_of(linear)
+    with Changes() as changes:
+        if (bias := host._parameters.get("bias")) is not None:  # which no longer learns
+            changes.make(functools.partial(bias.requires_grad_, False), functools.partial(bias.requires_grad_, bias.requires_grad))
+        made = make()
+        share_hooks(made, host)
+        replace_modules(changes, modules, {linear: made})
+    host._parameters["weight"] = None  # free it, whoever still holds the module
 
 
 def fuse_blocks(
-    modules: dict[str, nn.Module], sites: Iterable[AttentionSite], blocks: Mapping[str, nn.Module], takes_fp8: Container[str]
+    changes: Changes,
+    modules: dict[str, nn.Module],
+    sites: Iterable[AttentionSite],
+    blocks: Mapping[str, nn.Module],
+    takes_fp8: Container[str],
 ) -> None:
-    """Put `Fp8Block` in the place of every block that a site describes and that has what it needs.
+    """Put a new `Fp8Block` in the place of every block that a site describes and that has what it needs.
+
+    Those that are there already are put out: a fused block is of the modules that it was made around.
 
     Args:
+        changes: Takes note of what is done.
         modules: All modules of a model with FP8 Linears.
         sites: All its sites.
         blocks: Its blocks by name.
         takes_fp8: Names of the sites that take an input in FP8.
     """
-    made: dict[nn.Module, Callable[[], nn.Module]] = {}
+    replace_modules(changes, modules, {module: module.release() for module in modules.values() if isinstance(module, Fp8Block)})
+    made: dict[nn.Module, nn.Module] = {}
     for site in sites:
-        if site.block is None:
-            continue
-        host = blocks[site.block.fqn]
-        if why_not_fused(host, site.block) is None:
-            made[host] = functools.partial(Fp8Block, host, site, site.fqn in takes_fp8)
-    replace_modules(modules, made)
-
-
-def unfuse_blocks(modules: dict[str, nn.Module]) -> None:
-    """Put the hosts of all `Fp8Block` back."""
-    replace_modules(modules, {module: module.release for module in modules.values() if isinstance(module, Fp8Block)})
-
-
-def _quantized(linear: nn.Module, backend: Fp8Backend) -> Fp8Linear:
-    host = linear.release() if isinstance(linear, FakeQuantLinear) else linear
-    assert isinstance(host, nn.Linear)
-    made = Fp8Linear.quantized(host, backend)
-    share_hooks(made, host)
-    host.register_parameter("weight", None)  # free it, whoever still holds the module
-    return made
+        if site.block is not None and why_not_fused(host := blocks[site.block.fqn], site.block) is None:
+            made[host] = Fp8Block(host, site, site.fqn in takes_fp8)
+    replace_modules(changes, modules, made)

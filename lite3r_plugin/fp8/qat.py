@@ -43,12 +43,6 @@ class FakeQuantLinear(HostWrapper, nn.Linear):
             self._rounded.forget()
         return super().__getattr__(name)
 
-    def release(self) -> nn.Module:
-        """Give back the host, as it was before."""
-        self._buffers.pop("infinities", None)
-        self._non_persistent_buffers_set.discard("infinities")
-        return super().release()
-
     def _weight(self) -> Tensor:
         weight = self._parameters.get("weight")
         if weight is None:  # made from others, by a parametrisation or by pruning

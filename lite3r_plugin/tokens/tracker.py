@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ..adapter.sites import TokenLayout, TokenSource
 from ..errors import LayoutError
@@ -24,6 +23,7 @@ class GridTracker:
         source: How the images are found and read.
 
     Attributes:
+        module: The image module, while it is watched.
         grid: Patch rows and columns of the last images, or None before any.
         orders: The token orders of the model's layouts.
     """
@@ -33,17 +33,23 @@ class GridTracker:
         self.grid: tuple[int, int] | None = None
         self.orders = OrderCache()
         self._pending = PendingForwards()
-        self._handle: RemovableHandle | None = None
+        self.module: nn.Module | None = None
 
     def attach(self, module: nn.Module) -> None:
-        """Watch `module`."""
-        self._handle = module.register_forward_pre_hook(self.observe, with_kwargs=True)
+        """Watch `module`, and no other."""
+        self.detach()
+        self.module = module
+        module.register_forward_pre_hook(self.observe, with_kwargs=True)
 
     def detach(self) -> None:
-        """Stop watching."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        """Stop watching. The hook is looked for: where `attach` was interrupted, nobody was given a handle of it."""
+        if self.module is None:
+            return
+        hooks = self.module._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if hook == self.observe]:
+            del hooks[key]
+            self.module._forward_pre_hooks_with_kwargs.pop(key, None)
+        self.module = None
 
     def observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read the grid off the first tensor argument, the images ``[..., H, W]``. Raises `LayoutError` when there is none."""

@@ -19,6 +19,7 @@ from lite3r_plugin.fp8 import qat
 from lite3r_plugin.fp8.qat import FakeQuantLinear
 from lite3r_plugin.ops.dispatch import SlowPathWarning
 from lite3r_plugin.ops.fp8 import fake_quantize, quantize
+from lite3r_plugin.wrapper import Changes
 
 __all__ = ["toy_adapter"]  # the fixture
 QAT = dict(precision="fp8_qat", keep_ratio=0.3, dense_below=0, block_q=16, block_k=16)
@@ -27,6 +28,13 @@ QAT = dict(precision="fp8_qat", keep_ratio=0.3, dense_below=0, block_q=16, block
 @pytest.fixture
 def linear() -> nn.Linear:
     return nn.Linear(24, 10)
+
+
+def rounding(linear: nn.Linear) -> FakeQuantLinear:
+    """What takes the place of `linear`, put in."""
+    module = FakeQuantLinear(linear)
+    module.join(Changes())
+    return module
 
 
 @pytest.fixture
@@ -46,7 +54,7 @@ def quantisations(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 def test_forward_and_gradients(linear: nn.Linear, frozen: bool) -> None:
     linear.weight.requires_grad_(not frozen)
     x = torch.randn(2, 5, 24, requires_grad=True)
-    y = FakeQuantLinear(linear)(x)
+    y = rounding(linear)(x)
     rounded_x, rounded_w = fake_quantize(x.detach()), fake_quantize(linear.weight.detach())
     assert torch.equal(y, F.linear(rounded_x, rounded_w, linear.bias))
     assert not torch.equal(y, linear(x))
@@ -61,7 +69,7 @@ def test_forward_and_gradients(linear: nn.Linear, frozen: bool) -> None:
 
 def test_a_frozen_weight_is_quantised_once_until_it_changes(linear: nn.Linear, quantisations: list[Tensor]) -> None:
     linear.requires_grad_(False)
-    fake, x = FakeQuantLinear(linear), torch.randn(3, 24)
+    fake, x = rounding(linear), torch.randn(3, 24)
     before = [fake(x) for _ in range(3)]
     assert len(quantisations) == 1
     assert torch.equal(before[0], before[2])
@@ -74,7 +82,7 @@ def test_a_frozen_weight_is_quantised_once_until_it_changes(linear: nn.Linear, q
 
 
 def test_copies_remember_nothing(linear: nn.Linear, quantisations: list[Tensor]) -> None:
-    fake, x = FakeQuantLinear(linear.requires_grad_(False)), torch.randn(3, 24)
+    fake, x = rounding(linear.requires_grad_(False)), torch.randn(3, 24)
     expected = fake(x)
     for other in (copy.deepcopy(fake), pickle.loads(pickle.dumps(fake))):
         quantisations.clear()
@@ -87,7 +95,7 @@ def test_copies_remember_nothing(linear: nn.Linear, quantisations: list[Tensor])
 
 
 def test_autocast(linear: nn.Linear) -> None:
-    fake, x = FakeQuantLinear(linear.requires_grad_(False)), torch.randn(3, 24)
+    fake, x = rounding(linear.requires_grad_(False)), torch.randn(3, 24)
     with torch.autocast("cpu", torch.bfloat16):
         y = fake(x)
     assert y.dtype == torch.bfloat16
@@ -95,7 +103,7 @@ def test_autocast(linear: nn.Linear) -> None:
 
 
 def test_infinities_are_counted(linear: nn.Linear) -> None:
-    fake = FakeQuantLinear(linear)
+    fake = rounding(linear)
     x = torch.randn(3, 24)
     x[0, 1] = torch.inf
     assert fake(x).isfinite().all()
@@ -104,13 +112,17 @@ def test_infinities_are_counted(linear: nn.Linear) -> None:
 
 
 def test_release(linear: nn.Linear) -> None:
-    before = dict(linear.named_buffers())
+    before, added = dict(linear.named_buffers()), set(linear._non_persistent_buffers_set)
     fake = FakeQuantLinear(linear)
+    assert dict(linear.named_buffers()) == before  # until it is put in
+    fake.join(Changes())
+    assert linear.infinities is fake.infinities
     assert isinstance(fake, nn.Linear)  # so that PEFT knows what it is
     assert fake.weight is linear.weight
     assert (fake.in_features, fake.out_features) == (24, 10)
     assert fake.release() is linear
-    assert dict(linear.named_buffers()) == before
+    fake.leave(Changes())
+    assert (dict(linear.named_buffers()), linear._non_persistent_buffers_set) == (before, added)
 
 
 @pytest.mark.usefixtures("adapter")
@@ -211,7 +223,7 @@ class TestModel:
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_weight_that_learns_is_never_remembered(linear: nn.Linear, fused: bool) -> None:
     """Fused optimisers change a tensor without counting a version of it."""
-    module, x = FakeQuantLinear(linear), torch.randn(3, 24)
+    module, x = rounding(linear), torch.randn(3, 24)
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.1, fused=fused)
     for _ in range(2):
         with torch.no_grad():
@@ -225,7 +237,7 @@ def test_a_weight_that_learns_is_never_remembered(linear: nn.Linear, fused: bool
 
 
 def test_what_is_written_to_the_data_of_a_frozen_weight_counts(linear: nn.Linear) -> None:
-    module, x = FakeQuantLinear(linear.requires_grad_(False)), torch.randn(3, 24)
+    module, x = rounding(linear.requires_grad_(False)), torch.randn(3, 24)
     before = module(x)
     module.weight.data += 1.0  # as peft merges
     assert torch.equal(module(x), copy.deepcopy(module)(x))
@@ -233,7 +245,7 @@ def test_what_is_written_to_the_data_of_a_frozen_weight_counts(linear: nn.Linear
 
 
 def test_frozen_again_after_a_fused_optimiser(linear: nn.Linear) -> None:
-    module, x = FakeQuantLinear(linear.requires_grad_(False)), torch.randn(3, 24)
+    module, x = rounding(linear.requires_grad_(False)), torch.randn(3, 24)
     module(x)
     linear.requires_grad_()
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.1, fused=True)
@@ -245,7 +257,7 @@ def test_frozen_again_after_a_fused_optimiser(linear: nn.Linear) -> None:
 
 @pytest.mark.parametrize("make", [lambda m: prune.l1_unstructured(m, "weight", 0.5), torch.nn.utils.parametrizations.weight_norm])
 def test_weights_that_are_made_from_others_train(linear: nn.Linear, make: Any) -> None:
-    module = FakeQuantLinear(linear)
+    module = rounding(linear)
     make(module)
     module(torch.randn(3, 24)).sum().backward()
     assert all(p.grad is not None for p in module.parameters())

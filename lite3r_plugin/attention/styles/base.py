@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import abc
-import inspect
 from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from ...adapter.sites import AttentionSite
+from ...errors import AdapterError
+from ...wrapper import argument_names
 from ..inputs import AttentionInputs
 
 
@@ -54,13 +55,22 @@ class ProjectionStyle(abc.ABC):
         site: The description.
         argument_names: The arguments of the host's forward, in order.
         fuses: Whether it runs the rotary embedding in one kernel with the norms, which sites that stay dense gain by, too.
+
+    Raises:
+        AdapterError: the arguments of the host's forward cannot be read.
     """
 
     fuses = False
 
     def __init__(self, site: AttentionSite, host: nn.Module) -> None:
         self.site = site
-        self.argument_names = tuple(inspect.signature(host.forward).parameters)
+        names = argument_names(host)
+        if names is None:
+            raise AdapterError(
+                f"site {site.fqn!r}: the arguments of its forward cannot be read; something has put an object of class "
+                f"{type(host.forward).__name__} in its place: take that out before apply_lite3r"
+            )
+        self.argument_names = names
 
     def check(self, host: nn.Module) -> None:
         """Raise `AdapterError` unless `host` is as the site says. By default nothing is checked."""

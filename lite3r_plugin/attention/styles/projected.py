@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -54,7 +53,7 @@ class ProjectedStyle(ProjectionStyle):
         for name in (spec.q_norm, spec.k_norm, spec.out_drop, spec.attn_drop):
             if name is not None:
                 _child(host, name, fqn)
-        if spec.positions is not None and spec.positions not in inspect.signature(host.forward).parameters:
+        if spec.positions is not None and spec.positions not in self.argument_names:
             raise AdapterError(f"site {fqn!r}: the host's forward has no argument {spec.positions!r}")
         if spec.rope is not None and self.shape[1] % 4:
             raise AdapterError(f"site {fqn!r}: an axial rotary embedding needs a head_dim that is a multiple of 4, not {self.shape[1]}")
