@@ -63,7 +63,8 @@ def save_lite3r(model: nn.Module, directory: str | os.PathLike[str], *, whole: b
         record = _record(found, whole)
         linears = by_plain_name(fp8_linears(found.modules))
         learned = {**_branches(found), **(dict(model.named_parameters()) if whole else {})}
-        weights = by_plain_name({**_branches(found), **fp8_tensors(linears), **(other_tensors(model) if whole else {})})
+        others = by_plain_name(other_tensors(model)) if whole else {}
+        weights = {**by_plain_name(_branches(found)), **fp8_tensors(linears), **others}
         if sharded:
             ranks.check_mesh(weights)
     weights = ranks.gather(weights, writer)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..config import plain_name
 from ..errors import CheckpointError, WeightsError
 from ..wrapper import Changes
 from .names import by_plain_name
@@ -75,7 +76,7 @@ def fill_tensors(changes: Changes, model: nn.Module, tensors: Mapping[str, Tenso
         for table in (module._parameters, module._buffers):
             for name, value in table.items():
                 places.setdefault(id(value), []).append((table, name))
-    own = by_plain_name(named_tensors(model))
+    own = by_plain_name({name: tensor for name, tensor in named_tensors(model).items() if plain_name(name) in tensors})
     for name, tensor in tensors.items():
         check_values(name, tensor, own[name].dtype, isinstance(own[name], nn.Parameter), where)
     for name, tensor in tensors.items():
