@@ -22,6 +22,9 @@ torch.utils.deterministic.fill_uninitialized_memory = True
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--data-root", help="folder with real samples, one folder for each layout of lite3r_plugin.data, for tests/data")
+    parser.addoption(
+        "--fuzz-seconds", type=float, help="how long each fuzz test goes on, from a seed by chance; else shortly and from one seed"
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -34,6 +34,9 @@ Model = TypeVar("Model", bound=nn.Module)
 def save_lite3r(model: nn.Module, directory: str | os.PathLike[str], *, whole: bool = False) -> None:
     """Write the configuration and what Lite3R added to `model` to `directory`, each file atomically, the weights first.
 
+    A save that fails, or whose process is killed, leaves what was there, or the new checkpoint, or the new weights, whole, beside the old
+    configuration or none: that `load_lite3r` refuses, and says that the metadata of the weights holds the new configuration.
+
     Names are those of the model without wrappers (DDP, DataParallel, `torch.compile`, FSDP, checkpointing), so that what was saved
     from inside of one loads without it. All processes of a model that `fully_shard` has sharded must call it: each gives its shards,
     rank 0 writes, and all end together.
@@ -116,7 +119,7 @@ def load_lite3r(model: Model, directory: str | os.PathLike[str], *, device: torc
             raise ConfigError(f"precision is {config.precision!r}, but there are {'' if record['fp8'] else 'no '}FP8 weights")
         plan = plan_application(found, config, with_weights=False)
     except (ConfigError, NoSitesError) as error:
-        raise CheckpointError(f"{directory / CONFIG_NAME} does not fit this {found.name}: {error}") from error
+        raise CheckpointError(f"{directory / CONFIG_NAME} does not fit this {found.name}: {str(error)[:500]}") from error
     linears = _fp8_candidates(plan)
     _check_record(plan, record, weights, linears, directory)
     with Changes() as changes:
@@ -139,7 +142,12 @@ def _check_savable(found: Inventory, whole: bool) -> None:
                 f"{fqn}.proj_lin has an adapter around it ({type(module.proj_lin).__name__}): merge it before save_lite3r"
             )
     shapes = {f"{fqn}.proj_lin.weight": (module.site.head_dim,) * 2 for fqn, module in found.attention.items()}
-    flat = [name for name, tensor in _branches(found).items() if tuple(tensor.shape) != shapes[name]]
+    # Outside of a forward, FSDP shows weights cut to the shard, or whole without memory behind them.
+    flat = [
+        name
+        for name, tensor in _branches(found).items()
+        if tuple(tensor.shape) != shapes[name] or not (tensor.is_meta or ranks.is_shard(tensor) or tensor.untyped_storage().nbytes())
+    ]
     flat += [f"{fqn}._flat_param" for fqn, module in found.modules.items() if whole and "_flat_param" in module._parameters]
     flat += [
         f"{fqn}.weight"

@@ -6,13 +6,13 @@ tensor. So no bit of either file can change unseen, and the files of two saves d
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -50,9 +50,10 @@ def read_sealed(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises:
         CheckpointError: a file is missing, damaged or of another version, or the two are of two saves.
     """
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
+    for name, other in ((CONFIG_NAME, WEIGHTS_NAME), (WEIGHTS_NAME, CONFIG_NAME)):
         if not (directory / name).is_file():
-            raise CheckpointError(f"{directory} holds no {name}; load_lite3r takes a directory written by save_lite3r")
+            alone = f": of {other} alone docs/checkpoints.md says what can be done" if (directory / other).is_file() else ""
+            raise CheckpointError(f"{directory} holds no {name}; load_lite3r takes a directory written by save_lite3r{alone}")
     try:
         with locked(directory, shared=True):
             text, (metadata, tensors) = _read_text(directory / CONFIG_NAME), _read_tensors(directory / WEIGHTS_NAME)
@@ -73,8 +74,15 @@ def read_sealed(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _seal(tensor: Tensor) -> dict[str, Any]:
-    data = tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
-    return {"dtype": str(tensor.dtype), "shape": list(tensor.shape), "sha256": hashlib.sha256(data).hexdigest()}
+    return {"dtype": str(tensor.dtype), "shape": list(tensor.shape), "sha256": hashlib.sha256(_bytes(tensor)).hexdigest()}
+
+
+def _bytes(tensor: Tensor) -> Any:
+    """Its bytes in memory, which numpy() would show as well, but make memory that nobody can resize any more, as FSDP does."""
+    tensor = tensor.detach().cpu().contiguous()
+    holder = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr()) if tensor.nbytes else (ctypes.c_ubyte * 0)()
+    holder.tensor = tensor
+    return holder
 
 
 def _broken(expected: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str | None:

@@ -279,6 +279,13 @@ def test_masks_may_hold_infinities_but_parameters_may_not(tmp_path: Path) -> Non
     save_lite3r(model, tmp_path)  # it is not among the branches
 
 
+def test_saving_leaves_memory_that_can_be_resized(tmp_path: Path) -> None:
+    """As FSDP does with what it has gathered."""
+    model = make()
+    save_lite3r(model, tmp_path, whole=True)
+    assert all(tensor.untyped_storage().resizable() for tensor in (*model.parameters(), *model.buffers()))
+
+
 def test_tensors_that_no_file_holds(tmp_path: Path) -> None:
     model = apply_lite3r(Toy().eval(), TEST_CONFIG)
     model.register_buffer("sparse", torch.eye(2).to_sparse())
