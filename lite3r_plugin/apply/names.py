@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 from ..attention.module import SparseLinearAttention
@@ -42,13 +42,13 @@ def plain_config(found: Inventory) -> Lite3RConfig:
         for pattern, ratio in config.keep_ratio.items():
             plain.setdefault(plain_name(pattern), ratio)
         candidates = [config.replace(keep_ratio=keep_ratio) for keep_ratio in (config.keep_ratio, plain, ratios)]
-        config = _first(candidates, lambda c: _all_match(c.patterns, ratios) and all(c.keep_ratio_of(n) == r for n, r in ratios.items()))
+        config = next((c for c in candidates if _all_match(c.patterns, ratios) and _ratios(c, ratios) == ratios), config)
     if isinstance(config.fp8_filter, tuple):
         known = [linear for linear in found.linears(state) if linear.known]
         taken = {plain_name(name): linear.taken_by(state.config) for linear in known for name in linear.names}
         filters = (config.fp8_filter, tuple(map(plain_name, config.fp8_filter)), tuple(name for name in taken if taken[name]))
-        candidates = [config.replace(fp8_filter=fp8_filter) for fp8_filter in filters]
-        config = _first(candidates, lambda c: _all_match(c.fp8_filter, taken) and _chosen(c.fp8_filter, taken) == taken)
+        fitting = (patterns for patterns in filters if _all_match(patterns, taken) and _chosen(patterns, taken) == taken)
+        config = config.replace(fp8_filter=next(fitting, config.fp8_filter))
     return config
 
 
@@ -65,12 +65,12 @@ def _name(module: SparseLinearAttention, names: list[str]) -> str:
     return own if own in names else names[0]
 
 
-def _first(candidates: list[Lite3RConfig], says_the_same: Callable[[Lite3RConfig], bool]) -> Lite3RConfig:
-    return next((c for c in candidates if says_the_same(c)), candidates[0])
-
-
 def _all_match(patterns: Iterable[str], names: Iterable[str]) -> bool:
     return all(any(matches(pattern, name) for name in names) for pattern in patterns)
+
+
+def _ratios(config: Lite3RConfig, names: Iterable[str]) -> dict[str, float]:
+    return {name: config.keep_ratio_of(name) for name in names}
 
 
 def _chosen(patterns: Iterable[str], names: Iterable[str]) -> dict[str, bool]:

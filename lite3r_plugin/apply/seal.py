@@ -74,15 +74,10 @@ def read_sealed(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _seal(tensor: Tensor) -> dict[str, Any]:
-    return {"dtype": str(tensor.dtype), "shape": list(tensor.shape), "sha256": hashlib.sha256(_bytes(tensor)).hexdigest()}
-
-
-def _bytes(tensor: Tensor) -> Any:
-    """Its bytes in memory, which numpy() would show as well, but make memory that nobody can resize any more, as FSDP does."""
-    tensor = tensor.detach().cpu().contiguous()
-    holder = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr()) if tensor.nbytes else (ctypes.c_ubyte * 0)()
-    holder.tensor = tensor
-    return holder
+    # Its bytes as they lie in memory: numpy() shows them as well, but then nobody can resize that memory any more, as FSDP does.
+    plain = tensor.detach().cpu().contiguous()
+    data = (ctypes.c_ubyte * plain.nbytes).from_address(plain.data_ptr()) if plain.nbytes else b""
+    return {"dtype": str(tensor.dtype), "shape": list(tensor.shape), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def _broken(expected: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str | None:
