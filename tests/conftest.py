@@ -25,6 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--fuzz-seconds", type=float, help="how long each fuzz test goes on, from a seed by chance; else shortly and from one seed"
     )
+    parser.addoption("--every-line", action="store_true", help="interrupt before every line in tests/apply/test_interruptions.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..adapter.plugins import find_sites
 from ..adapter.sites import AttentionSite, TokenSource
-from ..attention.module import BRANCH_DTYPES
 from ..attention.styles.registry import check_projections, style_of
 from ..config import Lite3RConfig, matches
 from ..errors import AdapterError, AlreadyAppliedError, BackendError, ConfigError, NoSitesError, WeightsError
@@ -215,11 +215,11 @@ def check_branches(found: Inventory) -> None:
 
 
 def _check_branch_dtype(site: AttentionSite, host: nn.Module) -> None:
-    dtypes = {p.dtype for p in host.parameters() if p.is_floating_point()}
-    if dtypes and dtypes.isdisjoint(BRANCH_DTYPES):
+    dtype = next((p.dtype for p in host.parameters() if p.is_floating_point()), torch.float32)
+    if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise WeightsError(
-            f"site {site.fqn!r} has weights in {', '.join(sorted(map(str, dtypes)))} alone, in which no linear branch can be: apply Lite3R "
-            'before another tool changes the weights (its own FP8 is convert), or pass linear_branch="none"'
+            f"site {site.fqn!r} has weights in {dtype}, in which no linear branch can be: apply Lite3R before another tool changes the "
+            'weights (its own FP8 is convert), or pass linear_branch="none"'
         )
 
 

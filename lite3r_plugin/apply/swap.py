@@ -21,10 +21,10 @@ from .lookup import Inventory
 from .plan import ApplyPlan, ConversionPlan, left_linears
 
 
-def put_in(plan: ApplyPlan, changes: Changes) -> ModelState:
+def put_in(plan: ApplyPlan, changes: Changes | None = None) -> ModelState:
     """Put the attention modules in, and the Linears that round to FP8 in training. Returns what the modules share.
 
-    Everything is made before anything is put in.
+    Everything is made before anything is put in. It is one step of `changes`, where they are given: an error takes all of them back.
     """
     state = ModelState(
         plan.adapter, plan.config, phase="full" if plan.training is None else "fp8_qat", skipped=dict(plan.skipped), sites=plan.sites,
@@ -37,22 +37,23 @@ def put_in(plan: ApplyPlan, changes: Changes) -> ModelState:
         state.notes["left"] = _left(left_linears(plan.linears, plan.config))
         if plan.config.fp8_backend == "te":
             _train_in_te(made.values(), state)
-    replace_modules(changes, plan.found.modules, made)  # first: as long as anything is left in, there is one to be found
-    replace_modules(changes, plan.found.modules, rounding)
-    for name, tracker in state.trackers.items():
-        changes.make(functools.partial(tracker.attach, plan.image_modules[name][0]), tracker.detach)
+    with changes or Changes() as changes:
+        replace_modules(changes, plan.found.modules, made)  # first: as long as anything is left in, there is one to be found
+        replace_modules(changes, plan.found.modules, rounding)
+        for name, tracker in state.trackers.items():
+            changes.make(functools.partial(tracker.attach, plan.image_modules[name][0]), tracker.detach)
     return state
 
 
-def take_out(found: Inventory, changes: Changes) -> None:
+def take_out(found: Inventory) -> None:
     """Put everything back that `put_in` took the place of, or as much of it as is there."""
-    for state in found.states:
-        for tracker in state.trackers.values():
+    wrappers = [module for module in found.modules.values() if isinstance(module, HostWrapper)]
+    with Changes() as changes:
+        for tracker in [tracker for state in found.states for tracker in state.trackers.values()]:
             if tracker.module is not None:
                 changes.make(tracker.detach, functools.partial(tracker.attach, tracker.module))
-    wrappers = [module for module in found.modules.values() if isinstance(module, HostWrapper)]
-    replace_modules(changes, found.modules, {m: m.release() for m in wrappers if not isinstance(m, SparseLinearAttention)})
-    replace_modules(changes, found.modules, {module: module.release() for module in found.attention.values()})
+        replace_modules(changes, found.modules, {m: m.release() for m in wrappers if not isinstance(m, SparseLinearAttention)})
+        replace_modules(changes, found.modules, {module: module.release() for module in found.attention.values()})
 
 
 def to_fp8(found: Inventory, state: ModelState, plan: ConversionPlan) -> None:
@@ -69,13 +70,13 @@ def to_fp8(found: Inventory, state: ModelState, plan: ConversionPlan) -> None:
             for module in dict.fromkeys(found.attention.values()):
                 module.round_projection(changes)
         changes.put(vars(state), "config", plan.config)
-        run_in_fp8(found, state, plan.left, changes)
+        run_in_fp8(changes, found, state, plan.left)
         adapted = sum(isinstance(getattr(module, "base_layer", None), Fp8Linear) for module in set(found.modules.values()))
         note = f"{adapted} Linears in FP8 are inside adapters (PEFT): they work, but merging them now would lose them; "
         changes.put(state.notes, "adapted", [f"{note}merge adapters before convert(model)"] if adapted else [])
 
 
-def run_in_fp8(found: Inventory, state: ModelState, left: dict[str, int], changes: Changes) -> None:
+def run_in_fp8(changes: Changes, found: Inventory, state: ModelState, left: dict[str, int]) -> None:
     """Fuse the blocks of a model whose Linears are in FP8, but for those that were left, counted by reason."""
     changes.put(vars(state), "phase", "fp8")
     changes.put(state.notes, "left", _left(left))

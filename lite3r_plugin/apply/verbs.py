@@ -54,8 +54,7 @@ def apply_lite3r(model: Model, config: Lite3RConfig | None = None, **fields: Any
     if config is not None and not isinstance(config, Lite3RConfig):
         raise ConfigError(f"config is a Lite3RConfig, got {config!r}; single fields are keywords: apply_lite3r(model, keep_ratio=0.1)")
     plan = plan_application(found, (config or Lite3RConfig()).replace(**fields))
-    with Changes() as changes:
-        state = put_in(plan, changes)
+    state = put_in(plan)
     if plan.conversion is not None:
         to_fp8(found, state, plan.conversion)
     for topic, kind in (("te", SlowPathWarning), ("adapted", UserWarning)):
@@ -121,8 +120,7 @@ def remove_lite3r(model: Model) -> Model:
     _require_original_weights(found, "remove_lite3r")
     for state in found.states:
         found.require_whole(state, "remove_lite3r", in_part=True)
-    with Changes() as changes:
-        take_out(found, changes)
+    take_out(found)
     return model
 
 

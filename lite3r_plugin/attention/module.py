@@ -31,8 +31,6 @@ from .inputs import AttentionInputs
 from .state import CallCounts, ModelState
 from .styles.registry import style_of
 
-BRANCH_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-"""What the weight of a linear branch may be in: the first of these that its host has."""
 Observer = Callable[["SparseLinearAttention", AttentionInputs, Tensor], None]
 """Sees the inputs and the output of an attention, ``[B, H, N, D]``; it must change neither."""
 Substitute = Callable[["SparseLinearAttention", AttentionInputs], Tensor]
@@ -68,14 +66,14 @@ class SparseLinearAttention(HostWrapper):
         self.keep_ratio = state.config.keep_ratio_of(site.fqn) if sparse else 1.0
         self.shares = SparseShares.of(state.config, site.fqn)
         self.enabled = True
-        self._observers: tuple[Observer, ...] = ()
-        self._substitutes: tuple[Substitute, ...] = ()
+        self._observers: tuple[tuple[Observer], ...] = ()  # each in a tuple of its own, by which it is told from others like it
+        self._substitutes: tuple[tuple[Substitute], ...] = ()
         self.calls = CallCounts()
         self.style = style_of(site, host, state.config.fuse)
         self.argument_names = self.style.argument_names
         self.te_projection: Any = None
         if sparse and state.config.linear_branch != "none":
-            like = next((p for p in host.parameters() if p.dtype in BRANCH_DTYPES), torch.empty(0))
+            like = next((p for p in host.parameters() if p.is_floating_point()), torch.empty(0))
             dtype = torch.float32 if state.phase == "fp8_qat" else like.dtype  # steps are smaller than BF16's
             self.proj_lin = nn.Linear(site.head_dim, site.head_dim, bias=False, device=like.device, dtype=dtype)
             nn.init.zeros_(self.proj_lin.weight)
@@ -113,8 +111,8 @@ class SparseLinearAttention(HostWrapper):
             LayoutError: the tokens are not those of the images that the model was given.
             BackendError: the backend of the configuration cannot run here.
         """
-        out = self._substitutes[-1](self, inputs) if self._substitutes else self._attend(inputs)
-        for observer in self._observers:
+        out = self._substitutes[-1][0](self, inputs) if self._substitutes else self._attend(inputs)
+        for (observer,) in self._observers:
             observer(self, inputs, out)
         return out
 
@@ -125,11 +123,15 @@ class SparseLinearAttention(HostWrapper):
         Several may be open at once; they are called in the order in which they were opened. Where the host's own forward runs, as in
         `lite3r_disabled` and where a site that stays dense is `Routed`, there is nothing to see.
         """
-        self._observers = (*self._observers, observer)
+        entry = (observer,)
         try:
-            yield
-        finally:
-            self._observers = _without(self._observers, observer)
+            try:
+                self._observers = (*self._observers, entry)
+                yield
+            finally:
+                self._observers = _without(self._observers, entry)
+        finally:  # an interruption may come before the first
+            self._observers = _without(self._observers, entry)
 
     @contextlib.contextmanager
     def substitute(self, substitute: Substitute) -> Iterator[None]:
@@ -137,11 +139,15 @@ class SparseLinearAttention(HostWrapper):
 
         Where several are open, the one that was opened last does. Observers see what it returns, ``[B, H, N, D]``.
         """
-        self._substitutes = (*self._substitutes, substitute)
+        entry = (substitute,)
         try:
-            yield
+            try:
+                self._substitutes = (*self._substitutes, entry)
+                yield
+            finally:
+                self._substitutes = _without(self._substitutes, entry)
         finally:
-            self._substitutes = _without(self._substitutes, substitute)
+            self._substitutes = _without(self._substitutes, entry)
 
     def dense(self, inputs: AttentionInputs, proj: Tensor | None = None) -> Tensor:
         """Attention of all tokens to all, plus the linear branch over all of them through `proj` ``[D, D]``, if there is one.
@@ -265,6 +271,5 @@ class SparseLinearAttention(HostWrapper):
 
 
 def _without(items: tuple[Any, ...], item: Any) -> tuple[Any, ...]:
-    """`items` without the last that is `item`."""
-    last = max(i for i, other in enumerate(items) if other is item)
-    return (*items[:last], *items[last + 1 :])
+    """`items` without `item`, if it is among them."""
+    return tuple(other for other in items if other is not item)

@@ -47,8 +47,8 @@ class GridTracker:
             return
         hooks = self.module._forward_pre_hooks
         for key in [key for key, hook in hooks.items() if hook == self.observe]:
-            del hooks[key]
             self.module._forward_pre_hooks_with_kwargs.pop(key, None)
+            del hooks[key]  # at last: what is interrupted is found again
         self.module = None
 
     def observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -224,7 +224,60 @@ def test_a_wrong_patch_size_raises_in_the_forward(adapter: Adapter) -> None:
         apply_lite3r(Toy(), SPARSE)(images())
 
 
+class Opaque:
+    """Something that can be called, but does not tell with what."""
+
+    __signature__ = 5
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x
+
+
+def test_a_forward_whose_arguments_cannot_be_read() -> None:
+    model = Toy()
+    model.cross[1].forward = Opaque()
+    before = snapshot(model)
+    with pytest.raises(AdapterError, match=r"site 'cross\.1': the arguments of its forward cannot be read.* of class Opaque"):
+        apply_lite3r(model)
+    assert snapshot(model) == before
+    assert "proj_lin" not in dict(model.cross[0].named_children())
+
+
+def test_weights_in_which_no_linear_branch_can_be() -> None:
+    model = Toy()
+    model.cross[1].requires_grad_(False).to(torch.float8_e4m3fn)
+    before = snapshot(model)
+    with pytest.raises(WeightsError, match=r"site 'cross\.1' has weights in torch\.float8_e4m3fn, in which no linear branch can be"):
+        apply_lite3r(model)
+    assert snapshot(model) == before
+    assert remove_lite3r(apply_lite3r(model, linear_branch="none")) is model
+
+
 # What it does.
+
+
+class Watched:
+    """A forward that somebody has put an object around."""
+
+    def __init__(self, forward: Any) -> None:
+        self.forward, self.calls = forward, 0
+
+    def __call__(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        self.calls += 1
+        return self.forward(x, mask)
+
+
+@pytest.mark.parametrize("variant", ["plain", "routed"])
+def test_a_forward_that_is_an_object_is_the_host_own(variant: str) -> None:
+    toy = Toy(make=lambda dim, heads: Attention(dim, heads, variant)).eval()
+    dense = toy(images())
+    watched = toy.cross[0].forward = Watched(toy.cross[0].forward)
+    model = apply_lite3r(toy, SPARSE)
+    with lite3r_disabled(model):
+        assert torch.equal(model(images()), dense)
+    assert watched.calls == 1
+    assert torch.equal(remove_lite3r(model)(images()), dense)
+    assert toy.cross[0].forward is watched
 
 
 class Counted(Toy):

@@ -188,6 +188,27 @@ def test_blocks_that_cannot_be_fused_run_as_they_are(what: str) -> None:
     assert model(images()).isfinite().all()
 
 
+class Opaque:
+    """Calls a forward, but does not tell with what."""
+
+    __signature__ = 5
+
+    def __init__(self, forward: Any) -> None:
+        self.forward = forward
+
+    def __call__(self, *args: Any) -> Any:
+        return self.forward(*args)
+
+
+@torch.no_grad()
+def test_a_block_whose_arguments_cannot_be_read_runs_its_own_forward() -> None:
+    model = Model().eval()
+    model.blocks[1].forward = Opaque(model.blocks[1].forward)
+    apply_lite3r(model, **SPARSE, precision="fp8")
+    assert [isinstance(block, Fp8Block) for block in model.blocks] == [True, False]
+    assert relative_error(model(images()), host_forward(model, images())) < 5e-3
+
+
 @torch.no_grad()
 def test_an_unfused_site_gets_its_input_in_high_precision(calls: list[str]) -> None:
     model = apply_lite3r(Model().eval(), **SPARSE, precision="fp8", fuse=False)
