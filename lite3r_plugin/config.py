@@ -20,6 +20,7 @@ Fp8Backend = Literal["auto", "scaled_mm", "te", "weight_only", "emulated"]
 Fp8Filter = tuple[str, ...] | Callable[["nn.Module", str], bool]
 
 CONFIG_VERSION = 1
+WRAPPER_NAMES = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 DEFAULT_KEEP_RATIO = 0.25
 
 
@@ -199,7 +200,7 @@ class Lite3RConfig:
             raise ConfigError(f"a configuration is a dict of fields, got {fields!r}")
         fields = dict(fields)
         version = fields.pop("version", None)
-        if version != CONFIG_VERSION:
+        if type(version) is not int or version != CONFIG_VERSION:  # 1.0 and True are equal to 1
             raise ConfigError(f"configuration version {version!r} is not {CONFIG_VERSION}; it was written by another release")
         return cls().replace(**fields)
 
@@ -209,5 +210,13 @@ def _is_int(value: Any) -> bool:
 
 
 def matches(pattern: str, fqn: str) -> bool:
-    """Whether a fully qualified name is `pattern`, or fits it as file names do in a shell (``*``, ``?``, ``[...]``)."""
-    return pattern == fqn or fnmatchcase(fqn, pattern)
+    """Whether a fully qualified name is `pattern`, or fits it as file names do in a shell (``*``, ``?``, ``[...]``).
+
+    The name may be the one that the module has without wrappers around it (`plain_name`).
+    """
+    return any(pattern == name or fnmatchcase(name, pattern) for name in {fqn, plain_name(fqn)})
+
+
+def plain_name(fqn: str) -> str:
+    """The name of a module or tensor without what wrappers put into it: DDP, DataParallel, `torch.compile`, FSDP, checkpointing."""
+    return ".".join(part for part in fqn.split(".") if part not in WRAPPER_NAMES)

@@ -39,10 +39,10 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     _clear_leftovers(path)
     beside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(8)}.tmp")
-    descriptor = os.open(beside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-    mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
-    os.close(descriptor)
     try:
+        descriptor = os.open(beside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+        os.close(descriptor)
         yield beside
         os.chmod(beside, mode)  # a library may have made the file anew, for its owner alone
         _sync(beside)
@@ -59,6 +59,29 @@ def write_atomically(path: Path, data: bytes | str) -> None:
             beside.write_bytes(data.encode() if isinstance(data, str) else data)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
+    """Wait until nobody else has locked `folder`, thread or process, then have it for oneself, or with others that read.
+
+    For files that belong together. The lock ends with its process, however that ends. Where the system or the disk has no such locks,
+    there is none.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing does not, where a process was forked meanwhile
+        os.close(descriptor)
 
 
 def _sync(path: Path) -> None:

@@ -10,28 +10,37 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..attention.branch import BranchLinear
-from ..config import Lite3RConfig
-from ..errors import BackendError, CheckpointError, ConfigError, NoSitesError, WeightsError
-from ..files import replacing
-from ..fp8.checkpoint import check_fp8_tensors, fill_tensors, fp8_linears, fp8_tensors, install_fp8_tensors, other_tensors
+from ..config import Lite3RConfig, plain_name
+from ..errors import BackendError, CheckpointError, ConfigError, NoSitesError, short
+from ..files import locked, replacing
+from ..fp8.checkpoint import check_fp8_tensors, fp8_linears, fp8_tensors, install_fp8_tensors, other_tensors
+from ..fp8.convert import require_plain_weight
 from ..ops.dispatch import SlowPathWarning
+from ..wrapper import Changes
+from . import ranks
 from .lookup import Inventory, look_up
+from .names import by_plain_name, plain_config
 from .plan import ApplyPlan, left_linears, plan_application
+from .seal import CONFIG_NAME, FORMAT_VERSION, WEIGHTS_NAME, metadata_of, read_sealed, same_text, seals
 from .swap import put_in, run_in_fp8
+from .tensors import fill_tensors, writable
 
 Model = TypeVar("Model", bound=nn.Module)
 
-WEIGHTS_NAME = "lite3r.safetensors"
-CONFIG_NAME = "lite3r_config.json"
-FORMAT_VERSION = 1
-
 
 def save_lite3r(model: nn.Module, directory: str | os.PathLike[str], *, whole: bool = False) -> None:
-    """Write the configuration and what Lite3R added to `model` to `directory`, each file atomically.
+    """Write the configuration and what Lite3R added to `model` to `directory`, each file atomically, the weights first.
+
+    A save that fails, or whose process is killed, leaves what was there, or the new checkpoint, or the new weights, whole, beside the old
+    configuration or none: that `load_lite3r` refuses, and says that the metadata of the weights holds the new configuration.
+
+    Names are those of the model without wrappers (DDP, DataParallel, `torch.compile`, FSDP, checkpointing), so that what was saved
+    from inside of one loads without it. All processes of a model that `fully_shard` has sharded must call it: each gives its shards,
+    rank 0 writes, and all end together.
 
     Args:
         model: A model with Lite3R. Of a converted one, the FP8 weights (E4M3, with FP32 scales) are written too.
@@ -42,51 +51,45 @@ def save_lite3r(model: nn.Module, directory: str | os.PathLike[str], *, whole: b
     Raises:
         ModelTypeError: `model` is no `torch.nn.Module`.
         NotAppliedError: the model carries no Lite3R, or several parts of it do on their own.
-        WeightsError: the model, on the meta device, has no values to write, or its conversion to FP8 did not finish.
-        CheckpointError: an adapter is around a linear branch, or `directory` is a file.
+        WeightsError: the model, on the meta device, has no values to write, a parameter has infinities or NaN, or a
+            conversion to FP8 did not finish.
+        CheckpointError: an adapter is around a linear branch, `directory` is a file, two modules have one name without their wrappers,
+            a tensor is of a kind that no file holds, `FullyShardedDataParallel` has flattened the weights, or another process failed.
     """
-    found = look_up(model)
-    state, attention = found.require_one_state("save_lite3r"), found.attention
-    found.require_finished(state, "save_lite3r")
-    directory = Path(directory)
-    if directory.exists() and not directory.is_dir():
-        raise CheckpointError(f"{directory} is a file; save_lite3r takes a directory")
-    for fqn, module in attention.items():
-        if "proj_lin" in module._modules and not isinstance(module.proj_lin, BranchLinear):
-            raise CheckpointError(
-                f"{fqn}.proj_lin has an adapter around it ({type(module.proj_lin).__name__}): merge it before save_lite3r"
-            )
-    linears = fp8_linears(found.modules)
-    weights = {**_branches(found), **fp8_tensors(linears), **(other_tensors(model) if whole else {})}
-    if empty := [name for name, tensor in weights.items() if tensor.is_meta]:
-        raise WeightsError(f"{empty[0]} and others are on the meta device and have no values: load weights before save_lite3r")
-    directory.mkdir(parents=True, exist_ok=True)
-    record = {
-        "format": FORMAT_VERSION,
-        "adapter": state.adapter,
-        # Which backend runs FP8 depends on the machine that loads.
-        "config": (state.config.replace(fp8_backend="auto") if state.phase == "fp8" else state.config).to_dict(),
-        "sites": {fqn: {"head_dim": m.site.head_dim, "sparse": m.sparse} for fqn, m in attention.items()},
-        "fp8": {fqn: list(linear.weight_data.shape) for fqn, linear in linears.items()},
-        "fp8_biases": sorted(fqn for fqn, linear in linears.items() if linear.bias is not None),
-        "whole": whole,
-    }
-    with replacing(directory / WEIGHTS_NAME) as path:
-        save_file(weights, path)
-    with replacing(directory / CONFIG_NAME) as path:
-        path.write_text(json.dumps(record, indent=2) + "\n")
+    found, directory = look_up(model), Path(directory)
+    sharded = ranks.is_sharded(model)
+    writer = ranks.writes(sharded)
+    with ranks.together(sharded):
+        found.require_finished(found.require_one_state("save_lite3r"), "save_lite3r")
+        if directory.exists() and not directory.is_dir():
+            raise CheckpointError(f"{directory} is a file; save_lite3r takes a directory")
+        _check_savable(found, whole)
+        record = _record(found, whole)
+        linears = by_plain_name(fp8_linears(found.modules))
+        learned = {**_branches(found), **(dict(model.named_parameters()) if whole else {})}
+        others = by_plain_name(other_tensors(model)) if whole else {}
+        weights = {**by_plain_name(_branches(found)), **fp8_tensors(linears), **others}
+        if sharded:
+            ranks.check_mesh(weights)
+    weights = ranks.gather(weights, writer)
+    with ranks.together(sharded):
+        if writer:
+            weights = writable(weights, {plain_name(name) for name in learned})
+            _write(directory, {**record, "tensors": seals(weights)}, weights)
 
 
 @torch.inference_mode(False)  # what is made here must serve outside of it
 def load_lite3r(model: Model, directory: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Model:
     """Apply the stored configuration to the dense `model` and load what `save_lite3r` wrote, in place.
 
-    Everything is checked before the model keeps any change: after an error it is the dense model again. FP8 weights
+    Everything is checked before anything is changed, and changes are undone: after an error, an interruption too, the model is the dense
+    one that it was. FP8 weights
     take the place of the original ones as they are; no copy in high precision is made, and a model on the meta device
     never has any.
 
     Args:
-        model: The dense model, with its weights, or on the meta device without.
+        model: The dense model, with its weights, or on the meta device without. It may be inside of a wrapper, such as DDP or
+            `torch.compile`, but not sharded.
         directory: What `save_lite3r` wrote; with ``whole=True``, if the model is on the meta device and is to be complete.
         device: Where the tensors of a model on the meta device go.
 
@@ -95,11 +98,12 @@ def load_lite3r(model: Model, directory: str | os.PathLike[str], *, device: torc
 
     Raises:
         ModelTypeError: `model` is no `torch.nn.Module`.
-        CheckpointError: files are missing or damaged, of another version, or belong to another model.
+        CheckpointError: files are missing or damaged, of another version, of two saves, or belong to another model; or the model is
+            sharded.
         AlreadyAppliedError: the model carries Lite3R already.
         BackendError: `device` cannot be used.
         UnknownModelError: no adapter knows the model.
-        WeightsError: a weight that is to round to FP8 in training is made by a parametrisation or by pruning.
+        WeightsError: a weight that is to be in FP8, or to round to it in training, is made by a parametrisation or by pruning.
     """
     found = look_up(model)
     directory = Path(directory)
@@ -107,42 +111,108 @@ def load_lite3r(model: Model, directory: str | os.PathLike[str], *, device: torc
         device = torch.empty(0, device=device).device
     except Exception as error:  # whatever a missing driver raises
         raise BackendError(f"device {str(device)!r} cannot be used here: {(str(error).splitlines() or [''])[0]}") from error
-    record, weights = _read(directory)
+    if ranks.is_sharded(model):
+        raise CheckpointError(f"this {found.name} is sharded: call load_lite3r first, and fully_shard then")
+    record, weights = read_sealed(directory)
     try:
         config = Lite3RConfig.from_dict(record["config"])
-        if config.precision != "fp8" and record["fp8"]:
-            raise ConfigError(f"precision is {config.precision!r}, but there are FP8 weights")
+        if (config.precision == "fp8") != bool(record["fp8"]):
+            raise ConfigError(f"precision is {config.precision!r}, but there are {'' if record['fp8'] else 'no '}FP8 weights")
         plan = plan_application(found, config, with_weights=False)
     except (ConfigError, NoSitesError) as error:
-        raise CheckpointError(f"{directory / CONFIG_NAME} does not fit this {found.name}: {error}") from error
-    _check_record(plan, record, weights, directory)
-    state = put_in(plan)
-    if config.precision == "fp8":
-        install_fp8_tensors(found.modules, record["fp8"], weights, device)
-    fill_tensors(model, {name: tensor for name, tensor in weights.items() if not _is_fp8(name, record)}, device)
-    if config.precision == "fp8":
-        run_in_fp8(found, state, left_linears(found.linears(state), config))
-    for note in state.notes.get("te", ()):
-        warnings.warn(f"Lite3R: {note}", SlowPathWarning, stacklevel=3)
-    return model
+        raise CheckpointError(f"{directory / CONFIG_NAME} does not fit this {found.name}: {str(error)[:500]}") from error
+    linears = _fp8_candidates(plan)
+    _check_record(plan, record, weights, linears, directory)
+    with Changes() as changes:
+        state = put_in(plan, changes)
+        install_fp8_tensors(changes, found.modules, {name: linears[name] for name in record["fp8"]}, weights, device)
+        others = {name: tensor for name, tensor in weights.items() if not _is_fp8(name, record)}
+        fill_tensors(changes, model, others, device, str(directory / WEIGHTS_NAME))
+        if record["fp8"]:
+            run_in_fp8(changes, found, state, left_linears(found.linears(state), config))
+        for note in state.notes.get("te", ()):
+            warnings.warn(f"Lite3R: {note}", SlowPathWarning, stacklevel=3)
+        return model
+
+
+def _check_savable(found: Inventory, whole: bool) -> None:
+    """Raise `CheckpointError` where the weights are not those that the modules run with."""
+    for fqn, module in found.attention.items():
+        if "proj_lin" in module._modules and not isinstance(module.proj_lin, BranchLinear):
+            raise CheckpointError(
+                f"{fqn}.proj_lin has an adapter around it ({type(module.proj_lin).__name__}): merge it before save_lite3r"
+            )
+    shapes = {f"{fqn}.proj_lin.weight": (module.site.head_dim,) * 2 for fqn, module in found.attention.items()}
+    # Outside of a forward, FSDP shows weights cut to the shard, or whole without memory behind them.
+    flat = [
+        name
+        for name, tensor in _branches(found).items()
+        if tuple(tensor.shape) != shapes[name] or not (tensor.is_meta or ranks.is_shard(tensor) or tensor.untyped_storage().nbytes())
+    ]
+    flat += [f"{fqn}._flat_param" for fqn, module in found.modules.items() if whole and "_flat_param" in module._parameters]
+    flat += [
+        f"{fqn}.weight"
+        for fqn, module in found.modules.items()
+        if whole and type(module) is nn.Linear and tuple(module.weight.shape) != (module.out_features, module.in_features)
+    ]
+    if flat:
+        raise CheckpointError(
+            f"{flat[0]} holds a shard, not a weight: call save_lite3r inside of `with FullyShardedDataParallel.summon_full_params(model)`, "
+            "for whole=True with a model that was wrapped with use_orig_params=True"
+        )
+
+
+def _record(found: Inventory, whole: bool) -> dict[str, Any]:
+    """What the JSON says but for the checksums."""
+    attention = by_plain_name(found.attention)
+    linears = by_plain_name(fp8_linears(found.modules))
+    state, config = found.states[0], plain_config(found)
+    return {
+        "format": FORMAT_VERSION,
+        "adapter": state.adapter,
+        # Which backend runs FP8 depends on the machine that loads.
+        "config": (config.replace(fp8_backend="auto") if state.phase == "fp8" else config).to_dict(),
+        "sites": {fqn: {"head_dim": m.site.head_dim, "sparse": m.sparse} for fqn, m in attention.items()},
+        "fp8": {fqn: list(linear.weight_data.shape) for fqn, linear in linears.items()},
+        "fp8_biases": sorted(fqn for fqn, linear in linears.items() if linear.bias is not None),
+        "whole": whole,
+    }
+
+
+def _write(directory: Path, record: dict[str, Any], weights: dict[str, Tensor]) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    with locked(directory):  # who saves at the same time writes both files before or after
+        with replacing(directory / WEIGHTS_NAME) as path:
+            try:
+                save_file(weights, path, metadata_of(record))
+            except (SafetensorError, KeyError, TypeError, ValueError) as error:
+                raise CheckpointError(f"{directory / WEIGHTS_NAME} cannot be written: {short(error)}") from error
+        with replacing(directory / CONFIG_NAME) as path:
+            path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def _branches(found: Inventory) -> dict[str, Tensor]:
     """The weights ``[D, D]`` of the linear branches, each by the first name of its module."""
     first = {module: fqn for fqn, module in reversed(found.attention.items())}
     return {
-        f"{fqn}.proj_lin.weight": module.proj_lin.weight.detach().contiguous()
+        f"{fqn}.proj_lin.weight": module.proj_lin.weight.detach()
         for module, fqn in reversed(first.items())
         if "proj_lin" in module._modules
     }
 
 
 def _planned_branches(plan: ApplyPlan) -> dict[str, tuple[int, ...]]:
-    """The shapes of the linear branches that a model is going to have, by the names under which `_branches` stores them."""
+    """The shapes of the linear branches that a model is going to have, by the names under which they are stored."""
     if plan.config.linear_branch == "none":
         return {}
     first = {swap.host: (fqn, swap) for fqn, swap in reversed(plan.places.items())}
-    return {f"{fqn}.proj_lin.weight": (swap.site.head_dim,) * 2 for fqn, swap in first.values() if swap.sparse}
+    return {f"{plain_name(fqn)}.proj_lin.weight": (swap.site.head_dim,) * 2 for fqn, swap in first.values() if swap.sparse}
+
+
+def _fp8_candidates(plan: ApplyPlan) -> dict[str, nn.Linear]:
+    """The Linears that the configuration lets be in FP8, by plain name."""
+    taken = {linear.module for linear in plan.linears if linear.known and linear.taken_by(plan.config)}
+    return by_plain_name({fqn: module for fqn, module in plan.found.modules.items() if isinstance(module, nn.Linear) and module in taken})
 
 
 def _is_fp8(name: str, record: dict[str, Any]) -> bool:
@@ -150,44 +220,33 @@ def _is_fp8(name: str, record: dict[str, Any]) -> bool:
     return kind in ("weight_data", "weight_scale") and owner in record["fp8"]
 
 
-def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        if not (directory / name).is_file():
-            raise CheckpointError(f"{directory} holds no {name}; load_lite3r takes a directory written by save_lite3r")
-    try:
-        record = json.loads((directory / CONFIG_NAME).read_text())
-        weights = load_file(directory / WEIGHTS_NAME)
-    except (ValueError, RecursionError, SafetensorError) as error:  # no JSON, no text, or numbers and nesting beyond reason
-        raise CheckpointError(f"{directory} is damaged: {error}; save it again with save_lite3r") from error
-    version = record.get("format") if isinstance(record, dict) else None
-    if version != FORMAT_VERSION:
-        raise CheckpointError(f"{directory / CONFIG_NAME} has format {version!r}, this release reads {FORMAT_VERSION}")
-    if missing := {"adapter", "config", "sites", "fp8", "whole"} - set(record):
-        raise CheckpointError(f"{directory / CONFIG_NAME} lacks {sorted(missing)}; save it again with save_lite3r")
-    if wrong := [name for name in ("config", "sites", "fp8") if not isinstance(record[name], dict)]:
-        raise CheckpointError(f"{directory / CONFIG_NAME} is damaged: {wrong[0]!r} is no JSON object; save it again with save_lite3r")
-    return record, weights
-
-
-def _check_record(plan: ApplyPlan, record: dict[str, Any], weights: dict[str, Tensor], directory: Path) -> None:
+def _check_record(
+    plan: ApplyPlan, record: dict[str, Any], weights: dict[str, Tensor], linears: dict[str, nn.Linear], directory: Path
+) -> None:
     """Raise `CheckpointError` unless what was read fits the model that is going to take it."""
-    sites = {fqn: {"head_dim": swap.site.head_dim, "sparse": swap.sparse} for fqn, swap in plan.places.items()}
-    if sites != record["sites"]:
-        other = sorted(set(record["sites"]) ^ set(sites)) or sorted(f for f in sites if sites[f] != record["sites"][f])
+    places = by_plain_name(plan.places)
+    sites = {fqn: {"head_dim": swap.site.head_dim, "sparse": swap.sparse} for fqn, swap in places.items()}
+    if record["adapter"] != plan.adapter:
+        raise CheckpointError(
+            f"{directory} belongs to another model: it was saved with the adapter {record['adapter'][:100]!r}, this {plan.found.name} is "
+            f"known to {plan.adapter!r}"
+        )
+    if same_text(sites) != same_text(record["sites"]):
+        other = sorted(set(record["sites"]) ^ set(sites)) or sorted(
+            f for f in sites if same_text(sites[f]) != same_text(record["sites"][f])
+        )
         raise CheckpointError(
             f"{directory} belongs to another model: it was saved for {len(record['sites'])} sites of adapter {record['adapter']!r}, this "
             f"{plan.found.name} has {len(sites)}; the first that differs is {other[0]!r}"
         )
     where = str(directory / WEIGHTS_NAME)
-    linears = [linear.module for linear in plan.linears if linear.known and linear.taken_by(plan.config)]
-    check_fp8_tensors(plan.found.modules, record["fp8"], record.get("fp8_biases"), weights, linears, where)
-    branches = _planned_branches(plan)
-    for name in branches:
-        if (tensor := weights.get(name)) is not None and not (tensor.is_floating_point() and tensor.isfinite().all()):
-            raise CheckpointError(f"{where} is damaged: {name} is {tensor.dtype}, or has infinities or NaN")
+    check_fp8_tensors(linears, record["fp8"], record["fp8_biases"], weights, where, plan.found.name)
+    for linear in plan.linears:
+        if linear.module in {linears[name] for name in record["fp8"]}:
+            require_plain_weight(linear)
     replaced = {f"{fqn}.weight" for fqn in record["fp8"]}
-    others = other_tensors(plan.found.model) if record["whole"] else {}
-    expected = branches | {name: tuple(tensor.shape) for name, tensor in others.items() if name not in replaced}
+    others = by_plain_name(other_tensors(plan.found.model)) if record["whole"] else {}
+    expected = _planned_branches(plan) | {name: tuple(tensor.shape) for name, tensor in others.items() if name not in replaced}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items() if not _is_fp8(name, record)}
     if expected != found:
         other = sorted(dict(expected.items() ^ found.items()))

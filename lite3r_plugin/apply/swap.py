@@ -21,10 +21,10 @@ from .lookup import Inventory
 from .plan import ApplyPlan, ConversionPlan, left_linears
 
 
-def put_in(plan: ApplyPlan) -> ModelState:
+def put_in(plan: ApplyPlan, changes: Changes | None = None) -> ModelState:
     """Put the attention modules in, and the Linears that round to FP8 in training. Returns what the modules share.
 
-    Everything is made before anything is put in.
+    Everything is made before anything is put in. It is one step of `changes`, where they are given: an error takes all of them back.
     """
     state = ModelState(
         plan.adapter, plan.config, phase="full" if plan.training is None else "fp8_qat", skipped=dict(plan.skipped), sites=plan.sites,
@@ -37,7 +37,7 @@ def put_in(plan: ApplyPlan) -> ModelState:
         state.notes["left"] = _left(left_linears(plan.linears, plan.config))
         if plan.config.fp8_backend == "te":
             _train_in_te(made.values(), state)
-    with Changes() as changes:
+    with changes or Changes() as changes:
         replace_modules(changes, plan.found.modules, made)  # first: as long as anything is left in, there is one to be found
         replace_modules(changes, plan.found.modules, rounding)
         for name, tracker in state.trackers.items():
@@ -70,19 +70,14 @@ def to_fp8(found: Inventory, state: ModelState, plan: ConversionPlan) -> None:
             for module in dict.fromkeys(found.attention.values()):
                 module.round_projection(changes)
         changes.put(vars(state), "config", plan.config)
-        _fuse(changes, found, state, plan.left)
+        run_in_fp8(changes, found, state, plan.left)
         adapted = sum(isinstance(getattr(module, "base_layer", None), Fp8Linear) for module in set(found.modules.values()))
         note = f"{adapted} Linears in FP8 are inside adapters (PEFT): they work, but merging them now would lose them; "
         changes.put(state.notes, "adapted", [f"{note}merge adapters before convert(model)"] if adapted else [])
 
 
-def run_in_fp8(found: Inventory, state: ModelState, left: dict[str, int]) -> None:
+def run_in_fp8(changes: Changes, found: Inventory, state: ModelState, left: dict[str, int]) -> None:
     """Fuse the blocks of a model whose Linears are in FP8, but for those that were left, counted by reason."""
-    with Changes() as changes:
-        _fuse(changes, found, state, left)
-
-
-def _fuse(changes: Changes, found: Inventory, state: ModelState, left: dict[str, int]) -> None:
     changes.put(vars(state), "phase", "fp8")
     changes.put(state.notes, "left", _left(left))
     takes_fp8 = {module.site.fqn for module in found.attention.values() if module.takes_fp8}

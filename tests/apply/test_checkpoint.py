@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from checkpoints import JSON, WEIGHTS, edit
+from safetensors.torch import load_file
 from torch import nn
 from toys import Toy, images, toy_adapter
 
@@ -22,7 +22,6 @@ __all__ = ["toy_adapter"]  # the fixture
 pytestmark = pytest.mark.usefixtures("adapter")
 
 CONFIG = TEST_CONFIG.replace(keep_ratio={"cross.1": 0.5, "*": 0.3}, negligible_ratio=0.2, linear_branch="marginal", feature_map="elu")
-JSON, WEIGHTS = "lite3r_config.json", "lite3r.safetensors"
 
 
 @pytest.fixture
@@ -66,7 +65,7 @@ def test_saving_again_replaces_the_files_and_leaves_nothing_else(saved: Path) ->
 
 
 def test_a_failing_save_leaves_the_old_files(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(tensors: Any, path: Path) -> None:
+    def fail(tensors: Any, path: Path, metadata: Any) -> None:
         path.write_bytes(b"half")
         raise OSError("no space left")
 
@@ -80,20 +79,16 @@ def test_a_failing_save_leaves_the_old_files(saved: Path, monkeypatch: pytest.Mo
 def edit_json(**changes: Any) -> Callable[[Path], None]:
     """Set fields of the record; None removes one."""
 
-    def edit(directory: Path) -> None:
-        record = json.loads((directory / JSON).read_text()) | changes
-        (directory / JSON).write_text(json.dumps({key: value for key, value in record.items() if value is not None}))
+    def change(record: dict[str, Any]) -> None:
+        record.update(changes)
+        for key in [key for key, value in changes.items() if value is None]:
+            del record[key]
 
-    return edit
+    return lambda directory: edit(directory, record=change)
 
 
 def edit_weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
-    def edit(directory: Path) -> None:
-        weights = load_file(directory / WEIGHTS)
-        change(weights)
-        save_file(weights, directory / WEIGHTS)
-
-    return edit
+    return lambda directory: edit(directory, weights=change)
 
 
 def truncate(name: str, size: int) -> Callable[[Path], None]:

@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from checkpoints import edit
 from torch import nn
 from toys import Adapter, Toy, images, toy_adapter
 
@@ -156,15 +157,12 @@ def test_names_are_those_of_the_model_that_was_given() -> None:
 
 def test_a_checkpoint_with_other_linears_than_its_filter_takes(tmp_path: Path) -> None:
     save_lite3r(apply_lite3r(Toy(), **SPARSE, precision="fp8", fp8_filter=only_qkv), tmp_path)
-    record = json.loads((tmp_path / "lite3r_config.json").read_text())
-    record["config"]["fp8_filter"] = ["*.proj"]
-    (tmp_path / "lite3r_config.json").write_text(json.dumps(record))
+    edit(tmp_path, record=lambda r: r["config"].update(fp8_filter=["*.proj"]))
     dense = Toy()
     with pytest.raises(CheckpointError, match=r"for 'frame\.0\.qkv', but this model has no such Linear in its transformer blocks"):
         load_lite3r(dense, tmp_path)
     assert not lite3r_modules(dense)
-    record["config"]["fp8_filter"] = ["*.mlp"]
-    (tmp_path / "lite3r_config.json").write_text(json.dumps(record))
+    edit(tmp_path, record=lambda r: r["config"].update(fp8_filter=["*.mlp"]))
     with pytest.raises(CheckpointError, match=r"does not fit this Toy: fp8_filter names \['\*\.mlp'\]"):
         load_lite3r(dense, tmp_path)
 

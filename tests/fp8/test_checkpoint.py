@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from checkpoints import JSON, WEIGHTS, edit
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from toys import Toy, images, toy_adapter
 
@@ -20,7 +21,6 @@ from lite3r_plugin.ops.fp8 import E4M3
 
 __all__ = ["toy_adapter"]  # the fixture
 pytestmark = pytest.mark.usefixtures("adapter")
-JSON, WEIGHTS = "lite3r_config.json", "lite3r.safetensors"
 SPARSE = dict(keep_ratio=0.3, dense_below=0, block_q=16, block_k=16)
 
 
@@ -144,15 +144,8 @@ def test_while_training(dense: Toy, tmp_path: Path) -> None:
     assert torch.equal(load_lite3r(empty.eval(), tmp_path).head.weight, dense.head.weight)
 
 
-def change(path: Path, edit: Callable[[dict[str, Any]], Any], file: str = WEIGHTS) -> None:
-    if file == WEIGHTS:
-        weights = load_file(path / WEIGHTS)
-        edit(weights)
-        save_file(weights, path / WEIGHTS)
-    else:
-        record = json.loads((path / JSON).read_text())
-        edit(record)
-        (path / JSON).write_text(json.dumps(record))
+def change(path: Path, edit_it: Callable[[dict[str, Any]], Any], file: str = WEIGHTS) -> None:
+    edit(path, **{"weights" if file == WEIGHTS else "record": edit_it})
 
 
 DATA, SCALE = "cross.0.qkv.weight_data", "cross.0.qkv.weight_scale"
@@ -211,10 +204,12 @@ def test_parameters_with_several_places_are_filled_at_all_of_them(tmp_path: Path
 @pytest.mark.parametrize(("name", "value"), [("weight_scale", torch.nan), ("weight_data", 0x7F)])
 def test_damaged_weights_are_refused(model: Toy, dense: Toy, tmp_path: Path, name: str, value: float) -> None:
     save_lite3r(model, tmp_path)
-    weights = load_file(tmp_path / WEIGHTS)
-    key = next(k for k in weights if k.endswith(name))
-    (weights[key].view(torch.uint8) if name == "weight_data" else weights[key]).flatten()[3:4].fill_(value)
-    save_file(weights, tmp_path / WEIGHTS)
+
+    def damage(weights: dict[str, Tensor]) -> None:
+        key = next(k for k in weights if k.endswith(name))
+        (weights[key].view(torch.uint8) if name == "weight_data" else weights[key]).flatten()[3:4].fill_(value)
+
+    edit(tmp_path, weights=damage)
     with pytest.raises(CheckpointError, match="has infinities or NaN"):
         load_lite3r(dense, tmp_path)
     assert not lite3r_modules(dense)
