@@ -6,6 +6,7 @@ import contextlib
 import glob
 import os
 import secrets
+import shutil
 import socket
 import stat
 import time
@@ -32,23 +33,25 @@ def check_output(path: Path, suffix: str) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write to; it takes the place of `path` at the end, so that nobody ever sees half a file.
+    """A file to write to, in a folder of its own beside `path`; it takes the place of `path` at the end: nobody ever sees half a file.
 
-    Its name is new and cannot be foreseen, so that threads and hosts do not meet in it and no link lies in wait. It is on the disk
-    before it takes the place, readable for whom the umask lets. What killed processes left beside `path` is cleared away.
+    The folder's name is new and cannot be foreseen, so that threads and hosts do not meet in it and no link lies in wait; what a library
+    that writes needs besides is in it too. The file is on the disk before it takes the place, readable for whom the umask lets. What
+    killed processes left beside `path` is cleared away.
     """
     _clear_leftovers(path)
-    beside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(8)}.tmp")
+    folder = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(8)}.tmp")
     try:
-        descriptor = os.open(beside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-        mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
-        os.close(descriptor)
+        folder.mkdir(mode=0o700)
+        beside = folder / path.name
+        beside.touch()
+        mode = stat.S_IMODE(beside.stat().st_mode)
         yield beside
         os.chmod(beside, mode)  # a library may have made the file anew, for its owner alone
         _sync(beside)
         os.replace(beside, path)
     finally:
-        beside.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
     _sync(path.absolute().parent)
 
 
@@ -102,7 +105,7 @@ def _clear_leftovers(path: Path) -> None:
         with contextlib.suppress(OSError):
             gone = not _is_alive(int(pid)) if host == socket.gethostname() and pid.isdecimal() else False
             if gone or time.time() - leftover.stat().st_mtime > LEFTOVER_SECONDS:
-                leftover.unlink()
+                shutil.rmtree(leftover)
 
 
 def _is_alive(pid: int) -> bool:

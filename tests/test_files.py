@@ -100,8 +100,9 @@ with replacing(pathlib.Path({str(path)!r})) as beside:
 def test_what_another_host_left_is_kept_for_a_day(tmp_path: Path) -> None:
     young, old, other = (tmp_path / f".{name}.elsewhere.1.00ff.tmp" for name in ("x", "x", "y"))
     young = tmp_path / ".x.elsewhere.2.00ff.tmp"
-    for file in (young, old, other):
-        file.write_text("")
+    for folder in (young, old, other):
+        folder.mkdir()
+        (folder / "part").touch()
     os.utime(old, (0, time.time() - 2 * 24 * 3600))
     write_atomically(tmp_path / "x", "new")
     assert {young.name, other.name, "x"} == set(os.listdir(tmp_path))
