@@ -18,6 +18,7 @@ from ..errors import BackendError, CheckpointError, ConfigError, NoSitesError, W
 from ..files import replacing
 from ..fp8.checkpoint import check_fp8_tensors, fill_tensors, fp8_linears, fp8_tensors, install_fp8_tensors, other_tensors
 from ..ops.dispatch import SlowPathWarning
+from ..wrapper import Changes
 from .lookup import Inventory, look_up
 from .plan import ApplyPlan, left_linears, plan_application
 from .swap import put_in, run_in_fp8
@@ -115,12 +116,14 @@ def load_lite3r(model: Model, directory: str | os.PathLike[str], *, device: torc
     except (ConfigError, NoSitesError) as error:
         raise CheckpointError(f"{directory / CONFIG_NAME} does not fit this {found.name}: {error}") from error
     _check_record(plan, record, weights, directory)
-    state = put_in(plan)
+    with Changes() as changes:
+        state = put_in(plan, changes)
     if config.precision == "fp8":
         install_fp8_tensors(found.modules, record["fp8"], weights, device)
     fill_tensors(model, {name: tensor for name, tensor in weights.items() if not _is_fp8(name, record)}, device)
     if config.precision == "fp8":
-        run_in_fp8(found, state, left_linears(found.linears(state), config))
+        with Changes() as changes:
+            run_in_fp8(found, state, left_linears(found.linears(state), config), changes)
     for note in state.notes.get("te", ()):
         warnings.warn(f"Lite3R: {note}", SlowPathWarning, stacklevel=3)
     return model
