@@ -129,7 +129,7 @@ def load_lite3r(model: Model, directory: str | os.PathLike[str], *, device: torc
         others = {name: tensor for name, tensor in weights.items() if not _is_fp8(name, record)}
         fill_tensors(changes, model, others, device, str(directory / WEIGHTS_NAME))
         if record["fp8"]:
-            run_in_fp8(changes, found, state, left_linears(found.linears(state), config))
+            run_in_fp8(found, state, left_linears(found.linears(state), config), changes)
         for note in state.notes.get("te", ()):
             warnings.warn(f"Lite3R: {note}", SlowPathWarning, stacklevel=3)
         return model

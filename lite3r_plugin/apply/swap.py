@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable
 
+from torch import nn
+
 from ..attention.module import SparseLinearAttention
 from ..attention.state import ModelState
 from ..fp8.backends import BACKENDS, te
@@ -21,10 +23,10 @@ from .lookup import Inventory
 from .plan import ApplyPlan, ConversionPlan, left_linears
 
 
-def put_in(plan: ApplyPlan, changes: Changes | None = None) -> ModelState:
+def put_in(plan: ApplyPlan, changes: Changes) -> ModelState:
     """Put the attention modules in, and the Linears that round to FP8 in training. Returns what the modules share.
 
-    Everything is made before anything is put in. It is one step of `changes`, where they are given: an error takes all of them back.
+    Everything is made before anything is put in.
     """
     state = ModelState(
         plan.adapter, plan.config, phase="full" if plan.training is None else "fp8_qat", skipped=dict(plan.skipped), sites=plan.sites,
@@ -32,16 +34,15 @@ def put_in(plan: ApplyPlan, changes: Changes | None = None) -> ModelState:
         trackers={name: GridTracker(source) for name, (_, source) in plan.image_modules.items()},
     )  # fmt: skip
     made = {swap.host: SparseLinearAttention(swap.host, swap.site, state, swap.sparse) for swap in plan.swaps}
-    rounding = {linear: FakeQuantLinear(linear) for linear in plan.training or ()}
+    rounding: dict[nn.Module, nn.Module] = {linear: FakeQuantLinear(linear) for linear in plan.training or ()}
     if plan.training is not None:
         state.notes["left"] = _left(left_linears(plan.linears, plan.config))
         if plan.config.fp8_backend == "te":
             _train_in_te(made.values(), state)
-    with changes or Changes() as changes:
-        replace_modules(changes, plan.found.modules, made)  # first: as long as anything is left in, there is one to be found
-        replace_modules(changes, plan.found.modules, rounding)
-        for name, tracker in state.trackers.items():
-            changes.make(functools.partial(tracker.attach, plan.image_modules[name][0]), tracker.detach)
+    replace_modules(changes, plan.found.modules, made)  # first: as long as anything is left in, there is one to be found
+    replace_modules(changes, plan.found.modules, rounding)
+    for name, tracker in state.trackers.items():
+        changes.make(functools.partial(tracker.attach, plan.image_modules[name][0]), tracker.detach)
     return state
 
 
@@ -70,13 +71,13 @@ def to_fp8(found: Inventory, state: ModelState, plan: ConversionPlan) -> None:
             for module in dict.fromkeys(found.attention.values()):
                 module.round_projection(changes)
         changes.put(vars(state), "config", plan.config)
-        run_in_fp8(changes, found, state, plan.left)
+        run_in_fp8(found, state, plan.left, changes)
         adapted = sum(isinstance(getattr(module, "base_layer", None), Fp8Linear) for module in set(found.modules.values()))
         note = f"{adapted} Linears in FP8 are inside adapters (PEFT): they work, but merging them now would lose them; "
         changes.put(state.notes, "adapted", [f"{note}merge adapters before convert(model)"] if adapted else [])
 
 
-def run_in_fp8(changes: Changes, found: Inventory, state: ModelState, left: dict[str, int]) -> None:
+def run_in_fp8(found: Inventory, state: ModelState, left: dict[str, int], changes: Changes) -> None:
     """Fuse the blocks of a model whose Linears are in FP8, but for those that were left, counted by reason."""
     changes.put(vars(state), "phase", "fp8")
     changes.put(state.notes, "left", _left(left))

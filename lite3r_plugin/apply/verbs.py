@@ -54,7 +54,8 @@ def apply_lite3r(model: Model, config: Lite3RConfig | None = None, **fields: Any
     if config is not None and not isinstance(config, Lite3RConfig):
         raise ConfigError(f"config is a Lite3RConfig, got {config!r}; single fields are keywords: apply_lite3r(model, keep_ratio=0.1)")
     plan = plan_application(found, (config or Lite3RConfig()).replace(**fields))
-    state = put_in(plan)
+    with Changes() as changes:
+        state = put_in(plan, changes)
     if plan.conversion is not None:
         to_fp8(found, state, plan.conversion)
     for topic, kind in (("te", SlowPathWarning), ("adapted", UserWarning)):

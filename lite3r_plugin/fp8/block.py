@@ -39,7 +39,7 @@ class Fp8Block(HostWrapper):
         self.block: PreNormBlock = site.block
         self.attention = site.fqn[len(site.block.fqn) + 1 :]
         self.attention_takes_fp8 = attention_takes_fp8
-        self.argument_names = argument_names(host) or ()
+        self.argument_names: tuple[str, ...] = argument_names(host) or ()
         # Whoever wraps or watches a module inside is to see it called, with tensors.
         self.parts = tuple((parent, name, child) for parent in host.modules() for name, child in parent.named_children())
         attention = self.get_submodule(self.attention)
