@@ -73,7 +73,8 @@ class Lite3RConfig:
             and class tokens; ``"reference"``: those, and the patches of the first view, which defines the coordinate frame;
             ``"none"``.
         dense_below: Sites with fewer tokens than this run dense, because sparse attention does not pay there.
-            ``None``: where measurements say so for the length and density at hand (`lite3r_plugin.costs.attention.break_even`).
+            ``None``: where measurements say so for the length and density at hand (`lite3r_plugin.costs.attention.break_even`);
+            without a CUDA GPU all sites do.
         fuse: Replace QK norm and rotary embedding of known sites by one exact kernel, also at sites that stay dense.
         attention_backend: What runs sparse attention: ``"triton"`` kernels, the ``"naive"`` definition in plain torch, which is slow,
             or ``"auto"``: Triton where it can run.

@@ -48,8 +48,7 @@ Register = Callable[..., None]
 
 @pytest.fixture
 def register() -> Iterator[Register]:
-    """Registers an adapter that answers with the given sites for `Net`."""
-    plugins = []
+    """Registers the adapter that answers with the given sites for `Net`, in the place of the one before."""
 
     def register(*sites: AttentionSite) -> None:
         class Plugin:
@@ -57,12 +56,15 @@ def register() -> Iterator[Register]:
             def lite3r_attention_sites(self, model: nn.Module) -> list[AttentionSite] | None:
                 return list(sites) if any(isinstance(m, Net) for m in model.modules()) else None
 
-        plugins.append(Plugin())
-        get_manager().register(plugins[-1], name=f"test-{len(plugins)}")
+        remove()
+        get_manager().register(Plugin(), name="test")
+
+    def remove() -> None:
+        if get_manager().has_plugin("test"):
+            get_manager().unregister(name="test")
 
     yield register
-    for plugin in plugins:
-        get_manager().unregister(plugin)
+    remove()
 
 
 @pytest.fixture
