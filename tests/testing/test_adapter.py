@@ -82,7 +82,7 @@ def test_a_right_adapter_passes_and_the_report_reads_well(register: Register, ne
     assert report.scopes == {"global": 1}
     assert report.tokens == 3 * (1 + 4 * 7)
     assert report.dense_error <= 1e-5 < report.sparse_change
-    assert str(report).startswith("adapter 'test-1' is fine: 1 global sites of up to 87 tokens, error ")
+    assert str(report).startswith("adapter 'test' is fine: 1 global sites of up to 87 tokens, error ")
 
 
 def test_routed_passes_too(register: Register, net: nn.Module) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import on_device_of, register
+from ..options import check_rope_base
 from . import naive
 from .naive import HeadNorm, Prepared
 
@@ -59,7 +60,11 @@ def norm_rope(
 
     Returns:
         Both ``[B, H, N, D]`` in their own dtypes; arithmetic is FP32 (FP64 for FP64 input without `triton`).
+
+    Raises:
+        ConfigError: `rope_base` is no positive number.
     """
+    check_rope_base(rope_base)
     if not triton:  # a compiler fuses these operators itself
         return (
             naive.norm_rope(q, norm=q_norm, positions=positions, rope_base=rope_base).to(q.dtype),
