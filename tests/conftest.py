@@ -1,7 +1,8 @@
-"""Shared test set-up: determinism, poisoned uninitialised memory, Triton's interpreter on CPUs, the `gpu` marker."""
+"""Shared test set-up: determinism, poisoned uninitialised memory, Triton's interpreter on CPUs, the markers `gpu` and `exact`."""
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from pathlib import Path
@@ -22,9 +23,18 @@ torch.utils.deterministic.fill_uninitialized_memory = True
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--data-root", help="folder with real samples, one folder for each layout of lite3r_plugin.data, for tests/data")
+    parser.addoption(
+        "--fuzz-seconds", type=float, help="how long each fuzz test goes on, from a seed by chance; else shortly and from one seed"
+    )
+
+
+EXACT = ("torch.equal(", "rtol=0, atol=0", "atol=0, rtol=0", "assert_same_bits(", "assert_equal(", "assert_array_equal(")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if isinstance(item, pytest.Function) and any(words in inspect.getsource(item.function) for words in EXACT):
+            item.add_marker("exact")
     if torch.cuda.is_available():
         return
     for item in items:
