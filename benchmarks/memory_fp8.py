@@ -39,9 +39,7 @@ Save = Callable[[dict[str, Any]], None]
 
 def made(model: BenchModel, variant: str, options: dict[str, Any], device: torch.device) -> nn.Module:
     """`model` with random weights as `variant`."""
-    module = build(model, device, seed=0)
-    prepare(module, VARIANTS[variant], options)
-    return module
+    return prepare(lambda: build(model, device, seed=0), VARIANTS[variant], options)[0]
 
 
 def block_bytes(module: nn.Module) -> int:

@@ -52,7 +52,8 @@ parameters, trained on rendered scenes for 33 minutes.
 Only differences from its own dense row mean anything; its numbers must not be compared with those of full-size models. `constant`
 ignores the images: one depth, equal cameras. AbsRel is after one median scale per scene. AUC@30 is of the larger of the two angles
 between pairs of cameras, in percent. Differences are means over scenes; a star marks those whose paired bootstrap 95 % interval leaves
-out 0. Density is the share of scores that were computed exactly: what is pinned comes on top of the keep ratio. No attention weight was
+out 0; fewer than six scenes have no interval and no star.
+Density is the share of scores that were computed exactly: what is pinned comes on top of the keep ratio. No attention weight was
 trained for sparsity. `means` are block means; `linear` is `proj_lin` fitted in closed form (`calibrate`) to {calibration} rendered
 scenes of other textures. `{applied}` is what `apply_lite3r` does by default, `{calibrated}` the same after `calibrate`.
 """
@@ -256,7 +257,8 @@ def mean_change(group: dict[str, Any], key: str, measure: str) -> float:
 def difference(dense: list[dict[str, float | None]], other: list[dict[str, float | None]], measure: str, digits: int) -> str:
     """Mean difference with its interval."""
     found = interval(dense, other, measure)
-    return f"{found.difference:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]{' *' if found.clear else ''}"
+    bounds = "" if math.isnan(found.low) else f" [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
+    return f"{found.difference:+.{digits}f}{bounds}{' *' if found.clear else ''}"
 
 
 def _cell(group: dict[str, Any], key: str, measure: str, digits: int) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from .errors import ConfigError
-from .ops.options import Backend, FeatureMap, LinearBranch, check_choice, check_ratio
+from .errors import ConfigError, shown
+from .ops.options import Backend, FeatureMap, LinearBranch, check_choice, check_ratio, check_share, is_int
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,6 +22,7 @@ Fp8Filter = tuple[str, ...] | Callable[["nn.Module", str], bool]
 CONFIG_VERSION = 1
 WRAPPER_NAMES = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 DEFAULT_KEEP_RATIO = 0.25
+MOST_TOKENS = 2**63 - 1
 
 
 class SiteRatios(Mapping[str, float]):
@@ -74,7 +75,8 @@ class Lite3RConfig:
             and class tokens; ``"reference"``: those, and the patches of the first view, which defines the coordinate frame;
             ``"none"``.
         dense_below: Sites with fewer tokens than this run dense, because sparse attention does not pay there.
-            ``None``: where measurements say so for the length and density at hand (`lite3r_plugin.costs.attention.break_even`).
+            ``None``: where measurements say so for the length and density at hand (`lite3r_plugin.costs.attention.break_even`);
+            without a CUDA GPU all sites do.
         fuse: Replace QK norm and rotary embedding of known sites by one exact kernel, also at sites that stay dense.
         attention_backend: What runs sparse attention: ``"triton"`` kernels, the ``"naive"`` definition in plain torch, which is slow,
             or ``"auto"``: Triton where it can run.
@@ -117,22 +119,24 @@ class Lite3RConfig:
         if isinstance(self.keep_ratio, Mapping):
             for pattern, ratio in self.keep_ratio.items():
                 if not isinstance(pattern, str):
-                    raise ConfigError(f"keep_ratio maps patterns of site names to ratios, got the pattern {pattern!r}")
-                check_ratio(f"keep_ratio[{pattern!r}]", ratio)
+                    raise ConfigError(f"keep_ratio maps patterns of site names to ratios, got the pattern {shown(pattern)}")
+                check_ratio(f"keep_ratio[{shown(pattern)}]", ratio)
             if not self.keep_ratio:
                 raise ConfigError('keep_ratio is an empty mapping; give a number, or a pattern of site names for a ratio, {"*": 0.25}')
-            object.__setattr__(self, "keep_ratio", SiteRatios(self.keep_ratio))
+            self._set(keep_ratio=SiteRatios({pattern: _plain(ratio) for pattern, ratio in self.keep_ratio.items()}))
         else:
             check_ratio("keep_ratio", self.keep_ratio)
-        ratio = self.negligible_ratio
-        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio <= 1:
-            raise ConfigError(f"negligible_ratio must be in [0, 1], got {ratio!r}; 0.1 leaves out the last tenth of the key blocks")
-        if self.scopes != "auto":
+            self._set(keep_ratio=_plain(self.keep_ratio))
+        check_share("negligible_ratio", self.negligible_ratio)
+        self._set(negligible_ratio=_plain(self.negligible_ratio))
+        if not (isinstance(self.scopes, str) and self.scopes == "auto"):
             if not isinstance(self.scopes, (tuple, list)) or not self.scopes:
-                raise ConfigError(f"scopes is 'auto' or a tuple of {get_args(Scope)}, got {self.scopes!r}")
-            object.__setattr__(self, "scopes", tuple(self.scopes))
+                raise ConfigError(f"scopes is 'auto' or a tuple of {get_args(Scope)}, got {shown(self.scopes)}")
+            self._set(scopes=tuple(self.scopes))
             for scope in self.scopes:
                 check_choice("scopes", scope, get_args(Scope))
+            if len(set(self.scopes)) < len(self.scopes):
+                raise ConfigError(f"scopes names a scope twice, got {self.scopes}")
         check_choice("linear_branch", self.linear_branch, get_args(LinearBranch))
         check_choice("feature_map", self.feature_map, get_args(FeatureMap))
         check_choice("pin", self.pin, get_args(Pin))
@@ -141,29 +145,33 @@ class Lite3RConfig:
         check_choice("fp8_backend", self.fp8_backend, get_args(Fp8Backend))
         for name in ("block_means", "fuse"):
             if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} is True or False, got {getattr(self, name)!r}")
-        if self.dense_below is not None and (not _is_int(self.dense_below) or self.dense_below < 0):
-            raise ConfigError(f"dense_below is a number of tokens >= 0 or None, got {self.dense_below!r}")
+                raise ConfigError(f"{name} is True or False, got {shown(getattr(self, name))}")
+        if self.dense_below is not None and (not is_int(self.dense_below) or not 0 <= self.dense_below <= MOST_TOKENS):
+            raise ConfigError(f"dense_below is a number of tokens >= 0 or None, got {shown(self.dense_below)}")
         for name in ("block_q", "block_k"):
             size = getattr(self, name)
-            if not _is_int(size) or size < 16 or size > 128 or size & (size - 1):
-                raise ConfigError(f"{name} is a power of two from 16 to 128, got {size!r}")
+            if not is_int(size) or size < 16 or size > 128 or size & (size - 1):
+                raise ConfigError(f"{name} is a power of two from 16 to 128, got {shown(size)}")
         if self.block_q % self.block_k:
             raise ConfigError(f"block_q must be a multiple of block_k, got {self.block_q} and {self.block_k}")
         if isinstance(self.fp8_filter, (tuple, list)):
             if not all(isinstance(pattern, str) for pattern in self.fp8_filter):
-                raise ConfigError(f"fp8_filter holds patterns of names of Linears, got {self.fp8_filter!r}")
-            object.__setattr__(self, "fp8_filter", tuple(self.fp8_filter))
-        elif not callable(self.fp8_filter):
-            raise ConfigError(f"fp8_filter is a tuple of patterns or a function (module, fqn) -> bool, got {self.fp8_filter!r}")
+                raise ConfigError(f"fp8_filter holds patterns of names of Linears, got {shown(self.fp8_filter)}")
+            self._set(fp8_filter=tuple(self.fp8_filter))
+        elif not callable(self.fp8_filter) or not isinstance(self.fp8_filter, Hashable):
+            raise ConfigError(f"fp8_filter is a tuple of patterns or a function (module, fqn) -> bool, got {shown(self.fp8_filter)}")
         if self.preset is not None:
-            raise ConfigError(f"preset {self.preset!r}: this version has no presets; set the fields themselves")
+            raise ConfigError(f"preset {shown(self.preset)}: this version has no presets; set the fields themselves")
+
+    def _set(self, **fields: Any) -> None:
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
 
     def replace(self, **fields: Any) -> Lite3RConfig:
         """A copy with other values. Unknown names raise `ConfigError`, which lists the known ones."""
         known = {f.name for f in dataclasses.fields(self)}
         if unknown := sorted(set(fields) - known):
-            raise ConfigError(f"unknown configuration field(s) {unknown}; known are {sorted(known)}")
+            raise ConfigError(f"unknown configuration field(s) {shown(unknown)}; known are {sorted(known)}")
         return dataclasses.replace(self, **fields)
 
     @property
@@ -197,16 +205,19 @@ class Lite3RConfig:
     def from_dict(cls, fields: Mapping[str, Any]) -> Lite3RConfig:
         """Build from `to_dict`'s result. Raises `ConfigError` on another version, unknown or wrong fields."""
         if not isinstance(fields, Mapping):
-            raise ConfigError(f"a configuration is a dict of fields, got {fields!r}")
+            raise ConfigError(f"a configuration is a dict of fields, got {shown(fields)}")
+        if odd := [name for name in fields if not isinstance(name, str)]:
+            raise ConfigError(f"a configuration is a dict of fields by name, got the name {shown(odd[0])}")
         fields = dict(fields)
         version = fields.pop("version", None)
-        if type(version) is not int or version != CONFIG_VERSION:  # 1.0 and True are equal to 1
-            raise ConfigError(f"configuration version {version!r} is not {CONFIG_VERSION}; it was written by another release")
+        if not is_int(version) or version != CONFIG_VERSION:
+            raise ConfigError(f"configuration version {shown(version)} is not {CONFIG_VERSION}; it was written by another release")
         return cls().replace(**fields)
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _plain(ratio: float) -> float:
+    """`ratio` as Python's own number, where it is of a class on top of it, as numpy's are."""
+    return ratio if type(ratio) in (int, float) else float(ratio)
 
 
 def matches(pattern: str, fqn: str) -> bool:

@@ -65,3 +65,12 @@ def short(error: BaseException, limit: int = 300) -> str:
     """The type and the first `limit` characters of the message of `error`, in one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:limit]}{'...' if len(text) > limit else ''}"
+
+
+def shown(value: object, limit: int = 100) -> str:
+    """What was given, for a message: its `repr`, of at most `limit` characters and in one line; its type where it has none."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # an integer of thousands of digits, a foreign class
+        return f"{type(value).__name__} that cannot be printed"
+    return text if len(text) <= limit else f"{text[:limit]}..."

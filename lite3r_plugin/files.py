@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import json
+import math
 import os
 import secrets
 import shutil
@@ -12,9 +14,11 @@ import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from .errors import InputError
 
+LONGEST_NAME = 150  # bytes; of the 255 that file systems take, the name while it is written needs the rest
 LEFTOVER_SECONDS = 24 * 3600
 
 
@@ -22,10 +26,12 @@ def check_output(path: Path, suffix: str) -> None:
     """Raise `InputError` unless `path` ends in `suffix` and can be written in a folder that exists."""
     if path.suffix.lower() != suffix:
         raise InputError(f"{path} must end in {suffix}")
-    if path.is_dir():
+    if len(os.fsencode(path.name)) > LONGEST_NAME:
+        raise InputError(f"{path.name[:40]}... is too long for the name of a file; it takes {LONGEST_NAME} bytes")
+    if os.path.isdir(path):
         raise InputError(f"{path} is a folder; name a file in it")
     folder = path.absolute().parent
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise InputError(f"the folder {folder} does not exist; create it first")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise InputError(f"the folder {folder} is not writable; choose another one")
@@ -85,6 +91,19 @@ def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing does not, where a process was forked meanwhile
         os.close(descriptor)
+
+
+def to_json(data: Any) -> str:
+    """`data` as the text of a JSON file, with null for numbers that are not finite: JSON has none."""
+    return json.dumps(_finite(data), indent=1, allow_nan=False) + "\n"
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def _sync(path: Path) -> None:

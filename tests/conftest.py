@@ -1,7 +1,8 @@
-"""Shared test set-up: determinism, poisoned uninitialised memory, Triton's interpreter on CPUs, the `gpu` marker."""
+"""Shared test set-up: determinism, poisoned uninitialised memory, Triton's interpreter on CPUs, the markers `gpu` and `exact`."""
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from pathlib import Path
@@ -28,7 +29,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--every-line", action="store_true", help="interrupt before every line in tests/apply/test_interruptions.py")
 
 
+EXACT = ("torch.equal(", "rtol=0, atol=0", "atol=0, rtol=0", "assert_same_bits(", "assert_equal(", "assert_array_equal(")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if isinstance(item, pytest.Function) and any(words in inspect.getsource(item.function) for words in EXACT):
+            item.add_marker("exact")
     if torch.cuda.is_available():
         return
     for item in items:

@@ -7,11 +7,22 @@ import json
 import re
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from torch import nn
 
 from lite3r_plugin import Lite3RConfig
 from lite3r_plugin.errors import ConfigError, Lite3RError
+
+
+class Unhashable:
+    """A filter that can change: no part of a frozen configuration."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __call__(self, module: nn.Module, fqn: str) -> bool:
+        return True
 
 
 @pytest.mark.parametrize(
@@ -47,6 +58,26 @@ from lite3r_plugin.errors import ConfigError, Lite3RError
         ({"block_q": 100}, "block_q is a power of two from 16 to 128, got 100"),
         ({"block_k": 8}, "block_k is a power of two from 16 to 128, got 8"),
         ({"block_q": 256}, "got 256"),
+        ({"dense_below": 2**63}, "dense_below is a number of tokens >= 0 or None, got 9223372036854775808"),
+        ({"dense_below": 10**5000}, "dense_below is a number of tokens >= 0 or None, got int that cannot be printed"),
+        ({"keep_ratio": 10**5000}, "keep_ratio must be in (0, 1], got int that cannot be printed"),
+        ({"keep_ratio": {"a": -(10**5000)}}, "keep_ratio['a'] must be in (0, 1]"),
+        ({"keep_ratio": np.array([0.5, 0.5])}, "keep_ratio must be in (0, 1], got array([0.5, 0.5])"),
+        ({"keep_ratio": torch.tensor(0.5)}, "keep_ratio must be in (0, 1], got tensor(0.5000)"),
+        ({"negligible_ratio": np.zeros(3)}, "negligible_ratio must be in"),
+        ({"scopes": np.array(["global", "frame"])}, "scopes is 'auto' or a tuple"),
+        ({"scopes": (["global"],)}, "scopes must be one of"),
+        ({"scopes": ("global", "global")}, "scopes names a scope twice, got ('global', 'global')"),
+        ({"pin": np.array(["none", "special"])}, "pin must be one of"),
+        ({"linear_branch": torch.ones(2)}, "linear_branch must be one of"),
+        ({"feature_map": ["elu"]}, "feature_map must be one of"),
+        ({"fuse": np.bool_(True)}, "fuse is True or False"),
+        ({"block_q": 10**5000}, "block_q is a power of two from 16 to 128"),
+        ({"block_k": np.ones(2)}, "block_k is a power of two from 16 to 128"),
+        ({"fp8_filter": np.array(["*"])}, "fp8_filter is a tuple of patterns or a function"),
+        ({"fp8_filter": Unhashable()}, "fp8_filter is a tuple of patterns or a function"),
+        ({"preset": np.zeros(2)}, "this version has no presets"),
+        ({"keep_ratio": "x" * 10_000}, "x..."),
         ({"block_q": 32, "block_k": 64}, "block_q must be a multiple of block_k, got 32 and 64"),
     ],
 )
@@ -112,6 +143,18 @@ def test_every_field_is_in_the_dict() -> None:
 def test_foreign_dicts_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Lite3RConfig.from_dict(Lite3RConfig().to_dict() | change)
+
+
+@pytest.mark.parametrize("fields", [[], None, {5: 1}, {("a",): 1}, {"version": True}, {"version": np.ones(2)}, {"version": 10**5000}])
+def test_what_is_no_configuration_is_refused(fields: Any) -> None:
+    with pytest.raises(ConfigError, match="configuration"):
+        Lite3RConfig.from_dict(fields)
+
+
+def test_numbers_of_numpy_become_plain() -> None:
+    config = Lite3RConfig(keep_ratio={"a": np.float64(0.5)}, negligible_ratio=np.float64(0.25))
+    assert type(config.keep_ratio_of("a")) is type(config.negligible_ratio) is float
+    assert "np" not in repr(config)
 
 
 def test_of_several_patterns_the_first_that_matches_counts() -> None:

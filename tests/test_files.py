@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import stat
@@ -17,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from lite3r_plugin.errors import InputError
-from lite3r_plugin.files import check_output, replacing, write_atomically
+from lite3r_plugin.files import check_output, replacing, to_json, write_atomically
 
 
 def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -113,3 +114,17 @@ def test_where_nothing_can_be_written(tmp_path: Path) -> None:
         write_atomically(tmp_path / "no" / "x", "new")
     with pytest.raises(InputError, match="does not exist; create it first"):
         check_output(tmp_path / "no" / "x.png", ".png")
+
+
+def test_numbers_that_json_does_not_have_are_null() -> None:
+    data = {"a": [1.5, float("nan")], "b": {"c": (float("inf"), True, None, "nan")}}
+    assert json.loads(to_json(data), parse_constant=lambda name: pytest.fail(name)) == {
+        "a": [1.5, None],
+        "b": {"c": [None, True, None, "nan"]},
+    }
+
+
+def test_a_name_that_is_too_long_is_refused(tmp_path: Path) -> None:
+    for length in (151, 400):
+        with pytest.raises(InputError, match="too long for the name of a file"):
+            check_output(tmp_path / ("x" * length + ".json"), ".json")

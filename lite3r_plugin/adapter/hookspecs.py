@@ -41,7 +41,8 @@ def lite3r_attention_sites(model: nn.Module) -> Sequence[AttentionSite] | None:
         One site per attention module, under its name in `model`, which need not be in any order; None: ask the next adapter.
 
     Raises:
-        Lite3RError: reaches the user as it is. Of any other exception an `AdapterWarning` remains, and the next adapter is asked.
+        Lite3RError: reaches the user. Of any other exception, and of an answer that is no sequence of sites, an `AdapterWarning`
+            remains, and the next adapter is asked.
     """
 
 
@@ -49,8 +50,8 @@ def lite3r_attention_sites(model: nn.Module) -> Sequence[AttentionSite] | None:
 def lite3r_models() -> Mapping[str, ModelEntry]:
     """Models that the command line can build, by the name that users type. All adapters' answers are collected.
 
-    Where two adapters give one name, a third party's entry wins over a built-in one. The models' libraries may be missing:
-    import them in `ModelEntry.create`, not here.
+    Where two adapters give one name, a third party's entry wins over a built-in one, and a warning says so. The models' libraries may be
+    missing: import them in `ModelEntry.create`, not here.
     """
     raise NotImplementedError
 
@@ -70,7 +71,8 @@ def lite3r_exact_rewrites(model: nn.Module) -> Sequence[str] | None:
         What was rewritten, in words, one string each; None when this adapter does not know the model.
 
     Raises:
-        AdapterError: it is a model of this family, but built in a way that the rewrites do not know.
+        AdapterError: it is a model of this family, but built in a way that the rewrites do not know. After any other exception an
+            `AdapterWarning` remains, and the next adapter is given a model that is built anew.
     """
 
 
@@ -79,5 +81,5 @@ def lite3r_commands(app: typer.Typer) -> None:
     """Add commands to the command line: ``@app.command()`` before a function makes ``lite3r NAME``.
 
     Every plugin is given an `app` of its own and cannot change other commands; the names of built-in commands are taken. A plugin
-    that raises is named in a warning and skipped. Import what is heavy inside of the commands, lest help wait for it.
+    that raises is named in a warning and skipped whole. Import what is heavy inside of the commands, lest help wait for it.
     """

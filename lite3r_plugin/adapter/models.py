@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import AdapterError, InputError
 from ..scene.prediction import Prediction
 from .weights import RANDOM, find_weights, load_weights
 
@@ -35,6 +35,9 @@ class ModelEntry:
         min_views: Fewest images it takes.
         normalize: Pixels as `preprocess` gives them to the model's input of the same shape; by default they are the input.
         mixed_sizes: What `preprocess` does to images of different sizes, as the end of "images of different sizes are ...".
+
+    Raises:
+        AdapterError: a field is of the wrong kind.
     """
 
     name: str
@@ -50,10 +53,25 @@ class ModelEntry:
     normalize: Callable[[Tensor], Tensor] = lambda pixels: pixels
     mixed_sizes: str = "resized to the size of the first"
 
+    def __post_init__(self) -> None:
+        for names, right, kind in (
+            (("name", "summary", "install", "mixed_sizes"), lambda x: isinstance(x, str), "a string"),
+            (("default_weights", "library"), lambda x: x is None or isinstance(x, str), "a string or None"),
+            (("create", "preprocess", "predict", "normalize"), callable, "a function"),
+            (("rename",), lambda x: x is None or callable(x), "a function or None"),
+            (("min_views",), lambda x: type(x) is int and x > 0, "a positive integer"),
+        ):
+            for name in names:
+                if not right(value := getattr(self, name)):
+                    raise AdapterError(f"ModelEntry {self.name!r}: {name} is {kind}, got {value!r}")
+
     @property
     def available(self) -> bool:
         """Whether the library that it needs can be found."""
-        return self.library is None or importlib.util.find_spec(self.library) is not None
+        try:
+            return self.library is None or importlib.util.find_spec(self.library) is not None
+        except (ImportError, ValueError):  # of a package around it that cannot be imported, or has no spec
+            return False
 
     def require_library(self) -> None:
         """Raise `InputError` where the library that it needs cannot be found."""
@@ -61,8 +79,12 @@ class ModelEntry:
             raise InputError(f"the model {self.name!r} needs the library {self.library!r}, which is not installed: {self.install}")
 
     def inputs(self, images: Sequence[Image.Image]) -> Tensor:
-        """The model's input ``[S, 3, H, W]``, float32, of RGB images."""
-        return self.normalize(self.preprocess(images))
+        """The model's input ``[S, 3, H, W]``, float32, of RGB images. Raises `AdapterError` where the adapter makes something else."""
+        pixels = self.normalize(self.preprocess(images))
+        if not isinstance(pixels, Tensor) or pixels.dim() != 4 or len(pixels) != len(images) or pixels.dtype != torch.float32:
+            what = f"{list(pixels.shape)} {pixels.dtype}" if isinstance(pixels, Tensor) else type(pixels).__name__
+            raise AdapterError(f"the model {self.name!r} makes {what} of {len(images)} images, not [{len(images)}, 3, H, W] float32")
+        return pixels
 
     def build(self, weights: str | None = None, device: torch.device | str = "cpu") -> nn.Module:
         """The model in evaluation mode, in FP32, on `device`.
@@ -77,6 +99,7 @@ class ModelEntry:
 
         Raises:
             InputError: the library or the weights cannot be had, or the weights belong to another model.
+            AdapterError: `create` makes no module.
         """
         self.require_library()
         weights = weights or self.default_weights
@@ -91,6 +114,8 @@ class ModelEntry:
             raise InputError(
                 f"the library {self.library!r} of the model {self.name!r} cannot be imported ({error}): {self.install}"
             ) from error
+        if not isinstance(model, nn.Module):
+            raise AdapterError(f"create of the model {self.name!r} made {type(model).__name__}, not a torch.nn.Module")
         if file is not None:
             load_weights(model, file, self.rename)
         return model.eval().to(device)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from ..errors import AdapterError, InputError, Lite3RError, UnknownModelError
+from ..errors import AdapterError, InputError, Lite3RError, UnknownModelError, short
 from . import hookspecs
 from .sites import AttentionSite
 
@@ -24,7 +25,7 @@ DISTRIBUTION = "lite3r-plugin"
 
 
 class AdapterWarning(UserWarning):
-    """A model adapter could not be loaded or failed; the others are unaffected."""
+    """A model adapter could not be loaded, failed, answered with nonsense, or claims what another one has; the others are unaffected."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,54 @@ def get_manager() -> pluggy.PluginManager:
     for entry_point in sorted(importlib.metadata.entry_points(group=hookspecs.ENTRY_POINT_GROUP), key=_is_third_party):
         try:
             _register(manager, entry_point)
-        except Exception as error:
-            warnings.warn(f"the model adapter {_describe(entry_point)} was skipped: {error!r}", AdapterWarning, stacklevel=2)
+        except (Exception, SystemExit) as error:
+            warn(f"the model adapter {_describe(entry_point.name, entry_point.dist)} was skipped: {error!r}")
     return manager
+
+
+def implementations(hook: str) -> list[Any]:
+    """All adapters' implementations of the hook of that name (pluggy's `HookImpl`), in the order in which they are asked."""
+    return list(reversed(getattr(get_manager().hook, hook).get_hookimpls()))
+
+
+def call(implementation: Any, **arguments: Any) -> Any:
+    """What an implementation returns; as pluggy has it, it may take fewer arguments than its hook."""
+    return implementation.function(*(arguments[name] for name in implementation.argnames))
+
+
+@contextlib.contextmanager
+def skipping(implementation: Any, refusals: bool = False) -> Iterator[None]:
+    """Ends the block where an adapter raises or exits in it, and names the adapter in an `AdapterWarning`.
+
+    Args:
+        implementation: Of a hook, which is called in the block, and whose answer is checked there.
+        refusals: Whether errors of the package pass: the hook may refuse with them.
+    """
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if refusals and isinstance(error, Lite3RError):
+            raise
+        name, hook = describe_adapter(implementation.plugin_name), implementation.function.__name__
+        warn(f"the model adapter {name} failed, and its {hook} was skipped: {short(error)}")
+
+
+def warn(text: str) -> None:
+    """Warn of an adapter; always from here, so that Python shows the same text once."""
+    warnings.warn(text, AdapterWarning, stacklevel=1)
+
+
+def describe_adapter(name: str) -> str:
+    """An adapter for messages: its name, its distribution and the version of that."""
+    entry_points = importlib.metadata.entry_points(group=hookspecs.ENTRY_POINT_GROUP)
+    return _describe(name, next((e.dist for e in entry_points if e.name == name), None))
 
 
 def find_sites(model: nn.Module) -> tuple[str, Sequence[AttentionSite]]:
     """Name of the adapter that knows `model`, and the model's attention sites.
+
+    An adapter that fails, or that answers with anything but sites, is named in an `AdapterWarning` and the next one is asked. So are
+    two adapters that both know the model, unless the other one is a more general one (``trylast=True``), which may.
 
     Args:
         model: Any module.
@@ -74,27 +116,35 @@ def find_sites(model: nn.Module) -> tuple[str, Sequence[AttentionSite]]:
 
     Raises:
         UnknownModelError: no adapter knows the model; the message lists the adapters that were asked.
-        AdapterError: an adapter's answer is no sequence. Other errors of the package that an adapter raises pass too.
+        AdapterError: an adapter raised it. Other errors of the package that an adapter raises pass too.
     """
-    manager = get_manager()
-    names = []
-    for implementation in reversed(manager.hook.lite3r_attention_sites.get_hookimpls()):
-        names.append(implementation.plugin_name)
+    asked: list[str] = []
+    winner: tuple[Any, tuple[AttentionSite, ...]] | None = None
+    for implementation in implementations("lite3r_attention_sites"):
+        if winner is not None and _rank(implementation) != _rank(winner[0]):
+            break
+        asked.append(implementation.plugin_name)
+        sites: tuple[AttentionSite, ...] | None = None
         try:
-            sites: Any = implementation.function(model)
-        except Lite3RError:
-            raise
-        except Exception as error:
-            warnings.warn(f"the model adapter {names[-1]!r} failed on {type(model).__name__}: {error!r}", AdapterWarning, stacklevel=2)
+            with skipping(implementation, refusals=True):
+                sites = _checked_sites(call(implementation, model=model))
+        except Lite3RError as error:
+            if winner is None:
+                raise _named(error, implementation) from error
+            sites = ()  # it knows the model, even though it refuses it
+        if sites is None:
             continue
-        if sites is not None:
-            if not isinstance(sites, Sequence):
-                raise AdapterError(f"the model adapter {names[-1]!r} returned {type(sites).__name__}, not a list of AttentionSite")
-            return names[-1], tuple(sites)
-    if not names:
+        if winner is None:
+            winner = implementation, sites
+        else:
+            first, second = (describe_adapter(x.plugin_name) for x in (winner[0], implementation))
+            warn(f"the model adapters {first} and {second} both know {type(model).__name__}: the first one wins; uninstall one of them")
+    if winner is not None:
+        return winner[0].plugin_name, winner[1]
+    if not asked:
         raise UnknownModelError("no model adapters are installed: reinstall with `pip install lite3r-plugin` (or `pip install -e .`)")
     raise UnknownModelError(
-        f"no model adapter knows {type(model).__module__}.{type(model).__qualname__} (asked: {', '.join(names)}). "
+        f"no model adapter knows {type(model).__module__}.{type(model).__qualname__} (asked: {', '.join(asked)}). "
         "Pass the torch.nn.Module that holds the transformer, or write an adapter: adapters/README.md shows one in ten lines."
     )
 
@@ -102,12 +152,17 @@ def find_sites(model: nn.Module) -> tuple[str, Sequence[AttentionSite]]:
 def model_entries() -> dict[str, ModelEntry]:
     """Models that the command line can build, by the name that users type.
 
-    The answers of all adapters together; a third party's entry wins over a built-in one of that name.
+    The answers of all adapters together. An adapter that fails, or that answers with anything else, is named in an `AdapterWarning` and
+    skipped. So are two that give one name: a third party's entry wins over a built-in one.
     """
     entries: dict[str, ModelEntry] = {}
-    for implementation in get_manager().hook.lite3r_models.get_hookimpls():
-        found: Any = implementation.function()
+    owners: dict[str, str] = {}
+    for adapter, found in reversed(_entries_by_adapter().items()):
+        for name in found.keys() & entries.keys():
+            first, second = describe_adapter(adapter), describe_adapter(owners[name])
+            warn(f"the model adapters {first} and {second} both build a model called {name!r}: the first one wins; uninstall one of them")
         entries.update(found)
+        owners.update(dict.fromkeys(found, adapter))
     return entries
 
 
@@ -123,28 +178,71 @@ def find_model(name: str) -> ModelEntry:
 
 def list_adapters() -> list[AdapterInfo]:
     """The adapters that loaded, in the order in which they are asked for sites; then those that only build models."""
-    hook = get_manager().hook
     distributions = {e.name: e.dist for e in importlib.metadata.entry_points(group=hookspecs.ENTRY_POINT_GROUP)}
-    finders, builders = (list(reversed(h.get_hookimpls())) for h in (hook.lite3r_attention_sites, hook.lite3r_models))
-    build: dict[str, Any] = {i.plugin_name: i.function for i in builders}
+    models = _entries_by_adapter()
     infos = []
-    for name, plugin in {i.plugin_name: i.plugin for i in (*finders, *builders)}.items():
-        dist = distributions.get(name)
-        summary = ((getattr(plugin, "__doc__", None) or "").strip().splitlines() or [""])[0]
-        models = build[name]() if name in build else ()
-        infos.append(AdapterInfo(name, dist.name if dist else "", dist.version if dist else "", summary, tuple(models)))
+    hooks = implementations("lite3r_attention_sites") + implementations("lite3r_models")
+    for name, plugin in {i.plugin_name: i.plugin for i in hooks}.items():
+        dist, doc = distributions.get(name), getattr(plugin, "__doc__", None)
+        summary = next(iter(doc.strip().splitlines()), "") if isinstance(doc, str) else ""
+        infos.append(AdapterInfo(name, dist.name if dist else "", dist.version if dist else "", summary, tuple(models.get(name, ()))))
     return infos
+
+
+def _entries_by_adapter() -> dict[str, dict[str, ModelEntry]]:
+    """The models of each adapter that has some, in the order in which they are asked."""
+    found: dict[str, dict[str, ModelEntry]] = {}
+    for implementation in implementations("lite3r_models"):
+        with skipping(implementation):
+            found[implementation.plugin_name] = _checked_entries(call(implementation))
+    return found
+
+
+def _checked_entries(answer: Any) -> dict[str, ModelEntry]:
+    from .models import ModelEntry
+
+    if not isinstance(answer, Mapping):
+        raise TypeError(f"it returned {type(answer).__name__}, not a dict of ModelEntry by name")
+    for name, entry in answer.items():
+        if not isinstance(name, str) or not isinstance(entry, ModelEntry):
+            raise TypeError(f"it returned {type(entry).__name__} for {name!r}, not a ModelEntry for a name")
+    return dict(answer)
+
+
+def _checked_sites(answer: Any) -> tuple[AttentionSite, ...] | None:
+    if answer is None:
+        return None
+    if not isinstance(answer, Sequence):
+        raise TypeError(f"it returned {type(answer).__name__}, not a list of AttentionSite")
+    if wrong := next((type(site).__name__ for site in answer if not isinstance(site, AttentionSite)), None):
+        raise TypeError(f"it returned a list with {wrong}, not of AttentionSite")
+    return tuple(answer)
+
+
+def _named(error: Lite3RError, implementation: Any) -> Lite3RError:
+    """`error` with the adapter's name, where descriptions of sites raise it, which know no adapter."""
+    return (
+        AdapterError(f"the model adapter {describe_adapter(implementation.plugin_name)}: {error}") if type(error) is AdapterError else error
+    )
+
+
+def _rank(implementation: Any) -> tuple[bool, bool]:
+    """What an adapter's author said about when it is to be asked."""
+    return implementation.tryfirst, implementation.trylast
 
 
 def _register(manager: pluggy.PluginManager, entry_point: importlib.metadata.EntryPoint) -> None:
     if manager.has_plugin(entry_point.name):
         raise AdapterError(f"another adapter is registered as {entry_point.name!r} already; rename the entry point")
     plugin = entry_point.load()
-    manager.register(plugin, name=entry_point.name)
     try:
+        manager.register(plugin, name=entry_point.name)
         manager.check_pending()  # the only place where a misspelt hook name shows
-    except pluggy.PluginValidationError:
-        manager.unregister(plugin)
+        if not manager.get_hookcallers(plugin):
+            raise AdapterError("it has none of the hooks; mark them with @hookimpl, and name the module that holds them as the entry point")
+    except BaseException:
+        if manager.has_plugin(entry_point.name):
+            manager.unregister(name=entry_point.name)
         raise
 
 
@@ -152,6 +250,5 @@ def _is_third_party(entry_point: importlib.metadata.EntryPoint) -> bool:
     return entry_point.dist is None or entry_point.dist.name != DISTRIBUTION
 
 
-def _describe(entry_point: importlib.metadata.EntryPoint) -> str:
-    dist = entry_point.dist
-    return f"{entry_point.name!r} ({f'{dist.name} {dist.version}' if dist else 'unknown distribution'})"
+def _describe(name: str, dist: Any) -> str:
+    return f"{name!r} ({f'{dist.name} {dist.version}' if dist else 'of no distribution'})"

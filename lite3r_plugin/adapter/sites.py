@@ -6,11 +6,12 @@ An adapter returns one `AttentionSite` per attention module. The site says how t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from ..config import Scope
-from ..errors import AdapterError
+from ..errors import AdapterError, shown
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,16 @@ class Rope2D:
 
     Attributes:
         base: Base of the frequencies.
+
+    Raises:
+        AdapterError: it is no positive number.
     """
 
     base: float = 100.0
+
+    def __post_init__(self) -> None:
+        if type(self.base) not in (int, float) or not 0 < self.base < math.inf:
+            raise AdapterError(f"base of a Rope2D is a positive number, got {shown(self.base)}")
 
 
 @dataclass(frozen=True)
@@ -151,9 +159,9 @@ class TokenSource:
 
     def __post_init__(self) -> None:
         size = self.patch_size
-        if not (isinstance(size, tuple) and len(size) == 2 and all(isinstance(x, int) and x > 0 for x in size)):
+        if not (isinstance(size, tuple) and len(size) == 2 and all(type(x) is int and x > 0 for x in size)):
             raise AdapterError(f"patch_size of a TokenSource is a pair of positive integers (height, width), got {size!r}")
-        if not isinstance(self.special_tokens, int) or self.special_tokens < 0:
+        if type(self.special_tokens) is not int or self.special_tokens < 0:
             raise AdapterError(f"special_tokens of a TokenSource is a number of tokens, got {self.special_tokens!r}")
 
 
@@ -183,9 +191,11 @@ class AttentionSite:
     block: PreNormBlock | None = None
 
     def __post_init__(self) -> None:
-        if self.scope not in get_args(Scope):
+        if not isinstance(self.fqn, str):
+            raise AdapterError(f"fqn of a site is the name of a module, got {shown(self.fqn)}")
+        if not isinstance(self.scope, str) or self.scope not in get_args(Scope):
             raise AdapterError(f"site {self.fqn!r}: scope is one of {get_args(Scope)}, got {self.scope!r}")
-        if not isinstance(self.head_dim, int) or self.head_dim <= 0:
+        if type(self.head_dim) is not int or self.head_dim <= 0:
             raise AdapterError(f"site {self.fqn!r}: head_dim is a positive integer, got {self.head_dim!r}")
         for name, kind in (("projections", Projections), ("tokens", TokenSource | None), ("block", PreNormBlock | None)):
             if not isinstance(getattr(self, name), kind):

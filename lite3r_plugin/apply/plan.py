@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -112,7 +112,8 @@ def plan_application(found: Inventory, config: Lite3RConfig, *, with_weights: bo
     scopes = _sparse_scopes(config, adapter, sites)
     _check_keep_ratios(config, [site.fqn for site in sites if site.scope in scopes])
     for site in sites:
-        check_block(found.modules, site)
+        with _naming(adapter):
+            check_block(found.modules, site)
     swaps: dict[nn.Module, Swap] = {}  # a module with two names is swapped once
     skipped: dict[str, str] = {}
     sources: list[TokenSource] = []
@@ -121,7 +122,8 @@ def plan_application(found: Inventory, config: Lite3RConfig, *, with_weights: bo
         if not sparse and not (config.fuse and style_of(site, host).fuses):
             skipped[site.fqn] = f"scope {site.scope!r} stays dense"
             continue
-        check_projections(site, host)
+        with _naming(adapter):
+            check_projections(site, host)
         if sparse and config.attention_backend == "triton" and site.head_dim not in TRITON_HEAD_DIMS:
             raise BackendError(
                 f'site {site.fqn!r} has head_dim {site.head_dim}; the Triton kernels take {TRITON_HEAD_DIMS}. Use attention_backend="auto"'
@@ -221,11 +223,18 @@ def _check_branch_dtype(site: AttentionSite, host: nn.Module) -> None:
         )
 
 
-def _find_hosts(found: Inventory, adapter: str, sites: Sequence[Any]) -> dict[str, nn.Module]:
+@contextlib.contextmanager
+def _naming(adapter: str) -> Iterator[None]:
+    """Put the adapter's name into the `AdapterError` of what it described."""
+    try:
+        yield
+    except AdapterError as error:
+        raise AdapterError(f"adapter {adapter!r}: {error}") from error
+
+
+def _find_hosts(found: Inventory, adapter: str, sites: Sequence[AttentionSite]) -> dict[str, nn.Module]:
     hosts: dict[str, nn.Module] = {}
     for site in sites:
-        if not isinstance(site, AttentionSite):
-            raise AdapterError(f"adapter {adapter!r} returned {type(site).__name__}, not AttentionSite")
         if not site.fqn:
             raise ConfigError(f"this {found.name} is an attention module itself: pass the model that holds it")
         if site.fqn in hosts:

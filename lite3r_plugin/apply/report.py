@@ -96,7 +96,7 @@ class Description:
             lines.append(f"  {count} sites untouched: {reason}")
         densities = [s.calls.density for s in sparse if s.calls.density is not None]
         calls = sum(s.calls.sparse for s in sparse), sum(s.calls.dense for s in sparse)
-        ran = f"calls so far: {calls[0]} sparse, {calls[1]} dense (shorter than break-even)"
+        ran = f"calls so far: {calls[0]} sparse, {calls[1]} dense (where sparse does not pay)"
         lines.append(f"  {ran}" + (f", density of the last {max(densities):.3f}" if densities else ""))
         if any(kind != FULL_PRECISION for kind in self.linears):
             lines.append(f"  Linears: {', '.join(f'{count} {kind}' for kind, count in self.linears.items())}")

@@ -183,7 +183,7 @@ class SparseLinearAttention(HostWrapper):
         """Whether this site is to run sparse for values `v` ``[B, H, N, D]``, `pinned` of whose N tokens are always kept.
 
         Never where nothing is to be dropped, from `Lite3RConfig.dense_below` tokens on where that is set, and else where it is expected
-        to be faster (`lite3r_plugin.costs.attention`). An unknown GPU may be measured for that, some seconds, once.
+        to be faster (`lite3r_plugin.costs.attention`): never on a CPU. An unknown GPU may be measured for that, some seconds, once.
         """
         config, (batch, num_heads, tokens, dim) = self.state.config, v.shape
         if self.keep_ratio == 1:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
 import platform
 import subprocess
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..files import write_atomically
+from ..files import to_json, write_atomically
 from ..ops.dispatch import triton_installed
 from ..version import __version__
 
@@ -125,7 +124,7 @@ class BenchReport:
 
     def save(self, path: Path) -> None:
         """Write the JSON file in one step: a reader sees the old or the new one, never a part. Raises `InputError` where that fails."""
-        write_atomically(path, json.dumps(self.to_dict(), indent=1) + "\n")
+        write_atomically(path, to_json(self.to_dict()))
 
 
 def machine(device: torch.device, commit: str | None) -> dict[str, Any]:

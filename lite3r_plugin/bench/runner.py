@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..apply.lookup import lite3r_modules
 from ..apply.report import describe
 from ..config import Lite3RConfig
-from ..errors import InputError, Lite3RError, short
+from ..errors import InputError, short
 from ..runtime.device import release_memory
 from .models import BenchModel, build, make_images, output_differences, reference, tensors
 from .records import BenchReport, Cell, machine
@@ -103,9 +103,8 @@ class Bench:
         missing = why_not(variant, self.options, self.device)
         if missing is None and self._has_time():
             try:
-                module = build(self.model, self.device, self.seed)
-                rewrites = prepare(module, variant, self.options)
-            except (RuntimeError, Lite3RError) as caught:
+                module, rewrites = prepare(lambda: build(self.model, self.device, self.seed), variant, self.options)
+            except Exception as caught:
                 error = caught
         subject = None if module is None else Subject(module, variant, self._setup)
         for cell in cells:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..adapter.plugins import get_manager
+from ..adapter.plugins import call, implementations, skipping
 from ..apply.lookup import lite3r_modules
 from ..apply.verbs import apply_lite3r
 from ..errors import NoSitesError
@@ -76,25 +76,52 @@ def why_not(variant: Variant, options: Mapping[str, Any], device: torch.device) 
     return None if reason is None else f"no FP8 matrix products: {reason}; --config fp8_backend=emulated runs it for its memory and error"
 
 
-def prepare(module: nn.Module, variant: Variant, options: Mapping[str, Any]) -> list[str]:
-    """Turn a stock model into `variant`, in place. Returns the exact rewrites that were made, in words.
+def prepare(build: Callable[[], nn.Module], variant: Variant, options: Mapping[str, Any]) -> tuple[nn.Module, list[str]]:
+    """A model prepared as `variant`, and the exact rewrites that were made in it, in words.
+
+    Args:
+        build: Makes the stock model.
+        variant: The variant.
+        options: Fields of `Lite3RConfig`.
 
     Raises:
         NoSitesError: no adapter has exact rewrites for this model, so it has no strong variant.
     """
-    rewrites: list[str] = []
-    if variant.strong:
-        module.to(torch.bfloat16)
-        found = get_manager().hook.lite3r_exact_rewrites(model=module)
-        if found is None:
-            raise NoSitesError(
-                f"no adapter has exact rewrites (the hook lite3r_exact_rewrites) for {type(module).__name__}; leave {variant.name!r} out"
-            )
-        rewrites = list(found)
+    module, rewrites = rewritten(build) if variant.strong else (build(), [])
+    if rewrites is None:
+        raise NoSitesError(
+            f"no adapter has exact rewrites (the hook lite3r_exact_rewrites) for {type(module).__name__}; leave {variant.name!r} out"
+        )
     if variant.lite3r:
         apply_lite3r(module, **variant.fields(options))
         fill_projections(module)
-    return rewrites
+    return module, rewrites
+
+
+def rewritten(build: Callable[[], nn.Module]) -> tuple[nn.Module, list[str] | None]:
+    """A model of `build` with BF16 weights, rewritten by the first adapter that knows it, and the rewrites in words; None: none does.
+
+    An adapter that fails is named in an `AdapterWarning`. What it leaves is thrown away: it may be rewritten in part.
+    """
+    module = None
+    for implementation in implementations("lite3r_exact_rewrites"):
+        module = build().to(torch.bfloat16) if module is None else module
+        failed = True
+        with skipping(implementation, refusals=True):
+            found = _checked_rewrites(call(implementation, model=module))
+            failed = False
+            if found is not None:
+                return module, found
+        module = None if failed else module
+    return build() if module is None else module, None
+
+
+def _checked_rewrites(answer: Any) -> list[str] | None:
+    if answer is None:
+        return None
+    if isinstance(answer, str) or not isinstance(answer, Sequence) or not all(isinstance(words, str) for words in answer):
+        raise TypeError(f"it returned {answer!r}, not a list of what was rewritten, in words")
+    return list(answer)
 
 
 def fill_projections(module: nn.Module) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 def adapters() -> None:
     """List the installed model adapters, and the models that the other commands can build."""
     from rich.table import Table
+    from rich.text import Text
 
     from ..adapter.plugins import list_adapters, model_entries
     from .show import console
@@ -14,7 +15,7 @@ def adapters() -> None:
     for header in ("adapter", "about", "from"):
         table.add_column(header, overflow="fold")
     for info in list_adapters():
-        table.add_row(info.name, info.summary, f"{info.distribution} {info.version}".strip())
+        table.add_row(Text(info.name), Text(info.summary), Text(f"{info.distribution} {info.version}".strip()))
     console.print(table)
 
     table = Table(title="Models: what other commands take as --model", title_justify="left", title_style="bold")
@@ -22,5 +23,5 @@ def adapters() -> None:
         table.add_column(header, overflow="fold")
     for name, entry in model_entries().items():
         library = "installed" if entry.available else f"missing: {entry.install}"
-        table.add_row(name, entry.summary, entry.default_weights or "", library)
+        table.add_row(Text(name), Text(entry.summary), Text(entry.default_weights or ""), Text(library))
     console.print(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import warnings
 from typing import Annotated, Any
@@ -18,7 +19,7 @@ from .reconstruct import reconstruct
 
 
 class _Group(TyperGroup):
-    """Adds the commands of plugins; prints the package's errors as one line with exit code 2, and only the package's own warnings."""
+    """Adds the commands of plugins; prints errors of the package and the system in one line, exit code 2, and its own warnings only."""
 
     @functools.cached_property
     def plugin_commands(self) -> dict[str, Any]:
@@ -52,6 +53,11 @@ class _Group(TyperGroup):
             return super().invoke(ctx)
         except Lite3RError as error:
             _show.error(str(error))
+            raise typer.Exit(2) from None
+        except OSError as error:  # of the system: no room, no permission, a name that is too long
+            if error.errno == errno.EPIPE:
+                raise
+            _show.error(f"{error.strerror or error}" + (f": {error.filename}"[:300] if error.filename else ""))
             raise typer.Exit(2) from None
 
 

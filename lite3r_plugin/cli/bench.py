@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .options import Config, Device, KeepRatio, Model, Repeats, config_fields, numbers
+from ..errors import InputError
+from .options import LARGEST_SEED, Config, Device, KeepRatio, Model, Repeats, config_fields, numbers
 
 DEFAULT_VARIANTS = "stock,strong,strong-fp8,lite3r,lite3r-strong,lite3r-fp8"
 TABLE_WIDTH = 150
@@ -29,7 +30,7 @@ def bench(
     commit: Annotated[
         str | None, typer.Option(help="The commit under test, where the package is not in its repository.", show_default=False)
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of weights and images.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of weights and images.")] = 0,
 ) -> None:
     """Measure a model as it is, as strong as a dense model gets, and with Lite3R, in one process on the same images."""
     from rich.console import Console
@@ -66,3 +67,6 @@ def bench(
     console.print(table(report))
     for key, value in report.conditions.items():
         console.print(f"  {key}: {value}", markup=False, highlight=False)
+    if all(cell.status != "ok" for cell in report.cells):
+        first = report.cells[0]
+        raise InputError(f"nothing was measured: no cell ran; {first.variant} at {first.views} views: {first.status}, {first.error}")

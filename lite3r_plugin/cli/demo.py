@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import Config, Device, KeepRatio, Repeats, Weights, lite3r_config
+from .options import LARGEST_SEED, Config, Device, KeepRatio, Repeats, Weights, lite3r_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +24,7 @@ def demo(
     views: Annotated[int, typer.Option(min=1, max=64, help="Number of views.")] = 8,
     keep_ratio: KeepRatio = None,
     config: Config = None,
-    seed: Annotated[int, typer.Option(min=0, help="Which scene.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Which scene.")] = 0,
     repeats: Repeats = 3,
     weights: Weights = None,
     device: Device = "auto",
@@ -38,7 +38,7 @@ def demo(
     from ..errors import InputError
     from ..evaluation import DENSE, LITE3R, ModelPair, choose_device, merge
     from ..scene.export import Panel, point_cloud, render, save_picture, save_ply
-    from .show import console, depth_error, panels, progress, say, table_of_runs, warn
+    from .show import console, depth_error, labels, panels, progress, say, table_of_runs, warn, what_ran
 
     # Sparse attention would not switch itself on for so few tokens; the demo wants to show it.
     options = lite3r_config(config, keep_ratio, dense_below=0)
@@ -68,7 +68,7 @@ def demo(
         scale = (truth / runs[DENSE].prediction.depth)[truth > 0].median()
         rows.insert(1, Panel("depth, truth", torch.where(truth > 0, truth / scale, torch.nan), "depth"))
         picture = out / "demo.png"
-        looks = [(f"points, {name}", render(cloud)) for name, cloud in clouds.items()]
+        looks = [(f"points, {label}", render(cloud)) for label, cloud in zip(labels(runs), clouds.values(), strict=True)]
         save_picture(picture, rows, f"lite3r demo: {views} views of a rendered scene", looks)
 
     errors = {
@@ -80,7 +80,10 @@ def demo(
     say(applied)
     title = f"testbed: {views} views of {SIZE} x {SIZE} pixels, {where}, float32, median of {repeats}"
     console.print(table_of_runs(title, runs, errors))
-    say(_honest(where.type))
+    if note := what_ran(runs[LITE3R].density, pair.model, where):
+        warn(note)
+    else:
+        say(_honest(where.type))
     for file in (*files.values(), picture):
         say(f"wrote {file}")
 
@@ -103,5 +106,5 @@ def _honest(device: str) -> str:
         return f"{quality} So few tokens are below the length at which sparse attention pays; run `lite3r bench` for speed."
     return (
         f"{quality} Times on a CPU say nothing about a GPU: the sparse path runs here in plain PyTorch operators, and is switched on "
-        "although it does not pay for so few tokens (dense_below=0). Run `lite3r bench` on a GPU for speed."
+        "although it does not pay (dense_below=0). Run `lite3r bench` on a GPU for speed."
     )

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import enum
-import json
 from typing import Annotated
 
 import typer
 
-from .options import Config, Device, Dtype, Json, KeepRatio, Model, Weights, lite3r_config
+from .options import LARGEST_SEED, Config, Device, Dtype, Json, KeepRatio, Model, Weights, lite3r_config
 
 
 class Rule(str, enum.Enum):
@@ -43,16 +42,16 @@ def evaluate(
     device: Device = "auto",
     dtype: Dtype = "auto",
     max_points: Annotated[int, typer.Option(min=1, help="Points of each cloud that are compared.")] = 20_000,
-    seed: Annotated[int, typer.Option(help="Of the choice of views.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the choice of views.")] = 0,
 ) -> None:
     """Measure depth, pose and points against the truth, dense and with Lite3R, with 95 % intervals of the difference."""
     from ..adapter.plugins import find_model
     from ..adapter.weights import RANDOM
     from ..apply.report import describe
     from ..evaluation import ModelPair, choose_device, choose_dtype, compare
-    from ..files import check_output, write_atomically
+    from ..files import check_output, to_json, write_atomically
     from ..scene.data import open_scenes
-    from .show import console, progress, say, warn
+    from .show import console, progress, say, warn, what_ran
 
     options, entry = lite3r_config(config, keep_ratio), find_model(model)
     where = choose_device(device)
@@ -76,9 +75,9 @@ def evaluate(
     console.print(result.table())
     sets = f"{len(result.densities)} sets of {views} views, {rule.value}"
     say(f"{entry.name} on {data}: {sets}; density {result.density:.3f}; {where}, {number}")
-    if result.density == 1:
-        warn("every site ran dense: with so few tokens sparse attention does not pay; --config dense_below=0 switches it on anyway")
+    if note := what_ran(result.density, pair.model, where):
+        warn(note)
     if json_path is not None:
         record = result.to_dict() | {"data": data, "split": split, "weights": weights}
-        write_atomically(json_path, json.dumps(record, indent=1) + "\n")
+        write_atomically(json_path, to_json(record))
         say(f"wrote {json_path}")

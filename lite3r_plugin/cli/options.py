@@ -39,6 +39,9 @@ Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Timed runs; the 
 Json = Annotated[Path | None, typer.Option("--json", help="Write all numbers here.", show_default=False)]
 
 
+LARGEST_SEED = 2**31 - 1
+
+
 def config_fields(config: Iterable[str] | None, keep_ratio: float | None = None) -> dict[str, Any]:
     """Fields of `Lite3RConfig` from ``--config name=value`` and ``--keep-ratio``; a value that is no JSON is a string.
 
@@ -55,7 +58,7 @@ def config_fields(config: Iterable[str] | None, keep_ratio: float | None = None)
             raise InputError(f"{name} is given twice; one of them is meant")
         try:
             fields[name] = json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # no JSON, a number of thousands of digits, brackets without end
             fields[name] = value
     Lite3RConfig().replace(**fields)
     return fields

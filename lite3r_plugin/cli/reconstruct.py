@@ -84,14 +84,14 @@ def reconstruct(
         warn(note)
     if applied:
         say(applied)
-        if note := what_ran(runs[LITE3R]):
-            say(note)
+        if note := what_ran(runs[LITE3R].density, net, where):
+            warn(note)
     height, width = views.shape[-2:]
     count = f", median of {repeats}" if repeats > 1 else ""
     console.print(
         table_of_runs(f"{entry.name}: {len(paths)} views of {width} x {height} pixels, {where}, {_name(number)}{count}", runs, errors)
     )
-    if compare and where.type == "cpu":
+    if compare and where.type == "cpu" and runs[LITE3R].density != 1:
         say("On a CPU the sparse path runs in plain PyTorch operators; its time says nothing about a GPU.")
     for file, what in files.items():
         say(f"wrote {file} ({what})")
@@ -124,16 +124,16 @@ def _compare(runs: dict[str, Run]) -> dict[str, dict[str, DepthMetrics | None]]:
 def _write(out: Path, title: str, runs: dict[str, Run], max_points: int, drop: float) -> dict[Path, str]:
     from ..evaluation import DENSE
     from ..scene.export import point_cloud, render, save_picture, save_ply
-    from .show import panels
+    from .show import labels, panels
 
     files: dict[Path, str] = {}
     looks = []
-    for name, run in runs.items():
+    for (name, run), label in zip(runs.items(), labels(runs), strict=True):
         cloud = point_cloud(run.prediction, drop, max_points)
         path = out.with_suffix(".dense.ply") if name == DENSE and len(runs) > 1 else out
         save_ply(cloud, path)
-        files[path] = f"{len(cloud.points):,} points, {name}"
-        looks.append((f"points, {name}", render(cloud)))
+        files[path] = f"{len(cloud.points):,} points, {label}"
+        looks.append((f"points, {label}", render(cloud)))
     save_picture(out.with_suffix(".png"), panels(runs), title, looks)
     files[out.with_suffix(".png")] = "views, depth and points"
     return files

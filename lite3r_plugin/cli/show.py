@@ -10,11 +10,14 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import torch
+    from torch import Tensor, nn
 
     from ..evaluation import Run
     from ..scene.export import Panel
     from ..scene.metrics import DepthMetrics
+
+NOTHING_SPARSE = "nothing sparse"
 
 console = Console(highlight=False)
 err_console = Console(stderr=True, highlight=False)
@@ -41,14 +44,18 @@ def warn(text: str) -> None:
     err_console.print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
 
 
-def what_ran(run: Run) -> str | None:
-    """A sentence where Lite3R's sites ran dense after all, else None."""
-    if run.density != 1:
-        return None
-    return (
-        "Every site ran dense: with so few tokens sparse attention does not pay, so the result is the dense model's. "
-        "Use more views, or --config dense_below=0 to see the sparse path anyway."
-    )
+def what_ran(density: float | None, model: nn.Module, device: torch.device) -> str | None:
+    """A sentence where nothing was sparse in runs of a `model` with Lite3R, `density` in the mean; else None."""
+    from ..apply.report import describe
+    from ..evaluation import why_dense
+
+    reason = why_dense(density, describe(model).config, device)
+    return None if reason is None else f"Nothing was sparse: {reason}. Attention is the dense model's."
+
+
+def labels(runs: Mapping[str, Run]) -> dict[str, Run]:
+    """The runs by what they are called for people: nothing is called Lite3R in which nothing was sparse."""
+    return {NOTHING_SPARSE if run.density == 1 else name: run for name, run in runs.items()}
 
 
 def table_of_runs(title: str, runs: Mapping[str, Run], errors: Mapping[str, Mapping[str, DepthMetrics | None]]) -> Table:
@@ -57,10 +64,10 @@ def table_of_runs(title: str, runs: Mapping[str, Run], errors: Mapping[str, Mapp
     table.add_column("")
     for header in ("time", "density", "peak memory", *(f"{what}\nmean / p95 / max" for what in errors)):
         table.add_column(header, justify="right", no_wrap=header == "time")
-    for name, run in runs.items():
+    for (name, run), label in zip(runs.items(), labels(runs), strict=True):
         row = [_seconds(run), "1 (dense)" if run.density is None else f"{run.density:.2f}", _bytes(run.peak_bytes)]
         row += [_error(column.get(name)) for column in errors.values()]
-        table.add_row(name, *row)
+        table.add_row(label, *row)
     return table
 
 
@@ -81,10 +88,11 @@ def panels(runs: Mapping[str, Run]) -> list[Panel]:
 
     first = next(iter(runs.values())).prediction
     rows = [Panel("views", first.images, "image")]
-    rows += [Panel(f"depth, {name}", run.prediction.depth, "depth") for name, run in runs.items()]
+    named = labels(runs)
+    rows += [Panel(f"depth, {name}", run.prediction.depth, "depth") for name, run in named.items()]
     if len(runs) == 2:
         before, after = (run.prediction.depth for run in runs.values())
-        rows.append(Panel(f"difference of {' and '.join(runs)}", (after - before).abs() / before, "error"))
+        rows.append(Panel(f"difference of {' and '.join(named)}", (after - before).abs() / before, "error"))
     return rows
 
 

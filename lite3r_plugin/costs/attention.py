@@ -1,7 +1,8 @@
 """From which length on sparse attention pays on this machine.
 
 The times of both kinds of attention follow from four numbers for each chip, `AttentionCosts`. They are known for the
-H100 (benchmarks/results); on another GPU they are measured once, by `measure`, and kept in the user's cache.
+H100 (benchmarks/results); on another GPU they are measured once, by `measure`, and kept in the user's cache. Elsewhere
+sparse attention runs in torch operators, which gather what they keep: there it is never taken to be faster.
 `Lite3RConfig.dense_below` overrides all of this.
 """
 
@@ -20,7 +21,7 @@ from .store import CostStore
 logger = logging.getLogger(__name__)
 
 H100 = AttentionCosts(dense=1.0e-8, slowdown=1.0, per_token=1.2e-5, per_call=0.4)
-CPU = AttentionCosts(dense=4e-5, slowdown=1.2, per_token=0.0, per_call=100.0)
+NEVER = BreakEven(gain=0, loss=0, tokens=0, call=0)
 KNOWN = {"H100": H100, "H200": H100, "GH200": H100}  # by a word of the name of the GPU; all three are the same chip
 
 
@@ -44,10 +45,10 @@ class CostTable:
         self.name_of = name_of
         self._found: dict[torch.device, AttentionCosts] = {}
 
-    def of(self, device: torch.device, may_measure: bool = True) -> AttentionCosts:
-        """The costs on `device`; where they are not known and may not be measured now, those of the H100."""
+    def of(self, device: torch.device, may_measure: bool = True) -> AttentionCosts | None:
+        """The costs on `device`, None where it is no CUDA GPU; where they are not known and may not be measured now, those of the H100."""
         if device.type != "cuda":
-            return CPU
+            return None
         found = self._found.get(device)
         if found is not None:
             return found
@@ -79,4 +80,5 @@ def break_even(device: torch.device, kept: int, keys_per_mean: int, may_measure:
         kept, keys_per_mean: The `SparseShares` of the site, one by one: compilers compare integers by value, objects by identity.
         may_measure: Whether an unknown GPU may be measured now: not while a graph is captured or compiled.
     """
-    return break_even_of(TABLE.of(device, may_measure), SparseShares(kept, keys_per_mean))
+    costs = TABLE.of(device, may_measure)
+    return NEVER if costs is None else break_even_of(costs, SparseShares(kept, keys_per_mean))

@@ -15,6 +15,8 @@ from ..version import __version__
 from .model import AttentionCosts
 
 logger = logging.getLogger(__name__)
+# The least and the most that any GPU can come near to, in the units of `AttentionCosts`.
+PLAUSIBLE = {"dense": (1e-12, 1e-2), "slowdown": (1e-2, 1e3), "per_token": (0.0, 1.0), "per_call": (0.0, 1e3)}
 VERSIONS = {"lite3r": __version__, "torch": torch.__version__}
 
 
@@ -39,9 +41,10 @@ class CostStore:
         """The costs of the GPU `name`; None where there are none, or damaged ones, so that they are measured again."""
         try:
             stored = json.loads(self._file(name).read_text())
-            return AttentionCosts(**stored["costs"]) if stored["versions"] == VERSIONS else None
-        except (OSError, ValueError, KeyError, TypeError):
+            costs = AttentionCosts(**stored["costs"]) if stored["versions"] == VERSIONS else None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
+        return costs if costs is not None and _is_plausible(costs) else None
 
     def save(self, name: str, costs: AttentionCosts) -> None:
         """Keep `costs` of the GPU `name`, or warn that they cannot be kept."""
@@ -52,3 +55,7 @@ class CostStore:
 
     def _file(self, name: str) -> Path:
         return (self.folder or users_folder()) / f"{name.replace('/', '-')}.json"
+
+
+def _is_plausible(costs: AttentionCosts) -> bool:
+    return all(type(x := getattr(costs, name)) in (int, float) and low <= x <= high for name, (low, high) in PLAUSIBLE.items())

@@ -14,7 +14,7 @@ Nothing here prints: `compare` tells its progress to a function, and what librar
 """
 
 from .compare import DENSE, LITE3R, Evaluation, ModelPair, compare, model_inputs, sample_views
-from .run import Run, choose_device, choose_dtype, merge, quiet, run_model
+from .run import Run, choose_device, choose_dtype, merge, quiet, run_model, why_dense
 
 __all__ = [
     "DENSE",
@@ -30,4 +30,5 @@ __all__ = [
     "quiet",
     "run_model",
     "sample_views",
+    "why_dense",
 ]

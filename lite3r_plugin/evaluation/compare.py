@@ -159,7 +159,7 @@ def compare(
             dense = pair.run(DENSE, images, dtype).prediction.geometry()
             run = pair.run(LITE3R, images, dtype)
             mine = run.prediction.geometry()
-            comparison.add(sample.geometry(), {DENSE: dense, LITE3R: mine})
+            comparison.add(sample.geometry(), {DENSE: dense, LITE3R: mine}, scene=number)
             near.append(fidelity(mine, dense))
             densities.append(1.0 if run.density is None else run.density)
     conditions = {

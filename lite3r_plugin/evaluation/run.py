@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import os
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,10 @@ from torch import Tensor, nn
 
 from ..adapter.models import ModelEntry
 from ..apply.lookup import lite3r_modules
-from ..errors import InputError
+from ..attention.module import SparseLinearAttention
+from ..attention.state import CallCounts
+from ..config import Lite3RConfig
+from ..errors import AdapterError, InputError, short
 from ..runtime.device import synchronize
 from ..scene.prediction import Prediction
 
@@ -56,9 +60,9 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"the device {name!r} is not available ({str(error).splitlines()[0]}); try --device auto") from error
+        torch.zeros(1, device=device).item()  # a device may be known, but hold nothing
+    except Exception as error:  # whatever a backend that is not there raises
+        raise InputError(f"the device {name[:40]!r} is not available ({short(error)}); try --device auto") from error
     return device
 
 
@@ -85,7 +89,10 @@ def run_model(entry: ModelEntry, model: nn.Module, images: Tensor, dtype: torch.
 
     Raises:
         InputError: the memory does not suffice.
+        AdapterError: `entry` predicts something else than a `Prediction`.
     """
+    sites = [site for site in lite3r_modules(model).values() if site.sparse and site.enabled]
+    before = [dataclasses.replace(site.calls) for site in sites]
     autocast = torch.autocast(images.device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
     predictions, times = [], []
     with quiet(), torch.no_grad(), autocast, _explained_memory_errors(images):
@@ -98,7 +105,29 @@ def run_model(entry: ModelEntry, model: nn.Module, images: Tensor, dtype: torch.
             predictions[:] = [entry.predict(model, images)]
             synchronize(images.device)
             times.append(time.perf_counter() - start)
-    return Run(predictions[0], tuple(times), read_peak(images.device), _density(model))
+    if not isinstance(predictions[0], Prediction):
+        raise AdapterError(f"predict of the model {entry.name!r} returned {type(predictions[0]).__name__}, not a Prediction")
+    return Run(predictions[0], tuple(times), read_peak(images.device), _density(sites, before))
+
+
+def why_dense(density: float | None, config: Lite3RConfig, device: torch.device) -> str | None:
+    """Why nothing was sparse in a run with Lite3R, as half a sentence; None where something was, and without Lite3R.
+
+    Args:
+        density: Of the run.
+        config: Of the model.
+        device: Where it ran.
+    """
+    if density != 1:
+        return None
+    ratios = config.keep_ratio.values() if isinstance(config.keep_ratio, Mapping) else [config.keep_ratio]
+    if all(ratio == 1 for ratio in ratios):
+        return "keep_ratio is 1, which leaves nothing out"
+    if config.dense_below is not None:
+        return f"with so few tokens nothing is left out at dense_below={config.dense_below}"
+    if device.type != "cuda":
+        return "without a CUDA GPU sparse attention does not pay (dense_below=0 runs it anyway)"
+    return "with so few tokens sparse attention does not pay (dense_below=0 runs it anyway)"
 
 
 def merge(runs: Sequence[Run]) -> Run:
@@ -135,9 +164,13 @@ def read_peak(device: torch.device) -> int | None:
     return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:")), None)
 
 
-def _density(model: nn.Module) -> float | None:
-    calls = [site.calls for site in lite3r_modules(model).values() if site.sparse and site.enabled]
-    densities = [call.density if call.sparse and call.density is not None else 1.0 for call in calls]
+def _density(sites: Sequence[SparseLinearAttention], before: Sequence[CallCounts]) -> float | None:
+    """Mean density of the last call of `sites`, whose calls were counted `before`; 1 for each that ran dense."""
+    now = [site.calls for site in sites]
+    densities = [
+        call.density if call.sparse > earlier.sparse and call.density is not None else 1.0
+        for call, earlier in zip(now, before, strict=True)
+    ]
     return statistics.fmean(densities) if densities else None
 
 

@@ -14,7 +14,7 @@ calibrated ones before it, gave errors within 1 % of these at every site, at as 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,7 +84,8 @@ def calibrate(model: nn.Module, inputs: Iterable[Any]) -> Calibration:
     Raises:
         ModelTypeError: `model` is no `torch.nn.Module`.
         ConfigError: the model has no linear branch, or no site that is sparse.
-        InputError: there are fewer than two inputs, none of them reaches a sparse site, or activations are not finite.
+        InputError: `inputs` is one input and no list of them, there are fewer than two, none of them reaches a sparse site, they are
+            empty, or activations are not finite.
         NotAppliedError: `apply_lite3r` was not called.
         WeightsError: a branch cannot be written: it has an adapter around it, or is offloaded, quantised or sharded by another than FSDP2.
     """
@@ -97,14 +98,18 @@ def calibrate(model: nn.Module, inputs: Iterable[Any]) -> Calibration:
     for fqn, site in sites.items():
         if reason := why_not_written(site.proj_lin):
             raise WeightsError(f"calibration cannot fit {fqn}.proj_lin: it {reason}")
+    if not isinstance(inputs, Iterable) or isinstance(inputs, (Mapping, str, bytes)) or hasattr(inputs, "__array__"):
+        raise InputError(
+            f"calibration takes a list or a generator of inputs of the model, got {type(inputs).__name__}: put an input x into a list, [x]"
+        )
     recorders, count = record(model, sites, inputs, FOLDS)
     if count < 2:
         raise InputError(f"calibration needs at least two inputs, one to fit and one to judge by, got {count}")
-    reached = {fqn: recorder for fqn, recorder in recorders.items() if recorder.folds}
+    reached = {fqn: folds for fqn, recorder in recorders.items() if (folds := [sums for sums in recorder.folds.values() if sums.count])}
     if not reached:
-        raise InputError("the inputs reach no sparse site; give what the model's forward takes, outside lite3r_disabled")
+        raise InputError("the inputs reach no sparse site, or are empty; give what the model's forward takes, outside lite3r_disabled")
     # All fits come before the first change, so an error leaves the model as it was.
-    fits = {fqn: fit(fqn, list(recorder.folds.values())) for fqn, recorder in reached.items()}
+    fits = {fqn: fit(fqn, folds) for fqn, folds in reached.items()}
     _shard_again(model)
     for fqn, (weight, _) in fits.items():
         write_branch(sites[fqn].proj_lin, weight)

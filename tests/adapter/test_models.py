@@ -17,7 +17,7 @@ from lite3r_adapters.pi3 import model as pi3
 from lite3r_adapters.vggt import model as vggt
 from lite3r_plugin.adapter.models import ModelEntry
 from lite3r_plugin.adapter.weights import find_weights, load_weights
-from lite3r_plugin.errors import InputError
+from lite3r_plugin.errors import AdapterError, InputError
 
 
 def entry(**fields: object) -> ModelEntry:
@@ -133,3 +133,30 @@ def test_missing_libraries_and_defaults() -> None:
 
     with pytest.raises(InputError, match=r"cannot be imported .no cv2"):
         entry(create=create).build("random")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "kind"),
+    [
+        ("summary", None, "a string"),
+        ("create", "Testbed", "a function"),
+        ("library", 5, "a string or None"),
+        ("rename", "prefix.", "a function or None"),
+        ("min_views", 0, "a positive integer"),
+        ("min_views", True, "a positive integer"),
+    ],
+)
+def test_an_entry_with_a_field_of_the_wrong_kind_is_refused(field: str, value: object, kind: str) -> None:
+    with pytest.raises(AdapterError, match=rf"{field} is {kind}, got {value!r}"):
+        entry(**{field: value})
+
+
+def test_a_model_that_is_none_is_refused() -> None:
+    with pytest.raises(AdapterError, match="made dict, not a"):
+        entry(create=dict).build("random")
+
+
+@pytest.mark.parametrize("pixels", [None, torch.zeros(3, 4, 4), torch.zeros(2, 3, 4, 4), torch.zeros(1, 3, 4, 4, dtype=torch.uint8)])
+def test_pixels_of_another_form_are_refused(pixels: object) -> None:
+    with pytest.raises(AdapterError, match=r"of 1 images, not \[1, 3, H, W\] float32"):
+        entry(preprocess=lambda images: pixels, normalize=lambda x: x).inputs([object()])

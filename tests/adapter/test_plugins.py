@@ -16,11 +16,13 @@ from lite3r_plugin import AttentionSite, FusedQKV, hookimpl
 from lite3r_plugin.adapter import plugins
 from lite3r_plugin.adapter.models import ModelEntry
 from lite3r_plugin.adapter.plugins import AdapterWarning, find_sites, get_manager, list_adapters, model_entries
-from lite3r_plugin.errors import AdapterError, UnknownModelError
+from lite3r_plugin.errors import AdapterError, InputError, UnknownModelError
 
 BUILT_IN = SimpleNamespace(name="lite3r-plugin", version="0.1.0")
 FOREIGN = SimpleNamespace(name="their-package", version="3.2")
 ANY_MODEL = ModelEntry("m", "a model", nn.Identity, lambda images: None, lambda model, images: None)  # type: ignore[arg-type,return-value]
+
+FAILED = r"the model adapter '{}' \(their-package 3\.2\) failed, and its {} was skipped: "
 
 
 class Entry:
@@ -30,7 +32,7 @@ class Entry:
         self.name, self.plugin, self.dist = name, plugin, dist
 
     def load(self) -> Any:
-        if isinstance(self.plugin, Exception):
+        if isinstance(self.plugin, BaseException):
             raise self.plugin
         return self.plugin
 
@@ -72,7 +74,8 @@ def test_an_unknown_model_names_who_was_asked(install: Install) -> None:
 
 def test_the_first_answer_wins_and_third_parties_are_asked_first(install: Install) -> None:
     install(Entry("theirs", adapter("theirs", nn.Linear), FOREIGN), Entry("ours", adapter("ours")))
-    assert find_sites(nn.Linear(1, 1))[0] == "theirs"
+    with pytest.warns(AdapterWarning, match="both know Linear"):
+        assert find_sites(nn.Linear(1, 1))[0] == "theirs"
     assert find_sites(nn.Identity())[0] == "ours"
     assert [(a.name, a.distribution, a.version) for a in list_adapters()] == [
         ("theirs", "their-package", "3.2"),
@@ -131,8 +134,56 @@ def test_an_adapter_that_fails_on_a_model_is_named_and_the_next_is_asked(install
         raise KeyError("blocks")
 
     install(Entry("fails", Adapter(fail), FOREIGN), Entry("ours", adapter("ours")))
-    with pytest.warns(AdapterWarning, match=r"'fails' failed on Identity: KeyError\('blocks'\)"):
+    with pytest.warns(AdapterWarning, match=FAILED.format("fails", "lite3r_attention_sites") + "KeyError: 'blocks'"):
         assert find_sites(nn.Identity())[0] == "ours"
+
+
+@pytest.mark.parametrize("answer", [5, "site", ["site"], {"site": 1}, object(), (site for site in ())])
+def test_an_answer_that_is_no_list_of_sites_is_named_and_the_next_is_asked(install: Install, answer: Any) -> None:
+    install(Entry("odd", Adapter(lambda model: answer), FOREIGN), Entry("ours", adapter("ours")))
+    with pytest.warns(AdapterWarning, match=FAILED.format("odd", "lite3r_attention_sites") + "TypeError: it returned .*AttentionSite"):
+        assert find_sites(nn.Identity())[0] == "ours"
+
+
+def test_an_adapter_that_exits_is_named_and_the_rest_works(install: Install) -> None:
+    def leave(*_: object) -> None:
+        raise SystemExit(7)
+
+    install(Entry("gone", SystemExit(7), FOREIGN), Entry("leaves", Adapter(leave), FOREIGN), Entry("ours", adapter("ours")))
+    with pytest.warns(AdapterWarning) as seen:
+        assert find_sites(nn.Identity())[0] == "ours"
+    assert ["'gone' (their-package 3.2) was skipped: SystemExit(7)" in str(seen[0].message), len(seen)] == [True, 2]
+    assert "'leaves' (their-package 3.2) failed" in str(seen[1].message)
+
+
+def test_an_interrupt_is_no_failure_of_an_adapter(install: Install) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    install(Entry("ours", Adapter(interrupt)))
+    with pytest.raises(KeyboardInterrupt):
+        find_sites(nn.Identity())
+
+
+def test_a_plugin_without_hooks_is_named(install: Install) -> None:
+    install(Entry("empty", SimpleNamespace(lite3r_attention_sites=lambda model: []), FOREIGN))
+    with pytest.warns(AdapterWarning, match=r"'empty' \(their-package 3\.2\) was skipped: .*none of the hooks; mark them with @hookimpl"):
+        assert list_adapters() == []
+
+
+def test_two_adapters_that_know_one_model_are_named_and_the_first_wins(install: Install) -> None:
+    install(Entry("theirs", adapter("theirs"), FOREIGN), Entry("ours", adapter("ours")))
+    with pytest.warns(AdapterWarning, match=r"'theirs' \(their-package 3\.2\) and 'ours' \(lite3r-plugin 0\.1\.0\) both know Identity"):
+        assert find_sites(nn.Identity())[0] == "theirs"
+
+
+def test_a_second_adapter_that_refuses_the_model_knows_it(install: Install) -> None:
+    def refuse(model: nn.Module) -> None:
+        raise AdapterError("not this one")
+
+    install(Entry("theirs", adapter("theirs"), FOREIGN), Entry("ours", Adapter(refuse)))
+    with pytest.warns(AdapterWarning, match="both know Identity"):
+        assert find_sites(nn.Identity())[0] == "theirs"
 
 
 def test_an_adapters_own_refusal_reaches_the_user(install: Install) -> None:
@@ -140,24 +191,67 @@ def test_an_adapters_own_refusal_reaches_the_user(install: Install) -> None:
         raise AdapterError("this model must be built with sdpa")
 
     install(Entry("refuses", Adapter(refuse), FOREIGN), Entry("ours", adapter("ours")))
-    with pytest.raises(AdapterError, match="built with sdpa"):
+    with pytest.raises(AdapterError, match=r"'refuses' \(their-package 3\.2\): this model must be built with sdpa"):
         find_sites(nn.Identity())
 
 
 def test_a_third_partys_model_entry_wins(install: Install) -> None:
-    def entry(summary: str) -> ModelEntry:
-        return dataclasses.replace(ANY_MODEL, summary=summary)
+    theirs, ours = (Models(lambda summary=who: {"m": dataclasses.replace(ANY_MODEL, summary=summary)}) for who in ("theirs", "ours"))
+    install(Entry("theirs", theirs, FOREIGN), Entry("ours", ours))
+    both = r"'theirs' \(their-package 3\.2\) and 'ours' \(lite3r-plugin 0\.1\.0\) both build a model called 'm'"
+    with pytest.warns(AdapterWarning, match=both):
+        assert model_entries()["m"].summary == "theirs"
 
-    class Models:
-        def __init__(self, summary: str) -> None:
-            self.summary = summary
 
+class Models:
+    """A plugin whose hook for models does as it is told."""
+
+    def __init__(self, answer: Callable[[], Any]) -> None:
+        self.answer = answer
+
+    @hookimpl
+    def lite3r_models(self) -> Any:
+        return self.answer()
+
+
+def raising(error: BaseException) -> Callable[[], Any]:
+    def answer() -> Any:
+        raise error
+
+    return answer
+
+
+BAD_MODELS = {
+    "raises": raising(RuntimeError("boom")),
+    "refuses": raising(InputError("not today")),
+    "exits": raising(SystemExit(7)),
+    "nothing": lambda: None,
+    "no mapping": lambda: [ANY_MODEL],
+    "no entry": lambda: {"m": 5},
+    "no name": lambda: {5: ANY_MODEL},
+    "a wrong entry": lambda: {"m": dataclasses.replace(ANY_MODEL, create=None)},
+}
+
+
+@pytest.mark.parametrize("kind", BAD_MODELS)
+def test_models_of_a_broken_adapter_are_skipped_and_it_is_named(install: Install, kind: str) -> None:
+    install(Entry("odd", Models(BAD_MODELS[kind]), FOREIGN), Entry("ours", Models(lambda: {"m": ANY_MODEL})))
+    for ask in (model_entries, list_adapters, lambda: plugins.find_model("m")):
+        with pytest.warns(AdapterWarning, match=FAILED.format("odd", "lite3r_models")) as seen:
+            ask()
+        assert len(seen) == 1
+    with pytest.warns(AdapterWarning):
+        assert model_entries() == {"m": ANY_MODEL}
+
+
+def test_a_hook_may_take_fewer_arguments(install: Install) -> None:
+    class Anything:
         @hookimpl
-        def lite3r_models(self) -> dict[str, ModelEntry]:
-            return {"m": entry(self.summary)}
+        def lite3r_attention_sites(self) -> list[AttentionSite]:
+            return []
 
-    install(Entry("theirs", Models("theirs"), FOREIGN), Entry("ours", Models("ours")))
-    assert model_entries()["m"].summary == "theirs"
+    install(Entry("anything", Anything()))
+    assert find_sites(nn.Identity()) == ("anything", ())
 
 
 def test_adapters_that_only_build_models_are_listed_last(install: Install) -> None:

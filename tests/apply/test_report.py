@@ -66,4 +66,4 @@ def test_the_text() -> None:
     assert "  1 global sites sparse-linear: keep_ratio 0.5, blocks 16 x 16, linear branch marginal (softmax), block means on" in lines
     assert "  always kept: special tokens; backend naive" in lines
     assert "  2 sites untouched: scope 'frame' stays dense" in lines
-    assert "calls so far: 2 sparse, 0 dense (shorter than break-even), density of the last 0.5" in str(describe(model))
+    assert "calls so far: 2 sparse, 0 dense (where sparse does not pay), density of the last 0.5" in str(describe(model))

@@ -71,9 +71,14 @@ def test_a_graph_has_one_node_for_each_site(toy: Toy) -> None:
     assert sum(node.target is operators.infer for node in graphs.graphs[0].graph.nodes) == 2
 
 
+def costs_are(monkeypatch: pytest.MonkeyPatch, found: AttentionCosts) -> None:
+    """Let attention cost that on every device."""
+    monkeypatch.setattr(costs.TABLE, "of", lambda device, may_measure: found)
+
+
 @pytest.mark.usefixtures("adapter")
 def test_there_is_one_more_graph_where_sparse_attention_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(costs, "CPU", AttentionCosts(dense=1e-3, slowdown=1.2, per_token=0.0, per_call=5.0))
+    costs_are(monkeypatch, AttentionCosts(dense=1e-3, slowdown=1.2, per_token=0.0, per_call=5.0))
     model = apply_lite3r(Toy().eval(), TEST_CONFIG, dense_below=None)
     graphs = CompileCounterWithBackend("eager")
     compiled = torch.compile(model, backend=graphs, fullgraph=True)
@@ -270,7 +275,7 @@ def test_compiled_on_a_gpu(mode: str, adapter: Any) -> None:
 @torch.no_grad()
 def test_sites_that_share_code_have_their_own_policy(monkeypatch: pytest.MonkeyPatch, dynamic: bool | None) -> None:
     """Where code is compiled module by module, a graph for one keep ratio is none for another."""
-    monkeypatch.setattr(costs, "CPU", AttentionCosts(dense=1e-3, slowdown=1.0, per_token=0.0, per_call=0.001))
+    costs_are(monkeypatch, AttentionCosts(dense=1e-3, slowdown=1.0, per_token=0.0, per_call=0.001))
     keep = {"cross.0": 0.1, "cross.1": 0.95, "cross.2": 0.1, "cross.3": 0.5}
     model = apply_lite3r(Toy(depth=4).eval(), TEST_CONFIG, keep_ratio=keep, dense_below=None, block_means=False, pin="none")
     x = torch.randn(1, 246, 32)

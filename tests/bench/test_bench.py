@@ -6,6 +6,7 @@ import gc
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from rich.console import Console
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lite3r_plugin.adapter.plugins import get_manager
-from lite3r_plugin.bench import VARIANTS, Bench, BenchModel
+from lite3r_plugin import hookimpl
+from lite3r_plugin.adapter.plugins import AdapterWarning, get_manager
+from lite3r_plugin.bench import VARIANTS, Bench, BenchModel, variants
 from lite3r_plugin.bench.table import table
 from lite3r_plugin.bench.variants import prepare
 from lite3r_plugin.errors import ConfigError, InputError, NoSitesError
@@ -104,6 +106,39 @@ def test_fp8_cells_say_what_runs_the_linears_and_hold_no_second_copy(run) -> Non
     assert report.find("lite3r", 2).linears == {"in full precision": 40}
 
 
+def test_rewrites_that_fail_are_named_and_the_next_adapter_gets_a_fresh_model() -> None:
+    class Rewrites:
+        def __init__(self, fail: bool) -> None:
+            self.fail = fail
+
+        @hookimpl
+        def lite3r_exact_rewrites(self, model: nn.Module) -> list[str] | None:
+            if not isinstance(model, Testbed):
+                return None
+            if self.fail:
+                model.half_rewritten = True
+                raise RuntimeError("no luck")
+            return [] if hasattr(model, "half_rewritten") else ["fresh"]
+
+    for name, fail in (("works", False), ("fails", True)):
+        get_manager().register(Rewrites(fail), name=name)
+    try:
+        with pytest.warns(AdapterWarning, match=r"'fails' \(of no distribution\) failed, and its lite3r_exact_rewrites was skipped"):
+            assert prepare(small_testbed, VARIANTS["strong"], {})[1] == ["fresh"]
+    finally:
+        for name in ("works", "fails"):
+            get_manager().unregister(name=name)
+
+
+@pytest.mark.parametrize("answer", ["words", 5, [5]])
+def test_rewrites_are_words(answer: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = SimpleNamespace(plugin_name="odd", function=lambda model: answer, argnames=("model",))
+    odd.function.__name__ = "lite3r_exact_rewrites"
+    monkeypatch.setattr(variants, "implementations", lambda hook: [odd])
+    with pytest.warns(AdapterWarning, match="'odd'.*not a list of what was rewritten"), pytest.raises(NoSitesError):
+        prepare(small_testbed, VARIANTS["strong"], {})
+
+
 def small_testbed() -> nn.Module:
     return Testbed(TestbedConfig(dim=64, head_dim=32, depth=2, stem=8))
 
@@ -111,10 +146,11 @@ def small_testbed() -> nn.Module:
 @pytest.mark.parametrize("name", ["strong-fp8", "lite3r-fp8"])
 @torch.no_grad()
 def test_fp8_variants_free_the_weights_that_they_replace(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(get_manager().hook, "lite3r_exact_rewrites", lambda model: [])  # the testbed has no exact rewrites
+    nothing = SimpleNamespace(plugin_name="nothing", function=lambda model: [], argnames=("model",))  # the testbed has no exact rewrites
+    monkeypatch.setattr(variants, "implementations", lambda hook: [nothing])
     module = small_testbed().eval().to(torch.bfloat16)
     before = {name: StorageWeakRef(p.untyped_storage()) for name, p in module.named_parameters()}
-    prepare(module, VARIANTS[name], EMULATED)
+    prepare(lambda: module, VARIANTS[name], EMULATED)
     gc.collect()
     replaced = {f"{fqn}.weight" for fqn, m in module.named_modules() if isinstance(m, Fp8Linear)}
     assert len(replaced) == 16

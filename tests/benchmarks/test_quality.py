@@ -38,11 +38,11 @@ def test_table(load) -> None:
     """Means over the scenes that have a measure; differences are paired and in the direction other - dense."""
     report = load("quality_report")
     rows = {
-        "constant": {"density": None, "scenes": [scene(0.5, 0.0)] * 2},
-        "dense": {"density": 1.0, "scenes": [scene(0.1, 40.0, 0.0), scene(0.3, 60.0, 0.0)]},
-        "sparse 0.25": {"density": 0.4, "scenes": [scene(0.2, 30.0, 0.05), scene(0.4, 50.0, 0.07)]},
+        "constant": {"density": None, "scenes": [scene(0.5, 0.0)] * 6},
+        "dense": {"density": 1.0, "scenes": [scene(0.1, 40.0, 0.0), scene(0.3, 60.0, 0.0)] * 3},
+        "sparse 0.25": {"density": 0.4, "scenes": [scene(0.2, 30.0, 0.05), scene(0.4, 50.0, 0.07)] * 3},
     }
-    text = report.table("procedural/8", {"sets": 2, "size": [224, 224], "rows": rows})
+    text = report.table("procedural/8", {"sets": 6, "size": [224, 224], "rows": rows})
     heads, _, constant, dense, sparse = (
         [cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")
     )

@@ -81,10 +81,27 @@ def test_a_plugin_that_fails_is_named_and_skipped_whole(add: Add) -> None:
     add("broken", broken)
     add("theirs", lambda app: app.command("greet")(lambda: None))
     result = lite3r("--help")
-    assert "the commands of the plugin 'broken' were skipped: RuntimeError('no luck')" in result.stderr
+    assert "'broken' (of no distribution) failed, and its broken was skipped: RuntimeError: no luck" in result.stderr
     assert "hello" not in result.stdout
     assert "greet" in result.stdout
     assert "No such command" in lite3r("hello", code=2).stderr
+
+
+def test_a_command_whose_help_cannot_be_shown_takes_no_help_away(add: Add) -> None:
+    add("theirs", lambda app: app.command("greet", help="[/bold] of nothing")(lambda: None))
+    result = lite3r("--help")
+    assert "'theirs' (of no distribution) failed" in result.stderr
+    assert "demo" in result.stdout
+
+
+def test_a_plugin_that_exits_is_named_and_skipped(add: Add) -> None:
+    def leave(app: typer.Typer) -> None:
+        sys.exit(0)
+
+    add("leaves", leave)
+    result = lite3r("--help")
+    assert "'leaves' (of no distribution) failed, and its leave was skipped: SystemExit: 0" in result.stderr
+    assert "demo" in result.stdout
 
 
 def test_names_that_are_taken_stay_what_they_are(add: Add) -> None:
@@ -93,5 +110,5 @@ def test_names_that_are_taken_stay_what_they_are(add: Add) -> None:
     add("third", lambda app: app.command("demo")(lambda: typer.echo("third")))
     result = lite3r("--help")
     assert "'greet' of the plugin" in result.stderr
-    assert "'demo' of the plugin 'third' was skipped" in result.stderr
+    assert "'demo' of the plugin 'third' (of no distribution) was skipped" in result.stderr
     assert "--repeats" in lite3r("demo", "--help").stdout

@@ -23,6 +23,15 @@ def test_report_and_table(tmp_path: Path) -> None:
     assert "lite3r_options: {'linear_branch': 'none'}" in result.stdout
 
 
+def test_a_run_without_any_measurement_fails(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    common = ("bench", "--model", "tiny", "--device", "cpu", "--views", 1)
+    line = fails(*common, "--variants", "stock,lite3r", "--resolution", 17, "--json", path)
+    assert "nothing was measured: no cell ran; stock at 1 views: error, " in line
+    assert [cell["status"] for cell in json.loads(path.read_text())["cells"]] == ["error"] * 2
+    assert "stock at 1 views: skipped, the time budget of 0 s was spent" in fails(*common, "--time-budget", 0)
+
+
 def test_default_variants_are_all() -> None:
     assert DEFAULT_VARIANTS.split(",") == list(VARIANTS)
 

@@ -42,7 +42,19 @@ def test_the_testbed_is_as_good_as_stated(tmp_path: Path) -> None:
 def test_a_short_sequence_says_that_it_ran_dense() -> None:
     code, output = run("--model", "testbed", "--data", "procedural:scenes=1,views=2,size=64", "--views", "2")
     assert code == 0, output
-    assert "every site ran dense" in output
+    assert "Nothing was sparse: without a CUDA GPU" in output
+
+
+def test_one_scene_has_no_interval_and_json_without_nan(tmp_path: Path) -> None:
+    """Two views without a common point: poses are compared over one pair, and ATE is not defined."""
+    data, path = "procedural:scenes=1,views=2,size=64", tmp_path / "report.json"
+    code, output = run("--model", "tiny", "--weights", "random", "--data", data, "--views", "2", "--json", str(path))
+    assert code == 0, output
+    assert "nan" not in output
+    assert "*" not in output.replace("* the 95 %", "")
+    assert "there is none where fewer than 6 scenes" in output
+    report = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert report["means"]["dense"]["ATE"] is None
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,19 @@ def test_short_sequences_run_dense_and_say_so(photos: Path, tmp_path: Path) -> N
     result = lite3r(
         "reconstruct", photos, "--model", "tiny", "--weights", "random", "--out", tmp_path / "a.ply", "--config", f"dense_below={10**9}"
     )
-    assert "Every site ran dense" in result.stdout
+    assert f"Nothing was sparse: with so few tokens nothing is left out at dense_below={10**9}" in result.stderr
+    assert "nothing sparse" in result.stdout
+    assert "points, lite3r" not in result.stdout
+
+
+def test_on_a_cpu_nothing_is_sparse_unless_asked_for(photos: Path, tmp_path: Path) -> None:
+    common = ("reconstruct", photos, "--model", "tiny", "--weights", "random", "--device", "cpu", "--out", tmp_path / "a.ply")
+    result = lite3r(*common)
+    assert "Nothing was sparse: without a CUDA GPU sparse attention does not pay (dense_below=0 runs it anyway)" in result.stderr
+    assert "points, nothing sparse" in result.stdout
+    result = lite3r(*common, "--config", "dense_below=0")
+    assert "Nothing was sparse" not in result.stderr
+    assert "points, lite3r" in result.stdout
 
 
 def test_dense_options(photos: Path, tmp_path: Path) -> None:

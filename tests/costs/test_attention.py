@@ -11,7 +11,7 @@ from cost_formula import SLOW
 
 from lite3r_plugin import Lite3RConfig
 from lite3r_plugin.costs import attention
-from lite3r_plugin.costs.attention import CPU, H100, CostTable, break_even
+from lite3r_plugin.costs.attention import H100, NEVER, CostTable, break_even
 from lite3r_plugin.costs.model import AttentionCosts, SparseShares, break_even_of
 from lite3r_plugin.costs.store import CostStore
 
@@ -65,9 +65,15 @@ def test_measurements_that_cannot_be_kept_are_used(tmp_path: Path) -> None:
     assert Lab(tmp_path / "no folder").table.of(GPU) == SLOW
 
 
-def test_break_even_is_that_of_the_device() -> None:
+def test_break_even_is_that_of_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shares = SparseShares.of(Lite3RConfig(keep_ratio=0.1), "site")
-    assert break_even(torch.device("cpu"), *shares, may_measure=True) == break_even_of(CPU, shares)
+    monkeypatch.setattr(attention, "TABLE", Lab(tmp_path).table)
+    assert break_even(GPU, *shares, may_measure=True) == break_even_of(SLOW, shares)
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps", "meta"])
+def test_it_never_pays_without_a_cuda_gpu(device: str) -> None:
+    assert break_even(torch.device(device), 1, 0, may_measure=True) is NEVER
 
 
 def test_messages_go_to_the_packages_logger() -> None:

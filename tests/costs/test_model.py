@@ -9,7 +9,7 @@ import pytest
 from cost_formula import SLOW, modelled
 
 from lite3r_plugin import Lite3RConfig
-from lite3r_plugin.costs.attention import CPU, H100
+from lite3r_plugin.costs.attention import H100, NEVER
 from lite3r_plugin.costs.model import BILLION, AttentionCosts, SparseShares, break_even_of
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -25,7 +25,7 @@ def test_shares_are_those_of_the_site(keep_ratio: float) -> None:
     assert SparseShares.of(config.replace(block_means=False), "a.0").mean_share == 0
 
 
-@pytest.mark.parametrize("costs", [H100, CPU, SLOW])
+@pytest.mark.parametrize("costs", [H100, SLOW])
 @pytest.mark.parametrize(("keep_ratio", "mean_share"), [(0.1, 1 / 64), (0.3, 0.0)])
 @pytest.mark.parametrize("width", [1024, 384])
 def test_the_whole_numbers_say_what_the_formula_says(costs: AttentionCosts, keep_ratio: float, mean_share: float, width: int) -> None:
@@ -44,6 +44,12 @@ def test_the_whole_numbers_say_what_the_formula_says(costs: AttentionCosts, keep
                     assert rule.pays(batch * width, tokens, pinned) == (sparse < dense)
                     compared.add(sparse < dense)
     assert compared == {True, False}
+
+
+@pytest.mark.parametrize("pinned", [0, 7])
+@pytest.mark.parametrize("tokens", [7, 10_000, 10_000_000])
+def test_where_it_never_pays_it_never_does(tokens: int, pinned: int) -> None:
+    assert not NEVER.pays(1024, tokens, pinned)
 
 
 def test_an_h100_is_judged_as_it_was_measured() -> None:

@@ -20,9 +20,33 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["NVIDIA X100-PCIe.json"]
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"versions": 0, "costs": {}}'])
+WHOLE = json.dumps({"versions": store.VERSIONS, "costs": vars(SLOW)})
+
+
+def with_costs(**changed: object) -> str:
+    """A measurement of these versions, some of whose numbers are changed."""
+    return json.dumps({"versions": store.VERSIONS, "costs": vars(SLOW) | changed})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{}",
+        "[1]",
+        "[" * 100_000,
+        "1" * 5_000,
+        "\udcff",
+        '{"versions": 0, "costs": {}}',
+        *(WHOLE[:length] for length in range(1, len(WHOLE), 17)),
+        *(with_costs(**{name: value}) for name in vars(SLOW) for value in ("1", None, True, [1.0], float("nan"), -1.0, 1e30, 10**400)),
+        with_costs(dense=0.0),
+        with_costs(slowdown=0.0),
+        with_costs(colour=1.0),
+    ],
+)
 def test_damaged_or_old_measurements_are_none(tmp_path: Path, text: str) -> None:
-    (tmp_path / "X.json").write_text(text)
+    (tmp_path / "X.json").write_text(text, errors="surrogateescape")
     assert CostStore(tmp_path).load("X") is None
     CostStore(tmp_path).save("X", SLOW)
     assert json.loads((tmp_path / "X.json").read_text())["costs"] == vars(SLOW)

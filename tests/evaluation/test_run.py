@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lite3r_plugin import apply_lite3r, remove_lite3r
+from lite3r_plugin import Lite3RConfig, apply_lite3r, remove_lite3r
 from lite3r_plugin.adapter.models import ModelEntry
 from lite3r_plugin.adapter.plugins import find_model
-from lite3r_plugin.errors import InputError
-from lite3r_plugin.evaluation import choose_device, choose_dtype, merge, run_model
+from lite3r_plugin.errors import AdapterError, InputError
+from lite3r_plugin.evaluation import choose_device, choose_dtype, merge, run_model, why_dense
 from lite3r_plugin.scene.prediction import Prediction
 from lite3r_plugin.testbed import Testbed, TestbedConfig
 
@@ -104,3 +104,38 @@ def test_density_is_that_of_the_sites_that_may_be_sparse() -> None:
         remove_lite3r(model)
     assert densities[0] == 1
     assert 0 < densities[1] < 1
+
+
+def test_density_is_that_of_this_run() -> None:
+    """Also where earlier ones were sparse and this one is too short."""
+    entry = find_model("testbed")
+    model = apply_lite3r(Testbed(TestbedConfig(dim=64, head_dim=32, depth=1, stem=8)).eval(), dense_below=150, block_q=16, block_k=16)
+    densities = [run_model(entry, model, torch.rand(views, 3, 64, 64), torch.float32).density for views in (3, 1, 3)]
+    assert densities[0] < 1 == densities[1]
+    assert densities[2] == densities[0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "density", "reason"),
+    [
+        ({}, 0.5, None),
+        ({}, None, None),
+        ({}, 1.0, "without a CUDA GPU"),
+        ({"keep_ratio": 1.0}, 1.0, "keep_ratio is 1"),
+        ({"keep_ratio": {"a": 1.0, "*": 1}}, 1.0, "keep_ratio is 1"),
+        ({"dense_below": 0}, 1.0, "dense_below=0"),
+    ],
+)
+def test_why_nothing_was_sparse(fields: dict[str, Any], density: float | None, reason: str | None) -> None:
+    found = why_dense(density, Lite3RConfig(**fields), CPU)
+    assert found is reason is None or reason in found
+
+
+def test_a_prediction_of_another_kind_is_refused() -> None:
+    with pytest.raises(AdapterError, match="predict of the model 'flat' returned Tensor, not a Prediction"):
+        run_model(dataclasses.replace(FLAT, predict=lambda model, images: images), Flat(), torch.rand(2, 3, 8, 8), torch.float32)
+
+
+def test_a_device_without_data_is_not_available() -> None:
+    with pytest.raises(InputError, match="'meta' is not available"):
+        choose_device("meta")

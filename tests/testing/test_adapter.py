@@ -48,8 +48,7 @@ Register = Callable[..., None]
 
 @pytest.fixture
 def register() -> Iterator[Register]:
-    """Registers an adapter that answers with the given sites for `Net`."""
-    plugins = []
+    """Registers the adapter that answers with the given sites for `Net`, in the place of the one before."""
 
     def register(*sites: AttentionSite) -> None:
         class Plugin:
@@ -57,12 +56,15 @@ def register() -> Iterator[Register]:
             def lite3r_attention_sites(self, model: nn.Module) -> list[AttentionSite] | None:
                 return list(sites) if any(isinstance(m, Net) for m in model.modules()) else None
 
-        plugins.append(Plugin())
-        get_manager().register(plugins[-1], name=f"test-{len(plugins)}")
+        remove()
+        get_manager().register(Plugin(), name="test")
+
+    def remove() -> None:
+        if get_manager().has_plugin("test"):
+            get_manager().unregister(name="test")
 
     yield register
-    for plugin in plugins:
-        get_manager().unregister(plugin)
+    remove()
 
 
 @pytest.fixture
@@ -80,7 +82,7 @@ def test_a_right_adapter_passes_and_the_report_reads_well(register: Register, ne
     assert report.scopes == {"global": 1}
     assert report.tokens == 3 * (1 + 4 * 7)
     assert report.dense_error <= 1e-5 < report.sparse_change
-    assert str(report).startswith("adapter 'test-1' is fine: 1 global sites of up to 87 tokens, error ")
+    assert str(report).startswith("adapter 'test' is fine: 1 global sites of up to 87 tokens, error ")
 
 
 def test_routed_passes_too(register: Register, net: nn.Module) -> None:

@@ -28,9 +28,9 @@ FIELDS: dict[str, Any] = {"keep_ratio": 0.15, "dense_below": 0, "block_q": 32, "
 
 
 @pytest.fixture(scope="module")
-def images() -> Tensor:
-    """Twelve rendered scenes of three views, ``[12, 1, 3, 3, 64, 64]``."""
-    return ProcScenes(TextureBank.procedural(24, 32, seed=5), seed=5)(12, 3, 64, 64)["rgb"][:, None]
+def images() -> list[Tensor]:
+    """Twelve rendered scenes of three views, ``[1, 3, 3, 64, 64]`` each."""
+    return list(ProcScenes(TextureBank.procedural(24, 32, seed=5), seed=5)(12, 3, 64, 64)["rgb"][:, None])
 
 
 def sparse_testbed(**fields: Any) -> nn.Module:
@@ -59,7 +59,7 @@ def assert_sites_run_themselves(model: nn.Module, x: Tensor) -> None:
     assert [site.calls.sparse + site.calls.dense for site in sites] == [count + 1 for count in before]
 
 
-def distance(model: nn.Module, images: Tensor) -> float:
+def distance(model: nn.Module, images: list[Tensor]) -> float:
     """Mean difference of log depth to the dense model."""
     with torch.no_grad():
         sparse = torch.stack([model(x)["depth"] for x in images]).log()
@@ -69,7 +69,7 @@ def distance(model: nn.Module, images: Tensor) -> float:
 
 
 @pytest.mark.parametrize("linear", ["all", "marginal"])
-def test_comes_closer_to_dense_on_other_scenes(images: Tensor, linear: str) -> None:
+def test_comes_closer_to_dense_on_other_scenes(images: list[Tensor], linear: str) -> None:
     model = sparse_testbed(linear_branch=linear, block_means=False)
     before = distance(model, images[8:])
     report = calibrate(model, images[:8])
@@ -184,7 +184,7 @@ def test_stays_zero_where_it_cannot_help() -> None:
     assert report.ridge is not None
 
 
-def test_replaces_what_was_there_and_is_saved(images: Tensor, tmp_path: Path) -> None:
+def test_replaces_what_was_there_and_is_saved(images: list[Tensor], tmp_path: Path) -> None:
     model = sparse_testbed()
     calibrate(model, images[:2])
     fitted = [weight.clone() for weight in weights(model)]
@@ -200,17 +200,35 @@ def test_replaces_what_was_there_and_is_saved(images: Tensor, tmp_path: Path) ->
         torch.testing.assert_close(loaded(images[2])["depth"], model(images[2])["depth"])
 
 
+@pytest.mark.usefixtures("adapter")
+def test_empty_inputs_are_refused_and_some_of_them_do_no_harm() -> None:
+    model, nothing = sparse_toy(), toy_images()[:0]
+    with pytest.raises(InputError, match="reach no sparse site, or are empty"):
+        calibrate(model, [nothing] * 2)
+    with_empty, without = sparse_toy(), sparse_toy()
+    without.load_state_dict(with_empty.state_dict())
+    calibrate(with_empty, [*toy_inputs(), nothing])
+    calibrate(without, toy_inputs())
+    for a, b in zip(weights(with_empty), weights(without), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize(
     ("fields", "inputs", "error", "says"),
     [
         ({}, lambda x: x[:1], InputError, "at least two"),
         ({}, lambda x: [], InputError, "at least two"),
+        ({}, lambda x: torch.cat(x), InputError, "takes a list or a generator of inputs of the model, got Tensor: put"),
+        ({}, lambda x: {"images": x[0]}, InputError, "got dict: put"),
+        ({}, lambda x: x[0].numpy(), InputError, "got ndarray: put"),
+        ({}, lambda x: "images", InputError, "got str: put"),
+        ({}, lambda x: None, InputError, "got NoneType: put"),
         ({}, lambda x: [x[0], x[1] * float("nan")], InputError, "not finite"),
         ({"linear_branch": "none"}, lambda x: x[:2], ConfigError, "linear_branch"),
         ({"keep_ratio": 1.0}, lambda x: x[:2], ConfigError, "keep_ratio is 1"),
     ],
 )
-def test_errors_leave_the_model(images: Tensor, fields: dict, inputs: Callable, error: type[Exception], says: str) -> None:
+def test_errors_leave_the_model(images: list[Tensor], fields: dict, inputs: Callable, error: type[Exception], says: str) -> None:
     model = sparse_testbed(**fields)
     sites = [site for site in lite3r_modules(model).values() if site.sparse]
     branches = [site.proj_lin.weight for site in sites if "proj_lin" in site._modules]
@@ -222,6 +240,6 @@ def test_errors_leave_the_model(images: Tensor, fields: dict, inputs: Callable, 
     assert all(torch.equal(weight, old) for weight, old in zip(branches, before, strict=True))
 
 
-def test_needs_lite3r(images: Tensor) -> None:
+def test_needs_lite3r(images: list[Tensor]) -> None:
     with pytest.raises(NotAppliedError):
         calibrate(Testbed.from_pretrained(), images)

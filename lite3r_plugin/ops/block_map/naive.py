@@ -35,11 +35,13 @@ def density(tokens: int, keep_ratio: float, pinned_tokens: int, block_q: int, bl
     """Share in [0, 1] of all (query block, key block) pairs that are computed exactly, pinned ones included.
 
     Args:
-        tokens: N, at least 1.
+        tokens: N; of none, all are computed.
         keep_ratio: In (0, 1], of the key blocks that are not pinned.
         pinned_tokens: The blocks of the first `pinned_tokens` tokens attend to all, and all attend to them.
         block_q, block_k: Tokens per block.
     """
+    if tokens == 0:
+        return 1.0
     rows, columns = -(-tokens // block_q), -(-tokens // block_k)
     pinned_rows = min(-(-pinned_tokens // block_q), rows)
     kept = kept_blocks(columns, keep_ratio, -(-pinned_tokens // block_k))

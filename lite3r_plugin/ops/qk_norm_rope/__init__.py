@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import on_device_of, register, require_one_device
+from ..options import check_rope_base
 from . import naive
 from .naive import HeadNorm, Prepared
 
@@ -67,8 +68,9 @@ def norm_rope(
         Both ``[B, H, N, D]`` in their own dtypes; arithmetic is FP32 (FP64 for FP64 input without `triton`).
 
     Raises:
-        ConfigError, WeightsError: the tensors are on several devices, or some of them on the meta device.
+        ConfigError, WeightsError: the tensors are on several devices, or some on the meta device; `rope_base` is no positive number.
     """
+    check_rope_base(rope_base)
     require_one_device(q, keys=k, positions=positions, **norm_tensors(q_norm, k_norm))
     if not triton:  # a compiler fuses these operators itself
         return (

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import get_args
 
 import torch
 from torch import Tensor
 
-from ...errors import ConfigError
+from ...errors import BackendError, ConfigError, shown
 from ..dispatch import require_one_device, use_triton, without_autocast
-from ..options import Backend, FeatureMap, LinearBranch, check_choice, check_ratio
+from ..options import Backend, FeatureMap, LinearBranch, check_choice, check_ratio, check_rope_base, check_share, is_int, is_number
 from ..qk_norm_rope import NO_NORM, HeadNorm, norm_tensors
 from . import forward, naive, operators
 from .signature import Arguments
+
+LARGEST_BLOCK = 2**15
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, proj: Tensor, feature_map: str) -> Tensor:
@@ -74,15 +77,18 @@ def sparse_linear_attention(
         ``[B, H, N, D]`` in v's dtype, in the order of the input tokens.
 
     Raises:
-        BackendError: `backend` is ``"triton"`` and the kernels cannot take these tensors.
+        BackendError: `backend` is ``"triton"`` and the kernels cannot take these tensors, or they would run and cannot take these blocks.
         ConfigError: tensors do not fit each other; an option is out of its range; `linear` needs a `proj` that was not given.
         WeightsError: some of the tensors are on the meta device.
     """
-    check_options(keep_ratio, negligible_ratio, scale, linear, feature_map, backend)
+    check_options(keep_ratio, negligible_ratio, scale, rope_base, linear, feature_map, backend)
+    check_blocks(block_q, block_k)
     check_tensors(q, k, v, order, positions, proj, pinned_tokens)
+    if not _kernels_take(block_q, block_k) and use_triton(backend, v):
+        raise BackendError(
+            f'the kernels take blocks of 16 to 128 tokens, powers of two, got {block_q} and {block_k}; backend="naive" takes any'
+        )
     proj = naive.needed_proj(linear, proj)
-    if not torch.compiler.is_compiling() and v.numel() == 0:
-        return v.clone()
     q_norm, k_norm = q_norm or NO_NORM, k_norm or NO_NORM
     require_one_device(
         v, queries=q, keys=k, order=order, positions=positions, proj=proj, **norm_tensors(q_norm, k_norm)
@@ -93,6 +99,8 @@ def sparse_linear_attention(
         q_kind=q_norm.kind, q_eps=q_norm.eps, k_kind=k_norm.kind, k_eps=k_norm.eps, rope_base=rope_base, scale=scale, linear=linear,
         feature_map=feature_map, block_means=block_means, block_q=block_q, block_k=block_k, backend=backend,
     )  # fmt: skip
+    if not torch.compiler.is_compiling() and v.numel() == 0:
+        return forward.empty(arguments)
     needed = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in arguments.inputs]
     if torch.compiler.is_compiling():
         out = operators.train(needed, *arguments)[0] if any(needed) else operators.infer(*arguments)
@@ -108,24 +116,38 @@ def sparse_linear_attention(
 
 
 def check_options(
-    keep_ratio: float, negligible_ratio: float, scale: float | None, linear: str, feature_map: str, backend: str
+    keep_ratio: float, negligible_ratio: float, scale: float | None, rope_base: float | None, linear: str, feature_map: str, backend: str
 ) -> None:  # fmt: skip
     """Raise `ConfigError` unless the options of `sparse_linear_attention` are in their ranges."""
     check_ratio("keep_ratio", keep_ratio)
-    if not 0 <= negligible_ratio <= 1:
-        raise ConfigError(f"negligible_ratio must be in [0, 1], got {negligible_ratio!r}")
-    if scale is not None and scale < 0:
-        raise ConfigError(f"scale is {scale}; it must not be negative: negate the queries instead")
+    check_share("negligible_ratio", negligible_ratio)
+    check_rope_base(rope_base)
+    if scale is not None and (not is_number(scale) or not 0 <= scale < math.inf):
+        raise ConfigError(f"scale is {shown(scale)}; it must be a finite number and not negative: negate the queries instead")
     for name, value, choices in (("linear", linear, LinearBranch), ("feature_map", feature_map, FeatureMap), ("backend", backend, Backend)):
         check_choice(name, value, get_args(choices))
+
+
+def check_blocks(block_q: int, block_k: int) -> None:
+    """Raise `ConfigError` unless these can be the sizes of blocks of tokens."""
+    for name, size in (("block_q", block_q), ("block_k", block_k)):
+        if not is_int(size) or not 0 < size <= LARGEST_BLOCK:
+            raise ConfigError(f"{name} is a number of tokens from 1 to {LARGEST_BLOCK}, got {shown(size)}; 128 and 64 are usual")
+
+
+def _kernels_take(block_q: int, block_k: int) -> bool:
+    return block_q % block_k == 0 and all(16 <= size <= 128 and size & (size - 1) == 0 for size in (block_q, block_k))
 
 
 def check_tensors(
     q: Tensor, k: Tensor, v: Tensor, order: Tensor | None, positions: Tensor | None, proj: Tensor | None, pinned_tokens: int
 ) -> None:  # fmt: skip
     """Raise `ConfigError` unless the tensors of `sparse_linear_attention` fit each other. Looks at no values of theirs."""
-    if q.dim() != 4 or not v.is_floating_point():
-        raise ConfigError(f"q, k and v are [B, H, N, D] floating-point tensors, got {q.dim()} dimensions and {v.dtype}")
+    for x in (q, k, v):
+        if x.dim() != 4 or not x.is_floating_point() or x.device != v.device:
+            raise ConfigError(
+                f"q, k and v are [B, H, N, D] floating-point tensors on one device, got {x.dim()} dimensions, {x.dtype}, {x.device}"
+            )
     dim = v.shape[-1]
     if proj is not None and tuple(proj.shape) != (dim, dim):
         raise ConfigError(f"proj is [D, D] = [{dim}, {dim}], got {list(proj.shape)}")
@@ -143,5 +165,5 @@ def check_tensors(
         raise ConfigError(f"order names {len(order)} tokens, but q has {tokens}")
     if positions is not None and tuple(positions.shape[-2:]) != (tokens, 2):
         raise ConfigError(f"positions are [..., N, 2] for N = {tokens} tokens, got {list(positions.shape)}")
-    if not 0 <= pinned_tokens <= tokens:
-        raise ConfigError(f"pinned_tokens must be in [0, {tokens}], the number of tokens, got {pinned_tokens}")
+    if not is_int(pinned_tokens) or not 0 <= pinned_tokens <= tokens:
+        raise ConfigError(f"pinned_tokens must be in [0, {tokens}], the number of tokens, got {shown(pinned_tokens)}")

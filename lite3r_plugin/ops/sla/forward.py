@@ -29,10 +29,21 @@ def run(arguments: Arguments, *, needs_grad: bool = False) -> Tensor:
     Raises:
         BackendError: the backend is ``"triton"`` and the kernels cannot take these tensors.
     """
+    if arguments.v.numel() == 0:
+        return empty(arguments)
     arguments = arguments.contiguous()
     # Autocast would run the pooled scores and the linear state in half precision.
     with without_autocast(arguments.v), on_device_of(arguments.v):
         return _on_triton(arguments) if use_triton(arguments.backend, arguments.v, needs_grad) else _on_torch(arguments)
+
+
+def empty(arguments: Arguments) -> Tensor:
+    """The output where there is none, of an empty batch or of no tokens; gradients of it are zeros."""
+    out = arguments.v.clone()
+    for x in arguments.inputs:
+        if x is not None and x is not arguments.v and x.requires_grad:
+            out = out + 0 * x.sum().to(out.dtype)
+    return out
 
 
 def _on_torch(arguments: Arguments) -> Tensor:

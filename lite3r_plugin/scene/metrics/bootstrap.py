@@ -11,6 +11,9 @@ import torch
 from ...errors import InputError
 from .records import Record
 
+LEAST_SCENES = 6
+"""With fewer, differences that all have one sign are no rare chance: of five, one time in 16 (a test of signs, both sides)."""
+
 
 @dataclass(frozen=True)
 class Interval(Record):
@@ -18,7 +21,7 @@ class Interval(Record):
 
     Attributes:
         difference: Mean of second - first over scenes.
-        low, high: Bounds; NaN below two scenes.
+        low, high: Bounds; NaN below `LEAST_SCENES` scenes.
         scenes: Number of scenes that both methods have a value for.
     """
 
@@ -39,7 +42,7 @@ def paired_bootstrap(
     """Percentile bootstrap of the mean difference of two methods on the same scenes.
 
     Scenes are drawn with replacement, each with both of its values, so that hard and easy scenes cancel. The same seed gives
-    the same interval. With few scenes (below ten, say) such intervals are too narrow.
+    the same interval. With few scenes (below ten, say) such intervals are too narrow; below `LEAST_SCENES` there is none.
 
     Args:
         first, second: One value per scene; scenes where either is NaN are left out.
@@ -54,7 +57,7 @@ def paired_bootstrap(
     difference = torch.tensor(second, dtype=torch.float64) - torch.tensor(first, dtype=torch.float64)
     difference = difference[~difference.isnan()]
     scenes = len(difference)
-    if scenes < 2:
+    if scenes < LEAST_SCENES:
         return Interval(difference.mean().item(), math.nan, math.nan, scenes)
     generator = torch.Generator().manual_seed(seed)
     at_once = max(1, 2**22 // scenes)  # a bound on memory

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ...errors import InputError
 from ..geometry import Geometry
-from .bootstrap import Interval, paired_bootstrap
+from .bootstrap import LEAST_SCENES, Interval, paired_bootstrap
 from .scene import SceneMetrics, constant_geometry, scene_metrics
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ class Comparison:
     """Measures of several methods on the same scenes, and of constant depth with equal cameras, called ``"constant"``.
 
     Attributes:
-        scores: The measures by method, one per scene.
+        scores: The measures by method, one per set of views.
+        scenes: Which scene each set of views is of.
     """
 
     def __init__(self, threshold: float | None = None, max_points: int = 100_000) -> None:
@@ -47,9 +48,10 @@ class Comparison:
         self.threshold = threshold
         self.max_points = max_points
         self.scores: dict[str, list[SceneMetrics]] = {}
+        self.scenes: list[Hashable] = []
 
-    def add(self, reference: Geometry, predictions: Mapping[str, Geometry]) -> None:
-        """Measure one scene; every scene needs the same methods."""
+    def add(self, reference: Geometry, predictions: Mapping[str, Geometry], scene: Hashable = None) -> None:
+        """Measure one set of views; every set needs the same methods. `scene` says which sets are of one scene; None: this one alone."""
         if not predictions or MEAN in predictions:
             raise InputError(f"a scene is compared for at least one method, and none is called {MEAN!r}")
         methods = dict(predictions) | {MEAN: constant_geometry(reference)}
@@ -58,9 +60,10 @@ class Comparison:
         scores = {name: scene_metrics(scene, reference, self.threshold, self.max_points) for name, scene in methods.items()}
         for name, score in scores.items():
             self.scores.setdefault(name, []).append(score)
+        self.scenes.append(("set", len(self.scenes)) if scene is None else scene)
 
     def values(self, method: str, row: str) -> list[float]:
-        """The measure `row` (a key of `ROWS`) of `method`, one per scene."""
+        """The measure `row` (a key of `ROWS`) of `method`, one per set of views; NaN where it is not defined."""
         if method not in self.scores or row not in ROWS:
             raise InputError(f"{row!r} of {method!r} was not measured; there are {sorted(self.scores)} with {list(ROWS)}")
         family, field, _ = ROWS[row]
@@ -73,25 +76,32 @@ class Comparison:
         return [row for row, (family, _, _) in ROWS.items() if with_depth or family == "pose"]
 
     def mean(self, method: str, row: str) -> float:
-        """Mean of a measure over the scenes for which it is defined."""
+        """Mean of a measure over the sets of views for which it is defined; NaN where there are none."""
         values = [value for value in self.values(method, row) if not math.isnan(value)]
         return sum(values) / len(values) if values else math.nan
 
     def difference(self, dense: str, accelerated: str, row: str, seed: int = 0) -> Interval:
-        """Accelerated - dense with its 95 % interval."""
-        return paired_bootstrap(self.values(dense, row), self.values(accelerated, row), seed=seed)
+        """Accelerated - dense with its 95 % interval. Sets of views of one scene count as one, by their mean: they are alike."""
+        by_scene: dict[Hashable, list[float]] = {}
+        for scene, first, second in zip(self.scenes, self.values(dense, row), self.values(accelerated, row), strict=True):
+            found = by_scene.setdefault(scene, [])
+            if not math.isnan(second - first):
+                found.append(second - first)
+        differences = [sum(found) / len(found) if found else math.nan for found in by_scene.values()]
+        return paired_bootstrap([0.0] * len(differences), differences, seed=seed)
 
     def table(self, dense: str, accelerated: str) -> Table:
         """One row per measure: means of every method, and the difference of two with its 95 % interval."""
         from rich.table import Table
 
-        scenes = len(self.values(dense, "AUC@5, %"))
+        scenes, sets = len(set(self.scenes)), len(self.values(dense, "AUC@5, %"))
         undefined = sum(score.pose.undefined for score in self.scores[dense])
         pairs = sum(score.pose.pairs for score in self.scores[dense])
         table = Table(
-            title=f"Means over {scenes} scenes",
+            title=f"Means over {scenes} scenes" + (f", {sets} sets of views" if sets != scenes else ""),
             caption=f"One scale per scene for depth, Sim(3) for points and ATE; lengths in the unit of the reference. {MEAN}: one depth, "
-            f"equal cameras. {undefined} of {pairs} pairs of views have no baseline. * the 95 % interval leaves out 0.",
+            f"equal cameras. {undefined} of {pairs} pairs of views have no baseline. "
+            f"* the 95 % interval leaves out 0; there is none where fewer than {LEAST_SCENES} scenes have the measure.",
         )
         table.add_column("")
         for name in self.scores:
@@ -100,10 +110,16 @@ class Comparison:
         for row in self.rows():
             up = ROWS[row][2]
             interval = self.difference(dense, accelerated, row)
-            bounds = rf"{interval.difference:+.4g} \[{interval.low:+.4g}, {interval.high:+.4g}]" + (" *" if interval.clear else "")
-            table.add_row(f"{row} {'↑' if up else '↓'}", *(f"{self.mean(name, row):.4g}" for name in self.scores), bounds)
+            bounds = _number(interval.difference, "+.4g")
+            if interval.scenes >= LEAST_SCENES:
+                bounds += rf" \[{interval.low:+.4g}, {interval.high:+.4g}]" + (" *" if interval.clear else "")
+            table.add_row(f"{row} {'↑' if up else '↓'}", *(_number(self.mean(name, row), ".4g") for name in self.scores), bounds)
         return table
 
     def to_dict(self) -> dict[str, Any]:
         """Everything that was measured, for JSON."""
         return {name: [score.to_dict() for score in scores] for name, scores in self.scores.items()}
+
+
+def _number(value: float, form: str) -> str:
+    return "undefined" if math.isnan(value) else format(value, form)

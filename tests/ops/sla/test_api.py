@@ -127,10 +127,47 @@ def test_a_linear_branch_without_its_matrix_is_an_error(linear: str) -> None:
         sparse_linear_attention(q, k, v, keep_ratio=0.5, linear=linear, block_q=BLOCK_Q, block_k=BLOCK_K)
 
 
-def test_a_negative_scale_raises() -> None:
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("option", "values", "message"),
+    [
+        ("scale", (-1.0, NAN, INF, "1", True), "scale is .*a finite number and not negative"),
+        ("rope_base", (0, -1.0, NAN, INF, "100"), "rope_base is a positive number"),
+        ("keep_ratio", (0, 1.5, NAN, None, 10**5000), "keep_ratio must be in"),
+        ("negligible_ratio", (-0.1, NAN, "0.1", torch.ones(2)), "negligible_ratio must be in"),
+        ("block_q", (0, -16, 16.0, True, 10**5000), "block_q is a number of tokens"),
+        ("block_k", (0, NAN, 2**16), "block_k is a number of tokens"),
+        ("pinned_tokens", (-1, 9, 2.5, NAN), "pinned_tokens must be in"),
+        ("feature_map", (["softmax"], torch.ones(2), None), "feature_map must be one of"),
+    ],
+)
+def test_options_out_of_their_ranges_are_refused(option: str, values: tuple[object, ...], message: str) -> None:
     q = torch.randn(1, 1, 8, 16)
-    with pytest.raises(ConfigError, match="must not be negative"):
-        sparse_linear_attention(q, q, q, keep_ratio=1.0, scale=-1.0)
+    for value in values:
+        with pytest.raises(ConfigError, match=message):
+            sparse_linear_attention(q, q, q, **({"keep_ratio": 1.0} | {option: value}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 50, 8), (1, 2, 0, 8), (2, 0, 50, 8), (0, 2, 0, 8)])
+@pytest.mark.parametrize("linear", ["none", "marginal"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_of_nothing_comes_nothing_with_gradients(shape: tuple[int, ...], linear: str, compiled: bool) -> None:
+    q, k, v = (torch.rand(shape, requires_grad=True) for _ in range(3))
+    proj = torch.rand(8, 8, requires_grad=True)
+
+    def attend(*inputs: torch.Tensor) -> torch.Tensor:
+        return sparse_linear_attention(*inputs, keep_ratio=0.5, linear=linear, proj=proj, block_means=True, block_q=16, block_k=16)
+
+    run = torch.compile(attend, backend="eager") if compiled else attend
+    out = run(q, k, v)
+    assert out.shape == shape
+    out.sum().backward()
+    for x in (q, k, v, *([proj] if linear != "none" else [])):
+        assert x.grad is not None
+        assert x.grad.shape == x.shape
+        assert not x.grad.any()
 
 
 @pytest.mark.parametrize(

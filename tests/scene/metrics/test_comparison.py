@@ -15,6 +15,7 @@ from rich.table import Table
 
 from lite3r_plugin.errors import InputError
 from lite3r_plugin.scene.metrics import Comparison, Geometry, paired_bootstrap
+from lite3r_plugin.scene.metrics.bootstrap import LEAST_SCENES
 from lite3r_plugin.scene.metrics.comparison import ROWS
 
 MakeGeometry = Callable[..., Geometry]
@@ -97,7 +98,7 @@ def text(table: Table) -> str:
 @pytest.fixture
 def comparison(scene: MakeGeometry) -> Comparison:
     comparison = Comparison(max_points=500)
-    for seed in range(4):
+    for seed in range(6):
         truth = scene(seed)
         noise = torch.exp(0.02 * torch.randn(truth.depth.shape))
         dense = dataclasses.replace(truth, depth=truth.depth * noise)
@@ -115,8 +116,8 @@ def test_table(comparison: Comparison) -> None:
     assert rows["AbsRel ↓"].count("[") == 1
     assert rows["AbsRel ↓"].rstrip(" │").endswith("*")  # four times the noise is clearly worse
     assert not rows["AUC@3, % ↑"].rstrip(" │").endswith("*")  # the cameras are the same
-    assert "Means over 4 scenes" in printed
-    assert "0 of 12 pairs" in " ".join(printed.split())
+    assert "Means over 6 scenes" in printed
+    assert "0 of 18 pairs" in " ".join(printed.split())
 
 
 def test_values_and_differences(comparison: Comparison) -> None:
@@ -140,7 +141,7 @@ def test_every_scene_has_every_method(comparison: Comparison, scene: MakeGeometr
         comparison.add(truth, {})
     with pytest.raises(InputError, match="none is called 'constant'"):
         comparison.add(truth, {"constant": truth})
-    assert len(comparison.scores["dense"]) == 4
+    assert len(comparison.scores["dense"]) == 6
 
 
 def test_undefined_measures_are_left_out_of_means(scene: MakeGeometry) -> None:
@@ -149,4 +150,32 @@ def test_undefined_measures_are_left_out_of_means(scene: MakeGeometry) -> None:
         truth = scene(seed, views=2)
         comparison.add(truth, {"dense": truth, "lite3r": truth})
     assert math.isnan(comparison.mean("dense", "ATE"))
-    assert "nan" in text(comparison.table("dense", "lite3r"))
+    printed = text(comparison.table("dense", "lite3r"))
+    assert "undefined" in printed
+    assert "nan" not in printed
+
+
+@pytest.mark.parametrize("scenes", range(1, LEAST_SCENES))
+def test_few_scenes_have_no_interval(comparison: Comparison, scenes: int) -> None:
+    for scores in comparison.scores.values():
+        del scores[scenes:]
+    del comparison.scenes[scenes:]
+    found = comparison.difference("dense", "lite3r", "AbsRel")
+    assert found.difference > 0
+    assert not found.clear
+    assert math.isnan(found.low)
+    assert math.isnan(found.high)
+    printed = text(comparison.table("dense", "lite3r"))
+    assert all(mark not in printed.replace("lite3r - dense [95 %]", "") for mark in ("nan", " [", " *│"))
+    assert "there is none where fewer than 6 scenes have the measure" in " ".join(printed.split())
+
+
+def test_sets_of_views_of_one_scene_count_as_one(comparison: Comparison) -> None:
+    apart = comparison.difference("dense", "lite3r", "AbsRel")
+    comparison.scenes = [0, 0, 1, 2, 3, 4]
+    together = comparison.difference("dense", "lite3r", "AbsRel")
+    each = [b - a for a, b in zip(comparison.values("dense", "AbsRel"), comparison.values("lite3r", "AbsRel"), strict=True)]
+    assert apart.scenes == 6
+    assert together.scenes == 5
+    assert together.difference == pytest.approx((sum(each[:2]) / 2 + sum(each[2:])) / 5)
+    assert "Means over 5 scenes, 6 sets of views" in text(comparison.table("dense", "lite3r"))
