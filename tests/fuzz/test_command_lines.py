@@ -50,7 +50,7 @@ WORDS = [
     "[" * 2000,
 ]
 CONFIGS = [
-    "keep_ratio=0.5", "dense_below=0", "dense_below=null", f"dense_below={DIGITS}", "keep_ratio=NaN", 'keep_ratio={"a": 1}', "keep_ratio={}",
+    "keep_ratio=0.5", "dense_below=0", "dense_below=null", f"dense_below={DIGITS}", "keep_ratio=NaN", 'keep_ratio={"a": 1}',
     'scopes=["global", "global"]', "scopes=global", "pin=[1]", "block_q=0", "preset=fast", "precision=fp8", "keep_ratio", "=1", "a=b=c",
     f"block_k={'[' * 50_000}", "fp8_filter=[]", "block_means=1", "linear_branch=none",
 ]  # fmt: skip
