@@ -39,4 +39,4 @@ def _commands(implementation: Any) -> dict[str, Any]:
     commands = typer.main.get_group(app).commands
     for command in commands.values():
         render(command.help or "")  # the help of all commands would fail with it
-    return commands
+    return dict(commands)
