@@ -165,7 +165,8 @@ def test_memory_in_fp8(tmp_path: Path) -> None:
     linears = 2 * 2 * 8 * 128**2  # its MLPs are twice as wide; so small that scales and norms count
     assert fp8["linear_weights_in_bf16"] == 2 * linears
     assert fp8["weights"]["float8_e4m3fn"] == linears
-    assert fp8["linear_weights"] == linears + fp8["weights"]["float32"]
+    branches = 2 * 4 * 32**2  # in FP32, whatever the host is in
+    assert fp8["linear_weights"] == linears + fp8["weights"]["float32"] - branches
     assert sum(full["weights"].values()) - fp8["held"] == full["blocks"] - fp8["blocks"]
     assert fp8["loaded_differs_by"] == 0
     assert stored["wrong"] == [f"the blocks take {fp8['blocks'] / full['blocks']:.4f} of BF16, more than 0.52"]
