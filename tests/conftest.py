@@ -22,7 +22,9 @@ torch.utils.deterministic.fill_uninitialized_memory = True
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--data-root", help="folder with real samples, one folder for each layout of lite3r_plugin.data, for tests/data")
+    parser.addoption(
+        "--data-root", help="folder with real samples, one folder for each layout of lite3r_plugin.scene.data, for tests/scene/data"
+    )
     parser.addoption(
         "--fuzz-seconds", type=float, help="how long each fuzz test goes on, from a seed by chance; else shortly and from one seed"
     )

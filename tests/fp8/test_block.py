@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from numerics import relative_error
+from pre_norm_blocks import DIM, Block
 from torch import Tensor, nn
-from toys import PATCH, SPECIAL, Adapter, Attention, toy_adapter
+from toys import PATCH, SPECIAL, Adapter, toy_adapter
 
 from lite3r_plugin import AttentionSite, FusedQKV, PreNormBlock, TokenSource, apply_lite3r
 from lite3r_plugin.apply.lookup import lite3r_modules
@@ -18,44 +18,7 @@ from lite3r_plugin.fp8.linear import Fp8Linear
 from lite3r_plugin.ops.fp8 import naive
 
 __all__ = ["toy_adapter"]  # the fixture
-DIM = 32
 SPARSE = dict(keep_ratio=0.3, dense_below=0, block_q=16, block_k=16)
-
-
-class LayerScale(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.randn(DIM))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.gamma
-
-
-class SwiGLU(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.w12, self.w3 = nn.Linear(DIM, 96), nn.Linear(48, DIM)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.w12(x).chunk(2, -1)
-        return self.w3(F.silu(gate) * value)
-
-
-class Block(nn.Module):
-    """As DINOv2's; `kind` is the activation."""
-
-    def __init__(self, kind: str, scaled: bool) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(DIM), nn.LayerNorm(DIM, bias=False)
-        nn.init.uniform_(self.norm1.weight, 0.5, 2)
-        self.attn = Attention(DIM, 2)
-        self.ls1, self.ls2 = (LayerScale() if scaled else nn.Identity() for _ in range(2))
-        act = nn.GELU(approximate="tanh" if kind == "gelu_tanh" else "none")
-        self.mlp = SwiGLU() if kind == "swiglu" else nn.Sequential(nn.Linear(DIM, 64), act, nn.Linear(64, DIM))
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        x = x + self.ls1(self.attn(self.norm1(x), mask))
-        return x + self.ls2(self.mlp(self.norm2(x)))
 
 
 class Model(nn.Module):

@@ -5,17 +5,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import random
 import resource
 import shutil
-import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ import pytest
 import torch
 from checkpoints import JSON, WEIGHTS, seal, snapshot
 from safetensors.torch import load_file
+from time_limits import bounded
 from torch import Tensor, nn
 from toys import Toy, images, toy_adapter
 
@@ -35,7 +34,6 @@ from lite3r_plugin.testing import TEST_CONFIG
 __all__ = ["toy_adapter"]  # the fixture
 pytestmark = pytest.mark.usefixtures("adapter")
 KINDS = ("branches", "fp8", "whole", "whole fp8")
-LONGEST = 10.0  # seconds that one load may take
 MEMORY = 2**30  # bytes that all of them may add to the process
 SECONDS = 3.0
 HUGE = (2**31, 2**63, 2**64, 10**400, -1, 0, 1e308, math.inf, math.nan, -0.0)
@@ -44,22 +42,6 @@ DTYPES = (
     torch.float16, torch.bfloat16, torch.float64, torch.bool, torch.int8, torch.int64, torch.complex64,
     torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8,
 )  # fmt: skip
-
-
-@contextlib.contextmanager
-def bounded(what: object) -> Iterator[None]:
-    """Fails when the block takes longer than `LONGEST`."""
-
-    def late(*_: object) -> None:
-        pytest.fail(f"took more than {LONGEST} s: {what}")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, LONGEST)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(params=KINDS)

@@ -3,15 +3,13 @@ without much memory. ``--fuzz-seconds`` makes it go on for longer, from another 
 
 from __future__ import annotations
 
-import contextlib
 import random
 import resource
-import signal
 import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mutations import WORDS, damage, restored
+from time_limits import bounded
 from written_scenes import WRITERS, render, write_layout
 
 from lite3r_plugin.errors import Lite3RError
@@ -30,25 +29,8 @@ from lite3r_plugin.scene.data.mvsnet import read_camera, read_pairs
 from lite3r_plugin.scene.data.text import parse_integers, parse_numbers, read_numbers
 from lite3r_plugin.scene.images import load_image
 
-LONGEST = 10.0  # seconds that one input may take
 MEMORY = 2**30  # bytes that all of them may add to the process
 DEFAULT_SECONDS = 11.0  # of all layouts together
-
-
-@contextlib.contextmanager
-def bounded(what: object) -> Iterator[None]:
-    """Fails when the block takes longer than `LONGEST`."""
-
-    def late(*_: object) -> None:
-        pytest.fail(f"took more than {LONGEST} s: {what}")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, LONGEST)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def memory() -> int:
