@@ -23,6 +23,7 @@ LAYERS = (
     ("attention",),
     ("runtime",),
     ("apply",),
+    ("hub", "peft"),
     ("training", "parallel", "testing"),
     ("evaluation",),
     ("bench",),

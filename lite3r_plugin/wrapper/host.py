@@ -1,66 +1,21 @@
-"""Modules that take the place of a host's module without taking it apart, and changes of a model that are all made or none."""
+"""Modules that take the place of a host's module without taking it apart."""
 
 from __future__ import annotations
 
 import copy
 import functools
-import inspect
-from collections.abc import Callable, Mapping, MutableMapping
-from types import TracebackType
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .errors import WeightsError
+from ..errors import WeightsError
+from .changes import Changes
 
 # The host is not set yet while unpickling. The others are accelerate's: it would take the forward that it wrapped of the host for ours.
 _OWN = ("host", "_hf_hook", "_old_forward")
 
 TABLES = tuple(vars(nn.Module()))
-
-
-class Changes:
-    """Changes of a model that belong together: an error or an interruption inside the context takes all of them back.
-
-    What can fail is to be made before, so that only small steps are left to do inside. How a change is undone is written down
-    before it is made, lest an interruption come in between; so undoing one that was not made must do no harm.
-    """
-
-    def __init__(self) -> None:
-        self._undo: list[Callable[[], object]] = []
-
-    def __enter__(self) -> Changes:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is None:
-            return
-        try:
-            self.undo()
-        finally:
-            self.undo()  # the rest, where a second interruption came
-
-    def undo(self) -> None:
-        """Take all changes back, the last one first."""
-        while self._undo:
-            self._undo[-1]()
-            self._undo.pop()
-
-    def make(self, do: Callable[[], object], undo: Callable[[], object]) -> None:
-        """Make a change by calling `do`, which `undo` takes back."""
-        self._undo.append(undo)
-        do()
-
-    def put(self, table: MutableMapping[str, Any], key: str, value: Any) -> None:
-        """``table[key] = value``."""
-        undo = functools.partial(table.__setitem__, key, table[key]) if key in table else functools.partial(table.pop, key, None)
-        self.make(functools.partial(table.__setitem__, key, value), undo)
-
-    def drop(self, table: MutableMapping[str, Any], key: str) -> None:
-        """``del table[key]``, if it is there."""
-        if key in table:
-            self.make(functools.partial(table.pop, key, None), functools.partial(table.__setitem__, key, table[key]))
 
 
 class HostWrapper(nn.Module):
@@ -139,43 +94,6 @@ def host_of(module: nn.Module) -> nn.Module:
     while isinstance(module, HostWrapper):
         module = module.host
     return module
-
-
-def argument_names(module: nn.Module) -> tuple[str, ...] | None:
-    """The arguments of the forward of `module`, in order; None where they cannot be read.
-
-    A forward that somebody has exchanged may be any object that can be called, with any `__signature__`.
-    """
-    try:
-        return tuple(inspect.signature(module.forward).parameters)
-    except Exception:  # whatever that object raises
-        return None
-
-
-def has_forward_hooks(module: nn.Module) -> bool:
-    """Whether somebody watches the calls of `module`, which then must be called."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-def must_be_called(module: nn.Module) -> bool:
-    """Whether somebody watches the calls of `module`, or has put a forward of its own into this instance, as accelerate does."""
-    return has_forward_hooks(module) or "forward" in module.__dict__
-
-
-def is_plain_tensor(tensor: Tensor) -> bool:
-    """Whether any operator may read it: no subclass with operators of its own, such as a DTensor or a quantised weight of torchao."""
-    if torch.compiler.is_compiling():  # what is traced is of classes of the compiler
-        return not hasattr(tensor, "__tensor_flatten__")
-    return type(tensor) in (Tensor, nn.Parameter)
-
-
-def may_be_read(module: nn.Module) -> bool:
-    """Whether the parameters of `module` may be read instead of calling it.
-
-    Not where its calls are hooked or wrapped, which may bring the weights in for a call alone (CPU offload, sharding), nor where a
-    parameter is a tensor subclass that only its module knows to use.
-    """
-    return not must_be_called(module) and all(p is None or is_plain_tensor(p) for p in module._parameters.values())
 
 
 def share_hooks(made: nn.Module, host: nn.Module) -> None:

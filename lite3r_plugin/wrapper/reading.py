@@ -1,0 +1,45 @@
+"""Whether the forward of a module may be passed by, and its parameters read instead."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import Tensor, nn
+
+
+def argument_names(module: nn.Module) -> tuple[str, ...] | None:
+    """The arguments of the forward of `module`, in order; None where they cannot be read.
+
+    A forward that somebody has exchanged may be any object that can be called, with any `__signature__`.
+    """
+    try:
+        return tuple(inspect.signature(module.forward).parameters)
+    except Exception:  # whatever that object raises
+        return None
+
+
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Whether somebody watches the calls of `module`, which then must be called."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def must_be_called(module: nn.Module) -> bool:
+    """Whether somebody watches the calls of `module`, or has put a forward of its own into this instance, as accelerate does."""
+    return has_forward_hooks(module) or "forward" in module.__dict__
+
+
+def is_plain_tensor(tensor: Tensor) -> bool:
+    """Whether any operator may read it: no subclass with operators of its own, such as a DTensor or a quantised weight of torchao."""
+    if torch.compiler.is_compiling():  # what is traced is of classes of the compiler
+        return not hasattr(tensor, "__tensor_flatten__")
+    return type(tensor) in (Tensor, nn.Parameter)
+
+
+def may_be_read(module: nn.Module) -> bool:
+    """Whether the parameters of `module` may be read instead of calling it.
+
+    Not where its calls are hooked or wrapped, which may bring the weights in for a call alone (CPU offload, sharding), nor where a
+    parameter is a tensor subclass that only its module knows to use.
+    """
+    return not must_be_called(module) and all(p is None or is_plain_tensor(p) for p in module._parameters.values())
