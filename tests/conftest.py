@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import inspect
 import os
 import sys
+from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -14,7 +18,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton kernels are defined, so before any of them is imported
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns when it is unset
 
-sys.path.insert(0, str(Path(__file__).parent / "helpers"))  # helper modules: numerics, hosts
+TESTS = Path(__file__).parent
+sys.path.insert(0, str(TESTS / "helpers"))  # helper modules: numerics, hosts
 
 # Fills torch.empty with NaN, so an output element that nothing wrote fails its test.
 torch.use_deterministic_algorithms(True, warn_only=True)
@@ -31,18 +36,43 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--every-line", action="store_true", help="interrupt before every line in tests/apply/test_interruptions.py")
 
 
+# What compares bit for bit: that must hold with every vector width and number of threads of torch's products and sums.
 EXACT = ("torch.equal(", "rtol=0, atol=0", "atol=0, rtol=0", "assert_same_bits(", "assert_equal(", "assert_array_equal(")
+
+# Files of tests whose bits torch has no part in: numpy and Pillow read data, numpy runs Triton's interpreter, and what was damaged or
+# interrupted is compared with what was there before.
+NOT_BY_TORCH = (
+    "scene/data/*", "scene/export/*", "ops/*/test_kernels.py", "ops/sla/test_forward.py", "ops/sla/test_backward.py", "fuzz/*",
+    "apply/*interrupt*",
+)  # fmt: skip
+
+
+@functools.cache
+def compares_bits(test: Callable[..., object]) -> bool:
+    """Whether a test does, by its source: read once for all its parameters."""
+    return any(words in inspect.getsource(test) for words in EXACT)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if isinstance(item, pytest.Function) and any(words in inspect.getsource(item.function) for words in EXACT):
+        by_torch = not any(fnmatch(str(item.path), f"{TESTS}/{pattern}") for pattern in NOT_BY_TORCH)
+        if by_torch and isinstance(item, pytest.Function) and compares_bits(inspect.unwrap(item.function)):
             item.add_marker("exact")
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _settled() -> None:
+    """What is there stays, libraries and compilers' caches above all: a collection of garbage need not look through them each time.
+
+    The benchmark asks for one before each measurement.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
