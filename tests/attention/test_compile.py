@@ -107,7 +107,7 @@ def test_training(toy: Toy) -> None:
         nn.init.normal_(site.proj_lin.weight)
     graphs = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=graphs, fullgraph=True)
-    for views in (3, 2, 5):
+    for views in (3, 2):
         grads = []
         for run in (model, compiled):
             model.zero_grad()
@@ -152,7 +152,7 @@ def test_the_default_compiler() -> None:
 
 def flat_arguments(linear: str, learns: str) -> Arguments:
     """Arguments of the operators, with a norm, a rotary embedding, an order, and everything that may be absent absent once."""
-    tokens, dim = 50, 32
+    tokens, dim = 33, 32
     q, k, v = torch.randn(1, tokens, 3, 2, dim, device=DEVICE).permute(2, 0, 3, 1, 4).unbind(0)
     norm = HeadNorm("layer", torch.rand(dim, device=DEVICE), torch.rand(dim, device=DEVICE), 1e-5)
     tensors = dict(q=q, k=k, v=v, q_weight=norm.weight, q_bias=norm.bias)
@@ -201,7 +201,7 @@ def test_the_operators_keep_their_contracts(linear: str, learns: str, triton: bo
 def test_gradients_of_the_operator_are_those_of_the_eager_call(learns: str, triton: bool) -> None:
     arguments = flat_arguments("marginal", learns)
     leaves = [x for x in arguments.inputs if x is not None and x.requires_grad]
-    grad = torch.randn(1, 50, 2, 32, device=DEVICE)
+    grad = torch.randn(1, 33, 2, 32, device=DEVICE)
     expected = torch.autograd.grad(forward.run(arguments._replace(backend="naive")).transpose(1, 2), leaves, grad)
     found = torch.autograd.grad(operators.train(learning(arguments), *arguments)[0], leaves, grad)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
@@ -300,20 +300,19 @@ def test_sites_that_share_code_have_their_own_policy(monkeypatch: pytest.MonkeyP
 def test_blocks_compiled_one_by_one_share_code(options: dict[str, Any]) -> None:
     """However many there are, which the compiler's limit of recompilations needs."""
     graphs = {}
-    for depth in (2, 5):
+    for depth in (2, 3):
         torch._dynamo.reset()
-        model = Testbed(TestbedConfig(dim=64, head_dim=32, depth=depth, stem=8)).eval().requires_grad_(False)
+        model = Testbed(TestbedConfig(dim=32, head_dim=32, depth=depth, stem=8)).eval().requires_grad_(False)
         model = apply_lite3r(model, TEST_CONFIG, **options)
         x = torch.rand(1, 3, 3, 64, 96)
         expected = model(x)
         counter = CompileCounterWithBackend("eager")
         for block in repeated_blocks(model):
             block.compile(backend=counter, dynamic=True)
-        for views in (3, 4):
-            model(torch.rand(1, views, 3, 64, 96))
+        model(torch.rand(1, 4, 3, 64, 96))
         torch.testing.assert_close(model(x), expected)
         graphs[depth] = counter.frame_count
-    assert graphs[5] == graphs[2] > 0
+    assert graphs[3] == graphs[2] > 0
 
 
 def test_second_derivatives_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""Grids of parameters: every pair of values on a CPU, where kernels are interpreted and slow; every combination on a GPU."""
+"""Grids of parameters: every pair of values, or every value, on a CPU, where kernels are interpreted and slow; all on a GPU."""
 
 from __future__ import annotations
 
@@ -12,6 +12,13 @@ import torch
 def grid(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
     """What to give `pytest.mark.parametrize` for these parameters."""
     return list(itertools.product(*axes)) if torch.cuda.is_available() else all_pairs(*axes)
+
+
+def each(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """As `grid`, for parameters that do not act on each other: on a CPU every value of each axis, side by side."""
+    if torch.cuda.is_available():
+        return list(itertools.product(*axes))
+    return [tuple(axis[i % len(axis)] for axis in axes) for i in range(max(map(len, axes)))]
 
 
 def all_pairs(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:

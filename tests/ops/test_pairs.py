@@ -6,7 +6,8 @@ import itertools
 import math
 
 import pytest
-from pairs import all_pairs
+import torch
+from pairs import all_pairs, each
 
 
 @pytest.mark.parametrize("sizes", [(3,), (2, 3), (3, 2, 6), (5, 2, 2, 3, 2, 2), (2, 2, 2, 2, 2, 2, 2)], ids=str)
@@ -17,3 +18,9 @@ def test_every_two_values_of_two_parameters_meet(sizes: tuple[int, ...]) -> None
     for (i, one), (j, other) in itertools.combinations(enumerate(axes), 2):
         assert {(row[i], row[j]) for row in rows} == set(itertools.product(one, other))
     assert len(rows) == len(set(rows)) <= math.prod(sorted(sizes)[-2:]) + len(sizes)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs every combination")
+def test_each_value_has_its_turn() -> None:
+    rows = each("abc", "xy", [1])
+    assert rows == [("a", "x", 1), ("b", "y", 1), ("c", "x", 1)]
