@@ -107,7 +107,7 @@ class ModelEntry:
             raise InputError(f"the model {self.name!r} has no default weights; name a file or a Hub id, or {RANDOM!r} for timing only")
         file = None if weights == RANDOM else find_weights(weights)
         try:
-            with torch.random.fork_rng(devices=()):
+            with torch.random.fork_rng(devices=()), torch.device(device):
                 torch.manual_seed(0)
                 model = self.create()
         except ImportError as error:

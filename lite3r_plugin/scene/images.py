@@ -169,9 +169,8 @@ def load_images(paths: Sequence[Path]) -> list[Image.Image]:
 def to_tensor(images: Sequence[Image.Image]) -> Tensor:
     """Images of one size as ``[S, 3, H, W]`` float32 in [0, 1], channels last in memory."""
     width, height = images[0].size
-    pixels = torch.empty(
-        len(images), 3, height, width, memory_format=torch.channels_last
-    )  # as in the images, lest convolutions round otherwise
+    channels_last = torch.channels_last  # as in the images, lest convolutions round otherwise
+    pixels = torch.empty(len(images), 3, height, width, memory_format=channels_last, device="cpu")
     for target, image in zip(pixels.numpy(), images, strict=True):
         for top in range(0, height, BAND):
             bottom = min(top + BAND, height)

@@ -98,7 +98,8 @@ def test_amounts_are_checked_before_any_work(command: str, refused) -> None:
 def test_the_help_tells_the_limits_that_hold(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "300")
     defaults = re.findall(r"--max-(?:pixels|bytes).*\[default: (\w+)\]", lite3r(command, "--help").stdout)
-    assert Limits(*(amount(default, "default") for default in defaults)) == Limits()
+    pixels, size = (amount(default, "default") for default in defaults)
+    assert Limits(pixels, size) == Limits()
 
 
 @pytest.mark.parametrize("command", COMMON)
