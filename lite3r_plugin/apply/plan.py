@@ -21,6 +21,7 @@ from ..fp8.blocks import BlockLinear, find_blocks, find_linears
 from ..fp8.convert import LinearPlan, choose_again, is_finite, plan_linears, require_plain_weight
 from ..fp8.linear import Fp8Linear
 from ..ops.dispatch import TRITON_HEAD_DIMS
+from ..wrapper import forward_parameters
 from .lookup import Inventory
 
 
@@ -119,7 +120,7 @@ def plan_application(found: Inventory, config: Lite3RConfig, *, with_weights: bo
     sources: list[TokenSource] = []
     for site in sites:
         sparse, host = site.scope in scopes, hosts[site.fqn]
-        if not sparse and not (config.fuse and style_of(site, host).fuses):
+        if not sparse and not (config.fuse and forward_parameters(host) is not None and style_of(site, host).fuses):
             skipped[site.fqn] = f"scope {site.scope!r} stays dense"
             continue
         with _naming(adapter):
