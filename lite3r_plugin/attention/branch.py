@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from ..adapter.sites import AttentionSite
 from ..errors import WeightsError
 from ..ops.dispatch import without_autocast
-from ..wrapper import is_plain_tensor, may_be_read, must_be_called
+from ..wrapper import Changes, is_plain_tensor, may_be_read, must_be_called
 
 
 class BranchLinear(nn.Linear):
@@ -81,16 +82,20 @@ def why_not_written(branch: nn.Module) -> str | None:
     return None
 
 
-@torch.no_grad()
-def write_branch(branch: nn.Module, weight: Tensor) -> None:
+def write_branch(branch: nn.Module, weight: Tensor, changes: Changes) -> None:
     """Let `weight` ``[D, D]`` be the weight of `branch`; of a DTensor, of which each process holds a part, that of the first one."""
     own: Any = branch.weight
-    weight = weight.to(own.device, own.dtype)
+    before, weight = own.detach().clone(), weight.detach().to(own.device, own.dtype)
     if _is_dtensor(own):
         from torch.distributed.tensor import distribute_tensor
 
         weight = distribute_tensor(weight, own.device_mesh, own.placements)
-    own.copy_(weight)
+    changes.make(functools.partial(_copy, own, weight), functools.partial(_copy, own, before))
+
+
+@torch.no_grad()
+def _copy(target: Tensor, source: Tensor) -> None:
+    target.copy_(source)
 
 
 def _is_dtensor(tensor: Any) -> bool:
