@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from ..adapter.plugins import find_sites
@@ -103,8 +102,7 @@ def plan_application(found: Inventory, config: Lite3RConfig, *, with_weights: bo
         ConfigError: a pattern matches nothing.
         BackendError: the attention backend cannot run.
         AdapterError: the adapter does not describe this model, or the arguments of the forward of a site cannot be read.
-        WeightsError: FP8 is wanted, and a weight is not finite, or is made by a parametrisation or by pruning; or the weights of a site
-            are of a dtype that a linear branch cannot have.
+        WeightsError: FP8 is wanted, and a weight is not finite, or is made by a parametrisation or by pruning.
     """
     if found.attention:
         raise AlreadyAppliedError("this model carries Lite3R already; call remove_lite3r(model) first to change its configuration")
@@ -131,8 +129,6 @@ def plan_application(found: Inventory, config: Lite3RConfig, *, with_weights: bo
             )
         if sparse and site.tokens is not None:
             sources.append(site.tokens)
-        if sparse and config.linear_branch != "none":
-            _check_branch_dtype(site, host)
         swaps.setdefault(host, Swap(host, site, sparse))
     image_modules = _find_image_modules(found, adapter, sources)
     blocks = find_blocks(found.modules, sites)
@@ -213,15 +209,6 @@ def check_branches(found: Inventory) -> None:
             raise WeightsError(f"{fqn}.proj_lin.weight has infinities or NaN: the model is broken; train it again or start from zeros")
         if module.state.phase == "fp8_qat" and (reason := why_not_written(module.proj_lin)):
             raise WeightsError(f"convert cannot round {fqn}.proj_lin for good, as training did in passing: it {reason}")
-
-
-def _check_branch_dtype(site: AttentionSite, host: nn.Module) -> None:
-    dtype = next((p.dtype for p in host.parameters() if p.is_floating_point()), torch.float32)
-    if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        raise WeightsError(
-            f"site {site.fqn!r} has weights in {dtype}, in which no linear branch can be: apply Lite3R before another tool changes the "
-            'weights (its own FP8 is convert), or pass linear_branch="none"'
-        )
 
 
 @contextlib.contextmanager
