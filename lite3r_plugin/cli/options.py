@@ -27,7 +27,7 @@ KeepRatio = Annotated[
     float | None,
     typer.Option(
         "--keep-ratio",
-        help=f"Share of the key blocks that attention keeps; the same as --config keep_ratio=... [default: {Lite3RConfig.keep_ratio}]",
+        help=f"Share of the key blocks that attention keeps; the same as --config keep_ratio=...; by default {Lite3RConfig.keep_ratio}.",
         show_default=False,
     ),
 ]
@@ -46,11 +46,11 @@ Json = Annotated[Path | None, typer.Option("--json", help="Write all numbers her
 MaxPixels = Annotated[
     str | None,
     typer.Option(
-        "--max-pixels", metavar="N", help="Refuse images and depth maps with more pixels, such as 200M. [default: 50M]", show_default=False
+        "--max-pixels", metavar="N", help="Refuse images and depth maps with more pixels, such as 200M; by default 50M.", show_default=False
     ),
 ]
 MaxBytes = Annotated[
-    str | None, typer.Option("--max-bytes", metavar="SIZE", help="Refuse larger files, such as 4GB. [default: 2GiB]", show_default=False)
+    str | None, typer.Option("--max-bytes", metavar="SIZE", help="Refuse larger files, such as 4GB; by default 2GiB.", show_default=False)
 ]
 
 LARGEST_SEED = 2**31 - 1

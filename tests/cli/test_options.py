@@ -9,6 +9,7 @@ import pytest
 import torch
 from commands import fails, lite3r
 
+from lite3r_plugin import Lite3RConfig
 from lite3r_plugin.adapter.models import ModelEntry
 from lite3r_plugin.cli.options import amount, config_fields, lite3r_config, numbers
 from lite3r_plugin.errors import ConfigError, InputError
@@ -97,9 +98,15 @@ def test_amounts_are_checked_before_any_work(command: str, refused) -> None:
 @pytest.mark.parametrize("command", ["eval", "reconstruct"])
 def test_the_help_tells_the_limits_that_hold(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "300")
-    defaults = re.findall(r"--max-(?:pixels|bytes).*\[default: (\w+)\]", lite3r(command, "--help").stdout)
+    defaults = re.findall(r"--max-(?:pixels|bytes).*by default (\w+)\.", lite3r(command, "--help").stdout)
     pixels, size = (amount(default, "default") for default in defaults)
     assert Limits(pixels, size) == Limits()
+
+
+@pytest.mark.parametrize("command", COMMON)
+def test_the_help_tells_the_default_keep_ratio(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    assert re.search(rf"--keep-ratio .*by default {Lite3RConfig.keep_ratio}\.", lite3r(command, "--help").stdout)
 
 
 @pytest.mark.parametrize("command", COMMON)
