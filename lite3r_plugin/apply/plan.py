@@ -11,7 +11,7 @@ from torch import nn
 
 from ..adapter.plugins import find_sites
 from ..adapter.sites import AttentionSite, TokenSource
-from ..attention.branch import why_not_written
+from ..attention.branch import branch_device, why_not_written
 from ..attention.styles.registry import check_projections, style_of
 from ..config import Lite3RConfig, matches
 from ..errors import AdapterError, AlreadyAppliedError, BackendError, ConfigError, NoSitesError, WeightsError
@@ -102,7 +102,8 @@ def plan_application(found: Inventory, config: Lite3RConfig, *, with_weights: bo
         ConfigError: a pattern matches nothing.
         BackendError: the attention backend cannot run.
         AdapterError: the adapter does not describe this model, or the arguments of the forward of a site cannot be read.
-        WeightsError: FP8 is wanted, and a weight is not finite, or is made by a parametrisation or by pruning.
+        WeightsError: FP8 is wanted, and a weight is not finite, or is made by a parametrisation or by pruning; or a module around a site
+            brings in its weights for a call.
     """
     if found.attention:
         raise AlreadyAppliedError("this model carries Lite3R already; call remove_lite3r(model) first to change its configuration")
@@ -129,6 +130,8 @@ def plan_application(found: Inventory, config: Lite3RConfig, *, with_weights: bo
             )
         if sparse and site.tokens is not None:
             sources.append(site.tokens)
+        if sparse and config.linear_branch != "none":
+            _check_device(found, site, host)
         swaps.setdefault(host, Swap(host, site, sparse))
     image_modules = _find_image_modules(found, adapter, sources)
     blocks = find_blocks(found.modules, sites)
@@ -209,6 +212,19 @@ def check_branches(found: Inventory) -> None:
             raise WeightsError(f"{fqn}.proj_lin.weight has infinities or NaN: the model is broken; train it again or start from zeros")
         if module.state.phase == "fp8_qat" and (reason := why_not_written(module.proj_lin)):
             raise WeightsError(f"convert cannot round {fqn}.proj_lin for good, as training did in passing: it {reason}")
+
+
+def _check_device(found: Inventory, site: AttentionSite, host: nn.Module) -> None:
+    """Raise `WeightsError` where a module around the host brings in its weights for a call: nobody can tell where its branch belongs."""
+    if branch_device(host).type != "meta":
+        return
+    around = ["", *(site.fqn[:i] for i, character in enumerate(site.fqn) if character == ".")]
+    owner = next((name for name in reversed(around) if "forward" in found.modules[name].__dict__), None)
+    if owner is not None:
+        raise WeightsError(
+            f"the weights of site {site.fqn!r} are on the meta device and come only for a call of {owner or 'the model'} as a whole "
+            "(CPU offload): call apply_lite3r first, offload then"
+        )
 
 
 @contextlib.contextmanager

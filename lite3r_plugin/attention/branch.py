@@ -32,10 +32,14 @@ def make_branch(host: nn.Module, dim: int) -> BranchLinear:
     """
     like = next((p for p in host.parameters() if p.is_floating_point()), None)
     dtype = torch.float64 if like is not None and like.dtype == torch.float64 else torch.float32
+    return BranchLinear(dim, branch_device(host), dtype).train(host.training)
+
+
+def branch_device(host: nn.Module) -> torch.device:
+    """Where the attention module `host` computes; the meta device where its weights are there and nothing inside brings them in."""
+    like = next((p for p in host.parameters() if p.is_floating_point()), None)
     device = torch.device("cpu") if like is None else like.device
-    if device.type == "meta":
-        device = _device_of_calls(host) or device
-    return BranchLinear(dim, device, dtype).train(host.training)
+    return device if device.type != "meta" else _device_of_calls(host) or device
 
 
 def branch_weight(branch: nn.Module, like: Tensor, site: AttentionSite) -> Tensor:
