@@ -144,11 +144,12 @@ def test_depth_that_announces_too_much(head: bytes, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("count", ["1e18", "999999999999", "9" * 5000, "inf", "nan", "-3", "2.5", "٣"])
 def test_pairs_that_announce_too_much(count: str, tmp_path: Path) -> None:
+    words = r"pair\.txt (ends early: it announces|announces|should have a whole number)"
     (tmp_path / "pair.txt").write_text(f"{count}\n0 -1\n")
-    with pytest.raises(InputError, match=r"pair\.txt"):
+    with pytest.raises(InputError, match=words):
         read_pairs(tmp_path / "pair.txt")
     (tmp_path / "pair.txt").write_text(f"2\n0\n{count} 1 0.5\n")
-    with pytest.raises(InputError, match=r"pair\.txt"):
+    with pytest.raises(InputError, match=words):
         read_pairs(tmp_path / "pair.txt")
 
 
