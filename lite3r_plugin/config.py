@@ -70,7 +70,7 @@ class Lite3RConfig:
             ``"marginal"`` gains much more (benchmarks/quality.md) and takes about a twentieth more time.
         feature_map: The kernel feature map of the linear branch, softmax over the head dimension or elu + 1.
         block_means: Each block that is neither critical nor negligible enters the softmax as one key: its mean key and value, weighted
-            by its size. Needs no training; takes 40 to 50 % off the change of depth on the testbed (benchmarks/quality.md).
+            by its size. Needs no training; takes 50 to 59 % off the change of depth on the testbed (benchmarks/quality.md).
         pin: Which tokens attend to all tokens while all attend to them, whatever ``keep_ratio`` says. ``"special"``: camera, register
             and class tokens; ``"reference"``: those, and the patches of the first view, which defines the coordinate frame;
             ``"none"``.

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from torch import nn
 
-from lite3r_plugin.adapter import FusedQKV, PreNormBlock, Rope2D, Routed
+from lite3r_plugin.adapter import FusedQKV, PreNormBlock, Rope2D, Routed, forward_parameters
 
 _BLOCK_CHILDREN = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
 _CHILDREN = {"qkv", "q_norm", "k_norm", "attn_drop", "proj", "proj_drop", "rope"}
@@ -41,11 +40,13 @@ def projections(attn: Any, positions: str) -> FusedQKV | Routed:
     """
     rope = getattr(attn, "rope", None)
     base = getattr(rope, "base_frequency", getattr(rope, "base", None))
-    arguments = set(inspect.signature(attn.forward).parameters)
+    arguments = forward_parameters(attn)
+    if arguments is None:
+        return Routed(attn.num_heads)
     plain = (
         {name for name, _ in attn.named_children()} <= _CHILDREN
         and not list(attn.parameters(recurse=False))
-        and arguments <= {"x", "attn_bias", "attn_mask", positions}
+        and arguments.keys() <= {"x", "attn_bias", "attn_mask", positions}
         and (rope is None or isinstance(base, (int, float)))
         and getattr(rope, "F0", 1.0) == 1.0
     )
@@ -74,11 +75,12 @@ def pre_norm_block(fqn: str, block: Any, positions: str) -> PreNormBlock | None:
         block: The module.
         positions: Name of its argument with the token coordinates.
     """
-    parts = dict(block.named_children())
+    parts, arguments = dict(block.named_children()), forward_parameters(block)
     plain = (
         {"norm1", "attn", "norm2", "mlp"} <= parts.keys() <= _BLOCK_CHILDREN
         and not list(block.parameters(recurse=False))
-        and set(inspect.signature(block.forward).parameters) <= {"x", "x_or_x_list", "attn_bias", "attn_mask", positions}
+        and arguments is not None
+        and arguments.keys() <= {"x", "x_or_x_list", "attn_bias", "attn_mask", positions}
     )
     if not plain:
         return None

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from torch import nn
 
-from lite3r_plugin.adapter import AttentionSite, Routed, TokenSource, hookimpl
+from lite3r_plugin.adapter import AttentionSite, Routed, TokenSource, forward_parameters, hookimpl
 
 _ARGUMENTS = {"x", "rope", "attn_mask", "is_causal"}
 _PARAMETERS = {"q_bias", "v_bias"}  # others, such as a table of relative positions, mean that attention gets a bias
@@ -33,7 +32,8 @@ def _is_attention(module: Any) -> bool:
         and isinstance(getattr(module, "proj", None), nn.Module)
         and any(isinstance(getattr(module, name, None), nn.Module) for name in ("qkv", "q_proj"))
         and {name for name, _ in module.named_parameters(recurse=False)} <= _PARAMETERS
-        and set(inspect.signature(module.forward).parameters) <= _ARGUMENTS
+        and (arguments := forward_parameters(module)) is not None
+        and arguments.keys() <= _ARGUMENTS
     )
 
 

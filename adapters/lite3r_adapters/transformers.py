@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
-from lite3r_plugin.adapter import AttentionSite, Routed, TokenSource, hookimpl
+from lite3r_plugin.adapter import AttentionSite, Routed, TokenSource, forward_parameters, hookimpl
 
 _SPECIAL_TOKENS = {"cls_token", "class_embedding", "register_tokens", "distillation_token"}
 _OTHER_PARAMETERS = {"mask_token", "position_embeddings", "position_embedding"}
@@ -36,7 +35,7 @@ def _is_self_attention(module: nn.Module) -> bool:
     """What calls the attention interface has a scale and `is_causal`; names of classes and Linears differ between versions."""
     if getattr(module, "is_causal", None) is not False or not isinstance(_scale(module), float):
         return False
-    parameters = inspect.signature(module.forward).parameters.values()
+    parameters = (forward_parameters(module) or {}).values()
     return sum(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters) == 1  # cross-attention has more
 
 

@@ -1,5 +1,6 @@
 """What a model adapter is written with: descriptions of attention sites, hooks, the plugin manager, how models are built."""
 
+from ..wrapper import forward_parameters
 from .hookspecs import hookimpl
 from .models import ModelEntry
 from .plugins import AdapterInfo, AdapterWarning, find_sites, get_manager, list_adapters, model_entries
@@ -19,6 +20,7 @@ __all__ = [
     "TokenLayout",
     "TokenSource",
     "find_sites",
+    "forward_parameters",
     "get_manager",
     "hookimpl",
     "list_adapters",

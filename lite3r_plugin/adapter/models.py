@@ -92,7 +92,7 @@ class ModelEntry:
         Args:
             weights: A file, a Hub id, ``"random"`` (the same numbers every time; for timing only), or None for
                 `default_weights`.
-            device: Where to put it.
+            device: Where to make it.
 
         Returns:
             The model. The random state of the process is as before.
@@ -105,9 +105,9 @@ class ModelEntry:
         weights = weights or self.default_weights
         if weights is None:
             raise InputError(f"the model {self.name!r} has no default weights; name a file or a Hub id, or {RANDOM!r} for timing only")
-        file = None if weights == RANDOM else find_weights(weights)
+        file, where = None if weights == RANDOM else find_weights(weights), torch.device(device)
         try:
-            with torch.random.fork_rng(devices=()):
+            with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []), where:
                 torch.manual_seed(0)
                 model = self.create()
         except ImportError as error:
@@ -118,4 +118,4 @@ class ModelEntry:
             raise AdapterError(f"create of the model {self.name!r} made {type(model).__name__}, not a torch.nn.Module")
         if file is not None:
             load_weights(model, file, self.rename)
-        return model.eval().to(device)
+        return model.eval().to(where)  # of what does not heed where it is made

@@ -7,12 +7,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from ..adapter.plugins import find_sites
 from ..adapter.sites import AttentionSite, TokenSource
-from ..attention.branch import why_not_written
+from ..attention.branch import branch_device, why_not_written
 from ..attention.styles.registry import check_projections, style_of
 from ..config import Lite3RConfig, matches
 from ..errors import AdapterError, AlreadyAppliedError, BackendError, ConfigError, NoSitesError, WeightsError
@@ -21,6 +20,7 @@ from ..fp8.blocks import BlockLinear, find_blocks, find_linears
 from ..fp8.convert import LinearPlan, choose_again, is_finite, plan_linears, require_plain_weight
 from ..fp8.linear import Fp8Linear
 from ..ops.dispatch import TRITON_HEAD_DIMS
+from ..wrapper import forward_parameters
 from .lookup import Inventory
 
 
@@ -102,8 +102,8 @@ def plan_application(found: Inventory, config: Lite3RConfig, *, with_weights: bo
         ConfigError: a pattern matches nothing.
         BackendError: the attention backend cannot run.
         AdapterError: the adapter does not describe this model, or the arguments of the forward of a site cannot be read.
-        WeightsError: FP8 is wanted, and a weight is not finite, or is made by a parametrisation or by pruning; or the weights of a site
-            are of a dtype that a linear branch cannot have.
+        WeightsError: FP8 is wanted, and a weight is not finite, or is made by a parametrisation or by pruning; or a module around a site
+            brings in its weights for a call.
     """
     if found.attention:
         raise AlreadyAppliedError("this model carries Lite3R already; call remove_lite3r(model) first to change its configuration")
@@ -119,7 +119,7 @@ def plan_application(found: Inventory, config: Lite3RConfig, *, with_weights: bo
     sources: list[TokenSource] = []
     for site in sites:
         sparse, host = site.scope in scopes, hosts[site.fqn]
-        if not sparse and not (config.fuse and style_of(site, host).fuses):
+        if not sparse and not (config.fuse and forward_parameters(host) is not None and style_of(site, host).fuses):
             skipped[site.fqn] = f"scope {site.scope!r} stays dense"
             continue
         with _naming(adapter):
@@ -131,7 +131,7 @@ def plan_application(found: Inventory, config: Lite3RConfig, *, with_weights: bo
         if sparse and site.tokens is not None:
             sources.append(site.tokens)
         if sparse and config.linear_branch != "none":
-            _check_branch_dtype(site, host)
+            _check_device(found, site, host)
         swaps.setdefault(host, Swap(host, site, sparse))
     image_modules = _find_image_modules(found, adapter, sources)
     blocks = find_blocks(found.modules, sites)
@@ -214,12 +214,16 @@ def check_branches(found: Inventory) -> None:
             raise WeightsError(f"convert cannot round {fqn}.proj_lin for good, as training did in passing: it {reason}")
 
 
-def _check_branch_dtype(site: AttentionSite, host: nn.Module) -> None:
-    dtype = next((p.dtype for p in host.parameters() if p.is_floating_point()), torch.float32)
-    if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+def _check_device(found: Inventory, site: AttentionSite, host: nn.Module) -> None:
+    """Raise `WeightsError` where a module around the host brings in its weights for a call: nobody can tell where its branch belongs."""
+    if branch_device(host).type != "meta":
+        return
+    around = ["", *(site.fqn[:i] for i, character in enumerate(site.fqn) if character == ".")]
+    owner = next((name for name in reversed(around) if "forward" in found.modules[name].__dict__), None)
+    if owner is not None:
         raise WeightsError(
-            f"site {site.fqn!r} has weights in {dtype}, in which no linear branch can be: apply Lite3R before another tool changes the "
-            'weights (its own FP8 is convert), or pass linear_branch="none"'
+            f"the weights of site {site.fqn!r} are on the meta device and come only for a call of {owner or 'the model'} as a whole "
+            "(CPU offload): call apply_lite3r first, offload then"
         )
 
 

@@ -46,8 +46,8 @@ def apply_lite3r(model: Model, config: Lite3RConfig | None = None, **fields: Any
         UnknownModelError: no adapter knows the model.
         NoSitesError: the adapter names no site that this configuration changes, or there is no Linear for FP8.
         AlreadyAppliedError: the model, or a part of it, carries Lite3R already.
-        WeightsError: FP8 is wanted, and a weight is not finite, or is made by a parametrisation or by pruning; or the weights of a site
-            are of a dtype that a linear branch cannot have.
+        WeightsError: FP8 is wanted, and a weight is not finite, or is made by a parametrisation or by pruning; or a module around a site
+            brings in its weights for a call (CPU offload), where a branch cannot follow.
         ConfigError, BackendError, AdapterError: a wrong field, a backend that cannot run, a wrong adapter.
     """
     found = look_up(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from ..adapter.sites import AttentionSite
 from ..errors import WeightsError
 from ..ops.dispatch import without_autocast
-from ..wrapper import is_plain_tensor, may_be_read, must_be_called
+from ..wrapper import Changes, is_plain_tensor, may_be_read, must_be_called
 
 
 class BranchLinear(nn.Linear):
@@ -31,10 +32,14 @@ def make_branch(host: nn.Module, dim: int) -> BranchLinear:
     """
     like = next((p for p in host.parameters() if p.is_floating_point()), None)
     dtype = torch.float64 if like is not None and like.dtype == torch.float64 else torch.float32
+    return BranchLinear(dim, branch_device(host), dtype).train(host.training)
+
+
+def branch_device(host: nn.Module) -> torch.device:
+    """Where the attention module `host` computes; the meta device where its weights are there and nothing inside brings them in."""
+    like = next((p for p in host.parameters() if p.is_floating_point()), None)
     device = torch.device("cpu") if like is None else like.device
-    if device.type == "meta":
-        device = _device_of_calls(host) or device
-    return BranchLinear(dim, device, dtype).train(host.training)
+    return device if device.type != "meta" else _device_of_calls(host) or device
 
 
 def branch_weight(branch: nn.Module, like: Tensor, site: AttentionSite) -> Tensor:
@@ -81,16 +86,20 @@ def why_not_written(branch: nn.Module) -> str | None:
     return None
 
 
-@torch.no_grad()
-def write_branch(branch: nn.Module, weight: Tensor) -> None:
+def write_branch(branch: nn.Module, weight: Tensor, changes: Changes) -> None:
     """Let `weight` ``[D, D]`` be the weight of `branch`; of a DTensor, of which each process holds a part, that of the first one."""
     own: Any = branch.weight
-    weight = weight.to(own.device, own.dtype)
+    before, weight = own.detach().clone(), weight.detach().to(own.device, own.dtype)
     if _is_dtensor(own):
         from torch.distributed.tensor import distribute_tensor
 
         weight = distribute_tensor(weight, own.device_mesh, own.placements)
-    own.copy_(weight)
+    changes.make(functools.partial(_copy, own, weight), functools.partial(_copy, own, before))
+
+
+@torch.no_grad()
+def _copy(target: Tensor, source: Tensor) -> None:
+    target.copy_(source)
 
 
 def _is_dtensor(tensor: Any) -> bool:

@@ -8,7 +8,6 @@ always there, whole, to run the dense model or to be put back.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -95,10 +94,7 @@ class SparseLinearAttention(HostWrapper):
     def round_projection(self, changes: Changes) -> None:
         """Put into `proj_lin`, for good, the weight that training for FP8 used."""
         if "proj_lin" in self._modules and (rounded := self._projection(self.proj_lin.weight)) is not None:
-            before = self.proj_lin.weight.detach().clone()
-            changes.make(
-                functools.partial(write_branch, self.proj_lin, rounded.detach()), functools.partial(write_branch, self.proj_lin, before)
-            )
+            write_branch(self.proj_lin, rounded, changes)
 
     def attend(self, inputs: AttentionInputs) -> Tensor:
         """Attention over the site's tokens, sparse or dense as `pays` says, or what takes its place (`substitute`).

@@ -54,7 +54,7 @@ def build(model: BenchModel, device: torch.device, seed: int) -> nn.Module:
 def make_images(views: int, resolution: int, device: torch.device, seed: int) -> Tensor:
     """Images ``[1, S, 3, R, R]`` in [0, 1]: coarse noise enlarged, so that they are smooth as photographs are."""
     generator = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(views, 3, 16, 16, generator=generator)
+    coarse = torch.rand(views, 3, 16, 16, generator=generator, device="cpu")
     images = nn.functional.interpolate(coarse.to(device), size=(resolution, resolution), mode="bicubic", align_corners=False)
     return images.clamp(0, 1)[None]
 

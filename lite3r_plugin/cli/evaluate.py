@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import LARGEST_SEED, Config, Device, Dtype, Json, KeepRatio, Model, Weights, lite3r_config
+from .options import LARGEST_SEED, Config, Device, Dtype, Json, KeepRatio, MaxBytes, MaxPixels, Model, Weights, file_limits, lite3r_config
 
 
 class Rule(str, enum.Enum):
@@ -43,6 +43,8 @@ def evaluate(
     dtype: Dtype = "auto",
     max_points: Annotated[int, typer.Option(min=1, help="Points of each cloud that are compared.")] = 20_000,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the choice of views.")] = 0,
+    max_pixels: MaxPixels = None,
+    max_bytes: MaxBytes = None,
 ) -> None:
     """Measure depth, pose and points against the truth, dense and with Lite3R, with 95 % intervals of the difference."""
     from ..adapter.plugins import find_model
@@ -53,15 +55,15 @@ def evaluate(
     from ..scene.data import open_scenes
     from .show import console, progress, say, warn, what_ran
 
-    options, entry = lite3r_config(config, keep_ratio), find_model(model)
+    options, entry, within = lite3r_config(config, keep_ratio), find_model(model), file_limits(max_pixels, max_bytes)
     where = choose_device(device)
     number = choose_dtype(dtype, where)
     if json_path is not None:
         check_output(json_path, ".json")
-    found = open_scenes(data, split.value if split else None)
-    found = found[:scenes] if scenes is not None else found
 
-    with progress() as bar:
+    with within, progress() as bar:
+        found = open_scenes(data, split.value if split else None)
+        found = found[:scenes] if scenes is not None else found
         task = bar.add_task(f"Building {entry.name}", total=len(found) * draws)
         pair = ModelPair.build(entry, options, weights, where)
         result = compare(

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..config import Lite3RConfig
 from ..errors import InputError
+
+if TYPE_CHECKING:
+    from ..scene.reading import Limits
 
 Model = Annotated[str, typer.Option("--model", help="Name of the model; `lite3r adapters` lists them.", show_default=False)]
 Weights = Annotated[
@@ -21,7 +27,7 @@ KeepRatio = Annotated[
     float | None,
     typer.Option(
         "--keep-ratio",
-        help=f"Share of the key blocks that attention keeps; the same as --config keep_ratio=... [default: {Lite3RConfig.keep_ratio}]",
+        help=f"Share of the key blocks that attention keeps; the same as --config keep_ratio=...; by default {Lite3RConfig.keep_ratio}.",
         show_default=False,
     ),
 ]
@@ -37,7 +43,15 @@ Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, 
 Dtype = Annotated[str, typer.Option("--dtype", help="Of the computation: auto (bfloat16 on a GPU), float32, bfloat16, float16.")]
 Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Timed runs; the median is printed.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write all numbers here.", show_default=False)]
-
+MaxPixels = Annotated[
+    str | None,
+    typer.Option(
+        "--max-pixels", metavar="N", help="Refuse images and depth maps with more pixels, such as 200M; by default 50M.", show_default=False
+    ),
+]
+MaxBytes = Annotated[
+    str | None, typer.Option("--max-bytes", metavar="SIZE", help="Refuse larger files, such as 4GB; by default 2GiB.", show_default=False)
+]
 
 LARGEST_SEED = 2**31 - 1
 
@@ -75,3 +89,27 @@ def numbers(text: str, option: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
         raise InputError(f"{option} takes numbers separated by commas, such as 2,4,8, got {text!r}") from error
+
+
+def file_limits(max_pixels: str | None, max_bytes: str | None) -> AbstractContextManager[Limits]:
+    """A context in which files are read with the limits of ``--max-pixels`` and ``--max-bytes``. Raises as `amount`."""
+    from ..scene.reading import limits
+
+    return limits(
+        None if max_pixels is None else amount(max_pixels, "--max-pixels"), None if max_bytes is None else amount(max_bytes, "--max-bytes")
+    )
+
+
+def amount(text: str, option: str) -> int:
+    """``50000000``, ``200M``, ``1.5GB`` or ``4GiB`` as a number: K, M, G and T are powers of 1000, and with an i of 1024.
+
+    Raises:
+        InputError: it is none of these, or less than 1.
+    """
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?(?:([kmgt])(i?))?b?", text.strip(), re.IGNORECASE)
+    number = 0
+    if match:
+        number = int(Decimal(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index((match[2] or " ").lower()))
+    if number < 1:
+        raise InputError(f"{option} takes a number above 0, such as 50000000, 200M or 4GB, got {text[:80]!r}")
+    return number

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import InputError
-from .options import Config, Device, Dtype, KeepRatio, Model, Repeats, Weights, lite3r_config
+from .options import Config, Device, Dtype, KeepRatio, MaxBytes, MaxPixels, Model, Repeats, Weights, file_limits, lite3r_config
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -37,6 +37,8 @@ def reconstruct(
     device: Device = "auto",
     dtype: Dtype = "auto",
     repeats: Repeats = 1,
+    max_pixels: MaxPixels = None,
+    max_bytes: MaxBytes = None,
 ) -> None:
     """Reconstruct a scene from photographs: a coloured point cloud and a picture of views and depth."""
     from ..adapter.plugins import find_model
@@ -49,7 +51,7 @@ def reconstruct(
 
     if dense and compare:
         raise InputError("--dense and --compare exclude each other; --compare runs the dense model too")
-    options, entry = lite3r_config(config, keep_ratio), find_model(model)
+    options, entry, within = lite3r_config(config, keep_ratio), find_model(model), file_limits(max_pixels, max_bytes)
     for path in _outputs(out, compare):
         check_output(path, path.suffix if path != out else ".ply")
     paths = choose_views(find_images(images_dir), max_views)
@@ -62,7 +64,8 @@ def reconstruct(
     applied = None
     with progress() as bar:
         task = bar.add_task("Loading images", total=4 + compare)
-        pictures = load_images(paths)
+        with within:
+            pictures = load_images(paths)
         views = entry.inputs(pictures).to(where)
         bar.update(task, advance=1, description=f"Building {entry.name}")
         with quiet():

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from ..adapter.sites import AttentionSite
@@ -17,6 +18,8 @@ from . import backends
 from .block import Fp8Block, why_not_fused
 from .blocks import BlockLinear
 from .linear import Fp8Linear
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # of weights that FP8 can be made of
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ def choose_again(linears: Sequence[BlockLinear], requested: Fp8Backend) -> list[
 
 
 def require_plain_weight(linear: BlockLinear) -> None:
-    """Raise `WeightsError` unless the weight of `linear` is a parameter of its own, there as it is, that any operator may read."""
+    """Raise `WeightsError` unless the weight of `linear` is a parameter of its own, there as it is, that any operator may compute with."""
     weight = linear.module._parameters.get("weight")
     if isinstance(weight, Tensor) and not is_plain_tensor(weight):
         raise WeightsError(
@@ -86,6 +89,11 @@ def require_plain_weight(linear: BlockLinear) -> None:
         raise WeightsError(
             f"{linear.names[0]}.weight is no parameter but made of others before each forward: "
             "make it permanent first (torch.nn.utils.prune.remove, remove_weight_norm or remove_spectral_norm)"
+        )
+    if weight.dtype not in DTYPES:
+        raise WeightsError(
+            f"{linear.names[0]}.weight is stored in {weight.dtype}, which another tool has made of it: FP8 rounds weights in full or half "
+            "precision, so give the model without that, or leave the Linear out by fp8_filter"
         )
 
 

@@ -48,7 +48,11 @@ def _why_not(device: torch.device, dtype: torch.dtype, dim: int, needs_grad: boo
 def _why_not_cached(device: torch.device, dtype: torch.dtype, dim: int, needs_grad: bool) -> str | None:
     if device.type != "cuda":
         return f"the tensors are on {device}, not on a CUDA GPU"
-    capability = torch.cuda.get_device_capability(device)
+    return why_not_on(torch.cuda.get_device_capability(device), dtype, dim, needs_grad)
+
+
+def why_not_on(capability: tuple[int, int], dtype: torch.dtype, dim: int, needs_grad: bool) -> str | None:
+    """The reason why the Triton kernels cannot run on a GPU of that compute capability, or None when they can."""
     if capability < (8, 0):
         return "the GPU is older than compute capability 8.0"
     if not triton_installed():

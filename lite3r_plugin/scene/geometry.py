@@ -48,8 +48,7 @@ class Geometry:
         depth, cameras, intrinsics = (
             x.detach().to("cpu", torch.float64) for x in (self.depth, self.world_to_camera[:, :3], self.intrinsics)
         )
-        last = torch.tensor([0.0, 0, 1], dtype=torch.float64)
-        upright = (intrinsics[:, 1, 0] == 0) & (intrinsics[:, 2] == last).all(-1)
+        upright = (intrinsics[:, 1, 0] == 0) & (intrinsics[:, 2] == intrinsics.new_tensor([0, 0, 1])).all(-1)
         if not (upright & (torch.linalg.det(intrinsics).abs() > 0)).all():
             raise InputError("the intrinsics of a view are no pinhole camera's: finite, invertible, 0 below the diagonal, 1 at its end")
         return unproject(torch.where(depth.isfinite() & (depth > 0), depth, torch.nan), cameras, intrinsics)

@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError, features
 from torch import Tensor
 
 from ..errors import InputError
-from .reading import current_limits, entries, is_dir, is_file, listed, say, shown
+from .reading import MORE_PIXELS, current_limits, entries, is_dir, is_file, listed, say, shown
 
 HEIC, AVIF = (".heic", ".heif", ".hif"), (".avif",)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".bmp", *AVIF, *HEIC)
@@ -28,7 +28,6 @@ FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "TIFF", "BMP", "DIB", "GIF", "PPM", "AV
 SEVERAL = ("TIFF", "WEBP", "GIF", "PNG", "AVIF", "HEIF")  # not MPO: phones put previews and gain maps there
 BAND = 512  # rows that are converted at a time: Pillow takes memory twice for what it hands over
 ORIENTATION = 0x0112  # EXIF tag; 1 is upright, and so is what is not 2 to 8
-OTHER_PIXELS = "lite3r_plugin.scene.data.limits(pixels=...) sets another limit"
 INSTALL_HEIC = "install the reader, pip install 'lite3r-plugin[heic]', or save it as JPEG"
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
@@ -170,9 +169,8 @@ def load_images(paths: Sequence[Path]) -> list[Image.Image]:
 def to_tensor(images: Sequence[Image.Image]) -> Tensor:
     """Images of one size as ``[S, 3, H, W]`` float32 in [0, 1], channels last in memory."""
     width, height = images[0].size
-    pixels = torch.empty(
-        len(images), 3, height, width, memory_format=torch.channels_last
-    )  # as in the images, lest convolutions round otherwise
+    channels_last = torch.channels_last  # as in the images, lest convolutions round otherwise
+    pixels = torch.empty(len(images), 3, height, width, memory_format=channels_last, device="cpu")
     for target, image in zip(pixels.numpy(), images, strict=True):
         for top in range(0, height, BAND):
             bottom = min(top + BAND, height)
@@ -212,7 +210,7 @@ def _eight_bits(values: np.ndarray, path: Path) -> np.ndarray:
 
 
 def _too_many(allowed: int) -> str:
-    return f"more than the {allowed:,} that are read; make it smaller, or {OTHER_PIXELS}"
+    return f"more than the {allowed:,} that are read; make it smaller, or {MORE_PIXELS}"
 
 
 def _decoder(path: Path) -> Image.Image:

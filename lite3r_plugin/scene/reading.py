@@ -25,7 +25,7 @@ class Limits:
 
     Attributes:
         pixels: More of them in an image, or values in a depth map. 50 million take 0.8 GB on their way to a float32 tensor.
-        size: More bytes in a file.
+        size: More bytes in a file that is read whole.
     """
 
     pixels: int = 50_000_000
@@ -33,6 +33,8 @@ class Limits:
 
 
 DEFAULT = Limits()
+MORE_PIXELS = "raise the limit with --max-pixels or lite3r_plugin.scene.data.limits(pixels=...)"
+MORE_BYTES = "raise the limit with --max-bytes or lite3r_plugin.scene.data.limits(size=...)"
 _LIMITS: ContextVar[Limits] = ContextVar("lite3r_data_limits", default=DEFAULT)
 
 
@@ -129,12 +131,12 @@ def read_bytes(path: Path, most: int | None = None) -> bytes:
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            data = file.read(allowed + 1) if size <= allowed else b""
+            data = file.read() if size <= allowed else b""
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     if size > allowed or len(data) > allowed:
-        way_out = "; lite3r_plugin.scene.data.limits(size=...) sets another limit" if most is None else "; it is another kind of file"
-        raise InputError(f"{path} has {max(size, len(data)):,} bytes, more than the {allowed:,} that are read{way_out}")
+        way_out = MORE_BYTES if most is None else "it is another kind of file"
+        raise InputError(f"{path} has {max(size, len(data)):,} bytes, more than the {allowed:,} that are read; {way_out}")
     return data
 
 

@@ -58,7 +58,7 @@ def evaluate(model: nn.Module, sample: dict[str, Tensor], scenes_at_once: int = 
 def depth_errors(predicted: Tensor, depth: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """AbsRel and share of pixels within 25 % of each scene that has valid pixels; depth maps are ``[B, S, H, W]``."""
     rows = [depth_metrics(*scene) for scene in zip(predicted, depth, valid, strict=True) if scene[2].any()]
-    return torch.tensor([row.abs_rel for row in rows]), torch.tensor([row.delta1 for row in rows])
+    return torch.tensor([row.abs_rel for row in rows], device="cpu"), torch.tensor([row.delta1 for row in rows], device="cpu")
 
 
 def pose_errors(predicted: Tensor, world_to_camera: Tensor, ok: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,5 +70,5 @@ def pose_errors(predicted: Tensor, world_to_camera: Tensor, ok: Tensor) -> tuple
     scenes = zip(predicted, world_to_camera, ok, strict=True)
     pairs = [pair_errors(mine[mask], true[mask]) for mine, true, mask in scenes if mask.sum() > 1]
     if not pairs:
-        return torch.zeros(0), torch.zeros(0)
+        return torch.zeros(0, device="cpu"), torch.zeros(0, device="cpu")
     return torch.cat([p.rotation[p.defined] for p in pairs]), torch.cat([p.translation[p.defined] for p in pairs])

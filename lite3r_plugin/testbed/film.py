@@ -57,8 +57,8 @@ def jpeg(rgb: Tensor, coarseness: Tensor) -> Tensor:
 @functools.cache
 def _constants(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Cosine transform ``[8, 8]``, table ``[8, 1, 8]``, and matrices to and from luminance and colour differences."""
-    k = torch.arange(8.0)
+    k = torch.arange(8.0, device="cpu")
     cosines = torch.cos((k + 0.5) * k[:, None] * (math.pi / 8)) * 0.5
     cosines[0] *= 0.5**0.5
-    table = torch.tensor(_TABLE, dtype=torch.float32).view(8, 1, 8)
-    return cosines.to(device), table.to(device), torch.tensor(_TO_YCC, device=device), torch.tensor(_TO_RGB, device=device)
+    table = torch.tensor(_TABLE, dtype=torch.float32, device=device).view(8, 1, 8)
+    return cosines.to(device), table, torch.tensor(_TO_YCC, device=device), torch.tensor(_TO_RGB, device=device)

@@ -40,7 +40,8 @@ def gate_scenes(
             rgb ``[B, V, 3, H, W]`` in [0, 1]; depth ``[B, V, H, W]`` along the optical axis; valid ``[B, V, H, W]`` bool, False in the
             sky; ok ``[B, V]``, True; K ``[B, V, 3, 3]`` in pixels, pixel centres at +0.5; w2c ``[B, V, 3, 4]`` OpenCV.
     """
-    drawn = [_draw(torch.Generator().manual_seed(seed), views, height, width) for seed in seeds]
+    with torch.device("cpu"):
+        drawn = [_draw(torch.Generator().manual_seed(seed), views, height, width) for seed in seeds]
     parts = []
     for i in range(0, len(drawn), chunk):
         scene = {name: torch.stack([params[name] for params in drawn[i : i + chunk]]).to(device) for name in drawn[i]}

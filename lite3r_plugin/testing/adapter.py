@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import io
 import pickle
 from collections import Counter
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from ..apply.lookup import lite3r_modules
 from ..apply.verbs import apply_lite3r, lite3r_disabled, remove_lite3r
+from ..attention.inputs import AttentionInputs
 from ..attention.module import SparseLinearAttention
 from ..config import Lite3RConfig
 from ..errors import AdapterError, AlreadyAppliedError
@@ -211,20 +213,13 @@ def _token_counts(sites: Mapping[str, SparseLinearAttention]) -> Iterator[dict[s
     """Tokens in the longest sequence of each site, filled while the context is open."""
     counts: dict[str, int] = {}
 
-    def watch(fqn: str, site: SparseLinearAttention) -> Callable[[Any], Tensor]:
-        def attend(heads: Any) -> Tensor:
-            counts[fqn] = max(counts.get(fqn, 0), heads.v.shape[-2])
-            return SparseLinearAttention.attend(site, heads)
+    def count(fqn: str, _: SparseLinearAttention, inputs: AttentionInputs, out: Tensor) -> None:
+        counts[fqn] = max(counts.get(fqn, 0), inputs.v.shape[-2])
 
-        return attend
-
-    try:
+    with contextlib.ExitStack() as stack:
         for fqn, site in sites.items():
-            site.__dict__["attend"] = watch(fqn, site)
+            stack.enter_context(site.observe(functools.partial(count, fqn)))
         yield counts
-    finally:
-        for site in sites.values():
-            site.__dict__.pop("attend", None)
 
 
 def _expect_dropped(sites: Mapping[str, SparseLinearAttention], tokens: Mapping[str, int], config: Lite3RConfig) -> None:

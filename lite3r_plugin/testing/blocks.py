@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from ..adapter.sites import AttentionSite, PreNormBlock
 from ..errors import AdapterError
+from ..wrapper import argument_names
 
 
 def block_forward(host: nn.Module, site: AttentionSite, x: Tensor, **given: Any) -> Tensor:
@@ -56,7 +56,7 @@ def check_blocks(model: nn.Module, sites: Iterable[AttentionSite], run: Callable
 
     def watch(site: AttentionSite, block: PreNormBlock) -> Callable[..., None]:
         def compare(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            given = dict(zip(inspect.signature(host.forward).parameters, args, strict=False)) | kwargs
+            given = dict(zip(argument_names(host) or (), args, strict=False)) | kwargs
             x = given.pop(next(iter(given)))
             expected = block_forward(host, site, x, **{name: value for name, value in given.items() if value is not None})
             error = (output - expected).abs().max().item() if isinstance(output, Tensor) else torch.inf

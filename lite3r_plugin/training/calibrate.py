@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ..apply.lookup import require_lite3r
 from ..attention.branch import why_not_written, write_branch
 from ..errors import ConfigError, InputError, WeightsError
+from ..wrapper import Changes
 from .record import AttentionSums, record
 
 RIDGES = tuple(10.0 ** (i / 2) for i in range(-6, 7))
@@ -72,6 +73,8 @@ class Calibration:
 def calibrate(model: nn.Module, inputs: Iterable[Any]) -> Calibration:
     """Fit `proj_lin` of every sparse site of `model`, in place, so that its attention comes closest to dense attention.
 
+    An error or an interruption leaves all of them as they were.
+
     Args:
         model: After `apply_lite3r`, with a linear branch, in eval mode. What `proj_lin` held before is replaced.
         inputs: At least two inputs of the model, as different as its later inputs will be: a tensor or a tuple is passed by
@@ -108,11 +111,12 @@ def calibrate(model: nn.Module, inputs: Iterable[Any]) -> Calibration:
     reached = {fqn: folds for fqn, recorder in recorders.items() if (folds := [sums for sums in recorder.folds.values() if sums.count])}
     if not reached:
         raise InputError("the inputs reach no sparse site, or are empty; give what the model's forward takes, outside lite3r_disabled")
-    # All fits come before the first change, so an error leaves the model as it was.
+    # All fits come before the first change.
     fits = {fqn: fit(fqn, folds) for fqn, folds in reached.items()}
     _shard_again(model)
-    for fqn, (weight, _) in fits.items():
-        write_branch(sites[fqn].proj_lin, weight)
+    with Changes() as changes:
+        for fqn, (weight, _) in fits.items():
+            write_branch(sites[fqn].proj_lin, weight, changes)
     return Calibration(tuple(site for _, site in fits.values()), count)
 
 

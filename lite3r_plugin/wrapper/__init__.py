@@ -2,13 +2,14 @@
 
 from .changes import Changes
 from .host import TABLES, HostWrapper, host_of, replace_modules, share_hooks
-from .reading import argument_names, has_forward_hooks, is_plain_tensor, may_be_read, must_be_called
+from .reading import argument_names, forward_parameters, has_forward_hooks, is_plain_tensor, may_be_read, must_be_called
 
 __all__ = [
     "TABLES",
     "Changes",
     "HostWrapper",
     "argument_names",
+    "forward_parameters",
     "has_forward_hooks",
     "host_of",
     "is_plain_tensor",

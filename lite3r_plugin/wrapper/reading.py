@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 
-def argument_names(module: nn.Module) -> tuple[str, ...] | None:
-    """The arguments of the forward of `module`, in order; None where they cannot be read.
+def forward_parameters(module: nn.Module) -> Mapping[str, inspect.Parameter] | None:
+    """The arguments of the forward of `module` by name, in order; None where they cannot be read.
 
     A forward that somebody has exchanged may be any object that can be called, with any `__signature__`.
     """
     try:
-        return tuple(inspect.signature(module.forward).parameters)
+        return inspect.signature(module.forward).parameters
     except Exception:  # whatever that object raises
         return None
+
+
+def argument_names(module: nn.Module) -> tuple[str, ...] | None:
+    """The names of `forward_parameters`."""
+    parameters = forward_parameters(module)
+    return None if parameters is None else tuple(parameters)
 
 
 def has_forward_hooks(module: nn.Module) -> bool:

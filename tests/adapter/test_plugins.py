@@ -221,23 +221,24 @@ def raising(error: BaseException) -> Callable[[], Any]:
     return answer
 
 
-BAD_MODELS = {
-    "raises": raising(RuntimeError("boom")),
-    "refuses": raising(InputError("not today")),
-    "exits": raising(SystemExit(7)),
-    "nothing": lambda: None,
-    "no mapping": lambda: [ANY_MODEL],
-    "no entry": lambda: {"m": 5},
-    "no name": lambda: {5: ANY_MODEL},
-    "a wrong entry": lambda: {"m": dataclasses.replace(ANY_MODEL, create=None)},
+BAD_MODELS: dict[str, tuple[Callable[[], Any], str]] = {
+    "raises": (raising(RuntimeError("boom")), "RuntimeError: boom"),
+    "refuses": (raising(InputError("not today")), "InputError: not today"),
+    "exits": (raising(SystemExit(7)), "SystemExit: 7"),
+    "nothing": (lambda: None, "it returned NoneType, not a dict of ModelEntry by name"),
+    "no mapping": (lambda: [ANY_MODEL], "it returned list, not a dict of ModelEntry by name"),
+    "no entry": (lambda: {"m": 5}, "it returned int for 'm', not a ModelEntry for a name"),
+    "no name": (lambda: {5: ANY_MODEL}, "it returned ModelEntry for 5, not a ModelEntry for a name"),
+    "a wrong entry": (lambda: {"m": dataclasses.replace(ANY_MODEL, create=None)}, "create"),
 }
 
 
 @pytest.mark.parametrize("kind", BAD_MODELS)
 def test_models_of_a_broken_adapter_are_skipped_and_it_is_named(install: Install, kind: str) -> None:
-    install(Entry("odd", Models(BAD_MODELS[kind]), FOREIGN), Entry("ours", Models(lambda: {"m": ANY_MODEL})))
+    answer, reason = BAD_MODELS[kind]
+    install(Entry("odd", Models(answer), FOREIGN), Entry("ours", Models(lambda: {"m": ANY_MODEL})))
     for ask in (model_entries, list_adapters, lambda: plugins.find_model("m")):
-        with pytest.warns(AdapterWarning, match=FAILED.format("odd", "lite3r_models")) as seen:
+        with pytest.warns(AdapterWarning, match=FAILED.format("odd", "lite3r_models") + f".*{reason}") as seen:
             ask()
         assert len(seen) == 1
     with pytest.warns(AdapterWarning):

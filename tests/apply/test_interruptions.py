@@ -33,6 +33,7 @@ from lite3r_plugin import (
     save_lite3r,
 )
 from lite3r_plugin.apply.lookup import lite3r_modules
+from lite3r_plugin.attention.branch import write_branch
 from lite3r_plugin.attention.module import SparseLinearAttention
 from lite3r_plugin.errors import ConvertedError, WeightsError
 from lite3r_plugin.fp8.block import Fp8Block
@@ -59,9 +60,11 @@ def _blocks(adapter: Adapter) -> None:
 
 
 @pytest.fixture
-def lines(request: pytest.FixtureRequest) -> Lines:
+def lines(request: pytest.FixtureRequest, x: Tensor) -> Lines:
     """The lines before which to interrupt a call."""
-    convert(applied())  # what is found once a process, such as the adapters
+    model = applied()  # what is found once a process, such as the adapters and what pays
+    calibrate(model, [x, 1 - x])
+    convert(model)
 
     def chosen(call: Callable[[], object], step: int = STEP) -> Iterator[int]:
         return iter(range(1, lines_of(call) + 1, 1 if request.config.getoption("--every-line") else step))
@@ -279,6 +282,32 @@ def test_calibrate(lines: Lines, x: Tensor) -> None:
         assert interrupted(run, line)
         assert not any(site._substitutes or site._observers for site in sites)
     assert contents(remove_lite3r(model)) == dense
+
+
+def test_calibrate_writes_all_sites_or_none(x: Tensor) -> None:
+    """Interrupted at every line from the first write on."""
+
+    def run() -> None:
+        calibrate(model, [x, 1 - x])
+
+    def branches() -> dict[str, bytes]:
+        return {name: value for name, value in contents(model)["values"].items() if "proj_lin" in name}
+
+    model = applied()
+    before, weights = branches(), {name: value.clone() for name, value in model.state_dict().items()}
+    run()  # what is found once
+    first, last = lines_of(run, before=write_branch), lines_of(run)
+    fitted, seen = branches(), Counter[str]()
+    assert all(fitted[name] != value for name, value in before.items())
+    for line in range(first, last + 1):
+        model.load_state_dict(weights)
+        assert interrupted(run, line)
+        found = branches()
+        assert found in (before, fitted)
+        seen["as before" if found == before else "fitted"] += 1
+    say("calibrate, while it writes", seen)
+    assert seen["as before"] > len(before) * 10
+    assert seen["fitted"]
 
 
 # Errors instead of interruptions.

@@ -243,14 +243,36 @@ def test_a_forward_whose_arguments_cannot_be_read() -> None:
     assert "proj_lin" not in dict(model.cross[0].named_children())
 
 
-def test_weights_in_which_no_linear_branch_can_be() -> None:
-    model = Toy()
-    model.cross[1].requires_grad_(False).to(torch.float8_e4m3fn)
-    before = snapshot(model)
-    with pytest.raises(WeightsError, match=r"site 'cross\.1' has weights in torch\.float8_e4m3fn, in which no linear branch can be"):
-        apply_lite3r(model)
-    assert snapshot(model) == before
-    assert remove_lite3r(apply_lite3r(model, linear_branch="none")) is model
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_host_whose_weights_are_stored_in_fp8_has_branches_in_fp32(dtype: torch.dtype) -> None:
+    """As other tools store them, and bring them into the dtype of the input for each call: the same as in FP32."""
+    model, plain = toy_stored_in(dtype), Toy().eval()
+    plain.load_state_dict({name: value.float() for name, value in model.state_dict().items()})
+    dense = model(images())
+    for each in (apply_lite3r(model, SPARSE), apply_lite3r(plain, SPARSE)):
+        for i, site in enumerate(lite3r_modules(each).values()):
+            assert site.proj_lin.weight.dtype == torch.float32
+            nn.init.normal_(site.proj_lin.weight, std=0.1, generator=torch.Generator().manual_seed(i))
+    torch.testing.assert_close(model(images()), plain(images()))
+    calibrate(model, [images(), 1 - images()])
+    assert all(site.proj_lin.weight.any() for site in lite3r_modules(model).values())
+    assert torch.equal(remove_lite3r(model)(images()), dense)
+
+
+class Stored(nn.Linear):
+    """A Linear whose weight has another dtype than what it computes in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
+
+
+def toy_stored_in(dtype: torch.dtype) -> Toy:
+    model = Toy().eval()
+    for attention in model.cross:
+        for linear in (attention.qkv, attention.proj):
+            linear.__class__ = Stored
+            linear.weight = nn.Parameter(linear.weight.detach().to(dtype), requires_grad=False)
+    return model
 
 
 # What it does.

@@ -115,11 +115,32 @@ class TestWeightsThatAreLentForACall:
         model = small_testbed()
         for block in model.aggregator.global_blocks:
             lend(block, whole=True)
-        apply_lite3r(model, TEST_CONFIG)
         with pytest.raises(
-            WeightsError, match=r"global_blocks\.0\.attn\.proj_lin\.weight is on the meta device .*goes through apply_lite3r"
+            WeightsError,
+            match=r"site 'aggregator\.global_blocks\.0\.attn' .*for a call of aggregator\.global_blocks\.0 .*apply_lite3r first",
         ):
-            depth(model)
+            apply_lite3r(model, TEST_CONFIG)
+        assert not lite3r_modules(model)
+        expected = depth(small_testbed())
+        torch.testing.assert_close(depth(apply_lite3r(model, TEST_CONFIG, keep_ratio=1.0, linear_branch="none")), expected)
+
+    def test_by_a_block_of_accelerate(self) -> None:
+        model = small_testbed()
+        kind = type(model.aggregator.global_blocks[0]).__name__
+        model = accelerate.cpu_offload(model, execution_device=CPU, preload_module_classes=[kind])
+        with pytest.raises(WeightsError, match=r"for a call of aggregator\.global_blocks\.0 as a whole .*apply_lite3r first, offload then"):
+            apply_lite3r(model, TEST_CONFIG)
+
+    def test_by_the_whole_model(self) -> None:
+        model = lend(small_testbed(), whole=True)
+        with pytest.raises(WeightsError, match=r"come only for a call of the model as a whole"):
+            apply_lite3r(model, TEST_CONFIG)
+
+    def test_a_model_that_is_to_be_loaded_is_not_refused(self) -> None:
+        with torch.device("meta"):
+            model = Testbed(TestbedConfig(dim=64, depth=1, stem=8))
+        model.register_forward_pre_hook(lambda *_: None)
+        assert {branch.weight.device.type for branch in branches(apply_lite3r(model, TEST_CONFIG))} == {"meta"}
 
     @pytest.mark.parametrize("precision", ["fp8", "fp8_qat"])
     def test_fp8_is_refused_before_anything_changes(self, precision: str) -> None:

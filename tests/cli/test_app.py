@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 import warnings
@@ -102,6 +103,25 @@ def test_a_plugin_that_exits_is_named_and_skipped(add: Add) -> None:
     result = lite3r("--help")
     assert "'leaves' (of no distribution) failed, and its leave was skipped: SystemExit: 0" in result.stderr
     assert "demo" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "cloud.ply"), "error: No space left on device: cloud.ply"),
+        (PermissionError(errno.EACCES, "Permission denied"), "error: Permission denied"),
+        (OSError("the disk is gone"), "error: the disk is gone"),
+    ],
+    ids=["file", "no file", "no number"],
+)
+def test_errors_of_the_system_are_one_line(add: Add, error: OSError, line: str) -> None:
+    def write(app: typer.Typer) -> None:
+        @app.command()
+        def write() -> None:
+            raise error
+
+    add("writes", write)
+    assert fails("write") == line
 
 
 def test_names_that_are_taken_stay_what_they_are(add: Add) -> None:

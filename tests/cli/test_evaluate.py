@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from typer.testing import CliRunner
+from written_scenes import render, write_layout
 
 from lite3r_plugin.cli.app import app
 
@@ -74,6 +75,19 @@ def test_what_cannot_be_measured(arguments: tuple[str, ...], message: str) -> No
     code, output = run(*arguments)
     assert code == 2
     assert message in output
+
+
+def test_larger_files_have_options(tmp_path: Path) -> None:
+    data = write_layout(render(views=3, height=24, width=32), "blendedmvs", tmp_path / "data")
+    common = ("--model", "tiny", "--weights", "random", "--data", f"blendedmvs:{data}", "--views", "2")
+    code, output = run(*common, "--max-pixels", "767")
+    assert code == 2
+    assert "has 768 pixels, more than the 767 that are read; make it smaller, or raise the limit with --max-pixels or" in output
+    code, output = run(*common, "--max-bytes", "3KB")
+    assert code == 2
+    assert "bytes, more than the 3,000 that are read; raise the limit with --max-bytes or" in output
+    code, output = run(*common, "--max-pixels", "768", "--max-bytes", "999999TB")
+    assert code == 0, output
 
 
 def test_photographs_have_no_reference(tmp_path: Path) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from commands import fails, lite3r
 
+from lite3r_plugin import Lite3RConfig
 from lite3r_plugin.adapter.models import ModelEntry
-from lite3r_plugin.cli.options import config_fields, lite3r_config, numbers
+from lite3r_plugin.cli.options import amount, config_fields, lite3r_config, numbers
 from lite3r_plugin.errors import ConfigError, InputError
+from lite3r_plugin.scene.reading import Limits
 
 COMMON = {
     "demo": (),
@@ -27,6 +30,8 @@ OPTIONS = {
     "--weights": {"demo", "eval", "reconstruct"},
     "--dtype": {"eval", "reconstruct"},
     "--json": {"eval", "bench"},
+    "--max-pixels": {"eval", "reconstruct"},
+    "--max-bytes": {"eval", "reconstruct"},
 }
 
 
@@ -60,6 +65,48 @@ def test_numbers() -> None:
     assert numbers("2,4, 8", "--views") == [2, 4, 8]
     with pytest.raises(InputError, match="--views takes numbers"):
         numbers("two", "--views")
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("50000000", 50_000_000),
+        ("200M", 200_000_000),
+        ("4GB", 4 * 10**9),
+        ("4 gib", 4 * 2**30),
+        ("1.5k", 1500),
+        ("0.5TiB", 2**39),
+        ("7b", 7),
+    ],
+)
+def test_amounts(text: str, number: int) -> None:
+    assert amount(text, "--max-bytes") == number
+
+
+@pytest.mark.parametrize("text", ["", "0", "0.9", "-1", "1e9", "GB", "4 G B", "4X", "4i", "inf", "٣", "9" * 5000])
+def test_what_is_no_amount(text: str) -> None:
+    with pytest.raises(InputError, match="--max-bytes takes a number above 0, such as 50000000, 200M or 4GB, got "):
+        amount(text, "--max-bytes")
+
+
+@pytest.mark.parametrize("command", ["eval", "reconstruct"])
+def test_amounts_are_checked_before_any_work(command: str, refused) -> None:
+    assert "--max-pixels takes a number above 0" in refused(command, "--max-pixels", "many")
+    assert "--max-bytes takes a number above 0" in refused(command, "--max-bytes", "many")
+
+
+@pytest.mark.parametrize("command", ["eval", "reconstruct"])
+def test_the_help_tells_the_limits_that_hold(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    defaults = re.findall(r"--max-(?:pixels|bytes).*by default (\w+)\.", lite3r(command, "--help").stdout)
+    pixels, size = (amount(default, "default") for default in defaults)
+    assert Limits(pixels, size) == Limits()
+
+
+@pytest.mark.parametrize("command", COMMON)
+def test_the_help_tells_the_default_keep_ratio(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    assert re.search(rf"--keep-ratio .*by default {Lite3RConfig.keep_ratio}\.", lite3r(command, "--help").stdout)
 
 
 @pytest.mark.parametrize("command", COMMON)

@@ -38,6 +38,15 @@ def test_compare_at_keep_ratio_one_is_exact(photos: Path, tmp_path: Path) -> Non
     np.testing.assert_allclose(one.vertices, other.vertices, rtol=1e-4, atol=1e-4)
 
 
+def test_larger_photographs_have_an_option(photos: Path, tmp_path: Path) -> None:
+    common = ("reconstruct", photos, "--model", "tiny", "--weights", "random", "--out", tmp_path / "a.ply", "--dense", "--max-pixels")
+    assert (
+        "0.jpg has 24,576 pixels, more than the 24,575 that are read; make it smaller, or raise the limit with --max-pixels or "
+        in fails(*common, 24_575)
+    )
+    lite3r(*common, "24.576k")
+
+
 def test_short_sequences_run_dense_and_say_so(photos: Path, tmp_path: Path) -> None:
     result = lite3r(
         "reconstruct", photos, "--model", "tiny", "--weights", "random", "--out", tmp_path / "a.ply", "--config", f"dense_below={10**9}"

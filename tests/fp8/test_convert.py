@@ -303,6 +303,19 @@ class TestWholes:
         assert list(model.state_dict()) == keys
         assert not lite3r_modules(model)
 
+    @pytest.mark.parametrize("precision", ["fp8", "fp8_qat"])
+    def test_weights_that_are_stored_in_fp8_already_are_refused(self, precision: str) -> None:
+        model = Toy()
+        linear = model.cross[1].proj
+        linear.weight = nn.Parameter(linear.weight.detach().to(torch.float8_e5m2), requires_grad=False)
+        with pytest.raises(
+            WeightsError, match=r"^cross\.1\.proj\.weight is stored in torch\.float8_e5m2.* leave the Linear out by fp8_filter"
+        ):
+            apply_lite3r(model, precision=precision)
+        assert not lite3r_modules(model)
+        apply_lite3r(model, precision=precision, fp8_filter=("*qkv", "cross.0.proj"))
+        assert model.cross[1].proj is linear
+
     def test_linears_of_another_class_are_named(self) -> None:
         model = Toy().eval()
         linear = next(m for m in model.cross[0].modules() if isinstance(m, nn.Linear))

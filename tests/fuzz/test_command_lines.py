@@ -81,6 +81,8 @@ OPTIONS = {
     "--max-points": ["100", "0", DIGITS],
     "--max-views": ["1", "0"],
     "--drop": ["0", "100", "nan"],
+    "--max-pixels": ["10M", "10", "0", "1e9", DIGITS],
+    "--max-bytes": ["999999TB", "1GiB", "10", "GB", DIGITS],
     "--variants": ["stock", "lite3r", "strong", "nosuch", "", ","],
     "--resolution": ["16", "17", "0", DIGITS],
     "--time-budget": ["0", "nan", "-1"],

@@ -22,16 +22,22 @@ class Interruption(BaseException):
     """As KeyboardInterrupt: whoever catches `Exception` does not catch it."""
 
 
-def lines_of(call: Callable[[], object]) -> int:
-    """How many lines of the package `call` runs."""
+def lines_of(call: Callable[[], object], before: Callable[..., object] | None = None) -> int:
+    """How many lines of the package `call` runs, or how many of them before it comes to the function `before`."""
     seen = 0
+    found: int | None = None
 
-    def count() -> None:
-        nonlocal seen
+    def count(frame: FrameType) -> None:
+        nonlocal seen, found
+        if before is not None and found is None and frame.f_code is before.__code__:
+            found = seen
         seen += 1
 
     _traced(call, count)
-    return seen
+    if before is None:
+        return seen
+    assert found is not None, f"{before} was not reached"
+    return found
 
 
 def interrupted(call: Callable[[], object], line: int, *more: int) -> bool:
@@ -41,7 +47,7 @@ def interrupted(call: Callable[[], object], line: int, *more: int) -> bool:
     """
     seen, wanted = 0, {line, *more}
 
-    def count() -> None:
+    def count(frame: FrameType) -> None:
         nonlocal seen
         seen += 1
         if seen in wanted:
@@ -80,12 +86,12 @@ def _bytes(tensor: Tensor) -> bytes:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def _traced(call: Callable[[], object], each: Callable[[], None]) -> None:
+def _traced(call: Callable[[], object], each: Callable[[FrameType], None]) -> None:
     def trace(frame: FrameType, event: str, _: Any) -> Any:
         if not frame.f_code.co_filename.startswith(PACKAGE):
             return None
         if event == "line":
-            each()
+            each(frame)
         return trace
 
     before = sys.gettrace()

@@ -55,7 +55,10 @@ def test_limits_hold_in_their_block() -> None:
 
 def test_images_have_a_limit_of_pixels(tmp_path: Path) -> None:
     Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
-    with limits(pixels=599), pytest.raises(InputError, match=r"a\.png has 600 pixels, more than the 599 that are read; .*limits\(pixels="):
+    with (
+        limits(pixels=599),
+        pytest.raises(InputError, match=r"a\.png has 600 pixels, more than the 599 that are read; .*--max-pixels or .*limits\(pixels="),
+    ):
         load_image(tmp_path / "a.png")
     with limits(pixels=600):
         assert load_image(tmp_path / "a.png").size == (30, 20)
@@ -104,7 +107,12 @@ def test_files_have_a_limit_of_bytes(tmp_path: Path) -> None:
     assert len(read_bytes(tmp_path / "a.bin", 100)) == 100
     with pytest.raises(InputError, match=r"a\.bin has 100 bytes, more than the 99 that are read; it is another kind"):
         read_bytes(tmp_path / "a.bin", 99)
-    with limits(size=99), pytest.raises(InputError, match=r"a\.bin has 100 bytes, more than the 99 .*limits\(size=.* sets another"):
+    with (
+        limits(size=99),
+        pytest.raises(
+            InputError, match=r"a\.bin has 100 bytes, more than the 99 that are read; raise the limit with --max-bytes or .*limits\(size="
+        ),
+    ):
         read_bytes(tmp_path / "a.bin")
 
 
@@ -116,6 +124,12 @@ def test_a_file_without_content_of_any_size(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"a\.bin has 1,099,511,627,776 bytes"):
         read_bytes(tmp_path / "a.bin")
     assert peak() - before < GIB // 10
+
+
+def test_a_limit_takes_no_memory(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_bytes(bytes(100))
+    with limits(size=10**18):
+        assert len(read_bytes(tmp_path / "a.bin")) == 100
 
 
 @pytest.mark.parametrize("head", [b"Pf\n999999999 999999999\n-1\n", b"Pf\n" + b"9" * 5000 + b" 1\n-1\n", b"Pf\n100000 1000\n-1\n"])
@@ -130,11 +144,12 @@ def test_depth_that_announces_too_much(head: bytes, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("count", ["1e18", "999999999999", "9" * 5000, "inf", "nan", "-3", "2.5", "٣"])
 def test_pairs_that_announce_too_much(count: str, tmp_path: Path) -> None:
+    words = r"pair\.txt (ends early: it announces|announces|should have a whole number)"
     (tmp_path / "pair.txt").write_text(f"{count}\n0 -1\n")
-    with pytest.raises(InputError, match=r"pair\.txt"):
+    with pytest.raises(InputError, match=words):
         read_pairs(tmp_path / "pair.txt")
     (tmp_path / "pair.txt").write_text(f"2\n0\n{count} 1 0.5\n")
-    with pytest.raises(InputError, match=r"pair\.txt"):
+    with pytest.raises(InputError, match=words):
         read_pairs(tmp_path / "pair.txt")
 
 

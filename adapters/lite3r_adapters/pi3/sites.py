@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from torch import nn
 
-from lite3r_plugin.adapter import AttentionSite, TokenSource
+from lite3r_plugin.adapter import AttentionSite, TokenSource, forward_parameters
 
 from .. import _blocks
 from .._dinov2 import encoder_sites
@@ -38,8 +37,10 @@ def _pi3_sites(prefix: str, model: Any) -> list[AttentionSite]:
     global_sites = {f"decoder.{i}.attn" for i in range(1, len(model.decoder), 2)}
     sites = []
     for name, attn in model.named_modules():
-        # Self-attention with token coordinates: the decoder and the point, confidence and camera heads.
-        if _blocks.is_attention(attn) and "xpos" in inspect.signature(attn.forward).parameters:
+        # Self-attention with token coordinates: the decoder and the point, confidence and camera heads. A global site whose arguments
+        # cannot be read is named, too, so that it is refused and not left out.
+        arguments = forward_parameters(attn)
+        if _blocks.is_attention(attn) and (name in global_sites if arguments is None else "xpos" in arguments):
             scope = "global" if name in global_sites else "frame"
             whole = _blocks.block_around(model, name, prefix, "xpos")
             sites.append(AttentionSite(f"{prefix}{name}", scope, _blocks.head_dim(attn), _blocks.projections(attn, "xpos"), tokens, whole))

@@ -58,7 +58,7 @@ class Fit:
     def nearest(self, values: Tensor) -> Tensor:
         """A map ``[h, w]`` over the source image, at any resolution: the value nearest to each pixel's centre."""
         rows, columns = (
-            torch.div((2 * (torch.arange(self.size[i]) + self.corner[i]) + 1) * values.shape[i], 2 * self.whole[i], rounding_mode="floor")
+            (2 * (torch.arange(self.size[i], device=values.device) + self.corner[i]) + 1) * values.shape[i] // (2 * self.whole[i])
             for i in (0, 1)
         )
         return values[rows[:, None], columns]
@@ -67,7 +67,7 @@ class Fit:
         """``[3, 3]`` of the source's pixels to those of the cut."""
         (top, left), (height, width) = self.corner, self.source
         sy, sx = self.whole[0] / height, self.whole[1] / width
-        change = torch.tensor([[sx, 0, -left], [0, sy, -top], [0, 0, 1]], dtype=K.dtype)
+        change = K.new_tensor([[sx, 0, -left], [0, sy, -top], [0, 0, 1]])
         return change @ K
 
 
@@ -77,7 +77,7 @@ def camera_matrix(numbers: np.ndarray, origin: str) -> Tensor:
     Raises:
         InputError: the numbers are no pinhole camera; the message names `origin`.
     """
-    K = torch.as_tensor(numbers, dtype=torch.float64)
+    K = torch.from_numpy(np.array(numbers, dtype=np.float64))
     single = K.float()
     pinhole = K[2].tolist() == [0, 0, 1] and K[1, 0] == 0 and K[0, 1].abs() <= MAX_SKEW * K[0, 0]
     if not pinhole or not single.isfinite().all() or single[0, 0] <= 0 or single[1, 1] <= 0:

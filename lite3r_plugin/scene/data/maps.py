@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ..images import OTHER_PIXELS, opened
-from ..reading import current_limits, read_bytes, say
+from ..images import opened
+from ..reading import MORE_PIXELS, current_limits, read_bytes, say
 
 # Depth in any unit that somebody uses; numbers of another byte order or type are spread over all exponents.
 DEPTHS = (1e-15, 1e15)
@@ -110,7 +110,7 @@ def checked_depth(values: np.ndarray, path: Path, estimated: bool = False) -> Te
 def _values(data: bytes, start: int, width: int, height: int, order: str, path: Path) -> np.ndarray:
     """``[H, W]`` of 4-byte values."""
     if width * height > (allowed := current_limits().pixels):
-        raise InputError(f"{path} announces {width}x{height} values, more than the {allowed:,} that are read; {OTHER_PIXELS}")
+        raise InputError(f"{path} announces {width}x{height} values, more than the {allowed:,} that are read; {MORE_PIXELS}")
     if not width or not height or len(data) - start != 4 * width * height:
         raise InputError(
             f"{path} should hold {width}x{height} values in {4 * width * height} bytes, has {len(data) - start}: it is damaged"

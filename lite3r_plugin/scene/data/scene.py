@@ -97,7 +97,7 @@ class Views:
         """
         if self.intrinsics is None or self.world_to_camera is None:
             raise InputError("these views have no cameras; open a layout with cameras")
-        ok = torch.ones(len(self.names), dtype=torch.bool)
+        ok = torch.ones(len(self.names), dtype=torch.bool, device=self.images.device)
         parts = {"rgb": self.images, "depth": self.depth, "valid": self.valid, "K": self.intrinsics, "w2c": self.world_to_camera, "ok": ok}
         return {name: part[None] for name, part in parts.items()}
 
@@ -221,9 +221,9 @@ def _load(scene: Scene, frame: Frame, size: tuple[int, int] | None) -> tuple[Ten
         check_camera(frame.intrinsics, source, _origin(scene, frame))
     fit = Fit.make(source, size)
     depth, mask = _map(scene, frame, frame.depth, source), _map(scene, frame, frame.mask, source)
-    depth = torch.zeros(fit.size) if depth is None else fit.nearest(depth).float()
+    depth = image.new_zeros(fit.size) if depth is None else fit.nearest(depth).float()
     depth = torch.where(depth.isfinite() & (depth > 0), depth, 0.0)
-    mask = torch.ones(fit.size, dtype=torch.bool) if mask is None else fit.nearest(mask).bool()
+    mask = image.new_ones(fit.size, dtype=torch.bool) if mask is None else fit.nearest(mask).bool()
     return fit.image(image), depth, mask, None if frame.intrinsics is None else fit.intrinsics(frame.intrinsics)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,8 @@ def point_cloud(prediction: Prediction, drop_percent: float = 20.0, max_points: 
         kept = surer if len(surer) else kept  # all equally sure
     if len(kept) > max_points:
         generator = torch.Generator().manual_seed(seed)
-        kept = kept[torch.randperm(len(kept), generator=generator)[:max_points].sort().values]
+        chosen = torch.randperm(len(kept), generator=generator, device="cpu")[:max_points].sort().values
+        kept = kept[chosen.to(kept.device)]
     colors = (prediction.images.flatten(0, 2)[kept] * 255).round().clamp(0, 255).to(torch.uint8)
     return PointCloud(points[kept], colors)
 
@@ -73,19 +75,19 @@ def render(cloud: PointCloud, size: tuple[int, int] = (480, 720), turn: float = 
     some = points[:: max(1, len(points) // 1_000_000)]  # torch.quantile takes 16 million numbers at most
     low, middle, high = (some.quantile(q, 0) for q in (0.02, 0.5, 0.98))
     extent = (high - low).norm().clamp_min(1e-12)
-    a, b = torch.deg2rad(torch.tensor([turn, -lift], dtype=torch.float64))
-    yaw = torch.tensor([[a.cos(), 0, -a.sin()], [0, 1, 0], [a.sin(), 0, a.cos()]], dtype=torch.float64)
-    pitch = torch.tensor([[1, 0, 0], [0, b.cos(), -b.sin()], [0, b.sin(), b.cos()]], dtype=torch.float64)
-    camera = (points - middle) @ (pitch @ yaw).T + torch.tensor([0, 0, 1.1], dtype=torch.float64) * extent
+    a, b = math.radians(turn), math.radians(-lift)
+    yaw = points.new_tensor([[math.cos(a), 0, -math.sin(a)], [0, 1, 0], [math.sin(a), 0, math.cos(a)]])
+    pitch = points.new_tensor([[1, 0, 0], [0, math.cos(b), -math.sin(b)], [0, math.sin(b), math.cos(b)]])
+    camera = (points - middle) @ (pitch @ yaw).T + points.new_tensor([0, 0, 1.1]) * extent
     in_front = camera[:, 2] > 0.05 * extent
     camera, colors = camera[in_front], cloud.colors[in_front]
     focal = 1.25 * min(size)
-    uv = camera[:, :2] / camera[:, 2:] * focal + torch.tensor([width / 2, height / 2], dtype=torch.float64)
-    canvas = torch.full((height * width, 3), 255, dtype=torch.uint8)
-    nearest = torch.full((height * width,), torch.inf, dtype=torch.float64)
+    uv = camera[:, :2] / camera[:, 2:] * focal + points.new_tensor([width / 2, height / 2])
+    canvas = colors.new_full((height * width, 3), 255)
+    nearest = points.new_full((height * width,), torch.inf)
     for dy in (0, 1):  # every point is two pixels wide and high
         for dx in (0, 1):
-            column, row = (uv + torch.tensor([dx, dy])).floor().long().unbind(-1)
+            column, row = (uv + uv.new_tensor([dx, dy])).floor().long().unbind(-1)
             inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
             pixel, depth = (row * width + column)[inside], camera[inside, 2]
             before = nearest.clone()

@@ -47,7 +47,7 @@ def fit_similarity(source: Tensor, target: Tensor, with_scale: bool = True) -> S
     source_mean, target_mean = source.mean(0), target.mean(0)
     source, target = source - source_mean, target - target_mean
     left, stretch, right = torch.linalg.svd(target.T @ source / len(source))
-    sign = torch.ones(3, dtype=torch.float64)
+    sign = torch.ones_like(stretch)
     sign[2] = (torch.linalg.det(left) * torch.linalg.det(right)).sign()
     rotation = left * sign @ right
     variance = source.square().sum() / len(source)

@@ -54,7 +54,8 @@ def paired_bootstrap(
         raise InputError(f"a paired comparison needs values of the same scenes, got {len(first)} and {len(second)}")
     if not 0 < confidence < 1 or resamples < 1:
         raise InputError(f"the confidence lies between 0 and 1 and there is at least one draw, got {confidence} and {resamples}")
-    difference = torch.tensor(second, dtype=torch.float64) - torch.tensor(first, dtype=torch.float64)
+    before, after = (torch.tensor(values, dtype=torch.float64, device="cpu") for values in (first, second))
+    difference = after - before
     difference = difference[~difference.isnan()]
     scenes = len(difference)
     if scenes < LEAST_SCENES:
@@ -62,7 +63,7 @@ def paired_bootstrap(
     generator = torch.Generator().manual_seed(seed)
     at_once = max(1, 2**22 // scenes)  # a bound on memory
     counts = [min(at_once, resamples - done) for done in range(0, resamples, at_once)]
-    means = torch.cat([difference[torch.randint(scenes, (count, scenes), generator=generator)].mean(1) for count in counts])
+    means = torch.cat([difference[torch.randint(scenes, (count, scenes), generator=generator, device="cpu")].mean(1) for count in counts])
     tail = (1 - confidence) / 2
-    low, high = means.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    low, high = means.quantile(means.new_tensor([tail, 1 - tail])).tolist()
     return Interval(difference.mean().item(), low, high, scenes)

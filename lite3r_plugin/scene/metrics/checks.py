@@ -37,10 +37,10 @@ def cameras(world_to_camera: Tensor, name: str) -> Cameras:
     matrix = world_to_camera.detach().to("cpu", torch.float64)
     _refuse(~matrix.isfinite().all((1, 2)), f"the {name} cameras have values that are not finite")
     if shape[1] == 4:
-        last = torch.tensor([0.0, 0, 0, 1], dtype=torch.float64)
+        last = matrix.new_tensor([0, 0, 0, 1])
         _refuse((matrix[:, 3] - last).abs().amax(1) > 1e-6, f"the last row of the {name} cameras is not 0 0 0 1")
     rotation, translation = matrix[:, :3, :3], matrix[:, :3, 3]
-    skew = (rotation @ rotation.mT - torch.eye(3, dtype=torch.float64)).abs().amax((1, 2))
+    skew = (rotation @ rotation.mT - torch.eye(3, dtype=torch.float64, device="cpu")).abs().amax((1, 2))
     _refuse(skew > ORTHOGONAL, f"the {name} cameras have 3x3 parts that are no rotations (rows not orthonormal)")
     _refuse(torch.linalg.det(rotation) < 0, f"the {name} cameras have reflections (determinant -1) where rotations belong")
     centre = -torch.einsum("sji,sj->si", rotation, translation)

@@ -66,7 +66,7 @@ def depth_metrics(predicted: Tensor, reference: Tensor, valid: Tensor | None = N
         raise InputError("the reference depth has no valid pixel")
     if not both.any():
         raise InputError("the predicted depth is not finite or not positive at every valid pixel of the reference")
-    scales = torch.ones(1, dtype=torch.float64)
+    scales = true.new_ones(1)
     if align == "scene":
         scales = (true[both] / mine[both]).median()[None]
     elif align == "view":

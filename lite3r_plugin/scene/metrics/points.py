@@ -88,7 +88,7 @@ def point_metrics(
     if threshold is None:
         threshold = 0.02 * spread(true)
     if len(true) > max_points:
-        sample = torch.randperm(len(true), generator=torch.Generator().manual_seed(seed))[:max_points]
+        sample = torch.randperm(len(true), generator=torch.Generator().manual_seed(seed), device="cpu")[:max_points]
         mine, true, both = mine[sample], true[sample], both[sample]
     return cloud_metrics(mine[both], true, threshold, scale)
 

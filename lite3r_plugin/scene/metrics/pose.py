@@ -116,7 +116,7 @@ def auc(errors: Tensor, threshold: float) -> float:
 
 
 def _pair_errors(mine: Cameras, true: Cameras) -> PairErrors:
-    views = torch.combinations(torch.arange(len(true.centre)))
+    views = torch.combinations(torch.arange(len(true.centre), device=true.centre.device))
     i, j = views.unbind(1)
     left = (mine.rotation[j] @ mine.rotation[i].mT) @ (true.rotation[j] @ true.rotation[i].mT).mT
     my_baseline, baseline = mine.centre[j] - mine.centre[i], true.centre[j] - true.centre[i]

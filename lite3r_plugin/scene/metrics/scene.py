@@ -54,5 +54,5 @@ def constant_geometry(reference: Geometry) -> Geometry:
     """
     depth, known = reference.depth.detach().to("cpu", torch.float64), reference.known()
     middle = depth[known].median().item() if known.any() else 1.0
-    same = torch.eye(3, 4, dtype=torch.float64).expand(len(depth), 3, 4)
+    same = torch.eye(3, 4, dtype=torch.float64, device="cpu").expand(len(depth), 3, 4)
     return Geometry(torch.full_like(depth, middle), same, reference.intrinsics)

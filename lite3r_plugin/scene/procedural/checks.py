@@ -20,7 +20,7 @@ def reprojection_check(s: dict[str, Tensor], tolerance: float = 0.02) -> Tensor:
     """
     B, V, H, W = s["depth"].shape
     K, E = s["K"], s["w2c"]
-    vv, uu = torch.meshgrid(torch.arange(H).to(K) + 0.5, torch.arange(W).to(K) + 0.5, indexing="ij")
+    vv, uu = torch.meshgrid(*(torch.arange(size, device=K.device).to(K) + 0.5 for size in (H, W)), indexing="ij")
     pixels = torch.stack([uu, vv, torch.ones_like(uu)], -1)
     rows = []
     for b in range(B):
@@ -38,7 +38,7 @@ def reprojection_check(s: dict[str, Tensor], tolerance: float = 0.02) -> Tensor:
             error = (rgb - s["rgb"][b, 0]).abs().mean(0)[seen]
             unwarped = (s["rgb"][b, j] - s["rgb"][b, 0]).abs().mean()
             rows.append((seen.float().mean().item(), error.median().item() if seen.any() else float("nan"), unwarped.item()))
-    return torch.tensor(rows)
+    return torch.tensor(rows, device="cpu")
 
 
 @torch.no_grad()
