@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, short
 from ..files import locked
+from ..version import __version__
 
 WEIGHTS_NAME = "lite3r.safetensors"
 CONFIG_NAME = "lite3r_config.json"
@@ -26,7 +27,7 @@ FORMAT_VERSION = 1
 MAX_RECORD_BYTES = 64 * 2**20
 AGAIN = "save it again with save_lite3r"
 
-_TYPES: dict[str, type] = {"adapter": str, "config": dict, "sites": dict, "fp8": dict, "fp8_biases": list, "tensors": dict, "whole": bool}
+_TYPES: dict[str, type] = {"model": str, "adapter": str, "config": dict, "sites": dict, "fp8": dict, "fp8_biases": list, "tensors": dict, "whole": bool}
 
 
 def seals(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
@@ -124,7 +125,11 @@ def _read_tensors(path: Path) -> tuple[str | None, dict[str, Tensor]]:
 def _check_fields(record: Any, path: Path) -> None:
     version = record.get("format") if isinstance(record, dict) else None
     if type(version) is not int or version != FORMAT_VERSION:
-        raise CheckpointError(f"{path} has format {repr(version)[:40]}, this release reads {FORMAT_VERSION}")
+        newer = type(version) is int and version > FORMAT_VERSION
+        raise CheckpointError(
+            f"{path} has the format version {repr(version)[:40]}, and lite3r-plugin {__version__} reads {FORMAT_VERSION}: "
+            + ("install a newer release" if newer else f"it is damaged, or of another release; {AGAIN}")
+        )
     if missing := set(_TYPES) - set(record):
         raise CheckpointError(f"{path} lacks {sorted(missing)}; {AGAIN}")
     for name, kind in _TYPES.items():
