@@ -78,7 +78,10 @@ def _advice(error: Exception) -> str:
         return "there is no such repository, or it is private; check the id, and log in with `hf auth login`"
     if status in (401, 403):
         return "you have no right to it; log in with `hf auth login` and a token that has the right"
-    if isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError)) or "Connect" in type(error).__name__:
+    if (
+        isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError))
+        or "Connect" in type(error).__name__
+    ):
         return "the cache does not hold it, and the Hub was not asked or not reached; check the network, HF_HUB_OFFLINE, local_files_only"
     if isinstance(error, OSError) and error.errno is not None:
         return "the system refused; check the disk and the rights of the cache"

@@ -51,7 +51,7 @@ def load_weights(model: nn.Module, file: Path, rename: Callable[[str], str | Non
     Raises:
         InputError: the file is damaged or belongs to another model.
     """
-    state = _read(file)
+    state = read_weights(file)
     if rename is not None:
         state = {new: tensor for name, tensor in state.items() if (new := rename(name)) is not None}
     own = model.state_dict()
@@ -65,7 +65,12 @@ def load_weights(model: nn.Module, file: Path, rename: Callable[[str], str | Non
     model.load_state_dict(state)
 
 
-def _read(file: Path) -> StateDict:
+def read_weights(file: Path) -> StateDict:
+    """The state dict in a weights file, or in its entry ``state_dict`` or ``model``. Nothing else is unpickled.
+
+    Raises:
+        InputError: the file is damaged, or holds something else.
+    """
     try:
         if file.suffix.lower() == SAFETENSORS:
             from safetensors.torch import load_file

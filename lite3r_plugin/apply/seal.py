@@ -27,7 +27,16 @@ FORMAT_VERSION = 1
 MAX_RECORD_BYTES = 64 * 2**20
 AGAIN = "save it again with save_lite3r"
 
-_TYPES: dict[str, type] = {"model": str, "adapter": str, "config": dict, "sites": dict, "fp8": dict, "fp8_biases": list, "tensors": dict, "whole": bool}
+_TYPES: dict[str, type] = {
+    "model": str,
+    "adapter": str,
+    "config": dict,
+    "sites": dict,
+    "fp8": dict,
+    "fp8_biases": list,
+    "tensors": dict,
+    "whole": bool,
+}
 
 
 def seals(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
@@ -43,6 +52,18 @@ def metadata_of(record: Mapping[str, Any]) -> dict[str, str]:
 def same_text(value: Any) -> str:
     """JSON that is equal for equal values of equal types: 1, 1.0 and true are three."""
     return json.dumps(value, sort_keys=True)
+
+
+def fingerprint(directory: Path) -> str:
+    """SHA-256 of the record of a checkpoint, which holds checksums of its tensors: equal for equal checkpoints, and for no others.
+
+    Raises:
+        CheckpointError: there is no record, or it cannot be read.
+    """
+    try:
+        return hashlib.sha256((directory / CONFIG_NAME).read_bytes()).hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{directory} holds no {CONFIG_NAME} that can be read: {short(error)}") from error
 
 
 def read_sealed(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

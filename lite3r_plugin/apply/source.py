@@ -43,6 +43,6 @@ def find_checkpoint(
     if missing := [name for name in FILES if not (folder / name).is_file()]:
         raise HubError(
             f"{text} holds no {' and no '.join(missing)}" + (f" at {revision!r}" if revision else "")
-            + ": it is no checkpoint of Lite3R, which push_to_hub writes, or it was cached in part, which loading it once with a network mends"
+            + ": it is no checkpoint that push_to_hub wrote, or it was cached in part, which loading it once with a network mends"
         )  # fmt: skip
     return folder
