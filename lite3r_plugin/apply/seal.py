@@ -66,6 +66,12 @@ def fingerprint(directory: Path) -> str:
         raise CheckpointError(f"{directory} holds no {CONFIG_NAME} that can be read: {short(error)}") from error
 
 
+def holds_dense_model(directory: Path) -> bool:
+    """Whether a model that took this checkpoint, which was read before, has the weights of the dense model in it as they were."""
+    record = json.loads(_read_text(directory / CONFIG_NAME))
+    return not record["whole"] and not record["fp8"]
+
+
 def read_sealed(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The record, its fields of the right types, and the tensors, which lie in the file, not in memory of their own.
 

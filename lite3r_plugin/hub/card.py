@@ -113,7 +113,11 @@ def _quality(metrics: Metrics) -> str:
     lines = [
         f"Measured with `lite3r eval` on {_code(fields['data'])}: {metrics.scenes} scenes, {fields['views']} views each. "
         f"{float(fields['density']):.1%} of the blocks of attention were computed at the sparse sites. "
-        + ("The very files of this repository were measured." if metrics.of_these_files else "Of a model with this configuration."),
+        + (
+            "The very files of this repository were measured."
+            if metrics.of_these_files
+            else "Those who pushed it say so, of a model with this configuration."
+        ),
         "",
         "| | dense | Lite3R | difference [95 %] |",
         "|---|---|---|---|",

@@ -73,7 +73,7 @@ def read_metrics(metrics: Any, config: Mapping[str, Any], fingerprint: str) -> M
 
     Raises:
         InputError: they are none, lack conditions or one of the two methods, or were measured with random weights, with another
-            configuration or of another checkpoint.
+            configuration, of another checkpoint, or, in a file, of none.
     """
     fields = _fields(metrics)
     if missing := [name for name in ("model", "config", "means", "scenes", "density", *CONDITIONS) if name not in fields]:
@@ -85,6 +85,11 @@ def read_metrics(metrics: Any, config: Mapping[str, Any], fingerprint: str) -> M
         raise InputError("the metrics were measured with random weights, so they mean nothing; measure with the weights of the model")
     _check_config(fields["config"], config)
     measured = fields.get("checkpoint")
+    if measured is None and isinstance(metrics, (str, os.PathLike)):
+        raise InputError(
+            f"{metrics} is of a model to which Lite3R was applied anew, not of this checkpoint: measure it with "
+            "`lite3r eval --checkpoint FOLDER --json FILE`"
+        )
     if measured is not None and measured != fingerprint:
         raise InputError(
             f"the metrics are of another checkpoint (fingerprint {str(measured)[:12]}, this one is {fingerprint[:12]}): measure this one "

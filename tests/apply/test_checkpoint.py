@@ -133,7 +133,10 @@ def test_damage_is_named_and_the_model_is_dense_again(saved: Path, damage: Calla
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (lambda: Toy(depth=3), "belongs to another model: it was saved from a Toy with 2 sites .adapter 'toy'., this is a Toy with 3; .*'cross.2'"),
+        (
+            lambda: Toy(depth=3),
+            "belongs to another model: it was saved from a Toy with 2 sites .adapter 'toy'., this is a Toy with 3; .*'cross.2'",
+        ),
         (lambda: Toy(dim=64), "belongs to another model: .*'cross.0'"),
     ],
 )
