@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapter.models import ModelEntry
 from ..adapter.plugins import find_model, find_sites
 from ..adapter.sites import AttentionSite
 from ..adapter.weights import PICKLED, RANDOM, SAFETENSORS, find_weights, read_weights
@@ -124,16 +125,18 @@ def convert_official(
     """
     path, folder = _checked_paths(file, directory)
     Lite3RConfig().replace(**fields)  # before anything is read
+    entry = _checked_model(model)
+    base_file = None if base is None else find_weights(base)
     found = _sort(_plain_names(read_weights(path), path))
     if not found.branches:
         raise InputError(
             f"{path} holds no {BRANCH}: it is no checkpoint of Lite3R's authors; plain weights go to --weights or load_state_dict"
         )
-    dense, rename = _build(model)
+    dense = model if isinstance(model, nn.Module) else find_model(model).build(RANDOM)
     sites = _sites_with_branches(dense, found)
     _check(dense, sites, found, path)
-    if base is not None:
-        _check_base(found.weights, base, rename, path)
+    if base_file is not None:
+        _check_base(found.weights, base_file, entry.rename if entry else None, path)
     nearest = _config(sites)
     chosen = nearest.replace(**fields)
     if chosen.scopes != nearest.scopes or chosen.linear_branch == "none":
@@ -209,16 +212,17 @@ def _sort(state: StateDict) -> _Sorted:
     return found
 
 
-def _build(model: Any) -> tuple[nn.Module, Callable[[str], str | None] | None]:
-    """The dense model, whatever its values, and how its published weights are renamed."""
+def _checked_model(model: Any) -> ModelEntry | None:
+    """What builds the model of this name; None where the model itself was given."""
     if isinstance(model, str):
         entry = find_model(model)
-        return entry.build(RANDOM), entry.rename
+        entry.require_library()
+        return entry
     if not isinstance(model, nn.Module):
         raise ModelTypeError(f"model is a name that `lite3r adapters` lists or a torch.nn.Module, got {type(model).__name__}")
     if look_up(model).attention:
         raise AlreadyAppliedError("this model carries Lite3R already; pass the dense model")
-    return model, None
+    return None
 
 
 def _sites_with_branches(dense: nn.Module, found: _Sorted) -> list[AttentionSite]:
@@ -277,9 +281,9 @@ def _hint(names: Iterable[str]) -> str:
     return f". By its names it is of {kinds[0]!r}" if len(kinds) == 1 else ""
 
 
-def _check_base(weights: StateDict, base: str, rename: Callable[[str], str | None] | None, path: Path) -> None:
+def _check_base(weights: StateDict, base: Path, rename: Callable[[str], str | None] | None, path: Path) -> None:
     """Raise `InputError` unless the file's weights are those of the dense model, to the bit."""
-    state = read_weights(find_weights(base))
+    state = read_weights(base)
     if rename is not None:
         state = {new: tensor for name, tensor in state.items() if (new := rename(name)) is not None}
     if missing := sorted(weights.keys() - state.keys()):
@@ -330,10 +334,11 @@ def _differences(config: Lite3RConfig, sites: list[AttentionSite], found: _Sorte
             f"attention keeps blocks of {config.block_k} keys for blocks of {config.block_q} queries, by the means of blocks; they kept "
             "single tokens for each query in training, and all tokens in deployment (keep_ratio=1 is that)"
         )
-    if any(site.scope == "camera" for site in sites):
+    if ratios != {1.0} and any(site.scope == "camera" and config.keep_ratio_of(site.fqn) == 1 for site in sites):
         yield "sites of cameras keep all tokens, one a view; they kept int(0.3 * views), at least one, in training"
     yield "the linear branch divides without their epsilon of 1e-6"
-    yield "Linears run in full precision; they trained them, and proj_lin, rounded to FP8: convert(model) stores them in FP8"
+    if config.precision == "full":
+        yield "Linears run in full precision; they trained them, and proj_lin, rounded to FP8: convert(model) stores them in FP8"
     if smoothed := sum(bool((tensor != 1).any()) for tensor in found.smooth.values()):
         yield f"{smoothed} Linears were smoothed and rounded to INT4 in training; here they are not rounded, so that smoothing cancels out"
     if any(name.startswith("cam_enc.") for name in found.branches):

@@ -107,7 +107,10 @@ def test_the_report_says_what_differs(model: nn.Module, state: State, tmp_path: 
     text = str(convert_official(file, model, tmp_path / "out"))
     for part in (str(file), "6 of 64 x 64, 2 of 128 x 128", "8 lam, which nothing reads", "blocks of 64 keys", "convert(model)", "epsilon"):
         assert part in text
-    assert "attention is dense with the linear branch on top" in str(convert_official(file, model, tmp_path / "out", keep_ratio=1.0))
+    text = str(convert_official(file, model, tmp_path / "out", keep_ratio=1.0, precision="fp8", fp8_backend="emulated"))
+    assert "attention is dense with the linear branch on top" in text
+    assert "convert(model)" not in text
+    assert describe(load_lite3r(vggt(), tmp_path / "out")).phase == "fp8"
 
 
 def test_the_model_is_left_as_it_is(model: nn.Module, state: State, tmp_path: Path) -> None:
