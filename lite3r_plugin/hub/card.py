@@ -15,7 +15,7 @@ from ..adapter.downloads import is_hub_id
 from ..errors import InputError, short
 from ..scene.metrics.bootstrap import LEAST_SCENES
 from ..version import __version__
-from .metrics import CONDITIONS, Metrics, Row
+from .metrics import Metrics, Row
 
 CARD_NAME = "README.md"
 LIBRARY = "lite3r-plugin"
@@ -70,7 +70,7 @@ def make_card(record: Mapping[str, Any], repository: str, license_id: str, base_
     text = BODY.format(
         name=repository.split("/")[1],
         model=record["model"],
-        sites=f"{sum(bool(site.get('sparse')) for site in record['sites'].values())} sites, adapter `{record['adapter']}`",
+        sites=f"sites: {sum(bool(site.get('sparse')) for site in record['sites'].values())}, adapter `{record['adapter']}`",
         version=__version__,
         holds=_holds(record),
         repository=repository,
@@ -99,7 +99,7 @@ def read_card(path: Path) -> dict[str, Any]:
 
 def _holds(record: Mapping[str, Any]) -> str:
     branches = sum(name.endswith(".proj_lin.weight") for name in record["tensors"])
-    parts = [f"{branches} linear branches"] if branches else []
+    parts = [f"the linear branches ({branches})"] if branches else []
     if record["fp8"]:
         parts.append(f"the FP8 weights of {len(record['fp8'])} Linears")
     if record["whole"]:
@@ -109,10 +109,9 @@ def _holds(record: Mapping[str, Any]) -> str:
 
 def _quality(metrics: Metrics) -> str:
     fields = metrics.fields
-    stated = {name: fields[name] for name in CONDITIONS}
     lines = [
-        f"Measured with `lite3r eval` on {_code(fields['data'])}: {metrics.scenes} scenes, {fields['views']} views each. "
-        f"{float(fields['density']):.1%} of the blocks of attention were computed at the sparse sites. "
+        f"Measured with `lite3r eval` on {_code(metrics.data)}: {metrics.scenes} scenes, {fields['views']} views each. "
+        f"{_sparse(metrics.density)} "
         + (
             "The very files of this repository were measured."
             if metrics.of_these_files
@@ -127,10 +126,16 @@ def _quality(metrics: Metrics) -> str:
         ),
         "",
         f"Means over scenes, one scale a scene; paired differences, with an interval from {LEAST_SCENES} scenes on. Conditions: "
-        + ", ".join(f"{name} {_code(value)}" for name, value in stated.items())
+        + ", ".join(f"{name} {_code(value)}" for name, value in metrics.conditions.items())
         + ".",
     ]
     return "\n".join(lines)
+
+
+def _sparse(density: float) -> str:
+    if density == 1:
+        return "Nothing was sparse in these runs: attention computed all blocks, so they say nothing of sparsity."
+    return f"{density:.1%} of the blocks of attention were computed at the sparse sites."
 
 
 def _difference(row: Row) -> str:
@@ -143,13 +148,11 @@ def _results(metrics: Metrics) -> list[Any]:
     from huggingface_hub import EvalResult
 
     fields = metrics.fields
-    data = str(fields["data"])
-    arguments = {name: fields[name] for name in ("views", "draws", "rule", "seed", "dtype")} | {"dense": None}
     return [
         EvalResult(
-            task_type=TASK, task_name=TASK_NAME, dataset_type=_slug(data.partition(":")[0]), dataset_name=data,
-            dataset_split=fields.get("split"), metric_type=_slug(row.name), metric_name=row.name, metric_value=row.lite3r,
-            metric_args=arguments | {"dense": row.dense},
+            task_type=TASK, task_name=TASK_NAME, dataset_type=_slug(metrics.data.partition(":")[0]), dataset_name=metrics.data,
+            dataset_split=fields.get("split"), metric_type=row.field, metric_name=row.name, metric_value=row.lite3r,
+            metric_args={"views": fields["views"], "dense": row.dense},
         )
         for row in metrics.rows
     ]  # fmt: skip

@@ -21,6 +21,7 @@ from ..scene.metrics.comparison import ROWS
 DENSE, LITE3R = "dense", "lite3r"
 MACHINE_FIELDS = ("attention_backend", "fp8_backend")
 """Fields of the configuration that the machine which loads a checkpoint chooses."""
+PROCEDURAL = "procedural"
 CONDITIONS = ("data", "views", "draws", "rule", "seed", "device", "dtype", "torch", "lite3r_plugin")
 
 _MAX_BYTES = 256 * 2**20
@@ -28,9 +29,10 @@ _MAX_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class Row:
-    """One measure: its name, whether larger is better, the two means, and their paired difference where scenes tell it."""
+    """One measure: its name, that of its field, whether larger is better, the means, and the paired difference where scenes tell it."""
 
     name: str
+    field: str
     larger_is_better: bool
     dense: float
     lite3r: float
@@ -45,13 +47,26 @@ class Metrics:
         fields: As `lite3r_plugin.evaluation.Evaluation.to_dict` gives them, with what `lite3r eval` adds.
         rows: The measures that are defined.
         scenes: How many scenes they are means over.
+        density: Share of the blocks of attention that were computed at sparse sites.
         of_these_files: Whether it is known that the very files of the checkpoint were measured.
     """
 
     fields: Mapping[str, Any]
     rows: tuple[Row, ...]
     scenes: int
+    density: float
     of_these_files: bool
+
+    @property
+    def data(self) -> str:
+        """What was measured on, without where it lies on the disk of those who measured."""
+        layout, _, rest = str(self.fields["data"]).partition(":")
+        return f"{layout}:{rest if layout == PROCEDURAL else Path(rest).name}"
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """`CONDITIONS` with their values."""
+        return {name: self.fields[name] for name in CONDITIONS} | {"data": self.data}
 
     @property
     def base_model(self) -> str | None:
@@ -99,11 +114,12 @@ def read_metrics(metrics: Any, config: Mapping[str, Any], fingerprint: str) -> M
         rows = _rows(fields)
         sets = len(fields["scenes"][LITE3R])
         scenes = sets // int(fields["draws"])
+        density = float(fields["density"])
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise InputError(f"the metrics are damaged, or not of `lite3r eval` ({short(error, 100)}); measure again") from error
     if not rows:
         raise InputError(f"the metrics have no measure that is defined for both {DENSE!r} and {LITE3R!r}: there is no quality to show")
-    return Metrics(fields, tuple(rows), scenes, measured is not None)
+    return Metrics(fields, tuple(rows), scenes, density, measured is not None)
 
 
 def _fields(metrics: Any) -> Mapping[str, Any]:
@@ -143,7 +159,7 @@ def _rows(fields: Mapping[str, Any]) -> list[Row]:
     for name, (family, field, larger) in ROWS.items():
         values = dense.get(name), lite3r.get(name)
         if all(isinstance(value, (int, float)) and math.isfinite(value) for value in values):
-            rows.append(Row(name, larger, float(values[0]), float(values[1]), _interval(fields, family, field)))
+            rows.append(Row(name, field, larger, float(values[0]), float(values[1]), _interval(fields, family, field)))
     return rows
 
 

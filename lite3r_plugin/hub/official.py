@@ -29,7 +29,7 @@ from ..adapter.weights import PICKLED, RANDOM, SAFETENSORS, find_weights, read_w
 from ..apply.checkpoint import save_lite3r
 from ..apply.lookup import look_up
 from ..apply.verbs import apply_lite3r
-from ..config import Lite3RConfig, plain_name
+from ..config import Lite3RConfig, Scope, plain_name
 from ..errors import AlreadyAppliedError, CheckpointError, ConfigError, InputError, ModelTypeError, shown
 
 KEEP_RATIO = 0.3
@@ -301,7 +301,7 @@ def _same(first: Tensor, second: Tensor) -> bool:
 
 
 def _config(sites: list[AttentionSite]) -> Lite3RConfig:
-    scopes = tuple(dict.fromkeys(site.scope for site in sites))
+    scopes: tuple[Scope, ...] = tuple(dict.fromkeys(site.scope for site in sites))
     cameras = {site.fqn: 1.0 for site in sites if site.scope == "camera"}
     return Lite3RConfig(
         keep_ratio={**cameras, "*": KEEP_RATIO} if cameras else KEEP_RATIO,

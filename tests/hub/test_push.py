@@ -64,12 +64,25 @@ def test_the_card(folder: Path, metrics: Path, measured: dict[str, Any]) -> None
     assert f"| {means['dense']['AbsRel']:.4g} | {means['lite3r']['AbsRel']:.4g} |" in row
     assert row.count("[") == 1  # its interval
     for part in (
-        f'load_lite3r(model, "{ID}")', "1 linear branches", measured["data"], "device `cpu`", "dtype `float32`", "2 views each",
+        f'load_lite3r(model, "{ID}")', "the linear branches (1)", measured["data"], "device `cpu`", "dtype `float32`", "2 views each",
         "The very files of this repository were measured", '"keep_ratio": 0.5',
     ):  # fmt: skip
         assert part in card.text, part
     for word in ("faster", "speed", " ms", "latency"):
         assert word not in card.text
+
+
+def test_the_card_says_where_nothing_was_sparse(folder: Path, measured: dict[str, Any]) -> None:
+    hub = Hub()
+    push_to_hub(folder, ID, **STATED, metrics=measured | {"density": 1.0}, api=hub)
+    assert "Nothing was sparse in these runs" in card_of(hub).text
+
+
+def test_the_card_says_nothing_of_the_disk(folder: Path, measured: dict[str, Any]) -> None:
+    hub = Hub()
+    push_to_hub(folder, ID, **STATED, metrics=measured | {"data": "blendedmvs:/home/somebody/secret/BlendedMVS"}, api=hub)
+    assert "`blendedmvs:BlendedMVS`" in card_of(hub).text
+    assert b"somebody" not in hub.files["README.md"]
 
 
 def test_without_metrics_nothing_is_claimed(folder: Path) -> None:
@@ -218,6 +231,7 @@ def test_a_dense_model_is_refused() -> None:
         (lambda m: m.pop("checkpoint"), "applied anew, not of this checkpoint"),
         (lambda m: m["means"].pop("dense"), "damaged, or not of `lite3r eval`"),
         (lambda m: m.update(draws=0), "damaged, or not of `lite3r eval`"),
+        (lambda m: m.update(density=None), "damaged, or not of `lite3r eval`"),
         (lambda m: m["scenes"]["dense"].pop(), "damaged, or not of `lite3r eval`"),
         (lambda m: m["means"].update(lite3r=dict.fromkeys(m["means"]["lite3r"])), "there is no quality to show"),
     ],
