@@ -84,7 +84,8 @@ def read_weights(file: Path) -> StateDict:
     for key in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
-    if not isinstance(state, Mapping) or not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+    named = isinstance(state, Mapping) and all(isinstance(name, str) for name in state)
+    if not named or not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise InputError(f"{file} holds no state dict (names to tensors); save model.state_dict() and nothing else")
     return dict(state)
 

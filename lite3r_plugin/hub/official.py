@@ -39,6 +39,8 @@ HUB_PREFIX = "model."
 """In front of all names where Depth Anything 3 was saved from its library's wrapper."""
 KINDS = {"aggregator.": "vggt", "backbone.pretrained.": "da3-large"}
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 StateDict = dict[str, Tensor]
 
 
@@ -91,7 +93,7 @@ def convert_official(
     model: nn.Module | str,
     directory: str | os.PathLike[str],
     *,
-    base: str | None = None,
+    base: str | os.PathLike[str] | None = None,
     **fields: Any,
 ) -> OfficialConversion:
     """Write a published checkpoint of Lite3R as a folder that `load_lite3r` takes.
@@ -123,10 +125,10 @@ def convert_official(
         AlreadyAppliedError: the model carries Lite3R.
         ConfigError: a field has a value that it does not take, or would leave branches of the file out.
     """
-    path, folder = _checked_paths(file, directory)
+    path, folder = _checked_paths(file, directory, base)
     Lite3RConfig().replace(**fields)  # before anything is read
     entry = _checked_model(model)
-    base_file = None if base is None else find_weights(base)
+    base_file = None if base is None else find_weights(os.fspath(base))
     found = _sort(_plain_names(read_weights(path), path))
     if not found.branches:
         raise InputError(
@@ -169,8 +171,8 @@ def convert_official(
     )
 
 
-def _checked_paths(file: Any, directory: Any) -> tuple[Path, Path]:
-    for name, value in (("file", file), ("directory", directory)):
+def _checked_paths(file: Any, directory: Any, base: Any) -> tuple[Path, Path]:
+    for name, value in (("file", file), ("directory", directory), ("base", "" if base is None else base)):
         if not isinstance(value, (str, os.PathLike)):
             raise InputError(f"{name} is a path, got {shown(value)}")
     path, folder = Path(file).expanduser(), Path(directory)
@@ -261,8 +263,10 @@ def _check(dense: nn.Module, sites: list[AttentionSite], found: _Sorted, path: P
         text = "; ".join(f"{len(names)} {what}: {_some(names)}" for names, what in problems if names)
         raise InputError(f"{path} does not fit a {type(dense).__name__}: {text}{_hint(found.weights)}")
     for name, tensor in given.items():
-        if not tensor.is_floating_point():
-            raise InputError(f"{path} is damaged: {name} is {tensor.dtype}, no floating-point number")
+        if tensor.dtype not in FLOATS or tensor.layout != torch.strided or tensor.is_meta:
+            raise InputError(
+                f"{path} cannot be converted: {name} is {tensor.dtype}, {tensor.layout} on {tensor.device}; theirs are dense, of floats"
+            )
         if not bool(tensor.isfinite().all()):
             raise InputError(f"{path} is damaged: {name} has infinities or NaN")
     if odd := [f"{owner}.{SMOOTH}" for owner, tensor in found.smooth.items() if not bool((tensor > 0).all())]:

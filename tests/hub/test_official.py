@@ -196,6 +196,7 @@ def nan(name: str) -> Callable[[State], Any]:
     return lambda state: state[name].view(-1)[:1].fill_(torch.nan)
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants:UserWarning")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -215,6 +216,11 @@ def nan(name: str) -> Callable[[State], Any]:
         (nan("depth_head.norm.weight"), r"damaged: depth_head.norm.weight has infinities or NaN"),
         (put("camera_head.embed_pose.smooth", torch.zeros(9)), r"embed_pose.smooth divides by numbers that are not positive"),
         (put("depth_head.norm.weight", torch.ones(2, dtype=torch.int8)), r"depth_head.norm.weight is torch.int8"),
+        (put("depth_head.norm.weight", torch.ones(2).to_sparse()), r"depth_head.norm.weight is torch.float32, torch.sparse_coo"),
+        (put("depth_head.norm.weight", torch.ones(2, device="meta")), r"depth_head.norm.weight is torch.float32, torch.strided on meta"),
+        (put("depth_head.norm.weight", torch.ones(2).to(torch.float8_e4m3fn)), r"depth_head.norm.weight is torch.float8"),
+        (put("depth_head.norm.weight", torch.ones(1).expand(10**13)), r"depth_head.norm.weight \[10000000000000\] for \[2\]"),
+        (lambda s: s.update({3: torch.ones(1)}), r"no state dict"),
         (put("camera_head.trunk.0.attn.proj_topk.weight", torch.ones(128, 128)), r"trunk.0.attn.proj_topk.weight: a second projection"),
         (put("module.depth_head.norm.bias", torch.ones(2)), r"'depth_head.norm.bias' twice"),
         (lambda s: [s.pop(name) for name in list(s) if "proj_lin" in name], r"no proj_lin.weight: it is no checkpoint of Lite3R's authors"),
@@ -268,6 +274,8 @@ def test_arguments(model: nn.Module, state: State, tmp_path: Path) -> None:
         ((file, 3, tmp_path / "out"), {}, ModelTypeError, "a name that `lite3r adapters` lists"),
         ((file, "no-such", tmp_path / "out"), {}, InputError, "no installed adapter can build 'no-such'"),
         ((3, model, tmp_path / "out"), {}, InputError, "file is a path, got 3"),
+        ((file, model, tmp_path / "out"), {"base": 3}, InputError, "base is a path, got 3"),
+        ((file, model, tmp_path / "out"), {"base": "none.pt"}, InputError, "no weights file none.pt"),
         ((file, model, tmp_path / "out"), {"keep": 1}, ConfigError, "unknown configuration field"),
         ((file, model, tmp_path / "out"), {"scopes": ("global",)}, ConfigError, "leave scopes and linear_branch"),
         ((file, model, tmp_path / "out"), {"linear_branch": "none"}, ConfigError, "leave scopes and linear_branch"),
