@@ -13,7 +13,7 @@ from .ops.options import Backend, FeatureMap, LinearBranch, check_choice, check_
 if TYPE_CHECKING:
     from torch import nn
 
-Scope = Literal["global", "frame", "encoder"]
+Scope = Literal["global", "frame", "encoder", "camera"]
 Pin = Literal["none", "special", "reference"]
 Precision = Literal["full", "fp8_qat", "fp8"]
 Fp8Backend = Literal["auto", "scaled_mm", "te", "weight_only", "emulated"]
@@ -63,7 +63,7 @@ class Lite3RConfig:
             class, arXiv 2509.24006): they have no part in block means and the ``"marginal"`` linear branch. 0: none. Blocks
             that ``keep_ratio`` keeps come first: what it leaves is the most that can be negligible.
         scopes: Which kinds of attention become sparse. ``"auto"``: the global (cross-view) sites where the model has
-            any, else every site, as in a single-image backbone.
+            any, else every site, as in a single-image backbone; never the ``"camera"`` sites, which mix one token a view.
         linear_branch: What the linear branch sums over: ``"all"`` tokens (Lite3R, arXiv 2605.11354), only the blocks
             that are neither critical nor negligible, ``"marginal"`` (SLA, arXiv 2509.24006, Eq. 5), or ``"none"``. Its output goes
             through ``proj_lin``, which starts at zero: it costs time and changes nothing until `calibrate` has fitted it. Fitted,

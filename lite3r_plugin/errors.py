@@ -61,6 +61,10 @@ class InputError(Lite3RError, ValueError):
     """User input outside the model, such as an image folder or a weights file, cannot be used."""
 
 
+class HubError(InputError):
+    """The Hugging Face Hub does not give, or does not take, what was asked for."""
+
+
 def short(error: BaseException, limit: int = 300) -> str:
     """The type and the first `limit` characters of the message of `error`, in one line."""
     text = " ".join(str(error).split())

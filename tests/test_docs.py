@@ -89,7 +89,7 @@ def options() -> list:
         found |= {(name, argument) for argument in ("--help", *arguments) if argument.startswith("--")}
     for cells in rows("docs/command_line.md"):
         if option := re.match(r"`(--[\w-]+)", cells[0]):
-            found |= {(name, option[1]) for name in re.findall(r"\b(demo|reconstruct|eval|bench)\b", cells[1])}
+            found |= {(name, option[1]) for name in re.findall(r"\b(demo|reconstruct|eval|bench|push|convert-official)\b", cells[1])}
     return [pytest.param(*pair, id=" ".join(pair)) for pair in sorted(found)]
 
 

@@ -24,7 +24,11 @@ def is_attention(module: Any) -> bool:
 
 def has_attention(blocks: Any) -> bool:
     """Whether `blocks` is a non-empty list of transformer blocks with such attention."""
-    return isinstance(blocks, nn.ModuleList) and len(blocks) > 0 and all(is_attention(getattr(b, "attn", None)) for b in blocks)
+    return (
+        isinstance(blocks, (nn.ModuleList, nn.Sequential))
+        and len(blocks) > 0
+        and all(is_attention(getattr(b, "attn", None)) for b in blocks)
+    )
 
 
 def head_dim(attn: Any) -> int:

@@ -172,7 +172,9 @@ class AttentionSite:
     Attributes:
         fqn: Fully qualified name of the module, as in `torch.nn.Module.get_submodule`.
         scope: ``"global"``: one sequence holds the tokens of all views; ``"frame"``: of one view; ``"encoder"``: of
-            one view, inside the image encoder in front of a multi-view transformer.
+            one view, inside the image encoder in front of a multi-view transformer; ``"camera"``: one token of each view, inside a
+            head or an encoder of cameras. Those are so few that nothing can be dropped: they stay as they are, in full precision too,
+            unless `Lite3RConfig.scopes` names them, for a linear branch that was trained there.
         head_dim: D, the size of a head.
         projections: How q, k and v are made.
         tokens: How the sequence is laid out; None where it has no image grid (then token order is kept).

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import HubError, InputError
+from .downloads import download, is_hub_id
 
 RANDOM = "random"
 SAFETENSORS = ".safetensors"
@@ -23,7 +23,8 @@ def find_weights(weights: str) -> Path:
     """The file behind `weights`: a path, a folder that holds ``model.safetensors``, or a Hub id, which is downloaded.
 
     Raises:
-        InputError: there is no such file, or the Hub does not give it.
+        InputError: there is no such file.
+        HubError: the Hub does not give it.
     """
     path = Path(weights).expanduser()
     if path.is_dir():
@@ -32,7 +33,7 @@ def find_weights(weights: str) -> Path:
         if path.suffix.lower() not in (SAFETENSORS, *PICKLED):
             raise InputError(f"{path}: weights are {SAFETENSORS} files, or {', '.join(PICKLED)} files that hold tensors only")
         return path
-    if path.suffix.lower() in (SAFETENSORS, *PICKLED) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", weights):
+    if path.suffix.lower() in (SAFETENSORS, *PICKLED) or not is_hub_id(weights):
         raise InputError(
             f"no weights file {weights}; pass a {SAFETENSORS} file, a Hub id like facebook/VGGT-1B, or {RANDOM!r} for timing only"
         )
@@ -50,7 +51,7 @@ def load_weights(model: nn.Module, file: Path, rename: Callable[[str], str | Non
     Raises:
         InputError: the file is damaged or belongs to another model.
     """
-    state = _read(file)
+    state = read_weights(file)
     if rename is not None:
         state = {new: tensor for name, tensor in state.items() if (new := rename(name)) is not None}
     own = model.state_dict()
@@ -64,7 +65,12 @@ def load_weights(model: nn.Module, file: Path, rename: Callable[[str], str | Non
     model.load_state_dict(state)
 
 
-def _read(file: Path) -> StateDict:
+def read_weights(file: Path) -> StateDict:
+    """The state dict in a weights file, or in its entry ``state_dict`` or ``model``. Nothing else is unpickled.
+
+    Raises:
+        InputError: the file is damaged, or holds something else.
+    """
     try:
         if file.suffix.lower() == SAFETENSORS:
             from safetensors.torch import load_file
@@ -78,23 +84,18 @@ def _read(file: Path) -> StateDict:
     for key in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
-    if not isinstance(state, Mapping) or not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+    named = isinstance(state, Mapping) and all(isinstance(name, str) for name in state)
+    if not named or not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise InputError(f"{file} holds no state dict (names to tensors); save model.state_dict() and nothing else")
     return dict(state)
 
 
 def _download(repository: str) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(repository, HUB_FILE))
-    except Exception as error:  # no network, no such repository, gated, no such file, disk full: many libraries' errors
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-        raise InputError(
-            f"{HUB_FILE} of {repository} cannot be had from the Hugging Face Hub ({reason}). Check the id and the network, log in with "
-            f"`hf auth login` if the repository is gated, download the file elsewhere and pass its path, or pass {RANDOM!r} to measure "
-            "time and memory only"
-        ) from error
+    instead = f"download the file elsewhere and pass its path, or pass {RANDOM!r} to measure time and memory only"
+    file = download(repository, [HUB_FILE], instead=instead) / HUB_FILE
+    if not file.is_file():
+        raise HubError(f"{repository} on the Hugging Face Hub holds no {HUB_FILE}: {instead}")
+    return file
 
 
 def _some(what: str, names: list[str]) -> str:

@@ -19,13 +19,14 @@ from ..errors import BackendError, CheckpointError, ConfigError, NoSitesError, s
 from ..files import locked, replacing
 from ..fp8.checkpoint import check_fp8_tensors, fp8_linears, fp8_tensors, install_fp8_tensors, other_tensors
 from ..fp8.convert import require_plain_weight
-from ..ops.dispatch import SlowPathWarning
+from ..ops.dispatch import SlowPathWarning, triton_installed
 from ..wrapper import Changes
 from . import ranks
 from .lookup import Inventory, look_up
 from .names import by_plain_name, plain_config
 from .plan import ApplyPlan, left_linears, plan_application
 from .seal import CONFIG_NAME, FORMAT_VERSION, WEIGHTS_NAME, metadata_of, read_sealed, same_text, seals
+from .source import find_checkpoint
 from .swap import put_in, run_in_fp8
 from .tensors import fill_tensors, writable
 
@@ -79,7 +80,16 @@ def save_lite3r(model: nn.Module, directory: str | os.PathLike[str], *, whole: b
 
 
 @torch.inference_mode(False)  # what is made here must serve outside of it
-def load_lite3r(model: Model, directory: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Model:
+def load_lite3r(
+    model: Model,
+    source: str | os.PathLike[str],
+    *,
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    token: str | None = None,
+) -> Model:
     """Apply the stored configuration to the dense `model` and load what `save_lite3r` wrote, in place.
 
     Everything is checked before anything is changed, and changes are undone: after an error, an interruption too, the model is the dense
@@ -87,11 +97,19 @@ def load_lite3r(model: Model, directory: str | os.PathLike[str], *, device: torc
     take the place of the original ones as they are; no copy in high precision is made, and a model on the meta device
     never has any.
 
+    What exists here, and any path object, is a folder. Any other text of the form ``owner/name`` is a repository of the Hugging Face Hub,
+    of which the two files of the checkpoint are downloaded, or found in the cache. ``./owner/name`` is always a folder.
+
     Args:
         model: The dense model, with its weights, or on the meta device without. It may be inside of a wrapper, such as DDP or
             `torch.compile`, but not sharded.
-        directory: What `save_lite3r` wrote; with ``whole=True``, if the model is on the meta device and is to be complete.
+        source: The folder that `save_lite3r` wrote, or the Hub id that `push_to_hub` was given; with ``whole=True``, if the model is on
+            the meta device and is to be complete.
         device: Where the tensors of a model on the meta device go.
+        revision: Of the repository: a branch, a tag or a commit; None: the main branch.
+        cache_dir: The cache of the Hub's files, by default that of huggingface_hub.
+        local_files_only: Use the cache alone, without a network.
+        token: For the Hub, by default that of `hf auth login`.
 
     Returns:
         The same model.
@@ -100,19 +118,20 @@ def load_lite3r(model: Model, directory: str | os.PathLike[str], *, device: torc
         ModelTypeError: `model` is no `torch.nn.Module`.
         CheckpointError: files are missing or damaged, of another version, of two saves, or belong to another model; or the model is
             sharded.
+        HubError: the Hub does not give the checkpoint, and the cache does not hold it.
         AlreadyAppliedError: the model carries Lite3R already.
         BackendError: `device` cannot be used.
         UnknownModelError: no adapter knows the model.
         WeightsError: a weight that is to be in FP8, or to round to it in training, is made by a parametrisation or by pruning.
     """
     found = look_up(model)
-    directory = Path(directory)
     try:
         device = torch.empty(0, device=device).device
     except Exception as error:  # whatever a missing driver raises
         raise BackendError(f"device {str(device)!r} cannot be used here: {(str(error).splitlines() or [''])[0]}") from error
     if ranks.is_sharded(model):
         raise CheckpointError(f"this {found.name} is sharded: call load_lite3r first, and fully_shard then")
+    directory = find_checkpoint(source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
     record, weights = read_sealed(directory)
     try:
         config = Lite3RConfig.from_dict(record["config"])
@@ -130,9 +149,19 @@ def load_lite3r(model: Model, directory: str | os.PathLike[str], *, device: torc
         fill_tensors(changes, model, others, device, str(directory / WEIGHTS_NAME))
         if record["fp8"]:
             run_in_fp8(found, state, left_linears(found.linears(state), config), changes)
-        for note in state.notes.get("te", ()):
+        for note in (*state.notes.get("te", ()), *_without_triton(plan)):
             warnings.warn(f"Lite3R: {note}", SlowPathWarning, stacklevel=3)
         return model
+
+
+def _without_triton(plan: ApplyPlan) -> list[str]:
+    """What is to be said where the kernels that a checkpoint is meant for are missing."""
+    if triton_installed() or plan.config.attention_backend == "naive" or not any(swap.sparse for swap in plan.swaps):
+        return []
+    return [
+        "triton is not installed, so sparse sites run dense, or, from dense_below tokens on, in plain torch operators, which is slow; "
+        "install triton for the kernels"
+    ]
 
 
 def _check_savable(found: Inventory, whole: bool) -> None:
@@ -167,11 +196,16 @@ def _record(found: Inventory, whole: bool) -> dict[str, Any]:
     attention = by_plain_name(found.attention)
     linears = by_plain_name(fp8_linears(found.modules))
     state, config = found.states[0], plain_config(found)
+    # What runs attention and FP8 depends on the machine that loads.
+    if config.attention_backend == "triton":
+        config = config.replace(attention_backend="auto")
+    if state.phase == "fp8":
+        config = config.replace(fp8_backend="auto")
     return {
         "format": FORMAT_VERSION,
+        "model": found.plain_model,
         "adapter": state.adapter,
-        # Which backend runs FP8 depends on the machine that loads.
-        "config": (config.replace(fp8_backend="auto") if state.phase == "fp8" else config).to_dict(),
+        "config": config.to_dict(),
         "sites": {fqn: {"head_dim": m.site.head_dim, "sparse": m.sparse} for fqn, m in attention.items()},
         "fp8": {fqn: list(linear.weight_data.shape) for fqn, linear in linears.items()},
         "fp8_biases": sorted(fqn for fqn, linear in linears.items() if linear.bias is not None),
@@ -189,6 +223,10 @@ def _write(directory: Path, record: dict[str, Any], weights: dict[str, Tensor]) 
                 raise CheckpointError(f"{directory / WEIGHTS_NAME} cannot be written: {short(error)}") from error
         with replacing(directory / CONFIG_NAME) as path:
             path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _belongs(record: dict[str, Any], directory: Path) -> str:
+    return f"{directory} belongs to another model: it was saved from a {record['model'][:100]}"
 
 
 def _branches(found: Inventory) -> dict[str, Tensor]:
@@ -228,16 +266,16 @@ def _check_record(
     sites = {fqn: {"head_dim": swap.site.head_dim, "sparse": swap.sparse} for fqn, swap in places.items()}
     if record["adapter"] != plan.adapter:
         raise CheckpointError(
-            f"{directory} belongs to another model: it was saved with the adapter {record['adapter'][:100]!r}, this {plan.found.name} is "
-            f"known to {plan.adapter!r}"
+            f"{_belongs(record, directory)} (adapter {record['adapter'][:100]!r}), this is a {plan.found.plain_model} (adapter "
+            f"{plan.adapter!r})"
         )
     if same_text(sites) != same_text(record["sites"]):
         other = sorted(set(record["sites"]) ^ set(sites)) or sorted(
             f for f in sites if same_text(sites[f]) != same_text(record["sites"][f])
         )
         raise CheckpointError(
-            f"{directory} belongs to another model: it was saved for {len(record['sites'])} sites of adapter {record['adapter']!r}, this "
-            f"{plan.found.name} has {len(sites)}; the first that differs is {other[0]!r}"
+            f"{_belongs(record, directory)} with {len(record['sites'])} sites (adapter {record['adapter']!r}), this is a "
+            f"{plan.found.plain_model} with {len(sites)}; the first that differs is {other[0]!r}"
         )
     where = str(directory / WEIGHTS_NAME)
     check_fp8_tensors(linears, record["fp8"], record["fp8_biases"], weights, where, plan.found.name)

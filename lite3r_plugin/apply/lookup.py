@@ -10,6 +10,7 @@ from torch import nn
 
 from ..attention.module import SparseLinearAttention
 from ..attention.state import ModelState
+from ..config import plain_name
 from ..errors import ModelTypeError, NotAppliedError, WeightsError
 from ..fp8.blocks import BlockLinear, find_linears
 from ..fp8.linear import Fp8Linear
@@ -33,6 +34,11 @@ class Inventory:
     def name(self) -> str:
         """The class of the model."""
         return type(self.model).__name__
+
+    @property
+    def plain_model(self) -> str:
+        """The class of the model inside wrappers, such as DDP or `torch.compile`."""
+        return [type(module).__name__ for name, module in self.modules.items() if not plain_name(name)][-1]
 
     @property
     def attention(self) -> dict[str, SparseLinearAttention]:

@@ -134,7 +134,7 @@ def plan_application(found: Inventory, config: Lite3RConfig, *, with_weights: bo
             _check_device(found, site, host)
         swaps.setdefault(host, Swap(host, site, sparse))
     image_modules = _find_image_modules(found, adapter, sources)
-    blocks = find_blocks(found.modules, sites)
+    blocks = find_blocks(found.modules, [site for site in sites if site.scope != "camera" or "camera" in scopes])
     linears = find_linears(found.modules, {name: [name] for name in blocks})
     config = _resolve_filter(config, linears, found.name)
     training = plan_training(linears, config) if config.precision == "fp8_qat" else None
@@ -257,7 +257,7 @@ def _sparse_scopes(config: Lite3RConfig, adapter: str, sites: Sequence[Attention
     """The scopes that become sparse. Raises `NoSitesError` when no site has one of them."""
     present: set[str] = {site.scope for site in sites}
     if config.scopes == "auto":
-        wanted = present & {"global"} or present
+        wanted = present & {"global"} or present - {"camera"}
     else:
         wanted = present.intersection(config.scopes)
     if not wanted:

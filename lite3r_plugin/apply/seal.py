@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, short
 from ..files import locked
+from ..version import __version__
 
 WEIGHTS_NAME = "lite3r.safetensors"
 CONFIG_NAME = "lite3r_config.json"
@@ -26,7 +27,16 @@ FORMAT_VERSION = 1
 MAX_RECORD_BYTES = 64 * 2**20
 AGAIN = "save it again with save_lite3r"
 
-_TYPES: dict[str, type] = {"adapter": str, "config": dict, "sites": dict, "fp8": dict, "fp8_biases": list, "tensors": dict, "whole": bool}
+_TYPES: dict[str, type] = {
+    "model": str,
+    "adapter": str,
+    "config": dict,
+    "sites": dict,
+    "fp8": dict,
+    "fp8_biases": list,
+    "tensors": dict,
+    "whole": bool,
+}
 
 
 def seals(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
@@ -42,6 +52,24 @@ def metadata_of(record: Mapping[str, Any]) -> dict[str, str]:
 def same_text(value: Any) -> str:
     """JSON that is equal for equal values of equal types: 1, 1.0 and true are three."""
     return json.dumps(value, sort_keys=True)
+
+
+def fingerprint(directory: Path) -> str:
+    """SHA-256 of the record of a checkpoint, which holds checksums of its tensors: equal for equal checkpoints, and for no others.
+
+    Raises:
+        CheckpointError: there is no record, or it cannot be read.
+    """
+    try:
+        return hashlib.sha256((directory / CONFIG_NAME).read_bytes()).hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{directory} holds no {CONFIG_NAME} that can be read: {short(error)}") from error
+
+
+def holds_dense_model(directory: Path) -> bool:
+    """Whether a model that took this checkpoint, which was read before, has the weights of the dense model in it as they were."""
+    record = json.loads(_read_text(directory / CONFIG_NAME))
+    return not record["whole"] and not record["fp8"]
 
 
 def read_sealed(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -124,7 +152,11 @@ def _read_tensors(path: Path) -> tuple[str | None, dict[str, Tensor]]:
 def _check_fields(record: Any, path: Path) -> None:
     version = record.get("format") if isinstance(record, dict) else None
     if type(version) is not int or version != FORMAT_VERSION:
-        raise CheckpointError(f"{path} has format {repr(version)[:40]}, this release reads {FORMAT_VERSION}")
+        newer = type(version) is int and version > FORMAT_VERSION
+        raise CheckpointError(
+            f"{path} has the format version {repr(version)[:40]}, and lite3r-plugin {__version__} reads {FORMAT_VERSION}: "
+            + ("install a newer release" if newer else f"it is damaged, or of another release; {AGAIN}")
+        )
     if missing := set(_TYPES) - set(record):
         raise CheckpointError(f"{path} lacks {sorted(missing)}; {AGAIN}")
     for name, kind in _TYPES.items():

@@ -13,8 +13,10 @@ from typer.core import TyperGroup
 from ..errors import Lite3RError
 from .adapters import adapters
 from .bench import bench
+from .convert_official import convert_official
 from .demo import demo
 from .evaluate import evaluate
+from .push import push
 from .reconstruct import reconstruct
 
 
@@ -91,6 +93,8 @@ app.command()(reconstruct)
 app.command()(bench)
 app.command("eval")(evaluate)
 app.command()(adapters)
+app.command("convert-official")(convert_official)
+app.command()(push)
 
 
 def main() -> None:

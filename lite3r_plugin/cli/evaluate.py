@@ -38,6 +38,10 @@ def evaluate(
     weights: Weights = None,
     keep_ratio: KeepRatio = None,
     config: Config = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(help="A folder that save_lite3r wrote, or a Hub id: what is measured instead of --config.", show_default=False),
+    ] = None,
     json_path: Json = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -50,12 +54,17 @@ def evaluate(
     from ..adapter.plugins import find_model
     from ..adapter.weights import RANDOM
     from ..apply.report import describe
+    from ..apply.seal import fingerprint
+    from ..apply.source import find_checkpoint
+    from ..errors import InputError
     from ..evaluation import ModelPair, choose_device, choose_dtype, compare
     from ..files import check_output, to_json, write_atomically
     from ..scene.data import open_scenes
     from .show import console, progress, say, warn, what_ran
 
     options, entry, within = lite3r_config(config, keep_ratio), find_model(model), file_limits(max_pixels, max_bytes)
+    if checkpoint is not None and (config or keep_ratio is not None):
+        raise InputError("a checkpoint has its configuration: leave out --config and --keep-ratio")
     where = choose_device(device)
     number = choose_dtype(dtype, where)
     if json_path is not None:
@@ -65,7 +74,8 @@ def evaluate(
         found = open_scenes(data, split.value if split else None)
         found = found[:scenes] if scenes is not None else found
         task = bar.add_task(f"Building {entry.name}", total=len(found) * draws)
-        pair = ModelPair.build(entry, options, weights, where)
+        folder = None if checkpoint is None else find_checkpoint(checkpoint)
+        pair = ModelPair.build(entry, options, weights, where) if folder is None else ModelPair.load(entry, folder, weights, where)
         result = compare(
             pair, found, views, rule=rule.value, draws=draws, seed=seed, dtype=number, max_points=max_points,
             progress=lambda done, total, what: bar.update(task, completed=done, total=total, description=f"{what}, dense and with Lite3R"),
@@ -81,5 +91,6 @@ def evaluate(
         warn(note)
     if json_path is not None:
         record = result.to_dict() | {"data": data, "split": split, "weights": weights}
+        record |= {} if folder is None else {"checkpoint": fingerprint(folder)}
         write_atomically(json_path, to_json(record))
         say(f"wrote {json_path}")

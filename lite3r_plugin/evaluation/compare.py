@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter.models import ModelEntry
+from ..apply.checkpoint import load_lite3r
 from ..apply.report import describe
+from ..apply.seal import holds_dense_model
 from ..apply.verbs import apply_lite3r, lite3r_disabled
 from ..config import Lite3RConfig
 from ..errors import InputError
@@ -45,7 +47,7 @@ class ModelPair:
     Attributes:
         entry: How it is run.
         model: With Lite3R.
-        original: The dense model where nothing dense is left in `model` to switch back to (FP8), else None.
+        original: The dense model where it is not in `model` to switch back to: with FP8, or with weights that were trained. Else None.
     """
 
     entry: ModelEntry
@@ -74,6 +76,25 @@ class ModelPair:
         with quiet():
             model = apply_lite3r(entry.build(weights, device), config)
             original = entry.build(weights, device) if config.precision == "fp8" else None
+        return cls(entry, model, original)
+
+    @classmethod
+    def load(cls, entry: ModelEntry, checkpoint: Path, weights: str | None = None, device: torch.device | str = "cpu") -> ModelPair:
+        """The model of `entry` with the Lite3R of a checkpoint.
+
+        Args:
+            entry: What to build.
+            checkpoint: The folder, as `lite3r_plugin.apply.source.find_checkpoint` finds it.
+            weights: As in `ModelEntry.build`.
+            device: Where to put it.
+
+        Raises:
+            InputError: the library or the weights cannot be had.
+            Lite3RError: as `load_lite3r`.
+        """
+        with quiet():
+            model = load_lite3r(entry.build(weights, device), checkpoint)
+            original = None if holds_dense_model(checkpoint) else entry.build(weights, device)
         return cls(entry, model, original)
 
     def run(self, method: Method, images: Tensor, dtype: torch.dtype, repeats: int = 1, warm_up: bool = False) -> Run:

@@ -141,12 +141,14 @@ def fuse_blocks(
         changes: Takes note of what is done.
         modules: All modules of a model with FP8 Linears.
         sites: All its sites.
-        blocks: Its blocks by name.
+        blocks: Its blocks that FP8 is about, by name.
         takes_fp8: Names of the sites that take an input in FP8.
     """
     replace_modules(changes, modules, {module: module.release() for module in modules.values() if isinstance(module, Fp8Block)})
     made: dict[nn.Module, nn.Module] = {}
     for site in sites:
-        if site.block is not None and why_not_fused(host := blocks[site.block.fqn], site.block) is None:
+        if site.block is None or (host := blocks.get(site.block.fqn)) is None:
+            continue
+        if why_not_fused(host, site.block) is None:
             made[host] = Fp8Block(host, site, site.fqn in takes_fp8)
     replace_modules(changes, modules, made)

@@ -108,11 +108,11 @@ def test_weights_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         with pytest.raises(InputError, match=message):
             find_weights(weights)
 
-    def offline(*_: object) -> str:
+    def offline(*_: object, **__: object) -> str:
         raise OSError("no network")
 
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
-    with pytest.raises(InputError, match=r"someone/model cannot be had .*no network.*pass its path"):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    with pytest.raises(InputError, match=r"someone/model cannot be had .*pass its path.*no network"):
         find_weights("someone/model")
 
 

@@ -53,9 +53,11 @@ def meta(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sites_of_every_size(name: str, blocks: int, first_global: int, heads: int) -> None:
     with torch.device("meta"):
         model = build(name)
-    adapter, sites = find_sites(model)
+    adapter, found = find_sites(model)
     assert adapter == "depth_anything_3"
+    sites = [site for site in found if site.scope != "camera"]
     assert len(sites) == blocks
+    assert [site.fqn for site in found if site.scope == "camera"] == [f"cam_enc.trunk.{i}.attn" for i in range(4)]
     expected = [f"backbone.pretrained.blocks.{i}.attn" for i in range(first_global, blocks, 2)]
     assert [site.fqn for site in sites if site.scope == "global"] == expected
     last = sites[-1]
@@ -87,7 +89,7 @@ def test_both_networks_of_the_nested_model() -> None:
     sites = find_sites(model)[1]
     assert {site.fqn.split(".")[0] for site in sites} == {"da3", "da3_metric"}
     assert {site.fqn.split(".")[0] for site in sites if site.scope == "global"} == {"da3"}
-    assert len(sites) == 40 + 24
+    assert len([site for site in sites if site.scope != "camera"]) == 40 + 24
 
 
 def test_conformance(small: nn.Module) -> None:
@@ -107,6 +109,16 @@ def test_conformance_with_cameras(small: nn.Module) -> None:
     """Given poses, no reference view is chosen and camera tokens come from the poses."""
     cameras = {"extrinsics": torch.eye(4).repeat(1, 3, 1, 1), "intrinsics": torch.diag(torch.tensor([50.0, 50.0, 1.0])).repeat(1, 3, 1, 1)}
     check_adapter(small, {"x": torch.rand(IMAGES), **cameras})
+
+
+def test_the_encoder_of_cameras_when_it_is_asked_for(small: nn.Module) -> None:
+    """Given poses, of so many views that blocks can be dropped."""
+    views = 20
+    cameras = {"extrinsics": torch.eye(4).repeat(1, views, 1, 1), "intrinsics": torch.diag(torch.tensor([14.0, 14.0, 1.0]))}
+    cameras["extrinsics"][0, :, :3, 3] = torch.rand(views, 3)
+    cameras["intrinsics"] = cameras["intrinsics"].repeat(1, views, 1, 1)
+    report = check_adapter(small, {"x": torch.rand(1, views, 3, 14, 14), **cameras}, scopes=("camera",))
+    assert (report.scopes, report.tokens) == ({"camera": 4}, views)
 
 
 def test_bf16(small: nn.Module) -> None:

@@ -7,6 +7,7 @@ import functools
 import hosts
 import pytest
 import torch
+from official import SmallVGGT
 from properties import (
     assert_bf16_is_as_exact_as_dense,
     assert_compiled_equals_eager,
@@ -16,9 +17,11 @@ from properties import (
 )
 from torch import Tensor, nn
 
-from lite3r_plugin import FusedQKV, Rope2D, Routed, apply_lite3r
+from lite3r_plugin import FusedQKV, Rope2D, Routed, apply_lite3r, describe
 from lite3r_plugin.adapter.plugins import find_sites
+from lite3r_plugin.config import Precision
 from lite3r_plugin.errors import LayoutError, UnsupportedAttentionError
+from lite3r_plugin.fp8.linear import Fp8Linear
 from lite3r_plugin.testing import TEST_CONFIG, check_adapter
 
 pytestmark = [
@@ -76,8 +79,51 @@ def test_sites(model: nn.Module) -> None:
             assert (site.tokens.image_module, site.tokens.patch_size, site.tokens.special_tokens) == ("aggregator.patch_embed", (14, 14), 5)
 
 
-def test_the_head_transformers_are_no_sites(model: nn.Module) -> None:
-    assert all(site.fqn.startswith("aggregator.") for site in find_sites(model)[1])
+def test_the_heads_have_sites_of_cameras_alone(model: nn.Module) -> None:
+    assert {site.scope for site in find_sites(model)[1] if not site.fqn.startswith("aggregator.")} <= {"camera"}
+
+
+def with_camera_head() -> SmallVGGT:
+    small = SmallVGGT(depth=1, trunk=2)
+    enlarge_layer_scales(small)
+    return small.eval()
+
+
+def test_the_camera_head_has_sites() -> None:
+    sites = [site for site in find_sites(with_camera_head())[1] if site.scope == "camera"]
+    assert [site.fqn for site in sites] == [f"camera_head.trunk.{i}.attn" for i in (0, 1)]
+    assert {(site.head_dim, site.tokens) for site in sites} == {(128, None)}
+    assert all(isinstance(site.projections, FusedQKV) and site.projections.rope is None for site in sites)
+    assert [site.block.fqn for site in sites if site.block] == [f"camera_head.trunk.{i}" for i in (0, 1)]
+
+
+@pytest.mark.parametrize("precision", ["full", "fp8_qat", "fp8"])
+def test_the_camera_head_stays_as_it_is(precision: Precision) -> None:
+    """Unless it is asked for: no attention of it is replaced, and none of its Linears goes to FP8."""
+    model = with_camera_head()
+    before = dict(model.camera_head.named_modules())
+    apply_lite3r(model, precision=precision, fp8_backend="emulated")
+    assert dict(model.camera_head.named_modules()) == before
+    assert describe(model).skipped["camera_head.trunk.0.attn"] == "scope 'camera' stays dense"
+    assert {site.scope for site in describe(model).sites if site.sparse} == {"global"}
+
+
+def test_the_camera_head_when_it_is_asked_for() -> None:
+    """With so many views that blocks can be dropped."""
+    report = check_adapter(with_camera_head(), (torch.rand(1, 40, 3, 14, 14),), scopes=("camera",))
+    assert (report.scopes, report.tokens) == ({"camera": 2}, 40)
+    model = apply_lite3r(with_camera_head(), scopes=("global", "camera"), precision="fp8", fp8_backend="emulated")
+    assert all(isinstance(block.mlp.fc1, Fp8Linear) for block in model.camera_head.trunk)
+
+
+def test_the_camera_head_alone_is_no_reason_to_be_sparse_there() -> None:
+    """Of a model without global sites, all become sparse but those of cameras."""
+    model = with_camera_head()
+    sites = [site for site in find_sites(model)[1] if site.scope != "global"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lite3r_plugin.apply.plan.find_sites", lambda _: ("vggt", sites))
+        apply_lite3r(model)
+    assert {site.scope for site in describe(model).sites if site.sparse} == {"frame", "encoder"}
 
 
 def test_conformance(model: nn.Module) -> None:

@@ -102,11 +102,11 @@ def truncate(name: str, size: int) -> Callable[[Path], None]:
         (lambda d: (d / WEIGHTS).unlink(), f"holds no {WEIGHTS}"),
         (truncate(JSON, 40), "is damaged: .*; save it again"),
         (lambda d: (d / JSON).write_bytes(b"\xff\xfe\x00"), "is damaged"),
-        (lambda d: (d / JSON).write_text("[1]"), "has format None, this release reads 1"),
+        (lambda d: (d / JSON).write_text("[1]"), "has the format version None, and lite3r-plugin .* reads 1: it is damaged"),
         (truncate(WEIGHTS, 100), "is damaged"),
         (truncate(WEIGHTS, 0), "is damaged"),
         (lambda d: (d / WEIGHTS).write_bytes(b"\x80\x04pickle"), "is damaged"),
-        (edit_json(format=2), "has format 2, this release reads 1"),
+        (edit_json(format=2), "has the format version 2, and lite3r-plugin .* reads 1: install a newer release"),
         (edit_json(sites=None), r"lacks \['sites'\]"),
         (edit_json(config={"version": 9}), "does not fit this Toy: configuration version 9"),
         (edit_json(config={"version": 1, "keep_ratio": 7}), "does not fit this Toy: keep_ratio must be"),
@@ -133,7 +133,10 @@ def test_damage_is_named_and_the_model_is_dense_again(saved: Path, damage: Calla
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (lambda: Toy(depth=3), "belongs to another model: it was saved for 2 sites of adapter 'toy', this Toy has 3; .*'cross.2'"),
+        (
+            lambda: Toy(depth=3),
+            "belongs to another model: it was saved from a Toy with 2 sites .adapter 'toy'., this is a Toy with 3; .*'cross.2'",
+        ),
         (lambda: Toy(dim=64), "belongs to another model: .*'cross.0'"),
     ],
 )

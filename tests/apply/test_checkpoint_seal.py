@@ -213,13 +213,13 @@ def drop_fp8(record: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
-        ("branches", lambda r: r.update(format=True), "has format True, this release reads 1"),
-        ("branches", lambda r: r.update(format=1.0), "has format 1.0, this release reads 1"),
+        ("branches", lambda r: r.update(format=True), "has the format version True, and lite3r-plugin .* reads 1: it is damaged"),
+        ("branches", lambda r: r.update(format=1.0), "has the format version 1.0, and lite3r-plugin .* reads 1: it is damaged"),
         ("branches", lambda r: r["config"].update(version=1.0), "configuration version 1.0 is not 1"),
         ("branches", lambda r: r["config"].update(version=True), "configuration version True is not 1"),
         ("whole", lambda r: r.update(whole="no"), "'whole' is no truth value"),
         ("whole", lambda r: r.update(whole=1), "'whole' is no truth value"),
-        ("branches", lambda r: r.update(adapter="vggt"), "was saved with the adapter 'vggt', this Toy is known to 'toy'"),
+        ("branches", lambda r: r.update(adapter="vggt"), "was saved from a Toy .adapter 'vggt'., this is a Toy .adapter 'toy'."),
         ("branches", lambda r: r.update(adapter=["toy"]), "'adapter' is no text"),
         ("fp8", lambda r: r.update(fp8_biases=None), "'fp8_biases' is no list"),
         ("fp8", lambda r: r.update(fp8_biases=[1]), "'fp8_biases' holds something else than names"),
@@ -330,4 +330,4 @@ def test_an_error_after_everything_was_filled_in(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"format": ' + "9" * 5000 + "}", '{"format": 1e999}', "", "null", "\ufeff{}"])
 def test_json_beyond_reason(text: str, tmp_path: Path) -> None:
     (save("branches", tmp_path) / JSON).write_text(text)
-    refused(tmp_path, "damaged|has format")
+    refused(tmp_path, "damaged|has the format version")

@@ -44,7 +44,7 @@ def value(r: random.Random, depth: int = 0) -> Any:
     if kind == 2:
         return {r.choice([*WORDS, "*", "a.b", 5, None, (1,)]): value(r, depth + 1) for _ in many}
     if kind == 3:
-        return tuple(r.choices(["global", "frame", "encoder"], k=len(many)))
+        return tuple(r.choices(["global", "frame", "encoder", "camera"], k=len(many)))
     return r.choice(SIMPLE)(r)
 
 

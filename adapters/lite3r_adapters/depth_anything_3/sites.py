@@ -9,15 +9,16 @@ from torch import nn
 from lite3r_plugin.adapter import AttentionSite, TokenSource
 
 from .. import _blocks
+from .._cameras import camera_sites
 
 
 def attention_sites(model: nn.Module) -> list[AttentionSite] | None:
-    """Sites of every Depth Anything 3 backbone inside `model`; the nested model has two."""
+    """Sites of every Depth Anything 3 backbone inside `model`, of which the nested model has two, and of the encoders of cameras."""
     sites = []
     for prefix, module in model.named_modules():
         if _is_backbone(module):
             sites += _backbone_sites(f"{prefix}." if prefix else "", module)
-    return sites or None
+    return sites + camera_sites(model) if sites else None
 
 
 def _is_backbone(module: nn.Module) -> bool:

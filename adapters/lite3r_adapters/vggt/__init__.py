@@ -1,4 +1,4 @@
-"""VGGT: frame and global attention of the aggregator, and its image encoder."""
+"""VGGT: frame and global attention of the aggregator, its image encoder, its camera head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""VGGT: frame and global attention of the aggregator, and its image encoder."""
+"""VGGT: frame and global attention of the aggregator, its image encoder, its camera head."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from torch import nn
 from lite3r_plugin.adapter import AttentionSite, TokenSource
 
 from .. import _blocks
+from .._cameras import camera_sites
 from .._dinov2 import encoder_sites
 
 
 def attention_sites(model: nn.Module) -> list[AttentionSite] | None:
-    """Sites of every VGGT aggregator inside `model`."""
+    """Sites of every VGGT aggregator inside `model`, and of the camera heads beside them."""
     sites = []
     for prefix, module in model.named_modules():
         if _is_aggregator(module):
             sites += _aggregator_sites(f"{prefix}." if prefix else "", module)
-    return sites or None
+    return sites + camera_sites(model) if sites else None
 
 
 def _is_aggregator(module: Any) -> bool:
