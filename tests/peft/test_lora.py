@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -219,8 +220,14 @@ def rounding(frozen: bool = True) -> tuple[FakeQuantLinear, Any]:
 
 
 def another(layer: Any, name: str) -> None:
-    """A second adapter, as PEFT makes it."""
-    layer.update_layer(name, 2, lora_alpha=4, config=peft.LoraConfig(r=2, lora_alpha=4, init_lora_weights=False))
+    """A second adapter."""
+    layer.update_layer(name, 2, lora_alpha=4, config=peft.LoraConfig(r=2, lora_alpha=4, init_lora_weights=False), **before_0_19(False))
+
+
+def before_0_19(init: bool) -> dict[str, Any]:
+    """What PEFT 0.18 wants of a configuration, one by one."""
+    old = "lora_dropout" in inspect.signature(lora.LoraLayer.update_layer).parameters
+    return dict(lora_dropout=0.0, init_lora_weights=init, use_rslora=False) if old else {}
 
 
 @pytest.mark.parametrize("frozen", [True, False])
