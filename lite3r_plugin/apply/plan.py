@@ -20,7 +20,7 @@ from ..fp8.blocks import BlockLinear, find_blocks, find_linears
 from ..fp8.convert import LinearPlan, choose_again, is_finite, plan_linears, require_plain_weight
 from ..fp8.linear import Fp8Linear
 from ..ops.dispatch import TRITON_HEAD_DIMS
-from ..wrapper import forward_parameters
+from ..wrapper import forward_parameters, keeps_copies
 from .lookup import Inventory
 
 
@@ -174,7 +174,7 @@ def plan_conversion(
     Raises:
         NoSitesError: there is no Linear to convert, or `fp8_filter` takes none.
         BackendError: the backend cannot run here, or nothing would be faster at `tokens`.
-        WeightsError: a weight is not finite, or is made by a parametrisation or by pruning.
+        WeightsError: a weight is not finite, or is made by a parametrisation or by pruning; or an adapter is around a Linear.
     """
     config = config.replace(precision="fp8")
     known = [linear for linear in linears if linear.known and not isinstance(linear.module, Fp8Linear)]
@@ -184,12 +184,23 @@ def plan_conversion(
             raise NoSitesError(f"no transformer block of this {model} has a torch.nn.Linear to convert")
         if not taken:
             raise _nothing_taken(known, model)
+    require_merged(taken)
     described = [site.block.fqn for site in sites if site.block is not None]
     plans = plan_linears(taken, config.fp8_backend, tokens, lambda linear: _is_inside(linear, described))
     if not again and all(plan.backend is None for plan in plans):
         raise BackendError(f"no Linear of this model is faster in FP8 at {tokens} tokens here; leave out tokens= to convert for memory")
     left = Counter(plan.reason for plan in plans if plan.reason)
     return ConversionPlan(config, plans, choose_again(linears, config.fp8_backend), {**left, **left_linears(linears, config)})
+
+
+def require_merged(linears: Sequence[BlockLinear]) -> None:
+    """Raise `WeightsError` if adapters are around one of these Linears, which are to be stored in FP8."""
+    for linear in linears:
+        if linear.tuner is not None:
+            raise WeightsError(
+                f"{linear.names[-1]} is inside of an adapter ({type(linear.tuner).__name__}), which cannot be merged into a weight in FP8: "
+                "merge before, what add_lora put in by merge_lora(model) of lite3r_plugin.peft, what PEFT did by model.merge_and_unload()"
+            )
 
 
 def left_linears(linears: Sequence[BlockLinear], config: Lite3RConfig) -> dict[str, int]:
@@ -210,6 +221,11 @@ def check_branches(found: Inventory) -> None:
             continue
         if not is_finite(module.proj_lin.weight):
             raise WeightsError(f"{fqn}.proj_lin.weight has infinities or NaN: the model is broken; train it again or start from zeros")
+        if module.state.phase == "fp8_qat" and keeps_copies(module.proj_lin):
+            raise WeightsError(
+                f"convert rounds the linear branches for good, but {fqn}.proj_lin is held by adapters of PEFT, one copy each: call "
+                "model = model.merge_and_unload() first"
+            )
         if module.state.phase == "fp8_qat" and (reason := why_not_written(module.proj_lin)):
             raise WeightsError(f"convert cannot round {fqn}.proj_lin for good, as training did in passing: it {reason}")
 
