@@ -2,7 +2,8 @@
 
 from .hookspecs import hookimpl
 from .models import ModelEntry
-from .plugins import AdapterInfo, AdapterWarning, find_sites, get_manager, list_adapters, model_entries
+from .outputs import ModelOutputs, OutputsFunction
+from .plugins import AdapterInfo, AdapterWarning, find_outputs, find_sites, get_manager, list_adapters, model_entries
 from .sites import AttentionSite, FusedQKV, PreNormBlock, Projections, Rope2D, Routed, SeparateQKV, TokenLayout, TokenSource
 
 __all__ = [
@@ -11,6 +12,8 @@ __all__ = [
     "AttentionSite",
     "FusedQKV",
     "ModelEntry",
+    "ModelOutputs",
+    "OutputsFunction",
     "PreNormBlock",
     "Projections",
     "Rope2D",
@@ -18,6 +21,7 @@ __all__ = [
     "SeparateQKV",
     "TokenLayout",
     "TokenSource",
+    "find_outputs",
     "find_sites",
     "get_manager",
     "hookimpl",

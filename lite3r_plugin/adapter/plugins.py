@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
+from ..config import WRAPPER_NAMES
 from ..errors import AdapterError, InputError, Lite3RError, UnknownModelError, short
 from . import hookspecs
 from .sites import AttentionSite
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .models import ModelEntry
+    from .outputs import OutputsFunction
 
 DISTRIBUTION = "lite3r-plugin"
 
@@ -149,6 +151,25 @@ def find_sites(model: nn.Module) -> tuple[str, Sequence[AttentionSite]]:
     )
 
 
+def find_outputs(model: nn.Module) -> OutputsFunction | None:
+    """How what `model` returns maps to depth, points and poses (`ModelOutputs`); None where no adapter knows it.
+
+    DDP, `torch.compile` and PEFT around a model return what it returns, and are looked through. An adapter that fails, or that answers
+    with anything but a function, is named in an `AdapterWarning` and the next one is asked.
+    """
+    for candidate in _without_wrappers(model):
+        for implementation in implementations("lite3r_outputs"):
+            found = None
+            with skipping(implementation, refusals=True):
+                found = call(implementation, model=candidate)
+                if found is not None and not callable(found):
+                    found = None
+                    raise TypeError("it returned no function")
+            if found is not None:
+                return found
+    return None
+
+
 def model_entries() -> dict[str, ModelEntry]:
     """Models that the command line can build, by the name that users type.
 
@@ -187,6 +208,16 @@ def list_adapters() -> list[AdapterInfo]:
         summary = next(iter(doc.strip().splitlines()), "") if isinstance(doc, str) else ""
         infos.append(AdapterInfo(name, dist.name if dist else "", dist.version if dist else "", summary, tuple(models.get(name, ()))))
     return infos
+
+
+def _without_wrappers(model: nn.Module) -> Iterator[nn.Module]:
+    """`model`, and the one inside of each wrapper around it whose outputs are those of what it wraps."""
+    yield model
+    children = dict(model.named_children())
+    if len(children) == 1 and WRAPPER_NAMES.issuperset(children):
+        yield from _without_wrappers(*children.values())
+    elif callable(base := getattr(model, "get_base_model", None)):  # PeftModel
+        yield from _without_wrappers(base())
 
 
 def _entries_by_adapter() -> dict[str, dict[str, ModelEntry]]:
