@@ -143,27 +143,32 @@ def distill(
     _check_folder(config, accelerator)
     about = _about(found)
     devices = [device] if (device := _device(found, accelerator)).type == "cuda" else []
-    with torch.random.fork_rng(devices=devices, enabled=True), ExitStack() as stack:
-        lasting, passing = Changes(), Changes()
-        stack.callback(passing.undo)
+    failure: BaseException | None = None
+    with torch.random.fork_rng(devices=devices), ExitStack() as stack, Changes() as lasting:
+        passing = Changes()
+        for _ in range(2):  # a second time for the rest, where an interruption came
+            stack.callback(passing.undo)
+        _move(model, device, passing)
+        torch.manual_seed(config.seed)
+        lora = _lora(found, config, lasting)
+        found = look_up(model)
+        trainable = choose(found, config, lora)
+        trainable.freeze(model, passing)
+        _set_up(found, config, passing)
+        torch.manual_seed(config.seed + accelerator.process_index)
+        objective = stack.enter_context(Objective(model, config, outputs))
+        student = _student(model, config, accelerator)
+        run = Run(found, student, objective, trainable, feed, config, accelerator, progress, validation, about, precision)
+        run.resume()
+        progress.say(_first_line(found, trainable, run, objective, device, precision))
         try:
-            _move(model, device, passing)
-            torch.manual_seed(config.seed)
-            lora = _lora(found, config, lasting)
-            found = look_up(model)
-            trainable = choose(found, config, lora)
-            trainable.freeze(model, passing)
-            _set_up(found, config, passing)
-            torch.manual_seed(config.seed + accelerator.process_index)
-            objective = stack.enter_context(Objective(model, config, outputs))
-            student = _student(model, config, accelerator)
-            run = Run(found, student, objective, trainable, feed, config, accelerator, progress, validation, about, precision)
-            run.resume()
-            progress.say(_first_line(found, trainable, run, objective, device, precision))
-        except BaseException:
-            lasting.undo()
-            raise
-        run.train()
+            run.train()
+        except BaseException as error:
+            if not run.counts.step:
+                raise
+            failure = error  # what was put in for good has learned something
+    if failure is not None:
+        raise failure
     counts = run.counts
     result = Distillation(
         config.trainable, trainable.count, trainable.of, counts.step, counts.samples, counts.seconds,
@@ -218,8 +223,8 @@ def _accelerator(config: DistillConfig) -> Accelerator:
     accelerator = Accelerator(**options)
     if accelerator.distributed_type.value not in PLAIN_MACHINES:
         raise ConfigError(
-            f"accelerate was told to train by {accelerator.distributed_type.value}; distill trains on one or several processes, each with a "
-            "whole model or with one that fully_shard (FSDP2) has sharded: choose multi-GPU, and call fully_shard before distill"
+            f"accelerate was told to train by {accelerator.distributed_type.value}; distill trains on one or several processes, each with "
+            "a whole model or with one that fully_shard (FSDP2) has sharded: choose multi-GPU, and call fully_shard before distill"
         )
     return accelerator
 

@@ -87,9 +87,19 @@ class Run:
     """
 
     def __init__(
-        self, found: Inventory, student: nn.Module, objective: Objective, trainable: Trainable, feed: Feed, config: DistillConfig,
-        accelerator: Accelerator, progress: Progress, validation: Validation | None, about: Mapping[str, Any], precision: torch.dtype | None,
-    ) -> None:  # fmt: skip
+        self,
+        found: Inventory,
+        student: nn.Module,
+        objective: Objective,
+        trainable: Trainable,
+        feed: Feed,
+        config: DistillConfig,
+        accelerator: Accelerator,
+        progress: Progress,
+        validation: Validation | None,
+        about: Mapping[str, Any],
+        precision: torch.dtype | None,
+    ) -> None:
         self.found, self.student, self.objective, self.feed, self.config = found, student, objective, feed, config
         self.accelerator, self.progress, self.validation, self.about, self.precision = accelerator, progress, validation, about, precision
         self.model = found.model
@@ -296,8 +306,8 @@ class Run:
             self._held = self._good_step
         saved = f"; what was saved is in {self.folder}" if self.folder is not None else ""
         raise TrainingError(
-            f"{what} is not finite at step {self.counts.step + 1}: the model has the weights of step {self._held}, the last good ones{saved}. "
-            "Look for NaN in the data, lower learning_rate, or take mixed_precision='bf16' for weights in half precision"
+            f"{what} is not finite at step {self.counts.step + 1}: the model has the weights of step {self._held}, the last good "
+            f"ones{saved}. Look for NaN in the data, lower learning_rate, or take mixed_precision='bf16' for weights in half precision"
         )
 
     def _report(self) -> None:
