@@ -51,6 +51,7 @@ class Counts:
         parts: Of the last step that was logged, by name.
         best, best_step: The best validation, and after which step it was; None before the first.
         waited: Validations since that one.
+        validated: After which step the last one was; -1 before the first.
     """
 
     step: int = 0
@@ -62,6 +63,7 @@ class Counts:
     best: float | None = None
     best_step: int | None = None
     waited: int = 0
+    validated: int = -1
 
 
 class Run:
@@ -190,6 +192,7 @@ class Run:
         self._saved_at = self.counts.seconds
         if self.counts.step == 0:
             self._validate()
+        tenths = int(VALIDATIONS * self.share)
         while not self.stopped:
             if self.share >= 1:
                 self.stopped = "all steps are done" if self.steps is not None else "the time is over"
@@ -203,19 +206,15 @@ class Run:
             self._step(given)
             self.pace.add(time.monotonic() - began)
             self._report()
-            if self._due(self.config.validate_every, max(1, (self.steps or 1000) // VALIDATIONS)):
+            before, tenths = tenths, int(VALIDATIONS * self.share)
+            if self.counts.step % validate_every == 0 if (validate_every := self.config.validate_every) else tenths > before:
                 self._validate()
-            if self.config.save_every is None:
-                if self.counts.seconds - self._saved_at > SAVE_SECONDS:
-                    self._save()
-            elif self.counts.step % self.config.save_every == 0:
+            since = self.counts.seconds - self._saved_at
+            if self.counts.step % save_every == 0 if (save_every := self.config.save_every) else since > SAVE_SECONDS:
                 self._save()
-        if self.validation is not None and not self._due(self.config.validate_every, max(1, (self.steps or 1000) // VALIDATIONS)):
+        if self.counts.validated != self.counts.step:
             self._validate()
         self._save()
-
-    def _due(self, every: int | None, default: int) -> bool:
-        return self.counts.step % (every or default) == 0
 
     def _take(self, batches: Iterator[Sample]) -> list[Sample] | None:
         """The batches of a step, on the device; None where there are not enough left."""
@@ -359,6 +358,7 @@ class Run:
         if self.validation is None:
             return
         counts = self.counts
+        counts.validated = counts.step
         with self.average.in_place() if self.average is not None else contextlib.nullcontext():
             with torch.no_grad():
                 value = self._measure(self.validation)
