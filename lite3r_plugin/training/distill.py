@@ -279,7 +279,18 @@ def _lora(found: Inventory, config: DistillConfig, changes: Changes) -> dict[str
     """The matrices of LoRA by name; it is put in if it is not there yet."""
     if config.trainable != "proj+lora":
         return {}
-    raise NotImplementedError
+    state = found.states[0]
+    if not state.lora:
+        from ..peft import add_lora
+
+        add_lora(found.model, rank=config.lora_rank, alpha=config.lora_alpha, scopes=config.lora_scopes, changes=changes)
+    layers = {name: module for name, module in look_up(found.model).modules.items() if module in state.lora}
+    return {
+        f"{name}.{inside}": parameter
+        for name, layer in layers.items()
+        for inside, parameter in layer.named_parameters()
+        if inside.startswith(("lora_A.", "lora_B."))
+    }
 
 
 def _set_up(found: Inventory, config: DistillConfig, changes: Changes) -> None:

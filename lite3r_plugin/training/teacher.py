@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..apply.verbs import lite3r_disabled
+from ..wrapper import is_tuner_layer
 
 
 @contextlib.contextmanager
@@ -24,6 +25,10 @@ def as_teacher(model: nn.Module) -> Iterator[None]:
     device = next((p.device.type for p in model.parameters()), "cpu")
     training = [module for module in model.modules() if module.training]
     with torch.no_grad(), lite3r_disabled(model), contextlib.ExitStack() as stack:
+        if any(map(is_tuner_layer, model.modules())):
+            from ..peft import lora_disabled  # imports PEFT, as whatever is in the model has done
+
+            stack.enter_context(lora_disabled(model))
         if torch.is_autocast_enabled(device):
             stack.enter_context(torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=False))
         stack.callback(_set_training, training, True)
