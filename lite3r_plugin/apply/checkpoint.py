@@ -137,6 +137,11 @@ def load_lite3r(model: Model, directory: str | os.PathLike[str], *, device: torc
 
 def _check_savable(found: Inventory, whole: bool) -> None:
     """Raise `CheckpointError` where the weights are not those that the modules run with."""
+    if any(state.lora for state in found.states):
+        raise CheckpointError(
+            "LoRA that add_lora put in is in no checkpoint: fold it into the weights before save_lite3r, by merge_lora(model) of "
+            "lite3r_plugin.peft"
+        )
     for fqn, module in found.attention.items():
         if "proj_lin" in module._modules and not isinstance(module.proj_lin, BranchLinear):
             raise CheckpointError(

@@ -174,7 +174,7 @@ def plan_conversion(
     Raises:
         NoSitesError: there is no Linear to convert, or `fp8_filter` takes none.
         BackendError: the backend cannot run here, or nothing would be faster at `tokens`.
-        WeightsError: a weight is not finite, or is made by a parametrisation or by pruning.
+        WeightsError: a weight is not finite, or is made by a parametrisation or by pruning; or an adapter is around a Linear.
     """
     config = config.replace(precision="fp8")
     known = [linear for linear in linears if linear.known and not isinstance(linear.module, Fp8Linear)]
@@ -184,12 +184,23 @@ def plan_conversion(
             raise NoSitesError(f"no transformer block of this {model} has a torch.nn.Linear to convert")
         if not taken:
             raise _nothing_taken(known, model)
+    require_merged(taken)
     described = [site.block.fqn for site in sites if site.block is not None]
     plans = plan_linears(taken, config.fp8_backend, tokens, lambda linear: _is_inside(linear, described))
     if not again and all(plan.backend is None for plan in plans):
         raise BackendError(f"no Linear of this model is faster in FP8 at {tokens} tokens here; leave out tokens= to convert for memory")
     left = Counter(plan.reason for plan in plans if plan.reason)
     return ConversionPlan(config, plans, choose_again(linears, config.fp8_backend), {**left, **left_linears(linears, config)})
+
+
+def require_merged(linears: Sequence[BlockLinear]) -> None:
+    """Raise `WeightsError` if adapters are around one of these Linears, which are to be stored in FP8."""
+    for linear in linears:
+        if linear.tuner is not None:
+            raise WeightsError(
+                f"{linear.names[-1]} is inside of an adapter ({type(linear.tuner).__name__}), which cannot be merged into a weight in FP8: "
+                "merge before, what add_lora put in by merge_lora(model) of lite3r_plugin.peft, what PEFT did by model.merge_and_unload()"
+            )
 
 
 def left_linears(linears: Sequence[BlockLinear], config: Lite3RConfig) -> dict[str, int]:

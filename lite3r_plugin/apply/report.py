@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from ..attention.state import CallCounts, ModelState
 from ..config import Lite3RConfig, Precision
 from ..fp8.linear import Fp8Linear
 from ..fp8.qat import FakeQuantLinear
+from ..wrapper import is_lora
 from .lookup import Inventory, look_up
 
 FULL_PRECISION = "in full precision"
@@ -50,8 +52,11 @@ class Description:
         sites: The swapped sites.
         skipped: Sites that were not swapped, with the reason.
         branch_parameters: Parameters of the linear branches.
+        lora_layers: Modules with LoRA around them, of `lite3r_plugin.peft` or of PEFT itself.
+        lora_parameters: Parameters of LoRA, of all adapters.
+        lora_active: Names of the adapters that are active.
         trainable_parameters: Parameters of the model with ``requires_grad``.
-        parameters: All parameters of the model.
+        parameters: All other parameters of the model.
         bytes_by_dtype: Bytes of parameters and buffers, by dtype.
         linears: Linears of the transformer blocks, by what runs them.
         fp8_bytes: Bytes of weights in FP8 and of their scales, and what the same weights take in BF16.
@@ -67,6 +72,9 @@ class Description:
     sites: tuple[SiteDescription, ...]
     skipped: dict[str, str]
     branch_parameters: int
+    lora_layers: int
+    lora_parameters: int
+    lora_active: tuple[str, ...]
     trainable_parameters: int
     parameters: int
     bytes_by_dtype: dict[str, int]
@@ -104,6 +112,9 @@ class Description:
         if self.fp8_bytes[0]:
             stored, before = self.fp8_bytes
             lines.append(f"  FP8 weights {stored / 2**20:.1f} MiB with their scales, {stored / before:.3f} of BF16")
+        if self.lora_layers:
+            active = f"active: {', '.join(self.lora_active)}" if self.lora_active else "none active"
+            lines.append(f"  LoRA around {self.lora_layers} Linears, {self.lora_parameters:,} parameters; {active}")
         lines += [f"  {note}" for note in self.notes]
         lines.append(
             f"  parameters {self.parameters:,} + linear branches {self.branch_parameters:,}; trainable {self.trainable_parameters:,}; "
@@ -125,6 +136,8 @@ def describe(model: nn.Module) -> Description:
     modules = list(dict.fromkeys(found.modules.values()))
     parameters = list(model.parameters())
     branch = {id(p): p.numel() for m in attention.values() if "proj_lin" in m._modules for p in m.proj_lin.parameters()}
+    lora = [module for module in modules if is_lora(module)]
+    added = {id(p): p.numel() for m in lora for p in _beside_base(m)}
     sizes: Counter[str] = Counter()
     for tensor in (*parameters, *model.buffers()):
         sizes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel() * tensor.element_size()
@@ -138,8 +151,11 @@ def describe(model: nn.Module) -> Description:
         sites=tuple(SiteDescription(fqn, m.site.scope, m.sparse, m.keep_ratio, m.calls) for fqn, m in attention.items()),
         skipped=dict(state.skipped),
         branch_parameters=sum(branch.values()),
+        lora_layers=len(lora),
+        lora_parameters=sum(added.values()),
+        lora_active=tuple(sorted({name for module in lora for name in _active(module)})),
         trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
-        parameters=sum(p.numel() for p in parameters) - sum(branch.values()),
+        parameters=sum(p.numel() for p in parameters if id(p) not in branch and id(p) not in added),
         bytes_by_dtype=dict(sizes),
         linears=dict(Counter(_kind(linear.module) for linear in found.linears(state) if linear.known)),
         fp8_bytes=(
@@ -148,7 +164,7 @@ def describe(model: nn.Module) -> Description:
         ),
         infinities=sum(int(m.infinities) for m in modules if isinstance(m, (Fp8Linear, FakeQuantLinear)) and not m.infinities.is_meta),
         peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-        notes=(*_interrupted(found, state), *(note for notes in state.notes.values() for note in notes)),
+        notes=(*_interrupted(found, state), *_rounded_apart(lora), *(note for notes in state.notes.values() for note in notes)),
     )
 
 
@@ -158,6 +174,26 @@ def _interrupted(found: Inventory, state: ModelState) -> Iterator[str]:
         yield unfinished
     if bare := found.bare_hosts(state):
         yield f"{bare} attention modules are those of the dense model, since something was interrupted; remove_lite3r takes out the rest"
+
+
+def _rounded_apart(lora: list[nn.Module]) -> Iterator[str]:
+    """LoRA that training for FP8 does not see."""
+    rounding = (module for module in lora if isinstance(module.base_layer, FakeQuantLinear))
+    if count := sum(not getattr(module, "rounds_sum", False) for module in rounding):
+        yield (
+            f"{count} Linears round W to FP8 in training and not W + BA, as they will when LoRA is merged: put LoRA in by add_lora or "
+            "Lite3RPeftConfig of lite3r_plugin.peft"
+        )
+
+
+def _beside_base(layer: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of a LoRA layer that are not those of what it is around."""
+    return (parameter for name, parameter in layer.named_parameters() if not name.startswith("base_layer."))
+
+
+def _active(layer: Any) -> list[str]:
+    """The adapters of a LoRA layer that count."""
+    return [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.lora_A]
 
 
 def _kind(linear: nn.Module) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -15,7 +16,6 @@ from ..attention.module import SparseLinearAttention
 from ..attention.state import ModelState
 from ..fp8.backends import BACKENDS, te
 from ..fp8.convert import convert_linears, fuse_blocks
-from ..fp8.linear import Fp8Linear
 from ..fp8.qat import FakeQuantLinear
 from ..tokens.tracker import GridTracker
 from ..wrapper import Changes, HostWrapper, replace_modules
@@ -50,11 +50,26 @@ def take_out(found: Inventory) -> None:
     """Put everything back that `put_in` took the place of, or as much of it as is there."""
     wrappers = [module for module in found.modules.values() if isinstance(module, HostWrapper)]
     with Changes() as changes:
+        take_out_lora(changes, found)
         for tracker in [tracker for state in found.states for tracker in state.trackers.values()]:
             if tracker.module is not None:
                 changes.make(tracker.detach, functools.partial(tracker.attach, tracker.module))
         replace_modules(changes, found.modules, {m: m.release() for m in wrappers if not isinstance(m, SparseLinearAttention)})
         replace_modules(changes, found.modules, {module: module.release() for module in found.attention.values()})
+
+
+def take_out_lora(changes: Changes, found: Inventory) -> None:
+    """Put the Linears back that `add_lora` of `lite3r_plugin.peft` put LoRA around."""
+    layers: dict[nn.Module, Any] = {layer: layer.base_layer for state in found.states for layer in state.lora}
+    for name, layer in list(found.modules.items()):
+        if layer in layers:
+            parent, _, child = name.rpartition(".")
+            changes.put(found.modules[parent]._modules, child, layers[layer])
+            for inside in [other for other in found.modules if other.startswith(f"{name}.")]:
+                del found.modules[inside]
+            found.modules[name] = layers[layer]
+    for state in found.states:
+        changes.put(vars(state), "lora", ())
 
 
 def to_fp8(found: Inventory, state: ModelState, plan: ConversionPlan) -> None:
@@ -72,9 +87,6 @@ def to_fp8(found: Inventory, state: ModelState, plan: ConversionPlan) -> None:
                 module.round_projection(changes)
         changes.put(vars(state), "config", plan.config)
         run_in_fp8(found, state, plan.left, changes)
-        adapted = sum(isinstance(getattr(module, "base_layer", None), Fp8Linear) for module in set(found.modules.values()))
-        note = f"{adapted} Linears in FP8 are inside adapters (PEFT): they work, but merging them now would lose them; "
-        changes.put(state.notes, "adapted", [f"{note}merge adapters before convert(model)"] if adapted else [])
 
 
 def run_in_fp8(found: Inventory, state: ModelState, left: dict[str, int], changes: Changes) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..attention.module import SparseLinearAttention
 from ..config import Fp8Backend, Lite3RConfig
-from ..errors import ConfigError, ConvertedError
+from ..errors import ConfigError, ConvertedError, WeightsError
 from ..fp8.qat import FakeQuantLinear
 from ..ops.dispatch import SlowPathWarning
 from ..wrapper import Changes
@@ -46,8 +46,8 @@ def apply_lite3r(model: Model, config: Lite3RConfig | None = None, **fields: Any
         UnknownModelError: no adapter knows the model.
         NoSitesError: the adapter names no site that this configuration changes, or there is no Linear for FP8.
         AlreadyAppliedError: the model, or a part of it, carries Lite3R already.
-        WeightsError: FP8 is wanted, and a weight is not finite, or is made by a parametrisation or by pruning; or the weights of a site
-            are of a dtype that a linear branch cannot have.
+        WeightsError: FP8 is wanted, and a weight is not finite, is made by a parametrisation or by pruning, or is inside of an adapter;
+            or the weights of a site are of a dtype that a linear branch cannot have.
         ConfigError, BackendError, AdapterError: a wrong field, a backend that cannot run, a wrong adapter.
     """
     found = look_up(model)
@@ -58,9 +58,8 @@ def apply_lite3r(model: Model, config: Lite3RConfig | None = None, **fields: Any
         state = put_in(plan, changes)
     if plan.conversion is not None:
         to_fp8(found, state, plan.conversion)
-    for topic, kind in (("te", SlowPathWarning), ("adapted", UserWarning)):
-        for note in state.notes.get(topic, ()):
-            warnings.warn(f"Lite3R: {note}", kind, stacklevel=3)
+    for note in state.notes.get("te", ()):
+        warnings.warn(f"Lite3R: {note}", SlowPathWarning, stacklevel=3)
     return model
 
 
@@ -89,8 +88,8 @@ def convert(model: Model, *, fp8_backend: Fp8Backend | None = None, tokens: int 
         NotAppliedError: the model carries no Lite3R, or is a part of the one that it was applied to.
         NoSitesError: there is no Linear to convert, or the filter takes none.
         BackendError: the backend cannot run here, or nothing would be faster at `tokens`.
-        WeightsError: a weight, or that of a linear branch, is not finite, or is made by a parametrisation or by pruning; or after
-            training for FP8 an adapter is still around a linear branch.
+        WeightsError: a weight, or that of a linear branch, is not finite, or is made by a parametrisation or by pruning; or an adapter,
+            such as LoRA, is still around a Linear, or after training for FP8 around a linear branch.
     """
     found = look_up(model)
     state = found.require_one_state("convert")
@@ -99,15 +98,14 @@ def convert(model: Model, *, fp8_backend: Fp8Backend | None = None, tokens: int 
     check_branches(found)
     plan = plan_conversion(found.linears(state), state.sites, config, tokens, again=found.converted, model=found.name)
     to_fp8(found, state, plan)
-    for note in state.notes.get("adapted", ()):
-        warnings.warn(f"Lite3R: {note}", stacklevel=3)
     return model
 
 
 def remove_lite3r(model: Model) -> Model:
     """Take Lite3R out again: the same modules, outputs and `state_dict` keys as before, bit for bit.
 
-    An error or an interruption leaves the model as it was. A model that was left half in and half out is taken out whole.
+    LoRA that `lite3r_plugin.peft.add_lora` put in is taken out, too, with what it learned; what PEFT itself put around modules of the
+    host stays. An error or an interruption leaves the model as it was. A model that was left half in and half out is taken out whole.
 
     Returns:
         The same model.
@@ -116,11 +114,18 @@ def remove_lite3r(model: Model) -> Model:
         ModelTypeError: `model` is no `torch.nn.Module`.
         NotAppliedError: the model carries no Lite3R, or is a part of the one that it was applied to.
         ConvertedError: weights are in FP8, be it not all of them.
+        WeightsError: PEFT holds linear branches, which would be lost with it.
     """
     found = look_up(model)
     _require_original_weights(found, "remove_lite3r")
     for state in found.states:
         found.require_whole(state, "remove_lite3r", in_part=True)
+    for fqn, module in found.attention.items():
+        if "proj_lin" in module._modules and not isinstance(module.proj_lin, nn.Linear):
+            raise WeightsError(
+                f"{fqn}.proj_lin is held by an adapter ({type(module.proj_lin).__name__}), which would be left without it: call "
+                "model = model.unload() of PEFT first, or merge_and_unload() to keep what LoRA learned in the weights"
+            )
     take_out(found)
     return model
 

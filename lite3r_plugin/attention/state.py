@@ -43,6 +43,7 @@ class ModelState:
         blocks: The transformer blocks around them, by name.
         notes: What `describe` is to say besides, such as why something runs in another way than asked, by what it is about.
         hosts: The attention modules that were taken the place of.
+        lora: What `lite3r_plugin.peft.add_lora` put around Linears: each has the Linear as its `base_layer`.
     """
 
     adapter: str
@@ -54,3 +55,4 @@ class ModelState:
     blocks: dict[str, nn.Module] = field(default_factory=dict)
     notes: dict[str, list[str]] = field(default_factory=dict)
     hosts: tuple[nn.Module, ...] = ()
+    lora: tuple[nn.Module, ...] = ()

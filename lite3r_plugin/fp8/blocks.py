@@ -9,6 +9,7 @@ from torch import nn
 
 from ..adapter.sites import AttentionSite
 from ..config import Lite3RConfig
+from ..wrapper import belongs_to_tuner, is_tuner_layer, tuner_around
 from .linear import Fp8Linear
 from .qat import FakeQuantLinear
 
@@ -24,10 +25,12 @@ class BlockLinear:
             `FakeQuantLinear` or an `Fp8Linear`.
         names: Its fully qualified names in the model that Lite3R was applied to. Inside an adapter (PEFT) also that of the adapter,
             which has the name that the Linear had before.
+        tuner: What adapts it, or keeps copies of it (PEFT); None where nothing does.
     """
 
     module: nn.Module
     names: tuple[str, ...]
+    tuner: nn.Module | None = None
 
     @property
     def known(self) -> bool:
@@ -60,7 +63,7 @@ def find_blocks(modules: Mapping[str, nn.Module], sites: Sequence[AttentionSite]
 
 
 def find_linears(modules: Mapping[str, nn.Module], blocks: Mapping[str, Iterable[str]], branches: Iterable[str] = ()) -> list[BlockLinear]:
-    """The Linears inside transformer blocks, each once, in the order of the model.
+    """The Linears inside transformer blocks, each once, in the order of the model. Those that adapters consist of are none.
 
     Args:
         modules: All modules of the model by all their names.
@@ -69,19 +72,22 @@ def find_linears(modules: Mapping[str, nn.Module], blocks: Mapping[str, Iterable
     """
     skipped = frozenset(branches)
     found: dict[nn.Module, list[str]] = {}
+    tuners: dict[nn.Module, nn.Module | None] = {}
     for name, module in modules.items():
         if not isinstance(module, (nn.Linear, Fp8Linear)):
             continue
         around = list(_around_and_itself(name))
-        if not skipped.isdisjoint(around):
+        if not skipped.isdisjoint(around) or belongs_to_tuner(modules, name, around[:-1]):
             continue
-        adapter = next((outer for outer in around if outer != name and "base_layer" in modules[outer]._modules), name)
+        adapter = next((outer for outer in around[:-1] if is_tuner_layer(modules[outer])), name)
+        if tuners.get(module) is None:
+            tuners[module] = tuner_around(modules, around[:-1])
         for block in around:
             places = (name, adapter) if len(adapter) > len(block) else (name,)
             insides = dict.fromkeys(place.removeprefix(block).strip(".") for place in places)
             for own in blocks.get(block, ()):
                 found.setdefault(module, []).extend(f"{own}.{inside}".strip(".") for inside in insides)
-    return [BlockLinear(module, tuple(dict.fromkeys(names))) for module, names in found.items()]
+    return [BlockLinear(module, tuple(dict.fromkeys(names)), tuners[module]) for module, names in found.items()]
 
 
 def _around_and_itself(name: str) -> Iterable[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -33,11 +34,17 @@ class FakeQuantLinear(HostWrapper, nn.Linear):
         self._rounded: TensorCache[Quantized] = TensorCache()
         self.register_buffer("infinities", torch.zeros(1, dtype=torch.int64, device=host.weight.device), persistent=False)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """input: ``[..., C]``. Returns ``[..., C_out]`` as the host does, also under autocast."""
+    def forward(self, input: Tensor, deltas: Sequence[Tensor] = ()) -> Tensor:
+        """input: ``[..., C]``. Returns ``[..., C_out]`` as the host does, also under autocast.
+
+        Args:
+            input: The input.
+            deltas: ``[C_out, C]`` each, what adapters add to the weight: it is their sum that is rounded, as it is once they are merged.
+        """
         if not self.enabled:
             return self.run_host(input)
-        return F.linear(fake_quantize(input, infinities=self.infinities), self._weight(), self.bias)
+        weight = fake_quantize(folded(self._plain_weight(), deltas)) if deltas else self._weight()
+        return F.linear(fake_quantize(input, infinities=self.infinities), weight, self.bias)
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight" and "_rounded" in self.__dict__:  # who asks for it may write to its data, as merging a LoRA does
@@ -50,6 +57,14 @@ class FakeQuantLinear(HostWrapper, nn.Linear):
         self.infinities.zero_()
 
     def _weight(self) -> Tensor:
+        weight = self._plain_weight()
+        if weight.requires_grad:
+            self._rounded.forget()
+            return fake_quantize(weight)
+        with torch.no_grad():
+            return dequantize(self._rounded.get(weight, lambda: quantize(weight)), compute_dtype(weight.device, weight.dtype))
+
+    def _plain_weight(self) -> Tensor:
         weight = self._parameters.get("weight")
         if weight is None:  # made from others, by a parametrisation or by pruning
             weight = self.weight
@@ -58,11 +73,14 @@ class FakeQuantLinear(HostWrapper, nn.Linear):
                 f"a Linear that rounds to FP8 in training was given a {type(weight).__name__} as its weight, which it cannot read: shard "
                 "by fully_shard of FSDP2, whose forward sees plain weights, and quantise instead of precision='fp8_qat', not on top of it"
             )
-        if weight.requires_grad:
-            self._rounded.forget()
-            return fake_quantize(weight)
-        with torch.no_grad():
-            return dequantize(self._rounded.get(weight, lambda: quantize(weight)), compute_dtype(weight.device, weight.dtype))
+        return weight
+
+
+def folded(weight: Tensor, deltas: Iterable[Tensor]) -> Tensor:
+    """`weight` ``[C_out, C]`` with `deltas` added one after the other, each sum in the dtype of `weight`: as adapters are merged."""
+    for delta in deltas:
+        weight = (weight + delta).to(weight.dtype)
+    return weight
 
 
 def compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:

@@ -9,16 +9,21 @@ import torch
 from torch import nn
 
 from ..apply.verbs import run_dense
+from ..wrapper import is_tuner_layer
 
 
 @contextlib.contextmanager
 def as_teacher(model: nn.Module) -> Iterator[None]:
-    """Run `model`, or a part of it, as its own teacher inside the context: dense, evaluated, without gradients.
+    """Run `model`, or a part of it, as its own teacher inside the context: dense, without LoRA, evaluated, without gradients.
 
     Weights that autocast casts meanwhile are not kept: cast without gradients, they would have none for a student after it either.
     """
     device = next((p.device.type for p in model.parameters()), "cpu")
     with torch.no_grad(), run_dense(model.modules()), evaluated(model), contextlib.ExitStack() as stack:
+        if any(map(is_tuner_layer, model.modules())):
+            from ..peft import lora_disabled  # imports PEFT, as whatever is in the model has done
+
+            stack.enter_context(lora_disabled(model))
         if torch.is_autocast_enabled(device):
             stack.enter_context(torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=False))
         yield

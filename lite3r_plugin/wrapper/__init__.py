@@ -3,17 +3,22 @@
 from .changes import Changes
 from .host import TABLES, HostWrapper, host_of, replace_modules, share_hooks
 from .reading import argument_names, has_forward_hooks, is_plain_tensor, may_be_read, must_be_called
+from .tuners import belongs_to_tuner, is_lora, is_tuner_layer, tuner_around
 
 __all__ = [
     "TABLES",
     "Changes",
     "HostWrapper",
     "argument_names",
+    "belongs_to_tuner",
     "has_forward_hooks",
     "host_of",
+    "is_lora",
     "is_plain_tensor",
+    "is_tuner_layer",
     "may_be_read",
     "must_be_called",
     "replace_modules",
     "share_hooks",
+    "tuner_around",
 ]

@@ -15,7 +15,7 @@ from toys import Adapter, Toy, images, toy_adapter
 
 from lite3r_plugin import apply_lite3r, convert, describe, load_lite3r, remove_lite3r, save_lite3r
 from lite3r_plugin.apply.lookup import lite3r_modules
-from lite3r_plugin.errors import CheckpointError, ConfigError, NoSitesError
+from lite3r_plugin.errors import CheckpointError, ConfigError, NoSitesError, WeightsError
 from lite3r_plugin.fp8.linear import Fp8Linear
 from lite3r_plugin.fp8.qat import FakeQuantLinear
 
@@ -149,10 +149,9 @@ def test_names_are_those_of_the_model_that_was_given() -> None:
     assert names_of(convert(model), Fp8Linear) == [f"0.{name}" for name in QKV]
     model = apply_lite3r(Toy().eval(), **SPARSE, fp8_filter=("frame.0.proj",))
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["proj"]))  # pyright: ignore[reportArgumentType]
-    with pytest.warns(UserWarning, match="merging them now would lose them"):
+    with pytest.raises(WeightsError, match=r"frame\.0\.proj is inside of an adapter"):
         convert(adapted)
-    assert "base_model.model.frame.0.proj.base_layer" in names_of(adapted, Fp8Linear)
-    assert all(".frame.0.proj." in name for name in names_of(adapted, Fp8Linear))
+    assert describe(adapted).linears == {"in full precision": 8}  # nothing of the adapters among them
 
 
 def test_a_checkpoint_with_other_linears_than_its_filter_takes(tmp_path: Path) -> None:

@@ -100,7 +100,26 @@ def test_a_linear_has_all_its_names_and_is_found_once() -> None:
 
 def test_what_is_inside_an_adapter_has_the_name_of_the_adapter_too() -> None:
     model = Named(block=Named(qkv=Named(base_layer=nn.Linear(4, 4), lora_A=nn.ModuleDict(dict(default=nn.Linear(4, 4))))))
-    assert list(linears_of(model, "block")) == [("block.qkv.base_layer", "block.qkv"), ("block.qkv.lora_A.default", "block.qkv")]
+    assert list(linears_of(model, "block")) == [("block.qkv.base_layer", "block.qkv")]
+
+
+def test_what_adapters_consist_of_is_no_part_of_a_block() -> None:
+    """Neither at the first level nor inside of what an adapter is around."""
+    inner = Named(base_layer=Named(up=nn.Linear(4, 4)), lora_A=nn.ModuleDict(dict(default=nn.Linear(4, 4))))
+    model = Named(block=Named(mlp=Named(base_layer=inner, lora_B=nn.ModuleDict(dict(default=nn.Linear(4, 4))))))
+    assert [names[0] for names in linears_of(model, "block")] == ["block.mlp.base_layer.base_layer.up"]
+
+
+def test_the_adapter_around_a_linear() -> None:
+    copied = Named(original_module=nn.Linear(4, 4), modules_to_save=nn.ModuleDict(dict(default=nn.Linear(4, 4))))
+    model = Named(qkv=Named(base_layer=nn.Linear(4, 4)), proj=nn.Linear(4, 4), up=copied)
+    found = find_linears(dict(model.named_modules()), {"": [""]})
+    assert [(linear.names[0], linear.tuner) for linear in found] == [
+        ("qkv.base_layer", model.qkv),
+        ("proj", None),
+        ("up.original_module", copied),
+        ("up.modules_to_save.default", copied),
+    ]
 
 
 def test_linear_branches_are_no_part_of_a_block() -> None:

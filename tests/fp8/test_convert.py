@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from typing import Any
 
 import peft
 import pytest
@@ -273,12 +274,19 @@ class TestModel:
 
 
 @pytest.mark.usefixtures("adapter")
-def test_adapters_that_can_no_longer_be_merged_are_named() -> None:
+@pytest.mark.parametrize("precision", ["full", "fp8_qat", "fp8"])
+def test_adapters_are_to_be_merged_before(precision: Any) -> None:
     lora = peft.LoraConfig(r=2, target_modules=["qkv"], init_lora_weights=False)
     model = peft.get_peft_model(Toy().eval(), lora)  # pyright: ignore[reportArgumentType]
-    with pytest.warns(UserWarning, match="merging them now would lose them"):
-        apply_lite3r(model, **SPARSE, precision="fp8")
-    assert any("Linears in FP8 are inside adapters" in note for note in describe(model).notes)
+    if precision != "fp8":
+        apply_lite3r(model, **SPARSE, precision=precision)
+    before = model(images())
+    with pytest.raises(WeightsError, match=r"frame\.0\.qkv is inside of an adapter \(Linear\).* merge_lora.*merge_and_unload"):
+        convert(model) if precision != "fp8" else apply_lite3r(model, **SPARSE, precision=precision)
+    assert torch.equal(model(images()), before)
+    merged = model.merge_and_unload()
+    convert(merged) if precision != "fp8" else apply_lite3r(merged, **SPARSE, precision=precision)
+    assert describe(merged).linears == {"in FP8 (emulated)": 8}
 
 
 def test_gradients_of_a_bias_alone() -> None:

@@ -1,0 +1,64 @@
+"""LoRA around a Linear that rounds to FP8 in training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners import lora
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..fp8.qat import FakeQuantLinear
+from ..ops.dispatch import without_autocast
+
+
+class QatLora(lora.Linear):
+    """``y = Q(x) Q(W + s B A)^T + b`` with Q the rounding to FP8 of `FakeQuantLinear`, around which it is.
+
+    What is merged and converted then computes what was trained; stock LoRA, ``Q(x) Q(W)^T + s x A^T B^T``, does not: merging rounds the
+    sum. The deltas of several active adapters are summed. A weight that does not learn is not rounded on its own.
+
+    Raises:
+        ConfigError: the adapter does more than add ``s B A`` to the weight: dropout, a bias, DoRA or another variant of LoRA.
+    """
+
+    rounds_sum = True
+
+    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().update_layer(adapter_name, *args, **kwargs)
+        extra = []
+        if isinstance(self.lora_dropout[adapter_name], nn.Dropout):
+            extra.append("lora_dropout")
+        if self.lora_bias.get(adapter_name):
+            extra.append("lora_bias")
+        if adapter_name in self.lora_variant:
+            extra.append(type(self.lora_variant[adapter_name]).__name__)
+        if extra:
+            raise ConfigError(
+                f"{', '.join(extra)} cannot be used while a model trains for FP8, where W + BA is rounded as one weight: leave it out of "
+                'the LoRA configuration, or train with precision="full"'
+            )
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x: ``[..., C]``. Returns ``[..., C_out]`` as the Linear inside does, also under autocast."""
+        base = self.base_layer
+        rounds = isinstance(base, FakeQuantLinear) and base.enabled and not self.disable_adapters
+        if rounds and kwargs.get("adapter_names") is not None:
+            raise ConfigError("adapter_names cannot be used while a model trains for FP8: switch adapters by set_adapter")
+        names = [] if self.merged else [name for name in self.active_adapters if name in self.lora_A]
+        if not rounds or not names:
+            return super().forward(x, *args, **kwargs)
+        with without_autocast(x):
+            deltas = [self.get_delta_weight(name) for name in names]
+        return base(x, deltas)
+
+
+def made_around(linear: nn.Linear, adapter: str, rank: int, alpha: float) -> lora.Linear:
+    """LoRA around `linear`, not put in yet: one adapter, FP32 (FP64 for an FP64 Linear), trainable, zero at the start."""
+    kind = QatLora if isinstance(linear, FakeQuantLinear) else lora.Linear
+    config = lora.LoraConfig(r=rank, lora_alpha=alpha)  # pyright: ignore[reportArgumentType]
+    layer = kind(linear, adapter, config=config, r=rank, lora_alpha=alpha)  # pyright: ignore[reportArgumentType]
+    for part in (layer.lora_A, layer.lora_B):
+        part.to(torch.promote_types(linear.weight.dtype, torch.float32))
+    return layer.train(linear.training)

@@ -1,0 +1,31 @@
+"""What other libraries (PEFT) put around modules to adapt them, told by the names of its children: none of them is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+
+
+def is_tuner_layer(module: nn.Module) -> bool:
+    """Whether `module` adapts another one, its `base_layer`."""
+    return "base_layer" in module._modules
+
+
+def is_lora(module: nn.Module) -> bool:
+    """Whether `module` adds a product of two small matrices, `lora_B` and `lora_A`, to what its `base_layer` gives."""
+    return is_tuner_layer(module) and {"lora_A", "lora_B"} <= module._modules.keys()
+
+
+def tuner_around(modules: Mapping[str, nn.Module], around: Iterable[str]) -> nn.Module | None:
+    """The first of the modules named `around` that adapts what is inside, or keeps copies of it (`modules_to_save` of PEFT); or None."""
+    for module in map(modules.__getitem__, around):
+        if is_tuner_layer(module) or {"original_module", "modules_to_save"} <= module._modules.keys():
+            return module
+    return None
+
+
+def belongs_to_tuner(modules: Mapping[str, nn.Module], name: str, around: Iterable[str]) -> bool:
+    """Whether the module `name`, inside of those named `around`, is a part of what adapts another module, and not of that module."""
+    insides = (name.removeprefix(outer).strip(".").split(".")[0] for outer in around if is_tuner_layer(modules[outer]))
+    return any(inside != "base_layer" for inside in insides)
