@@ -23,7 +23,8 @@ Weight = float | tuple[float, float]
 """Of a loss: the same all the time, or at the start and at the end of the run, with half a cosine in between."""
 
 DEFAULT_STEPS = 500
-LOSSES = ("attention", "blocks", "cameras", "predictions", "task")
+LOCAL_LOSSES = ("attention", "blocks", "cameras")
+LOSSES = (*LOCAL_LOSSES, "predictions", "task")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +41,8 @@ class DistillConfig:
         lora_rank: Rank of the LoRA matrices.
         lora_alpha: They are scaled by this over the rank; None: by 1.
         lora_scopes: The scopes of the sites that get LoRA.
-        mode: ``"end_to_end"``: gradients flow back through the whole model. ``"local"``: each site learns from its own output, which
-            needs no backward pass through the model and no memory for one.
+        mode: ``"end_to_end"``: gradients flow back through the whole model. ``"local"``: each block learns from its own output, which
+            needs no backward pass through the model and no memory for one; `predictions` and `task` do not count.
         attention: Weight of the loss of the outputs of attention at each sparse site.
         blocks: Of the outputs of the blocks with a sparse site.
         cameras: Of the same at special tokens alone: camera, registers, class.
@@ -161,11 +162,8 @@ class DistillConfig:
             object.__setattr__(self, "output_dir", os.fspath(self.output_dir))
         elif needing := [name for name in ("resume", "trackers", "save_every") if getattr(self, name)]:
             raise ConfigError(f"{' and '.join(needing)} need output_dir, a folder to read from and write to")
-        if self.mode == "local":
-            if self.trainable == "blocks":
-                raise ConfigError('mode "local" trains what attention is made of; trainable="blocks" holds more: use mode="end_to_end"')
-            if all(weight == 0 for weight in self.weight("attention")):
-                raise ConfigError('mode "local" learns from the outputs of attention alone: give attention a weight, such as attention=1.0')
+        if self.mode == "local" and all(weight == 0 for name in LOCAL_LOSSES for weight in self.weight(name)):
+            raise ConfigError(f'mode "local" learns from what blocks give out alone: give one of {", ".join(LOCAL_LOSSES)} a weight')
 
     def weight(self, name: str) -> tuple[float, float]:
         """The weight of a loss at the start and at the end."""

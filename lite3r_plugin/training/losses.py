@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,21 +17,18 @@ from torch.utils.checkpoint import checkpoint
 from ..adapter.outputs import ModelOutputs, tensors_of
 from ..errors import AdapterError, InputError
 from ..scene.geometry import relative_to_first, unproject
+from .config import AttentionLoss
 
-FeatureLoss = Literal["normalized", "mse", "cosine"]
-Weight = float | tuple[float, float]
+GEOMETRY = ("depth", "points", "world_to_camera", "intrinsics")
 TINY = 1e-12
 
 
-def weight_at(weight: Weight, progress: float) -> float:
-    """A weight at a share `progress` of a run, in [0, 1]: a pair is led from its first value to its second by half a cosine."""
-    if not isinstance(weight, (tuple, list)):
-        return float(weight)
-    start, end = weight
+def weight_at(start: float, end: float, progress: float) -> float:
+    """A weight at a share `progress` of a run, in [0, 1]: it is led from `start` to `end` by half a cosine."""
     return end + (start - end) * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0))) / 2
 
 
-def feature_loss(student: Tensor, teacher: Tensor, kind: FeatureLoss = "normalized") -> Tensor:
+def feature_loss(student: Tensor, teacher: Tensor, kind: AttentionLoss = "normalized") -> Tensor:
     """How far features ``[B, ..., C]`` are from the teacher's of the same shape, a scalar.
 
     Args:
@@ -100,6 +96,11 @@ def label_losses(predicted: ModelOutputs, labels: ModelOutputs) -> dict[str, Ten
         InputError: nothing is labelled that the model predicts, or no label is valid.
         AdapterError: shapes differ.
     """
+    both = [name for name in GEOMETRY if getattr(predicted, name) is not None and getattr(labels, name) is not None]
+    if not {"depth", "points", "world_to_camera"} & set(both):
+        raise InputError("the labels have nothing that the model predicts: give depth, points or world_to_camera")
+    for name in both:
+        _same_shape(name, getattr(predicted, name), getattr(labels, name))
     with torch.no_grad():
         target = _in_first_frame(labels)
         if target.points is None and target.depth is not None and target.world_to_camera is not None and target.intrinsics is not None:
@@ -109,10 +110,7 @@ def label_losses(predicted: ModelOutputs, labels: ModelOutputs) -> dict[str, Ten
     mine = _in_first_frame(predicted)
     with torch.no_grad():
         target = _divided(target, _relative_scale(target, mine))
-    losses = _geometry_losses(mine, target, scene_scale(target))
-    if not losses:
-        raise InputError("the labels have nothing that the model predicts: give depth, points or world_to_camera")
-    return losses
+    return _geometry_losses(mine, target, scene_scale(target))
 
 
 def output_losses(student: object, teacher: object) -> dict[str, Tensor]:
@@ -253,17 +251,12 @@ def _spread(points: Tensor) -> Tensor:
 
 def _replace(outputs: ModelOutputs, **fields: Tensor | None) -> ModelOutputs:
     """The geometry of `outputs` with other `fields`."""
-    names = ("depth", "points", "world_to_camera", "intrinsics")
-    return ModelOutputs(**{name: fields.get(name, getattr(outputs, name)) for name in names})
+    return ModelOutputs(**{name: fields.get(name, getattr(outputs, name)) for name in GEOMETRY})
 
 
 def _in_first_frame(outputs: ModelOutputs) -> ModelOutputs:
     """The geometry of `outputs` in FP32, in the frame of each scene's first camera."""
-    full = {
-        name: None if value is None else value.float()
-        for name in ("depth", "points", "world_to_camera", "intrinsics")
-        for value in [getattr(outputs, name)]
-    }
+    full = {name: None if value is None else value.float() for name in GEOMETRY for value in [getattr(outputs, name)]}
     pose, points = full["world_to_camera"], full["points"]
     if pose is None:
         return ModelOutputs(**full)
@@ -275,17 +268,18 @@ def _in_first_frame(outputs: ModelOutputs) -> ModelOutputs:
 
 def _relative_scale(labels: ModelOutputs, predicted: ModelOutputs) -> Tensor:
     """By what the labels of each scene are larger than what is predicted, ``[B]``: the median over pixels, or over baselines."""
+    ratios = []
     if labels.depth is not None and predicted.depth is not None:
-        ratio = (labels.depth / predicted.depth).flatten(1)
-    elif labels.points is not None and predicted.points is not None:
-        ratio = (labels.points.norm(dim=-1) / predicted.points.norm(dim=-1)).flatten(1)
-    elif labels.world_to_camera is not None and predicted.world_to_camera is not None:
-        ratio = labels.world_to_camera[:, 1:, :, 3].norm(dim=-1) / predicted.world_to_camera[:, 1:, :, 3].norm(dim=-1)
-    else:
-        raise InputError("the labels have nothing that the model predicts: give depth, points or world_to_camera")
-    known = ratio.isfinite() & (ratio > 0)
-    if not known.any():
+        ratios.append(labels.depth / predicted.depth)
+    if labels.points is not None and predicted.points is not None:
+        ratios.append(labels.points.norm(dim=-1) / predicted.points.norm(dim=-1))
+    if labels.world_to_camera is not None and predicted.world_to_camera is not None:
+        ratios.append(labels.world_to_camera[:, 1:, :, 3].norm(dim=-1) / predicted.world_to_camera[:, 1:, :, 3].norm(dim=-1))
+    ratio = next((x for x in ratios if (x.isfinite() & (x > 0)).any()), None)
+    if ratio is None:
         raise InputError("no label is valid: depth is not positive, or poses or points are not finite, everywhere in these scenes")
+    ratio = ratio.flatten(1)
+    known = ratio.isfinite() & (ratio > 0)
     ordered, count = torch.where(known, ratio, torch.inf).sort(1).values, known.sum(1, keepdim=True)
     return torch.where(count > 0, ordered.gather(1, (count - 1).clamp(min=0) // 2), 1)[:, 0]
 
