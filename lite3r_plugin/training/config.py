@@ -195,18 +195,18 @@ class DistillConfig:
         return cls().replace(**(recipe | length | fields))
 
     @classmethod
-    def from_toml(cls, path: str | os.PathLike[str]) -> DistillConfig:
-        """The table ``[distill]`` of a TOML file, or the whole file where it has no tables.
+    def from_toml(cls, path: str | os.PathLike[str], **fields: Any) -> DistillConfig:
+        """The table ``[distill]`` of a TOML file, or the whole file where it has no tables; `fields` are set on top.
 
         Raises:
             ConfigError: the file cannot be read, is no TOML, or has a field that is unknown or wrong.
         """
         content = read_toml(path)
-        fields = content.get("distill", {}) if any(isinstance(value, Mapping) for value in content.values()) else content
-        if not isinstance(fields, Mapping):
-            raise ConfigError(f"{path}: distill is a table of fields of DistillConfig, [distill], got {shown(fields)}")
+        table = content.get("distill", {}) if any(isinstance(value, Mapping) for value in content.values()) else content
+        if not isinstance(table, Mapping):
+            raise ConfigError(f"{path}: distill is a table of fields of DistillConfig, [distill], got {shown(table)}")
         try:
-            return cls().replace(**fields)
+            return cls().replace(**{**table, **fields})
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
 
