@@ -283,10 +283,11 @@ def _relative_scale(labels: ModelOutputs, predicted: ModelOutputs) -> Tensor:
         ratio = labels.world_to_camera[:, 1:, :, 3].norm(dim=-1) / predicted.world_to_camera[:, 1:, :, 3].norm(dim=-1)
     else:
         raise InputError("the labels have nothing that the model predicts: give depth, points or world_to_camera")
-    scale = torch.where(ratio.isfinite() & (ratio > 0), ratio, torch.nan).nanmedian(1).values if ratio.numel() else ratio.sum(1)
-    if not scale.isfinite().any():
+    known = ratio.isfinite() & (ratio > 0)
+    if not known.any():
         raise InputError("no label is valid: depth is not positive, or poses or points are not finite, everywhere in these scenes")
-    return torch.where(scale.isfinite() & (scale > 0), scale, 1)
+    ordered, count = torch.where(known, ratio, torch.inf).sort(1).values, known.sum(1, keepdim=True)
+    return torch.where(count > 0, ordered.gather(1, (count - 1).clamp(min=0) // 2), 1)[:, 0]
 
 
 def _divided(labels: ModelOutputs, scale: Tensor) -> ModelOutputs:

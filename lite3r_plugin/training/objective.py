@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ..adapter.outputs import ModelOutputs, OutputsFunction
+from ..adapter.outputs import ModelOutputs, OutputsFunction, tensors_of
 from ..adapter.plugins import find_outputs
-from ..adapter.sites import AttentionSite
 from ..apply.lookup import look_up
-from ..attention.state import ModelState
-from ..errors import AdapterError, ConfigError, InputError, short
-from ..wrapper import host_of
-from .features import FeatureHooks
-from .losses import FeatureLoss, Weight, feature_loss, label_losses, output_losses, prediction_losses, weight_at
+from ..errors import AdapterError, ConfigError, ConvertedError, InputError, short
+from .features import Recorder
+from .local import LocalPass
+from .losses import FeatureLoss, Weight, label_losses, output_losses, prediction_losses, weight_at
 from .record import run_on
 from .teacher import as_teacher
+from .watched import FEATURE_LOSSES, Watched
+
+LOSSES = (*FEATURE_LOSSES, "predictions", "task")
+NOTHING_TO_COMPARE = "this sample has no labels, and nothing but the task is to be learnt: give labels, or other losses a weight"
 
 
 class ObjectiveConfig(Protocol):
     """The fields of `DistillConfig` that say what is minimised."""
 
     @property
-    def mode(self) -> str: ...
+    def mode(self) -> Literal["end_to_end", "local"]: ...
     @property
     def attention(self) -> Weight: ...
     @property
@@ -57,7 +59,7 @@ class Losses:
     """The losses of one sample.
 
     Attributes:
-        total: The weighted sum, a scalar in FP32, with its graph. In the mode ``"local"`` there is none: gradients are there already.
+        total: The weighted sum, a scalar in FP32, with its graph. In the mode ``"local"`` it has none: gradients are there already.
         parts: Its summands by name, such as ``blocks`` or ``predictions/depth``, detached.
     """
 
@@ -65,183 +67,136 @@ class Losses:
     parts: dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class _Block:
-    """A transformer block and how its tokens are laid out."""
-
-    module: nn.Module
-    site: AttentionSite
-    state: ModelState
-
-    def special_tokens(self, tokens: int) -> tuple[int, int]:
-        """Special tokens of a view, and all of it, in a sequence of `tokens`; 0 special ones where that is not known."""
-        source = self.site.tokens
-        if source is None or not source.special_tokens:
-            return 0, tokens
-        tracker = self.state.trackers.get(source.image_module)
-        if tracker is not None and tracker.grid is not None:
-            view = source.special_tokens + tracker.grid[0] * tracker.grid[1]
-        elif self.site.scope != "global":
-            view = tokens
-        else:
-            return 0, tokens
-        return (source.special_tokens, view) if tokens % view == 0 else (0, tokens)
-
-
 class Objective:
-    """Runs student and teacher on a sample, and compares them. A context manager: hooks are in the model inside of it only.
+    """Runs student and teacher on a sample, and compares them. A context manager: the model has hooks inside of it only.
 
     The teacher is the same model, dense and without LoRA, and runs after the student: only what can learn is asked of it, and its
-    features are freed with the student's graph. Blocks and sites before anything that learns are left out.
+    features go with the student's graph. Blocks and sites that come before anything that learns are left out. Weights of a kind of
+    feature are for its mean over all sites or blocks.
+
+    In the mode ``"local"`` each block is compared with the dense block on the student's own input, its backward pass runs inside the
+    forward, and only attention, blocks and cameras count. The student's wrapper is passed by then: gradients are those of this process
+    alone, added to what is there, and whoever trains on several processes averages them before the step of the optimizer.
 
     Args:
         model: The bare model with Lite3R. What learns must require gradients by the first call.
         config: A `DistillConfig`.
         outputs: From what the model returns to `ModelOutputs`; by default what its adapter says (the hook ``lite3r_outputs``), and
             where no adapter says anything, all floating-point tensors of the output are compared alike.
+        backward: Called with the loss of each block in the mode ``"local"``, such as `accelerate.Accelerator.backward`, which divides it
+            when gradients are accumulated.
 
     Raises:
         ModelTypeError, NotAppliedError: `model` is no module, or carries no Lite3R.
-        ConfigError: every weight is zero.
+        ConvertedError: its weights are in FP8, so there is no teacher.
+        ConfigError: no loss that this mode has is given a weight, or there is nothing to compare for one.
     """
 
-    def __init__(self, model: nn.Module, config: ObjectiveConfig, outputs: OutputsFunction | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: ObjectiveConfig,
+        outputs: OutputsFunction | None = None,
+        backward: Callable[[Tensor], Any] = torch.Tensor.backward,
+    ) -> None:
         found = look_up(model)
-        self._attention = {name: site for name, site in found.require_applied().items() if site.sparse and site.keep_ratio < 1}
-        self._blocks: dict[str, _Block] = {}
-        states = {id(module): (state, name) for state in found.states for name, module in state.blocks.items()}
-        for name, module in found.modules.items():
-            if (host := host_of(module)) is not None and id(host) in states:
-                state, own = states[id(host)]
-                site = next(site for site in state.sites if site.fqn == own or site.fqn.startswith(f"{own}."))
-                if all(block.module is not module for block in self._blocks.values()):
-                    self._blocks[name] = _Block(module, site, state)
-        self.model = model
-        self.config = config
+        found.require_applied()
+        if found.converted:
+            raise ConvertedError("distillation needs the weights that convert(model) replaced by FP8: train with precision='fp8_qat' first")
+        self.model, self.config = model, config
         self.outputs = outputs if outputs is not None else find_outputs(model)
-        if not any(self._used(name) for name in ("attention", "blocks", "cameras", "predictions", "task")):
-            raise ConfigError("every loss has the weight 0: give attention, blocks, cameras, predictions or task one")
-        watched: dict[str, nn.Module] = {}
-        if self._used("attention"):
-            watched |= {f"attention of {name}": site for name, site in self._attention.items()}
-        if self._used("blocks") or self._used("cameras"):
-            watched |= {f"block {name}": block.module for name, block in self._blocks.items()}
-        self._hooks = FeatureHooks(watched)
-        self._learns: frozenset[str] | None = None
+        self._backward = backward
+        self._used = {name for name in (FEATURE_LOSSES if config.mode == "local" else LOSSES) if _ever(getattr(config, name))}
+        if not self._used:
+            raise ConfigError(f"nothing is to be learnt in the mode {config.mode!r}: give attention, blocks or cameras a weight")
+        if "task" in self._used and self.outputs is None:
+            raise ConfigError(
+                "a loss against labels needs to know what the model's outputs mean, and no adapter says so: pass outputs=, a function from "
+                "what the model returns to ModelOutputs, or task=0"
+            )
+        self._watched = Watched.of(
+            found, sites="attention" in self._used, blocks=bool(self._used & {"blocks", "cameras"}) or config.mode == "local",
+            kind=config.attention_loss,
+        )  # fmt: skip
+        if "attention" in self._used and not self._watched.sites:
+            raise ConfigError("no site is sparse (keep_ratio is 1), so there is no error of attention: give it the weight 0")
+        self._recorder = Recorder(self._watched.modules)
+        self._learning: frozenset[str] | None = None
+        self._hooks = contextlib.ExitStack()
 
     def __enter__(self) -> Objective:
-        try:
-            self._hooks.attach()
-        except BaseException:
-            self._hooks.detach()
-            raise
+        self._hooks.enter_context(self._recorder.attached())
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        try:
-            self._hooks.detach()
-        finally:
-            self._hooks.detach()  # the rest, where an interruption came
+        self._hooks.close()
 
     def describe(self) -> str:
         """What is minimised, in one line."""
         parts = []
-        if self._used("attention"):
-            parts.append(f"{self.config.attention_loss} error of attention at {len(self._attention)} sites")
-        if self._used("blocks") or self._used("cameras"):
-            parts.append(f"normalised error of {len(self._blocks)} blocks" + (", special tokens apart" if self._used("cameras") else ""))
-        if self._used("predictions"):
-            parts.append(
-                "outputs against the dense model's" + (" (all tensors alike: no adapter maps them)" if self.outputs is None else "")
-            )
-        if self._used("task"):
-            parts.append("outputs against labels")
-        return "loss: " + "; ".join(parts)
+        if "attention" in self._used:
+            parts.append(f"{self.config.attention_loss} error of {len(self._watched.sites)} sparse attentions")
+        if self._used & {"blocks", "cameras"}:
+            what = "blocks' special tokens" if "blocks" not in self._used else "blocks"
+            apart = ", special tokens apart" if {"blocks", "cameras"} <= self._used else ""
+            parts.append(f"normalised error of {len(self._watched.blocks)} {what}{apart}")
+        if "predictions" in self._used:
+            alike = ", all tensors alike, since no adapter says what they mean" if self.outputs is None else ""
+            parts.append(f"outputs against the dense model's{alike}")
+        if "task" in self._used:
+            parts.append("outputs against labels, where there are any")
+        if self.config.mode == "local":
+            unused = [name for name in ("predictions", "task") if _ever(getattr(self.config, name))]
+            parts.append("block by block" + (f" ({' and '.join(unused)} not used in this mode)" if unused else ""))
+        return f"loss: {'; '.join(parts)}"
 
     def __call__(self, student: nn.Module, sample: LabelledInputs, progress: float) -> Losses:
         """The losses of `student` on `sample`.
 
         Args:
             student: The model, or what wraps it (DDP, `torch.compile`). It is called once. Without gradients (validation) it works too.
-            sample: Inputs of the model, with or without labels.
+            sample: Inputs of the model, with labels or without.
             progress: The share of the run that is done, in [0, 1], for weights that change.
 
         Raises:
-            InputError: there are no labels, and nothing else is minimised; or labels do not fit.
+            InputError: there are no labels, and nothing else is to be learnt; or labels do not fit.
             AdapterError: outputs or features cannot be compared.
-            ConfigError: nothing that is compared depends on anything that learns.
+            ConfigError: nothing that is compared comes after anything that learns.
         """
-        weights = {
-            name: weight_at(getattr(self.config, name), progress) for name in ("attention", "blocks", "cameras", "predictions", "task")
-        }
+        weights = {name: weight_at(getattr(self.config, name), progress) for name in LOSSES if name in self._used}
+        if self.config.mode == "local":
+            local = LocalPass(self._watched, self._recorder, weights, self._backward)
+            local.run(self.model, sample.inputs)
+            return _sum_up(local.parts)
         with contextlib.ExitStack() as stack:
-            if self._learns is None:
-                stack.enter_context(torch.enable_grad())  # finds out what learns, be it in validation
-            recording = stack.enter_context(self._hooks.recording(self._learns))
+            if self._learning is None:
+                stack.enter_context(torch.enable_grad())  # to see what learns, in validation too
+            recording = stack.enter_context(self._recorder.recording(self._learning))
             output = run_on(student, sample.inputs)
         mine = recording.features()
-        if self._learns is None:
-            self._learns = frozenset(mine)
-        true: dict[str, list[Tensor]] = {}
-        dense: Any = None
-        if mine or weights["predictions"]:
-            with as_teacher(self.model), self._hooks.recording(self._learns) as recording:
+        if self._learning is None:
+            self._learning = frozenset(mine)
+        if self._recorder.modules and not mine:
+            raise ConfigError(
+                "no block or attention to compare comes after anything that learns, or none was seen to run: what was compiled before "
+                "training began is to be compiled anew (torch.compiler.reset())"
+            )
+        true, dense = {}, None
+        if mine or "predictions" in weights:
+            with as_teacher(self.model), self._recorder.recording(frozenset(mine)) as recording:
                 dense = run_on(self.model, sample.inputs)
             true = recording.features()
-        if self._hooks.modules and not mine and not weights["predictions"] and not weights["task"]:
-            raise ConfigError("no attention and no block that is compared comes after anything that learns")
-        parts = self._feature_parts(mine, true, weights)
-        if weights["predictions"]:
-            parts |= {f"predictions/{name}": weights["predictions"] * x for name, x in self._predictions(output, dense).items()}
-        if weights["task"] and sample.labels is not None:
-            parts |= {f"task/{name}": weights["task"] * x for name, x in self._task(output, sample.labels).items()}
+        parts = {
+            name: weights[name] * torch.stack(errors).mean() for name, errors in self._watched.compare(mine, true, weights.keys()).items()
+        }
+        if "predictions" in weights:
+            parts |= {f"predictions/{name}": weights["predictions"] * loss for name, loss in self._predictions(output, dense).items()}
+        if "task" in weights and sample.labels is not None:
+            losses = label_losses(self._mapped(output), sample.labels)
+            parts |= {f"task/{name}": weights["task"] * loss for name, loss in losses.items()}
         if not parts:
-            raise InputError(
-                "this sample has no labels, and nothing but the task loss is to be minimised: give labels, or other losses weights"
-            )
-        total = torch.stack([part.float() for part in parts.values()]).sum()
-        return Losses(total, {name: part.detach() for name, part in parts.items()})
-
-    def _used(self, name: str) -> bool:
-        weight = getattr(self.config, name)
-        return any(weight) if isinstance(weight, (tuple, list)) else bool(weight)
-
-    def _feature_parts(
-        self, mine: Mapping[str, list[Tensor]], true: Mapping[str, list[Tensor]], weights: Mapping[str, float]
-    ) -> dict[str, Tensor]:
-        gathered: dict[str, list[Tensor]] = {"attention": [], "blocks": [], "cameras": []}
-        for name, features in mine.items():
-            if len(true.get(name, ())) != len(features):
-                raise AdapterError(
-                    f"the {name} ran {len(features)} times in the student and {len(true.get(name, ()))} times in the teacher; if parts of "
-                    "the model were compiled before training, compile them anew"
-                )
-            losses: dict[str, list[Tensor]] = {}
-            for student, teacher in zip(features, true[name], strict=True):
-                for kind, loss in self._compare(name, student, teacher, weights).items():
-                    losses.setdefault(kind, []).append(loss)
-            for kind, values in losses.items():
-                gathered[kind].append(torch.stack(values).mean())
-        return {kind: weights[kind] * torch.stack(values).mean() for kind, values in gathered.items() if values}
-
-    def _compare(self, name: str, student: Tensor, teacher: Tensor, weights: Mapping[str, float]) -> dict[str, Tensor]:
-        kind, _, fqn = name.partition(" ")
-        if kind == "attention":
-            return {"attention": feature_loss(student, teacher, self.config.attention_loss)} if weights["attention"] else {}
-        losses = {}
-        special, view = self._blocks[fqn].special_tokens(student.shape[1]) if student.dim() == 3 else (0, 0)
-        if special:
-            student, teacher = (x.unflatten(1, (-1, view)) for x in (student, teacher))
-            if weights["cameras"]:
-                losses["cameras"] = feature_loss(student[:, :, :special], teacher[:, :, :special])
-            student, teacher = student[:, :, special:], teacher[:, :, special:]
-        if weights["blocks"]:
-            losses["blocks"] = feature_loss(student, teacher)
-        return losses
-
-    def _mapped(self, output: Any) -> ModelOutputs:
-        assert self.outputs is not None
-        return _mapped(self.outputs, output)
+            raise InputError(NOTHING_TO_COMPARE)
+        return _sum_up(parts)
 
     def _predictions(self, output: Any, dense: Any) -> dict[str, Tensor]:
         if self.outputs is None:
@@ -250,24 +205,27 @@ class Objective:
             teacher = self._mapped(dense)
         return prediction_losses(self._mapped(output), teacher)
 
-    def _task(self, output: Any, labels: ModelOutputs) -> dict[str, Tensor]:
-        if self.outputs is None:
-            raise ConfigError(
-                "a loss against labels needs to know what the model's outputs mean, and no adapter maps them: pass outputs=, a function "
-                "from what the model returns to ModelOutputs, or task=0"
-            )
-        return label_losses(self._mapped(output), labels)
+    def _mapped(self, output: Any) -> ModelOutputs:
+        """What `output` means. Raises `AdapterError` where that cannot be told."""
+        assert self.outputs is not None
+        device = next((x.device.type for x in tensors_of(output).values()), "cpu")
+        try:
+            with torch.autocast(device, enabled=False):
+                mapped = self.outputs(output)
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise AdapterError(
+                f"what the model returned ({type(output).__name__}) could not be mapped to depth, points and poses ({short(error)}); "
+                "pass outputs=, a function from it to ModelOutputs"
+            ) from error
+        if not isinstance(mapped, ModelOutputs):
+            raise AdapterError(f"the function from what the model returns to ModelOutputs returned {type(mapped).__name__}")
+        return mapped
 
 
-def _mapped(outputs: Callable[[Any], Any], output: Any) -> ModelOutputs:
-    """What `outputs` makes of `output`. Raises `AdapterError` where it fails, or makes something else."""
-    try:
-        mapped = outputs(output)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise AdapterError(
-            f"what the model returned ({type(output).__name__}) could not be mapped to depth, points and poses ({short(error)}); "
-            "pass outputs=, a function from it to ModelOutputs"
-        ) from error
-    if not isinstance(mapped, ModelOutputs):
-        raise AdapterError(f"outputs= returned {type(mapped).__name__}, not ModelOutputs")
-    return mapped
+def _sum_up(parts: dict[str, Tensor]) -> Losses:
+    return Losses(torch.stack([part.float() for part in parts.values()]).sum(), {name: part.detach() for name, part in parts.items()})
+
+
+def _ever(weight: Weight) -> bool:
+    """Whether `weight` is ever other than zero."""
+    return any(weight) if isinstance(weight, (tuple, list)) else bool(weight)

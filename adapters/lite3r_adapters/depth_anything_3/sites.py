@@ -15,12 +15,12 @@ def attention_sites(model: nn.Module) -> list[AttentionSite] | None:
     """Sites of every Depth Anything 3 backbone inside `model`; the nested model has two."""
     sites = []
     for prefix, module in model.named_modules():
-        if _is_backbone(module):
+        if is_backbone(module):
             sites += _backbone_sites(f"{prefix}." if prefix else "", module)
     return sites or None
 
 
-def _is_backbone(module: nn.Module) -> bool:
+def is_backbone(module: Any) -> bool:
     """By structure, so that forks under any module path are known too."""
     return (
         _blocks.has_attention(getattr(module, "blocks", None))
