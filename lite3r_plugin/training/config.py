@@ -40,8 +40,8 @@ class DistillConfig:
         lora_rank: Rank of the LoRA matrices.
         lora_alpha: They are scaled by this over the rank; None: by 1.
         lora_scopes: The scopes of the sites that get LoRA.
-        mode: ``"end_to_end"``: gradients flow back through the whole model. ``"local"``: each site learns from its own output, which
-            needs no backward pass through the model and no memory for one.
+        mode: ``"end_to_end"``: gradients flow back through the whole model. ``"local"``: each block learns from its own output, which
+            needs no backward pass through the model and no memory for one. Only the losses attention, blocks and cameras count then.
         attention: Weight of the loss of the outputs of attention at each sparse site.
         blocks: Of the outputs of the blocks with a sparse site.
         cameras: Of the same at special tokens alone: camera, registers, class.
@@ -127,7 +127,7 @@ class DistillConfig:
             object.__setattr__(self, name, tuple(value))
         for name in LOSSES:
             self._check_weight(name)
-        if all(weight == 0 for weight in map(self.weight, LOSSES) for weight in weight):
+        if not any(any(self.weight(name)) for name in LOSSES):
             raise ConfigError(f"every loss has the weight 0, so there is nothing to learn from: give one of {', '.join(LOSSES)} another")
         for name, least in (("lora_rank", 1), ("accumulate", 1), ("batch_size", 1), ("log_every", 1), ("seed", 0), ("workers", 0)):
             self._check_int(name, least)
@@ -161,11 +161,8 @@ class DistillConfig:
             object.__setattr__(self, "output_dir", os.fspath(self.output_dir))
         elif needing := [name for name in ("resume", "trackers", "save_every") if getattr(self, name)]:
             raise ConfigError(f"{' and '.join(needing)} need output_dir, a folder to read from and write to")
-        if self.mode == "local":
-            if self.trainable == "blocks":
-                raise ConfigError('mode "local" trains what attention is made of; trainable="blocks" holds more: use mode="end_to_end"')
-            if all(weight == 0 for weight in self.weight("attention")):
-                raise ConfigError('mode "local" learns from the outputs of attention alone: give attention a weight, such as attention=1.0')
+        if self.mode == "local" and not any(any(self.weight(name)) for name in ("attention", "blocks", "cameras")):
+            raise ConfigError('mode="local" learns from what blocks give out: give attention, blocks or cameras a weight')
 
     def weight(self, name: str) -> tuple[float, float]:
         """The weight of a loss at the start and at the end."""

@@ -193,6 +193,8 @@ def _check_model(found: Inventory, config: DistillConfig) -> None:
         raise WeightsError(
             f"{flat[0] or 'the model'} is sharded by FullyShardedDataParallel, which trains only as a whole: use fully_shard"
         )
+    if config.mode == "local" and ranks.is_sharded(found.model):
+        raise ConfigError('mode="local" stops inside of the forward of a sharded model, which gathers its weights: use mode="end_to_end"')
     wrapped = next((m for m in found.modules.values() if isinstance(m, nn.parallel.DistributedDataParallel)), None)
     if wrapped is not None:
         raise ConfigError("the model is inside of DistributedDataParallel: give distill the model itself, which it wraps on its own")

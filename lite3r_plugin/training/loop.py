@@ -246,6 +246,11 @@ class Run:
         loss, size_of_gradients, self.counts.seconds = self._agreed(total, norm)
         if not math.isfinite(loss) or not math.isfinite(size_of_gradients):
             self._refuse_to_go_on(loss)
+        if first and size_of_gradients == 0:
+            raise TrainingError(
+                "all gradients of the first step are 0, so nothing would ever change: with so few tokens sparse attention leaves nothing "
+                "out (give larger images or more views, or smaller block_q and block_k), or the data is constant"
+            )
         self._good.take()
         self._good_step = self.counts.step
         self._held = None
