@@ -14,6 +14,7 @@ from ..errors import Lite3RError
 from .adapters import adapters
 from .bench import bench
 from .demo import demo
+from .distill import distill
 from .evaluate import evaluate
 from .reconstruct import reconstruct
 
@@ -90,6 +91,7 @@ app.command()(demo)
 app.command()(reconstruct)
 app.command()(bench)
 app.command("eval")(evaluate)
+app.command()(distill)
 app.command()(adapters)
 
 

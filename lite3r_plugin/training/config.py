@@ -42,7 +42,7 @@ class DistillConfig:
         lora_alpha: They are scaled by this over the rank; None: by 1.
         lora_scopes: The scopes of the sites that get LoRA.
         mode: ``"end_to_end"``: gradients flow back through the whole model. ``"local"``: each block learns from its own output, which
-            needs no backward pass through the model and no memory for one; `predictions` and `task` do not count.
+            needs no backward pass through the model and no memory for one. Only the losses attention, blocks and cameras count then.
         attention: Weight of the loss of the outputs of attention at each sparse site.
         blocks: Of the outputs of the blocks with a sparse site.
         cameras: Of the same at special tokens alone: camera, registers, class.
@@ -128,7 +128,7 @@ class DistillConfig:
             object.__setattr__(self, name, tuple(value))
         for name in LOSSES:
             self._check_weight(name)
-        if all(weight == 0 for weight in map(self.weight, LOSSES) for weight in weight):
+        if not any(any(self.weight(name)) for name in LOSSES):
             raise ConfigError(f"every loss has the weight 0, so there is nothing to learn from: give one of {', '.join(LOSSES)} another")
         for name, least in (("lora_rank", 1), ("accumulate", 1), ("batch_size", 1), ("log_every", 1), ("seed", 0), ("workers", 0)):
             self._check_int(name, least)
@@ -162,8 +162,8 @@ class DistillConfig:
             object.__setattr__(self, "output_dir", os.fspath(self.output_dir))
         elif needing := [name for name in ("resume", "trackers", "save_every") if getattr(self, name)]:
             raise ConfigError(f"{' and '.join(needing)} need output_dir, a folder to read from and write to")
-        if self.mode == "local" and all(weight == 0 for name in LOCAL_LOSSES for weight in self.weight(name)):
-            raise ConfigError(f'mode "local" learns from what blocks give out alone: give one of {", ".join(LOCAL_LOSSES)} a weight')
+        if self.mode == "local" and not any(any(self.weight(name)) for name in LOCAL_LOSSES):
+            raise ConfigError('mode="local" learns from what blocks give out: give attention, blocks or cameras a weight')
 
     def weight(self, name: str) -> tuple[float, float]:
         """The weight of a loss at the start and at the end."""
@@ -193,18 +193,18 @@ class DistillConfig:
         return cls().replace(**(recipe | length | fields))
 
     @classmethod
-    def from_toml(cls, path: str | os.PathLike[str]) -> DistillConfig:
-        """The table ``[distill]`` of a TOML file, or the whole file where it has no tables.
+    def from_toml(cls, path: str | os.PathLike[str], **fields: Any) -> DistillConfig:
+        """The table ``[distill]`` of a TOML file, or the whole file where it has no tables; `fields` are set on top.
 
         Raises:
             ConfigError: the file cannot be read, is no TOML, or has a field that is unknown or wrong.
         """
         content = read_toml(path)
-        fields = content.get("distill", {}) if any(isinstance(value, Mapping) for value in content.values()) else content
-        if not isinstance(fields, Mapping):
-            raise ConfigError(f"{path}: distill is a table of fields of DistillConfig, [distill], got {shown(fields)}")
+        table = content.get("distill", {}) if any(isinstance(value, Mapping) for value in content.values()) else content
+        if not isinstance(table, Mapping):
+            raise ConfigError(f"{path}: distill is a table of fields of DistillConfig, [distill], got {shown(table)}")
         try:
-            return cls().replace(**fields)
+            return cls().replace(**{**table, **fields})
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +48,22 @@ def join(items: Sequence[Any]) -> Sample:
     """
     samples = [as_sample(item) for item in items]
     return samples[0] if len(samples) == 1 else _joined(samples, "inputs")
+
+
+def gives_items(data: Any) -> bool:
+    """Whether `data` is a collection of inputs or samples, and not one of them."""
+    if isinstance(data, (Mapping, str, bytes, Sample)) or hasattr(data, "__array__"):
+        return False
+    return isinstance(data, Iterable) or _has_numbers(data)
+
+
+def share_of(data: Any, index: int, processes: int) -> Iterator[Sample]:
+    """Every `processes`-th item of `data`, from the item `index` on, in order."""
+    if isinstance(data, DataLoader) or not _has_numbers(data):
+        items = itertools.islice(data, index, None, processes)
+    else:
+        items = (data[i] for i in range(index, len(data), processes))
+    return map(as_sample, items)
 
 
 class Feed:
@@ -136,14 +153,14 @@ def _loader(data: Any, config: DistillConfig) -> DataLoader[Any]:
             raise ConfigError("batch_size and workers belong to the DataLoader that was given: set them there")
         _refuse_empty(data)
         return data
-    if isinstance(data, (Mapping, str, bytes, Sample)) or hasattr(data, "__array__") or not _gives_items(data):
+    if not gives_items(data):
         raise InputError(
             f"data is a DataLoader, a data set, a list or a generator of inputs of the model, got {type(data).__name__}: "
             "put a single input x into a list, [x]"
         )
     options: dict[str, Any] = {"batch_size": config.batch_size, "collate_fn": join, "num_workers": config.workers}
     generator = torch.Generator().manual_seed(config.seed)  # lest the loader draw from that of the process
-    if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+    if _has_numbers(data):
         _refuse_empty(data)
         dataset = data if isinstance(data, Dataset) else _Items(data)
         sampler = torch.utils.data.RandomSampler(dataset)  # pyright: ignore[reportArgumentType]
@@ -153,8 +170,9 @@ def _loader(data: Any, config: DistillConfig) -> DataLoader[Any]:
     return DataLoader(_Stream(data), generator=generator, **options)
 
 
-def _gives_items(data: Any) -> bool:
-    return isinstance(data, Iterable) or (hasattr(data, "__getitem__") and hasattr(data, "__len__"))
+def _has_numbers(data: Any) -> bool:
+    """Whether its items have numbers."""
+    return hasattr(data, "__getitem__") and hasattr(data, "__len__")
 
 
 def _refuse_empty(data: Any) -> None:

@@ -7,7 +7,7 @@ The teacher is the same model with Lite3R and LoRA switched off: there is no sec
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from ..errors import ConfigError, ConvertedError, InputError, WeightsError, show
 from ..wrapper import Changes, host_of
 from .checkpoint import check_folder
 from .config import DistillConfig
-from .data import Feed
+from .data import Feed, gives_items
 from .loop import Run, Validation
 from .objective import Objective
 from .progress import Progress, duration, peak_bytes, size
@@ -193,6 +193,8 @@ def _check_model(found: Inventory, config: DistillConfig) -> None:
         raise WeightsError(
             f"{flat[0] or 'the model'} is sharded by FullyShardedDataParallel, which trains only as a whole: use fully_shard"
         )
+    if config.mode == "local" and ranks.is_sharded(found.model):
+        raise ConfigError('mode="local" stops inside of the forward of a sharded model, which gathers its weights: use mode="end_to_end"')
     wrapped = next((m for m in found.modules.values() if isinstance(m, nn.parallel.DistributedDataParallel)), None)
     if wrapped is not None:
         raise ConfigError("the model is inside of DistributedDataParallel: give distill the model itself, which it wraps on its own")
@@ -201,9 +203,7 @@ def _check_model(found: Inventory, config: DistillConfig) -> None:
 def _check_validation(validation: Any) -> None:
     if validation is None or callable(validation):
         return
-    once = iter(validation) is validation if hasattr(validation, "__iter__") else False
-    gives = hasattr(validation, "__iter__") or (hasattr(validation, "__getitem__") and hasattr(validation, "__len__"))
-    if once or not gives or isinstance(validation, (Mapping, str, bytes)) or hasattr(validation, "__array__"):
+    if not gives_items(validation) or isinstance(validation, Iterator):
         raise InputError(
             "validation is a function of the model, or a list, data set or DataLoader of its inputs, which is run through again and again; "
             f"got {type(validation).__name__}"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from ..apply import ranks
 from ..apply.lookup import Inventory
@@ -22,7 +23,7 @@ from ..errors import CheckpointError, ConfigError, InputError, TrainingError
 from .checkpoint import fill_optimizer, like, optimizer_tensors, read_state, write_state
 from .config import DEFAULT_STEPS, DistillConfig
 from .copies import Average, Copy
-from .data import Feed, Sample, as_sample
+from .data import Feed, Sample, share_of
 from .objective import Losses, Objective
 from .progress import METRICS_NAME, JsonLines, Pace, Progress, duration, peak_bytes, size, start_peak
 from .trainable import Trainable, sparse_sites
@@ -35,7 +36,7 @@ VALIDATIONS = 10
 LONGEST_WARMUP = 30
 MIDDLE = 0.5  # of the run: there every loss that counts at any time has a weight
 
-Validation = Callable[[nn.Module], float] | Iterable[Any]
+Validation = Callable[[nn.Module], float] | Iterable[Any] | Dataset[Any]
 """A measure of the model, less is better; or data, as for training, whose loss is that measure."""
 
 
@@ -245,6 +246,11 @@ class Run:
         loss, size_of_gradients, self.counts.seconds = self._agreed(total, norm)
         if not math.isfinite(loss) or not math.isfinite(size_of_gradients):
             self._refuse_to_go_on(loss)
+        if first and size_of_gradients == 0:
+            raise TrainingError(
+                "all gradients of the first step are 0, so nothing would ever change: with so few tokens sparse attention leaves nothing "
+                "out (give larger images or more views, or smaller block_q and block_k), or the data is constant"
+            )
         self._good.take()
         self._good_step = self.counts.step
         self._held = None
@@ -376,16 +382,17 @@ class Run:
             self.stopped = f"{counts.waited} validations brought nothing better than {counts.best:.4g} after step {counts.best_step}"
 
     def _measure(self, validation: Validation) -> float:
-        if not isinstance(validation, Iterable):
+        if callable(validation):
             value = validation(self.model)
             return float(self._reduced(torch.tensor(float(value), device=self.device)))
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        if ranks.is_sharded(self.model):
+            rank, processes = 0, 1  # shards are gathered by all, for all
         total, count = 0.0, 0
-        for i, item in enumerate(validation):
-            if i % processes == rank or ranks.is_sharded(self.model):  # shards are gathered by all, for all
-                with self._autocast():
-                    total += float(self.objective(self.model, as_sample(item).to(self.device), MIDDLE).total)
-                count += 1
+        for sample in share_of(validation, rank, processes):
+            with self._autocast():
+                total += float(self.objective(self.model, sample.to(self.device), MIDDLE).total)
+            count += 1
         totals = self._reduced(torch.tensor([total, count], device=self.device, dtype=torch.float32)).tolist()
         if not totals[1]:
             raise InputError("there is no validation data: it is empty, or was used up; give a list")
@@ -455,7 +462,7 @@ class Run:
             self.best = Copy(self.parameters)
         for kind, copy in (("average", self.average), ("best", self.best)):
             if copy is not None:
-                copy.values = {name: like(self.parameters[name], value) for name, value in groups[kind].items()}
+                copy.values = {name: like(parameter, groups[kind][name]) for name, parameter in self.parameters.items()}
         rank = f"{self.accelerator.process_index}/"
         self._random = {name.removeprefix(rank): value for name, value in groups["random"].items() if name.startswith(rank)}
         self.counts = Counts(**{each.name: record[each.name] for each in dataclasses.fields(Counts)})

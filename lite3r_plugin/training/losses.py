@@ -7,6 +7,7 @@ for the backward pass but what they are given: the rest is computed again there.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 
@@ -106,7 +107,7 @@ def label_losses(predicted: ModelOutputs, labels: ModelOutputs) -> dict[str, Ten
         if target.points is None and target.depth is not None and target.world_to_camera is not None and target.intrinsics is not None:
             points = unproject(target.depth, target.world_to_camera, target.intrinsics)
             points = torch.where((target.depth > 0)[..., None] & points.isfinite(), points, torch.nan)
-            target = _replace(target, points=points)
+            target = dataclasses.replace(target, points=points)
     mine = _in_first_frame(predicted)
     with torch.no_grad():
         target = _divided(target, _relative_scale(target, mine))
@@ -249,21 +250,23 @@ def _spread(points: Tensor) -> Tensor:
     return _mean((points - centre).norm(dim=-1), known)
 
 
-def _replace(outputs: ModelOutputs, **fields: Tensor | None) -> ModelOutputs:
-    """The geometry of `outputs` with other `fields`."""
-    return ModelOutputs(**{name: fields.get(name, getattr(outputs, name)) for name in GEOMETRY})
+def _geometry(outputs: ModelOutputs) -> ModelOutputs:
+    """The geometry of `outputs` alone, in FP32."""
+    depth, points, pose, intrinsics = (None if x is None else x.float() for x in (getattr(outputs, name) for name in GEOMETRY))
+    return ModelOutputs(depth, points, pose, intrinsics)
 
 
 def _in_first_frame(outputs: ModelOutputs) -> ModelOutputs:
     """The geometry of `outputs` in FP32, in the frame of each scene's first camera."""
-    full = {name: None if value is None else value.float() for name in GEOMETRY for value in [getattr(outputs, name)]}
-    pose, points = full["world_to_camera"], full["points"]
+    outputs = _geometry(outputs)
+    pose, points = outputs.world_to_camera, outputs.points
     if pose is None:
-        return ModelOutputs(**full)
+        return outputs
     if points is not None:
         first = pose[:, 0, None, None, None]  # [B, 1, 1, 1, 3, 4]
-        points = sum((points[..., None, i] * first[..., i] for i in range(3)), first[..., 3])
-    return ModelOutputs(**(full | {"points": points, "world_to_camera": relative_to_first(pose)}))
+        points = points[..., None, 0] * first[..., 0] + points[..., None, 1] * first[..., 1] + points[..., None, 2] * first[..., 2]
+        points = points + first[..., 3]
+    return dataclasses.replace(outputs, points=points, world_to_camera=relative_to_first(pose))
 
 
 def _relative_scale(labels: ModelOutputs, predicted: ModelOutputs) -> Tensor:
@@ -291,4 +294,4 @@ def _divided(labels: ModelOutputs, scale: Tensor) -> ModelOutputs:
     pose = labels.world_to_camera
     if pose is not None:
         pose = torch.cat((pose[..., :3], pose[..., 3:] / scale[:, None, None, None]), -1)
-    return _replace(labels, depth=depth, points=points, world_to_camera=pose)
+    return dataclasses.replace(labels, depth=depth, points=points, world_to_camera=pose)

@@ -107,8 +107,9 @@ class JsonLines:
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
-        kept = [line for line in self._lines() if _step(line) <= step]
-        write_atomically(path, "".join(f"{line}\n" for line in kept))
+        if path.exists():
+            kept = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if _step(line) <= step]
+            write_atomically(path, "".join(f"{line}\n" for line in kept))
 
     def log(self, values: dict[str, Any]) -> None:
         """Append a line. Raises `CheckpointError`."""
@@ -118,11 +119,6 @@ class JsonLines:
                 file.write(line)
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be written: {error.strerror}; free space and pass resume=True") from error
-
-    def _lines(self) -> list[str]:
-        with contextlib.suppress(FileNotFoundError):
-            return self.path.read_text(encoding="utf-8", errors="replace").splitlines()
-        return []
 
 
 def _step(line: str) -> float:
