@@ -8,10 +8,13 @@ from .apply.verbs import apply_lite3r, convert, lite3r_disabled, remove_lite3r
 from .config import Lite3RConfig
 from .errors import Lite3RError
 from .training.calibrate import calibrate
+from .training.config import DistillConfig
+from .training.distill import distill
 from .version import __version__
 
 __all__ = [
     "AttentionSite",
+    "DistillConfig",
     "FusedQKV",
     "Lite3RConfig",
     "Lite3RError",
@@ -26,6 +29,7 @@ __all__ = [
     "calibrate",
     "convert",
     "describe",
+    "distill",
     "hookimpl",
     "lite3r_disabled",
     "load_lite3r",

@@ -57,6 +57,10 @@ class CheckpointError(Lite3RError):
     """A Lite3R checkpoint is damaged, of another version, or belongs to another model."""
 
 
+class TrainingError(Lite3RError):
+    """Training cannot go on: the loss is not finite, or what is to learn gets no gradient."""
+
+
 class InputError(Lite3RError, ValueError):
     """User input outside the model, such as an image folder or a weights file, cannot be used."""
 

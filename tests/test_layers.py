@@ -28,7 +28,7 @@ LAYERS = (
     ("evaluation",),
     ("bench",),
     ("cli",),
-    ("__main__",),
+    ("__main__", "distill"),
 )
 FACE = {"adapter", "apply", "config", "errors", "training", "version"}  # what `import lite3r_plugin` itself imports
 

@@ -3,7 +3,8 @@
 from ..wrapper import forward_parameters
 from .hookspecs import hookimpl
 from .models import ModelEntry
-from .plugins import AdapterInfo, AdapterWarning, find_sites, get_manager, list_adapters, model_entries
+from .outputs import ModelOutputs, OutputsFunction
+from .plugins import AdapterInfo, AdapterWarning, find_outputs, find_sites, get_manager, list_adapters, model_entries
 from .sites import AttentionSite, FusedQKV, PreNormBlock, Projections, Rope2D, Routed, SeparateQKV, TokenLayout, TokenSource
 
 __all__ = [
@@ -12,6 +13,8 @@ __all__ = [
     "AttentionSite",
     "FusedQKV",
     "ModelEntry",
+    "ModelOutputs",
+    "OutputsFunction",
     "PreNormBlock",
     "Projections",
     "Rope2D",
@@ -19,6 +22,7 @@ __all__ = [
     "SeparateQKV",
     "TokenLayout",
     "TokenSource",
+    "find_outputs",
     "find_sites",
     "forward_parameters",
     "get_manager",

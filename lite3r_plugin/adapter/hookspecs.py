@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .models import ModelEntry
+    from .outputs import OutputsFunction
     from .sites import AttentionSite
 
 PROJECT = "lite3r"
@@ -73,6 +74,22 @@ def lite3r_exact_rewrites(model: nn.Module) -> Sequence[str] | None:
     Raises:
         AdapterError: it is a model of this family, but built in a way that the rewrites do not know. After any other exception an
             `AdapterWarning` remains, and the next adapter is given a model that is built anew.
+    """
+
+
+@hookspec(firstresult=True)
+def lite3r_outputs(model: nn.Module) -> OutputsFunction | None:
+    """How what `model` returns maps to depth, points and poses; None when this adapter does not know it.
+
+    Distillation and calibration compare the outputs of a model by what they mean. Of a model that no adapter maps, all floating-point
+    tensors that it returns count alike. The first adapter that answers wins, in the order of `lite3r_attention_sites`.
+
+    Args:
+        model: The module that is called, without wrappers such as DDP: answer for the family's own class, whose outputs are known,
+            and not for a network that has it inside.
+
+    Returns:
+        A function from what the forward of `model` returns, in training too, to `lite3r_plugin.adapter.ModelOutputs`, with gradients.
     """
 
 

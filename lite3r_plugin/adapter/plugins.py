@@ -11,15 +11,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pluggy
+from torch import nn
 
+from ..config import WRAPPER_NAMES
 from ..errors import AdapterError, InputError, Lite3RError, UnknownModelError, short
 from . import hookspecs
 from .sites import AttentionSite
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from .models import ModelEntry
+    from .outputs import OutputsFunction
 
 DISTRIBUTION = "lite3r-plugin"
 
@@ -149,6 +150,22 @@ def find_sites(model: nn.Module) -> tuple[str, Sequence[AttentionSite]]:
     )
 
 
+def find_outputs(model: nn.Module) -> OutputsFunction | None:
+    """How what `model` returns maps to depth, points and poses (`ModelOutputs`); None where no adapter knows it.
+
+    DDP, `torch.compile` and PEFT around a model return what it returns, and are looked through. An adapter that fails, or that answers
+    with anything but a function, is named in an `AdapterWarning` and the next one is asked.
+    """
+    for candidate in _without_wrappers(model):
+        for implementation in implementations("lite3r_outputs"):
+            found: OutputsFunction | None = None
+            with skipping(implementation, refusals=True):
+                found = _checked_outputs(call(implementation, model=candidate))
+            if found is not None:
+                return found
+    return None
+
+
 def model_entries() -> dict[str, ModelEntry]:
     """Models that the command line can build, by the name that users type.
 
@@ -189,6 +206,18 @@ def list_adapters() -> list[AdapterInfo]:
     return infos
 
 
+def _without_wrappers(model: nn.Module) -> Iterator[nn.Module]:
+    """`model`, and the one inside of each wrapper around it whose outputs are those of what it wraps."""
+    yield model
+    children = dict(model.named_children())
+    if len(children) == 1 and WRAPPER_NAMES.issuperset(children):
+        yield from _without_wrappers(*children.values())
+        return
+    base: Any = getattr(model, "get_base_model", None)  # of a PeftModel
+    if callable(base) and isinstance(inside := base(), nn.Module):
+        yield from _without_wrappers(inside)
+
+
 def _entries_by_adapter() -> dict[str, dict[str, ModelEntry]]:
     """The models of each adapter that has some, in the order in which they are asked."""
     found: dict[str, dict[str, ModelEntry]] = {}
@@ -217,6 +246,12 @@ def _checked_sites(answer: Any) -> tuple[AttentionSite, ...] | None:
     if wrong := next((type(site).__name__ for site in answer if not isinstance(site, AttentionSite)), None):
         raise TypeError(f"it returned a list with {wrong}, not of AttentionSite")
     return tuple(answer)
+
+
+def _checked_outputs(answer: Any) -> OutputsFunction | None:
+    if answer is not None and not callable(answer):
+        raise TypeError(f"it returned {type(answer).__name__}, which is no function")
+    return answer
 
 
 def _named(error: Lite3RError, implementation: Any) -> Lite3RError:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -141,11 +141,18 @@ def lite3r_disabled(model: nn.Module) -> Iterator[None]:
     """
     found = look_up(model)
     _require_original_weights(found, "lite3r_disabled")
-    modules = [m for m in dict.fromkeys(found.modules.values()) if isinstance(m, (SparseLinearAttention, FakeQuantLinear))]
+    with run_dense(found.modules.values()):
+        yield
+
+
+@contextlib.contextmanager
+def run_dense(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Let those of `modules` that Lite3R has put in run what they took the place of, inside the context."""
+    ours = [module for module in dict.fromkeys(modules) if isinstance(module, (SparseLinearAttention, FakeQuantLinear))]
     changes = Changes()
     try:
         try:
-            for module in modules:
+            for module in ours:
                 changes.put(vars(module), "enabled", False)
             yield
         finally:

@@ -15,6 +15,7 @@ from .adapters import adapters
 from .bench import bench
 from .convert_official import convert_official
 from .demo import demo
+from .distill import distill
 from .evaluate import evaluate
 from .push import push
 from .reconstruct import reconstruct
@@ -92,6 +93,7 @@ app.command()(demo)
 app.command()(reconstruct)
 app.command()(bench)
 app.command("eval")(evaluate)
+app.command()(distill)
 app.command()(adapters)
 app.command("convert-official")(convert_official)
 app.command()(push)

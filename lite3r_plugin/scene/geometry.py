@@ -88,10 +88,10 @@ def unproject(depth: Tensor, world_to_camera: Tensor, intrinsics: Tensor) -> Ten
 
 
 def relative_to_first(world_to_camera: Tensor) -> Tensor:
-    """World to camera ``[S, 3, 4]`` with the first camera's frame as the world: the first becomes the identity. Computed in FP64."""
+    """World to camera ``[..., S, 3, 4]`` with the first camera's frame as the world: the first becomes the identity. Computed in FP64."""
     rotation, translation = world_to_camera.double().split((3, 1), -1)
-    rotated = rotation @ rotation[:1].mT
-    return torch.cat((rotated, translation - rotated @ translation[:1]), -1).to(world_to_camera.dtype)
+    rotated = rotation @ rotation[..., :1, :, :].mT
+    return torch.cat((rotated, translation - rotated @ translation[..., :1, :, :]), -1).to(world_to_camera.dtype)
 
 
 def fit_intrinsics(camera_points: Tensor) -> Tensor:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..adapter.outputs import tensors_of
 from ..errors import AdapterError
 
 
@@ -17,7 +17,7 @@ def named_tensors(output: Any) -> dict[str, Tensor]:
 
     The path of an output that is a tensor itself is "". What is neither is left out.
     """
-    return dict(_walk(output, ""))
+    return {path: tensor.detach().clone() for path, tensor in tensors_of(output).items()}
 
 
 def largest_difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> tuple[float, str]:
@@ -54,17 +54,3 @@ def expect_equal(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], me
     for path, x in expected.items():
         if not x.is_floating_point() and not torch.equal(x, found[path]):
             raise AdapterError(f"{message} (at output{path})")
-
-
-def _walk(output: Any, path: str) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(output, Tensor):
-        yield path, output.detach().clone()
-    elif isinstance(output, Mapping):
-        for key, value in output.items():
-            yield from _walk(value, f"{path}[{key!r}]")
-    elif isinstance(output, (list, tuple)):
-        for i, value in enumerate(output):
-            yield from _walk(value, f"{path}[{i}]")
-    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
-        for field in dataclasses.fields(output):
-            yield from _walk(getattr(output, field.name), f"{path}.{field.name}")

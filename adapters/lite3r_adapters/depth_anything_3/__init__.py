@@ -8,10 +8,10 @@ from torch import nn
 
 from lite3r_plugin.adapter import AttentionSite, hookimpl
 
-from . import exact, sites
+from . import exact, outputs, sites
 
 if TYPE_CHECKING:
-    from lite3r_plugin.adapter import ModelEntry
+    from lite3r_plugin.adapter import ModelEntry, OutputsFunction
 
 
 @hookimpl
@@ -24,6 +24,12 @@ def lite3r_attention_sites(model: nn.Module) -> list[AttentionSite] | None:
 def lite3r_exact_rewrites(model: nn.Module) -> list[str] | None:
     """Rewrite a `DepthAnything3Net` in place."""
     return exact.rewrite(model)
+
+
+@hookimpl
+def lite3r_outputs(model: nn.Module) -> OutputsFunction | None:
+    """Outputs of a Depth Anything 3 network."""
+    return outputs.outputs_of(model)
 
 
 @hookimpl

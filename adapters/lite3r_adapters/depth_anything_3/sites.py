@@ -16,12 +16,12 @@ def attention_sites(model: nn.Module) -> list[AttentionSite] | None:
     """Sites of every Depth Anything 3 backbone inside `model`, of which the nested model has two, and of the encoders of cameras."""
     sites = []
     for prefix, module in model.named_modules():
-        if _is_backbone(module):
+        if is_backbone(module):
             sites += _backbone_sites(f"{prefix}." if prefix else "", module)
     return sites + camera_sites(model) if sites else None
 
 
-def _is_backbone(module: nn.Module) -> bool:
+def is_backbone(module: Any) -> bool:
     """By structure, so that forks under any module path are known too."""
     return (
         _blocks.has_attention(getattr(module, "blocks", None))

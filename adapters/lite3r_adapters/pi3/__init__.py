@@ -8,16 +8,22 @@ from torch import nn
 
 from lite3r_plugin.adapter import AttentionSite, hookimpl
 
-from . import sites
+from . import outputs, sites
 
 if TYPE_CHECKING:
-    from lite3r_plugin.adapter import ModelEntry
+    from lite3r_plugin.adapter import ModelEntry, OutputsFunction
 
 
 @hookimpl
 def lite3r_attention_sites(model: nn.Module) -> list[AttentionSite] | None:
     """Sites of every Pi3 inside `model`."""
     return sites.attention_sites(model)
+
+
+@hookimpl
+def lite3r_outputs(model: nn.Module) -> OutputsFunction | None:
+    """Outputs of a Pi3 or Pi3X."""
+    return outputs.outputs_of(model)
 
 
 @hookimpl

@@ -16,12 +16,12 @@ def attention_sites(model: nn.Module) -> list[AttentionSite] | None:
     """Sites of every Pi3 inside `model`."""
     sites = []
     for prefix, module in model.named_modules():
-        if _is_pi3(module):
+        if is_pi3(module):
             sites += _pi3_sites(f"{prefix}." if prefix else "", module)
     return sites or None
 
 
-def _is_pi3(module: nn.Module) -> bool:
+def is_pi3(module: Any) -> bool:
     """By structure, so that forks under any module path are known too."""
     return (
         _blocks.has_attention(getattr(module, "decoder", None))

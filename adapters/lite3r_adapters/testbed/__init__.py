@@ -6,8 +6,18 @@ from typing import TYPE_CHECKING
 
 from lite3r_plugin.adapter import hookimpl
 
+from . import outputs
+
 if TYPE_CHECKING:
-    from lite3r_plugin.adapter import ModelEntry
+    from torch import nn
+
+    from lite3r_plugin.adapter import ModelEntry, OutputsFunction
+
+
+@hookimpl
+def lite3r_outputs(model: nn.Module) -> OutputsFunction | None:
+    """Outputs of a `Testbed`."""
+    return outputs.outputs_of(model)
 
 
 @hookimpl

@@ -17,12 +17,12 @@ def attention_sites(model: nn.Module) -> list[AttentionSite] | None:
     """Sites of every VGGT aggregator inside `model`, and of the camera heads beside them."""
     sites = []
     for prefix, module in model.named_modules():
-        if _is_aggregator(module):
+        if is_aggregator(module):
             sites += _aggregator_sites(f"{prefix}." if prefix else "", module)
     return sites + camera_sites(model) if sites else None
 
 
-def _is_aggregator(module: Any) -> bool:
+def is_aggregator(module: Any) -> bool:
     """VGGT's aggregator by structure, so that forks under any module path are known too."""
     return (
         _blocks.has_attention(getattr(module, "frame_blocks", None))

@@ -1,0 +1,345 @@
+"""`distill`: win the quality back that sparse attention and FP8 cost, by learning from the model itself as it was before.
+
+The teacher is the same model with Lite3R and LoRA switched off: there is no second copy of it. What is minimised is in
+`lite3r_plugin.training.objective`, the steps are in `lite3r_plugin.training.loop`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ..adapter.outputs import OutputsFunction
+from ..apply import ranks
+from ..apply.lookup import Inventory, look_up
+from ..errors import ConfigError, ConvertedError, InputError, WeightsError, shown
+from ..wrapper import Changes, host_of
+from .checkpoint import check_folder
+from .config import DistillConfig
+from .data import Feed, gives_items
+from .loop import Run, Validation
+from .objective import Objective
+from .progress import Progress, duration, peak_bytes, size
+from .trainable import Trainable, check_branches, choose
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+PLAIN_MACHINES = ("NO", "MULTI_CPU", "MULTI_GPU")
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Result of `distill`; printable.
+
+    Attributes:
+        trainable: What learned, as in `DistillConfig`.
+        learned: How many parameters that were.
+        parameters: How many the model has.
+        steps: Steps that were taken, in all processes that the run had one after another.
+        samples: Samples that all processes together took.
+        seconds: How long that took.
+        samples_per_second: Of all processes, without the first steps of this one, in which kernels are compiled.
+        peak_bytes: The most memory in use on the GPU, on a CPU by the process; None where that is not known.
+        first_loss, last_loss: Of the first and of the last step.
+        losses: The parts of the last one that was logged, by name, with their weights.
+        best, best_step: The best validation, whose weights the model has, and after which step it was; None without validation.
+        stopped: Why it ended.
+        output_dir: What was written is there, or None.
+    """
+
+    trainable: str
+    learned: int
+    parameters: int
+    steps: int
+    samples: int
+    seconds: float
+    samples_per_second: float
+    peak_bytes: int | None
+    first_loss: float | None
+    last_loss: float | None
+    losses: Mapping[str, float]
+    best: float | None
+    best_step: int | None
+    stopped: str
+    output_dir: Path | None
+
+    def __str__(self) -> str:
+        lines = [
+            f"distilled {self.trainable}, {self.learned:,} of {self.parameters:,} parameters: {self.steps} steps, {self.samples} samples "
+            f"in {duration(self.seconds)} ({self.samples_per_second:.3g} a second), peak memory {size(self.peak_bytes)}; {self.stopped}"
+        ]
+        if self.first_loss is not None and self.last_loss is not None:
+            parts = ", ".join(f"{name} {value:.4g}" for name, value in self.losses.items())
+            lines.append(f"  loss {self.first_loss:.4g} -> {self.last_loss:.4g} ({parts})")
+        if self.best is not None:
+            lines.append(f"  best validation {self.best:.4g} after step {self.best_step}: the model has those weights")
+        if self.output_dir is not None:
+            lines.append(f"  training state in {self.output_dir}")
+        return "\n".join(lines)
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def distill(
+    model: nn.Module,
+    data: Any,
+    config: DistillConfig | None = None,
+    *,
+    validation: Validation | None = None,
+    outputs: OutputsFunction | None = None,
+    **fields: Any,
+) -> Distillation:
+    """Train what Lite3R added to `model`, and what `trainable` names besides, in place, to give what the model gave before.
+
+    All sparse sites run sparse meanwhile, whether that pays or not. The model is evaluated, not trained, as far as dropout and norms are
+    concerned. On several processes (``accelerate launch``, ``torchrun``) all call this with the same model and data, and the step of
+    N processes is that of one with N times the batches.
+
+    Everything is checked before the model is changed. After an error or an interruption, the model has the weights of the last good
+    step, and but for LoRA everything else is as it was; with `output_dir`, ``resume=True`` goes on from what was saved last. On a CPU the
+    losses are then, bit for bit, those of a run that was never stopped, if the data draws nothing from a random state of its own.
+
+    Args:
+        model: After `apply_lite3r`, in full precision or ``"fp8_qat"``. Where it is on one process; on several, each moves it to its own
+            device. One that `fully_shard` (FSDP2) has sharded is trained as it is.
+        data: A `DataLoader`, a data set with numbered items, a list, or any other iterable of inputs of the model, or of `Sample`, an input
+            with labels. An input is a mapping, passed by keyword, a tuple or list, passed by position, or anything else, passed alone.
+        config: The configuration, `DistillConfig()` by default.
+        validation: What tells how good the weights are: a function of the model, less is better; or data as `data`, whose loss it is. The
+            best weights are kept.
+        outputs: What the outputs of the model mean, where its adapter does not say it, or not well.
+        **fields: Fields of `DistillConfig` to set on top of `config`.
+
+    Raises:
+        ModelTypeError: `model` is no `torch.nn.Module`.
+        NotAppliedError: the model carries no Lite3R, or is a part of the one that it was applied to.
+        ConvertedError: weights are in FP8, so there is no teacher.
+        ConfigError: a wrong field, or one that does not go with this model, data or machine.
+        WeightsError: what is to learn cannot: it is in half precision, inside an adapter, offloaded or sharded by another than FSDP2.
+        InputError: there is no data, or of one view only for a model that attends across views; or `output_dir` cannot be used.
+        TrainingError: the loss is not finite, or a parameter gets no gradient.
+        CheckpointError: what is in `output_dir` is of another run, or nothing more can be written there.
+        AdapterError: the outputs are not what the adapter, or `outputs`, says.
+    """
+    if config is not None and not isinstance(config, DistillConfig):
+        raise ConfigError(f"config is a DistillConfig, got {shown(config)}; single fields are keywords: distill(model, data, steps=1000)")
+    config = (config or DistillConfig()).replace(**fields)
+    found = look_up(model)
+    _check_model(found, config)
+    _check_validation(validation)
+    accelerator = _accelerator(config)
+    precision = _precision(config, accelerator)
+    feed = Feed(data, config, accelerator.num_processes, accelerator.process_index)
+    progress = Progress(accelerator.is_main_process)
+    _check_folder(config, accelerator)
+    about = _about(found)
+    devices = [device] if (device := _device(found, accelerator)).type == "cuda" else []
+    failure: BaseException | None = None
+    with torch.random.fork_rng(devices=devices), ExitStack() as stack, Changes() as lasting:
+        passing = Changes()
+        for _ in range(2):  # a second time for the rest, where an interruption came
+            stack.callback(passing.undo)
+        _move(model, device, passing)
+        torch.manual_seed(config.seed)
+        lora = _lora(found, config, lasting)
+        found = look_up(model)
+        trainable = choose(found, config, lora)
+        trainable.freeze(model, passing)
+        _set_up(found, config, passing)
+        torch.manual_seed(config.seed + accelerator.process_index)
+        objective = stack.enter_context(Objective(model, config, outputs))
+        student = _student(model, config, accelerator)
+        run = Run(found, student, objective, trainable, feed, config, accelerator, progress, validation, about, precision)
+        run.resume()
+        progress.say(_first_line(found, trainable, run, objective, device, precision))
+        try:
+            run.train()
+        except BaseException as error:
+            if not run.counts.step:
+                raise
+            failure = error  # what was put in for good has learned something
+    if failure is not None:
+        raise failure
+    counts = run.counts
+    result = Distillation(
+        config.trainable, trainable.count, trainable.of, counts.step, counts.samples, counts.seconds,
+        run.samples_a_step / run.pace.seconds, peak_bytes(device), counts.first_loss, counts.last_loss, dict(counts.parts), counts.best,
+        counts.best_step, run.stopped, run.folder,
+    )  # fmt: skip
+    progress.say(str(result).splitlines()[0])
+    return result
+
+
+def _check_model(found: Inventory, config: DistillConfig) -> None:
+    state = found.require_one_state("distill")
+    if found.converted or state.phase == "fp8":
+        raise ConvertedError(
+            "weights are in FP8, so there is no teacher, and nothing that could learn: distill before convert(model), with "
+            'apply_lite3r(model, precision="fp8_qat") to train for FP8'
+        )
+    found.require_whole(state, "distill")
+    check_branches(found, config)
+    flat = [fqn for fqn, module in found.modules.items() if "_flat_param" in module._parameters]
+    if flat:
+        raise WeightsError(
+            f"{flat[0] or 'the model'} is sharded by FullyShardedDataParallel, which trains only as a whole: use fully_shard"
+        )
+    if config.mode == "local" and ranks.is_sharded(found.model):
+        raise ConfigError('mode="local" stops inside of the forward of a sharded model, which gathers its weights: use mode="end_to_end"')
+    wrapped = next((m for m in found.modules.values() if isinstance(m, nn.parallel.DistributedDataParallel)), None)
+    if wrapped is not None:
+        raise ConfigError("the model is inside of DistributedDataParallel: give distill the model itself, which it wraps on its own")
+
+
+def _check_validation(validation: Any) -> None:
+    if validation is None or callable(validation):
+        return
+    if not gives_items(validation) or isinstance(validation, Iterator):
+        raise InputError(
+            "validation is a function of the model, or a list, data set or DataLoader of its inputs, which is run through again and again; "
+            f"got {type(validation).__name__}"
+        )
+
+
+def _accelerator(config: DistillConfig) -> Accelerator:
+    from accelerate import Accelerator
+
+    options: dict[str, Any] = {}
+    if "tensorboard" in config.trackers:
+        from accelerate.utils import is_tensorboard_available
+
+        if not is_tensorboard_available():
+            raise ConfigError("the tracker 'tensorboard' needs the library: pip install tensorboard, or use 'jsonl'")
+        options = {"log_with": "tensorboard", "project_dir": config.output_dir}
+    accelerator = Accelerator(**options)
+    if accelerator.distributed_type.value not in PLAIN_MACHINES:
+        raise ConfigError(
+            f"accelerate was told to train by {accelerator.distributed_type.value}; distill trains on one or several processes, each with "
+            "a whole model or with one that fully_shard (FSDP2) has sharded: choose multi-GPU, and call fully_shard before distill"
+        )
+    return accelerator
+
+
+def _precision(config: DistillConfig, accelerator: Accelerator) -> torch.dtype | None:
+    wanted = config.mixed_precision or accelerator.mixed_precision
+    if wanted not in ("no", "bf16"):
+        raise ConfigError(f"accelerate was told to use mixed precision {wanted!r}; distill takes 'bf16' or none")
+    return torch.bfloat16 if wanted == "bf16" else None
+
+
+def _check_folder(config: DistillConfig, accelerator: Accelerator) -> None:
+    """In the main process; all raise alike."""
+    if config.output_dir is None:
+        return
+    error: str | None = None
+    if accelerator.is_main_process:
+        try:
+            check_folder(Path(config.output_dir), config.resume)
+        except InputError as failed:
+            error = str(failed)
+    if accelerator.num_processes > 1:
+        from accelerate.utils import broadcast_object_list
+
+        error = broadcast_object_list([error])[0]
+    if error is not None:
+        raise InputError(error)
+
+
+def _about(found: Inventory) -> dict[str, Any]:
+    state = found.states[0]
+    return {"model": found.name, "adapter": state.adapter, "configuration": state.config.replace(fp8_backend="auto").to_dict()}
+
+
+def _device(found: Inventory, accelerator: Accelerator) -> torch.device:
+    """Where to train: where the model is, or with several processes where each of them is told to."""
+    devices = {parameter.device for parameter in found.model.parameters()}
+    if accelerator.num_processes == 1 or ranks.is_sharded(found.model):
+        return next(iter(devices))
+    if len(devices) > 1:
+        raise ConfigError(f"the model is spread over {sorted(map(str, devices))}; on several processes each needs one on one device")
+    return accelerator.device
+
+
+def _move(model: nn.Module, device: torch.device, changes: Changes) -> None:
+    before = next(model.parameters()).device
+    if before != device and not ranks.is_sharded(model):
+        changes.make(functools.partial(model.to, device), functools.partial(model.to, before))
+
+
+def _lora(found: Inventory, config: DistillConfig, changes: Changes) -> dict[str, nn.Parameter]:
+    """The matrices of LoRA by name; it is put in if it is not there yet."""
+    if config.trainable != "proj+lora":
+        return {}
+    state = found.states[0]
+    if not state.lora:
+        from ..peft import add_lora
+
+        add_lora(found.model, rank=config.lora_rank, alpha=config.lora_alpha, scopes=config.lora_scopes, changes=changes)
+    layers = {name: module for name, module in look_up(found.model).modules.items() if module in state.lora}
+    return {
+        f"{name}.{inside}": parameter
+        for name, layer in layers.items()
+        for inside, parameter in layer.named_parameters()
+        if inside.startswith(("lora_A.", "lora_B."))
+    }
+
+
+def _set_up(found: Inventory, config: DistillConfig, changes: Changes) -> None:
+    """Let all sparse sites run sparse, evaluate, and keep less of blocks where that is wanted."""
+    state = found.states[0]
+    changes.put(vars(state), "config", state.config.replace(dense_below=0))
+    for module in dict.fromkeys(found.modules.values()):
+        if module.training:
+            changes.put(vars(module), "training", False)
+    if config.checkpointing:
+        hosts = set(state.blocks.values())
+        for module in dict.fromkeys(found.modules.values()):
+            if host_of(module) in hosts:
+                changes.put(vars(module), "forward", functools.partial(_recomputed, module.forward))
+
+
+def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    """What `forward` returns, without keeping what its backward pass needs."""
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+class _Around(nn.Module):
+    """The model, for whatever writes attributes into what it wraps."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+
+def _student(model: nn.Module, config: DistillConfig, accelerator: Accelerator) -> nn.Module:
+    """The model, or what adds up its gradients over processes around it."""
+    if accelerator.num_processes == 1 or ranks.is_sharded(model) or config.mode == "local":
+        return model
+    return accelerator.prepare_model(_Around(model))
+
+
+def _first_line(
+    found: Inventory, trainable: Trainable, run: Run, objective: Objective, device: torch.device, precision: torch.dtype | None
+) -> str:
+    config, processes = run.config, run.accelerator.num_processes
+    length = f"{run.steps} steps" if run.steps is not None else f"{config.minutes:g} minutes"
+    where = f"{processes} processes on {device.type}" if processes > 1 else str(device)
+    number = "bfloat16 autocast" if precision is not None else str(next(found.model.parameters()).dtype).removeprefix("torch.")
+    return (
+        f"distilling {found.name}: {config.trainable}, {trainable.count:,} of {trainable.of:,} parameters learn "
+        f"({trainable.count / trainable.of:.2%}); {length} of {run.samples_a_step} samples, {where}, {number}; {objective.describe()}"
+    )

@@ -1,0 +1,515 @@
+"""`distill`: only what is to learn changes, towards the dense model; everything else is as before, whatever happens."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distilling import inputs, logged, metrics, sparse_toy, toy
+from interruptions import contents, interrupted
+from torch import Tensor, nn
+from toys import Adapter, Toy, toy_answer
+
+import lite3r_plugin
+from lite3r_plugin import DistillConfig, apply_lite3r, convert, distill, lite3r_disabled, remove_lite3r
+from lite3r_plugin.adapter import plugins
+from lite3r_plugin.apply.lookup import lite3r_modules
+from lite3r_plugin.errors import (
+    CheckpointError,
+    ConfigError,
+    ConvertedError,
+    InputError,
+    ModelTypeError,
+    NotAppliedError,
+    TrainingError,
+    WeightsError,
+)
+from lite3r_plugin.peft import add_lora
+from lite3r_plugin.testbed import Testbed, TestbedConfig
+from lite3r_plugin.training import checkpoint
+from lite3r_plugin.training.data import Sample
+from lite3r_plugin.training.teacher import as_teacher
+
+
+@pytest.fixture(autouse=True)
+def _toy() -> Iterator[None]:
+    adapter = Adapter(toy_answer)
+    plugins.get_manager().register(adapter, name="toy")
+    yield
+    plugins.get_manager().unregister(adapter)
+
+
+class Faulty(list[Tensor]):
+    """A list that raises when it is asked for an item for the n-th time; each item is asked for one step before its turn."""
+
+    def __init__(self, items: list[Tensor], calls: int, error: BaseException) -> None:
+        super().__init__(items)
+        self.calls, self.error = calls, error
+
+    def __getitem__(self, index: Any) -> Any:
+        self.calls -= 1
+        if self.calls == 0:
+            raise self.error
+        return super().__getitem__(index)
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def changed(model: nn.Module, before: dict[str, Tensor]) -> set[str]:
+    return {name for name, value in model.state_dict().items() if name in before and not torch.equal(value, before[name])}
+
+
+def tiny_testbed(**fields: Any) -> nn.Module:
+    model = Testbed(TestbedConfig(dim=32, depth=1, head_dim=16, stem=8, registers=1)).eval()
+    return apply_lite3r(model, **{"keep_ratio": 0.15, "block_q": 16, "block_k": 16, "pin": "special", **fields})
+
+
+def error_against_dense(model: nn.Module) -> float:
+    others = [x + 0.3 for x in inputs(3)]
+    lite3r_modules(model)["cross.0"].state.config = lite3r_modules(model)["cross.0"].state.config.replace(dense_below=0)
+    with torch.no_grad():
+        sparse = torch.stack([model(x) for x in others])
+        with as_teacher(model):
+            return (sparse - torch.stack([model(x) for x in others])).square().mean().item()
+
+
+@pytest.mark.parametrize("fields", [{"trainable": "proj"}, {}, {"mode": "local", "attention": 1.0}, {"attention": (1.0, 0.1), "ema": 0.5}])
+def test_comes_closer_to_dense_on_other_inputs(fields: dict[str, Any]) -> None:
+    model = sparse_toy()
+    before = error_against_dense(model)
+    result = distill(model, inputs(8), steps=30, learning_rate=1e-3, **fields)
+    assert error_against_dense(model) < 0.8 * before
+    assert result.last_loss is not None
+    assert result.first_loss is not None
+    assert result.last_loss < result.first_loss
+    assert (result.steps, result.samples, result.stopped) == (30, 30, "all steps are done")
+
+
+@pytest.mark.parametrize(
+    ("trainable", "kinds"),
+    [
+        ("proj", {"proj_lin"}),
+        ("proj+lora", {"proj_lin", "lora_A", "lora_B"}),
+        ("proj+norms", {"proj_lin", "norm1", "norm2", "q_norm", "k_norm"}),
+        ("blocks", {"proj_lin", "norm1", "norm2", "q_norm", "k_norm", "qkv", "proj", "mlp", "ls1", "ls2"}),
+    ],
+)
+def test_only_what_is_named_changes(trainable: Any, kinds: set[str]) -> None:
+    model = tiny_testbed()
+    data = list(torch.rand(2, 1, 3, 3, 48, 48))
+    if trainable == "proj+lora":
+        add_lora(model, rank=2)
+    before = state(model)
+    result = distill(model, data, trainable=trainable, steps=2, warmup_steps=0)
+    names = changed(model, before)
+    assert result.learned == sum(before[name].numel() for name in names)
+    blocks = ("global_blocks.0.", "frame_blocks.0.attn.") if trainable == "proj+lora" else ("global_blocks.0.",)
+    assert all(name.removeprefix("aggregator.").startswith(blocks) for name in names)
+    assert {next((kind for kind in kinds if kind in name.split(".")), name) for name in names} == kinds
+
+
+def test_everything_else_is_as_before() -> None:
+    model = sparse_toy(dense_below=10).train()
+    model.head.weight.requires_grad_(False)
+    model.head.bias.grad = torch.ones(1)
+    model.frame[0].eval()
+    before, random = contents(model), torch.get_rng_state()
+    distill(model, inputs(), trainable="proj", steps=2, checkpointing=True)
+    after = contents(model)
+    assert {key: after[key] for key in after if key != "values"} == {key: before[key] for key in before if key != "values"}
+    assert [m.training for m in model.modules()].count(False) == len(list(model.frame[0].modules()))
+    assert torch.equal(model.head.bias.grad, torch.ones(1))
+    assert lite3r_modules(model)["cross.0"].state.config.dense_below == 10
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_the_teacher_is_the_dense_model_whatever_lora_learned() -> None:
+    model = sparse_toy()
+    x = inputs(1)[0]
+    expected = toy()(x)
+    distill(model, inputs(), steps=3, learning_rate=1e-2)
+    with as_teacher(model):
+        assert torch.equal(model(x), expected)
+    remove_lite3r(model)
+    assert torch.equal(model(x), expected)
+
+
+def test_lora_that_is_there_goes_on() -> None:
+    model = sparse_toy()
+    names = add_lora(model, rank=2)
+    distill(model, inputs(), steps=2)
+    assert model.get_parameter(f"{names[0]}.lora_A.default.weight").shape[0] == 2
+    distill(model, inputs(), steps=2)
+
+
+def test_checkpointing_learns_the_same(tmp_path: Path) -> None:
+    for name in ("kept", "again"):
+        distill(sparse_toy(), inputs(), steps=4, **logged(tmp_path / name, checkpointing=name == "again"))
+    assert metrics(tmp_path / "again") == pytest.approx(metrics(tmp_path / "kept"), rel=1e-5)
+
+
+def test_the_learning_rate_rises_and_falls(tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"trainable": "proj", "learning_rate": 1.0, "final_learning_rate": 0.5, "warmup_steps": 2}
+    distill(sparse_toy(), inputs(), steps=5, **logged(tmp_path, **fields))
+    assert list(metrics(tmp_path, "learning_rate").values()) == pytest.approx([0.5, 0.9, 0.8, 0.7, 0.6])
+
+
+def test_steps_are_counted_in_batches_of_batches() -> None:
+    config = DistillConfig(trainable="proj", epochs=3, accumulate=2, batch_size=2)
+    result = distill(sparse_toy(), inputs(8), config)
+    assert (result.steps, result.samples) == (6, 24)
+
+
+def test_a_run_by_the_clock_ends() -> None:
+    result = distill(sparse_toy(), inputs(), trainable="proj", minutes=0.01)
+    assert result.stopped == "the time is over"
+    assert result.steps > 1
+
+
+def test_the_best_weights_are_kept_and_patience_ends_it() -> None:
+    model = sparse_toy()
+    branch = lite3r_modules(model)["cross.0"].proj_lin.weight
+    measures, seen = iter([5.0, 3.0, 4.0, 3.5, 1.0]), []
+
+    def measure(given: nn.Module) -> float:
+        assert given is model
+        seen.append(branch.detach().clone())
+        return next(measures)
+
+    result = distill(model, inputs(), trainable="proj", steps=50, validation=measure, validate_every=1, patience=2)
+    assert (result.best, result.best_step, result.steps) == (3.0, 1, 3)
+    assert "2 validations" in result.stopped
+    assert torch.equal(branch, seen[1])
+    assert not torch.equal(branch, seen[3])
+
+
+def test_the_average_is_what_the_model_has_in_the_end_and_what_is_judged() -> None:
+    model = sparse_toy()
+    branch = lite3r_modules(model)["cross.0"].proj_lin.weight
+    weights: list[Tensor] = []
+    distill(model, _Watched(inputs(), lambda: weights.append(branch.detach().clone())), trainable="proj", steps=3, ema=0.9)
+    expected = weights[0].clone()
+    # Each item is asked for one step before its turn, so the values of the last step are missing: it is made from the difference.
+    for step, value in enumerate(weights[2:], 1):
+        share = 1 - min(0.9, (1 + step) / (10 + step))
+        expected = expected + share * (value - expected)
+    assert not torch.equal(branch, weights[-1])
+    judged: list[Tensor] = []
+    model = sparse_toy()
+    branch = lite3r_modules(model)["cross.0"].proj_lin.weight
+
+    def measure(_: nn.Module) -> float:
+        judged.append(branch.detach().clone())
+        return -float(len(judged))
+
+    distill(model, inputs(), trainable="proj", steps=2, ema=0.9, validation=measure, validate_every=1)
+    assert torch.equal(branch, judged[-1])
+
+
+class _Watched(list[Tensor]):
+    """A list that says when it is asked for an item."""
+
+    def __init__(self, items: list[Tensor], told: Callable[[], object]) -> None:
+        super().__init__(items)
+        self.told = told
+
+    def __getitem__(self, index: Any) -> Any:
+        self.told()
+        return super().__getitem__(index)
+
+
+# Bad input
+
+
+def converted() -> nn.Module:
+    return convert(sparse_toy(precision="fp8_qat"), fp8_backend="emulated")
+
+
+class TwoToys(nn.Module):
+    """Two models with Lite3R in one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = sparse_toy(), sparse_toy()
+
+
+def half() -> nn.Module:
+    return sparse_toy().half()
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "fields", "error", "says"),
+    [
+        (sparse_toy, [], {}, InputError, "there is no data: the list is empty"),
+        (sparse_toy, iter([]), {}, InputError, "ended before the first step"),
+        (sparse_toy, "photos", {}, InputError, "got str: put"),
+        (sparse_toy, torch.zeros(1, 3, 3, 24, 24), {}, InputError, "got Tensor: put"),
+        (sparse_toy, {"images": 1}, {}, InputError, "got dict"),
+        (sparse_toy, None, {}, InputError, "got NoneType"),
+        (sparse_toy, inputs(2, views=1), {}, InputError, "one view in each sample"),
+        (sparse_toy, inputs(2), {"validation": iter([])}, InputError, "run through again and again"),
+        (sparse_toy, inputs(2), {"validation": []}, InputError, "no validation data"),
+        (sparse_toy, iter(inputs(2)), {"steps": None, "epochs": 1}, ConfigError, "epochs need data that tells its length"),
+        (sparse_toy, iter(inputs(2)), {"workers": 1}, ConfigError, "workers=0"),
+        (sparse_toy, torch.utils.data.DataLoader(inputs(2)), {"batch_size": 2}, ConfigError, "belong to the DataLoader"),
+        (sparse_toy, inputs(2), {"stepps": 3}, ConfigError, r"unknown .*stepps"),
+        (sparse_toy, inputs(2), {"config": {"steps": 3}}, ConfigError, "config is a DistillConfig"),
+        (converted, inputs(2), {}, ConvertedError, "before convert"),
+        (Toy, inputs(2), {}, NotAppliedError, "apply_lite3r"),
+        (TwoToys, inputs(2), {}, NotAppliedError, "2 parts"),
+        (lambda: 3, inputs(2), {}, ModelTypeError, "got int"),
+        (lambda: sparse_toy(linear_branch="none"), inputs(2), {}, ConfigError, "linear_branch is 'none'"),
+        (lambda: sparse_toy(keep_ratio=1.0), inputs(2), {}, ConfigError, "nothing to learn"),
+        (half, inputs(2), {"trainable": "blocks"}, WeightsError, "float16"),
+        (lambda: sparse_toy().to("meta"), inputs(2), {}, WeightsError, "meta"),
+        (sparse_toy, inputs(2), {"lora_scopes": ("encoder",)}, lite3r_plugin.errors.NoSitesError, "encoder"),
+    ],
+)
+def test_bad_input_is_refused_and_leaves_the_model(
+    model: Callable[[], Any], data: Any, fields: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    made = model()
+    before = contents(made) if isinstance(made, nn.Module) and not any(p.is_meta for p in made.parameters()) else None
+    with pytest.raises(error, match=says):
+        distill(made, data, **{"steps": 2, **fields})
+    assert before is None or contents(made) == before
+
+
+def test_an_output_folder_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    model = sparse_toy()
+    for folder, says in ((tmp_path, "not empty: pass resume=True"), (tmp_path / "file", "cannot be used")):
+        with pytest.raises(InputError, match=says):
+            distill(model, inputs(), steps=1, output_dir=folder)
+    assert lite3r_modules(model)["cross.0"].calls.sparse == 0
+
+
+def test_a_parameter_without_a_gradient_is_named() -> None:
+    model = sparse_toy()
+    model.cross[1].forward = lambda x: x  # as if that site were skipped
+    with pytest.raises(TrainingError, match=r"1 of 2 parameters .* such as cross\.1\.proj_lin"):
+        distill(model, inputs(), trainable="proj", steps=2)
+
+
+def test_data_that_sparse_attention_takes_whole_is_refused() -> None:
+    model = sparse_toy(block_q=128, block_k=128)
+    with pytest.raises(TrainingError, match="all gradients of the first step are 0"):
+        distill(model, inputs(), trainable="proj", steps=2)
+
+
+def test_labels_are_taken() -> None:
+    model = tiny_testbed()
+    image = torch.rand(1, 3, 3, 48, 48)
+    labels = lite3r_plugin.training.data.ModelOutputs(depth=torch.ones(1, 3, 48, 48))
+    only_labels: dict[str, Any] = {"task": 1.0, "predictions": 0.0, "blocks": 0.0, "cameras": 0.0}
+    result = distill(model, [Sample(image, labels)], trainable="proj", steps=1, **only_labels)
+    assert set(result.losses) == {"task/depth"}
+    with pytest.raises(InputError, match="label"):
+        distill(model, [image], trainable="proj", steps=1, **only_labels)
+
+
+# What goes wrong on the way
+
+
+def test_a_gradient_that_is_not_finite_stops_at_the_last_good_weights(tmp_path: Path) -> None:
+    good, model = sparse_toy(), sparse_toy()
+    fields: dict[str, Any] = {"trainable": "proj", "schedule": "constant", "warmup_steps": 0}
+    data = inputs(6)
+    distill(good, iter(data[:3]), steps=9, **fields)
+    data[3] = data[3] * float("nan")
+    with pytest.raises(TrainingError, match=r"not finite at step 4: .* weights of step 3, the last good ones; what was saved is in"):
+        distill(model, iter(data), steps=6, **logged(tmp_path, save_every=1, **fields))
+    assert list(metrics(tmp_path)) == [1, 2, 3]
+    assert checkpoint.saved_step(tmp_path) == 3
+    assert changed(model, state(good)) == set()
+
+
+def test_weights_that_make_the_loss_infinite_are_taken_back() -> None:
+    model = sparse_toy()
+    before = state(model)
+    with pytest.raises(TrainingError, match=r"the loss is not finite at step 2: the model has the weights of step 0"):
+        distill(model, inputs(), trainable="proj", steps=6, learning_rate=1e30, warmup_steps=0)
+    assert changed(model, before) == set()
+
+
+def test_a_measure_that_is_not_finite_stops() -> None:
+    with pytest.raises(TrainingError, match="validation after step 0 is nan"):
+        distill(sparse_toy(), inputs(), steps=2, validation=lambda model: float("nan"))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("network")])
+def test_after_an_interruption_the_model_has_the_weights_of_the_last_step(error: BaseException, capsys: pytest.CaptureFixture) -> None:
+    whole, model = sparse_toy(), sparse_toy()
+    fields: dict[str, Any] = {"trainable": "proj", "schedule": "constant", "warmup_steps": 0}
+    before = contents(model)
+    distill(whole, inputs(), steps=2, **fields)
+    with pytest.raises(type(error)):
+        distill(model, Faulty(inputs(), 4, error), steps=9, **fields)
+    assert f"{type(error).__name__}; the model has the weights of step 2" in capsys.readouterr().err
+    assert changed(model, state(whole)) == set()
+    after = contents(model)
+    assert {key: after[key] for key in after if key != "values"} == {key: before[key] for key in before if key != "values"}
+
+
+@pytest.mark.slow
+def test_an_interruption_anywhere_leaves_the_model_usable() -> None:
+    """Before lines that are spread over the whole run: nothing but the weights is another than before, and they are finite."""
+    for line in range(150, 3200, 290):
+        model = sparse_toy()
+        before = contents(model)
+        done = not interrupted(lambda model=model: distill(model, inputs(2), trainable="proj", steps=2), line)
+        after = contents(model)
+        assert {key: after[key] for key in after if key != "values"} == {key: before[key] for key in before if key != "values"}
+        assert all(value.isfinite().all() for value in state(model).values())
+        with lite3r_disabled(model):
+            model(inputs(1)[0])
+        if done:
+            break
+    else:
+        return
+    assert line > 1000
+
+
+def test_a_full_disk_is_named_and_nothing_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, whole = sparse_toy(), sparse_toy()
+    write, calls = checkpoint.save_file, iter(range(99))
+
+    def save_file(tensors: Any, path: Path, metadata: Any) -> None:
+        if next(calls) == 1:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(tensors, path, metadata)
+
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    fields: dict[str, Any] = {"steps": 6, "trainable": "proj", "save_every": 2}
+    with pytest.raises(CheckpointError, match=r"step 4 .*No space left on device; that of step 2 is whole.*weights in memory.*step 4"):
+        distill(model, inputs(), **logged(tmp_path / "a", **fields))
+    assert [path.name for path in (tmp_path / "a").iterdir() if path.name.startswith(".")] == []
+    distill(sparse_toy(), inputs(), resume=True, **logged(tmp_path / "a", **fields))
+    distill(whole, inputs(), **logged(tmp_path / "b", **fields))
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+
+
+# Going on
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"trainable": "blocks", "accumulate": 2}, {"ema": 0.9, "batch_size": 2, "trainable": "proj"}, {"mixed_precision": "bf16"}],
+)
+def test_a_stopped_run_goes_on_to_the_same_losses_and_weights(fields: dict[str, Any], tmp_path: Path) -> None:
+    whole, model = sparse_toy(), sparse_toy()
+    fields = {"steps": 8, "save_every": 1, "validate_every": 3, "validation": inputs(2), **fields}
+    distill(whole, inputs(), **logged(tmp_path / "whole", **fields))
+    items = 5 * fields.get("accumulate", 1) * fields.get("batch_size", 1) + 2
+    with pytest.raises(KeyboardInterrupt):
+        distill(sparse_toy(), Faulty(inputs(), items, KeyboardInterrupt()), **logged(tmp_path / "parts", **fields))
+    before = metrics(tmp_path / "parts")
+    assert 2 < len(before) < 8
+    result = distill(model, inputs(), **logged(tmp_path / "parts", resume=True, **fields))
+    for name in ("loss", "gradient_norm", "learning_rate", "validation"):
+        assert metrics(tmp_path / "parts", name) == metrics(tmp_path / "whole", name)
+    assert changed(model, state(whole)) == set()
+    assert result.steps == 8
+
+
+def test_a_generator_and_a_loader_go_on_where_they_were(tmp_path: Path) -> None:
+    def stream() -> Iterator[Tensor]:
+        yield from inputs(9)
+
+    def loader() -> torch.utils.data.DataLoader[Tensor]:
+        return torch.utils.data.DataLoader([x[0] for x in inputs(7)], batch_size=2, shuffle=True)
+
+    for kind in (stream, loader):
+        whole, parts = tmp_path / f"{kind.__name__}-whole", tmp_path / f"{kind.__name__}-parts"
+        fields: dict[str, Any] = {"trainable": "proj", "schedule": "constant", "warmup_steps": 0}
+        distill(sparse_toy(), kind(), steps=6, **logged(whole, **fields))
+        distill(sparse_toy(), kind(), steps=3, **logged(parts, **fields))
+        distill(sparse_toy(), kind(), steps=6, **logged(parts, resume=True, **fields))
+        assert metrics(parts) == metrics(whole)
+        assert len(metrics(parts)) == 6
+
+
+def test_data_that_ends_ends_the_run() -> None:
+    result = distill(sparse_toy(), (x for x in inputs(3)), trainable="proj", steps=9)
+    assert (result.steps, result.stopped) == (3, "the data ended")
+
+
+def test_resuming_without_a_state_starts_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert distill(sparse_toy(), inputs(), trainable="proj", steps=1, output_dir=tmp_path, resume=True).steps == 1
+    assert "nothing to go on from" in capsys.readouterr().err
+    assert distill(sparse_toy(), inputs(), trainable="proj", steps=1, output_dir=tmp_path, resume=True).steps == 1
+    assert "going on from step 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("fields", "lite3r", "says"),
+    [
+        ({"trainable": "blocks"}, {}, "other parameters"),
+        ({"batch_size": 2}, {}, "batch_size was 1, is 2"),
+        ({"ema": 0.5}, {}, "ema was None"),
+        ({}, {"keep_ratio": 0.2}, "belongs to another model: its configuration"),
+    ],
+)
+def test_a_state_of_another_run_is_refused(fields: dict[str, Any], lite3r: dict[str, Any], says: str, tmp_path: Path) -> None:
+    distill(sparse_toy(), inputs(), trainable="proj", steps=1, output_dir=tmp_path)
+    model = sparse_toy(**lite3r)
+    before = contents(model)
+    with pytest.raises(CheckpointError, match=says):
+        distill(model, inputs(), **{"trainable": "proj", "steps": 2, "output_dir": tmp_path, "resume": True, **fields})
+    assert contents(model) == before
+
+
+def test_a_damaged_state_is_refused(tmp_path: Path) -> None:
+    distill(sparse_toy(), inputs(), trainable="proj", steps=1, output_dir=tmp_path)
+    path = tmp_path / checkpoint.STATE_NAME
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(CheckpointError, match="damaged"):
+        distill(sparse_toy(), inputs(), trainable="proj", steps=2, output_dir=tmp_path, resume=True)
+
+
+def test_other_settings_are_said_when_a_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    distill(sparse_toy(), inputs(), trainable="proj", steps=1, output_dir=tmp_path)
+    distill(sparse_toy(), inputs(), trainable="proj", steps=2, learning_rate=1e-3, output_dir=tmp_path, resume=True)
+    assert "other settings: steps was 1, is 2, learning_rate was 0.0005, is 0.001" in capsys.readouterr().err
+
+
+# What is said
+
+
+def test_the_first_line_says_what_trains_and_the_second_what_it_costs(capsys: pytest.CaptureFixture) -> None:
+    result = distill(sparse_toy(), inputs(), trainable="proj", steps=4)
+    first, second, last = capsys.readouterr().err.splitlines()
+    assert "proj, 512 of 19,073 parameters learn (2.68%); 4 steps of 1 samples, cpu, float32; loss: normalised error" in first
+    assert "a step takes" in second
+    assert "to go" in second
+    assert last == str(result).splitlines()[0]
+    assert "512 of 19,073" in str(result)
+
+
+def test_tensorboard_is_asked_for_when_it_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accelerate.utils.is_tensorboard_available", lambda: False)
+    with pytest.raises(ConfigError, match="pip install tensorboard"):
+        distill(sparse_toy(), inputs(), steps=1, output_dir=tmp_path, trackers=["tensorboard"])
+
+
+def test_trackers_of_accelerate_get_the_same_numbers(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    distill(sparse_toy(), inputs(), trainable="proj", steps=2, output_dir=tmp_path, trackers=["tensorboard"], log_every=1)
+    assert list(tmp_path.rglob("events.out*"))
+
+
+def test_metrics_without_a_half_line(tmp_path: Path) -> None:
+    distill(sparse_toy(), inputs(), trainable="proj", steps=2, **logged(tmp_path))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "loss": 1.0}\n{"step": 3, "los')
+    distill(sparse_toy(), inputs(), trainable="proj", steps=3, resume=True, **logged(tmp_path))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
