@@ -44,7 +44,7 @@ class Unhashable:
         ({"negligible_ratio": None}, "got None"),
         ({"scopes": "global"}, "scopes is 'auto' or a tuple"),
         ({"scopes": ()}, "scopes is 'auto' or a tuple"),
-        ({"scopes": ("global", "cross")}, "scopes must be one of ('global', 'frame', 'encoder'), got 'cross'"),
+        ({"scopes": ("global", "cross")}, "scopes must be one of ('global', 'frame', 'encoder', 'camera'), got 'cross'"),
         ({"linear_branch": "some"}, "linear_branch must be one of ('all', 'marginal', 'none'), got 'some'"),
         ({"feature_map": "relu"}, "feature_map must be one of"),
         ({"attention_backend": "cuda"}, "attention_backend must be one of"),
