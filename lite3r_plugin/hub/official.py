@@ -147,16 +147,9 @@ def convert_official(
     own = made.state_dict()
     made.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in found.weights.items()}, assign=True)
     apply_lite3r(made, chosen)
-    branches = {
-        f"{fqn}.{BRANCH}": module.proj_lin.weight for fqn, module in look_up(made).attention.items() if "proj_lin" in module._modules
-    }
-    if other := sorted(branches.keys() ^ found.branches.keys()):
-        raise InputError(
-            f"the configuration puts linear branches elsewhere than {path}: {other[0]!r}; leave scopes and linear_branch alone"
-        )
     with torch.no_grad():
-        for name, weight in branches.items():
-            weight.copy_(found.branches[name])
+        for name, weight in found.branches.items():
+            made.get_parameter(name).copy_(weight)
     save_lite3r(made, folder, whole=base is None)
     shapes = [(int(weight.shape[0]), int(weight.shape[1])) for weight in found.branches.values()]
     return OfficialConversion(

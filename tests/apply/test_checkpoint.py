@@ -181,3 +181,14 @@ def test_a_whole_checkpoint_in_inference_mode(saved: Path, tmp_path: Path) -> No
     with torch.inference_mode():
         other = load_lite3r(Toy().eval(), tmp_path / "whole")
         assert torch.equal(other(images()), model(images()))
+
+
+def test_another_model_of_the_same_adapter_is_named(tmp_path: Path) -> None:
+    """By its own class, whatever wraps it."""
+
+    class Other(Toy):
+        pass
+
+    save_lite3r(apply_lite3r(nn.DataParallel(Toy(depth=3)), CONFIG), tmp_path)
+    with pytest.raises(CheckpointError, match=r"saved from a Toy with 3 sites .adapter 'toy'., this is a Other with 2"):
+        load_lite3r(nn.DataParallel(Other()), tmp_path)
