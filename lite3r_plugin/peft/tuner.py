@@ -33,7 +33,7 @@ class Lite3RTuner(LoraModel):
     active adapter.
     """
 
-    _switched: tuple[tuple[nn.Module, bool], ...] = ()
+    _switched: tuple[tuple[Any, bool], ...] = ()
     _trained: tuple[tuple[nn.Parameter, bool], ...] = ()
     _active: tuple[str, ...] = ()
 
