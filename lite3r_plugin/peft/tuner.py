@@ -33,7 +33,7 @@ class Lite3RTuner(LoraModel):
     active adapter.
     """
 
-    _switched: tuple[tuple[nn.Module, bool], ...] = ()
+    _switched: tuple[tuple[Any, bool], ...] = ()
     _trained: tuple[tuple[nn.Parameter, bool], ...] = ()
     _active: tuple[str, ...] = ()
 
@@ -84,6 +84,14 @@ class Lite3RTuner(LoraModel):
             for parameter, trains in self._trained:
                 parameter.requires_grad_(trains)
         self._switched, self._trained = (), ()
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> Any:
+        """Fold LoRA into the weights and take adapters out. The linear branches of the active adapter stay, in a model with Lite3R."""
+        state = look_up(self.model).require_one_state("merge_and_unload")
+        folded = [module.get_base_layer() for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        merged = super().merge_and_unload(*args, **kwargs)
+        state.folded = (*state.folded, *folded)
+        return merged
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter. Where it was the only active one, the first of the others is activated, as PEFT does where there is LoRA."""
