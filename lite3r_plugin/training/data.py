@@ -48,7 +48,7 @@ def join(items: Sequence[Any]) -> Sample:
         InputError: they are of different forms or sizes, or hold what cannot be joined.
     """
     samples = [as_sample(item) for item in items]
-    return samples[0] if len(samples) == 1 else _joined(samples, "inputs")
+    return samples[0] if len(samples) == 1 else _joined(samples, "")
 
 
 def gives_items(data: Any) -> bool:
@@ -275,7 +275,7 @@ def _joined(values: Sequence[Any], path: str) -> Any:
         return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
     if dataclasses.is_dataclass(first) and not isinstance(first, type):
         names = [field.name for field in dataclasses.fields(first) if field.init]
-        return type(first)(**{name: _joined([getattr(value, name) for value in values], f"{path}.{name}") for name in names})
+        return type(first)(**{name: _joined([getattr(value, name) for value in values], f"{path}.{name}".strip(".")) for name in names})
     if any(value is not first and value != first for value in values):
         raise InputError(f"the items of a batch have {shown(first)} and others at {path}, which cannot be joined: use batch_size=1")
     return first

@@ -20,7 +20,6 @@ from toys import Adapter, Toy, toy_answer
 from lite3r_plugin import apply_lite3r, distill
 from lite3r_plugin.adapter import plugins
 from lite3r_plugin.apply.lookup import lite3r_modules
-from lite3r_plugin.peft import add_lora
 from lite3r_plugin.training.distill import Distillation
 
 FIELDS: dict[str, Any] = {"keep_ratio": 0.15, "block_q": 16, "block_k": 16, "pin": "special", "block_means": False}
@@ -96,6 +95,8 @@ def run(folder: Path, *, shard: bool = False, lora: bool = False, **fields: Any)
     """One run of the toy. `lora`: put in before; `shard`: by FSDP2 over all processes, a site at a time."""
     model = sparse_toy()
     if lora:
+        from lite3r_plugin.peft import add_lora  # takes as long to import as all the rest
+
         torch.manual_seed(0)
         add_lora(model, rank=4)
     if shard:
@@ -125,9 +126,12 @@ def divide(processes: int) -> list[int]:
 
 
 if __name__ == "__main__":
+    todo = json.loads(sys.argv[3])
     importlib.import_module("accelerate.data_loader")
+    if any(one.get("lora") for one in todo):
+        importlib.import_module("lite3r_plugin.peft")
     children = divide(int(sys.argv[2])) if int(sys.argv[2]) > 1 else []
     plugins.get_manager().register(Adapter(toy_answer), name="toy")
-    for number, one in enumerate(json.loads(sys.argv[3])):
+    for number, one in enumerate(todo):
         run(Path(sys.argv[1]) / str(number), **one)
     sys.exit(max([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children], default=0))
