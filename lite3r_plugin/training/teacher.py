@@ -21,7 +21,7 @@ def as_teacher(model: nn.Module) -> Iterator[None]:
     device = next((p.device.type for p in model.parameters()), "cpu")
     with torch.no_grad(), run_dense(model.modules()), without_lora(model), evaluated(model), contextlib.ExitStack() as stack:
         if torch.is_autocast_enabled(device):
-            stack.enter_context(torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=True))
+            stack.enter_context(torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=False))
         yield
 
 
