@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pluggy
+from torch import nn
 
 from ..config import WRAPPER_NAMES
 from ..errors import AdapterError, InputError, Lite3RError, UnknownModelError, short
@@ -18,8 +19,6 @@ from . import hookspecs
 from .sites import AttentionSite
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from .models import ModelEntry
     from .outputs import OutputsFunction
 
@@ -159,12 +158,9 @@ def find_outputs(model: nn.Module) -> OutputsFunction | None:
     """
     for candidate in _without_wrappers(model):
         for implementation in implementations("lite3r_outputs"):
-            found = None
+            found: OutputsFunction | None = None
             with skipping(implementation, refusals=True):
-                found = call(implementation, model=candidate)
-                if found is not None and not callable(found):
-                    found = None
-                    raise TypeError("it returned no function")
+                found = _checked_outputs(call(implementation, model=candidate))
             if found is not None:
                 return found
     return None
@@ -216,8 +212,10 @@ def _without_wrappers(model: nn.Module) -> Iterator[nn.Module]:
     children = dict(model.named_children())
     if len(children) == 1 and WRAPPER_NAMES.issuperset(children):
         yield from _without_wrappers(*children.values())
-    elif callable(base := getattr(model, "get_base_model", None)):  # PeftModel
-        yield from _without_wrappers(base())
+        return
+    base: Any = getattr(model, "get_base_model", None)  # of a PeftModel
+    if callable(base) and isinstance(inside := base(), nn.Module):
+        yield from _without_wrappers(inside)
 
 
 def _entries_by_adapter() -> dict[str, dict[str, ModelEntry]]:
@@ -248,6 +246,12 @@ def _checked_sites(answer: Any) -> tuple[AttentionSite, ...] | None:
     if wrong := next((type(site).__name__ for site in answer if not isinstance(site, AttentionSite)), None):
         raise TypeError(f"it returned a list with {wrong}, not of AttentionSite")
     return tuple(answer)
+
+
+def _checked_outputs(answer: Any) -> OutputsFunction | None:
+    if answer is not None and not callable(answer):
+        raise TypeError(f"it returned {type(answer).__name__}, which is no function")
+    return answer
 
 
 def _named(error: Lite3RError, implementation: Any) -> Lite3RError:

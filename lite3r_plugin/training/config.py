@@ -23,7 +23,8 @@ Weight = float | tuple[float, float]
 """Of a loss: the same all the time, or at the start and at the end of the run, with half a cosine in between."""
 
 DEFAULT_STEPS = 500
-LOSSES = ("attention", "blocks", "cameras", "predictions", "task")
+LOCAL_LOSSES = ("attention", "blocks", "cameras")
+LOSSES = (*LOCAL_LOSSES, "predictions", "task")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +162,7 @@ class DistillConfig:
             object.__setattr__(self, "output_dir", os.fspath(self.output_dir))
         elif needing := [name for name in ("resume", "trackers", "save_every") if getattr(self, name)]:
             raise ConfigError(f"{' and '.join(needing)} need output_dir, a folder to read from and write to")
-        if self.mode == "local" and not any(any(self.weight(name)) for name in ("attention", "blocks", "cameras")):
+        if self.mode == "local" and not any(any(self.weight(name)) for name in LOCAL_LOSSES):
             raise ConfigError('mode="local" learns from what blocks give out: give attention, blocks or cameras a weight')
 
     def weight(self, name: str) -> tuple[float, float]:

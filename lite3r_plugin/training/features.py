@@ -66,7 +66,8 @@ class Recording:
 
     Attributes:
         wanted: Names of the modules to record; None: all from which gradients may come.
-        found: By name, the output of each call, in order, with the version that it had.
+        found: By name, the output of each call, in order, with the version that it had; with `wanted` None also names of modules
+            that ran and were not recorded.
     """
 
     wanted: Collection[str] | None
@@ -77,7 +78,7 @@ class Recording:
         for name, outputs in self.found.items():
             if any(tensor._version != version for tensor, version in outputs):
                 raise AdapterError(f"the model changes the output of the {name} in place, so that it cannot be compared")
-        return {name: [tensor for tensor, _ in outputs] for name, outputs in self.found.items()}
+        return {name: [tensor for tensor, _ in outputs] for name, outputs in self.found.items() if outputs}
 
 
 class Recorder:
@@ -112,8 +113,14 @@ class Recorder:
         tensor = next((x for x in tensors_of(output).values() if x.is_floating_point()), None)
         if tensor is None:
             raise AdapterError(f"the {name} gives out no floating-point tensor to compare")
+        outputs = recording.found.setdefault(name, [])
         if recording.wanted is None and not tensor.requires_grad:
             if not torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()):
                 raise ConfigError(f"the {name} is to learn, but runs without gradients; if it is checkpointed, pass use_reentrant=False")
             return  # nothing before it learns
-        recording.found.setdefault(name, []).append((tensor, tensor._version))
+        outputs.append((tensor, tensor._version))
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `module` is run by `torch.compile`, by way of its method `compile` or of a module around it."""
+    return getattr(module, "_compiled_call_impl", None) is not None or "_orig_mod" in module._modules

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..adapter.outputs import tensors_of
 from ..errors import AdapterError, ConfigError
-from .features import Recorder, hooked
+from .features import Recorder, hooked, is_compiled
 from .record import run_on
 from .teacher import as_teacher, evaluated
 from .watched import Watched
@@ -28,7 +28,6 @@ class LocalPass:
         watched: The blocks, and sites in them.
         recorder: Which watches them.
         weights: By the name of the loss.
-        backward: Called with the loss of each block where gradients are enabled; it adds to gradients.
 
     Attributes:
         parts: The losses by name, weighted and detached, once it has run.
@@ -37,14 +36,14 @@ class LocalPass:
         ConfigError: no block learns, or one that does is compiled.
     """
 
-    def __init__(self, watched: Watched, recorder: Recorder, weights: Mapping[str, float], backward: Callable[[Tensor], Any]) -> None:
+    def __init__(self, watched: Watched, recorder: Recorder, weights: Mapping[str, float]) -> None:
         learning = {name: block.module for name, block in watched.blocks.items() if any(p.requires_grad for p in block.module.parameters())}
         if not learning:
             raise ConfigError("no transformer block has anything that learns, so there is nothing to train block by block")
-        if compiled := [name for name, block in learning.items() if _is_compiled(block)]:
+        if compiled := [name for name, block in learning.items() if any(map(is_compiled, block.modules()))]:
             raise ConfigError(f"the {compiled[0]} is compiled, and mode='local' has to stop between blocks: compile after training")
         self.parts: dict[str, Tensor] = {}
-        self._watched, self._recorder, self._backward = watched, recorder, backward
+        self._watched, self._recorder = watched, recorder
         self._weights = {name: weight for name, weight in weights.items() if weight}
         self._blocks = learning
         self._names = {name: watched.within(name) for name in learning}
@@ -85,16 +84,12 @@ class LocalPass:
         if losses and self._learns:
             total = torch.stack([loss.float() for loss in losses.values()]).sum()
             with torch.autocast(total.device.type, enabled=False):
-                self._backward(total)
+                total.backward()
         self._student.close()
         self._running = None
         for loss, value in losses.items():
             self.parts[loss] = self.parts.get(loss, 0) + value.detach()
         return _detached(output)
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return any(getattr(part, "_compiled_call_impl", None) is not None or hasattr(part, "_orig_mod") for part in module.modules())
 
 
 def _detached(output: Any) -> Any:

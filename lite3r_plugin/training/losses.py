@@ -7,32 +7,29 @@ for the backward pass but what they are given: the rest is computed again there.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..adapter.outputs import ModelOutputs, tensors_of
+from ..adapter.outputs import ModelOutputs
 from ..errors import AdapterError, InputError
 from ..scene.geometry import relative_to_first, unproject
+from .config import AttentionLoss
 
-FeatureLoss = Literal["normalized", "mse", "cosine"]
-Weight = float | tuple[float, float]
+GEOMETRY = ("depth", "points", "world_to_camera", "intrinsics")
 TINY = 1e-12
 
 
-def weight_at(weight: Weight, progress: float) -> float:
-    """A weight at a share `progress` of a run, in [0, 1]: a pair is led from its first value to its second by half a cosine."""
-    if not isinstance(weight, (tuple, list)):
-        return float(weight)
-    start, end = weight
+def weight_at(start: float, end: float, progress: float) -> float:
+    """A weight at a share `progress` of a run, in [0, 1]: it is led from `start` to `end` by half a cosine."""
     return end + (start - end) * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0))) / 2
 
 
-def feature_loss(student: Tensor, teacher: Tensor, kind: FeatureLoss = "normalized") -> Tensor:
+def feature_loss(student: Tensor, teacher: Tensor, kind: AttentionLoss = "normalized") -> Tensor:
     """How far features ``[B, ..., C]`` are from the teacher's of the same shape, a scalar.
 
     Args:
@@ -100,38 +97,45 @@ def label_losses(predicted: ModelOutputs, labels: ModelOutputs) -> dict[str, Ten
         InputError: nothing is labelled that the model predicts, or no label is valid.
         AdapterError: shapes differ.
     """
+    both = [name for name in GEOMETRY if getattr(predicted, name) is not None and getattr(labels, name) is not None]
+    if not {"depth", "points", "world_to_camera"} & set(both):
+        raise InputError("the labels have nothing that the model predicts: give depth, points or world_to_camera")
+    for name in both:
+        _same_shape(name, getattr(predicted, name), getattr(labels, name))
     with torch.no_grad():
         target = _in_first_frame(labels)
         if target.points is None and target.depth is not None and target.world_to_camera is not None and target.intrinsics is not None:
             points = unproject(target.depth, target.world_to_camera, target.intrinsics)
             points = torch.where((target.depth > 0)[..., None] & points.isfinite(), points, torch.nan)
-            target = _replace(target, points=points)
+            target = dataclasses.replace(target, points=points)
     mine = _in_first_frame(predicted)
     with torch.no_grad():
         target = _divided(target, _relative_scale(target, mine))
-    losses = _geometry_losses(mine, target, scene_scale(target))
-    if not losses:
-        raise InputError("the labels have nothing that the model predicts: give depth, points or world_to_camera")
-    return losses
+    return _geometry_losses(mine, target, scene_scale(target))
 
 
-def output_losses(student: object, teacher: object) -> dict[str, Tensor]:
+def tensor_losses(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """For outputs of which nobody says what they mean: ``other``, the mean of the normalised errors of all floating-point tensors.
 
+    Tensors whose shape depends on what was found, such as lists of matches, are left out where the two found different things.
+
+    Args:
+        student, teacher: Tensors by path (`lite3r_plugin.adapter.outputs.tensors_of`).
+
     Raises:
-        AdapterError: the two are not made alike, or have no floating-point tensor.
+        AdapterError: the two are not made alike, or have no tensor to compare.
     """
-    mine, true = ({path: x for path, x in tensors_of(output).items() if x.is_floating_point()} for output in (student, teacher))
-    if mine.keys() != true.keys():
+    if student.keys() != teacher.keys():
         raise AdapterError(
-            f"the outputs of student and teacher are not made alike: {sorted(mine.keys() ^ true.keys())[:3]} are in one of the two only; "
-            "pass outputs=, a function from the output to ModelOutputs"
+            f"the outputs of student and teacher are not made alike: {sorted(student.keys() ^ teacher.keys())[:3]} are in one of the two "
+            "only; pass outputs=, a function from the output to ModelOutputs"
         )
-    if not mine:
+    same = [path for path, tensor in student.items() if tensor.shape == teacher[path].shape]
+    if not same:
         raise AdapterError(
-            "the model returns no floating-point tensor to compare; pass outputs=, a function from its output to ModelOutputs"
+            "the model returns no floating-point tensor that could be compared; pass outputs=, a function from its output to ModelOutputs"
         )
-    return {"other": torch.stack([feature_loss(mine[path], true[path]) for path in mine]).mean()}
+    return {"other": torch.stack([feature_loss(student[path], teacher[path]) for path in same]).mean()}
 
 
 @torch.no_grad()
@@ -251,41 +255,39 @@ def _spread(points: Tensor) -> Tensor:
     return _mean((points - centre).norm(dim=-1), known)
 
 
-def _replace(outputs: ModelOutputs, **fields: Tensor | None) -> ModelOutputs:
-    """The geometry of `outputs` with other `fields`."""
-    names = ("depth", "points", "world_to_camera", "intrinsics")
-    return ModelOutputs(**{name: fields.get(name, getattr(outputs, name)) for name in names})
+def _geometry(outputs: ModelOutputs) -> ModelOutputs:
+    """The geometry of `outputs` alone, in FP32."""
+    depth, points, pose, intrinsics = (None if x is None else x.float() for x in (getattr(outputs, name) for name in GEOMETRY))
+    return ModelOutputs(depth, points, pose, intrinsics)
 
 
 def _in_first_frame(outputs: ModelOutputs) -> ModelOutputs:
     """The geometry of `outputs` in FP32, in the frame of each scene's first camera."""
-    full = {
-        name: None if value is None else value.float()
-        for name in ("depth", "points", "world_to_camera", "intrinsics")
-        for value in [getattr(outputs, name)]
-    }
-    pose, points = full["world_to_camera"], full["points"]
+    outputs = _geometry(outputs)
+    pose, points = outputs.world_to_camera, outputs.points
     if pose is None:
-        return ModelOutputs(**full)
+        return outputs
     if points is not None:
         first = pose[:, 0, None, None, None]  # [B, 1, 1, 1, 3, 4]
-        points = sum((points[..., None, i] * first[..., i] for i in range(3)), first[..., 3])
-    return ModelOutputs(**(full | {"points": points, "world_to_camera": relative_to_first(pose)}))
+        points = points[..., None, 0] * first[..., 0] + points[..., None, 1] * first[..., 1] + points[..., None, 2] * first[..., 2]
+        points = points + first[..., 3]
+    return dataclasses.replace(outputs, points=points, world_to_camera=relative_to_first(pose))
 
 
 def _relative_scale(labels: ModelOutputs, predicted: ModelOutputs) -> Tensor:
     """By what the labels of each scene are larger than what is predicted, ``[B]``: the median over pixels, or over baselines."""
+    ratios = []
     if labels.depth is not None and predicted.depth is not None:
-        ratio = (labels.depth / predicted.depth).flatten(1)
-    elif labels.points is not None and predicted.points is not None:
-        ratio = (labels.points.norm(dim=-1) / predicted.points.norm(dim=-1)).flatten(1)
-    elif labels.world_to_camera is not None and predicted.world_to_camera is not None:
-        ratio = labels.world_to_camera[:, 1:, :, 3].norm(dim=-1) / predicted.world_to_camera[:, 1:, :, 3].norm(dim=-1)
-    else:
-        raise InputError("the labels have nothing that the model predicts: give depth, points or world_to_camera")
-    known = ratio.isfinite() & (ratio > 0)
-    if not known.any():
+        ratios.append(labels.depth / predicted.depth)
+    if labels.points is not None and predicted.points is not None:
+        ratios.append(labels.points.norm(dim=-1) / predicted.points.norm(dim=-1))
+    if labels.world_to_camera is not None and predicted.world_to_camera is not None:
+        ratios.append(labels.world_to_camera[:, 1:, :, 3].norm(dim=-1) / predicted.world_to_camera[:, 1:, :, 3].norm(dim=-1))
+    ratio = next((x for x in ratios if (x.isfinite() & (x > 0)).any()), None)
+    if ratio is None:
         raise InputError("no label is valid: depth is not positive, or poses or points are not finite, everywhere in these scenes")
+    ratio = ratio.flatten(1)
+    known = ratio.isfinite() & (ratio > 0)
     ordered, count = torch.where(known, ratio, torch.inf).sort(1).values, known.sum(1, keepdim=True)
     return torch.where(count > 0, ordered.gather(1, (count - 1).clamp(min=0) // 2), 1)[:, 0]
 
@@ -297,4 +299,4 @@ def _divided(labels: ModelOutputs, scale: Tensor) -> ModelOutputs:
     pose = labels.world_to_camera
     if pose is not None:
         pose = torch.cat((pose[..., :3], pose[..., 3:] / scale[:, None, None, None]), -1)
-    return _replace(labels, depth=depth, points=points, world_to_camera=pose)
+    return dataclasses.replace(labels, depth=depth, points=points, world_to_camera=pose)

@@ -3,55 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Collection
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ..adapter.outputs import ModelOutputs, OutputsFunction, tensors_of
-from ..adapter.plugins import find_outputs
+from ..adapter.outputs import ModelOutputs, OutputsFunction
 from ..apply.lookup import look_up
-from ..errors import AdapterError, ConfigError, ConvertedError, InputError, short
-from .features import Recorder
+from ..errors import ConfigError, ConvertedError, InputError
+from .config import LOCAL_LOSSES, LOSSES, DistillConfig
+from .data import Sample
+from .features import Recorder, is_compiled
 from .local import LocalPass
-from .losses import FeatureLoss, Weight, label_losses, output_losses, prediction_losses, weight_at
+from .losses import label_losses, weight_at
+from .outputs import OutputReader, compare
 from .record import run_on
 from .teacher import as_teacher
-from .watched import FEATURE_LOSSES, Watched
+from .watched import Watched
 
-LOSSES = (*FEATURE_LOSSES, "predictions", "task")
 NOTHING_TO_COMPARE = "this sample has no labels, and nothing but the task is to be learnt: give labels, or other losses a weight"
-
-
-class ObjectiveConfig(Protocol):
-    """The fields of `DistillConfig` that say what is minimised."""
-
-    @property
-    def mode(self) -> Literal["end_to_end", "local"]: ...
-    @property
-    def attention(self) -> Weight: ...
-    @property
-    def attention_loss(self) -> FeatureLoss: ...
-    @property
-    def blocks(self) -> Weight: ...
-    @property
-    def cameras(self) -> Weight: ...
-    @property
-    def predictions(self) -> Weight: ...
-    @property
-    def task(self) -> Weight: ...
-
-
-class LabelledInputs(Protocol):
-    """Inputs of a model as `run_on` takes them, with labels or without: a `Sample`."""
-
-    @property
-    def inputs(self) -> Any: ...
-    @property
-    def labels(self) -> ModelOutputs | None: ...
 
 
 @dataclass(frozen=True)
@@ -80,36 +52,25 @@ class Objective:
 
     Args:
         model: The bare model with Lite3R. What learns must require gradients by the first call.
-        config: A `DistillConfig`.
+        config: What it is to minimise, and how.
         outputs: From what the model returns to `ModelOutputs`; by default what its adapter says (the hook ``lite3r_outputs``), and
             where no adapter says anything, all floating-point tensors of the output are compared alike.
-        backward: Called with the loss of each block in the mode ``"local"``, such as `accelerate.Accelerator.backward`, which divides it
-            when gradients are accumulated.
 
     Raises:
         ModelTypeError, NotAppliedError: `model` is no module, or carries no Lite3R.
         ConvertedError: its weights are in FP8, so there is no teacher.
-        ConfigError: no loss that this mode has is given a weight, or there is nothing to compare for one.
+        ConfigError: there is nothing to compare for a loss that has a weight.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        config: ObjectiveConfig,
-        outputs: OutputsFunction | None = None,
-        backward: Callable[[Tensor], Any] = torch.Tensor.backward,
-    ) -> None:
+    def __init__(self, model: nn.Module, config: DistillConfig, outputs: OutputsFunction | None = None) -> None:
         found = look_up(model)
         found.require_applied()
         if found.converted:
             raise ConvertedError("distillation needs the weights that convert(model) replaced by FP8: train with precision='fp8_qat' first")
         self.model, self.config = model, config
-        self.outputs = outputs if outputs is not None else find_outputs(model)
-        self._backward = backward
-        self._used = {name for name in (FEATURE_LOSSES if config.mode == "local" else LOSSES) if _ever(getattr(config, name))}
-        if not self._used:
-            raise ConfigError(f"nothing is to be learnt in the mode {config.mode!r}: give attention, blocks or cameras a weight")
-        if "task" in self._used and self.outputs is None:
+        self._reader = OutputReader.of(model, outputs)
+        self._used = {name for name in (LOCAL_LOSSES if config.mode == "local" else LOSSES) if any(config.weight(name))}
+        if "task" in self._used and self._reader.function is None:
             raise ConfigError(
                 "a loss against labels needs to know what the model's outputs mean, and no adapter says so: pass outputs=, a function from "
                 "what the model returns to ModelOutputs, or task=0"
@@ -141,16 +102,16 @@ class Objective:
             apart = ", special tokens apart" if {"blocks", "cameras"} <= self._used else ""
             parts.append(f"normalised error of {len(self._watched.blocks)} {what}{apart}")
         if "predictions" in self._used:
-            alike = ", all tensors alike, since no adapter says what they mean" if self.outputs is None else ""
+            alike = ", all tensors alike, since no adapter says what they mean" if self._reader.function is None else ""
             parts.append(f"outputs against the dense model's{alike}")
         if "task" in self._used:
             parts.append("outputs against labels, where there are any")
         if self.config.mode == "local":
-            unused = [name for name in ("predictions", "task") if _ever(getattr(self.config, name))]
+            unused = [name for name in ("predictions", "task") if any(self.config.weight(name))]
             parts.append("block by block" + (f" ({' and '.join(unused)} not used in this mode)" if unused else ""))
         return f"loss: {'; '.join(parts)}"
 
-    def __call__(self, student: nn.Module, sample: LabelledInputs, progress: float) -> Losses:
+    def __call__(self, student: nn.Module, sample: Sample, progress: float) -> Losses:
         """The losses of `student` on `sample`.
 
         Args:
@@ -163,9 +124,9 @@ class Objective:
             AdapterError: outputs or features cannot be compared.
             ConfigError: nothing that is compared comes after anything that learns.
         """
-        weights = {name: weight_at(getattr(self.config, name), progress) for name in LOSSES if name in self._used}
+        weights = {name: weight_at(*self.config.weight(name), progress) for name in LOSSES if name in self._used}
         if self.config.mode == "local":
-            local = LocalPass(self._watched, self._recorder, weights, self._backward)
+            local = LocalPass(self._watched, self._recorder, weights)
             local.run(self.model, sample.inputs)
             return _sum_up(local.parts)
         with contextlib.ExitStack() as stack:
@@ -175,12 +136,8 @@ class Objective:
             output = run_on(student, sample.inputs)
         mine = recording.features()
         if self._learning is None:
+            self._check_seen(student, recording.found.keys(), mine.keys())
             self._learning = frozenset(mine)
-        if self._recorder.modules and not mine:
-            raise ConfigError(
-                "no block or attention to compare comes after anything that learns, or none was seen to run: what was compiled before "
-                "training began is to be compiled anew (torch.compiler.reset())"
-            )
         true, dense = {}, None
         if mine or "predictions" in weights:
             with as_teacher(self.model), self._recorder.recording(frozenset(mine)) as recording:
@@ -190,42 +147,29 @@ class Objective:
             name: weights[name] * torch.stack(errors).mean() for name, errors in self._watched.compare(mine, true, weights.keys()).items()
         }
         if "predictions" in weights:
-            parts |= {f"predictions/{name}": weights["predictions"] * loss for name, loss in self._predictions(output, dense).items()}
+            losses = compare(self._reader.read(output), self._reader.read(dense))
+            parts |= {f"predictions/{name}": weights["predictions"] * loss for name, loss in losses.items()}
         if "task" in weights and sample.labels is not None:
-            losses = label_losses(self._mapped(output), sample.labels)
+            mapped = self._reader.read(output)
+            assert isinstance(mapped, ModelOutputs)
+            losses = label_losses(mapped, sample.labels)
             parts |= {f"task/{name}": weights["task"] * loss for name, loss in losses.items()}
         if not parts:
             raise InputError(NOTHING_TO_COMPARE)
         return _sum_up(parts)
 
-    def _predictions(self, output: Any, dense: Any) -> dict[str, Tensor]:
-        if self.outputs is None:
-            return output_losses(output, dense)
-        with torch.no_grad():
-            teacher = self._mapped(dense)
-        return prediction_losses(self._mapped(output), teacher)
-
-    def _mapped(self, output: Any) -> ModelOutputs:
-        """What `output` means. Raises `AdapterError` where that cannot be told."""
-        assert self.outputs is not None
-        device = next((x.device.type for x in tensors_of(output).values()), "cpu")
-        try:
-            with torch.autocast(device, enabled=False):
-                mapped = self.outputs(output)
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise AdapterError(
-                f"what the model returned ({type(output).__name__}) could not be mapped to depth, points and poses ({short(error)}); "
-                "pass outputs=, a function from it to ModelOutputs"
-            ) from error
-        if not isinstance(mapped, ModelOutputs):
-            raise AdapterError(f"the function from what the model returns to ModelOutputs returned {type(mapped).__name__}")
-        return mapped
+    def _check_seen(self, student: nn.Module, seen: Collection[str], learning: Collection[str]) -> None:
+        """Raise `ConfigError` where hooks did not see what there is to compare, or none of it comes after anything that learns."""
+        unseen = {module for name, module in self._recorder.modules.items() if name not in seen}
+        for part in student.modules() if unseen else ():
+            if is_compiled(part) and not unseen.isdisjoint(part.modules()):
+                raise ConfigError(
+                    f"parts of this {type(self.model).__name__} ran compiled before, and what is compiled then does not see the hooks that "
+                    "compare features: call torch.compiler.reset() first, so that it is compiled anew"
+                )
+        if self._recorder.modules and not learning:
+            raise ConfigError("no block or attention that is compared comes after anything that learns")
 
 
 def _sum_up(parts: dict[str, Tensor]) -> Losses:
     return Losses(torch.stack([part.float() for part in parts.values()]).sum(), {name: part.detach() for name, part in parts.items()})
-
-
-def _ever(weight: Weight) -> bool:
-    """Whether `weight` is ever other than zero."""
-    return any(weight) if isinstance(weight, (tuple, list)) else bool(weight)

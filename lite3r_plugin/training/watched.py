@@ -14,9 +14,8 @@ from ..attention.module import SparseLinearAttention
 from ..attention.state import ModelState
 from ..errors import AdapterError
 from ..wrapper import host_of
-from .losses import FeatureLoss, feature_loss
-
-FEATURE_LOSSES = ("attention", "blocks", "cameras")
+from .config import LOCAL_LOSSES, AttentionLoss
+from .losses import feature_loss
 
 
 @dataclass(frozen=True)
@@ -60,10 +59,10 @@ class Watched:
 
     sites: dict[str, SparseLinearAttention]
     blocks: dict[str, Block]
-    kind: FeatureLoss
+    kind: AttentionLoss
 
     @classmethod
-    def of(cls, found: Inventory, *, sites: bool, blocks: bool, kind: FeatureLoss) -> Watched:
+    def of(cls, found: Inventory, *, sites: bool, blocks: bool, kind: AttentionLoss) -> Watched:
         """Those of a model: its `sites`, its `blocks`, or both."""
         attention = found.attention.items() if sites else ()
         sparse = {site: f"attention {name}" for name, site in reversed(attention) if site.sparse and site.keep_ratio < 1}
@@ -89,7 +88,7 @@ class Watched:
         return [name, *(site for site, module in self.sites.items() if module in inside)]
 
     def compare(
-        self, mine: Mapping[str, list[Tensor]], true: Mapping[str, list[Tensor]], wanted: Iterable[str] = FEATURE_LOSSES
+        self, mine: Mapping[str, list[Tensor]], true: Mapping[str, list[Tensor]], wanted: Iterable[str] = LOCAL_LOSSES
     ) -> dict[str, list[Tensor]]:
         """Errors of a student's outputs, by the names of `wanted` losses; one number for each site or block, its mean over calls.
 
@@ -101,8 +100,8 @@ class Watched:
             expected = true.get(name, ())
             if len(expected) != len(outputs):
                 raise AdapterError(
-                    f"the {name} ran {len(outputs)} times in the student and {len(expected)} times in the teacher, or was not seen in one "
-                    "of them; what was compiled before training began is to be compiled anew (torch.compiler.reset())"
+                    f"the {name} ran {len(outputs)} times in the student and {len(expected)} times in the teacher, or was not seen there "
+                    "because it had run compiled before: then call torch.compiler.reset() first"
                 )
             calls: dict[str, list[Tensor]] = {}
             for student, teacher in zip(outputs, expected, strict=True):
