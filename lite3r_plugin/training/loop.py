@@ -532,9 +532,9 @@ def total_steps(config: DistillConfig, feed: Feed) -> int | None:
         return None
     if config.epochs is None:
         return config.steps or DEFAULT_STEPS
-    if feed.batches is None:
+    if (batches := feed.batches(config.epochs)) is None:
         raise ConfigError("epochs need data that tells its length (len), which an iterable does not: give steps or minutes")
-    return max(1, config.epochs * feed.batches // config.accumulate)
+    return max(1, batches // config.accumulate)
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:

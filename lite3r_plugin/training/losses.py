@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..adapter.outputs import ModelOutputs, tensors_of
+from ..adapter.outputs import ModelOutputs
 from ..errors import AdapterError, InputError
 from ..scene.geometry import relative_to_first, unproject
 from .config import AttentionLoss
@@ -114,23 +114,28 @@ def label_losses(predicted: ModelOutputs, labels: ModelOutputs) -> dict[str, Ten
     return _geometry_losses(mine, target, scene_scale(target))
 
 
-def output_losses(student: object, teacher: object) -> dict[str, Tensor]:
+def tensor_losses(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """For outputs of which nobody says what they mean: ``other``, the mean of the normalised errors of all floating-point tensors.
 
+    Tensors whose shape depends on what was found, such as lists of matches, are left out where the two found different things.
+
+    Args:
+        student, teacher: Tensors by path (`lite3r_plugin.adapter.outputs.tensors_of`).
+
     Raises:
-        AdapterError: the two are not made alike, or have no floating-point tensor.
+        AdapterError: the two are not made alike, or have no tensor to compare.
     """
-    mine, true = ({path: x for path, x in tensors_of(output).items() if x.is_floating_point()} for output in (student, teacher))
-    if mine.keys() != true.keys():
+    if student.keys() != teacher.keys():
         raise AdapterError(
-            f"the outputs of student and teacher are not made alike: {sorted(mine.keys() ^ true.keys())[:3]} are in one of the two only; "
-            "pass outputs=, a function from the output to ModelOutputs"
+            f"the outputs of student and teacher are not made alike: {sorted(student.keys() ^ teacher.keys())[:3]} are in one of the two "
+            "only; pass outputs=, a function from the output to ModelOutputs"
         )
-    if not mine:
+    same = [path for path, tensor in student.items() if tensor.shape == teacher[path].shape]
+    if not same:
         raise AdapterError(
-            "the model returns no floating-point tensor to compare; pass outputs=, a function from its output to ModelOutputs"
+            "the model returns no floating-point tensor that could be compared; pass outputs=, a function from its output to ModelOutputs"
         )
-    return {"other": torch.stack([feature_loss(mine[path], true[path]) for path in mine]).mean()}
+    return {"other": torch.stack([feature_loss(student[path], teacher[path]) for path in same]).mean()}
 
 
 @torch.no_grad()

@@ -6,20 +6,19 @@ import contextlib
 from collections.abc import Collection
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..adapter.outputs import ModelOutputs, OutputsFunction, tensors_of
-from ..adapter.plugins import find_outputs
+from ..adapter.outputs import ModelOutputs, OutputsFunction
 from ..apply.lookup import look_up
-from ..errors import AdapterError, ConfigError, ConvertedError, InputError, short
+from ..errors import ConfigError, ConvertedError, InputError
 from .config import LOCAL_LOSSES, LOSSES, DistillConfig
 from .data import Sample
 from .features import Recorder, is_compiled
 from .local import LocalPass
-from .losses import label_losses, output_losses, prediction_losses, weight_at
+from .losses import label_losses, weight_at
+from .outputs import OutputReader, compare
 from .record import run_on
 from .teacher import as_teacher
 from .watched import Watched
@@ -69,9 +68,9 @@ class Objective:
         if found.converted:
             raise ConvertedError("distillation needs the weights that convert(model) replaced by FP8: train with precision='fp8_qat' first")
         self.model, self.config = model, config
-        self.outputs = outputs if outputs is not None else find_outputs(model)
+        self._reader = OutputReader.of(model, outputs)
         self._used = {name for name in (LOCAL_LOSSES if config.mode == "local" else LOSSES) if any(config.weight(name))}
-        if "task" in self._used and self.outputs is None:
+        if "task" in self._used and self._reader.function is None:
             raise ConfigError(
                 "a loss against labels needs to know what the model's outputs mean, and no adapter says so: pass outputs=, a function from "
                 "what the model returns to ModelOutputs, or task=0"
@@ -103,7 +102,7 @@ class Objective:
             apart = ", special tokens apart" if {"blocks", "cameras"} <= self._used else ""
             parts.append(f"normalised error of {len(self._watched.blocks)} {what}{apart}")
         if "predictions" in self._used:
-            alike = ", all tensors alike, since no adapter says what they mean" if self.outputs is None else ""
+            alike = ", all tensors alike, since no adapter says what they mean" if self._reader.function is None else ""
             parts.append(f"outputs against the dense model's{alike}")
         if "task" in self._used:
             parts.append("outputs against labels, where there are any")
@@ -148,9 +147,12 @@ class Objective:
             name: weights[name] * torch.stack(errors).mean() for name, errors in self._watched.compare(mine, true, weights.keys()).items()
         }
         if "predictions" in weights:
-            parts |= {f"predictions/{name}": weights["predictions"] * loss for name, loss in self._predictions(output, dense).items()}
+            losses = compare(self._reader.read(output), self._reader.read(dense))
+            parts |= {f"predictions/{name}": weights["predictions"] * loss for name, loss in losses.items()}
         if "task" in weights and sample.labels is not None:
-            losses = label_losses(self._mapped(output), sample.labels)
+            mapped = self._reader.read(output)
+            assert isinstance(mapped, ModelOutputs)
+            losses = label_losses(mapped, sample.labels)
             parts |= {f"task/{name}": weights["task"] * loss for name, loss in losses.items()}
         if not parts:
             raise InputError(NOTHING_TO_COMPARE)
@@ -167,29 +169,6 @@ class Objective:
                 )
         if self._recorder.modules and not learning:
             raise ConfigError("no block or attention that is compared comes after anything that learns")
-
-    def _predictions(self, output: Any, dense: Any) -> dict[str, Tensor]:
-        if self.outputs is None:
-            return output_losses(output, dense)
-        with torch.no_grad():
-            teacher = self._mapped(dense)
-        return prediction_losses(self._mapped(output), teacher)
-
-    def _mapped(self, output: Any) -> ModelOutputs:
-        """What `output` means. Raises `AdapterError` where that cannot be told."""
-        assert self.outputs is not None
-        device = next((x.device.type for x in tensors_of(output).values()), "cpu")
-        try:
-            with torch.autocast(device, enabled=False):
-                mapped = self.outputs(output)
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise AdapterError(
-                f"what the model returned ({type(output).__name__}) could not be mapped to depth, points and poses ({short(error)}); "
-                "pass outputs=, a function from it to ModelOutputs"
-            ) from error
-        if not isinstance(mapped, ModelOutputs):
-            raise AdapterError(f"the function from what the model returns to ModelOutputs returned {type(mapped).__name__}")
-        return mapped
 
 
 def _sum_up(parts: dict[str, Tensor]) -> Losses:

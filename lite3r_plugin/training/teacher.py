@@ -19,14 +19,19 @@ def as_teacher(model: nn.Module) -> Iterator[None]:
     Weights that autocast casts meanwhile are not kept: cast without gradients, they would have none for a student after it either.
     """
     device = next((p.device.type for p in model.parameters()), "cpu")
-    with torch.no_grad(), run_dense(model.modules()), evaluated(model), contextlib.ExitStack() as stack:
-        if any(map(is_tuner_layer, model.modules())):
-            from ..peft import lora_disabled  # imports PEFT, as whatever is in the model has done
-
-            stack.enter_context(lora_disabled(model))
+    with torch.no_grad(), run_dense(model.modules()), without_lora(model), evaluated(model), contextlib.ExitStack() as stack:
         if torch.is_autocast_enabled(device):
             stack.enter_context(torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=False))
         yield
+
+
+def without_lora(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Run `model` without adapters inside the context, where it has any."""
+    if not any(map(is_tuner_layer, model.modules())):
+        return contextlib.nullcontext()
+    from ..peft import lora_disabled  # imports PEFT, as whatever is in the model has done
+
+    return lora_disabled(model)
 
 
 @contextlib.contextmanager

@@ -45,7 +45,7 @@ def _toy() -> Iterator[None]:
 
 
 class Faulty(list[Tensor]):
-    """A list that raises when it is asked for an item for the n-th time; each item is asked for one step before its turn."""
+    """A list that raises when it is asked for an item for the n-th time; as soon as its turn comes."""
 
     def __init__(self, items: list[Tensor], calls: int, error: BaseException) -> None:
         super().__init__(items)
@@ -190,19 +190,21 @@ def test_the_best_weights_are_kept_and_patience_ends_it() -> None:
     assert not torch.equal(branch, seen[3])
 
 
-def test_the_average_is_what_the_model_has_in_the_end_and_what_is_judged() -> None:
-    model = sparse_toy()
-    branch = lite3r_modules(model)["cross.0"].proj_lin.weight
+def test_the_average_is_what_the_model_has_in_the_end() -> None:
+    plain, model = sparse_toy(), sparse_toy()
+    branch, averaged = (lite3r_modules(each)["cross.0"].proj_lin.weight for each in (plain, model))
     weights: list[Tensor] = []
-    distill(model, _Watched(inputs(), lambda: weights.append(branch.detach().clone())), trainable="proj", steps=3, ema=0.9)
-    expected = weights[0].clone()
-    # Each item is asked for one step before its turn, so the values of the last step are missing: it is made from the difference.
-    for step, value in enumerate(weights[2:], 1):
-        share = 1 - min(0.9, (1 + step) / (10 + step))
-        expected = expected + share * (value - expected)
-    assert not torch.equal(branch, weights[-1])
-    judged: list[Tensor] = []
-    model = sparse_toy()
+    distill(plain, _Watched(inputs(), lambda: weights.append(branch.detach().clone())), trainable="proj", steps=3)
+    expected = weights[0]
+    for step, value in enumerate((*weights[1:], branch.detach()), 1):
+        expected = expected.lerp(value, 1 - min(0.3, (1 + step) / (10 + step)))
+    distill(model, inputs(), trainable="proj", steps=3, ema=0.3)
+    assert torch.equal(averaged, expected)
+    assert not torch.equal(averaged, branch)
+
+
+def test_the_average_is_what_is_judged() -> None:
+    model, judged = sparse_toy(), []
     branch = lite3r_modules(model)["cross.0"].proj_lin.weight
 
     def measure(_: nn.Module) -> float:
@@ -211,6 +213,7 @@ def test_the_average_is_what_the_model_has_in_the_end_and_what_is_judged() -> No
 
     distill(model, inputs(), trainable="proj", steps=2, ema=0.9, validation=measure, validate_every=1)
     assert torch.equal(branch, judged[-1])
+    assert len(judged) == 3
 
 
 class _Watched(list[Tensor]):
@@ -349,10 +352,10 @@ def test_after_an_interruption_the_model_has_the_weights_of_the_last_step(error:
     whole, model = sparse_toy(), sparse_toy()
     fields: dict[str, Any] = {"trainable": "proj", "schedule": "constant", "warmup_steps": 0}
     before = contents(model)
-    distill(whole, inputs(), steps=2, **fields)
+    distill(whole, inputs(), steps=3, **fields)
     with pytest.raises(type(error)):
         distill(model, Faulty(inputs(), 4, error), steps=9, **fields)
-    assert f"{type(error).__name__}; the model has the weights of step 2" in capsys.readouterr().err
+    assert f"{type(error).__name__}; the model has the weights of step 3" in capsys.readouterr().err
     assert changed(model, state(whole)) == set()
     after = contents(model)
     assert {key: after[key] for key in after if key != "values"} == {key: before[key] for key in before if key != "values"}

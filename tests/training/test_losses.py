@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +12,8 @@ from torch import Tensor
 from lite3r_plugin.adapter import ModelOutputs
 from lite3r_plugin.errors import AdapterError, InputError
 from lite3r_plugin.scene.geometry import relative_to_first, unproject
-from lite3r_plugin.training.losses import feature_loss, label_losses, output_losses, prediction_losses, scene_scale, weight_at
+from lite3r_plugin.training.losses import feature_loss, label_losses, prediction_losses, scene_scale, tensor_losses, weight_at
+from lite3r_plugin.training.outputs import OutputReader
 
 B, S, H, W = 2, 3, 6, 8
 
@@ -213,15 +213,21 @@ def test_labels_without_anything_valid_or_predicted() -> None:
 
 
 def test_outputs_of_which_nobody_says_what_they_mean() -> None:
-    def made(x: float) -> dict[str, Any]:
-        return {"a": torch.full((2, 3), 1 + x), "b": [torch.full((4,), 2 + x), torch.arange(3)], "c": "text"}
+    def made(x: float, found: int = 5) -> dict[str, Tensor]:
+        output = {"a": torch.full((2, 3), 1 + x), "b": [torch.full((4,), 2 + x), torch.arange(3)], "c": torch.ones(found)}
+        read = OutputReader(None).read(output)
+        assert isinstance(read, dict)
+        return read
 
-    assert list(output_losses(made(0.5), made(0.0))) == ["other"]
-    assert output_losses(made(0.5), made(0.0))["other"].item() == pytest.approx((0.25 + 0.0625) / 2)
+    assert list(tensor_losses(made(0.5), made(0.0))) == ["other"]
+    assert tensor_losses(made(0.5), made(0.0))["other"].item() == pytest.approx((0.25 + 0.0625 + 0) / 3)
+    assert tensor_losses(made(0.5, 4), made(0.0))["other"].item() == pytest.approx((0.25 + 0.0625) / 2)
     with pytest.raises(AdapterError, match="not made alike"):
-        output_losses(made(0), {"a": torch.ones(2, 3)})
+        tensor_losses(made(0), {"a": torch.ones(2, 3)})
     with pytest.raises(AdapterError, match="no floating-point tensor"):
-        output_losses(torch.arange(3), torch.arange(3))
+        tensor_losses({}, {})
+    with pytest.raises(AdapterError, match="no floating-point tensor"):
+        tensor_losses({"": torch.ones(2)}, {"": torch.ones(3)})
 
 
 def test_weights() -> None:

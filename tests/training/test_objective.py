@@ -407,6 +407,30 @@ def test_local_gradients_are_those_of_each_block_by_itself(checkpointing: bool) 
     assert gradients(model) == {}
 
 
+def test_local_under_autocast_keeps_no_casts_of_the_teacher() -> None:
+    """A weight that was cast without gradients, and kept, would have none."""
+    model = student_testbed(lora=False)
+    model.aggregator.global_blocks.requires_grad_(True)
+    with torch.autocast("cpu"):
+        run(model, EVERYTHING.replace(mode="local"), views())
+    learned = gradients(model)
+    assert learned.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert all(x.abs().max() > 0 for x in learned.values())
+
+
+def test_features_go_with_the_graph() -> None:
+    model = student_testbed()
+    recompute_blocks(model)
+    outputs: list[weakref.ref[Tensor]] = []
+    model.aggregator.global_blocks[0].register_forward_hook(lambda _, __, out: outputs.append(weakref.ref(out)))
+    with Objective(model, EVERYTHING) as objective:
+        losses = objective(model, Sample(views()), 0.0)
+        losses.total.backward()
+        losses = losses.parts
+        assert len(outputs) >= 2
+        assert all(output() is None for output in outputs)
+
+
 def test_local_keeps_the_graph_of_one_block_only() -> None:
     model = student_testbed()
     alive: list[int] = []
