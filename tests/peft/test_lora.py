@@ -512,8 +512,10 @@ def test_neither_converted_nor_saved_before(precision: Any, tmp_path: Path) -> N
         save_lite3r(model, tmp_path / "x")
     assert not (tmp_path / "x").exists()
     merge_lora(model)
-    save_lite3r(model, tmp_path / "x")
+    with pytest.raises(CheckpointError, match="LoRA was merged into weights of the model"):
+        save_lite3r(model, tmp_path / "x")
     assert describe(convert(model)).linears == {"in FP8 (emulated)": 8}
+    save_lite3r(model, tmp_path / "x")
 
 
 # What is said, and what is refused.
