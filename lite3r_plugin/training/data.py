@@ -214,17 +214,18 @@ def _loader(data: Any, config: DistillConfig) -> DataLoader[Any]:
     generator = torch.Generator().manual_seed(config.seed)  # lest the loader draw from that of the process
     if _has_numbers(data):
         _refuse_empty(data)
-        dataset = data if isinstance(data, Dataset) else _Items(data)
         order = _Order(len(data), config.batch_size, config.seed)
-        return DataLoader(dataset, batch_sampler=order, generator=generator, **options)
+        return DataLoader(data if isinstance(data, Dataset) else _Items(data), batch_sampler=order, generator=generator, **options)
     if config.workers:
         raise ConfigError(f"workers read data sets with numbered items, and each would run through this {type(data).__name__}: workers=0")
-    return DataLoader(_Stream(data), batch_size=config.batch_size, generator=generator, **options)
+    return DataLoader(
+        data if isinstance(data, IterableDataset) else _Stream(data), batch_size=config.batch_size, generator=generator, **options
+    )
 
 
 def _has_numbers(data: Any) -> bool:
     """Whether its items have numbers."""
-    return hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    return hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, IterableDataset)
 
 
 def _refuse_empty(data: Any) -> None:

@@ -107,7 +107,7 @@ class Run:
         self.accelerator, self.progress, self.validation, self.about, self.precision = accelerator, progress, validation, about, precision
         self.model = found.model
         self.parameters = dict(trainable.parameters)
-        self.device = next(iter(self.parameters.values())).device
+        self.device = next(self.model.parameters()).device
         self.folder = None if config.output_dir is None else Path(config.output_dir)
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
         self.steps = total_steps(config, feed)

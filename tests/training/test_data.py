@@ -41,6 +41,13 @@ class Stream(IterableDataset):
         return iter(ITEMS)
 
 
+class Counted(Stream):
+    """Such that tell how many they are."""
+
+    def __len__(self) -> int:
+        return 5
+
+
 def take(feed: Feed, count: int) -> list[float]:
     return [sample.inputs.item() for sample in itertools.islice(feed, count)]
 
@@ -49,6 +56,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     "list": lambda: ITEMS,
     "numbered": Numbered,
     "stream": Stream,
+    "counted stream": Counted,
     "generator": lambda: iter(ITEMS * 3),
     "loader": lambda: DataLoader(Numbered(), shuffle=True),  # pyright: ignore[reportArgumentType]
     "loader of a stream": lambda: DataLoader(Stream()),
@@ -82,7 +90,7 @@ def test_processes_together_take_what_one_takes(kind: str, size: int) -> None:
         assert [batch for batches in zip(*shares, strict=True) for batch in batches] == whole
 
 
-@pytest.mark.parametrize("kind", ["stream", "generator", "loader", "loader of a stream"])
+@pytest.mark.parametrize("kind", ["stream", "counted stream", "generator", "loader", "loader of a stream"])
 def test_processes_share_an_epoch(kind: str) -> None:
     shares = [take(Feed(KINDS[kind](), DistillConfig(), 2, i), 2) for i in (0, 1)]
     assert len({*shares[0], *shares[1]}) == 4
@@ -100,6 +108,7 @@ def test_epochs_are_counted_in_batches_of_a_process() -> None:
     assert Feed(ITEMS, DistillConfig(batch_size=2), 2, 0).batches(4) == 5
     assert Feed(KINDS["loader"](), DistillConfig(), 2, 0).batches(2) == 6
     assert Feed(Stream(), DistillConfig()).batches(2) is None
+    assert Feed(Counted(), DistillConfig(batch_size=2)).batches(2) == 6
 
 
 def test_random_numbers_of_the_process_are_left_alone() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from distilling import inputs, logged, metrics, sparse_toy, toy
+from distilling import FIELDS, inputs, logged, metrics, sparse_toy, toy
 from interruptions import contents, interrupted
 from torch import Tensor, nn
 from toys import Adapter, Toy, toy_answer
@@ -141,6 +141,15 @@ def test_the_teacher_is_the_dense_model_whatever_lora_learned() -> None:
     assert torch.equal(model(x), expected)
 
 
+def test_a_host_in_half_precision_trains_what_is_in_full() -> None:
+    model = apply_lite3r(toy().bfloat16(), **FIELDS)
+    result = distill(model, [x.bfloat16() for x in inputs(1)], steps=8, learning_rate=1e-3)
+    assert result.last_loss is not None
+    assert result.first_loss is not None
+    assert result.last_loss < result.first_loss
+    assert model.head.weight.dtype == torch.bfloat16
+
+
 def test_lora_that_is_there_goes_on() -> None:
     model = sparse_toy()
     names = add_lora(model, rank=2)
@@ -247,6 +256,13 @@ def half() -> nn.Module:
     return sparse_toy().half()
 
 
+def flattened() -> nn.Module:
+    """As FullyShardedDataParallel leaves a module."""
+    model = sparse_toy()
+    model.head.register_parameter("_flat_param", nn.Parameter(torch.zeros(1)))
+    return model
+
+
 @pytest.mark.parametrize(
     ("model", "data", "fields", "error", "says"),
     [
@@ -271,6 +287,7 @@ def half() -> nn.Module:
         (lambda: sparse_toy(linear_branch="none"), inputs(2), {}, ConfigError, "linear_branch is 'none'"),
         (lambda: sparse_toy(keep_ratio=1.0), inputs(2), {}, ConfigError, "nothing to learn"),
         (half, inputs(2), {"trainable": "blocks"}, WeightsError, "float16"),
+        (flattened, inputs(2), {}, WeightsError, "use fully_shard"),
         (lambda: sparse_toy().to("meta"), inputs(2), {}, WeightsError, "meta"),
         (sparse_toy, inputs(2), {"lora_scopes": ("encoder",)}, lite3r_plugin.errors.NoSitesError, "encoder"),
     ],
