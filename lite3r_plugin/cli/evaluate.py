@@ -18,6 +18,13 @@ class Rule(str, enum.Enum):
     covisible = "covisible"
 
 
+class ProtocolName(str, enum.Enum):
+    """As in `lite3r_plugin.evaluation.compare`."""
+
+    da3bench = "da3bench"
+    lite3r = "lite3r"
+
+
 class Split(str, enum.Enum):
     """As in `lite3r_plugin.scene.data.open_scenes`."""
 
@@ -31,10 +38,18 @@ def evaluate(
         str, typer.Option(help="LAYOUT:PATH, for example blendedmvs:~/BlendedMVS, 7scenes:~/7scenes or procedural:scenes=8.")
     ] = "procedural:scenes=8",
     split: Annotated[Split | None, typer.Option(help="A part of the data set, where a split is published.", show_default=False)] = None,
-    views: Annotated[int, typer.Option(min=2, help="Views of each scene.")] = 8,
-    rule: Annotated[Rule, typer.Option(help="How views are picked.")] = Rule.spread,
+    protocol: Annotated[
+        ProtocolName | None,
+        typer.Option(
+            help="da3bench: poses of all views of a scene, as the Depth Anything 3 benchmark; lite3r: one random pair a scene, as the "
+            "Lite3R paper. It sets --views, --rule and --draws, da3bench also --seed and --max-points.",
+            show_default=False,
+        ),
+    ] = None,
+    views: Annotated[int | None, typer.Option(min=2, help="Views of each scene; by default 8.", show_default=False)] = None,
+    rule: Annotated[Rule | None, typer.Option(help="How views are picked; by default spread.", show_default=False)] = None,
     scenes: Annotated[int | None, typer.Option(min=1, help="At most so many scenes.", show_default=False)] = None,
-    draws: Annotated[int, typer.Option(min=1, help="Sets of views from each scene.")] = 1,
+    draws: Annotated[int | None, typer.Option(min=1, help="Sets of views from each scene; by default 1.", show_default=False)] = None,
     weights: Weights = None,
     keep_ratio: KeepRatio = None,
     config: Config = None,
@@ -45,8 +60,12 @@ def evaluate(
     json_path: Json = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    max_points: Annotated[int, typer.Option(min=1, help="Points of each cloud that are compared.")] = 20_000,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the choice of views.")] = 0,
+    max_points: Annotated[
+        int | None, typer.Option(min=1, help="Points of each cloud that are compared; by default 20000.", show_default=False)
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=LARGEST_SEED, help="Of the choice of views; by default 0.", show_default=False)
+    ] = None,
     max_pixels: MaxPixels = None,
     max_bytes: MaxBytes = None,
 ) -> None:
@@ -57,7 +76,7 @@ def evaluate(
     from ..apply.seal import fingerprint
     from ..apply.source import find_checkpoint
     from ..errors import InputError
-    from ..evaluation import ModelPair, choose_device, choose_dtype, compare
+    from ..evaluation import ModelPair, choose_device, choose_dtype, compare, find_protocol
     from ..files import check_output, to_json, write_atomically
     from ..scene.data import open_scenes
     from .show import console, progress, say, warn, what_ran
@@ -65,6 +84,10 @@ def evaluate(
     options, entry, within = lite3r_config(config, keep_ratio), find_model(model), file_limits(max_pixels, max_bytes)
     if checkpoint is not None and (config or keep_ratio is not None):
         raise InputError("a checkpoint has its configuration: leave out --config and --keep-ratio")
+    wanted = {"views": views, "rule": rule and rule.value, "draws": draws, "seed": seed, "max_points": max_points}
+    judged = None if protocol is None else find_protocol(protocol.value)
+    if judged is not None:
+        judged.refuse(**wanted)
     where = choose_device(device)
     number = choose_dtype(dtype, where)
     if json_path is not None:
@@ -73,11 +96,11 @@ def evaluate(
     with within, progress() as bar:
         found = open_scenes(data, split.value if split else None)
         found = found[:scenes] if scenes is not None else found
-        task = bar.add_task(f"Building {entry.name}", total=len(found) * draws)
+        task = bar.add_task(f"Building {entry.name}", total=len(found))
         folder = None if checkpoint is None else find_checkpoint(checkpoint)
         pair = ModelPair.build(entry, options, weights, where) if folder is None else ModelPair.load(entry, folder, weights, where)
         result = compare(
-            pair, found, views, rule=rule.value, draws=draws, seed=seed, dtype=number, max_points=max_points,
+            pair, found, **wanted, protocol=judged and judged.name, dtype=number,
             progress=lambda done, total, what: bar.update(task, completed=done, total=total, description=f"{what}, dense and with Lite3R"),
         )  # fmt: skip
 
@@ -85,10 +108,13 @@ def evaluate(
         warn("the weights are random: every measure is meaningless")
     say(str(describe(pair.model)))
     console.print(result.table())
-    sets = f"{len(result.densities)} sets of {views} views, {rule.value}"
+    of = result.conditions
+    sets = f"{len(result.densities)} sets of {of['views']}{'' if judged else ' views'}, {of['rule']}"
     say(f"{entry.name} on {data}: {sets}; density {result.density:.3f}; {where}, {number}")
     if note := what_ran(result.density, pair.model, where):
         warn(note)
+    if result.conditions.get("same_dense_kernel") is False:
+        warn(result.dense_kernels())
     if json_path is not None:
         record = result.to_dict() | {"data": data, "split": split, "weights": weights}
         record |= {} if folder is None else {"checkpoint": fingerprint(folder)}

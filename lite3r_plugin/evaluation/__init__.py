@@ -14,17 +14,22 @@ Nothing here prints: `compare` tells its progress to a function, and what librar
 """
 
 from .compare import DENSE, LITE3R, Evaluation, ModelPair, compare, model_inputs, sample_views
+from .protocol import PROTOCOLS, Protocol, ProtocolName, find_protocol
 from .run import Run, choose_device, choose_dtype, merge, quiet, run_model, why_dense
 
 __all__ = [
     "DENSE",
     "LITE3R",
+    "PROTOCOLS",
     "Evaluation",
     "ModelPair",
+    "Protocol",
+    "ProtocolName",
     "Run",
     "choose_device",
     "choose_dtype",
     "compare",
+    "find_protocol",
     "merge",
     "model_inputs",
     "quiet",

@@ -108,9 +108,8 @@ def _holds(record: Mapping[str, Any]) -> str:
 
 
 def _quality(metrics: Metrics) -> str:
-    fields = metrics.fields
     lines = [
-        f"Measured with `lite3r eval` on {_code(metrics.data)}: {metrics.scenes} scenes, {fields['views']} views each. "
+        f"Measured with `lite3r eval` on {_code(metrics.data)}: {metrics.scenes} scenes, {metrics.views}. "
         f"{_sparse(metrics.density)} "
         + (
             "The very files of this repository were measured."

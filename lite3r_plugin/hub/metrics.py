@@ -64,6 +64,12 @@ class Metrics:
         return f"{layout}:{rest if layout == PROCEDURAL else Path(rest).name}"
 
     @property
+    def views(self) -> str:
+        """How many of each scene, and the protocol that says so, if it was judged by one."""
+        views, protocol = self.fields["views"], self.fields.get("protocol")
+        return f"{views} views each" if protocol is None else f"{views} (protocol {protocol})"
+
+    @property
     def conditions(self) -> dict[str, Any]:
         """`CONDITIONS` with their values."""
         return {name: self.fields[name] for name in CONDITIONS} | {"data": self.data}

@@ -1,13 +1,16 @@
-"""Which of PyTorch's backends runs dense attention: the fastest for the shape at hand."""
+"""Which of PyTorch's backends runs dense attention: the fastest for the shape at hand, or one for all; and which one ran."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import short
 from .device import timed
@@ -62,3 +65,53 @@ def sdpa_backend(name: str) -> Iterator[None]:
     others = [backend for key, backend in BACKENDS.items() if key != name]
     with sdpa_kernel([BACKENDS[name], *others, SDPBackend.MATH], set_priority=True):
         yield
+
+
+class DenseKernels(TorchFunctionMode):
+    """Notes which kernel runs each dense attention, a `scaled_dot_product_attention` without a mask, inside its context.
+
+    What runs is read off the operators that PyTorch calls, not off settings; compiled code is not seen. It may be entered again.
+
+    Attributes:
+        ran: By the shapes of queries ``[..., N, D]`` and keys, the kernels and their dtypes, such as ``"flash bfloat16"``: a name of
+            `BACKENDS`, or ``"math"`` where none of them ran.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ran: dict[tuple[tuple[int, ...], tuple[int, ...]], set[str]] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """All kernels that ran, sorted."""
+        return sorted(set().union(*self.ran.values()))
+
+    def agree(self, other: DenseKernels) -> bool | None:
+        """Whether both ran the same kernels wherever both ran dense attention of the same shapes; None where they never did."""
+        shapes = self.ran.keys() & other.ran.keys()
+        return all(self.ran[shape] == other.ran[shape] for shape in shapes) if shapes else None
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention or kwargs.get("attn_mask", args[3] if len(args) > 3 else None) is not None:
+            return func(*args, **kwargs)
+        with _Operator() as called:
+            out = func(*args, **kwargs)
+        q, k = (args[i] if len(args) > i else kwargs[name] for i, name in enumerate(("query", "key")))
+        dtype = str(out.dtype).removeprefix("torch.")
+        self.ran.setdefault((tuple(q.shape), tuple(k.shape)), set()).add(f"{called.kernel} {dtype}")
+        return out
+
+
+class _Operator(TorchDispatchMode):
+    """Finds out which fused operator `scaled_dot_product_attention` calls; ``"math"`` is none of them, but products and a softmax."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = "math"
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        name = func.name()
+        if "_scaled_dot_product_" in name:  # aten::_scaled_dot_product_flash_attention_for_cpu and others
+            self.kernel = next((key for key in BACKENDS if f"_{key}_" in name), name.removeprefix("aten::"))
+        return func(*args, **(kwargs or {}))

@@ -59,6 +59,41 @@ def test_one_scene_has_no_interval_and_json_without_nan(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("protocol", "title", "rows"),
+    [
+        ("da3bench", "Poses as the Depth Anything 3 benchmark judges them: all views of a scene, at most 100", ["AUC@3, %", "AUC@30, %"]),
+        ("lite3r", "The protocol of the Lite3R paper: one random pair of views a scene", ["AbsRel", "RMSE"]),
+    ],
+)
+def test_protocols(tmp_path: Path, protocol: str, title: str, rows: list[str]) -> None:
+    data, path = "procedural:scenes=2,views=3,size=64", tmp_path / "report.json"
+    arguments = ["eval", "--device", "cpu", "--model", "tiny", "--weights", "random", "--data", data, "--scenes", "1", "--json", str(path)]
+    result = CliRunner().invoke(app, [*arguments, "--protocol", protocol])
+    assert result.exit_code == 0, result.output
+    assert title in " ".join(result.output.split())
+    report = json.loads(path.read_text())
+    assert report["protocol"] == protocol
+    assert list(report["means"]["dense"])[:2] == rows
+    assert report["views_of_sets"] == [3 if protocol == "da3bench" else 2]
+    assert report["same_dense_kernel"] is True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--views", "4"), "the protocol da3bench takes no views"),
+        (("--rule", "spread", "--draws", "1"), "takes no rule, no draws"),
+        (("--seed", "0"), "takes no seed"),
+    ],
+)
+def test_options_that_contradict_a_protocol_are_refused_before_any_work(arguments: tuple[str, ...], message: str) -> None:
+    data = ("--data", "blendedmvs:/no/such/folder")
+    result = CliRunner().invoke(app, ["eval", "--model", "tiny", *data, "--protocol", "da3bench", *arguments])
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--model", "nosuch"), "no installed adapter can build 'nosuch'"),

@@ -78,6 +78,13 @@ def test_the_card_says_where_nothing_was_sparse(folder: Path, measured: dict[str
     assert "Nothing was sparse in these runs" in card_of(hub).text
 
 
+def test_the_card_names_the_protocol(folder: Path, measured: dict[str, Any]) -> None:
+    hub = Hub()
+    judged = {"protocol": "da3bench", "views": "all views of a scene, at most 100"}
+    push_to_hub(folder, ID, **STATED, metrics=measured | judged, api=hub)
+    assert "8 scenes, all views of a scene, at most 100 (protocol da3bench)." in card_of(hub).text
+
+
 def test_the_card_says_nothing_of_the_disk(folder: Path, measured: dict[str, Any]) -> None:
     hub = Hub()
     push_to_hub(folder, ID, **STATED, metrics=measured | {"data": "blendedmvs:/home/somebody/secret/BlendedMVS"}, api=hub)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lite3r_plugin.runtime.sdpa import BACKENDS, fastest_sdpa, sdpa_backend
+from lite3r_plugin.runtime.sdpa import BACKENDS, DenseKernels, fastest_sdpa, sdpa_backend
 
 
 def test_there_is_no_choice_on_the_cpu() -> None:
@@ -22,6 +23,37 @@ def test_where_the_preferred_backend_cannot_run_others_do(name: str) -> None:
     q = torch.randn(1, 2, 16, 8)
     with sdpa_backend(name):
         torch.testing.assert_close(F.scaled_dot_product_attention(q, q, q), (q @ q.mT / 8**0.5).softmax(-1) @ q)
+
+
+def test_dense_kernels_are_those_that_ran() -> None:
+    q, k = torch.randn(1, 2, 16, 8), torch.randn(1, 2, 24, 8)
+    flash, mathematical, nothing = DenseKernels(), DenseKernels(), DenseKernels()
+    with torch.no_grad():
+        with flash:
+            F.scaled_dot_product_attention(q, q, q)
+        with flash, torch.autocast("cpu", torch.bfloat16):  # read off what ran, so casts are seen
+            F.scaled_dot_product_attention(query=q, key=k, value=k)
+        with mathematical, sdpa_kernel(SDPBackend.MATH):
+            F.scaled_dot_product_attention(q, q, q)
+        with nothing:
+            F.scaled_dot_product_attention(q, q, q, torch.ones(16, 16, dtype=torch.bool))
+            (q @ q.mT).softmax(-1)
+    assert flash.ran == {(q.shape, q.shape): {"flash float32"}, (q.shape, k.shape): {"flash bfloat16"}}
+    assert mathematical.names == ["math float32"]
+    assert nothing.names == []
+    assert flash.agree(flash) is True
+    assert flash.agree(mathematical) is False
+    assert flash.agree(nothing) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["flash", "cudnn", "efficient"])
+def test_the_preferred_kernel_runs(name: str) -> None:
+    q = torch.randn(1, 8, 256, 64, device="cuda", dtype=torch.bfloat16)
+    kernels = DenseKernels()
+    with sdpa_backend(name), kernels, torch.no_grad():
+        F.scaled_dot_product_attention(q, q, q)
+    assert kernels.names == [f"{name} bfloat16"]
 
 
 @pytest.mark.gpu

@@ -20,7 +20,7 @@ from .comparison import Comparison
 from .depth import DepthMetrics, depth_metrics
 from .fidelity import Fidelity, fidelity
 from .points import PointMetrics, cloud_metrics, point_metrics
-from .pose import PairErrors, PoseMetrics, auc, pair_errors, pose_metrics
+from .pose import PairErrors, PoseMetrics, auc, pair_errors, pose_metrics, published_auc
 from .scene import SceneMetrics, constant_geometry, scene_metrics
 
 __all__ = [
@@ -44,5 +44,6 @@ __all__ = [
     "paired_bootstrap",
     "point_metrics",
     "pose_metrics",
+    "published_auc",
     "scene_metrics",
 ]

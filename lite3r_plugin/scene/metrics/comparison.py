@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...errors import InputError
@@ -27,12 +27,16 @@ ROWS = {  # printed name: family, field, whether larger is better
     "AUC@5, %": ("pose", "auc5", True),
     "AUC@15, %": ("pose", "auc15", True),
     "AUC@30, %": ("pose", "auc30", True),
+    "AUC@3 as published, %": ("pose", "published_auc3", True),
+    "AUC@30 as published, %": ("pose", "published_auc30", True),
     "ATE": ("pose", "ate", False),
     "accuracy": ("points", "accuracy", False),
     "completeness": ("points", "completeness", False),
     "Chamfer": ("points", "chamfer", False),
     "F-score": ("points", "f_score", True),
 }
+USUAL = tuple(row for row in ROWS if "as published" not in row)
+"""The keys of `ROWS` that are shown where no others are asked for."""
 
 
 class Comparison:
@@ -70,10 +74,10 @@ class Comparison:
         found = (getattr(score, family) for score in self.scores[method])
         return [math.nan if measures is None else getattr(measures, field) for measures in found]
 
-    def rows(self) -> list[str]:
-        """The keys of `ROWS`; those of depth and points only where some reference has depth."""
+    def rows(self, among: Sequence[str] = USUAL) -> list[str]:
+        """Those `among` the keys of `ROWS` that were measured: of depth and points only where some reference has depth."""
         with_depth = any(score.depth is not None for scores in self.scores.values() for score in scores)
-        return [row for row, (family, _, _) in ROWS.items() if with_depth or family == "pose"]
+        return [row for row in among if with_depth or ROWS[row][0] == "pose"]
 
     def mean(self, method: str, row: str) -> float:
         """Mean of a measure over the sets of views for which it is defined; NaN where there are none."""
@@ -90,24 +94,34 @@ class Comparison:
         differences = [sum(found) / len(found) if found else math.nan for found in by_scene.values()]
         return paired_bootstrap([0.0] * len(differences), differences, seed=seed)
 
-    def table(self, dense: str, accelerated: str) -> Table:
-        """One row per measure: means of every method, and the difference of two with its 95 % interval."""
+    def table(self, dense: str, accelerated: str, among: Sequence[str] = USUAL, heading: str = "", note: str = "") -> Table:
+        """One row per measure: means of every method, and the difference of two with its 95 % interval.
+
+        Args:
+            dense, accelerated: The two methods, the difference of which is shown.
+            among: As in `rows`.
+            heading: What stands first in the title.
+            note: What stands last below the table.
+        """
         from rich.table import Table
 
         scenes, sets = len(set(self.scenes)), len(self.values(dense, "AUC@5, %"))
         undefined = sum(score.pose.undefined for score in self.scores[dense])
         pairs = sum(score.pose.pairs for score in self.scores[dense])
+        rows = self.rows(among)
+        title = f"Means over {scenes} scenes" + (f", {sets} sets of views" if sets != scenes else "")
+        fitted = "One scale per scene for depth, Sim(3) for points and ATE; lengths in the unit of the reference. "
         table = Table(
-            title=f"Means over {scenes} scenes" + (f", {sets} sets of views" if sets != scenes else ""),
-            caption=f"One scale per scene for depth, Sim(3) for points and ATE; lengths in the unit of the reference. {MEAN}: one depth, "
+            title=f"{heading}. {title}" if heading else title,
+            caption=f"{fitted if any('AUC' not in row for row in rows) else ''}{MEAN}: one depth, "
             f"equal cameras. {undefined} of {pairs} pairs of views have no baseline. "
-            f"* the 95 % interval leaves out 0; there is none where fewer than {LEAST_SCENES} scenes have the measure.",
+            f"* the 95 % interval leaves out 0; there is none where fewer than {LEAST_SCENES} scenes have the measure. {note}".rstrip(),
         )
         table.add_column("")
         for name in self.scores:
             table.add_column(name, justify="right")
         table.add_column(f"{accelerated} - {dense} [95 %]".replace("[", r"\["), justify="right")
-        for row in self.rows():
+        for row in rows:
             up = ROWS[row][2]
             interval = self.difference(dense, accelerated, row)
             bounds = _number(interval.difference, "+.4g")

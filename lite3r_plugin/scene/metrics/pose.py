@@ -47,6 +47,7 @@ class PoseMetrics(Record):
         rotation_mean, rotation_median: Of all pairs.
         translation_mean, translation_median: Of the direction, over pairs that have a baseline.
         auc3, auc5, auc15, auc30: `auc` of the larger of the two angles, over pairs that have a baseline.
+        published_auc3, published_auc30: `published_auc`, over all pairs.
         ate: Root mean square distance of the camera centres after Sim(3), in the unit of the reference. NaN below three views,
             which Sim(3) always brings together, and where the reference does not move.
         pairs: Number of pairs.
@@ -61,6 +62,8 @@ class PoseMetrics(Record):
     auc5: float
     auc15: float
     auc30: float
+    published_auc3: float
+    published_auc30: float
     ate: float
     pairs: int
     undefined: int
@@ -79,12 +82,14 @@ def pose_metrics(predicted: Tensor, reference: Tensor) -> PoseMetrics:
     mine, true = camera_pair(predicted, reference)
     errors = _pair_errors(mine, true)
     defined = errors.translation[errors.defined]
+    published = _published_errors(mine, true)
     return PoseMetrics(
         errors.rotation.mean().item(),
         errors.rotation.quantile(0.5).item(),
         defined.mean().item(),
         defined.quantile(0.5).item() if len(defined) else math.nan,
         *(auc(errors.larger, degrees) for degrees in (3, 5, 15, 30)),
+        *(_histogram_auc(published, degrees) for degrees in (3, 30)),
         ate=_trajectory_error(mine, true),
         pairs=len(errors.rotation),
         undefined=len(errors.rotation) - len(defined),
@@ -113,6 +118,57 @@ def auc(errors: Tensor, threshold: float) -> float:
     if errors.isnan().any() or (errors < 0).any() or not threshold > 0:
         raise InputError("the area under the curve is of errors that are not negative and not NaN, up to a positive threshold")
     return 100 * (1 - errors.double() / threshold).clamp(min=0).mean().item()
+
+
+def published_auc(predicted: Tensor, reference: Tensor, threshold: int) -> float:
+    """AUC of relative poses as the Depth Anything 3 benchmark computes it, to set beside its figures; arguments as in `pose_metrics`.
+
+    It is no better a measure than `auc` of `PairErrors.larger`; it may be larger or smaller, for what follows from its code
+    (``bench/utils.py`` of ByteDance-Seed/Depth-Anything-3, arXiv 2511.10647), which much other code has too:
+
+    * errors count in whole degrees: the mean, over k = 1 to `threshold`, of the share of errors below k (up to the last k);
+    * opposite directions are equal, so no direction is more than 90 degrees off;
+    * with E the world-to-camera matrices and the first view as the world, the poses of a pair are compared as inv(E_i) E_j, while
+      E_j inv(E_i) takes the one camera to the other. So the direction is that of R_i^T (t_j - t_i), not of a baseline, and which view
+      is the first matters. For pairs with it the two agree;
+    * where there is no direction, on either side, it is 90 degrees off, and no pair is left out.
+
+    Args:
+        predicted, reference: World to camera, ``[S, 3, 4]`` or ``[S, 4, 4]``.
+        threshold: In degrees, a whole number from 1 on.
+
+    Returns:
+        Percent.
+
+    Raises:
+        InputError: as `pose_metrics`, or for another threshold.
+    """
+    if not isinstance(threshold, int) or threshold < 1:
+        raise InputError(f"the histogram has bins of one degree up to a whole number of degrees, got {threshold!r}")
+    return _histogram_auc(_published_errors(*camera_pair(predicted, reference)), threshold)
+
+
+def _histogram_auc(errors: Tensor, threshold: int) -> float:
+    edges = torch.arange(1, threshold + 1, device=errors.device)
+    below = errors[:, None] < edges
+    below[:, -1] |= errors == threshold
+    return 100 * below.double().mean().item()
+
+
+def _published_errors(mine: Cameras, true: Cameras) -> Tensor:
+    """The larger of the two angles of each pair as `published_auc` explains them, ``[P]`` in degrees."""
+    i, j = torch.combinations(torch.arange(len(true.centre), device=true.centre.device)).unbind(1)
+    turns, directions, defined = [], [], torch.ones(len(i), dtype=torch.bool, device=i.device)
+    for side in (mine, true):
+        rotation = side.rotation @ side.rotation[0].mT  # of the first view's frame
+        translation = -_turn(rotation, _turn(side.rotation[:1], side.centre - side.centre[0]))
+        direction = _turn(rotation[i].mT, translation[j] - translation[i])
+        defined &= direction.norm(dim=1) > side.resolution
+        turns.append(rotation[i].mT @ rotation[j])
+        directions.append(direction)
+    angle = _angle(*directions)
+    angle = torch.where(defined, torch.minimum(angle, 180 - angle), 90.0)
+    return torch.maximum(_rotation_angle(turns[0] @ turns[1].mT), angle)
 
 
 def _pair_errors(mine: Cameras, true: Cameras) -> PairErrors:

@@ -16,7 +16,7 @@ from rich.table import Table
 from lite3r_plugin.errors import InputError
 from lite3r_plugin.scene.metrics import Comparison, Geometry, paired_bootstrap
 from lite3r_plugin.scene.metrics.bootstrap import LEAST_SCENES
-from lite3r_plugin.scene.metrics.comparison import ROWS
+from lite3r_plugin.scene.metrics.comparison import USUAL
 
 MakeGeometry = Callable[..., Geometry]
 
@@ -112,12 +112,23 @@ def test_table(comparison: Comparison) -> None:
     for name in ("constant", "dense", "lite3r", "lite3r - dense [95 %]"):
         assert name in header
     rows = {line.split("│")[1].strip(): line for line in printed.splitlines() if line.startswith("│")}
-    assert len(rows) == len(ROWS)
+    assert len(rows) == len(USUAL)
     assert rows["AbsRel ↓"].count("[") == 1
     assert rows["AbsRel ↓"].rstrip(" │").endswith("*")  # four times the noise is clearly worse
     assert not rows["AUC@3, % ↑"].rstrip(" │").endswith("*")  # the cameras are the same
     assert "Means over 6 scenes" in printed
     assert "0 of 18 pairs" in " ".join(printed.split())
+
+
+def test_a_table_of_few_measures(comparison: Comparison) -> None:
+    few = ("AUC@30, %", "AUC@30 as published, %")
+    printed = " ".join(text(comparison.table("dense", "lite3r", few, "A heading", "A note.")).split())
+    assert "A heading. Means over 6 scenes" in printed
+    assert "A note." in printed
+    assert "│ AUC@30 as published, % ↑ │ 100 │" in printed
+    assert "AbsRel" not in printed
+    assert "Sim(3)" not in printed  # nothing is fitted for angles
+    assert comparison.rows(few) == list(few)
 
 
 def test_values_and_differences(comparison: Comparison) -> None:
