@@ -115,6 +115,6 @@ def test_the_module_is_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_module_does_not_hide_the_function() -> None:
-    with pytest.raises(ImportError, match="lite3r_plugin.distill is a function, from lite3r_plugin import distill"):
+    with pytest.raises(ImportError, match=r"lite3r_plugin\.distill is a function, from lite3r_plugin import distill"):
         importlib.import_module("lite3r_plugin.distill")
     assert callable(lite3r_plugin.distill)
