@@ -247,6 +247,77 @@ def fp8_quality(report: dict[str, Any]) -> str:
     return _table(("measure", "scenes", "BF16", "FP8", "change"), rows) + _note(note)
 
 
+AIMS = {0.25: (0.5, "full"), 0.125: (1.0, "fp8")}  # by keep_ratio: the most that may be lost, in points and in percent, and of what
+
+
+def distillation(report: dict[str, Any]) -> str:
+    """What ways to train win back: changes against dense, by number of views."""
+    names = {"auc30": "AUC@30", "auc15": "AUC@15", "abs_rel": "AbsRel"}
+    heads = ("", "views", *names.values(), "steps", "minutes")
+    done = list(report["rows"].values())
+    levels = {views: found for row in done for views, found in row["against_dense"].items()}
+    rows = [("dense", views, *(_level(name, found[name]["dense"]) for name in names), "", "") for views, found in levels.items()]
+    for row in done:
+        steps = re.search(r"([\d,]+) steps", row.get("distillation", ""))
+        minutes = row.get("calibration_seconds", 0) / 60 + ((row["row"]["training"] or {}).get("minutes") or 0)
+        ends = (steps[1] if steps else "", f"{minutes:.1f}" if minutes else "")
+        rows += [
+            (_way_to_train(row["row"]), views, *(_change(name, found[name]) for name in names), *ends)
+            for views, found in row["against_dense"].items()
+        ]
+    c, keep_ratio = report["conditions"], done[0]["keep_ratio"]
+    labels = " (the published recipe with them)" * any(row["row"]["name"] == "published" for row in done)
+    note = (
+        f"The testbed, {c['scenes']} held-out rendered scenes of {c['size']} × {c['size']} pixels, {c['dtype']}, one {c['device']}, torch "
+        f"{c['torch']}, one run a row. AUC changes in points, AbsRel in percent of dense; paired 95 % intervals. Trained without labels"
+        f"{labels} on {c['pool']} scenes of other seeds and textures, {c['views_a_step']} views a step; calibrated on {c['calibration']} "
+        "inputs. Minutes are of calibration and training together."
+    )
+    return _table(heads, rows) + _note(note) + _note(_aim(done, keep_ratio))
+
+
+def _aim(done: Sequence[dict[str, Any]], keep_ratio: float) -> str:
+    most, precision = AIMS[keep_ratio]
+    inside = [
+        _way_to_train(row["row"])
+        for row in done
+        if row["row"]["precision"] == precision
+        and all(
+            found["abs_rel"]["difference"] <= most and min(found[name]["difference"] for name in ("auc30", "auc15")) >= -most
+            for found in row["against_dense"].values()
+        )
+    ]
+    result = f"is reached by: {', '.join(inside)}" if inside else "is not reached"
+    longest = max((row["row"]["training"]["minutes"] for row in done if row["row"]["training"]), default=0)
+    return (
+        f"The aim, to lose no more than {most:g} point{'s' * (most != 1)} of AUC@30 and AUC@15 and {most:g} % of AbsRel"
+        f"{' in FP8' * (precision == 'fp8')}, {result} with {longest:g} minutes of training."
+    )
+
+
+def _way_to_train(row: dict[str, Any]) -> str:
+    training = row["training"]
+    if training is None:
+        return "calibrated" if row["calibrated"] else "applied"
+    parts = [f"`{training['trainable']}`"]
+    if "lora_rank" in training and "lora" in training["trainable"]:
+        parts.append(f"rank {training['lora_rank']}")
+    if "lora_scopes" in training and "lora" in training["trainable"]:
+        parts.append(" and ".join(training["lora_scopes"]))
+    parts += ["published recipe"] * (row["name"] == "published") + ["block by block"] * (training.get("mode") == "local")
+    parts += ["FP8"] * (row["precision"] == "fp8")
+    return ("calibrated, " if row["calibrated"] else "") + "distilled: " + ", ".join(parts)
+
+
+def _level(name: str, value: float) -> str:
+    return f"{value:.4f}" if name == "abs_rel" else f"{value:.1f}"
+
+
+def _change(name: str, found: dict[str, float]) -> str:
+    unit = " %" if name == "abs_rel" else ""
+    return f"{found['difference']:+.2f}{unit} [{found['low']:+.2f}, {found['high']:+.2f}]"
+
+
 def _note(text: str) -> str:
     """A paragraph below a table."""
     return "\n" + textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False) + "\n"
@@ -267,7 +338,7 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     function.__name__: function
-    for function in (speed, times, times_fp8, memory, launches, operator, backward, mlp, fp8_memory, fp8_quality)
+    for function in (speed, times, times_fp8, memory, launches, operator, backward, mlp, fp8_memory, fp8_quality, distillation)
 }
 TABLES["quality"] = quality_report.summary
 

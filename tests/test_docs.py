@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 import lite3r_plugin
 from lite3r_plugin.adapter import hookspecs
 from lite3r_plugin.cli.app import app
+from lite3r_plugin.cli.distill import Recipe
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -27,7 +28,7 @@ DOCS = tuple(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")
 RUN = ("README.md", *DOCS, "adapters/README.md")  # their blocks of Python are run
 PAGES = (
     *RUN, "CONTRIBUTING.md", "CHANGELOG.md", *(f"benchmarks/{path.name}" for path in sorted(BENCHMARKS.glob("*.md"))),
-    "examples/custom_adapter/README.md", "examples/lightglue/README.md",
+    "examples/README.md", "examples/custom_adapter/README.md", "examples/lightglue/README.md",
 )  # fmt: skip
 BLOCK = re.compile(r"(<!-- not run: [^>]+ -->\n)?```python\n(.*?)```", re.DOTALL)
 
@@ -87,9 +88,10 @@ def options() -> list:
     for command in commands():
         _, name, *arguments = shlex.split(command)
         found |= {(name, argument) for argument in ("--help", *arguments) if argument.startswith("--")}
+    names = r"\b(demo|reconstruct|eval|distill|bench|push|convert-official)\b"
     for cells in rows("docs/command_line.md"):
         if option := re.match(r"`(--[\w-]+)", cells[0]):
-            found |= {(name, option[1]) for name in re.findall(r"\b(demo|reconstruct|eval|bench|push|convert-official)\b", cells[1])}
+            found |= {(name, option[1]) for name in re.findall(names, cells[1])}
     return [pytest.param(*pair, id=" ".join(pair)) for pair in sorted(found)]
 
 
@@ -103,6 +105,14 @@ def help_of(command: str) -> str:
 @pytest.mark.parametrize(("command", "option"), options())
 def test_commands_and_their_options_exist(command: str, option: str) -> None:
     assert re.search(rf"{option}\b", help_of(command))
+
+
+def test_recipes_can_be_read(tmp_path: Path) -> None:
+    found = re.findall(r"```toml\n(.*?)```", read("docs/recipes.md"), re.DOTALL)
+    assert found
+    for text in found:
+        (tmp_path / "recipe.toml").write_text(text)
+        assert Recipe.read(tmp_path / "recipe.toml", {}).config.output_dir
 
 
 def test_all_commands_are_shown() -> None:
@@ -241,6 +251,18 @@ def test_gains_are_over_the_named_column(readme_table: ModuleType, report: dict)
         views, _, one_line, _, strong, fp8 = (cell.strip() for cell in line.split("|")[1:-1])
         for cell, variant, over in ((one_line, "lite3r", "stock"), (strong, "lite3r-strong", "strong"), (fp8, "lite3r-fp8", "strong")):
             assert f"({stored[int(views), variant][f'speedup_over_{over}']:.2f} ×)" in cell
+
+
+def test_whether_training_reaches_its_aim_is_as_measured(readme_table: ModuleType) -> None:
+    report = json.loads((BENCHMARKS / "results" / "testbed_distillation_keep0.25.json").read_text())
+    last = list(report["rows"].values())[-1]["against_dense"]
+    for measures in last.values():
+        measures["auc30"]["difference"] = measures["auc15"]["difference"] = -0.5
+        measures["abs_rel"]["difference"] = 0.5
+    note = " ".join(readme_table.distillation(report).split())
+    assert "is reached by: calibrated, distilled: `proj+lora`, rank 32 with 3 minutes" in note
+    last["32"]["auc15"]["difference"] = -0.51
+    assert "is not reached with 3 minutes" in " ".join(readme_table.distillation(report).split())
 
 
 def test_a_lost_variant_leaves_its_cells_empty(readme_table: ModuleType, report: dict) -> None:

@@ -19,7 +19,7 @@ SMALL = ["--device", "cpu", "--heads", "2", "--head-dim", "32", "--dtype", "floa
 
 @pytest.fixture(autouse=True)
 def _scripts() -> Iterator[None]:
-    folders = [str(BENCHMARKS), str(BENCHMARKS / "operators")]
+    folders = [str(BENCHMARKS), str(BENCHMARKS / "operators"), str(BENCHMARKS / "training")]
     sys.path[:0] = folders
     yield
     for folder in folders:
@@ -186,3 +186,22 @@ def test_faults_of_memory_are_named() -> None:
         dict(loaded_differs_by=float("nan")),
     ):
         assert len(memory_fp8.wrong({"lite3r-fp8": fine | change})) == 1
+
+
+def test_what_training_wins_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import distillation
+    import readme_table
+
+    path = tmp_path / "rows.json"
+    command = ["distillation.py", "--small", "--scenes", "3", "--pool", "2", "--calibration", "2", "--views", "4", "--json", str(path)]
+    monkeypatch.setattr(sys, "argv", [*command, "--rows", "applied"])
+    distillation.main()
+    monkeypatch.setattr(sys, "argv", [*command, "--rows", "applied", "best-fp8"])
+    distillation.main()  # goes on after the first row
+
+    done = json.loads(path.read_text())["rows"]
+    assert [row["row"]["name"] for row in done.values()] == ["applied", "best-fp8"]
+    assert "2 steps" in done["best-fp8 0.25 {}"]["distillation"]
+    assert capsys.readouterr().err.count("applied 0.25 {}, 4 views") == 1
+    lines = readme_table.distillation(json.loads(path.read_text())).splitlines()
+    assert lines[4].startswith("| calibrated, distilled: `proj+lora`, rank 32, FP8 | 4 |")

@@ -1,0 +1,152 @@
+"""What a step of distillation costs beside a plain LoRA step of the dense model: time and peak memory.
+
+    python benchmarks/training/step.py --views 8 24 --json FILE
+    accelerate launch --num_processes 2 benchmarks/training/step.py --views 8 --ways distill --json FILE     # samples a second on two GPUs
+    python benchmarks/training/step.py --model testbed --views 2 --size 32 --device cpu --repeats 2            # to see that it works
+
+Both train LoRA of the same rank on the same Linears in BF16 autocast, with checkpointing of the transformer blocks. The dense step has
+labels and one forward pass; distillation runs the teacher, which is the same model, before its student.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import lite3r_plugin
+from lite3r_plugin import DistillConfig, apply_lite3r, distill
+from lite3r_plugin.adapter.plugins import find_model
+from lite3r_plugin.files import write_atomically
+from lite3r_plugin.runtime.device import synchronize
+
+RANK = 16
+
+
+def inputs(args: argparse.Namespace, views: int, device: torch.device) -> Iterator[Tensor]:
+    """Random images ``[1, S, 3, H, W]`` without end."""
+    generator = torch.Generator(device).manual_seed(0)
+    while True:
+        yield torch.rand(1, views, 3, args.size, args.size, generator=generator, device=device)
+
+
+class Clock:
+    """Passes inputs on, and takes the time between each and the next: that of a step."""
+
+    def __init__(self, source: Iterator[Tensor], device: torch.device) -> None:
+        self.source, self.device, self.times = source, device, [0.0]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for item in self.source:
+            synchronize(self.device)
+            self.times.append(time.perf_counter())
+            yield item
+
+    def seconds(self, warm_up: int) -> float:
+        """Median of the steps after the first ones."""
+        found = self.times[1 + warm_up :]
+        return statistics.median(b - a for a, b in itertools.pairwise(found))
+
+
+def blocks_of(model: nn.Module, device: torch.device) -> tuple[list[str], list[str]]:
+    """Names of the Linears of attention, and of the transformer blocks around them."""
+    apply_lite3r(model)
+    state = next(iter(lite3r_plugin.apply.lookup.look_up(model).states))
+    linears = [
+        f"{site.fqn}.{name}" for site in state.sites if site.scope in ("global", "frame")
+        for name in (site.projections.qkv, site.projections.out)
+    ]  # fmt: skip
+    names = list(state.blocks)
+    lite3r_plugin.remove_lite3r(model)
+    return linears, names
+
+
+def plain(args: argparse.Namespace, views: int, device: torch.device) -> float:
+    """Seconds of a LoRA step of the dense model against labels."""
+    model = find_model(args.model).build("random", device)
+    linears, names = blocks_of(model, device)
+    model.requires_grad_(False)
+    blocks = [model.get_submodule(name) for name in names]
+    for block in blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    tuned = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=linears))
+    optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=1e-4)
+    clock = Clock(inputs(args, views, device), device)
+    for step, images in enumerate(clock):
+        if step == args.warm_up + args.repeats + 1:
+            break
+        with torch.autocast(device.type, torch.bfloat16):
+            out = tuned(images)
+        loss = sum((value.float() - 0.5).abs().mean() for value in out.values() if isinstance(value, Tensor) and value.requires_grad)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_((p for p in tuned.parameters() if p.requires_grad), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return clock.seconds(args.warm_up)
+
+
+def distilled(args: argparse.Namespace, views: int, device: torch.device) -> float:
+    """Seconds of a step of `distill`."""
+    model = apply_lite3r(find_model(args.model).build("random", device), keep_ratio=args.keep_ratio)
+    clock = Clock(inputs(args, views, device), device)
+    config = DistillConfig(
+        trainable="proj+lora", lora_rank=RANK, checkpointing=True, mixed_precision="bf16", steps=args.warm_up + args.repeats + 1
+    )
+    distill(model, clock, config)
+    return clock.seconds(args.warm_up)
+
+
+WAYS = {"plain": plain, "distill": distilled}
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="vggt")
+    parser.add_argument("--views", type=int, nargs="+", default=[8, 24])
+    parser.add_argument("--size", type=int, default=518)
+    parser.add_argument("--keep-ratio", type=float, default=0.1)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--warm-up", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    from accelerate import PartialState
+
+    state = PartialState(cpu=args.device == "cpu")
+    device = state.device
+    result: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", "torch": torch.__version__,
+        "lite3r_plugin": lite3r_plugin.__version__, "model": args.model, "size": args.size, "keep_ratio": args.keep_ratio, "rank": RANK,
+        "processes": state.num_processes, "checkpointing": True, "dtype": "bfloat16 autocast", "rows": [],
+    }  # fmt: skip
+    for views in args.views:
+        for way in args.ways:
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats(device)
+            seconds = WAYS[way](args, views, device)
+            peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+            row = {"views": views, "way": way, "seconds": seconds, "peak_gib": peak, "samples_per_second": state.num_processes / seconds}
+            result["rows"].append(row)
+            if state.is_main_process:
+                print(row, file=sys.stderr, flush=True)
+                if args.json:
+                    write_atomically(args.json, json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
