@@ -108,7 +108,7 @@ def test_commands_and_their_options_exist(command: str, option: str) -> None:
 
 
 def test_recipes_can_be_read(tmp_path: Path) -> None:
-    found = re.findall(r"```toml\n(.*?)```", read("docs/recipes.md"), re.DOTALL)
+    found = re.findall(r"```toml\n(.*?)```", read("docs/distillation.md"), re.DOTALL)
     assert found
     for text in found:
         (tmp_path / "recipe.toml").write_text(text)
