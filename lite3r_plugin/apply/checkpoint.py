@@ -178,10 +178,10 @@ def _check_savable(found: Inventory, whole: bool) -> None:
                 f"{fqn}.proj_lin has an adapter around it ({type(module.proj_lin).__name__}): merge it before save_lite3r"
             )
     modules = set(found.modules.values())
-    if not whole and any(linear in modules for state in found.states for linear in state.folded):
+    if not whole and any(module in modules for state in found.states for module in state.changed):
         raise CheckpointError(
-            "LoRA was merged into weights of the model, which this checkpoint would not hold: save_lite3r(model, directory, whole=True), "
-            "or convert(model) first, whose FP8 weights it holds"
+            "weights of the model itself were trained, or had LoRA merged into them, and this checkpoint would not hold them: "
+            "save_lite3r(model, directory, whole=True); of merged LoRA alone, convert(model) first makes FP8 weights, which it holds"
         )
     shapes = {f"{fqn}.proj_lin.weight": (module.site.head_dim,) * 2 for fqn, module in found.attention.items()}
     # Outside of a forward, FSDP shows weights cut to the shard, or whole without memory behind them.

@@ -167,7 +167,7 @@ def describe(model: nn.Module) -> Description:
         notes=(
             *_interrupted(found, state),
             *_rounded_apart(lora),
-            *_folded(found, state),
+            *_changed(found, state),
             *(note for notes in state.notes.values() for note in notes),
         ),
     )
@@ -181,11 +181,14 @@ def _interrupted(found: Inventory, state: ModelState) -> Iterator[str]:
         yield f"{bare} attention modules are those of the dense model, since something was interrupted; remove_lite3r takes out the rest"
 
 
-def _folded(found: Inventory, state: ModelState) -> Iterator[str]:
-    """LoRA that is in the weights."""
+def _changed(found: Inventory, state: ModelState) -> Iterator[str]:
+    """Weights that are no longer those of the host."""
     modules = set(found.modules.values())
-    if count := sum(linear in modules for linear in state.folded):
-        yield f"LoRA was merged into {count} Linears: without Lite3R the model is no longer the one that it was applied to"
+    if count := sum(module in modules for module in dict.fromkeys(state.changed)):
+        yield (
+            f"the weights of {count} modules were trained, or had LoRA merged into them: without Lite3R the model is no longer the "
+            "one that it was applied to"
+        )
 
 
 def _rounded_apart(lora: list[nn.Module]) -> Iterator[str]:

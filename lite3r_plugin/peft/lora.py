@@ -167,7 +167,7 @@ def merge_lora(model: Model) -> Model:
     with Changes() as changes:
         for weight, before, after in sums:
             changes.make(functools.partial(weight.copy_, after), functools.partial(weight.copy_, before))
-        changes.put(vars(state), "folded", (*state.folded, *(layer.base_layer for layer in layers)))
+        changes.put(vars(state), "changed", (*state.changed, *(layer.base_layer for layer in layers)))
         take_out_lora(changes, found)
     return model
 

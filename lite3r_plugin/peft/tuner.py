@@ -90,7 +90,7 @@ class Lite3RTuner(LoraModel):
         state = look_up(self.model).require_one_state("merge_and_unload")
         folded = [module.get_base_layer() for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
         merged = super().merge_and_unload(*args, **kwargs)
-        state.folded = (*state.folded, *folded)
+        state.changed = (*state.changed, *folded)
         return merged
 
     def delete_adapter(self, adapter_name: str) -> None:

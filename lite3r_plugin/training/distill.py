@@ -1,7 +1,7 @@
 """`distill`: win the quality back that sparse attention and FP8 cost, by learning from the model itself as it was before.
 
-The teacher is the same model with Lite3R and LoRA switched off: there is no second copy of it. What is minimised is in
-`lite3r_plugin.training.objective`, the steps are in `lite3r_plugin.training.loop`.
+The teacher is the same model with Lite3R and LoRA switched off: of nothing but what learns of its own is there a second copy. What is
+minimised is in `lite3r_plugin.training.objective`, the steps are in `lite3r_plugin.training.loop`.
 """
 
 from __future__ import annotations
@@ -104,9 +104,10 @@ def distill(
     concerned. On several processes (``accelerate launch``, ``torchrun``) all call this with the same model and data, and the step of
     N processes is that of one with N times the batches.
 
-    Everything is checked before the model is changed. After an error or an interruption, the model has the weights of the last good
-    step, and but for LoRA everything else is as it was; with `output_dir`, ``resume=True`` goes on from what was saved last. On a CPU the
-    losses are then, bit for bit, those of a run that was never stopped, if the data draws nothing from a random state of its own.
+    The teacher is the model as it is when this is called, without Lite3R and LoRA. Everything is checked before anything is changed. After
+    an error or an interruption, the model has the weights of the last good step, and but for LoRA everything else is as it was; with
+    `output_dir`, ``resume=True`` goes on from what was saved last. On a CPU the losses are then, bit for bit, those of a run that was never
+    stopped, if the data draws nothing from a random state of its own.
 
     Args:
         model: After `apply_lite3r`, in full precision or ``"fp8_qat"``. Where it is on one process; on several, each moves it to its own
@@ -156,11 +157,20 @@ def distill(
         trainable.freeze(model, passing)
         _set_up(found, config, passing)
         torch.manual_seed(config.seed + accelerator.process_index)
-        objective = stack.enter_context(Objective(model, config, outputs))
+        shared = trainable.shared(found)
+        if shared and ranks.is_sharded(model):
+            raise ConfigError(
+                f"trainable={config.trainable!r} trains weights of the dense model, of which the teacher needs the old, but fully_shard "
+                'shows it the new: train "proj" or "proj+lora", or on several processes with whole models'
+            )
+        originals = {p: nn.Parameter(p.detach().clone(), requires_grad=False) for parameters in shared.values() for p in parameters}
+        objective = stack.enter_context(Objective(model, config, outputs, originals))
         student = _student(model, config, accelerator)
         run = Run(found, student, objective, trainable, feed, config, accelerator, progress, validation, about, precision)
         run.resume()
         progress.say(_first_line(found, trainable, run, objective, device, precision))
+        # First: a checkpoint without these must not be taken for whole, whatever interrupts.
+        lasting.put(vars(found.states[0]), "changed", (*found.states[0].changed, *shared))
         try:
             run.train()
         except BaseException as error:

@@ -14,7 +14,7 @@ from ..adapter.outputs import tensors_of
 from ..errors import AdapterError, ConfigError
 from .features import Recorder, hooked, is_compiled
 from .record import run_on
-from .teacher import as_teacher, evaluated
+from .teacher import Originals, as_teacher, evaluated
 from .watched import Watched
 
 
@@ -28,6 +28,7 @@ class LocalPass:
         watched: The blocks, and sites in them.
         recorder: Which watches them.
         weights: By the name of the loss.
+        originals: As for `as_teacher`.
 
     Attributes:
         parts: The losses by name, weighted and detached, once it has run.
@@ -36,14 +37,14 @@ class LocalPass:
         ConfigError: no block learns, or one that does is compiled.
     """
 
-    def __init__(self, watched: Watched, recorder: Recorder, weights: Mapping[str, float]) -> None:
+    def __init__(self, watched: Watched, recorder: Recorder, weights: Mapping[str, float], originals: Originals | None = None) -> None:
         learning = {name: block.module for name, block in watched.blocks.items() if any(p.requires_grad for p in block.module.parameters())}
         if not learning:
             raise ConfigError("no transformer block has anything that learns, so there is nothing to train block by block")
         if compiled := [name for name, block in learning.items() if any(map(is_compiled, block.modules()))]:
             raise ConfigError(f"the {compiled[0]} is compiled, and mode='local' has to stop between blocks: compile after training")
         self.parts: dict[str, Tensor] = {}
-        self._watched, self._recorder = watched, recorder
+        self._watched, self._recorder, self._originals = watched, recorder, originals
         self._weights = {name: weight for name, weight in weights.items() if weight}
         self._blocks = learning
         self._names = {name: watched.within(name) for name in learning}
@@ -67,7 +68,7 @@ class LocalPass:
             return
         self._running, self._teaching = name, True
         given = [(x, x._version) for x in tensors_of((args, kwargs)).values()]
-        with as_teacher(module), self._recorder.recording(self._names[name]) as recording:
+        with as_teacher(module, self._originals), self._recorder.recording(self._names[name]) as recording:
             module(*args, **kwargs)
         if any(x._version != version for x, version in given):
             raise AdapterError(f"the {name} changes its input in place, so that it cannot run twice on it: use mode='end_to_end'")

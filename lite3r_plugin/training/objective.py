@@ -20,7 +20,7 @@ from .local import LocalPass
 from .losses import label_losses, weight_at
 from .outputs import OutputReader, compare
 from .record import run_on
-from .teacher import as_teacher
+from .teacher import Originals, as_teacher
 from .watched import Watched
 
 NOTHING_TO_COMPARE = "this sample has no labels, and nothing but the task is to be learnt: give labels, or other losses a weight"
@@ -55,6 +55,7 @@ class Objective:
         config: What it is to minimise, and how.
         outputs: From what the model returns to `ModelOutputs`; by default what its adapter says (the hook ``lite3r_outputs``), and
             where no adapter says anything, all floating-point tensors of the output are compared alike.
+        originals: What those weights of the dense model were that learn.
 
     Raises:
         ModelTypeError, NotAppliedError: `model` is no module, or carries no Lite3R.
@@ -62,12 +63,14 @@ class Objective:
         ConfigError: there is nothing to compare for a loss that has a weight.
     """
 
-    def __init__(self, model: nn.Module, config: DistillConfig, outputs: OutputsFunction | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, config: DistillConfig, outputs: OutputsFunction | None = None, originals: Originals | None = None
+    ) -> None:
         found = look_up(model)
         found.require_applied()
         if found.converted:
             raise ConvertedError("distillation needs the weights that convert(model) replaced by FP8: train with precision='fp8_qat' first")
-        self.model, self.config = model, config
+        self.model, self.config, self.originals = model, config, originals
         self._reader = OutputReader.of(model, outputs)
         self._used = {name for name in (LOCAL_LOSSES if config.mode == "local" else LOSSES) if any(config.weight(name))}
         if "task" in self._used and self._reader.function is None:
@@ -126,7 +129,7 @@ class Objective:
         """
         weights = {name: weight_at(*self.config.weight(name), progress) for name in LOSSES if name in self._used}
         if self.config.mode == "local":
-            local = LocalPass(self._watched, self._recorder, weights)
+            local = LocalPass(self._watched, self._recorder, weights, self.originals)
             local.run(self.model, sample.inputs)
             return _sum_up(local.parts)
         with contextlib.ExitStack() as stack:
@@ -140,7 +143,7 @@ class Objective:
             self._learning = frozenset(mine)
         true, dense = {}, None
         if mine or "predictions" in weights:
-            with as_teacher(self.model), self._recorder.recording(frozenset(mine)) as recording:
+            with as_teacher(self.model, self.originals), self._recorder.recording(frozenset(mine)) as recording:
                 dense = run_on(self.model, sample.inputs)
             true = recording.features()
         parts = {

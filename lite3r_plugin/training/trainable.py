@@ -39,6 +39,19 @@ class Trainable:
         """How many numbers they hold."""
         return sum(parameter.numel() for parameter in self.parameters.values())
 
+    def shared(self, found: Inventory) -> dict[nn.Module, list[nn.Parameter]]:
+        """Those of them that are the dense model's own, neither linear branches nor LoRA, by the module that holds them."""
+        added = {id(site.proj_lin.weight) for site in found.attention.values() if "proj_lin" in site._modules}
+        added |= {id(p) for state in found.states for layer in state.lora for p in layer.parameters()} - {
+            id(p)
+            for state in found.states
+            for layer in state.lora
+            for p in layer.base_layer.parameters()  # pyright: ignore
+        }
+        own = {id(p) for p in self.parameters.values()} - added
+        held = {module: [p for p in module._parameters.values() if id(p) in own] for module in found.modules.values()}
+        return {module: [p for p in parameters if p is not None] for module, parameters in held.items() if parameters}
+
     def freeze(self, model: nn.Module, changes: Changes) -> None:
         """Let these parameters of `model` have gradients and no other; none has one at hand."""
         learning = set(map(id, self.parameters.values()))

@@ -73,9 +73,9 @@ def test_the_whole_path(images: list[Tensor], tmp_path: Path) -> None:
         merge_lora(model)
         assert change(outputs(model, images[2]), expected) == 0
         moved = outputs(model, images[2] * (1 + 1e-6))  # roundings to FP8 flip, as they do from one backend to another
-        with pytest.raises(CheckpointError, match="LoRA was merged into weights of the model, which this checkpoint would not hold"):
+        with pytest.raises(CheckpointError, match="had LoRA merged into them, and this checkpoint would not hold them"):
             save_lite3r(model, tmp_path / "early")
-        assert any("LoRA was merged into" in note for note in describe(model).notes)
+        assert any("had LoRA merged into" in note for note in describe(model).notes)
 
         convert(model)
         converted = outputs(model, images[2])

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from toys import Adapter, Toy, toy_answer
 
 import lite3r_plugin
-from lite3r_plugin import DistillConfig, apply_lite3r, convert, distill, lite3r_disabled, remove_lite3r
+from lite3r_plugin import DistillConfig, apply_lite3r, convert, describe, distill, lite3r_disabled, load_lite3r, remove_lite3r, save_lite3r
 from lite3r_plugin.adapter import plugins
+from lite3r_plugin.adapter.outputs import tensors_of
 from lite3r_plugin.apply.lookup import lite3r_modules
 from lite3r_plugin.errors import (
     CheckpointError,
@@ -33,6 +34,7 @@ from lite3r_plugin.peft import add_lora
 from lite3r_plugin.testbed import Testbed, TestbedConfig
 from lite3r_plugin.training import checkpoint
 from lite3r_plugin.training.data import Sample
+from lite3r_plugin.training.losses import tensor_losses
 from lite3r_plugin.training.teacher import as_teacher
 
 
@@ -139,6 +141,28 @@ def test_the_teacher_is_the_dense_model_whatever_lora_learned() -> None:
         assert torch.equal(model(x), expected)
     remove_lite3r(model)
     assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_teacher_does_not_follow_its_student(checkpointing: bool) -> None:
+    model, data = sparse_toy(dense_below=0), inputs(2)
+    only: dict[str, Any] = {"trainable": "blocks", "blocks": 0.0, "cameras": 0.0, "checkpointing": checkpointing}
+    result = distill(model, data, steps=8, learning_rate=1e-4, warmup_steps=0, validation=data, **only)
+    with torch.no_grad():
+        errors = [tensor_losses(tensors_of(model(x)), tensors_of(toy()(x)))["other"].item() for x in data]
+    assert result.best_step
+    assert result.best == pytest.approx(sum(errors) / len(errors), rel=1e-5)
+    assert any("were trained" in note for note in describe(model).notes)
+
+
+def test_what_learned_of_the_model_itself_is_not_left_out_of_a_checkpoint(tmp_path: Path) -> None:
+    model, x = sparse_toy(), inputs(1)[0]
+    distill(model, inputs(2), trainable="blocks", steps=1)
+    with pytest.raises(CheckpointError, match="whole=True"):
+        save_lite3r(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+    save_lite3r(model, tmp_path, whole=True)
+    assert torch.equal(load_lite3r(toy(), tmp_path)(x), model(x))
 
 
 def test_a_host_in_half_precision_trains_what_is_in_full() -> None:
