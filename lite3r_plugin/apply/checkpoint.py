@@ -53,7 +53,8 @@ def save_lite3r(model: nn.Module, directory: str | os.PathLike[str], *, whole: b
         NotAppliedError: the model carries no Lite3R, or several parts of it do on their own.
         WeightsError: the model, on the meta device, has no values to write, a parameter has infinities or NaN, or a
             conversion to FP8 did not finish.
-        CheckpointError: an adapter is around a linear branch, `directory` is a file, two modules have one name without their wrappers,
+        CheckpointError: an adapter is around a linear branch, there is LoRA of `lite3r_plugin.peft.add_lora`, or it was merged and is in
+            nothing that would be written; `directory` is a file, two modules have one name without their wrappers,
             a tensor is of a kind that no file holds, `FullyShardedDataParallel` has flattened the weights, or another process failed.
     """
     found, directory = look_up(model), Path(directory)
@@ -147,6 +148,12 @@ def _check_savable(found: Inventory, whole: bool) -> None:
             raise CheckpointError(
                 f"{fqn}.proj_lin has an adapter around it ({type(module.proj_lin).__name__}): merge it before save_lite3r"
             )
+    modules = set(found.modules.values())
+    if not whole and any(linear in modules for state in found.states for linear in state.folded):
+        raise CheckpointError(
+            "LoRA was merged into weights of the model, which this checkpoint would not hold: save_lite3r(model, directory, whole=True), "
+            "or convert(model) first, whose FP8 weights it holds"
+        )
     shapes = {f"{fqn}.proj_lin.weight": (module.site.head_dim,) * 2 for fqn, module in found.attention.items()}
     # Outside of a forward, FSDP shows weights cut to the shard, or whole without memory behind them.
     flat = [

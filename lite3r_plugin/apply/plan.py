@@ -21,6 +21,7 @@ from ..fp8.blocks import BlockLinear, find_blocks, find_linears
 from ..fp8.convert import LinearPlan, choose_again, is_finite, plan_linears, require_plain_weight
 from ..fp8.linear import Fp8Linear
 from ..ops.dispatch import TRITON_HEAD_DIMS
+from ..wrapper import keeps_copies
 from .lookup import Inventory
 
 
@@ -221,6 +222,11 @@ def check_branches(found: Inventory) -> None:
             continue
         if not is_finite(module.proj_lin.weight):
             raise WeightsError(f"{fqn}.proj_lin.weight has infinities or NaN: the model is broken; train it again or start from zeros")
+        if module.state.phase == "fp8_qat" and keeps_copies(module.proj_lin):
+            raise WeightsError(
+                f"convert rounds the linear branches for good, but {fqn}.proj_lin is held by adapters of PEFT, one copy each: call "
+                "model = model.merge_and_unload() first"
+            )
         if module.state.phase == "fp8_qat" and (reason := why_not_written(module.proj_lin)):
             raise WeightsError(f"convert cannot round {fqn}.proj_lin for good, as training did in passing: it {reason}")
 

@@ -164,7 +164,12 @@ def describe(model: nn.Module) -> Description:
         ),
         infinities=sum(int(m.infinities) for m in modules if isinstance(m, (Fp8Linear, FakeQuantLinear)) and not m.infinities.is_meta),
         peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-        notes=(*_interrupted(found, state), *_rounded_apart(lora), *(note for notes in state.notes.values() for note in notes)),
+        notes=(
+            *_interrupted(found, state),
+            *_rounded_apart(lora),
+            *_folded(found, state),
+            *(note for notes in state.notes.values() for note in notes),
+        ),
     )
 
 
@@ -174,6 +179,13 @@ def _interrupted(found: Inventory, state: ModelState) -> Iterator[str]:
         yield unfinished
     if bare := found.bare_hosts(state):
         yield f"{bare} attention modules are those of the dense model, since something was interrupted; remove_lite3r takes out the rest"
+
+
+def _folded(found: Inventory, state: ModelState) -> Iterator[str]:
+    """LoRA that is in the weights."""
+    modules = set(found.modules.values())
+    if count := sum(linear in modules for linear in state.folded):
+        yield f"LoRA was merged into {count} Linears: without Lite3R the model is no longer the one that it was applied to"
 
 
 def _rounded_apart(lora: list[nn.Module]) -> Iterator[str]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..adapter.sites import AttentionSite
 from ..errors import WeightsError
 from ..ops.dispatch import without_autocast
-from ..wrapper import is_plain_tensor, may_be_read, must_be_called
+from ..wrapper import active_copy, is_plain_tensor, may_be_read, must_be_called
 
 
 class BranchLinear(nn.Linear):
@@ -51,6 +51,8 @@ def branch_weight(branch: nn.Module, like: Tensor, site: AttentionSite) -> Tenso
     Raises:
         WeightsError: there are no values.
     """
+    if type(branch) not in (BranchLinear, nn.Linear) and not must_be_called(branch):
+        branch = active_copy(branch)
     stored: Any = branch.weight
     if type(branch) in (BranchLinear, nn.Linear) and may_be_read(branch):
         if stored.is_meta and not like.is_meta:
@@ -69,6 +71,7 @@ def branch_weight(branch: nn.Module, like: Tensor, site: AttentionSite) -> Tenso
 
 def why_not_written(branch: nn.Module) -> str | None:
     """The reason why `write_branch` cannot write the weight of `branch`, or None when it can."""
+    branch = active_copy(branch)
     if not isinstance(branch, nn.Linear):
         return f"has an adapter around it ({type(branch).__name__}): merge it first"
     weight = branch._parameters.get("weight")
@@ -83,8 +86,11 @@ def why_not_written(branch: nn.Module) -> str | None:
 
 @torch.no_grad()
 def write_branch(branch: nn.Module, weight: Tensor) -> None:
-    """Let `weight` ``[D, D]`` be the weight of `branch`; of a DTensor, of which each process holds a part, that of the first one."""
-    own: Any = branch.weight
+    """Let `weight` ``[D, D]`` be the weight of `branch`, that of the active adapter where PEFT holds a copy for each.
+
+    Of a DTensor, of which each process holds a part, that of the first one counts.
+    """
+    own: Any = active_copy(branch).weight
     weight = weight.to(own.device, own.dtype)
     if _is_dtensor(own):
         from torch.distributed.tensor import distribute_tensor

@@ -44,6 +44,7 @@ class ModelState:
         notes: What `describe` is to say besides, such as why something runs in another way than asked, by what it is about.
         hosts: The attention modules that were taken the place of.
         lora: What `lite3r_plugin.peft.add_lora` put around Linears: each has the Linear as its `base_layer`.
+        folded: Linears into whose weights LoRA was merged: they are no longer those of the host.
     """
 
     adapter: str
@@ -56,3 +57,4 @@ class ModelState:
     notes: dict[str, list[str]] = field(default_factory=dict)
     hosts: tuple[nn.Module, ...] = ()
     lora: tuple[nn.Module, ...] = ()
+    folded: tuple[nn.Module, ...] = ()

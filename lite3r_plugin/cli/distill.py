@@ -129,7 +129,7 @@ class Recipe:
         from ..evaluation import choose_device
 
         machines = PartialState()
-        if machines.num_processes > 1:
+        if machines.num_processes > 1 and machines.device is not None:
             return machines.device
         return choose_device(self.model["device"])
 

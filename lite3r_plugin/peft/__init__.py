@@ -1,5 +1,7 @@
-"""PEFT and Lite3R: LoRA beside the linear branches."""
+"""LoRA beside the linear branches: put in by `add_lora`, or held in adapters of PEFT, to which importing this package makes them known."""
 
+from .config import Lite3RPeftConfig
 from .lora import add_lora, lora_disabled, merge_lora
+from .tuner import Lite3RTuner
 
-__all__ = ["add_lora", "lora_disabled", "merge_lora"]
+__all__ = ["Lite3RPeftConfig", "Lite3RTuner", "add_lora", "lora_disabled", "merge_lora"]

@@ -129,6 +129,7 @@ def lora_disabled(model: nn.Module) -> Iterator[None]:
 def merge_lora(model: Model) -> Model:
     """Fold the LoRA of `add_lora` into the weights, in place: ``W <- W + alpha / rank * B A``. Linear branches stay as they are.
 
+    From then on the dense model, that of `lite3r_disabled` too, is another one.
     A model that trains for FP8 computes the same as before, bit for bit. An error or an interruption leaves the model as it was.
 
     Returns:
@@ -166,6 +167,7 @@ def merge_lora(model: Model) -> Model:
     with Changes() as changes:
         for weight, before, after in sums:
             changes.make(functools.partial(weight.copy_, after), functools.partial(weight.copy_, before))
+        changes.put(vars(state), "folded", (*state.folded, *(layer.base_layer for layer in layers)))
         take_out_lora(changes, found)
     return model
 

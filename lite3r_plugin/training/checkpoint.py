@@ -85,7 +85,7 @@ def saved_step(folder: Path) -> int | None:
         return None
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Any, str]) -> dict[str, Tensor]:
     """What `optimizer` remembers of parameters, by kind and name; tensors as they are."""
     return {
         f"{kind}/{names[parameter]}": value

@@ -140,9 +140,9 @@ class DistillConfig:
         for name, most in (
             ("learning_rate", math.inf), ("lora_alpha", math.inf), ("minutes", math.inf), ("clip", math.inf), ("ema", 1),
         ):  # fmt: skip
-            value = getattr(self, name)
+            value: Any = getattr(self, name)
             optional = name != "learning_rate"
-            if not (value is None and optional) and not (is_number(value) and 0 < value < most):
+            if not optional if value is None else not (is_number(value) and 0 < value < most):
                 raise ConfigError(
                     f"{name} is a number > 0{' and < 1' if most == 1 else ''}{' or None' if optional else ''}, got {shown(value)}"
                 )
@@ -227,7 +227,7 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         import tomllib
     except ImportError:  # Python 3.10
-        import tomli as tomllib
+        import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))

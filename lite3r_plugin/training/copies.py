@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +29,12 @@ class Copy:
     @torch.no_grad()
     def take(self) -> None:
         """Copy the values that the parameters have now."""
-        self._write(list(self.values.values()), list(self.parameters.values()))
+        self._write(self.values.values(), self.parameters.values())
 
     @torch.no_grad()
     def give(self) -> None:
         """Let the parameters have these values."""
-        self._write(list(self.parameters.values()), list(self.values.values()))
+        self._write(self.parameters.values(), self.values.values())
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
@@ -46,9 +46,9 @@ class Copy:
         finally:
             own.give()
 
-    def _write(self, targets: list[Tensor] | list[nn.Parameter], sources: list[Tensor] | list[nn.Parameter]) -> None:
+    def _write(self, targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
         if self._plain:
-            torch._foreach_copy_(targets, sources)
+            torch._foreach_copy_(list(targets), list(sources))  # pyright: ignore[reportPrivateImportUsage]
             return
         for target, source in zip(targets, sources, strict=True):
             target.copy_(source)

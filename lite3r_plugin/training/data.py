@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from ..adapter.outputs import ModelOutputs
 from ..errors import ConfigError, InputError, shown
@@ -47,7 +48,7 @@ def join(items: Sequence[Any]) -> Sample:
         InputError: they are of different forms or sizes, or hold what cannot be joined.
     """
     samples = [as_sample(item) for item in items]
-    return samples[0] if len(samples) == 1 else _joined(samples, "inputs")
+    return samples[0] if len(samples) == 1 else _joined(samples, "")
 
 
 def gives_items(data: Any) -> bool:
@@ -69,6 +70,8 @@ def share_of(data: Any, index: int, processes: int) -> Iterator[Sample]:
 class Feed:
     """Batches of `data` for one of several processes, over and over, with a position that can be gone back to.
 
+    Batch i goes to process i modulo their number, so that N processes together take what one would take in N batches.
+
     Args:
         data: A `DataLoader`, whose batches are taken as they are; a data set with numbered items or a list, which is shuffled anew in
             each epoch; or any other iterable, also a generator, whose items come as they come. An item or batch is an input of the
@@ -77,7 +80,8 @@ class Feed:
         processes, index: How many processes share the data, and which of them this one is.
 
     Attributes:
-        epoch, batch: The position: epochs that are over, and batches of this process that were taken since.
+        items: Of a batch.
+        epoch, batch: The position: epochs that are over, and batches of this process since. Numbered items have one epoch without end.
 
     Raises:
         InputError: `data` is no data, or empty.
@@ -87,41 +91,89 @@ class Feed:
     def __init__(self, data: Any, config: DistillConfig, processes: int = 1, index: int = 0) -> None:
         from accelerate.data_loader import prepare_data_loader
 
+        self._processes = processes
+        self.epoch = self.batch = 0
+        self._order: _Order | None = None
         loader = _loader(data, config)
+        if isinstance(loader.batch_sampler, _Order):
+            self._order = loader.batch_sampler
+            self._order.processes, self._order.index = processes, index
+            self.items, self._loader = config.batch_size, loader
+            return
         if processes > 1 and loader.batch_size is None and (isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None):
             raise ConfigError("a DataLoader that makes no batches (batch_size=None) cannot be shared by several processes: give it a size")
-        self.items = loader.batch_size or 1  # a batch
-        self.epoch = self.batch = 0
+        self.items = loader.batch_size or 1
         self._loader: Any = prepare_data_loader(
             loader, num_processes=processes, process_index=index, put_on_device=False, dispatch_batches=False, use_seedable_sampler=True,
             data_seed=config.seed,
         )  # fmt: skip
 
-    @property
-    def batches(self) -> int | None:
-        """How many batches of this process an epoch has, or None where the data does not tell."""
+    def batches(self, epochs: int) -> int | None:
+        """How many batches of this process so many epochs have, or None where the data does not tell."""
+        if self._order is not None:
+            return epochs * self._order.count // (self._order.size * self._processes)
         try:
-            return len(self._loader)
+            return epochs * len(self._loader)
         except TypeError:
             return None
 
     def __iter__(self) -> Iterator[Sample]:
         """Batches from the position on, without end; ends where an epoch has nothing to give, as that of a generator after the first."""
-        from accelerate import skip_first_batches
-
+        if self._order is not None:
+            self._order.start = self.batch
         while True:
-            self._loader.set_epoch(self.epoch)
-            start = self.batch
-            loader: Any = skip_first_batches(self._loader, start) if start else self._loader
-            try:
-                for item in loader:
-                    self.batch += 1
-                    yield as_sample(item)
-            finally:
-                loader.end()  # else it stays in a list of accelerate's
+            for item in self._epoch():
+                self.batch += 1
+                yield as_sample(item)
             if not self.batch:
                 return
             self.epoch, self.batch = self.epoch + 1, 0
+
+    def _epoch(self) -> Iterator[Any]:
+        """The rest of the epoch."""
+        from accelerate import skip_first_batches
+
+        if self._order is not None:
+            yield from self._loader
+            return
+        self._loader.set_epoch(self.epoch)
+        loader: Any = skip_first_batches(self._loader, self.batch) if self.batch else self._loader
+        try:
+            yield from loader
+        finally:
+            loader.end()  # else it stays in a list of accelerate's
+
+
+class _Order(Sampler[list[int]]):
+    """Numbers of the items of the batches of one process, without end: all items in an order by chance, then all in another one.
+
+    Batches go on over the ends of epochs, so that what one process takes in some steps is what many take together, whatever their number.
+
+    Args:
+        count: Of items.
+        size: Of a batch.
+        seed: Of the order.
+
+    Attributes:
+        processes, index: How many processes share the items, and which of them this one is.
+        start: Batches of this process to leave out.
+    """
+
+    def __init__(self, count: int, size: int, seed: int) -> None:
+        self.count, self.size, self.seed = count, size, seed
+        self.processes, self.index, self.start = 1, 0, 0
+
+    def __iter__(self) -> Iterator[list[int]]:
+        shuffled: dict[int, list[int]] = {}
+        for batch in itertools.count(self.start * self.processes + self.index, self.processes):
+            places = [divmod(item, self.count) for item in range(batch * self.size, (batch + 1) * self.size)]
+            shuffled = {epoch: shuffled.get(epoch) or self._shuffled(epoch) for epoch, _ in places}
+            yield [shuffled[epoch][place] for epoch, place in places]
+
+    def _shuffled(self, epoch: int) -> list[int]:
+        numbers = list(range(self.count))
+        random.Random(f"{self.seed} {epoch}").shuffle(numbers)
+        return numbers
 
 
 class _Items(Dataset[Any]):
@@ -158,21 +210,22 @@ def _loader(data: Any, config: DistillConfig) -> DataLoader[Any]:
             f"data is a DataLoader, a data set, a list or a generator of inputs of the model, got {type(data).__name__}: "
             "put a single input x into a list, [x]"
         )
-    options: dict[str, Any] = {"batch_size": config.batch_size, "collate_fn": join, "num_workers": config.workers}
+    options: dict[str, Any] = {"collate_fn": join, "num_workers": config.workers}
     generator = torch.Generator().manual_seed(config.seed)  # lest the loader draw from that of the process
     if _has_numbers(data):
         _refuse_empty(data)
-        dataset = data if isinstance(data, Dataset) else _Items(data)
-        sampler = torch.utils.data.RandomSampler(dataset)  # pyright: ignore[reportArgumentType]
-        return DataLoader(dataset, sampler=sampler, generator=generator, **options)
+        order = _Order(len(data), config.batch_size, config.seed)
+        return DataLoader(data if isinstance(data, Dataset) else _Items(data), batch_sampler=order, generator=generator, **options)
     if config.workers:
         raise ConfigError(f"workers read data sets with numbered items, and each would run through this {type(data).__name__}: workers=0")
-    return DataLoader(_Stream(data), generator=generator, **options)
+    return DataLoader(
+        data if isinstance(data, IterableDataset) else _Stream(data), batch_size=config.batch_size, generator=generator, **options
+    )
 
 
 def _has_numbers(data: Any) -> bool:
     """Whether its items have numbers."""
-    return hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    return hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, IterableDataset)
 
 
 def _refuse_empty(data: Any) -> None:
@@ -223,7 +276,7 @@ def _joined(values: Sequence[Any], path: str) -> Any:
         return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
     if dataclasses.is_dataclass(first) and not isinstance(first, type):
         names = [field.name for field in dataclasses.fields(first) if field.init]
-        return type(first)(**{name: _joined([getattr(value, name) for value in values], f"{path}.{name}") for name in names})
+        return type(first)(**{name: _joined([getattr(value, name) for value in values], f"{path}.{name}".strip(".")) for name in names})
     if any(value is not first and value != first for value in values):
         raise InputError(f"the items of a batch have {shown(first)} and others at {path}, which cannot be joined: use batch_size=1")
     return first

@@ -256,7 +256,7 @@ def _check_folder(config: DistillConfig, accelerator: Accelerator) -> None:
 
 def _about(found: Inventory) -> dict[str, Any]:
     state = found.states[0]
-    return {"model": found.name, "adapter": state.adapter, "configuration": state.config.replace(fp8_backend="auto").to_dict()}
+    return {"adapter": state.adapter, "configuration": state.config.replace(fp8_backend="auto").to_dict()}
 
 
 def _device(found: Inventory, accelerator: Accelerator) -> torch.device:

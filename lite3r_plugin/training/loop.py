@@ -107,7 +107,7 @@ class Run:
         self.accelerator, self.progress, self.validation, self.about, self.precision = accelerator, progress, validation, about, precision
         self.model = found.model
         self.parameters = dict(trainable.parameters)
-        self.device = next(iter(self.parameters.values())).device
+        self.device = next(self.model.parameters()).device
         self.folder = None if config.output_dir is None else Path(config.output_dir)
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
         self.steps = total_steps(config, feed)
@@ -532,9 +532,9 @@ def total_steps(config: DistillConfig, feed: Feed) -> int | None:
         return None
     if config.epochs is None:
         return config.steps or DEFAULT_STEPS
-    if feed.batches is None:
+    if (batches := feed.batches(config.epochs)) is None:
         raise ConfigError("epochs need data that tells its length (len), which an iterable does not: give steps or minutes")
-    return max(1, config.epochs * feed.batches // config.accumulate)
+    return max(1, batches // config.accumulate)
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -90,7 +91,7 @@ def choose(found: Inventory, config: DistillConfig, lora: Mapping[str, nn.Parame
         WeightsError: a parameter is in half precision, on the meta device, made in inference mode, or whole in a sharded model.
     """
     sites = sparse_sites(found)
-    chosen = {f"{fqn}.proj_lin.weight": site.proj_lin.weight for fqn, site in sites.items() if "proj_lin" in site._modules}
+    chosen: dict[str, Any] = {f"{fqn}.proj_lin.weight": site.proj_lin.weight for fqn, site in sites.items() if "proj_lin" in site._modules}
     if config.trainable == "proj+lora":
         chosen |= lora
     elif config.trainable != "proj":

@@ -3,12 +3,13 @@
 from .changes import Changes
 from .host import TABLES, HostWrapper, host_of, replace_modules, share_hooks
 from .reading import argument_names, has_forward_hooks, is_plain_tensor, may_be_read, must_be_called
-from .tuners import belongs_to_tuner, is_lora, is_tuner_layer, tuner_around
+from .tuners import active_copy, belongs_to_tuner, is_lora, is_tuner_layer, keeps_copies, tuner_around
 
 __all__ = [
     "TABLES",
     "Changes",
     "HostWrapper",
+    "active_copy",
     "argument_names",
     "belongs_to_tuner",
     "has_forward_hooks",
@@ -16,6 +17,7 @@ __all__ = [
     "is_lora",
     "is_plain_tensor",
     "is_tuner_layer",
+    "keeps_copies",
     "may_be_read",
     "must_be_called",
     "replace_modules",

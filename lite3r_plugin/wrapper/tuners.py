@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -17,10 +18,25 @@ def is_lora(module: nn.Module) -> bool:
     return is_tuner_layer(module) and {"lora_A", "lora_B"} <= module._modules.keys()
 
 
+def keeps_copies(module: nn.Module) -> bool:
+    """Whether `module` stands for its `original_module`, of which each adapter has a copy of its own (`modules_to_save` of PEFT)."""
+    return {"original_module", "modules_to_save"} <= module._modules.keys()
+
+
+def active_copy(module: nn.Module) -> nn.Module:
+    """`module`, or of one that keeps copies the one that runs."""
+    if not keeps_copies(module):
+        return module
+    copies: Any = module.modules_to_save
+    names = [] if module.disable_adapters else list(module.active_adapters)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    running: Any = copies[names[0]] if names and names[0] in copies else module.original_module
+    return running
+
+
 def tuner_around(modules: Mapping[str, nn.Module], around: Iterable[str]) -> nn.Module | None:
     """The first of the modules named `around` that adapts what is inside, or keeps copies of it (`modules_to_save` of PEFT); or None."""
     for module in map(modules.__getitem__, around):
-        if is_tuner_layer(module) or {"original_module", "modules_to_save"} <= module._modules.keys():
+        if is_tuner_layer(module) or keeps_copies(module):
             return module
     return None
 

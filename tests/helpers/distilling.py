@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,7 +20,6 @@ from toys import Adapter, Toy, toy_answer
 from lite3r_plugin import apply_lite3r, distill
 from lite3r_plugin.adapter import plugins
 from lite3r_plugin.apply.lookup import lite3r_modules
-from lite3r_plugin.peft import add_lora
 from lite3r_plugin.training.distill import Distillation
 
 FIELDS: dict[str, Any] = {"keep_ratio": 0.15, "block_q": 16, "block_k": 16, "pin": "special", "block_means": False}
@@ -57,10 +58,13 @@ def logged(folder: Path, **fields: Any) -> dict[str, Any]:
     return {"output_dir": str(folder), "trackers": ("jsonl",), "log_every": 1, **fields}
 
 
-def start(folder: Path, processes: int, *runs: dict[str, Any]) -> subprocess.Popen[str]:
-    """Distil the toy in processes of their own, one run after another: each is fields for `run`, its metrics in a folder by its number."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
-    command = [sys.executable, *launch, __file__, str(folder), json.dumps(runs)]
+def start(folder: Path, processes: int, *runs: dict[str, Any], torchrun: bool = False) -> subprocess.Popen[str]:
+    """Distil the toy in processes of their own, one run after another: each is fields for `run`, its metrics in a folder by its number.
+
+    Without `torchrun` the processes come from one, which has imported everything.
+    """
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if torchrun else []
+    command = [sys.executable, *launch, __file__, str(folder), "0" if torchrun else str(processes), json.dumps(runs)]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     # A session of its own, so that all of it can be killed.
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -91,6 +95,8 @@ def run(folder: Path, *, shard: bool = False, lora: bool = False, **fields: Any)
     """One run of the toy. `lora`: put in before; `shard`: by FSDP2 over all processes, a site at a time."""
     model = sparse_toy()
     if lora:
+        from lite3r_plugin.peft import add_lora  # takes as long to import as all the rest
+
         torch.manual_seed(0)
         add_lora(model, rank=4)
     if shard:
@@ -104,7 +110,28 @@ def run(folder: Path, *, shard: bool = False, lora: bool = False, **fields: Any)
     return distill(model, Slow(inputs()), **logged(folder, **fields))
 
 
+def divide(processes: int) -> list[int]:
+    """Become so many processes, as a launcher would start them. Returns the others' numbers in the first one, nothing in these."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(processes)}
+    others = []
+    for rank in range(1, processes):
+        if (child := os.fork()) == 0:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            return []
+        others.append(child)
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0"}
+    return others
+
+
 if __name__ == "__main__":
+    todo = json.loads(sys.argv[3])
+    importlib.import_module("accelerate.data_loader")
+    if any(one.get("lora") for one in todo):
+        importlib.import_module("lite3r_plugin.peft")
+    children = divide(int(sys.argv[2])) if int(sys.argv[2]) > 1 else []
     plugins.get_manager().register(Adapter(toy_answer), name="toy")
-    for number, one in enumerate(json.loads(sys.argv[2])):
+    for number, one in enumerate(todo):
         run(Path(sys.argv[1]) / str(number), **one)
+    sys.exit(max([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children], default=0))

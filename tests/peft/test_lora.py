@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
+import inspect
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from interruptions import contents, interrupted, lines_of
 from peft.tuners import lora
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -219,8 +222,14 @@ def rounding(frozen: bool = True) -> tuple[FakeQuantLinear, Any]:
 
 
 def another(layer: Any, name: str) -> None:
-    """A second adapter, as PEFT makes it."""
-    layer.update_layer(name, 2, lora_alpha=4, config=peft.LoraConfig(r=2, lora_alpha=4, init_lora_weights=False))
+    """A second adapter."""
+    layer.update_layer(name, 2, lora_alpha=4, config=peft.LoraConfig(r=2, lora_alpha=4, init_lora_weights=False), **before_0_19(False))
+
+
+def before_0_19(init: bool) -> dict[str, Any]:
+    """What PEFT 0.18 wants of a configuration, one by one."""
+    old = "lora_dropout" in inspect.signature(lora.LoraLayer.update_layer).parameters
+    return dict(lora_dropout=0.0, init_lora_weights=init, use_rslora=False) if old else {}
 
 
 @pytest.mark.parametrize("frozen", [True, False])
@@ -461,23 +470,31 @@ def test_a_broken_sum_changes_nothing() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_an_interruption_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = with_lora()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    put = Changes.put
+@precisions
+@pytest.mark.parametrize("verb", ["add_lora", "merge_lora", "remove_lite3r"])
+def test_an_interruption_changes_nothing(verb: str, precision: Any, request: pytest.FixtureRequest) -> None:
+    """Anywhere: before its last lines, when all is done, the model is as it was."""
 
-    def interrupted(self: Changes, table: Any, key: str, value: Any) -> None:
-        put(self, table, key, value)
-        if key == "proj":
-            raise KeyboardInterrupt
+    def prepared() -> Any:
+        torch.manual_seed(0)
+        return sparse(precision) if verb == "add_lora" else with_lora(precision)
 
-    monkeypatch.setattr(Changes, "put", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        merge_lora(model)
-    monkeypatch.undo()
-    assert list(model.state_dict()) == list(before)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    merge_lora(model)
+    call: Any = dict(add_lora=functools.partial(add_lora, rank=4), merge_lora=merge_lora, remove_lite3r=remove_lite3r)[verb]
+    total = lines_of(functools.partial(call, prepared()))
+    for line in range(1, total + 1, 1 if request.config.getoption("--every-line") else 97):
+        model = prepared()
+        before = contents(model)
+        assert interrupted(functools.partial(call, model), line)
+        now = contents(model)
+        if now["keys"] == before["keys"]:
+            assert {**now, "tables": None} == {**before, "tables": None}  # but that hooks may have moved
+            call(model)
+        else:
+            assert line > 0.8 * total
+            done = prepared()
+            call(done)
+            assert now["values"] == contents(done)["values"] or verb == "add_lora"
+            assert now["keys"] == list(done.state_dict())
 
 
 def test_lora_of_peft_is_merged_by_peft() -> None:

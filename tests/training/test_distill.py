@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from distilling import inputs, logged, metrics, sparse_toy, toy
+from distilling import FIELDS, inputs, logged, metrics, sparse_toy, toy
 from interruptions import contents, interrupted
 from torch import Tensor, nn
 from toys import Adapter, Toy, toy_answer
@@ -45,7 +45,7 @@ def _toy() -> Iterator[None]:
 
 
 class Faulty(list[Tensor]):
-    """A list that raises when it is asked for an item for the n-th time; each item is asked for one step before its turn."""
+    """A list that raises when it is asked for an item for the n-th time; as soon as its turn comes."""
 
     def __init__(self, items: list[Tensor], calls: int, error: BaseException) -> None:
         super().__init__(items)
@@ -141,6 +141,15 @@ def test_the_teacher_is_the_dense_model_whatever_lora_learned() -> None:
     assert torch.equal(model(x), expected)
 
 
+def test_a_host_in_half_precision_trains_what_is_in_full() -> None:
+    model = apply_lite3r(toy().bfloat16(), **FIELDS)
+    result = distill(model, [x.bfloat16() for x in inputs(1)], steps=8, learning_rate=1e-3)
+    assert result.last_loss is not None
+    assert result.first_loss is not None
+    assert result.last_loss < result.first_loss
+    assert model.head.weight.dtype == torch.bfloat16
+
+
 def test_lora_that_is_there_goes_on() -> None:
     model = sparse_toy()
     names = add_lora(model, rank=2)
@@ -190,19 +199,21 @@ def test_the_best_weights_are_kept_and_patience_ends_it() -> None:
     assert not torch.equal(branch, seen[3])
 
 
-def test_the_average_is_what_the_model_has_in_the_end_and_what_is_judged() -> None:
-    model = sparse_toy()
-    branch = lite3r_modules(model)["cross.0"].proj_lin.weight
+def test_the_average_is_what_the_model_has_in_the_end() -> None:
+    plain, model = sparse_toy(), sparse_toy()
+    branch, averaged = (lite3r_modules(each)["cross.0"].proj_lin.weight for each in (plain, model))
     weights: list[Tensor] = []
-    distill(model, _Watched(inputs(), lambda: weights.append(branch.detach().clone())), trainable="proj", steps=3, ema=0.9)
-    expected = weights[0].clone()
-    # Each item is asked for one step before its turn, so the values of the last step are missing: it is made from the difference.
-    for step, value in enumerate(weights[2:], 1):
-        share = 1 - min(0.9, (1 + step) / (10 + step))
-        expected = expected + share * (value - expected)
-    assert not torch.equal(branch, weights[-1])
-    judged: list[Tensor] = []
-    model = sparse_toy()
+    distill(plain, _Watched(inputs(), lambda: weights.append(branch.detach().clone())), trainable="proj", steps=3)
+    expected = weights[0]
+    for step, value in enumerate((*weights[1:], branch.detach()), 1):
+        expected = expected.lerp(value, 1 - min(0.3, (1 + step) / (10 + step)))
+    distill(model, inputs(), trainable="proj", steps=3, ema=0.3)
+    assert torch.equal(averaged, expected)
+    assert not torch.equal(averaged, branch)
+
+
+def test_the_average_is_what_is_judged() -> None:
+    model, judged = sparse_toy(), []
     branch = lite3r_modules(model)["cross.0"].proj_lin.weight
 
     def measure(_: nn.Module) -> float:
@@ -211,6 +222,7 @@ def test_the_average_is_what_the_model_has_in_the_end_and_what_is_judged() -> No
 
     distill(model, inputs(), trainable="proj", steps=2, ema=0.9, validation=measure, validate_every=1)
     assert torch.equal(branch, judged[-1])
+    assert len(judged) == 3
 
 
 class _Watched(list[Tensor]):
@@ -244,6 +256,13 @@ def half() -> nn.Module:
     return sparse_toy().half()
 
 
+def flattened() -> nn.Module:
+    """As FullyShardedDataParallel leaves a module."""
+    model = sparse_toy()
+    model.head.register_parameter("_flat_param", nn.Parameter(torch.zeros(1)))
+    return model
+
+
 @pytest.mark.parametrize(
     ("model", "data", "fields", "error", "says"),
     [
@@ -268,6 +287,7 @@ def half() -> nn.Module:
         (lambda: sparse_toy(linear_branch="none"), inputs(2), {}, ConfigError, "linear_branch is 'none'"),
         (lambda: sparse_toy(keep_ratio=1.0), inputs(2), {}, ConfigError, "nothing to learn"),
         (half, inputs(2), {"trainable": "blocks"}, WeightsError, "float16"),
+        (flattened, inputs(2), {}, WeightsError, "use fully_shard"),
         (lambda: sparse_toy().to("meta"), inputs(2), {}, WeightsError, "meta"),
         (sparse_toy, inputs(2), {"lora_scopes": ("encoder",)}, lite3r_plugin.errors.NoSitesError, "encoder"),
     ],
@@ -349,10 +369,10 @@ def test_after_an_interruption_the_model_has_the_weights_of_the_last_step(error:
     whole, model = sparse_toy(), sparse_toy()
     fields: dict[str, Any] = {"trainable": "proj", "schedule": "constant", "warmup_steps": 0}
     before = contents(model)
-    distill(whole, inputs(), steps=2, **fields)
+    distill(whole, inputs(), steps=3, **fields)
     with pytest.raises(type(error)):
         distill(model, Faulty(inputs(), 4, error), steps=9, **fields)
-    assert f"{type(error).__name__}; the model has the weights of step 2" in capsys.readouterr().err
+    assert f"{type(error).__name__}; the model has the weights of step 3" in capsys.readouterr().err
     assert changed(model, state(whole)) == set()
     after = contents(model)
     assert {key: after[key] for key in after if key != "values"} == {key: before[key] for key in before if key != "values"}
