@@ -35,18 +35,19 @@ def calibrate(
     from ..apply.verbs import apply_lite3r
     from ..evaluation import choose_device, choose_dtype, quiet
     from ..evaluation.predicting import Predicting, as_outputs
-    from ..files import check_folder
-    from ..scene.images import choose_views, find_images, load_images
+    from ..scene.images import find_images, load_images, spread
     from ..training.calibrate import calibrate as fit
     from .show import progress, say, warn
 
     options, entry = lite3r_config(config, keep_ratio), find_model(model)
-    check_folder(out)
     paths = find_images(images_dir)
-    inputs = _split(paths, max(views, entry.min_views), images_dir)
-    inputs = choose_views(inputs, most)
+    inputs = spread(_split(paths, max(views, entry.min_views), images_dir), most)
     where = choose_device(device)
     number = choose_dtype(dtype, where)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"the folder {out} cannot be made: {error.strerror}") from error
     with progress() as bar:
         task = bar.add_task("Loading images", total=1)
         pictures = load_images([path for chosen in inputs for path in chosen])

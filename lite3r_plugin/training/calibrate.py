@@ -290,7 +290,7 @@ class _Choice:
     def make(self) -> tuple[dict[str, float | None], Errors, Errors]:
         """The share of each site, and the errors of the outputs before and after."""
         if not len(self._judge):
-            raise InputError("the inputs that are to be judged by, the first ones, are empty, so there is nothing to compare: put others first")
+            raise InputError("the first inputs, by which to judge, are empty, so there is nothing to compare: put others first")
         parts = self._parts if len(self._parts) > 1 else []
         self._report.start("judging by outputs", len(self._judge) * (len(self._shares) + len(parts) * max(len(self._shares) - 1, 0)))
         zero = self._agreed(self._judge.without_branch())
