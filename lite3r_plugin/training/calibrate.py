@@ -102,7 +102,7 @@ class Calibration:
 
 
 def _what(site: SiteCalibration) -> str:
-    if site.share is KEPT:
+    if site.share is None:
         return "left as it came"
     if site.ridge is None:
         return "zero: no gain on held-out inputs"
@@ -181,7 +181,7 @@ def calibrate(
     _shard_again(model)
     with Changes() as changes:
         for fqn, share in shares.items():
-            if share is not KEPT:
+            if share is not None:
                 branch = sites[fqn].proj_lin
                 undo = functools.partial(_restore, branch.weight, branch.weight.detach().clone())
                 changes.make(functools.partial(write_branch, branch, share * fits[fqn].weight), undo)
@@ -235,7 +235,7 @@ class Fit:
 
     def report(self, share: float | None, came: Tensor) -> SiteCalibration:
         """What it comes to if Proj is this share of the fit, or `came` ``[D, D]``, what it was before."""
-        if share is KEPT:
+        if share is None:
             after = self.total.error(came)
         else:
             after = sum(fold.error(share * weight) for fold, weight in self.folds.values())
@@ -318,7 +318,7 @@ class _Choice:
             tried: dict[str, Tensor | None] = {}
             for fqn, share in shares.items():
                 fit = self._fits[fqn]
-                if share is not KEPT:
+                if share is not None:
                     weight = fit.weight if whole else fit.without(index % FOLDS)
                     tried[fqn] = share * weight if share and fit.ridge is not None else None
             return tried
