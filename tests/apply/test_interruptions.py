@@ -275,7 +275,7 @@ def test_calibrate(lines: Lines, x: Tensor) -> None:
     dense = contents(model)
     apply_lite3r(model, **SPARSE)
     sites = lite3r_modules(model).values()
-    for line in lines(run, 60 * STEP):
+    for line in lines(run, 30 * STEP):
         assert interrupted(run, line)
         assert not any(site._substitutes or site._observers for site in sites)
     assert contents(remove_lite3r(model)) == dense
