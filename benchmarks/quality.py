@@ -32,6 +32,7 @@ from lite3r_plugin.adapter.models import ModelEntry
 from lite3r_plugin.adapter.plugins import find_model
 from lite3r_plugin.apply.lookup import lite3r_modules
 from lite3r_plugin.evaluation import choose_device, choose_dtype, model_inputs, quiet, run_model, sample_views
+from lite3r_plugin.evaluation.predicting import Predicting, as_outputs
 from lite3r_plugin.files import write_atomically
 from lite3r_plugin.scene.data import Scene, open_scenes, pick_views
 from lite3r_plugin.scene.metrics import Geometry, constant_geometry, fidelity, scene_metrics
@@ -139,9 +140,9 @@ class Bench:
                 scenes = open_scenes(f"procedural:scenes={self.args.calibration},views={views},seed=7,{self.rendering}", None)
                 self.training = [model_inputs(self.entry, sample_views(self.entry, scene, range(views))) for scene in scenes]
             entry, autocast = self.entry, torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-            wrapped = _Predict(entry, self.model)
             with autocast, quiet():
-                report = calibrate(wrapped, (x.to(self.device) for x in self.training))
+                inputs = (x.to(self.device) for x in self.training)
+                report = calibrate(Predicting(entry, self.model), inputs, outputs=as_outputs)
             say(str(report))
             self.projections[variant.key] = {fqn: m.proj_lin.weight.detach().clone() for fqn, m in sites.items()}
         with torch.no_grad():
@@ -152,17 +153,6 @@ class Bench:
     def rendering(self) -> str:
         """Option of procedural scenes: where they are rendered."""
         return f"device={self.device.type}"
-
-
-class _Predict(nn.Module):
-    """A model whose forward is how the command line runs it."""
-
-    def __init__(self, entry: ModelEntry, model: nn.Module) -> None:
-        super().__init__()
-        self.entry, self.model = entry, model
-
-    def forward(self, images: Tensor) -> object:
-        return self.entry.predict(self.model, images)
 
 
 def measures(predicted: Geometry, reference: Geometry, teacher: Geometry | None) -> dict[str, float | None]:

@@ -8,7 +8,7 @@ import importlib.metadata
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pluggy
 from torch import nn
@@ -251,7 +251,7 @@ def _checked_sites(answer: Any) -> tuple[AttentionSite, ...] | None:
 def _checked_outputs(answer: Any) -> OutputsFunction | None:
     if answer is not None and not callable(answer):
         raise TypeError(f"it returned {type(answer).__name__}, which is no function")
-    return answer
+    return cast("OutputsFunction | None", answer)
 
 
 def _named(error: Lite3RError, implementation: Any) -> Lite3RError:

@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 from ..errors import Lite3RError
 from .adapters import adapters
 from .bench import bench
+from .calibrate import calibrate
 from .convert_official import convert_official
 from .demo import demo
 from .distill import distill
@@ -93,6 +94,7 @@ app.command()(demo)
 app.command()(reconstruct)
 app.command()(bench)
 app.command("eval")(evaluate)
+app.command()(calibrate)
 app.command()(distill)
 app.command()(adapters)
 app.command("convert-official")(convert_official)

@@ -7,6 +7,7 @@ import importlib.util
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from ..errors import InputError
 from .reading import MORE_PIXELS, current_limits, entries, is_dir, is_file, listed, say, shown
+
+T = TypeVar("T")
 
 HEIC, AVIF = (".heic", ".heif", ".hif"), (".avif",)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".bmp", *AVIF, *HEIC)
@@ -78,9 +81,14 @@ def has_images(folder: Path) -> bool:
 
 def choose_views(paths: Sequence[Path], max_views: int | None) -> list[Path]:
     """At most `max_views` of `paths`, evenly spread, the first one included."""
-    if max_views is None or len(paths) <= max_views:
-        return list(paths)
-    return [paths[i * len(paths) // max_views] for i in range(max_views)]
+    return spread(paths, max_views)
+
+
+def spread(items: Sequence[T], most: int | None) -> list[T]:
+    """At most `most` of `items`, evenly spread, the first one included."""
+    if most is None or len(items) <= most:
+        return list(items)
+    return [items[i * len(items) // most] for i in range(most)]
 
 
 @contextlib.contextmanager

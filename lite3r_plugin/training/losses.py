@@ -61,9 +61,9 @@ def prediction_losses(student: ModelOutputs, teacher: ModelOutputs) -> dict[str,
     """Differences of what both have, by name. Both speak of one world, so nothing is aligned and a change of scale counts.
 
     Returns:
-        Scalars: ``depth``, the mean of \\|log s - log t\\| over pixels; ``points``, the mean over points of the L1 norm of the difference
+        Scalars: ``depth``, the mean of |log s - log t| over pixels; ``points``, the mean over points of the L1 norm of the difference
         of their signed logarithms; ``rotation``, the mean Frobenius norm of the difference of rotation matrices; ``translation``, the
-        mean norm of the difference of translations; ``focal``, the mean of \\|log s - log t\\| of focal lengths; ``camera``, the mean
+        mean norm of the difference of translations; ``focal``, the mean of |log s - log t| of focal lengths; ``camera``, the mean
         absolute difference of raw encodings; ``other``, the mean of normalised squared errors. Lengths are in units of the teacher's
         scene: of its mean depth, or of the spread of its points or cameras. What the teacher does not know does not count.
 

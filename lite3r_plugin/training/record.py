@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,14 +73,19 @@ class SumRecorder:
     def __call__(self, site: SparseLinearAttention, inputs: AttentionInputs) -> Tensor:
         sparse = site.sparse_linear(inputs, None)
         probe = GAIN * torch.eye(sparse.shape[-1], device=sparse.device, dtype=torch.float32)
-        linear = (site.sparse_linear(inputs, probe).double() - sparse.double()).flatten(0, -2) / GAIN
-        dense = site.dense(inputs).double().flatten(0, -2)
-        missed = dense - sparse.double().flatten(0, -2)
-        parts = (linear.T @ linear, missed.T @ linear, missed.square().sum(), dense.square().sum(), linear.sum(0))
-        gram, cross, gap, norm, mean = (part.cpu() for part in parts)
-        sums = AttentionSums(gram, cross, gap, norm, mean, len(linear))
+        branched, dense = site.sparse_linear(inputs, probe), site.dense(inputs)
+        heads = zip(*(x.unbind(1) for x in (sparse, branched, dense)), strict=True)  # by themselves: FP64 takes memory
+        first, *rest = (_sums(*(x.double().flatten(0, -2) for x in head)) for head in heads)
+        gram, cross, gap, norm, mean = (functools.reduce(torch.add, parts).cpu() for parts in zip(first, *rest, strict=True))
+        sums = AttentionSums(gram, cross, gap, norm, mean, sparse[..., 0].numel())
         self.folds[self.fold] = self.folds[self.fold].plus(sums) if self.fold in self.folds else sums
         return sparse
+
+
+def _sums(sparse: Tensor, branched: Tensor, dense: Tensor) -> tuple[Tensor, ...]:
+    """The sums of `AttentionSums` over tokens ``[N, D]``, all in FP64 on their device."""
+    linear, missed = (branched - sparse) / GAIN, dense - sparse
+    return linear.T @ linear, missed.T @ linear, missed.square().sum(), dense.square().sum(), linear.sum(0)
 
 
 def run_on(model: nn.Module, given: Any) -> Any:
@@ -90,9 +96,15 @@ def run_on(model: nn.Module, given: Any) -> Any:
 
 
 def record(
-    model: nn.Module, sites: Mapping[str, SparseLinearAttention], inputs: Iterable[Any], folds: int
+    model: nn.Module,
+    sites: Mapping[str, SparseLinearAttention],
+    inputs: Iterable[Any],
+    folds: int,
+    see: Callable[[int, Any, Any], None] = lambda index, given, output: None,
 ) -> tuple[dict[str, SumRecorder], int]:
     """Sums of what `sites` of `model` see of `inputs`, each input once, dealt out to `folds` folds in turn.
+
+    Of each input `see` is told its number, it, and what the model, without linear branches, returned for it.
 
     Returns:
         The `SumRecorder` of each site, by name, and the number of inputs. A site that no input reached has no folds.
@@ -105,5 +117,5 @@ def record(
         for count, given in enumerate(inputs, 1):
             for recorder in recorders.values():
                 recorder.fold = (count - 1) % folds
-            run_on(model, given)
+            see(count - 1, given, run_on(model, given))
     return recorders, count

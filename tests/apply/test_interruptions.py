@@ -272,14 +272,14 @@ def test_calibrate(lines: Lines, x: Tensor) -> None:
     """Nothing of it stays at the sites but what it found, and what it found can be taken out."""
 
     def run() -> None:
-        calibrate(model, [x, 1 - x])
+        calibrate(model, [x, 1 - x], judged=1)
 
     model = vit()
     dense = contents(model)
     apply_lite3r(model, **SPARSE)
     sites = lite3r_modules(model).values()
     run()  # the first of several takes some lines more: orders of tokens are remembered
-    for line in lines(run, 10 * STEP):
+    for line in lines(run, 30 * STEP):
         assert interrupted(run, line)
         assert not any(site._substitutes or site._observers for site in sites)
     assert contents(remove_lite3r(model)) == dense

@@ -1,0 +1,87 @@
+"""`lite3r calibrate`: win quality back with a few photographs, in closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import InputError
+from .options import Config, Device, Dtype, KeepRatio, MaxBytes, MaxPixels, Model, Weights, file_limits, lite3r_config
+
+
+def calibrate(
+    images_dir: Annotated[Path, typer.Argument(help="Folder with photographs like those of later use; no labels.", show_default=False)],
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder to write the checkpoint to; load_lite3r reads it.", show_default=False)],
+    views: Annotated[int, typer.Option(min=1, help="Photographs of each input; they are taken in the order of their names.")] = 4,
+    most: Annotated[int, typer.Option("--max-inputs", min=2, help="Use at most so many inputs, evenly spread.")] = 32,
+    weights: Weights = None,
+    keep_ratio: KeepRatio = None,
+    config: Config = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    max_pixels: MaxPixels = None,
+    max_bytes: MaxBytes = None,
+) -> None:
+    """Fit the linear branches to photographs, judged by depth and cameras on photographs that a fit has not seen; save them."""
+    import contextlib
+
+    import torch
+
+    from ..adapter.plugins import find_model
+    from ..adapter.weights import RANDOM
+    from ..apply.checkpoint import save_lite3r
+    from ..apply.verbs import apply_lite3r
+    from ..evaluation import choose_device, choose_dtype, quiet
+    from ..evaluation.predicting import Predicting, as_outputs
+    from ..scene.images import find_images, load_images, spread
+    from ..training.calibrate import calibrate as fit
+    from .show import progress, say, warn
+
+    options, entry, within = lite3r_config(config, keep_ratio), find_model(model), file_limits(max_pixels, max_bytes)
+    paths = find_images(images_dir)
+    inputs = spread(_split(paths, max(views, entry.min_views), images_dir), most)
+    where = choose_device(device)
+    number = choose_dtype(dtype, where)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"the folder {out} cannot be made: {error.strerror}") from error
+    with progress() as bar:
+        task = bar.add_task("Loading images", total=1)
+        with within:
+            pictures = load_images([path for chosen in inputs for path in chosen])
+        pixels = entry.inputs(pictures)
+        bar.update(task, description=f"Building {entry.name}")
+        with quiet():
+            net = entry.build(weights, where)
+        apply_lite3r(net, options)
+        autocast = torch.autocast(where.type, number) if number != torch.float32 else contextlib.nullcontext()
+        with quiet(), autocast:
+            result = fit(
+                Predicting(entry, net),
+                [x.to(where) for x in pixels.split(len(inputs[0]))],
+                outputs=as_outputs,
+                progress=lambda what, done, total: bar.update(task, description=what.capitalize(), completed=done, total=total or 1),
+            )
+        save_lite3r(net, out)
+    if weights == RANDOM:
+        warn("the weights are random: what was fitted means nothing")
+    if left := len(paths) - sum(map(len, inputs)):
+        say(f"{left} of {len(paths)} photographs were not used: inputs have {len(inputs[0])} each")
+    say(str(result))
+    say(f"wrote {out} (load_lite3r(model, {str(out)!r}))")
+
+
+def _split(paths: Sequence[Path], views: int, folder: Path) -> list[list[Path]]:
+    """Inputs of `views` photographs that follow each other."""
+    inputs = [list(paths[i : i + views]) for i in range(0, len(paths) - views + 1, views)]
+    if len(inputs) < 2:
+        raise InputError(
+            f"calibration needs two inputs at least, one to fit and one to judge by: {folder} gives {len(paths)} photographs, which is not "
+            f"twice {views}; add some, or take fewer with --views"
+        )
+    return inputs

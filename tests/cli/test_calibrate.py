@@ -1,0 +1,35 @@
+"""`lite3r calibrate`: a checkpoint that loads, and errors before any work."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from commands import fails, lite3r
+
+from lite3r_plugin import describe, load_lite3r
+from lite3r_plugin.apply.lookup import lite3r_modules
+from lite3r_plugin.testbed import Testbed, TestbedConfig
+
+OPTIONS = ("--model", "tiny", "--weights", "random", "--config", "dense_below=0", "--config", "block_q=32", "--config", "block_k=16")
+
+
+def test_calibrate(photos: Path, tmp_path: Path) -> None:
+    for i in range(4):
+        shutil.copy(photos / f"{i % 3}.jpg", photos / f"{i + 3}.jpg")
+    out = tmp_path / "new" / "fitted"
+    result = lite3r("calibrate", photos, "--out", out, "--views", 2, "--keep-ratio", 0.2, *OPTIONS)
+    assert "of 1 sites on 3 inputs" in result.stdout
+    assert "1 of 7 photographs were not used" in result.stdout
+    assert "means nothing" in result.stderr
+    loaded = load_lite3r(Testbed(TestbedConfig(dim=64, depth=1)), out)
+    assert describe(loaded).config.keep_ratio == 0.2
+    (site,) = (site for site in lite3r_modules(loaded).values() if site.sparse)
+    assert ("left as it came" in result.stdout) == (not site.proj_lin.weight.any())
+
+
+def test_errors_before_any_work(photos: Path, tmp_path: Path) -> None:
+    assert "twice 2; add some" in fails("calibrate", photos, "--out", tmp_path / "x", "--views", 2, *OPTIONS)
+    assert "no installed adapter" in fails("calibrate", photos, "--out", tmp_path / "x", "--model", "nothing")
+    assert not (tmp_path / "x").exists()
+    assert "cannot be made" in fails("calibrate", photos, "--out", photos / "0.jpg", "--views", 1, *OPTIONS)
