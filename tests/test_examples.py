@@ -147,7 +147,7 @@ def test_distilling_on_one_process(workspace: Path) -> None:
 def test_distilling_on_two_processes(workspace: Path) -> None:
     _, *arguments = next(command for command in commands() if command[0] == "torchrun")
     launch = (sys.executable, "-m", "torch.distributed.run")  # what torchrun is
-    machines = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    machines = {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     result = run(*launch, *arguments, *TINY, **machines)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "2 steps of 2 samples, 2 processes on cpu" in result.stderr
