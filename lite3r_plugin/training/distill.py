@@ -222,6 +222,7 @@ def _check_validation(validation: Any) -> None:
 
 def _accelerator(config: DistillConfig) -> Accelerator:
     from accelerate import Accelerator
+    from accelerate.utils import get_int_from_env
 
     options: dict[str, Any] = {}
     if "tensorboard" in config.trackers:
@@ -231,6 +232,11 @@ def _accelerator(config: DistillConfig) -> Accelerator:
             raise ConfigError("the tracker 'tensorboard' needs the library: pip install tensorboard, or use 'jsonl'")
         options = {"log_with": "tensorboard", "project_dir": config.output_dir}
     accelerator = Accelerator(**options)
+    if accelerator.num_processes == 1 and (started := get_int_from_env(["WORLD_SIZE"], 1)) > 1:
+        raise ConfigError(
+            f"the launcher started {started} processes (WORLD_SIZE), but accelerate lets this one train alone, as it does without a GPU: set "
+            "ACCELERATE_USE_CPU=true or make accelerate.PartialState(cpu=True) first; or unset WORLD_SIZE"
+        )
     if accelerator.distributed_type.value not in PLAIN_MACHINES:
         raise ConfigError(
             f"accelerate was told to train by {accelerator.distributed_type.value}; distill trains on one or several processes, each with "

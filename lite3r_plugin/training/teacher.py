@@ -52,8 +52,8 @@ def as_they_were(model: nn.Module, originals: Originals | None) -> Iterator[None
         try:
             for module in model.modules() if originals else ():
                 for name, parameter in list(module._parameters.items()):
-                    if parameter is not None and parameter in originals:
-                        changes.put(module._parameters, name, originals[parameter])
+                    if parameter is not None and (original := (originals or {}).get(parameter)) is not None:
+                        changes.put(module._parameters, name, original)
             yield
         finally:
             changes.undo()

@@ -117,6 +117,15 @@ def test_only_what_is_named_changes(trainable: Any, kinds: set[str]) -> None:
     assert {next((kind for kind in kinds if kind in name.split(".")), name) for name in names} == kinds
 
 
+def test_one_of_several_processes_does_not_train_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    model = sparse_toy()
+    before = contents(model)
+    with pytest.raises(ConfigError, match="started 2 processes"):
+        distill(model, inputs(2), trainable="proj", steps=1)
+    assert contents(model) == before
+
+
 def test_everything_else_is_as_before() -> None:
     model = sparse_toy(dense_below=10).train()
     model.head.weight.requires_grad_(False)
