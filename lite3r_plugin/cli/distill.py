@@ -14,6 +14,7 @@ from ..errors import ConfigError, shown
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from ..adapter.models import ModelEntry
     from ..config import Lite3RConfig
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 MODEL_FOLDER = "model"
 TABLES: dict[str, dict[str, tuple[type | tuple[type, ...], Any]]] = {  # the kind of each key, and what it is by default
-    "model": {"name": (str, None), "weights": (str, None), "device": (str, "auto"), "config": (dict, {})},
+    "model": {"name": (str, None), "weights": (str, None), "device": (str, "auto"), "config": (dict, {}), "calibrate": (int, 16)},
     "data": {
         "source": (str, None), "split": (str, None), "views": (int, 8), "size": ((int, list), None), "rule": (str, "spread"),
         "draws": (int, 8), "scenes": (int, None), "seed": (int, 0),
@@ -107,6 +108,7 @@ class Recipe:
         with quiet():
             model = entry.build(self.model["weights"], self._device())
         apply_lite3r(model, self.lite3r)
+        self._calibrate(model, data)
         result = train(model, data, self.config, validation=validation)
         if not machines.is_main_process:
             return
@@ -122,6 +124,28 @@ class Recipe:
         say(str(result))
         kind = "the whole model" if learned_more else "what Lite3R added to the model"
         say(f"wrote {folder}, {kind}: load_lite3r(model, {str(folder)!r})")
+
+    def _calibrate(self, model: nn.Module, data: SceneSamples) -> None:
+        """Start from linear branches in closed form, unless there are none or a run goes on. The same in every process."""
+        import contextlib
+
+        import torch
+        from accelerate import PartialState
+
+        from ..training.calibrate import calibrate
+        from ..training.checkpoint import saved_step
+        from .show import say
+
+        count = min(self.model["calibrate"], len(data))
+        goes_on = self.config.resume and saved_step(Path(self.output["dir"])) is not None
+        if count < 2 or goes_on or self.lite3r.linear_branch == "none":
+            return
+        device = next(model.parameters()).device
+        half = self.config.mixed_precision == "bf16"
+        with torch.autocast(device.type, torch.bfloat16) if half else contextlib.nullcontext():
+            result = calibrate(model, (data[i].to(device).inputs for i in range(count)))
+        if PartialState().is_main_process:
+            say(str(result))
 
     def _device(self) -> torch.device:
         from accelerate import PartialState
@@ -154,7 +178,12 @@ def _table(path: Path, name: str, given: Any) -> dict[str, Any]:
     for key, value in given.items():
         kind, _ = kinds[key]
         wrong = not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
-        if wrong or (key in ("views", "draws", "scenes") and value < 1) or (key == "size" and not _is_size(value)):
+        if (
+            wrong
+            or (key in ("views", "draws", "scenes") and value < 1)
+            or (key == "calibrate" and value < 0)
+            or (key == "size" and not _is_size(value))
+        ):
             raise ConfigError(f"{path}: [{name}] {key} cannot be {shown(value)}")
     return {key: given.get(key, default) for key, (_, default) in kinds.items()}
 

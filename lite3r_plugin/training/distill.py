@@ -234,8 +234,8 @@ def _accelerator(config: DistillConfig) -> Accelerator:
     accelerator = Accelerator(**options)
     if accelerator.num_processes == 1 and (started := get_int_from_env(["WORLD_SIZE"], 1)) > 1:
         raise ConfigError(
-            f"the launcher started {started} processes (WORLD_SIZE), but accelerate lets this one train alone, as it does without a GPU: set "
-            "ACCELERATE_USE_CPU=true or make accelerate.PartialState(cpu=True) first; or unset WORLD_SIZE"
+            f"the launcher started {started} processes (WORLD_SIZE), but accelerate lets this one train alone, as without a GPU: "
+            "set ACCELERATE_USE_CPU=true or make accelerate.PartialState(cpu=True) first; or unset WORLD_SIZE"
         )
     if accelerator.distributed_type.value not in PLAIN_MACHINES:
         raise ConfigError(
