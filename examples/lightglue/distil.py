@@ -26,6 +26,7 @@ from lite3r_plugin.errors import InputError
 from lite3r_plugin.files import check_output, write_atomically
 from lite3r_plugin.peft import merge_lora
 from lite3r_plugin.scene.data import Scene, Scenes, open_scenes
+from lite3r_plugin.training.checkpoint import check_folder
 
 if TYPE_CHECKING:
     from evaluate import Pair, PairResult
@@ -37,7 +38,6 @@ Input = tuple[dict[str, Features]]
 """What the matcher is called with, by position: the features of ``image0`` and ``image1``."""
 NEEDED = ("keypoints", "descriptors", "image_size")
 STRIDES = (1, 2)
-CALIBRATION_PAIRS = 16
 
 
 class Matcher(LightGlue):
@@ -79,14 +79,20 @@ def inputs_of(scene: Scene, photographs: Photographs, device: torch.device, stri
 
 
 def train(
-    matcher: nn.Module, training: Sequence[Input], validation: Sequence[Input], config: DistillConfig
+    matcher: nn.Module, training: Sequence[Input], validation: Sequence[Input], config: DistillConfig, calibration: int
 ) -> tuple[Calibration, Distillation]:
-    """Calibrate the linear branches of a sparse matcher and distil it; LoRA is folded in afterwards."""
-    fitted = calibrate(matcher, training[:: max(1, len(training) // CALIBRATION_PAIRS)])
+    """Calibrate the linear branches of a sparse matcher on so many of the pairs and distil it; LoRA is folded in afterwards."""
+    fitted = calibrate(matcher, training[:: max(1, len(training) // calibration)])
     result = distill(matcher, training, config, validation=list(validation) or None)
     if config.trainable == "proj+lora":
         merge_lora(matcher)
     return fitted, result
+
+
+def load_into(matcher: Matcher, dense: dict[str, Tensor], folder: Path) -> Matcher:
+    """A checkpoint, in a new matcher with the `dense` weights."""
+    matcher.load_state_dict(dense)
+    return load_lite3r(matcher, folder)
 
 
 def measure(matcher: LightGlue, pairs: Sequence[Pair], args: argparse.Namespace) -> list[PairResult]:
@@ -101,7 +107,8 @@ def config_of(args: argparse.Namespace) -> DistillConfig:
     length = {"steps": args.steps} if args.steps else {"minutes": args.minutes}
     return DistillConfig(
         trainable=args.trainable, lora_rank=args.rank, learning_rate=args.learning_rate, accumulate=args.accumulate,
-        attention=args.attention, blocks=args.blocks, predictions=args.predictions, seed=args.seed, **length,
+        attention=args.attention, blocks=args.blocks, predictions=args.predictions, seed=args.seed,
+        output_dir=str(args.output / "training") if args.output else None, resume=args.resume, **length,
     )  # fmt: skip
 
 
@@ -113,6 +120,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--scenes", nargs="+", help="names of those to evaluate on (default: all)")
     parser.add_argument("--cache", type=Path, help="folder for features, which are computed once")
     parser.add_argument("--output", type=Path, help="folder for the trained checkpoint")
+    parser.add_argument("--resume", action="store_true", help="go on from a killed run in --output")
     parser.add_argument("--trained", type=Path, help="measure this checkpoint and train nothing")
     parser.add_argument("--json", type=Path, help="file for all results")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="of the detector and the matcher")
@@ -120,6 +128,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--keypoints", type=int, default=1024, help="DISK keypoints per image")
     parser.add_argument("--keep", type=float, default=0.25, help="keep ratio")
     parser.add_argument("--block", type=int, default=32, help="keypoints per block")
+    parser.add_argument("--calibration", type=int, default=16, help="pairs to calibrate on")
     parser.add_argument("--minutes", type=float, default=15.0, help="of training")
     parser.add_argument("--steps", type=int, help="of training, instead of minutes")
     parser.add_argument("--trainable", default="proj+lora", help="what learns, as in DistillConfig")
@@ -159,35 +168,40 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = config_of(args)
     if args.json:
         check_output(args.json, ".json")
+    if args.output and args.trained is None:
+        check_folder(args.output / "training", args.resume)
     training, validation, evaluated = split(args)
     photographs = Photographs(args.size, args.keypoints, args.cache, device=args.device)
     scenes = {"training": training.names, "validation": validation.names, "evaluation": evaluated.names if evaluated else ()}
     say("; ".join(f"{part}: {', '.join(names) or 'nothing'}" for part, names in scenes.items()))
+    torch.manual_seed(args.seed)
+    matcher = make_matcher(args.tiny)
+    dense = {name: value.clone() for name, value in matcher.state_dict().items()}
+    matcher = matcher.to(args.device)
+    trained = load_into(make_matcher(args.tiny), dense, args.trained) if args.trained else None  # first: it may be no checkpoint
+    inputs, held_out = [], []
+    if trained is None:
+        inputs, held_out = ([x for scene in part for x in inputs_of(scene, photographs, args.device)] for part in (training, validation))
     pairs: list[Pair] = []
     if evaluated:
         from evaluate import load_pairs
 
         pairs = load_pairs(evaluated, photographs)
-    torch.manual_seed(args.seed)
-    matcher = make_matcher(args.tiny).to(args.device)
-    dense = {name: value.cpu().clone() for name, value in matcher.state_dict().items()}
     results = {"dense": measure(matcher, pairs, args)}
     report: dict[str, Any] = {}
-    if args.trained is None:
-        inputs, held_out = ([x for scene in part for x in inputs_of(scene, photographs, args.device)] for part in (training, validation))
+    if trained is None:
         sparse(matcher, args.keep, args.block)
         results["applied"] = measure(matcher, pairs, args)
-        fitted, distilled = train(matcher, inputs, held_out, config)
+        fitted, distilled = train(matcher, inputs, held_out, config, args.calibration)
         say("\n".join(str(distilled).splitlines()[1:]))  # the first line was said by distill
         report = {"pairs": {"training": len(inputs), "validation": len(held_out)}, "config": config.to_dict()}
         report |= {"distillation": vars(distilled), "sites": [vars(site) for site in fitted.sites]}
+        trained = matcher
         if args.output:
             save_lite3r(matcher, args.output, whole=True)
             say(f"saved to {args.output}")
-    if source := args.trained or args.output:  # what is measured is what others load
-        matcher = make_matcher(args.tiny)
-        matcher.load_state_dict(dense)
-        matcher = load_lite3r(matcher, source).to(args.device)
+            trained = load_into(make_matcher(args.tiny), dense, args.output)  # what is measured is what others load
+    matcher = trained.to(args.device)
     results["distilled"] = measure(matcher, pairs, args)
     if pairs:
         summarise(results, args)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lite3r_plugin.errors import InputError
+from lite3r_plugin.errors import CheckpointError, InputError
 
 CAMERA = "100 0 48 0 100 32 0 0 1 0 0 0 1 0 0 0 1 0 0 0 1 {x} 0 0 96 64"
 
@@ -64,6 +64,10 @@ def test_the_whole_script(distil, photographs):
     assert results["training"]["distillation"]["steps"] == 2
     assert len(list((photographs / "cache").iterdir())) == 9
 
+    distil.main(command(photographs, "--steps", "3", "--resume", "--validation", "yard", "--output", str(photographs / "trained")))
+    resumed = json.loads((photographs / "results.json").read_text())
+    assert resumed["training"]["distillation"]["steps"] == 3
+
     distil.main(command(photographs, "--trained", str(photographs / "trained"), "--cache", str(photographs / "cache")))
     again = json.loads((photographs / "results.json").read_text())
     assert [row["state"] for row in again["states"]] == ["dense", "distilled"]
@@ -73,6 +77,20 @@ def test_a_scene_that_is_evaluated_is_not_trained_on(distil, photographs):
     (photographs / "photographs/street").rename(photographs / "photographs/tower")
     with pytest.raises(InputError, match="tower would be trained and evaluated on"):
         distil.main(command(photographs))
+
+
+def test_an_output_that_holds_another_run_is_refused_before_measuring(distil, photographs, monkeypatch):
+    monkeypatch.setattr(distil, "measure", lambda *_: pytest.fail("it measured first"))
+    (photographs / "trained/training").mkdir(parents=True)
+    (photographs / "trained/training/something").touch()
+    with pytest.raises(InputError, match="is not empty: pass resume=True"):
+        distil.main(command(photographs, "--output", str(photographs / "trained")))
+
+
+def test_a_folder_without_a_checkpoint_is_refused_before_measuring(distil, photographs, monkeypatch):
+    monkeypatch.setattr(distil, "measure", lambda *_: pytest.fail("it measured first"))
+    with pytest.raises(CheckpointError):
+        distil.main(command(photographs, "--trained", str(photographs / "photographs")))
 
 
 def test_a_scene_is_left_to_train_on(distil, photographs):
