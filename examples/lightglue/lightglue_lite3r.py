@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lite3r_plugin import AttentionSite, Routed, hookimpl
+from lite3r_plugin.adapter import ModelOutputs, OutputsFunction
 
 MORTON_BITS = 10
+UNLIKELY = -8.0
+"""Logarithm of the probability below which matches count less and less when assignments are compared."""
 
 
 @hookimpl
@@ -15,17 +22,36 @@ def lite3r_attention_sites(model: nn.Module) -> list[AttentionSite] | None:
     """The self-attention of every LightGlue inside `model`. Cross-attention stays dense: Lite3R has no form of it."""
     sites = []
     for name, module in model.named_modules():
-        layers = getattr(module, "transformers", None)
-        if not isinstance(layers, nn.ModuleList) or not hasattr(module, "log_assignment"):
+        if not _is_lightglue(module):
             continue
         dot = f"{name}." if name else ""
-        for i, layer in enumerate(layers):
+        for i, layer in enumerate(module.transformers):  # pyright: ignore[reportArgumentType]
             attention = getattr(layer, "self_attn", None)
             if hasattr(attention, "Wqkv") and hasattr(layer, "cross_attn"):
                 heads = attention.num_heads
                 head_dim = attention.Wqkv.out_features // (3 * heads)
                 sites.append(AttentionSite(f"{dot}transformers.{i}.self_attn", "frame", head_dim, Routed(heads)))
     return sites or None
+
+
+@hookimpl
+def lite3r_outputs(model: nn.Module) -> OutputsFunction | None:
+    """What a LightGlue returns, as what is to stay as it is: see `assignment`."""
+    return assignment if _is_lightglue(model) else None
+
+
+def assignment(output: Mapping[str, Any]) -> ModelOutputs:
+    """The logarithms of the probabilities of all matches ``[B, M + 1, N + 1]``, cut off smoothly at `UNLIKELY`: thousands of keypoints
+    that do not match at all would outweigh the few that do. Of a class that does not return them, the scores of the best matches.
+    """
+    scores = output.get("log_assignment")
+    if scores is None:
+        return ModelOutputs(other=(output["matching_scores0"], output["matching_scores1"]))
+    return ModelOutputs(other=(F.softplus(scores - UNLIKELY),))
+
+
+def _is_lightglue(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "transformers", None), nn.ModuleList) and hasattr(module, "log_assignment")
 
 
 def morton_order(keypoints: Tensor) -> Tensor:

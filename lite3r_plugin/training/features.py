@@ -66,7 +66,7 @@ class Recording:
 
     Attributes:
         wanted: Names of the modules to record; None: all from which gradients may come.
-        found: By name, the output of each call, in order, with the version that it had; with `wanted` None also names of modules
+        found: By name, the outputs of each call, in order, with the version that it had; with `wanted` None also names of modules
             that ran and were not recorded.
     """
 
@@ -110,15 +110,24 @@ class Recorder:
         recording = self._recording
         if recording is None or (recording.wanted is not None and name not in recording.wanted):
             return
-        tensor = next((x for x in tensors_of(output).values() if x.is_floating_point()), None)
-        if tensor is None:
+        tensors = _streams(output)
+        if not tensors:
             raise AdapterError(f"the {name} gives out no floating-point tensor to compare")
         outputs = recording.found.setdefault(name, [])
-        if recording.wanted is None and not tensor.requires_grad:
+        if recording.wanted is None and not any(tensor.requires_grad for tensor in tensors):
             if not torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()):
                 raise ConfigError(f"the {name} is to learn, but runs without gradients; if it is checkpointed, pass use_reentrant=False")
             return  # nothing before it learns
-        outputs.append((tensor, tensor._version))
+        outputs += [(tensor, tensor._version) for tensor in tensors]
+
+
+def _streams(output: Any) -> list[Tensor]:
+    """The features in an output: its first floating-point tensor, and others of that width, as of a block that leads two images on.
+
+    What else a block gives out, such as weights of attention, is none.
+    """
+    tensors = [x for x in tensors_of(output).values() if x.is_floating_point()]
+    return [x for x in tensors if x.dim() == tensors[0].dim() and x.shape[-1:] == tensors[0].shape[-1:]]
 
 
 def is_compiled(module: nn.Module) -> bool:

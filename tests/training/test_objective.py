@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from toys import Adapter, Toy, toy_adapter
+from toys import Adapter, Attention, Toy, toy_adapter
 from toys import images as toy_images
 
-from lite3r_plugin import apply_lite3r, convert, lite3r_disabled
+from lite3r_plugin import AttentionSite, FusedQKV, apply_lite3r, convert, lite3r_disabled
 from lite3r_plugin.adapter import ModelOutputs, find_outputs
 from lite3r_plugin.apply.lookup import lite3r_modules
 from lite3r_plugin.errors import AdapterError, ConfigError, ConvertedError, InputError, NotAppliedError
@@ -464,3 +464,50 @@ def test_local_refuses_what_it_cannot_stop_at() -> None:
         run(model, config, views())
     with pytest.raises(ConfigError, match="no transformer block"):
         run(student_testbed().requires_grad_(False), config, views())
+
+
+class TwoStreams(nn.Module):
+    """A block that leads two sequences on and gives out weights of something besides, as matchers of two images do."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.attn = Attention(dim, 2)
+
+    def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return a + self.attn(a), b + self.attn(b), a.new_ones(1, 2, 3, 4)
+
+
+class Matcher(nn.Module):
+    def __init__(self, dim: int = 32) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(TwoStreams(dim) for _ in range(2))
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        for layer in self.layers:
+            a, b, _ = layer(a, b)
+        return a @ b.mT
+
+
+def test_every_sequence_that_a_block_gives_out_is_compared(adapter: Adapter) -> None:
+    adapter.answer = lambda model: [AttentionSite(f"layers.{i}.attn", "frame", 16, FusedQKV(2, attn_drop="attn_drop")) for i in range(2)]
+    torch.manual_seed(1)
+    model = apply_lite3r(Matcher().eval(), **FIELDS)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("proj_lin" in name)
+    a, b = torch.randn(1, 70, 32), torch.randn(1, 50, 32)
+    outputs: list[tuple[Tensor, ...]] = []
+    hooks = [layer.register_forward_hook(lambda _, __, out: outputs.append(out[:2])) for layer in model.layers]
+    with torch.no_grad():
+        model(a, b)
+        with lite3r_disabled(model):
+            model(a, b)
+    for hook in hooks:
+        hook.remove()
+    mine, true = outputs[:2], outputs[2:]
+    expected = torch.stack([feature_loss(s, t) for pair in zip(mine, true, strict=True) for s, t in zip(*pair, strict=True)]).mean()
+    with Objective(model, DistillConfig(predictions=0.0)) as objective:
+        losses = objective(model, Sample((a, b)), 0.0)
+    assert losses.parts.keys() == {"blocks"}
+    torch.testing.assert_close(losses.total, expected)
+    losses.total.backward()
+    assert all(layer.attn.proj_lin.weight.grad.abs().sum() > 0 for layer in model.layers)

