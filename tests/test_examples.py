@@ -108,7 +108,7 @@ def test_the_readme_has_every_example() -> None:
 @pytest.fixture(scope="module")
 def calibrated(workspace: Path) -> nn.Module:
     """The model of the example, which runs sparse, after it was saved."""
-    return example("calibrate_photographs", "--subsets", "3", "--views", "3", "--dense-below", "0")
+    return example("calibrate_photographs", "--subsets", "4", "--keep-ratio", "0.1", "--dense-below", "0")
 
 
 def test_calibrating_on_photographs_and_loading_it_elsewhere(workspace: Path, calibrated: nn.Module) -> None:

@@ -65,12 +65,17 @@ def prediction_losses(student: ModelOutputs, teacher: ModelOutputs) -> dict[str,
         of their signed logarithms; ``rotation``, the mean Frobenius norm of the difference of rotation matrices; ``translation``, the
         mean norm of the difference of translations; ``focal``, the mean of |log s - log t| of focal lengths; ``camera``, the mean
         absolute difference of raw encodings; ``other``, the mean of normalised squared errors. Lengths are in units of the teacher's
-        scene: of its mean depth, or of the spread of its points or cameras. What the teacher does not know does not count.
+        scene: of its mean depth, or of the spread of its points or cameras. What the teacher does not know does not count; where it knows
+        nothing at all, they are NaN.
 
     Raises:
         AdapterError: shapes differ, or the two have nothing in common.
     """
     losses = _geometry_losses(student, teacher, scene_scale(teacher))
+    if losses:  # a teacher that gives nothing but NaN is no perfect one
+        given = (teacher.depth, teacher.points, teacher.world_to_camera, teacher.intrinsics)
+        sound = torch.stack([x.isfinite().any() for x in given if x is not None]).all()
+        losses = {name: torch.where(sound, loss, torch.nan) for name, loss in losses.items()}
     if student.camera is not None and teacher.camera is not None:
         losses["camera"] = in_full(lambda s, t: (s - t).abs().mean(), student.camera, _same_shape("camera", student.camera, teacher.camera))
     if student.other or teacher.other:
@@ -148,8 +153,8 @@ def scene_scale(outputs: ModelOutputs) -> Tensor:
     elif outputs.world_to_camera is not None:
         rotation, translation = outputs.world_to_camera.float().split((3, 1), -1)
         scale = _spread((-rotation.mT @ translation)[..., 0])
-    else:
-        scale = torch.zeros(())
+    else:  # nothing that has a size
+        scale = torch.zeros((), device=next(x.device for x in (outputs.intrinsics, outputs.camera, *outputs.other) if x is not None))
     return torch.where(scale > 0, scale, 1)
 
 
@@ -161,7 +166,7 @@ def _normalized(student: Tensor, teacher: Tensor) -> Tensor:
         error, power = error.flatten(1).sum(1), power.flatten(1).sum(1)
     else:
         error, power = error.sum(), power.sum()
-    return (error / power.clamp(min=TINY)).mean()
+    return torch.where(known.any(), (error / power.clamp(min=TINY)).mean(), torch.nan)
 
 
 def _mse(student: Tensor, teacher: Tensor) -> Tensor:

@@ -87,6 +87,14 @@ def test_what_the_teacher_does_not_know_does_not_count() -> None:
     assert feature_loss(student, torch.zeros(1, 4)).isfinite()
 
 
+@pytest.mark.parametrize("broken", ["depth", "points", "world_to_camera", "intrinsics", "camera"])
+def test_a_teacher_that_knows_nothing_is_not_met(broken: str) -> None:
+    nothing = dataclasses.replace(scene(), **{broken: torch.full_like(getattr(scene(), broken), torch.nan)})
+    assert torch.stack(list(prediction_losses(nothing, nothing).values())).sum().isnan()
+    features = torch.full((B, H, W), torch.nan)
+    assert feature_loss(features, features).isnan()
+
+
 def test_a_loss_keeps_nothing_but_features_for_the_backward_pass() -> None:
     student, teacher = torch.randn(2, 100, 8, dtype=torch.bfloat16, requires_grad=True), torch.randn(2, 100, 8, dtype=torch.bfloat16)
     kept: list[Tensor] = []
