@@ -216,7 +216,7 @@ def summarise(results: dict[str, list[PairResult]], args: argparse.Namespace) ->
     for name, measured in results.items():
         row = summary(measured, results["dense"])
         columns = [f"AUC@{t} {row['auc'][str(t)]:.1f} ({difference_text(row['auc_minus_dense'][str(t)])})" for t in THRESHOLDS]
-        print(f"{name:10} {row['pairs']} pairs, {row['matches']:.0f} matches, {', '.join(columns)}")  # noqa: T201
+        print(f"{name:10} {row['pairs']} pairs, {row['matches']:.0f} matches, {', '.join(columns)}")
 
 
 def write_results(results: dict[str, list[PairResult]], report: dict[str, Any], scenes: dict[str, Any], args: argparse.Namespace) -> None:

@@ -96,11 +96,13 @@ class Recipe:
         from ..apply.checkpoint import save_lite3r
         from ..apply.verbs import apply_lite3r, convert
         from ..evaluation import quiet
+        from ..training.checkpoint import check_folder
         from ..training.distill import distill as train
         from .show import say
 
         entry = find_model(self.model["name"])
         entry.require_library()
+        check_folder(Path(self.output["dir"]), self.config.resume)
         labels = any(self.config.weight("task"))
         data = _samples(self.data, entry, labels)
         validation = None if self.validation is None else _samples(self.validation, entry, labels)

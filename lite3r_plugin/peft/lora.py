@@ -90,6 +90,9 @@ def add_lora(
             raise WeightsError(f"{linear.names[0]} is a {type(linear.module).__name__}; LoRA goes around a torch.nn.Linear only")
         require_plain_weight(linear)
         assert isinstance(linear.module, nn.Linear)
+        tied = next((other for other in made if other.weight is linear.module.weight), None)
+        if tied is not None:
+            raise WeightsError(f"{linear.names[0]} shares its weight with another projection, and LoRA of both cannot be folded into one")
         made[linear.module] = made_around(linear.module, ADAPTER, rank, rank if alpha is None else alpha)
     names = []
     with Changes() if changes is None else contextlib.nullcontext(changes) as changes:

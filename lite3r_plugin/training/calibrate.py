@@ -38,6 +38,7 @@ from .judge import Errors, Judge, Weights
 from .outputs import OutputReader
 from .record import AttentionSums, record
 from .reporting import Listener, Report, reporting
+from .teacher import evaluated
 
 RIDGES = tuple(10.0 ** (i / 2) for i in range(-6, 7))
 FOLDS = 8
@@ -129,7 +130,7 @@ def calibrate(
     An error or an interruption leaves all of them as they were.
 
     Args:
-        model: After `apply_lite3r`, with a linear branch, in eval mode.
+        model: After `apply_lite3r`, with a linear branch. It is evaluated, not trained, meanwhile.
         inputs: At least two inputs of the model, better eight, as different as its later inputs will be: a tensor or a tuple is passed by
             position, a mapping by keyword. A generator will do: each is fitted to once, and the first `judged` are kept. No
             labels are needed. Of a model that FSDP2 shards, every process gives as many, and those of the first one count.
@@ -167,7 +168,7 @@ def calibrate(
     if not is_int(judged) or not 1 <= judged <= FOLDS:
         raise ConfigError(f"judged is a number of inputs from 1 to {FOLDS}, got {shown(judged)}")
     judge = Judge(model, sites, OutputReader.of(model, outputs), judged)
-    with reporting(progress) as report:
+    with reporting(progress) as report, evaluated(model):
         recorders, count = record(model, sites, report.over(inputs, "fitting"), FOLDS, judge.see)
         if count < 2:
             raise InputError(f"calibration needs at least two inputs, one to fit and one to judge by, got {count}")

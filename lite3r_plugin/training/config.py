@@ -203,6 +203,9 @@ class DistillConfig:
         table = content.get("distill", {}) if any(isinstance(value, Mapping) for value in content.values()) else content
         if not isinstance(table, Mapping):
             raise ConfigError(f"{path}: distill is a table of fields of DistillConfig, [distill], got {shown(table)}")
+        units = {"steps", "epochs", "minutes"}
+        if units & set(fields):  # which say how long instead
+            table = {name: value for name, value in table.items() if name not in units}
         try:
             return cls().replace(**{**table, **fields})
         except ConfigError as error:

@@ -198,6 +198,8 @@ def _check_model(found: Inventory, config: DistillConfig) -> None:
         )
     found.require_whole(state, "distill")
     check_branches(found, config)
+    if any(parameter.is_inference() for parameter in found.model.parameters()):
+        raise WeightsError("the model was made in torch.inference_mode, where nothing learns: build it outside of that")
     flat = [fqn for fqn, module in found.modules.items() if "_flat_param" in module._parameters]
     if flat:
         raise WeightsError(
@@ -272,7 +274,19 @@ def _check_folder(config: DistillConfig, accelerator: Accelerator) -> None:
 
 def _about(found: Inventory) -> dict[str, Any]:
     state = found.states[0]
-    return {"adapter": state.adapter, "configuration": state.config.replace(fp8_backend="auto").to_dict()}
+    return {"adapter": state.adapter, "configuration": state.config.replace(fp8_backend="auto").to_dict(), "weights": _fingerprint(found)}
+
+
+def _fingerprint(found: Inventory) -> int | None:
+    """A sum over the bits of the dense model's own parameters, whatever is around them; None where they are sharded."""
+    added = {id(site.proj_lin.weight) for site in found.attention.values() if "proj_lin" in site._modules}
+    added |= {id(p) for layer in found.states[0].lora for name, p in layer.named_parameters() if name.startswith(("lora_A.", "lora_B."))}
+    own = [parameter for parameter in found.model.parameters() if id(parameter) not in added]
+    if any(ranks.is_shard(parameter) or parameter.is_meta for parameter in own):
+        return None
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = (p.detach().reshape(-1).view(integers[p.element_size()]) for p in own if p.element_size() in integers)
+    return sum(int(x.sum(dtype=torch.int64)) for x in bits)
 
 
 def _device(found: Inventory, accelerator: Accelerator) -> torch.device:

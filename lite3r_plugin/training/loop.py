@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ..adapter.outputs import tensors_of
 from ..apply import ranks
 from ..apply.lookup import Inventory
 from ..attention.inputs import AttentionInputs
@@ -245,7 +246,7 @@ class Run:
         total = torch.stack([loss.total.detach().float() for loss in losses]).mean()
         loss, size_of_gradients, self.counts.seconds = self._agreed(total, norm)
         if not math.isfinite(loss) or not math.isfinite(size_of_gradients):
-            self._refuse_to_go_on(loss)
+            self._refuse_to_go_on(loss, given)
         if first and size_of_gradients == 0:
             raise TrainingError(
                 "all gradients of the first step are 0, so nothing would ever change: with so few tokens sparse attention leaves nothing "
@@ -304,15 +305,18 @@ class Run:
                 "samples of several views (put one of them first, where there are both)"
             )
 
-    def _refuse_to_go_on(self, loss: float) -> None:
+    def _refuse_to_go_on(self, loss: float, given: list[Sample]) -> None:
         what = "the loss" if not math.isfinite(loss) else "the gradient"
-        if not math.isfinite(loss):  # the weights of now are not good
+        tensors = (x for sample in given for x in tensors_of(sample.inputs).values() if x.is_floating_point())
+        faulty_data = any(self._gathered(not all(bool(x.isfinite().all()) for x in tensors)))
+        if not math.isfinite(loss) and not faulty_data:  # the weights of now are not good
             self._good.give()
             self._held = self._good_step
         saved = f"; what was saved is in {self.folder}" if self.folder is not None else ""
+        look = "The data of this step has NaN or infinities: leave it out" if faulty_data else "Look for NaN in labels, lower learning_rate"
         raise TrainingError(
             f"{what} is not finite at step {self.counts.step + 1}: the model has the weights of step {self._held}, the last good "
-            f"ones{saved}. Look for NaN in the data, lower learning_rate, or take mixed_precision='bf16' for weights in half precision"
+            f"ones{saved}. {look}, or take mixed_precision='bf16' for weights in half precision"
         )
 
     def _report(self) -> None:
@@ -383,7 +387,8 @@ class Run:
 
     def _measure(self, validation: Validation) -> float:
         if callable(validation):
-            value = validation(self.model)
+            with self._as_it_is():
+                value = validation(self.model)
             return float(self._reduced(torch.tensor(float(value), device=self.device)))
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         if ranks.is_sharded(self.model):
@@ -397,6 +402,20 @@ class Run:
         if not totals[1]:
             raise InputError("there is no validation data: it is empty, or was used up; give a list")
         return totals[0] / totals[1]
+
+    @contextlib.contextmanager
+    def _as_it_is(self) -> Iterator[None]:
+        """Whatever a function of the user's does inside to modes, to what learns and to gradients is taken back."""
+        modes = [(module, module.training) for module in self.model.modules()]
+        flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            for parameter, learns in flags:
+                parameter.requires_grad_(learns)
+                parameter.grad = None
 
     def _agreed(self, loss: Tensor, norm: Tensor) -> tuple[float, float, float]:
         """The mean loss and gradient of all processes, and the seconds on the clock of the main one."""
@@ -463,6 +482,8 @@ class Run:
         for kind, copy in (("average", self.average), ("best", self.best)):
             if copy is not None:
                 copy.values = {name: like(parameter, groups[kind][name]) for name, parameter in self.parameters.items()}
+        if self.validation is None:  # what was the best by another measure
+            self.best = None
         rank = f"{self.accelerator.process_index}/"
         self._random = {name.removeprefix(rank): value for name, value in groups["random"].items() if name.startswith(rank)}
         self.counts = Counts(**{each.name: record[each.name] for each in dataclasses.fields(Counts)})
@@ -475,6 +496,11 @@ class Run:
         shapes = {name: list(parameter.shape) for name, parameter in self.parameters.items()}
         if record["about"] != self.about:
             other = next(name for name in self.about if record["about"].get(name) != self.about[name])
+            if other == "weights":
+                raise CheckpointError(
+                    f"the weights of the model are not those that the run in {where} started from: they are of another model, or have been "
+                    "trained or had LoRA merged since; build the model anew, as it was before that run, and resume with it"
+                )
             raise CheckpointError(
                 f"{where} belongs to another model: its {other} is {record['about'].get(other)}, here {self.about[other]}"
             )

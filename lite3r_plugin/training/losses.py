@@ -163,10 +163,10 @@ def _normalized(student: Tensor, teacher: Tensor) -> Tensor:
     error = torch.where(known, student - teacher, 0).square()
     power = torch.where(known, teacher, 0).square()
     if error.dim() > 1:
-        error, power = error.flatten(1).sum(1), power.flatten(1).sum(1)
+        error, power, known = error.flatten(1).sum(1), power.flatten(1).sum(1), known.flatten(1).any(1)
     else:
-        error, power = error.sum(), power.sum()
-    return torch.where(known.any(), (error / power.clamp(min=TINY)).mean(), torch.nan)
+        error, power, known = error.sum(), power.sum(), known.any()
+    return torch.where(known, error / power.clamp(min=TINY), torch.nan).mean()
 
 
 def _mse(student: Tensor, teacher: Tensor) -> Tensor:

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapter.outputs import tensors_of
 from ..attention.inputs import AttentionInputs
 from ..attention.module import SparseLinearAttention
+from ..errors import InputError
 
 # The linear branch is read off as the change that a Proj of GAIN * identity makes, so that half precision rounds it
 # relative to itself and not to the sparse output that it comes added to.
@@ -89,10 +91,22 @@ def _sums(sparse: Tensor, branched: Tensor, dense: Tensor) -> tuple[Tensor, ...]
 
 
 def run_on(model: nn.Module, given: Any) -> Any:
-    """What `model` returns for one input: a mapping is passed by keyword, a tuple or list by position, anything else alone."""
+    """What `model` returns for one input: a mapping is passed by keyword, a tuple or list by position, anything else alone.
+
+    Raises:
+        InputError: the model changes its input in place, so that it cannot be run on it again.
+    """
+    before = [(path, x, x._version) for path, x in tensors_of(given).items() if not x.is_inference()]
     if isinstance(given, Mapping):
-        return model(**given)
-    return model(*given) if isinstance(given, (tuple, list)) else model(given)
+        output = model(**given)
+    else:
+        output = model(*given) if isinstance(given, (tuple, list)) else model(given)
+    if changed := [path for path, x, version in before if x._version != version]:
+        raise InputError(
+            f"the model changes its input{f' {changed[0]}' if changed[0] else ''} in place, so that another run would see something else: "
+            "let its forward begin with a copy"
+        )
+    return output
 
 
 def record(

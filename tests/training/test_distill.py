@@ -30,7 +30,7 @@ from lite3r_plugin.errors import (
     TrainingError,
     WeightsError,
 )
-from lite3r_plugin.peft import add_lora
+from lite3r_plugin.peft import add_lora, merge_lora
 from lite3r_plugin.testbed import Testbed, TestbedConfig
 from lite3r_plugin.training import checkpoint
 from lite3r_plugin.training.data import Sample
@@ -382,6 +382,51 @@ def test_a_gradient_that_is_not_finite_stops_at_the_last_good_weights(tmp_path: 
     assert list(metrics(tmp_path)) == [1, 2, 3]
     assert checkpoint.saved_step(tmp_path) == 3
     assert changed(model, state(good)) == set()
+
+
+@pytest.mark.parametrize("trainable", ["blocks", "proj+lora"])
+def test_only_the_weights_that_a_run_started_from_go_on(trainable: Any, tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"trainable": trainable, "learning_rate": 1e-3, "warmup_steps": 0, "output_dir": str(tmp_path)}
+    model = sparse_toy()
+    with pytest.raises(KeyboardInterrupt):
+        distill(model, Faulty(inputs(), 4, KeyboardInterrupt()), steps=6, save_every=1, **fields)
+    if trainable == "proj+lora":
+        distill(model, inputs(), steps=6, resume=True, **fields)  # nothing of the dense model has changed
+        merge_lora(model)
+    with pytest.raises(CheckpointError, match="not those that the run in"):
+        distill(model, inputs(), steps=8, resume=True, **fields)
+    distill(sparse_toy(), inputs(), steps=8, resume=True, **fields)
+
+
+def test_what_validation_does_to_the_model_is_taken_back() -> None:
+    def measure(model: nn.Module) -> float:
+        with torch.enable_grad():
+            model.eval()(inputs(1)[0]).sum().backward()
+        model.train()
+        model.requires_grad_(True)
+        return 1.0
+
+    fields: dict[str, Any] = {"trainable": "proj", "steps": 4}
+    model, plain = sparse_toy(), sparse_toy()
+    distill(model, inputs(), validation=measure, **fields)
+    distill(plain, inputs(), validation=lambda model: 1.0, **fields)
+    assert changed(model, state(plain)) == set()
+    assert [module.training for module in model.modules()] == [module.training for module in plain.modules()]
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_model_that_changes_its_input_is_refused() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.toy = toy()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.toy(x.mul_(2))
+
+    model = apply_lite3r(InPlace().eval(), **FIELDS)
+    with pytest.raises(InputError, match="changes its input in place"):
+        distill(model, inputs(), trainable="proj", steps=1)
 
 
 def test_weights_that_make_the_loss_infinite_are_taken_back() -> None:
