@@ -14,6 +14,7 @@ from ..errors import ConfigError, shown
 
 if TYPE_CHECKING:
     import torch
+    from accelerate import PartialState
     from torch import nn
 
     from ..adapter.models import ModelEntry
@@ -92,6 +93,14 @@ class Recipe:
         """Build, train, fold in, convert if wanted, and save."""
         from accelerate import PartialState
 
+        machines = PartialState()
+        try:
+            self._run(machines)
+        finally:
+            if machines.num_processes > 1:  # a process that ends with its group may abort
+                machines.destroy_process_group()
+
+    def _run(self, machines: PartialState) -> None:
         from ..adapter.plugins import find_model
         from ..apply.checkpoint import save_lite3r
         from ..apply.verbs import apply_lite3r, convert
@@ -106,7 +115,6 @@ class Recipe:
         labels = any(self.config.weight("task"))
         data = _samples(self.data, entry, labels)
         validation = None if self.validation is None else _samples(self.validation, entry, labels)
-        machines = PartialState()
         with quiet():
             model = entry.build(self.model["weights"], self._device())
         apply_lite3r(model, self.lite3r)
