@@ -39,12 +39,12 @@ def _toy() -> Iterator[None]:
 def kill_at_random(folder: Path, processes: int, fields: dict[str, Any]) -> None:
     """Start a run and kill it some time after its first steps."""
     process = start(folder, processes, fields)
-    steps, until = random.Random(os.getpid()).randint(1, fields["steps"] - 3), time.monotonic() + 120
+    steps, until = random.Random(os.getpid()).randint(1, fields["steps"] // 3), time.monotonic() + 120
     while time.monotonic() < until and process.poll() is None:
         if (folder / "0" / "metrics.jsonl").exists() and len((folder / "0" / "metrics.jsonl").read_text().splitlines()) >= steps:
             break
         time.sleep(0.005)
-    time.sleep(random.Random(os.getpid()).random() * 0.05)
+    time.sleep(random.Random(os.getpid()).random() * 0.03)
     assert process.poll() is None, finish(process)
     kill(process)
 
