@@ -28,7 +28,7 @@ from .data import Feed, gives_items
 from .loop import Run, Validation
 from .objective import Objective
 from .progress import Progress, duration, peak_bytes, size
-from .trainable import Trainable, check_branches, choose
+from .trainable import Trainable, added_parameters, check_branches, choose
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -142,7 +142,7 @@ def distill(
     feed = Feed(data, config, accelerator.num_processes, accelerator.process_index)
     progress = Progress(accelerator.is_main_process)
     _check_folder(config, accelerator)
-    about = _about(found)
+    about = {} if config.output_dir is None else _about(found)  # reads all weights
     devices = [device] if (device := _device(found, accelerator)).type == "cuda" else []
     failure: BaseException | None = None
     with torch.random.fork_rng(devices=devices), ExitStack() as stack, Changes() as lasting:
@@ -279,8 +279,7 @@ def _about(found: Inventory) -> dict[str, Any]:
 
 def _fingerprint(found: Inventory) -> int | None:
     """A sum over the bits of the dense model's own parameters, whatever is around them; None where they are sharded."""
-    added = {id(site.proj_lin.weight) for site in found.attention.values() if "proj_lin" in site._modules}
-    added |= {id(p) for layer in found.states[0].lora for name, p in layer.named_parameters() if name.startswith(("lora_A.", "lora_B."))}
+    added = added_parameters(found)
     own = [parameter for parameter in found.model.parameters() if id(parameter) not in added]
     if any(ranks.is_shard(parameter) or parameter.is_meta for parameter in own):
         return None

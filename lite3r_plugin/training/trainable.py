@@ -41,14 +41,7 @@ class Trainable:
 
     def shared(self, found: Inventory) -> dict[nn.Module, list[nn.Parameter]]:
         """Those of them that are the dense model's own, neither linear branches nor LoRA, by the module that holds them."""
-        added = {id(site.proj_lin.weight) for site in found.attention.values() if "proj_lin" in site._modules}
-        added |= {id(p) for state in found.states for layer in state.lora for p in layer.parameters()} - {
-            id(p)
-            for state in found.states
-            for layer in state.lora
-            for p in layer.base_layer.parameters()  # pyright: ignore
-        }
-        own = {id(p) for p in self.parameters.values()} - added
+        own = {id(p) for p in self.parameters.values()} - added_parameters(found)
         held = {module: [p for p in module._parameters.values() if id(p) in own] for module in found.modules.values()}
         return {module: [p for p in parameters if p is not None] for module, parameters in held.items() if parameters}
 
@@ -62,6 +55,13 @@ class Trainable:
             before, wanted = parameter.requires_grad, id(parameter) in learning
             if before != wanted:
                 changes.make(functools.partial(parameter.requires_grad_, wanted), functools.partial(parameter.requires_grad_, before))
+
+
+def added_parameters(found: Inventory) -> set[int]:
+    """The ids of the parameters that are not the dense model's own: linear branches and LoRA of `add_lora`."""
+    branches = {id(site.proj_lin.weight) for site in found.attention.values() if "proj_lin" in site._modules}
+    lora = (parameter for state in found.states for layer in state.lora for parameter in layer.named_parameters())
+    return branches | {id(parameter) for name, parameter in lora if name.startswith(("lora_A.", "lora_B."))}
 
 
 def sparse_sites(found: Inventory) -> dict[str, SparseLinearAttention]:
