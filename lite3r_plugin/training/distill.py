@@ -186,6 +186,8 @@ def distill(
         counts.best_step, run.stopped, run.folder,
     )  # fmt: skip
     progress.say(str(result).splitlines()[0])
+    # A thread of gloo may still hold the last that was gathered, and one that wants to free it aborts a process which is ending.
+    accelerator.wait_for_everyone()
     return result
 
 
