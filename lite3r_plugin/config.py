@@ -78,6 +78,8 @@ class Lite3RConfig:
             ``None``: where measurements say so for the length and density at hand (`lite3r_plugin.costs.attention.break_even`);
             without a CUDA GPU all sites do.
         fuse: Replace QK norm and rotary embedding of known sites by one exact kernel, also at sites that stay dense.
+        exact_rewrites: Write parts of the model so that they are faster and give the same numbers up to rounding, in the same dtypes, as
+            its adapter describes them; what differs from the model's own code in a trial is left as it is, and `describe` says why.
         attention_backend: What runs sparse attention: ``"triton"`` kernels, the ``"naive"`` definition in plain torch, which is slow,
             or ``"auto"``: Triton where it can run.
         block_q, block_k: Tokens per query and per key block.
@@ -107,6 +109,7 @@ class Lite3RConfig:
     pin: Pin = "reference"
     dense_below: int | None = None
     fuse: bool = True
+    exact_rewrites: bool = True
     attention_backend: Backend = "auto"
     block_q: int = 128
     block_k: int = 64
@@ -143,7 +146,7 @@ class Lite3RConfig:
         check_choice("attention_backend", self.attention_backend, get_args(Backend))
         check_choice("precision", self.precision, get_args(Precision))
         check_choice("fp8_backend", self.fp8_backend, get_args(Fp8Backend))
-        for name in ("block_means", "fuse"):
+        for name in ("block_means", "fuse", "exact_rewrites"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is True or False, got {shown(getattr(self, name))}")
         if self.dense_below is not None and (not is_int(self.dense_below) or not 0 <= self.dense_below <= MOST_TOKENS):

@@ -24,7 +24,7 @@ from lite3r_plugin.apply.lookup import lite3r_modules
 from lite3r_plugin.bench.models import make_images
 from lite3r_plugin.ops.fp8 import passes
 from lite3r_plugin.ops.sla import sparse_linear_attention
-from lite3r_plugin.runtime.exact import TableRope, token_positions
+from lite3r_plugin.runtime.exact import rotary_tables, token_positions
 from lite3r_plugin.scene.data import Frame, Scene, Views, open_scenes
 from lite3r_plugin.scene.export import PointCloud, point_cloud, render
 from lite3r_plugin.scene.geometry import Geometry, fit_intrinsics, relative_to_first
@@ -118,11 +118,10 @@ def test_operators(linear: str, pinned_tokens: int) -> None:
 
 
 def test_positions_and_tables() -> None:
-    token_positions.cache_clear()
     with torch.device("meta"):
-        positions = token_positions(2, 3, 4, 1, torch.device("cpu"))
-        table = TableRope(8, 100.0, torch.zeros(1, device="cpu"))
-    assert positions.device == table.cos.device == torch.device("cpu")
+        positions = token_positions(2, 3, 7, 1, torch.device("cpu"))
+        tables = rotary_tables(8, 100.0, torch.device("cpu"), torch.float32)
+    assert {tensor.device for tensor in (positions, *tables)} == {torch.device("cpu")}
     assert positions[0, :3].tolist() == [[0, 0], [1, 1], [1, 2]]
 
 

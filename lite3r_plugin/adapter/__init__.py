@@ -1,28 +1,34 @@
 """What a model adapter is written with: descriptions of attention sites, hooks, the plugin manager, how models are built."""
 
-from ..wrapper import forward_parameters
+from ..wrapper import RewrittenMethod, RewrittenModule, forward_parameters
 from .hookspecs import hookimpl
 from .models import ModelEntry
 from .outputs import ModelOutputs, OutputsFunction
-from .plugins import AdapterInfo, AdapterWarning, find_outputs, find_sites, get_manager, list_adapters, model_entries
+from .plugins import AdapterInfo, AdapterWarning, find_outputs, find_rewrites, find_sites, get_manager, list_adapters, model_entries
+from .rewrites import ExactRewrite, Trial
 from .sites import AttentionSite, FusedQKV, PreNormBlock, Projections, Rope2D, Routed, SeparateQKV, TokenLayout, TokenSource
 
 __all__ = [
     "AdapterInfo",
     "AdapterWarning",
     "AttentionSite",
+    "ExactRewrite",
     "FusedQKV",
     "ModelEntry",
     "ModelOutputs",
     "OutputsFunction",
     "PreNormBlock",
     "Projections",
+    "RewrittenMethod",
+    "RewrittenModule",
     "Rope2D",
     "Routed",
     "SeparateQKV",
     "TokenLayout",
     "TokenSource",
+    "Trial",
     "find_outputs",
+    "find_rewrites",
     "find_sites",
     "forward_parameters",
     "get_manager",

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from .models import ModelEntry
     from .outputs import OutputsFunction
+    from .rewrites import ExactRewrite
     from .sites import AttentionSite
 
 PROJECT = "lite3r"
@@ -58,22 +59,20 @@ def lite3r_models() -> Mapping[str, ModelEntry]:
 
 
 @hookspec(firstresult=True)
-def lite3r_exact_rewrites(model: nn.Module) -> Sequence[str] | None:
-    """Rewrite parts of `model` in place so that it is faster and gives the same numbers up to rounding.
+def lite3r_exact_rewrites(model: nn.Module) -> Sequence[ExactRewrite] | None:
+    """Parts of `model` that can be written so that they are faster and give the same numbers up to rounding.
 
-    Afterwards the model must also run with BF16 weights without autocast, and its forward must not wait for the GPU, so
-    that a CUDA graph can hold it. Only the given instance may change. `lite3r_plugin.runtime.exact` has what the built-in
-    families share. The baseline ``strong`` of `lite3r bench` is built with it. The first adapter that answers wins.
+    Nothing is changed here: `apply_lite3r` compares each rewrite with the host's own forward, puts in those that agree and keep dtypes,
+    and `remove_lite3r` takes them out again. The baseline ``strong`` of `lite3r bench` takes all: with them the model must also run with
+    BF16 weights without autocast, and its forward must not wait for the GPU, so that a CUDA graph can hold it. Recognise what you
+    rewrite by structure; `lite3r_plugin.runtime.exact` has what the built-in families share. The first adapter that answers wins.
 
     Args:
-        model: The dense model, of any dtype and on any device.
+        model: The dense model, of any dtype and on any device, the meta device too; the family's own may be inside it.
 
     Returns:
-        What was rewritten, in words, one string each; None when this adapter does not know the model.
-
-    Raises:
-        AdapterError: it is a model of this family, but built in a way that the rewrites do not know. After any other exception an
-            `AdapterWarning` remains, and the next adapter is given a model that is built anew.
+        One description each, of which a later one of the same method takes the place of an earlier one where both may run; None when
+        this adapter does not know the model. After an exception an `AdapterWarning` remains, and the next adapter is asked.
     """
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from ..config import WRAPPER_NAMES
 from ..errors import AdapterError, InputError, Lite3RError, UnknownModelError, short
 from . import hookspecs
+from .rewrites import ExactRewrite
 from .sites import AttentionSite
 
 if TYPE_CHECKING:
@@ -166,6 +167,20 @@ def find_outputs(model: nn.Module) -> OutputsFunction | None:
     return None
 
 
+def find_rewrites(model: nn.Module) -> tuple[ExactRewrite, ...] | None:
+    """The exact rewrites of the first adapter that has some for `model`; None where none has.
+
+    An adapter that fails, or that answers with anything but rewrites, is named in an `AdapterWarning` and the next one is asked.
+    """
+    for implementation in implementations("lite3r_exact_rewrites"):
+        found: tuple[ExactRewrite, ...] | None = None
+        with skipping(implementation):
+            found = _checked_rewrites(call(implementation, model=model))
+        if found is not None:
+            return found
+    return None
+
+
 def model_entries() -> dict[str, ModelEntry]:
     """Models that the command line can build, by the name that users type.
 
@@ -252,6 +267,16 @@ def _checked_outputs(answer: Any) -> OutputsFunction | None:
     if answer is not None and not callable(answer):
         raise TypeError(f"it returned {type(answer).__name__}, which is no function")
     return cast("OutputsFunction | None", answer)
+
+
+def _checked_rewrites(answer: Any) -> tuple[ExactRewrite, ...] | None:
+    if answer is None:
+        return None
+    if not isinstance(answer, Sequence):
+        raise TypeError(f"it returned {type(answer).__name__}, not a list of ExactRewrite")
+    if wrong := next((type(item).__name__ for item in answer if not isinstance(item, ExactRewrite)), None):
+        raise TypeError(f"it returned a list with {wrong}, not of ExactRewrite")
+    return tuple(answer)
 
 
 def _named(error: Lite3RError, implementation: Any) -> Lite3RError:

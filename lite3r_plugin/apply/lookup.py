@@ -14,6 +14,7 @@ from ..config import plain_name
 from ..errors import ModelTypeError, NotAppliedError, WeightsError
 from ..fp8.blocks import BlockLinear, find_linears
 from ..fp8.linear import Fp8Linear
+from ..runtime.rewrites import lies_outside
 from ..wrapper import host_of
 
 
@@ -91,6 +92,11 @@ class Inventory:
                 f"{bare} of the {len(state.hosts)} attention modules that Lite3R was applied to are those of the dense model, since "
                 f"something was interrupted: remove_lite3r(model) takes out the others; call apply_lite3r again before {verb}"
             )
+
+    def require_rewrites_inside(self, verb: str) -> None:
+        """Raise `NotAppliedError` if something outside of the model was rewritten, or it itself, which is then a part of another."""
+        if any(lies_outside(item, self.modules) for state in self.states for item in state.rewrites):
+            raise NotAppliedError(f"this {self.name} is a part of the model that Lite3R was applied to: call {verb} on the whole model")
 
     def require_finished(self, state: ModelState, verb: str) -> None:
         """Raise `WeightsError` if a conversion to FP8 was begun and not finished."""

@@ -20,6 +20,7 @@ from ..fp8.blocks import BlockLinear, find_blocks, find_linears
 from ..fp8.convert import LinearPlan, choose_again, is_finite, plan_linears, require_plain_weight
 from ..fp8.linear import Fp8Linear
 from ..ops.dispatch import TRITON_HEAD_DIMS
+from ..runtime.rewrites import NO_REWRITES, Rewrites, plan_rewrites
 from ..wrapper import forward_parameters, keeps_copies
 from .lookup import Inventory
 
@@ -49,6 +50,7 @@ class ApplyPlan:
         linears: Their Linears.
         training: Those of them that are to round to FP8 in training; None where the model is not to train for FP8.
         conversion: How they come into FP8; None where they do not, or where a checkpoint brings FP8 weights of its own.
+        rewrites: The exact rewrites, compared with the host.
     """
 
     found: Inventory
@@ -62,6 +64,7 @@ class ApplyPlan:
     linears: list[BlockLinear]
     training: list[nn.Linear] | None
     conversion: ConversionPlan | None
+    rewrites: Rewrites
 
     @property
     def places(self) -> dict[str, Swap]:
@@ -141,8 +144,9 @@ def plan_application(found: Inventory, config: Lite3RConfig, *, with_weights: bo
     conversion = None
     if config.precision == "fp8" and with_weights:
         conversion = plan_conversion(linears, sites, config, None, again=False, model=found.name)
+    rewrites = (plan_rewrites(found.model, found.modules) if config.exact_rewrites else None) or NO_REWRITES
     return ApplyPlan(
-        found, adapter, config, tuple(sites), tuple(swaps.values()), skipped, image_modules, blocks, linears, training, conversion
+        found, adapter, config, tuple(sites), tuple(swaps.values()), skipped, image_modules, blocks, linears, training, conversion, rewrites
     )
 
 

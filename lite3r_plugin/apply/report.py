@@ -51,6 +51,8 @@ class Description:
             training; ``"fp8"``, in FP8, be it not all of them.
         sites: The swapped sites.
         skipped: Sites that were not swapped, with the reason.
+        rewritten: Exact rewrites of the model's own code, in words.
+        not_rewritten: Those that were left out, with the reason.
         branch_parameters: Parameters of the linear branches.
         lora_layers: Modules with LoRA around them, of `lite3r_plugin.peft` or of PEFT itself.
         lora_parameters: Parameters of LoRA, of all adapters.
@@ -71,6 +73,8 @@ class Description:
     phase: Precision
     sites: tuple[SiteDescription, ...]
     skipped: dict[str, str]
+    rewritten: tuple[str, ...]
+    not_rewritten: dict[str, str]
     branch_parameters: int
     lora_layers: int
     lora_parameters: int
@@ -102,6 +106,8 @@ class Description:
             lines.append(f"  {count} {scope} sites dense, norm and rotary embedding fused")
         for reason, count in Counter(self.skipped.values()).items():
             lines.append(f"  {count} sites untouched: {reason}")
+        lines += [f"  rewritten exactly: {words}" for words in self.rewritten]
+        lines += [f"  not rewritten: {words}, because {reason}" for words, reason in self.not_rewritten.items()]
         densities = [s.calls.density for s in sparse if s.calls.density is not None]
         calls = sum(s.calls.sparse for s in sparse), sum(s.calls.dense for s in sparse)
         ran = f"calls so far: {calls[0]} sparse, {calls[1]} dense (where sparse does not pay)"
@@ -150,6 +156,8 @@ def describe(model: nn.Module) -> Description:
         phase="fp8" if found.converted else state.phase,
         sites=tuple(SiteDescription(fqn, m.site.scope, m.sparse, m.keep_ratio, m.calls) for fqn, m in attention.items()),
         skipped=dict(state.skipped),
+        rewritten=state.rewritten,
+        not_rewritten=dict(state.not_rewritten),
         branch_parameters=sum(branch.values()),
         lora_layers=len(lora),
         lora_parameters=sum(added.values()),

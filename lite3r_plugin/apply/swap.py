@@ -17,8 +17,9 @@ from ..attention.state import ModelState
 from ..fp8.backends import BACKENDS, te
 from ..fp8.convert import convert_linears, fuse_blocks
 from ..fp8.qat import FakeQuantLinear
+from ..runtime.rewrites import take_out as take_out_rewrites
 from ..tokens.tracker import GridTracker
-from ..wrapper import Changes, HostWrapper, replace_modules
+from ..wrapper import Changes, HostWrapper, RewrittenModule, replace_modules
 from .lookup import Inventory
 from .plan import ApplyPlan, ConversionPlan, left_linears
 
@@ -32,6 +33,7 @@ def put_in(plan: ApplyPlan, changes: Changes) -> ModelState:
         plan.adapter, plan.config, phase="full" if plan.training is None else "fp8_qat", skipped=dict(plan.skipped), sites=plan.sites,
         blocks=plan.blocks, hosts=tuple(swap.host for swap in plan.swaps),
         trackers={name: GridTracker(source) for name, (_, source) in plan.image_modules.items()},
+        rewrites=tuple(plan.rewrites.made.values()), rewritten=plan.rewrites.done, not_rewritten=plan.rewrites.left,
     )  # fmt: skip
     made = {swap.host: SparseLinearAttention(swap.host, swap.site, state, swap.sparse) for swap in plan.swaps}
     rounding: dict[nn.Module, nn.Module] = {linear: FakeQuantLinear(linear) for linear in plan.training or ()}
@@ -41,6 +43,7 @@ def put_in(plan: ApplyPlan, changes: Changes) -> ModelState:
             _train_in_te(made.values(), state)
     replace_modules(changes, plan.found.modules, made)  # first: as long as anything is left in, there is one to be found
     replace_modules(changes, plan.found.modules, rounding)
+    plan.rewrites.put_in(changes, plan.found.modules)
     for name, tracker in state.trackers.items():
         changes.make(functools.partial(tracker.attach, plan.image_modules[name][0]), tracker.detach)
     return state
@@ -48,12 +51,13 @@ def put_in(plan: ApplyPlan, changes: Changes) -> ModelState:
 
 def take_out(found: Inventory) -> None:
     """Put everything back that `put_in` took the place of, or as much of it as is there."""
-    wrappers = [module for module in found.modules.values() if isinstance(module, HostWrapper)]
+    wrappers = [module for module in found.modules.values() if isinstance(module, HostWrapper) and not isinstance(module, RewrittenModule)]
     with Changes() as changes:
         take_out_lora(changes, found)
         for tracker in [tracker for state in found.states for tracker in state.trackers.values()]:
             if tracker.module is not None:
                 changes.make(tracker.detach, functools.partial(tracker.attach, tracker.module))
+        take_out_rewrites(changes, found.modules, [item for state in found.states for item in state.rewrites])
         replace_modules(changes, found.modules, {m: m.release() for m in wrappers if not isinstance(m, SparseLinearAttention)})
         replace_modules(changes, found.modules, {module: module.release() for module in found.attention.values()})
 

@@ -118,6 +118,7 @@ def remove_lite3r(model: Model) -> Model:
     """
     found = look_up(model)
     _require_original_weights(found, "remove_lite3r")
+    found.require_rewrites_inside("remove_lite3r")
     for state in found.states:
         found.require_whole(state, "remove_lite3r", in_part=True)
     for fqn, module in found.attention.items():
@@ -148,7 +149,9 @@ def lite3r_disabled(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def run_dense(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Let those of `modules` that Lite3R has put in run what they took the place of, inside the context."""
-    ours = [module for module in dict.fromkeys(modules) if isinstance(module, (SparseLinearAttention, FakeQuantLinear))]
+    ours: dict[Any, None] = {m: None for m in modules if isinstance(m, (SparseLinearAttention, FakeQuantLinear))}
+    states = {id(m.state): m.state for m in ours if isinstance(m, SparseLinearAttention)}
+    ours |= {rewrite: None for state in states.values() for rewrite in state.rewrites}
     changes = Changes()
     try:
         try:

@@ -9,6 +9,7 @@ from torch import nn
 from ..adapter.sites import AttentionSite
 from ..config import Lite3RConfig, Precision
 from ..tokens.tracker import GridTracker
+from ..wrapper import RewrittenMethod, RewrittenModule
 
 
 @dataclass
@@ -43,6 +44,9 @@ class ModelState:
         blocks: The transformer blocks around them, by name.
         notes: What `describe` is to say besides, such as why something runs in another way than asked, by what it is about.
         hosts: The attention modules that were taken the place of.
+        rewrites: What exact rewrites have put in.
+        rewritten: What they did, in words.
+        not_rewritten: Exact rewrites that were left out, in words, with the reason.
         lora: What `lite3r_plugin.peft.add_lora` put around Linears: each has the Linear as its `base_layer`.
         changed: Modules whose own weights were trained, or had LoRA merged into them: they are no longer those of the host.
     """
@@ -56,5 +60,8 @@ class ModelState:
     blocks: dict[str, nn.Module] = field(default_factory=dict)
     notes: dict[str, list[str]] = field(default_factory=dict)
     hosts: tuple[nn.Module, ...] = ()
+    rewrites: tuple[RewrittenModule | RewrittenMethod, ...] = ()
+    rewritten: tuple[str, ...] = ()
+    not_rewritten: dict[str, str] = field(default_factory=dict)
     lora: tuple[nn.Module, ...] = ()
     changed: tuple[nn.Module, ...] = ()

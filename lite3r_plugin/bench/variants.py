@@ -5,19 +5,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..adapter.plugins import call, implementations, skipping
 from ..apply.lookup import lite3r_modules
 from ..apply.verbs import apply_lite3r
 from ..errors import NoSitesError
 from ..fp8 import backends
 from ..fp8.linear import Fp8Linear
+from ..runtime.rewrites import rewrite_exactly
 
 PROJ_STD = 0.02
 FP8 = {"precision": "fp8"}
@@ -87,41 +87,18 @@ def prepare(build: Callable[[], nn.Module], variant: Variant, options: Mapping[s
     Raises:
         NoSitesError: no adapter has exact rewrites for this model, so it has no strong variant.
     """
-    module, rewrites = rewritten(build) if variant.strong else (build(), [])
-    if rewrites is None:
-        raise NoSitesError(
-            f"no adapter has exact rewrites (the hook lite3r_exact_rewrites) for {type(module).__name__}; leave {variant.name!r} out"
-        )
+    module, words = build(), []
+    if variant.strong:
+        rewrites = rewrite_exactly(module.to(torch.bfloat16))
+        if rewrites is None:
+            raise NoSitesError(
+                f"no adapter has exact rewrites (the hook lite3r_exact_rewrites) for {type(module).__name__}; leave {variant.name!r} out"
+            )
+        words = [*rewrites.done, *(f"not {what}, because {why}" for what, why in rewrites.left.items())]
     if variant.lite3r:
         apply_lite3r(module, **variant.fields(options))
         fill_projections(module)
-    return module, rewrites
-
-
-def rewritten(build: Callable[[], nn.Module]) -> tuple[nn.Module, list[str] | None]:
-    """A model of `build` with BF16 weights, rewritten by the first adapter that knows it, and the rewrites in words; None: none does.
-
-    An adapter that fails is named in an `AdapterWarning`. What it leaves is thrown away: it may be rewritten in part.
-    """
-    module = None
-    for implementation in implementations("lite3r_exact_rewrites"):
-        module = build().to(torch.bfloat16) if module is None else module
-        failed = True
-        with skipping(implementation, refusals=True):
-            found = _checked_rewrites(call(implementation, model=module))
-            failed = False
-            if found is not None:
-                return module, found
-        module = None if failed else module
-    return build() if module is None else module, None
-
-
-def _checked_rewrites(answer: Any) -> list[str] | None:
-    if answer is None:
-        return None
-    if isinstance(answer, str) or not isinstance(answer, Sequence) or not all(isinstance(words, str) for words in answer):
-        raise TypeError(f"it returned {answer!r}, not a list of what was rewritten, in words")
-    return list(answer)
+    return module, words
 
 
 def fill_projections(module: nn.Module) -> None:

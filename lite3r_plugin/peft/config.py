@@ -59,6 +59,7 @@ class Lite3RPeftConfig(LoraConfig):
     pin: Pin = Lite3RConfig.pin
     dense_below: int | None = Lite3RConfig.dense_below
     fuse: bool = Lite3RConfig.fuse
+    exact_rewrites: bool = Lite3RConfig.exact_rewrites
     attention_backend: Backend = Lite3RConfig.attention_backend
     block_q: int = Lite3RConfig.block_q
     block_k: int = Lite3RConfig.block_k

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import hosts
 import pytest
 import torch
+from interruptions import contents, interrupted, lines_of
 from numerics import relative_error
 from real_models import small_da3, small_vggt
-from torch import nn
+from torch import Tensor, nn
 
-from lite3r_plugin import apply_lite3r, lite3r_disabled
-from lite3r_plugin.adapter import get_manager
-from lite3r_plugin.errors import AdapterError
+from lite3r_plugin import Lite3RConfig, apply_lite3r, describe, lite3r_disabled, load_lite3r, remove_lite3r, save_lite3r
+from lite3r_plugin.apply.lookup import lite3r_modules
+from lite3r_plugin.errors import NotAppliedError
+from lite3r_plugin.runtime.rewrites import rewrite_exactly
 from lite3r_plugin.testbed import Testbed, TestbedConfig
 from lite3r_plugin.testing import TEST_CONFIG, named_tensors
 
@@ -22,11 +27,8 @@ pytestmark = [
     pytest.mark.filterwarnings(r"ignore:`torch.cuda.amp.autocast\(args...\)` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda':UserWarning"),
 ]
+DENSE = Lite3RConfig(keep_ratio=1.0, linear_branch="none")
 IMAGES = (1, 3, 3, 112, 98)  # rows and columns differ
-
-
-def rewrite(model: nn.Module) -> Sequence[str] | None:
-    return get_manager().hook.lite3r_exact_rewrites(model=model)
 
 
 @pytest.mark.parametrize("build", [small_vggt, small_da3])
@@ -36,42 +38,247 @@ def test_the_numbers_stay(build: Callable[[], nn.Module]) -> None:
     stock = build()
     images = torch.rand(IMAGES)
     rewritten, half = copy.deepcopy(stock), copy.deepcopy(stock).bfloat16()
-    words = rewrite(rewritten)
-    assert words
-    assert all(isinstance(word, str) for word in words)
+    done = rewrite_exactly(rewritten)
+    assert done is not None
+    assert done.made
+    assert done.left == {}
     found, expected = named_tensors(rewritten(images)), named_tensors(stock(images))
     assert found.keys() == expected.keys()
     for path, x in expected.items():
         torch.testing.assert_close(found[path], x, atol=1e-5, rtol=0)
-    rewrite(half)
+    rewrite_exactly(half)
     depth = half(images.bfloat16())["depth"]
     assert depth.dtype == torch.float32
     assert relative_error(depth, expected["['depth']"]) < 0.02
 
 
+def layers_that_heads_see(model: Any, images: Tensor) -> list[bool]:
+    seen: list[Any] = []
+    handle = model.depth_head.register_forward_pre_hook(lambda module, args: seen.extend(args[0]))
+    model(images)
+    handle.remove()
+    return [isinstance(layer, Tensor) for layer in seen]
+
+
 @torch.no_grad()
 def test_vggt_keeps_only_the_layers_that_heads_read() -> None:
-    model = small_vggt()
-    rewrite(model)
-    kept, _ = model.aggregator(torch.rand(1, 2, 3, 56, 56))
-    assert [layer is not None for layer in kept] == [True, True, False, True, True]
+    model, images = small_vggt(), torch.rand(1, 2, 3, 56, 56)
+    expected, start = model.aggregator(images)
+    apply_lite3r(model, DENSE)
+    assert layers_that_heads_see(model, images) == [True, True, False, True, True]
+    for layers, special in (model.aggregator(images), model.aggregator.forward(images)):  # called directly it gives all, as before
+        assert special == start
+        torch.testing.assert_close(layers, expected, rtol=1e-5, atol=1e-5)
+    handle = model.aggregator.register_forward_hook(lambda module, args, output: None)
+    assert all(layers_that_heads_see(model, images))
+    handle.remove()
+    with lite3r_disabled(model):
+        assert all(layers_that_heads_see(model, images))
 
 
 @torch.no_grad()
 def test_a_rewritten_vggt_takes_lite3r() -> None:
     model, images = small_vggt(), torch.rand(IMAGES)
-    rewrite(model)
+    rewrite_exactly(model)
     dense = model(images)["depth"]
     apply_lite3r(model, TEST_CONFIG)
+    assert describe(model).rewritten == ()  # all there is was there
     assert not torch.equal(model(images)["depth"], dense)
     with lite3r_disabled(model):
         torch.testing.assert_close(model(images)["depth"], dense)
 
 
+@pytest.mark.parametrize("build", [small_vggt, small_da3])
+@torch.no_grad()
+def test_they_come_with_lite3r_and_go_with_it(build: Callable[[], nn.Module], tmp_path: Path) -> None:
+    model, other, images = build(), build(), torch.rand(IMAGES)
+    other.load_state_dict(model.state_dict())
+    before, expected = contents(model), named_tensors(model(images))
+    apply_lite3r(model, DENSE)
+    report = describe(model)
+    assert len(report.rewritten) == (4 if build is small_vggt else 3)
+    assert report.not_rewritten == {}
+    assert all(f"rewritten exactly: {words}" in str(report) for words in report.rewritten)
+    assert list(model.state_dict()) == before["keys"]
+    for path, found in named_tensors(model(images)).items():
+        torch.testing.assert_close(found, expected[path], atol=1e-5, rtol=1e-5)
+    with lite3r_disabled(model):
+        assert all(torch.equal(found, expected[path]) for path, found in named_tensors(model(images)).items())
+    save_lite3r(model, tmp_path, whole=True)
+    assert describe(load_lite3r(other, tmp_path)).rewritten == report.rewritten
+    for model_again in (model, copy.deepcopy(model)):
+        found, loaded = (named_tensors(m(images)) for m in (model_again, other))
+        assert all(torch.equal(found[path], x) for path, x in loaded.items())
+    remove_lite3r(model)
+    assert contents(model) == before
+    assert all(torch.equal(found, expected[path]) for path, found in named_tensors(model(images)).items())
+
+
+def test_they_can_be_left_out() -> None:
+    model = small_vggt()
+    before = type(model.aggregator), type(model.aggregator.rope), vars(model).keys() - {"training"}
+    apply_lite3r(model, DENSE, exact_rewrites=False)
+    assert describe(model).rewritten == ()
+    assert before == (type(model.aggregator), type(model.aggregator.rope), vars(model).keys() - {"training"})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_dtypes_stay_under_autocast(dtype: torch.dtype) -> None:
+    model, images = small_vggt(), torch.rand(IMAGES)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        expected = named_tensors(model(images))
+        apply_lite3r(model, DENSE)
+        found = named_tensors(model(images))
+    assert {path: x.dtype for path, x in found.items()} == {path: x.dtype for path, x in expected.items()}
+    assert relative_error(found["['depth']"], expected["['depth']"].float()) < (1e-5 if dtype == torch.float32 else 0.02)
+
+
+def test_training_is_as_before() -> None:
+    """The host's aggregator recomputes its blocks in training."""
+    model, images = small_vggt().train(), torch.rand(1, 2, 3, 56, 56)
+    model.aggregator.patch_embed.eval()
+
+    def gradients() -> list[Tensor]:
+        model.zero_grad()
+        model(images)["depth"].mean().backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    expected = gradients()
+    apply_lite3r(model, DENSE)
+    torch.testing.assert_close(gradients(), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(gradients_in_evaluation(model.eval(), images), gradients_in_evaluation(remove_lite3r(model), images))
+
+
+def gradients_in_evaluation(model: Any, images: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    model(images)["depth"].mean().backward()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def reading_a_layer(model: Any) -> str:
+    """A head of a fork reads another layer, which no attribute tells."""
+    host = type(model.depth_head).forward
+
+    def forward(self: Any, layers: Any, images: Tensor, patch_start_idx: int) -> Any:
+        return host(self, [layers[2] if i == 1 else layers[i] for i in range(5)], images, patch_start_idx)
+
+    model.depth_head.__class__ = type("Fork", (type(model.depth_head),), {"forward": forward})
+    return "its heads read all layers"
+
+
+def with_another_order(model: Any) -> str:
+    model.aggregator.aa_order = ["global", "frame"]
+    return "it differs from the host's own forward by"
+
+
+def with_another_rotation(model: Any) -> str:
+    host = type(model.aggregator.rope).forward
+    fork = type("Fork", (type(model.aggregator.rope),), {"forward": lambda self, tokens, positions: host(self, tokens, positions // 2)})
+    model.aggregator.rope.__class__ = fork
+    return "it differs from the host's own forward by"
+
+
+def with_another_embedding(model: Any) -> str:
+    host = type(model.depth_head)._apply_pos_embed
+    fork = type("Fork", (type(model.depth_head),), {"_apply_pos_embed": lambda self, x, W, H, ratio=0.1: host(self, x, W, H, ratio) * 2})
+    model.depth_head.__class__ = fork
+    return "it differs from the host's own _apply_pos_embed by"
+
+
+def with_blocks_that_take_more(model: Any) -> str:
+    aggregator = model.aggregator
+    host = type(aggregator)._process_global_attention
+
+    def process(self: Any, tokens: Tensor, B: int, S: int, P: int, C: int, i: int, pos: Any = None) -> Any:
+        self.global_blocks[i].mask = None
+        for block in self.global_blocks:
+            block(tokens.view(B, S * P, C), pos=pos.view(B, S * P, 2), mask=None)
+        return host(self, tokens, B, S, P, C, i, pos)
+
+    aggregator.__class__ = type("Fork", (type(aggregator),), {"_process_global_attention": process})
+    return "unexpected keyword argument 'mask'"
+
+
+@pytest.mark.parametrize(
+    ("change", "left"),
+    [
+        (reading_a_layer, 1),
+        (with_another_order, 2),
+        (with_another_rotation, 1),
+        (with_another_embedding, 1),
+        (with_blocks_that_take_more, 2),
+    ],
+)
+def test_a_fork_of_vggt_that_differs_runs_its_own_code(change: Callable[[Any], str], left: int) -> None:
+    model = small_vggt()
+    reason = change(model)
+    before = contents(model)
+    apply_lite3r(model, DENSE)
+    report = describe(model)
+    assert len(report.not_rewritten) == left
+    assert any(reason in why for why in report.not_rewritten.values()), report.not_rewritten
+    assert all(f"not rewritten: {words}, because {why}" in str(report) for words, why in report.not_rewritten.items())
+    assert len(report.rewritten) == 4 - left
+    remove_lite3r(model)
+    assert contents(model) == before
+
+
+def test_a_part_cannot_be_taken_out_of_a_rewritten_model() -> None:
+    model = small_vggt()
+    apply_lite3r(model, DENSE)
+    with pytest.raises(NotAppliedError, match="part of the model that Lite3R was applied to: call remove_lite3r on the whole model"):
+        remove_lite3r(model.aggregator)
+    remove_lite3r(model)
+
+
+def test_an_interruption_leaves_vggt_as_it_was(request: pytest.FixtureRequest) -> None:
+    def apply() -> None:
+        apply_lite3r(model, DENSE)
+
+    model = small_vggt()
+    apply()  # what is found once
+    remove_lite3r(model)
+    before, seen = contents(model), Counter[str]()
+    lines = lines_of(apply)
+    remove_lite3r(model)
+    first = lines - 900  # most of what comes before changes nothing
+    for line in range(first, lines + 1, 1 if request.config.getoption("--every-line") else 29):
+        assert interrupted(apply, line)
+        if lite3r_modules(model):
+            assert interrupted(lambda: remove_lite3r(model), line - first + 1) or not lite3r_modules(model)
+        if lite3r_modules(model):
+            remove_lite3r(model)
+            seen["taken out"] += 1
+        assert contents(model) == before
+        assert "forward" not in vars(model)
+        assert "_apply_pos_embed" not in vars(model.depth_head)
+        seen["as it was"] += 1
+    assert seen["as it was"] > 20
+
+
+def test_an_interruption_of_the_removal_loses_nothing(request: pytest.FixtureRequest) -> None:
+    def remove() -> None:
+        remove_lite3r(model)
+
+    model = small_vggt()
+    before = contents(model)
+    apply_lite3r(model, DENSE)
+    lines = lines_of(remove)
+    for line in range(lines % 37 + 1, lines + 1, 1 if request.config.getoption("--every-line") else lines // 37):
+        apply_lite3r(model, DENSE)
+        assert interrupted(remove, line)
+        if lite3r_modules(model):
+            assert len(describe(model).rewritten) == 4
+            remove_lite3r(model)
+        assert contents(model) == before
+        assert "forward" not in vars(model)
+
+
 def test_only_the_given_instance_changes() -> None:
     model, other = small_da3(), small_da3()
     before = {name: type(module) for name, module in other.named_modules()}
-    rewrite(model)
+    rewrite_exactly(model)
     assert {name: type(module) for name, module in other.named_modules()} == before
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in other.modules())
 
@@ -79,12 +286,5 @@ def test_only_the_given_instance_changes() -> None:
 def test_other_models_have_none() -> None:
     for model in (nn.Linear(2, 2), hosts.Pi3(), Testbed(TestbedConfig(dim=64, head_dim=32, depth=1, stem=8))):
         state = {name: type(module) for name, module in model.named_modules()}
-        assert rewrite(model) is None
+        assert rewrite_exactly(model) is None
         assert {name: type(module) for name, module in model.named_modules()} == state
-
-
-def test_a_vggt_that_is_built_in_another_way_is_refused() -> None:
-    model = hosts.VGGT(encoder=False)
-    model.aggregator.aa_order, model.aggregator.aa_block_size = ["global", "frame"], 1
-    with pytest.raises(AdapterError, match="alternating frame and global blocks"):
-        rewrite(model)

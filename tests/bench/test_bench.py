@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import io
 import json
+from collections import OrderedDict
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,12 +16,15 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lite3r_plugin import hookimpl
+from lite3r_plugin.adapter import ExactRewrite
 from lite3r_plugin.adapter.plugins import AdapterWarning, get_manager
 from lite3r_plugin.bench import VARIANTS, Bench, BenchModel, variants
 from lite3r_plugin.bench.table import table
 from lite3r_plugin.bench.variants import prepare
 from lite3r_plugin.errors import ConfigError, InputError, NoSitesError
 from lite3r_plugin.fp8.linear import Fp8Linear
+from lite3r_plugin.runtime.exact import OutputInFp32
+from lite3r_plugin.runtime.rewrites import NO_REWRITES
 from lite3r_plugin.testbed import Testbed, TestbedConfig
 
 OPTIONS = {"keep_ratio": 0.2, "dense_below": 0, "pin": "special", "block_q": 16, "block_k": 16}
@@ -106,37 +109,26 @@ def test_fp8_cells_say_what_runs_the_linears_and_hold_no_second_copy(run) -> Non
     assert report.find("lite3r", 2).linears == {"in full precision": 40}
 
 
-def test_rewrites_that_fail_are_named_and_the_next_adapter_gets_a_fresh_model() -> None:
+def test_rewrites_that_fail_are_named_and_the_next_adapter_is_asked() -> None:
     class Rewrites:
         def __init__(self, fail: bool) -> None:
             self.fail = fail
 
         @hookimpl
-        def lite3r_exact_rewrites(self, model: nn.Module) -> list[str] | None:
-            if not isinstance(model, Testbed):
-                return None
+        def lite3r_exact_rewrites(self, model: nn.Module) -> list[ExactRewrite] | None:
             if self.fail:
-                model.half_rewritten = True
                 raise RuntimeError("no luck")
-            return [] if hasattr(model, "half_rewritten") else ["fresh"]
+            return [ExactRewrite("heads", "in FP32", OutputInFp32, None), ExactRewrite("tails", "in FP32", OutputInFp32, None)]
 
     for name, fail in (("works", False), ("fails", True)):
         get_manager().register(Rewrites(fail), name=name)
     try:
         with pytest.warns(AdapterWarning, match=r"'fails' \(of no distribution\) failed, and its lite3r_exact_rewrites was skipped"):
-            assert prepare(small_testbed, VARIANTS["strong"], {})[1] == ["fresh"]
+            words = prepare(lambda: nn.Sequential(OrderedDict(heads=nn.Linear(2, 2))), VARIANTS["strong"], {})[1]
+        assert words == ["heads: in FP32", "not tails: in FP32, because the model has no such module"]
     finally:
         for name in ("works", "fails"):
             get_manager().unregister(name=name)
-
-
-@pytest.mark.parametrize("answer", ["words", 5, [5]])
-def test_rewrites_are_words(answer: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    odd = SimpleNamespace(plugin_name="odd", function=lambda model: answer, argnames=("model",))
-    odd.function.__name__ = "lite3r_exact_rewrites"
-    monkeypatch.setattr(variants, "implementations", lambda hook: [odd])
-    with pytest.warns(AdapterWarning, match="'odd'.*not a list of what was rewritten"), pytest.raises(NoSitesError):
-        prepare(small_testbed, VARIANTS["strong"], {})
 
 
 def small_testbed() -> nn.Module:
@@ -146,8 +138,7 @@ def small_testbed() -> nn.Module:
 @pytest.mark.parametrize("name", ["strong-fp8", "lite3r-fp8"])
 @torch.no_grad()
 def test_fp8_variants_free_the_weights_that_they_replace(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    nothing = SimpleNamespace(plugin_name="nothing", function=lambda model: [], argnames=("model",))  # the testbed has no exact rewrites
-    monkeypatch.setattr(variants, "implementations", lambda hook: [nothing])
+    monkeypatch.setattr(variants, "rewrite_exactly", lambda model: NO_REWRITES)  # the testbed has none
     module = small_testbed().eval().to(torch.bfloat16)
     before = {name: StorageWeakRef(p.untyped_storage()) for name, p in module.named_parameters()}
     prepare(lambda: module, VARIANTS[name], EMULATED)

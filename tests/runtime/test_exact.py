@@ -2,53 +2,70 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+import pickle
+
 import hosts
 import pytest
 import torch
-from held_weights import lend
 from torch import Tensor, nn
 
-from lite3r_plugin.errors import InputError, WeightsError
+from lite3r_plugin.adapter import ExactRewrite
+from lite3r_plugin.errors import AdapterError, InputError
 from lite3r_plugin.ops.qk_norm_rope.naive import rotate
-from lite3r_plugin.runtime.exact import MAX_POSITIONS, TableRope, cache_position_embedding, finish_in_fp32, token_positions, use_table_rope
+from lite3r_plugin.runtime.exact import (
+    MAX_POSITIONS,
+    MOST_SIZES,
+    InFp32,
+    KeptEmbedding,
+    NotKept,
+    OutputInFp32,
+    ReadLayers,
+    TableRope,
+    layers_read,
+    token_positions,
+    without_weights,
+)
+from lite3r_plugin.wrapper import Changes, RewrittenMethod, RewrittenModule
 
 CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: dict(rtol=1e-4, atol=1e-4), torch.bfloat16: dict(rtol=2e-2, atol=4e-2)}
+
+
+def put(method: RewrittenMethod) -> None:
+    with Changes() as changes:
+        method.put_in(changes)
+
+
+def rope() -> nn.Module:
+    return hosts.AxialRope("base_frequency")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tables_rotate_as_the_definition(dtype: torch.dtype) -> None:
     x = torch.randn(2, 3, 20, 16).to(dtype)
     positions = torch.randint(MAX_POSITIONS, (2, 20, 2))
-    rotated = TableRope(16, 100.0, x)(x, positions)
+    rotated = TableRope(rope())(x, positions)
     assert rotated.dtype == dtype
     torch.testing.assert_close(rotated, rotate(x.double(), positions, 100.0).to(dtype), **TOLERANCE[dtype])
 
 
-def test_every_user_of_a_rotary_embedding_gets_the_tables() -> None:
-    model = hosts.VGGT(encoder=False).eval().aggregator
-    images = torch.rand(1, 2, 3, 42, 56)
-    expected = model(images)
-    use_table_rope(model)
-    tables = {id(module.rope) for module in model.modules() if isinstance(getattr(module, "rope", None), nn.Module)}
-    assert tables == {id(model.rope)}
-    assert isinstance(model.rope, TableRope)
-    torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
+def test_tables_are_exact_whatever_the_module_was_converted_to() -> None:
+    x, positions = torch.randn(1, 2, 5, 16), torch.randint(64, (1, 5, 2))
+    table = TableRope(rope())
+    expected = table(x, positions)
+    assert torch.equal(table.bfloat16().float()(x, positions), expected)
+    assert not list(table.buffers())  # nothing that a checkpoint would have to hold
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_tables_of_the_meta_device_are_computed_once_they_are_somewhere(dtype: torch.dtype) -> None:
-    table = TableRope(16, 100.0, torch.empty(0, device="meta", dtype=dtype)).to_empty(device="cpu")
-    for values in table.buffers():
-        values.fill_(7)
-    table.reset_parameters()
-    expected = TableRope(16, 100.0, torch.empty(0, dtype=dtype))
-    assert all(torch.equal(*pair) for pair in zip(table.buffers(), expected.buffers(), strict=True))
-
-
-def test_tables_need_to_know_where_they_are_used() -> None:
-    with pytest.raises(WeightsError, match="exact rewrites first, offload then"):
-        use_table_rope(lend(hosts.VGGT(encoder=False)).aggregator)
+def test_tables_made_in_inference_serve_training() -> None:
+    table, x = TableRope(rope()), torch.randn(1, 2, 5, 16, requires_grad=True)
+    positions = torch.randint(64, (1, 5, 2))
+    with torch.inference_mode():
+        table(x, positions)
+    table(x, positions).sum().backward()
+    assert x.grad is not None
 
 
 def test_positions_count_patches_from_one() -> None:
@@ -56,18 +73,21 @@ def test_positions_count_patches_from_one() -> None:
     assert positions.shape == (2, 7, 2)
     assert positions[1].tolist() == [[0, 0], [1, 1], [1, 2], [1, 3], [2, 1], [2, 2], [2, 3]]
     assert torch.equal(positions, hosts.grid_positions(2, 2, 3, 1))
-    with pytest.raises(InputError, match=f"images of 2 x {MAX_POSITIONS} patches are too large"):
+    with pytest.raises(InputError, match=f"images of 2 x {MAX_POSITIONS} patches are too large.*exact_rewrites=False"):
         token_positions(1, 2, MAX_POSITIONS, 0, CPU)
 
 
 class Head(nn.Module):
-    """Adds an FP32 embedding of the size alone, as DPT heads do, and counts how often it is computed."""
+    """Adds an FP32 embedding of row and column alone, as DPT heads do, and counts how often it is computed."""
 
     computed = 0
 
     def embed(self, x: Tensor, width: int, height: int, ratio: float = 0.1) -> Tensor:
         type(self).computed += 1
-        return x + ratio * torch.linspace(0, width / height, x.shape[-1], dtype=torch.float64).float()
+        channels, rows, columns = x.shape[1:]
+        across = torch.linspace(0, width / height, columns, dtype=torch.float64).expand(channels // 2, rows, -1)
+        down = torch.linspace(1, 2, rows, dtype=torch.float64)[:, None].expand(channels // 2, -1, columns)
+        return x + ratio * torch.cat((across, down)).float()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.embed(x, 8, 6, 0.5)
@@ -77,18 +97,115 @@ def test_a_position_embedding_is_computed_once_for_each_size_and_dtype() -> None
     head, other = Head(), Head()
     x = torch.randn(2, 4, 3, 5)
     expected = head(x)
-    cache_position_embedding(head, "embed")
+    put(KeptEmbedding(head, "embed"))
     Head.computed = 0
     for images in (x, x[:1], -x):
         torch.testing.assert_close(head(images), images + (expected - x)[:1])
     assert Head.computed == 1
-    assert head(x.bfloat16()).dtype == torch.bfloat16
+    assert head(x.bfloat16()).dtype == torch.float32  # as the host has it
     assert Head.computed == 2
-    assert other(x.bfloat16()).dtype == torch.float32  # another instance is as it was
-    assert torch.equal(other(x), expected)
+    assert torch.equal(other(x), expected)  # another instance is as it was
+    put(KeptEmbedding(other, "embed", keeps_dtype=False))
+    assert other(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_embeddings_of_many_sizes_do_not_pile_up() -> None:
+    head = Head()
+    put(method := KeptEmbedding(head, "embed"))
+    for rows in range(1, MOST_SIZES + 4):
+        x = torch.zeros(1, 2, rows, 1)
+        assert torch.equal(head(x), Head()(x))
+    assert len(method._kept) == MOST_SIZES
 
 
 def test_the_last_activation_gets_fp32() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Sigmoid()).bfloat16()
-    finish_in_fp32(model[0])
-    assert model(torch.rand(2, 4).bfloat16()).dtype == torch.float32
+    made = OutputInFp32(nn.Linear(4, 4).bfloat16())
+    assert made(torch.rand(2, 4).bfloat16()).dtype == torch.float32
+
+
+def test_a_module_can_stay_in_fp32() -> None:
+    model = nn.Sequential(nn.Linear(4, 4)).bfloat16()
+    before = model[0].weight.clone()
+    changes, made = Changes(), InFp32(model[0])
+    made.join(changes)
+    assert made(torch.rand(2, 4).bfloat16()).dtype == torch.float32
+    changes.undo()
+    assert torch.equal(model[0].weight, before)
+    assert model[0].weight.dtype == torch.bfloat16
+
+
+class Backbone(RewrittenModule):
+    """Tells which layers are read."""
+
+    def rewritten(self, x: Tensor) -> frozenset[int] | None:
+        return layers_read(self)
+
+
+class Reader(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = Backbone(nn.Identity())
+
+    def forward(self, x: Tensor) -> frozenset[int] | None:
+        """Fails for no input."""
+        found = self.backbone(x)
+        if not len(x):
+            raise KeyboardInterrupt
+        return found
+
+
+def test_layers_are_dropped_only_inside_of_the_forward_that_reads_some() -> None:
+    model, other, x = Reader(), Reader(), torch.rand(2)
+    put(ReadLayers(model, "backbone", frozenset({1})))
+    assert model(x) == {1}
+    assert model.forward(x) == {1}
+    assert model.backbone(x) is None
+    assert other(x) is None
+    with pytest.raises(KeyboardInterrupt):
+        model(x[:0])
+    assert model.backbone(x) is None
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert copied(x) == {1}
+        assert copied.backbone(x) is None
+        assert vars(copied)["forward"].module is copied
+
+
+def test_whoever_hooks_a_backbone_sees_all_layers() -> None:
+    model, seen = Reader(), []
+    put(ReadLayers(model, "backbone", frozenset({1})))
+    model.backbone.register_forward_hook(lambda module, args, output: seen.append(output))
+    model(torch.rand(2))
+    assert seen == [None]
+
+
+def test_a_layer_that_was_not_kept_says_so() -> None:
+    with pytest.raises(AdapterError, match=r"layer 3 was not kept.*exact_rewrites=False"):
+        NotKept(3)[:, 0]
+    with pytest.raises(AdapterError, match="layer 3"):
+        torch.Size(NotKept(3).shape)
+
+
+def test_a_rewritten_method_tells_the_arguments_of_the_host() -> None:
+    model = Reader()
+    before = inspect.signature(model.forward)
+    put(ReadLayers(model, "backbone", frozenset({1})))
+    assert inspect.signature(model.forward) == before
+
+
+def test_a_copy_without_weights_has_the_shapes_of_the_model() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1), nn.ConvTranspose2d(8, 4, 4, 2, 1, 1), nn.Conv2d(4, 6, 3, padding="same", dilation=2), nn.ReLU(),
+        nn.GroupNorm(2, 6), nn.Flatten(2), nn.Linear(195, 5),
+    ).bfloat16()  # fmt: skip
+    model.register_forward_hook(lambda *_: pytest.fail("a hook of the user ran"))
+    copied, x = without_weights(model, {}), torch.rand(2, 3, 12, 14)
+    assert not any(parameter.untyped_storage().nbytes() > 4 for parameter in copied.parameters())
+    for host, part in zip(list(model)[:-1], copied, strict=False):
+        expected = host.float()(x)
+        x = part(x)
+        assert x.shape == expected.shape
+
+
+def test_descriptions_are_told_apart_by_what_they_rewrite() -> None:
+    first, second = (ExactRewrite(fqn, "words", TableRope, None) for fqn in ("a", "b"))
+    assert len({first, second, first}) == 2

@@ -2,47 +2,58 @@
 
 from __future__ import annotations
 
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lite3r_plugin.runtime.exact import cache_position_embedding, finish_in_fp32, token_positions, use_table_rope
+from lite3r_plugin.adapter import ExactRewrite, RewrittenMethod, Trial
+from lite3r_plugin.runtime.exact import in_fp32, kept_embedding, like, output_in_fp32, table_rope, token_positions
+
+from .. import _blocks
 
 
-def rewrite(model: nn.Module) -> list[str] | None:
-    """Rewrite a `DepthAnything3Net` in place; None when `model` is something else.
-
-    Afterwards it runs in FP32 as before and, unlike the host itself, with BF16 weights without autocast.
-    """
-    host: Any = model
-    encoder: Any = getattr(getattr(model, "backbone", None), "pretrained", None)
-    if not hasattr(encoder, "_prepare_rope") or not hasattr(encoder, "alt_start"):
+def rewrites(model: nn.Module) -> list[ExactRewrite] | None:
+    """Exact rewrites of every Depth Anything 3 encoder and head inside `model`; None where there is no encoder."""
+    modules: dict[str, Any] = dict(model.named_modules())
+    encoders = {fqn: m for fqn, m in modules.items() if hasattr(m, "_prepare_rope") and hasattr(m, "alt_start")}
+    if not encoders:
         return None
-    rewritten = []
-    if encoder.rope is not None:
-        use_table_rope(encoder)
-        encoder._prepare_rope = MethodType(_prepare_rope, encoder)
-        rewritten.append("rotary embedding from tables and cached token positions, no wait for the GPU")
-    if hasattr(host.head, "_add_pos_embed"):
-        cache_position_embedding(host.head, "_add_pos_embed")
-        finish_in_fp32(host.head.scratch.output_conv2)
-        if hasattr(host.head.scratch, "output_conv2_aux"):
-            finish_in_fp32(host.head.scratch.output_conv2_aux[-1])
-        rewritten.append("position embeddings of the depth head cached; it runs in the dtype of the weights, its last activation in FP32")
-    if host.cam_dec is not None:
-        # Its last Linears are given FP32 by the host whatever the weights are.
-        host.cam_dec.float().register_forward_pre_hook(_input_in_fp32)
-        rewritten.append("camera decoder in FP32")
-    return rewritten or None
+    found: list[ExactRewrite] = []
+    for fqn, encoder in encoders.items():
+        if isinstance(encoder.rope, nn.Module) and hasattr(encoder.rope, "base_frequency"):
+            found.append(table_rope(_join(fqn, "rope"), _blocks.head_dim(encoder.blocks[0].attn)))
+            found.append(ExactRewrite(fqn, "token positions kept", KeptPositions, _trial, "_prepare_rope"))
+    for fqn, module in modules.items():
+        if hasattr(module, "_add_pos_embed") and hasattr(module, "scratch"):
+            found += kept_embedding(fqn, "_add_pos_embed", 8)
+            found.append(output_in_fp32(_join(fqn, "scratch.output_conv2")))
+            if hasattr(module.scratch, "output_conv2_aux"):
+                found.append(output_in_fp32(_join(fqn, f"scratch.output_conv2_aux.{len(module.scratch.output_conv2_aux) - 1}")))
+        if isinstance(getattr(module, "cam_dec", None), nn.Module):
+            found.append(in_fp32(_join(fqn, "cam_dec")))  # its last Linears are given FP32 by the host whatever the weights are
+    return found or None
 
 
-def _prepare_rope(encoder: Any, B: int, S: int, H: int, W: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Coordinates ``[B, S, P, 2]`` of the tokens for local blocks, and for global ones, where all patches share one."""
-    local = token_positions(B * S, H // encoder.patch_size, W // encoder.patch_size, encoder.patch_start_idx, device)
-    return local.unflatten(0, (B, S)), local.clamp(max=1).unflatten(0, (B, S))
+class KeptPositions(RewrittenMethod):
+    """Coordinates of the tokens of an encoder, those of a view kept."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module, "_prepare_rope")
+
+    def rewritten(self, B: int, S: int, H: int, W: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Coordinates ``[B, S, P, 2]`` for local blocks, and for global ones, where all patches share one."""
+        encoder: Any = self.module
+        local = token_positions(B * S, H // encoder.patch_size, W // encoder.patch_size, encoder.patch_start_idx, device)
+        return local.unflatten(0, (B, S)), local.clamp(max=1).unflatten(0, (B, S))
 
 
-def _input_in_fp32(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(x.float() for x in args)
+def _trial(encoder: nn.Module) -> Trial:
+    patch: Any = encoder.patch_size
+    cpu = torch.device("cpu")
+    small = like(encoder, rope=nn.Identity())
+    return Trial(small, [(1, 1, 2 * patch, 2 * patch, cpu), (2, 3, 2 * patch, 3 * patch, cpu), (1, 2, 4 * patch, patch, cpu)])
+
+
+def _join(fqn: str, name: str) -> str:
+    return f"{fqn}.{name}" if fqn else name

@@ -11,7 +11,7 @@ from lite3r_plugin.adapter import AttentionSite, hookimpl
 from . import exact, outputs, sites
 
 if TYPE_CHECKING:
-    from lite3r_plugin.adapter import ModelEntry, OutputsFunction
+    from lite3r_plugin.adapter import ExactRewrite, ModelEntry, OutputsFunction
 
 
 @hookimpl
@@ -21,9 +21,9 @@ def lite3r_attention_sites(model: nn.Module) -> list[AttentionSite] | None:
 
 
 @hookimpl
-def lite3r_exact_rewrites(model: nn.Module) -> list[str] | None:
-    """Rewrite a VGGT in place."""
-    return exact.rewrite(model)
+def lite3r_exact_rewrites(model: nn.Module) -> list[ExactRewrite] | None:
+    """Exact rewrites of every VGGT inside `model`."""
+    return exact.rewrites(model)
 
 
 @hookimpl

@@ -3,74 +3,196 @@
 from __future__ import annotations
 
 import functools
-from types import MethodType
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lite3r_plugin.adapter import ExactRewrite, RewrittenModule, Trial
 from lite3r_plugin.errors import AdapterError
-from lite3r_plugin.runtime.exact import cache_position_embedding, finish_in_fp32, token_positions, use_table_rope
+from lite3r_plugin.runtime.exact import (
+    NotKept,
+    ReadLayers,
+    kept_embedding,
+    layers_read,
+    like,
+    output_in_fp32,
+    table_rope,
+    token_positions,
+    without_weights,
+)
+
+from .. import _blocks
+from .sites import is_aggregator
+
+_OWN = ("camera_token", "register_token", "_resnet_mean", "_resnet_std", "aa_order", "rope")
 
 
-def rewrite(model: nn.Module) -> list[str] | None:
-    """Rewrite a VGGT in place; None when `model` is something else.
-
-    Afterwards it runs in FP32 as before and, unlike the host itself, with BF16 weights without autocast.
-
-    Raises:
-        AdapterError: its aggregator alternates its blocks in another way or has no rotary embedding.
-    """
-    aggregator: Any = getattr(model, "aggregator", None)
-    if not all(hasattr(aggregator, name) for name in ("frame_blocks", "global_blocks", "aa_order")):
-        return None
-    if list(aggregator.aa_order) != ["frame", "global"] or aggregator.aa_block_size != 1 or aggregator.rope is None:
-        raise AdapterError("the exact rewrites know VGGT's aggregator with alternating frame and global blocks and a rotary embedding only")
-    use_table_rope(aggregator)
-    layers = {len(aggregator.frame_blocks) - 1}
-    for name in ("depth_head", "point_head"):
-        head: Any = getattr(model, name, None)
-        if head is not None:
-            layers.update(head.intermediate_layer_idx)
-            cache_position_embedding(head, "_apply_pos_embed")
-            finish_in_fp32(head.scratch.output_conv2)
-    track_head: Any = getattr(model, "track_head", None)
-    if track_head is not None:
-        layers.update(track_head.feature_extractor.intermediate_layer_idx)
-    camera_head: Any = getattr(model, "camera_head", None)
-    if camera_head is not None:
-        camera_head.register_forward_hook(_poses_in_fp32)
-    aggregator.forward = MethodType(functools.partial(_forward, layers=frozenset(layers)), aggregator)
-    return [
-        "rotary embedding from tables, no wait for the GPU",
-        f"only the layers {sorted(layers)} of {len(aggregator.frame_blocks)} are kept for the heads",
-        "token positions and the heads' position embeddings cached",
-        "heads run in the dtype of the weights, their last activation in FP32",
-    ]
+def rewrites(model: nn.Module) -> list[ExactRewrite] | None:
+    """Exact rewrites of every VGGT inside `model`; None where there is none."""
+    modules = dict(model.named_modules())
+    aggregators: dict[str, Any] = {fqn: module for fqn, module in modules.items() if is_aggregator(module)}
+    if not aggregators:
+        return None  # its heads are found by what other families may have, too
+    found: list[ExactRewrite] = []
+    for fqn, aggregator in aggregators.items():
+        rope = getattr(aggregator, "rope", None)
+        if isinstance(rope, nn.Module) and hasattr(rope, "base_frequency"):
+            found.append(table_rope(_join(fqn, "rope"), _blocks.head_dim(aggregator.frame_blocks[0].attn)))
+        owner, _, name = fqn.rpartition(".")
+        if not fqn or not all(hasattr(aggregator, attribute) for attribute in _OWN):
+            continue
+        found.append(
+            ExactRewrite(fqn, "special tokens joined at once, token positions kept; layers that nobody reads are not", Aggregate, _trial)
+        )
+        found.append(_read_layers(owner, name, modules[owner]))
+    for fqn, module in modules.items():
+        head: Any = module
+        if hasattr(head, "_apply_pos_embed") and hasattr(head, "intermediate_layer_idx") and hasattr(head, "scratch"):
+            found += kept_embedding(fqn, "_apply_pos_embed", 8)
+            if hasattr(head.scratch, "output_conv2"):
+                found.append(output_in_fp32(_join(fqn, "scratch.output_conv2")))
+        elif hasattr(head, "trunk") and hasattr(head, "pose_branch"):
+            found.append(output_in_fp32(fqn))
+    return found or None
 
 
-def _forward(aggregator: Any, images: Tensor, *, layers: frozenset[int]) -> tuple[list[Tensor | None], int]:
-    """As the host's aggregator: images ``[B, S, 3, H, W]`` to one ``[B, S, P, 2C]`` per layer, None where no head reads it."""
-    batch, views = images.shape[:2]
-    rows, columns = (size // aggregator.patch_size for size in images.shape[-2:])
-    patches = aggregator.patch_embed(((images - aggregator._resnet_mean) / aggregator._resnet_std).flatten(0, 1))
-    if isinstance(patches, dict):
-        patches = patches["x_norm_patchtokens"]
-    # Row 0 of the special tokens belongs to the reference view, row 1 to all others.
-    special = torch.cat((aggregator.camera_token, aggregator.register_token), 2)
-    special = torch.cat((special[:, :1], special[:, 1:].expand(-1, views - 1, -1, -1)), 1).expand(batch, -1, -1, -1)
-    tokens = torch.cat((special.flatten(0, 1).to(patches.dtype), patches), 1)
-    per_view, width = tokens.shape[1:]
-    frame_shape, global_shape = (batch * views, per_view), (batch, views * per_view)
-    positions = token_positions(batch * views, rows, columns, aggregator.patch_start_idx, images.device)
-    kept: list[Tensor | None] = []
-    for i, (frame_block, global_block) in enumerate(zip(aggregator.frame_blocks, aggregator.global_blocks, strict=True)):
-        in_frame = tokens = frame_block(tokens.view(*frame_shape, width), pos=positions)
-        tokens = global_block(tokens.view(*global_shape, width), pos=positions.view(*global_shape, 2))
-        pair = (x.view(batch, views, per_view, width) for x in (in_frame, tokens)) if i in layers else None
-        kept.append(None if pair is None else torch.cat(tuple(pair), -1))
-    return kept, aggregator.patch_start_idx
+class Aggregate(RewrittenModule):
+    """VGGT's aggregator in evaluation. In training the host's own forward runs, which saves memory by recomputing blocks."""
+
+    def rewritten(self, images: Tensor) -> tuple[list[Any], int]:
+        """As the host's: images ``[B, S, 3, H, W]`` to one ``[B, S, P, 2C]`` per layer, and the number of special tokens."""
+        if self.training:
+            return self.run_host(images)
+        aggregator: Any = self
+        layers = layers_read(self)
+        batch, views = images.shape[:2]
+        rows, columns = (size // aggregator.patch_size for size in images.shape[-2:])
+        patches = aggregator.patch_embed(((images - aggregator._resnet_mean) / aggregator._resnet_std).flatten(0, 1))
+        if isinstance(patches, dict):
+            patches = patches["x_norm_patchtokens"]
+        # Row 0 of the special tokens belongs to the reference view, row 1 to all others.
+        special = torch.cat((aggregator.camera_token, aggregator.register_token), 2)
+        special = torch.cat((special[:, :1], special[:, 1:].expand(-1, views - 1, -1, -1)), 1).expand(batch, -1, -1, -1)
+        tokens = torch.cat((special.flatten(0, 1), patches), 1)
+        per_view, width = tokens.shape[1:]
+        frame_shape, global_shape = (batch * views, per_view), (batch, views * per_view)
+        positions = token_positions(batch * views, rows, columns, aggregator.patch_start_idx, images.device)
+        kept: list[Any] = []
+        for i, (frame_block, global_block) in enumerate(zip(aggregator.frame_blocks, aggregator.global_blocks, strict=True)):
+            in_frame = tokens = frame_block(tokens.view(*frame_shape, width), pos=positions)
+            tokens = global_block(tokens.view(*global_shape, width), pos=positions.view(*global_shape, 2))
+            if layers is None or i in layers:
+                kept.append(torch.cat((in_frame.view(batch, views, per_view, width), tokens.view(batch, views, per_view, width)), -1))
+            else:
+                kept.append(NotKept(i))
+        return kept, aggregator.patch_start_idx
 
 
-def _poses_in_fp32(module: nn.Module, args: tuple[object, ...], output: list[Tensor]) -> list[Tensor]:
-    return [pose.float() for pose in output]
+def _trial(module: nn.Module) -> Trial:
+    aggregator: Any = module
+    width, patch = aggregator.camera_token.shape[-1], aggregator.patch_size
+    children: dict[str, nn.Module] = {
+        name: nn.ModuleList(_SmallBlock(0.5 + i + offset) for i in range(len(getattr(aggregator, name))))
+        for name, offset in (("frame_blocks", 0.0), ("global_blocks", 0.25))
+    }
+    if isinstance(aggregator.rope, nn.Module):
+        children["rope"] = nn.Identity()
+    small = like(module, patch_embed=_SmallPatches(patch, width), **children)
+    generator = torch.Generator("cpu").manual_seed(0)
+    sizes = [(1, 1, 3, 2 * patch, 2 * patch), (2, 3, 3, 2 * patch, 3 * patch), (1, 2, 3, 3 * patch, patch)]
+    return Trial(small, [(torch.rand(*size, generator=generator, device="cpu"),) for size in sizes])
+
+
+class _SmallBlock(nn.Module):
+    """Mixes tokens of a sequence, and lets positions, their order and its own place count."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x: Tensor, pos: Tensor | None = None) -> Tensor:
+        mixed = 0.5 * x + 0.25 * x.roll(1, 1) + 0.01 * self.scale * x.mean(1, keepdim=True)
+        return mixed if pos is None else mixed + 0.01 * self.scale * (pos.to(x.dtype) @ pos.new_tensor([[1], [3]], dtype=x.dtype))
+
+
+class _SmallPatches(nn.Module):
+    """Means of patches as tokens; of images that are wider than high in a dict, as DINOv2 has it."""
+
+    def __init__(self, patch: int, width: int) -> None:
+        super().__init__()
+        self.patch, self.width = patch, width
+
+    def forward(self, images: Tensor) -> Any:
+        means = F.avg_pool2d(images, self.patch).flatten(2).transpose(1, 2)
+        tokens = means.repeat(1, 1, -(-self.width // 3))[..., : self.width]
+        return {"x_norm_patchtokens": tokens} if images.shape[-1] > images.shape[-2] else tokens
+
+
+def _read_layers(fqn: str, backbone: str, owner: nn.Module) -> ExactRewrite:
+    """Only the layers that the forward of `owner` reads are kept while it runs, told by a run on zeros."""
+    return ExactRewrite(
+        fqn, "of the layers only those are kept that the heads read", functools.partial(_make_read_layers, backbone), None,
+        needs=(_join(fqn, backbone),),
+    )  # fmt: skip
+
+
+def _make_read_layers(backbone: str, owner: nn.Module) -> ReadLayers:
+    aggregator: Any = getattr(owner, backbone)
+    count = len(aggregator.frame_blocks)
+    layers = {count - 1}
+    for module in owner.modules():  # of heads that run when they are asked for, such as that of tracks
+        if isinstance(indices := getattr(module, "intermediate_layer_idx", None), Sequence):
+            layers.update(i % count for i in indices)
+    layers.update(_layers_in_a_run(owner, backbone))
+    if len(layers) == count:
+        raise AdapterError("its heads read all layers")
+    return ReadLayers(owner, backbone, frozenset(layers))
+
+
+def _layers_in_a_run(owner: nn.Module, backbone: str) -> set[int]:
+    """The layers that a forward of `owner` reads, by one on zeros. Raises whatever its code does."""
+    aggregator: Any = getattr(owner, backbone)
+    watched = _WatchedAggregator(aggregator)
+    copied = without_weights(owner, {aggregator: watched})
+    size = 4 * watched.patch, 5 * watched.patch
+    with torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
+        copied(torch.zeros(1, 2, 3, *size, dtype=torch.float32))
+    return watched.layers.read
+
+
+class _WatchedAggregator(nn.Module):
+    """Gives layers of the right shapes, all zeros, that note which of them are read."""
+
+    def __init__(self, aggregator: Any) -> None:
+        super().__init__()
+        self.patch, self.special = aggregator.patch_size, aggregator.patch_start_idx
+        self.layers = _WatchedLayers(len(aggregator.frame_blocks))
+        self.width = 2 * aggregator.camera_token.shape[-1]
+
+    def forward(self, images: Tensor) -> tuple[Any, int]:
+        views, rows, columns = images.shape[1], *(size // self.patch for size in images.shape[-2:])
+        self.layers.layer = images.new_zeros(1, views, self.special + rows * columns, self.width)
+        return self.layers, self.special
+
+
+class _WatchedLayers(Sequence[Tensor]):
+    """No list, whose items C code reads unseen."""
+
+    def __init__(self, count: int) -> None:
+        self.indices, self.read = range(count), set[int]()
+        self.layer = torch.empty(0)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, key: Any) -> Any:
+        found = self.indices[key]
+        self.read.update([found] if isinstance(found, int) else found)
+        return self.layer if isinstance(found, int) else [self.layer for _ in found]
+
+
+def _join(fqn: str, name: str) -> str:
+    return f"{fqn}.{name}" if fqn else name

@@ -1,0 +1,188 @@
+"""Exact rewrites of a model: compared with the host's own methods, and those that agree put in and taken out again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter.plugins import find_rewrites
+from ..adapter.rewrites import ExactRewrite, Trial
+from ..errors import AdapterError, Lite3RError, short
+from ..wrapper import Changes, RewrittenMethod, RewrittenModule, replace_modules
+
+TOLERANCE = 1e-5  # of the largest number of an output: FP32 with room for another order of sums
+
+Rewritten = RewrittenModule | RewrittenMethod
+
+
+@dataclass(frozen=True, repr=False)
+class Rewrites:
+    """What is rewritten in a model, and what is not.
+
+    Attributes:
+        made: What each rewrite puts in, by its description.
+        refused: Why a rewrite is left out, by its description.
+    """
+
+    made: Mapping[ExactRewrite, Rewritten]
+    refused: Mapping[ExactRewrite, str]
+
+    def put_in(self, changes: Changes, modules: dict[str, nn.Module]) -> None:
+        """Put in what was made, into a model with these `modules`, which are kept up to date."""
+        stand_ins = [made for made in self.made.values() if isinstance(made, RewrittenModule)]
+        for made in self.made.values():
+            if isinstance(made, RewrittenMethod):
+                made.put_in(changes)
+        replace_modules(changes, modules, {made.host: made for made in stand_ins})
+
+    @property
+    def done(self) -> tuple[str, ...]:
+        """What is rewritten, in words."""
+        return tuple(map(_words, self.made))
+
+    @property
+    def left(self) -> dict[str, str]:
+        """What is left as it is, in words, with the reason."""
+        return {_words(rewrite): why for rewrite, why in self.refused.items()}
+
+
+NO_REWRITES = Rewrites({}, {})
+
+
+def plan_rewrites(model: nn.Module, modules: Mapping[str, nn.Module], *, keep_dtypes: bool = True) -> Rewrites | None:
+    """Make the exact rewrites of `model` and compare each with the host's own method. Nothing in the model changes.
+
+    What is rewritten already, is left as it is.
+
+    Args:
+        model: The model, to be asked for at the adapters.
+        modules: Its modules by all their names.
+        keep_dtypes: Only those whose results have the host's dtypes.
+
+    Returns:
+        What can be put in; None where no adapter has rewrites for this model.
+    """
+    found = find_rewrites(model)
+    if found is None:
+        return None
+    places = {(rewrite.fqn, rewrite.method): rewrite for rewrite in found if rewrite.keeps_dtype or not keep_dtypes}
+    made: dict[ExactRewrite, Rewritten] = {}
+    refused: dict[ExactRewrite, str] = {}
+    for rewrite in places.values():
+        module = modules.get(rewrite.fqn)
+        if isinstance(module, RewrittenModule):
+            if rewrite.method == "forward":
+                continue
+            module = module.host  # which calls the method
+        if module is not None and isinstance(vars(module).get(rewrite.method), RewrittenMethod):
+            continue
+        try:
+            made[rewrite] = _make(rewrite, module)
+        except Exception as error:  # whatever a fork's own code raises
+            refused[rewrite] = str(error) if isinstance(error, Lite3RError) else short(error)
+    for rewrite in list(made):
+        running = {other.fqn for other in made if other.method == "forward"}
+        if missing := next((fqn for fqn in rewrite.needs if fqn not in running), None):
+            del made[rewrite]
+            refused[rewrite] = f"the forward of {missing} is the host's own"
+    return Rewrites(made, refused)
+
+
+def rewrite_exactly(model: nn.Module) -> Rewrites | None:
+    """Put all exact rewrites into `model` that agree with it, those for BF16 weights too, for as long as it lives.
+
+    For dense models: `apply_lite3r` puts in those that keep dtypes itself, and `remove_lite3r` takes them out.
+
+    Returns:
+        What was rewritten, and what was not; None where no adapter has rewrites for this model.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    rewrites = plan_rewrites(model, modules, keep_dtypes=False)
+    if rewrites is None:
+        return None
+    with Changes() as changes:
+        rewrites.put_in(changes, modules)
+    return rewrites
+
+
+def take_out(changes: Changes, modules: dict[str, nn.Module], made: Sequence[Rewritten]) -> None:
+    """Take out as much of what `Rewrites.put_in` put in as is there."""
+    inside = set(modules.values())
+    stand_ins = [item for item in made if isinstance(item, RewrittenModule) and item in inside]
+    replace_modules(changes, modules, {item: item.release() for item in stand_ins})
+    for item in made:
+        if isinstance(item, RewrittenMethod):
+            item.take_out(changes)
+
+
+def lies_outside(item: Rewritten, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether what was put in lies outside of these modules of a part of a model, or is that part: it cannot be taken out there."""
+    if isinstance(item, RewrittenMethod):
+        return all(module is not item.module and getattr(module, "host", None) is not item.module for module in modules.values())
+    return modules[""] is item or not {item, item.host} & set(modules.values())
+
+
+def _words(rewrite: ExactRewrite) -> str:
+    return f"{rewrite.fqn or 'the model'}: {rewrite.sentence}"
+
+
+def _make(rewrite: ExactRewrite, module: nn.Module | None) -> Rewritten:
+    """What is put in for `rewrite`. Raises, whatever the adapter's and the host's code may, where it cannot be."""
+    if module is None:
+        raise AdapterError("the model has no such module")
+    if rewrite.method in vars(module):
+        raise AdapterError(f"its {rewrite.method} was exchanged by somebody else, such as for CPU offload")
+    made = rewrite.make(module)
+    fits = isinstance(made, RewrittenMethod) and made.name == rewrite.method
+    if not fits and not (isinstance(made, RewrittenModule) and rewrite.method == "forward" and rewrite.fqn):
+        raise AdapterError(f"its adapter made a {type(made).__name__}, which cannot take the place of {rewrite.method}")
+    if rewrite.trial is not None:
+        with torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
+            _compare(rewrite, rewrite.trial(module))
+    return made
+
+
+def _compare(rewrite: ExactRewrite, trial: Trial) -> None:
+    """Raise `AdapterError` with the reason unless the rewrite gives what the host's own method does."""
+    rewritten = rewrite.make(trial.module)
+    host = getattr(trial.module, rewrite.method)
+    for inputs in trial.inputs:
+        own, copies = ([x.clone() if isinstance(x, Tensor) else x for x in inputs] for _ in range(2))
+        expected, found = (list(_leaves(call(*arguments))) for call, arguments in ((host, own), (rewritten, copies)))
+        if len(expected) != len(found):
+            raise AdapterError(f"it differs from the host's own {rewrite.method}, which gives {len(expected)} values and not {len(found)}")
+        for a, b in zip(expected, found, strict=True):
+            _compare_values(rewrite, a, b)
+
+
+def _compare_values(rewrite: ExactRewrite, expected: Any, found: Any) -> None:
+    own = f"it differs from the host's own {rewrite.method}"
+    if not isinstance(expected, Tensor) or not isinstance(found, Tensor):
+        if type(expected) is not type(found) or expected != found:
+            raise AdapterError(f"{own}, which gives {expected!r} and not {found!r}")
+        return
+    if (expected.shape, expected.dtype) != (found.shape, found.dtype):
+        raise AdapterError(f"{own}, which gives {_kind(expected)} and not {_kind(found)}")
+    difference = (expected.double() - found.double()).abs().max().item() if expected.numel() else 0.0
+    largest = expected.double().abs().max().item() if expected.numel() else 0.0
+    if not difference <= TOLERANCE * max(largest, 1e-30):
+        raise AdapterError(f"{own} by {difference:.2g}, where the largest number is {largest:.2g}")
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """What is inside of lists, tuples and mappings, in order."""
+    if isinstance(value, Mapping):
+        value = [item for pair in value.items() for item in pair]
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _leaves(item)
+    else:
+        yield value
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

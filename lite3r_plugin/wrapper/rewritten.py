@@ -1,0 +1,80 @@
+"""What takes the place of a forward, or of another method, with the same result: put in, switched off for a while, taken out again."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+from torch import nn
+
+from .changes import Changes
+from .host import HostWrapper
+
+
+class RewrittenModule(HostWrapper):
+    """Stands in for a module and runs `rewritten` instead of its forward.
+
+    Args:
+        host: The module to stand in for.
+
+    Attributes:
+        enabled: False runs the host's own forward.
+    """
+
+    def __init__(self, host: nn.Module) -> None:
+        super().__init__(host)
+        self.enabled = True
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the host's forward."""
+        return self.rewritten(*args, **kwargs) if self.enabled else self.run_host(*args, **kwargs)
+
+    def rewritten(self, *args: Any, **kwargs: Any) -> Any:
+        """What runs instead of the host's forward; `run_host` is there for what it does not know."""
+        raise NotImplementedError
+
+
+class RewrittenMethod:
+    """Hides a method of one module, on which it lies as an attribute, and runs `rewritten` instead of it.
+
+    For methods that a module calls on itself, and for the forward of a model, which nothing can take the place of.
+
+    Args:
+        module: The module.
+        name: The method of its class.
+
+    Attributes:
+        enabled: False runs the method of the class.
+    """
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.module, self.name = module, name
+        self.enabled = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the method of the class."""
+        return self.rewritten(*args, **kwargs) if self.enabled else self.run_host(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(functools.partial(getattr(type(self.module), self.name), self.module))
+
+    def rewritten(self, *args: Any, **kwargs: Any) -> Any:
+        """What runs instead of the method; `run_host` is there for what it does not know."""
+        raise NotImplementedError
+
+    def run_host(self, *args: Any, **kwargs: Any) -> Any:
+        """The method of the class."""
+        return getattr(type(self.module), self.name)(self.module, *args, **kwargs)
+
+    def put_in(self, changes: Changes) -> None:
+        """Lie on the module."""
+        changes.put(vars(self.module), self.name, self)
+
+    def take_out(self, changes: Changes) -> None:
+        """Let the method of the class be seen again. Where somebody has wrapped this since, it stays inside, switched off."""
+        if vars(self.module).get(self.name) is self:
+            changes.drop(vars(self.module), self.name)
+        else:
+            changes.put(vars(self), "enabled", False)
