@@ -278,7 +278,7 @@ def like(module: nn.Module, **children: nn.Module) -> Any:
     for table in TABLES:
         if "hooks" in table:
             vars(copied)[table] = type(vars(copied)[table])()
-    tables: tuple[dict[str, Any], ...] = (copied._parameters, copied._buffers)
+    tables: tuple[Any, ...] = (copied._parameters, copied._buffers)
     for table in tables:
         for name, tensor in table.items():
             if tensor is not None and tensor.is_floating_point():
