@@ -80,8 +80,8 @@ def table_rope(fqn: str, head_dim: int) -> ExactRewrite:
 
     def trial(rope: nn.Module) -> Trial:
         generator = torch.Generator("cpu").manual_seed(0)
-        tokens = torch.randn(2, 2, 9, head_dim, generator=generator)
-        positions = torch.randint(0, 64, (2, 9, 2), generator=generator)
+        tokens = torch.randn(2, 2, 9, head_dim, generator=generator, device="cpu")
+        positions = torch.randint(0, 64, (2, 9, 2), generator=generator, device="cpu")
         return Trial(like(rope), [(tokens, positions), (tokens[:1], positions[:1] * 0)])
 
     return ExactRewrite(fqn, "rotary embedding from tables, no wait for the GPU", TableRope, trial)
@@ -156,7 +156,7 @@ def kept_embedding(fqn: str, method: str, channels: int) -> list[ExactRewrite]:
     def trial(head: nn.Module) -> Trial:
         generator = torch.Generator("cpu").manual_seed(0)
         sizes = [(2, channels, 3, 5, 70, 42), (1, channels, 3, 5, 70, 42), (1, 2 * channels, 4, 2, 30, 64)]
-        inputs = [(torch.randn(*size[:4], generator=generator), *size[4:]) for size in sizes]
+        inputs = [(torch.randn(*size[:4], generator=generator, device="cpu"), *size[4:]) for size in sizes]
         return Trial(like(head), [*inputs, (*inputs[0], 0.3)])
 
     def made(keeps_dtype: bool) -> Callable[[nn.Module], KeptEmbedding]:

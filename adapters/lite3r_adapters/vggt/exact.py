@@ -159,7 +159,7 @@ def _layers_in_a_run(owner: nn.Module, backbone: str) -> set[int]:
     copied = without_weights(owner, {aggregator: watched})
     size = 4 * watched.patch, 5 * watched.patch
     with torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
-        copied(torch.zeros(1, 2, 3, *size, dtype=torch.float32))
+        copied(torch.zeros(1, 2, 3, *size, dtype=torch.float32, device="cpu"))
     return watched.layers.read
 
 
