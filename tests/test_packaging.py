@@ -80,6 +80,7 @@ def test_metadata(wheel: zipfile.ZipFile) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     assert "Apache License" in read_metadata(wheel, "licenses/LICENSE")
     assert f"## {lite3r_plugin.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"\nversion: {lite3r_plugin.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_every_import_is_a_declared_dependency(wheel: zipfile.ZipFile) -> None:
