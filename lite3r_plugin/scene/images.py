@@ -186,6 +186,11 @@ def to_tensor(images: Sequence[Image.Image]) -> Tensor:
     return pixels.div_(255)
 
 
+def to_image(pixels: Tensor) -> Image.Image:
+    """Pixels ``[H, W, 3]`` in [0, 1] as 8-bit RGB."""
+    return Image.fromarray((pixels * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy())
+
+
 def crop_centre(image: Image.Image, width: int, height: int) -> Image.Image:
     """The middle `width` x `height` pixels of an image that is at least as large."""
     left, top = (image.width - width) // 2, (image.height - height) // 2
