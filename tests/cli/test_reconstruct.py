@@ -93,7 +93,7 @@ def test_wrong_inputs_are_refused_before_any_work(photos: Path, tmp_path: Path, 
     assert "keep_ratio must be in (0, 1]" in fails(*common, "--keep-ratio", 0)
     assert "choose one of" in fails("reconstruct", photos, "--model", "no-such-model")
     assert "it is empty" in fails("reconstruct", tmp_path / "empty", "--model", "tiny", "--out", tmp_path / "a.ply")
-    assert "needs at least 2 images" in fails("reconstruct", photos, "--model", "pairs", "--max-views", 1, "--out", tmp_path / "a.ply")
+    assert "at least 2 images are needed" in fails("reconstruct", photos, "--model", "pairs", "--max-views", 1, "--out", tmp_path / "a.ply")
     assert "is not available" in fails(*common, "--device", "no-such-device", "--out", tmp_path / "a.ply")
     assert "unknown dtype" in fails(*common, "--dtype", "int8", "--out", tmp_path / "a.ply")
     (photos / "3.jpg").write_bytes(b"not an image")

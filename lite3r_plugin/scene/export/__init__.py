@@ -2,8 +2,9 @@
 
 from .arrays import load_npz, save_npz
 from .colmap import write_colmap, write_images
-from .formats import RECORD, check_out, picture_path, save
+from .formats import RECORD, check_out, load, picture_path, save
 from .glb import save_glb
+from .live import INSTALL_VIEWER, has_viewer, live_page
 from .page import save_page
 from .pictures import Panel, save_picture
 from .point_cloud import PointCloud, point_cloud, render, save_ply
@@ -11,12 +12,16 @@ from .reconstruction import Facts, Reconstruction
 from .transforms import transforms
 
 __all__ = [
+    "INSTALL_VIEWER",
     "RECORD",
     "Facts",
     "Panel",
     "PointCloud",
     "Reconstruction",
     "check_out",
+    "has_viewer",
+    "live_page",
+    "load",
     "load_npz",
     "picture_path",
     "point_cloud",

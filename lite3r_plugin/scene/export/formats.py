@@ -14,13 +14,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ...errors import InputError
 from ...files import check_output, check_output_folder, filling, to_json, write_atomically
-from ..reading import say
-from .arrays import save_npz
+from ..reading import entries, is_dir, is_file, read_bytes, say, shown
+from .arrays import load_npz, save_npz
 from .colmap import INSTALL, has_pycolmap, write_colmap, write_images
 from .glb import save_glb
 from .page import save_page
@@ -74,11 +76,11 @@ def save(out: Path, runs: Mapping[str, Reconstruction], facts: Facts) -> dict[Pa
     written: dict[Path, str] = {}
     if not suffix:
         with filling(out, RECORD) as folder:
-            _fill(folder, runs[main], facts)
+            _fill(folder, main, runs[main], facts)
             save_page(folder / "scene.html", runs, facts)
             for name in others:
                 (folder / f"{name}_run").mkdir()  # not NAME itself: to COLMAP, dense/ is something else
-                _fill(folder / f"{name}_run", runs[name], facts)
+                _fill(folder / f"{name}_run", name, runs[name], facts)
         kinds = [
             "scene.ply",
             "scene.glb",
@@ -94,12 +96,12 @@ def save(out: Path, runs: Mapping[str, Reconstruction], facts: Facts) -> dict[Pa
         scene = runs[name]
         if suffix == ".colmap":
             with filling(path, RECORD) as folder:
-                _fill_images(folder, scene, facts)
+                _fill_images(folder, name, scene, facts)
                 write_colmap(scene, folder)
             what = "a COLMAP model in sparse/0, and its images"
         elif suffix == ".json":
             with filling(_beside(path), RECORD) as folder:
-                _fill_images(folder, scene, facts)
+                _fill_images(folder, name, scene, facts)
                 save_ply(scene.cloud, folder / "points.ply")
             beside = _beside(path).name
             _write_json(path, transforms(scene, f"{beside}/images", f"{beside}/points.ply"))
@@ -108,6 +110,39 @@ def save(out: Path, runs: Mapping[str, Reconstruction], facts: Facts) -> dict[Pa
             what = _save_file(scene, path, suffix)
         written[path] = f"{what}, {name}"
     return written
+
+
+def load(path: Path) -> tuple[dict[str, Reconstruction], Facts]:
+    """What `save` wrote as arrays: the runs of a folder, the main one last, or the one of an ``.npz`` file, and what is told of them.
+
+    Raises:
+        InputError: there is nothing of the kind, or it is damaged.
+    """
+    if not is_dir(path):
+        scene = load_npz(path)
+        return {path.stem: scene}, Facts(f"{path.name}: {len(scene.names)} views")
+    places = [*sorted(p for p in entries(path) if p.name.endswith("_run")), path]
+    if not is_file(path / RECORD) or not is_file(path / "scene.npz"):
+        raise InputError(f"{path} is no folder that `lite3r reconstruct --out {path}` wrote: it has no {RECORD} and scene.npz")
+    runs, facts = {}, Facts(path.name)
+    for place in places:
+        try:
+            told = json.loads(read_bytes(place / RECORD))
+            facts = Facts(str(told["title"]), *(_texts(told[key]) for key in ("columns", "rows", "notes")))
+            name = str(told["run"])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise InputError(f"{place / RECORD} is damaged ({shown(str(error), 200)}); reconstruct the scene again") from error
+        runs[name] = load_npz(place / "scene.npz")
+    return runs, facts
+
+
+def _texts(value: Any) -> Any:
+    """Lists of a JSON file, of text or of lists of text, as tuples."""
+    if isinstance(value, list):
+        return tuple(_texts(part) for part in value)
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r:.50} is no text")
+    return value
 
 
 def _save_file(scene: Reconstruction, path: Path, suffix: str) -> str:
@@ -121,11 +156,11 @@ def _save_file(scene: Reconstruction, path: Path, suffix: str) -> str:
     return f"{len(scene.cloud.points):,} points"
 
 
-def _fill(folder: Path, scene: Reconstruction, facts: Facts) -> None:
+def _fill(folder: Path, name: str, scene: Reconstruction, facts: Facts) -> None:
     save_ply(scene.cloud, folder / "scene.ply")
     save_glb(scene, folder / "scene.glb")
     save_npz(scene, folder / "scene.npz")
-    _fill_images(folder, scene, facts)
+    _fill_images(folder, name, scene, facts)
     _write_json(folder / "transforms.json", transforms(scene, "images", "scene.ply"))
     if has_pycolmap():
         write_colmap(scene, folder)
@@ -133,9 +168,9 @@ def _fill(folder: Path, scene: Reconstruction, facts: Facts) -> None:
         say(f"the COLMAP model is left out: {INSTALL}")
 
 
-def _fill_images(folder: Path, scene: Reconstruction, facts: Facts) -> None:
+def _fill_images(folder: Path, name: str, scene: Reconstruction, facts: Facts) -> None:
     write_images(scene, folder / "images")
-    _write_json(folder / RECORD, {"views": scene.names, **dataclasses.asdict(facts)})
+    _write_json(folder / RECORD, {"run": name, "views": scene.names, **dataclasses.asdict(facts)})
 
 
 def _write_json(path: Path, data: object) -> None:
