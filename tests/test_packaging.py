@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 IMPORT = re.compile(r"^\s*(?:from|import) +(\w+)", re.MULTILINE)
 DISTRIBUTIONS = {"PIL": "pillow", "huggingface_hub": "huggingface-hub"}
 MODEL_LIBRARIES = {"depth_anything_3", "vggt", "pi3", "transformers"}  # adapters build their models for the command line, if they are there
-EXTRAS = {"moderngl", "pillow_heif"}  # imported where they are needed, and installed with an extra
+EXTRAS = {"av", "moderngl", "pillow_heif", "pycolmap", "viser"}  # imported where they are needed, and installed with an extra
 
 
 @pytest.fixture(scope="module")

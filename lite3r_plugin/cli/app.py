@@ -20,6 +20,7 @@ from .distill import distill
 from .evaluate import evaluate
 from .push import push
 from .reconstruct import reconstruct
+from .view import view
 
 
 class _Group(TyperGroup):
@@ -92,6 +93,7 @@ def _options(
 
 app.command()(demo)
 app.command()(reconstruct)
+app.command()(view)
 app.command()(bench)
 app.command("eval")(evaluate)
 app.command()(calibrate)

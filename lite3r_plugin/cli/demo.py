@@ -38,7 +38,7 @@ def demo(
     from ..errors import InputError
     from ..evaluation import DENSE, LITE3R, ModelPair, choose_device, merge
     from ..scene.export import Panel, point_cloud, render, save_picture, save_ply
-    from .show import console, depth_error, labels, panels, progress, say, table_of_runs, warn, what_ran
+    from .show import console, depth_error, facts_of_runs, labels, panels, progress, say, table, warn, what_ran
 
     # Sparse attention would not switch itself on for so few tokens; the demo wants to show it.
     options = lite3r_config(config, keep_ratio, dense_below=0)
@@ -79,7 +79,7 @@ def demo(
         warn("the weights are random: time and memory are real, the geometry and its errors are meaningless")
     say(applied)
     title = f"testbed: {views} views of {SIZE} x {SIZE} pixels, {where}, float32, median of {repeats}"
-    console.print(table_of_runs(title, runs, errors))
+    console.print(table(facts_of_runs(title, runs, errors)))
     if note := what_ran(runs[LITE3R].density, pair.model, where):
         warn(note)
     else:

@@ -31,10 +31,11 @@ def test_reconstruct(photos: Path, tmp_path: Path) -> None:
 
 
 def test_compare_at_keep_ratio_one_is_exact(photos: Path, tmp_path: Path) -> None:
-    out = tmp_path / "scene.ply"
+    out = tmp_path / "scene"
     result = lite3r("reconstruct", photos, "--model", "tiny", "--weights", "random", "--out", out, "--compare", "--keep-ratio", 1)
     assert "0.00% / 0.00% / 0.0%" in result.stdout
-    one, other = trimesh.load(out), trimesh.load(tmp_path / "scene.dense.ply")
+    assert "transforms.json, images, sparse/0, dense_run" in result.stdout
+    one, other = trimesh.load(out / "scene.ply"), trimesh.load(out / "dense_run" / "scene.ply")
     np.testing.assert_allclose(one.vertices, other.vertices, rtol=1e-4, atol=1e-4)
 
 
@@ -86,13 +87,13 @@ def test_wrong_inputs_are_refused_before_any_work(photos: Path, tmp_path: Path, 
     monkeypatch.setattr(ModelEntry, "build", lambda *_: pytest.fail("the model was built"))
     (tmp_path / "empty").mkdir()
     common = ("reconstruct", photos, "--model", "tiny", "--weights", "random")
-    assert "must end in .ply" in fails(*common, "--out", tmp_path / "a.obj")
+    assert "must end in .ply, .glb" in fails(*common, "--out", tmp_path / "a.obj")
     assert "does not exist" in fails(*common, "--out", tmp_path / "none" / "a.ply")
     assert "exclude each other" in fails(*common, "--dense", "--compare")
     assert "keep_ratio must be in (0, 1]" in fails(*common, "--keep-ratio", 0)
     assert "choose one of" in fails("reconstruct", photos, "--model", "no-such-model")
     assert "it is empty" in fails("reconstruct", tmp_path / "empty", "--model", "tiny", "--out", tmp_path / "a.ply")
-    assert "needs at least 2 images" in fails("reconstruct", photos, "--model", "pairs", "--max-views", 1, "--out", tmp_path / "a.ply")
+    assert "at least 2 images are needed" in fails("reconstruct", photos, "--model", "pairs", "--max-views", 1, "--out", tmp_path / "a.ply")
     assert "is not available" in fails(*common, "--device", "no-such-device", "--out", tmp_path / "a.ply")
     assert "unknown dtype" in fails(*common, "--dtype", "int8", "--out", tmp_path / "a.ply")
     (photos / "3.jpg").write_bytes(b"not an image")

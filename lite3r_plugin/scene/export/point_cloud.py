@@ -17,10 +17,17 @@ from ..prediction import Prediction
 
 @dataclass(frozen=True)
 class PointCloud:
-    """M points: ``points [M, 3]`` float32 in world coordinates and ``colors [M, 3]`` uint8."""
+    """M points.
+
+    Attributes:
+        points: ``[M, 3]`` float32 in world coordinates.
+        colors: ``[M, 3]`` uint8.
+        pixels: ``[M]`` int64, where each comes from: its place in the flattened ``[S, H, W]`` of the prediction; None: from nowhere.
+    """
 
     points: Tensor
     colors: Tensor
+    pixels: Tensor | None = None
 
 
 def point_cloud(prediction: Prediction, drop_percent: float = 20.0, max_points: int = 1_000_000, seed: int = 0) -> PointCloud:
@@ -53,7 +60,7 @@ def point_cloud(prediction: Prediction, drop_percent: float = 20.0, max_points: 
         chosen = torch.randperm(len(kept), generator=generator, device="cpu")[:max_points].sort().values
         kept = kept[chosen.to(kept.device)]
     colors = (prediction.images.flatten(0, 2)[kept] * 255).round().clamp(0, 255).to(torch.uint8)
-    return PointCloud(points[kept], colors)
+    return PointCloud(points[kept], colors, kept)
 
 
 def save_ply(cloud: PointCloud, path: Path) -> None:
