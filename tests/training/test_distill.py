@@ -170,8 +170,16 @@ def test_what_learned_of_the_model_itself_is_not_left_out_of_a_checkpoint(tmp_pa
     with pytest.raises(CheckpointError, match="whole=True"):
         save_lite3r(model, tmp_path)
     assert not list(tmp_path.iterdir())
-    save_lite3r(model, tmp_path, whole=True)
-    assert torch.equal(load_lite3r(toy(), tmp_path)(x), model(x))
+    save_lite3r(model, tmp_path / "1", whole=True)
+    loaded = load_lite3r(toy(), tmp_path / "1")
+    assert torch.equal(loaded(x), model(x))
+    with pytest.raises(CheckpointError, match="whole=True"):  # nor out of the next
+        save_lite3r(loaded, tmp_path / "2")
+    assert [line for line in str(describe(loaded)).splitlines() if "were trained" in line] == [
+        line for line in str(describe(model)).splitlines() if "were trained" in line
+    ]
+    save_lite3r(loaded, tmp_path / "2", whole=True)
+    assert torch.equal(load_lite3r(toy(), tmp_path / "2")(x), model(x))
 
 
 def test_a_host_in_half_precision_trains_what_is_in_full() -> None:
