@@ -576,9 +576,19 @@ def test_a_state_of_another_run_is_refused(fields: dict[str, Any], lite3r: dict[
 def test_a_damaged_state_is_refused(tmp_path: Path) -> None:
     distill(sparse_toy(), inputs(), trainable="proj", steps=1, output_dir=tmp_path)
     path = tmp_path / checkpoint.STATE_NAME
-    path.write_bytes(path.read_bytes()[:-9])
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    text = whole.index(b'"seconds')
+    flipped = [*range(0, 8), *range(header, len(whole), (len(whole) - header) // 20), *range(text, text + 400, 20), len(whole) - 1]
+    for place in flipped:
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(CheckpointError, match="damaged|of another version"):
+            checkpoint.read_state(tmp_path)
+    path.write_bytes(whole[:-9])
     with pytest.raises(CheckpointError, match="damaged"):
         distill(sparse_toy(), inputs(), trainable="proj", steps=2, output_dir=tmp_path, resume=True)
+    path.write_bytes(whole)
+    assert checkpoint.read_state(tmp_path) is not None
 
 
 def test_other_settings_are_said_when_a_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
