@@ -12,6 +12,7 @@ import pytest
 import torch
 from distilling import FIELDS, inputs, logged, metrics, sparse_toy, toy
 from interruptions import contents, interrupted
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from toys import Adapter, Toy, toy_answer
 
@@ -30,7 +31,7 @@ from lite3r_plugin.errors import (
     TrainingError,
     WeightsError,
 )
-from lite3r_plugin.peft import add_lora, merge_lora
+from lite3r_plugin.peft import Lite3RPeftConfig, add_lora, merge_lora
 from lite3r_plugin.testbed import Testbed, TestbedConfig
 from lite3r_plugin.training import checkpoint
 from lite3r_plugin.training.data import Sample
@@ -191,12 +192,52 @@ def test_a_host_in_half_precision_trains_what_is_in_full() -> None:
     assert model.head.weight.dtype == torch.bfloat16
 
 
-def test_lora_that_is_there_goes_on() -> None:
+def test_lora_that_is_there_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
     model = sparse_toy()
     names = add_lora(model, rank=2)
     distill(model, inputs(), steps=2)
     assert model.get_parameter(f"{names[0]}.lora_A.default.weight").shape[0] == 2
-    distill(model, inputs(), steps=2)
+    assert "goes on, of rank 2 and alpha 2 around 8 Linears; lora_rank=16 would be" in capsys.readouterr().err
+    distill(model, inputs(), steps=2, lora_rank=2)
+    assert "goes on" not in capsys.readouterr().err
+    before = contents(model)
+    for wrong in ({"lora_rank": 3}, {"lora_rank": 16}, {"config": DistillConfig(lora_alpha=8)}, {"lora_scopes": ("global",)}):
+        with pytest.raises(ConfigError, match=f"the model has LoRA already.*{'lora_alpha' if 'config' in wrong else next(iter(wrong))}"):
+            distill(model, inputs(), steps=2, **wrong)
+    assert contents(model) == before
+
+
+@pytest.mark.parametrize("precision", ["full", "fp8_qat"])
+def test_the_active_adapter_of_peft_learns(precision: Any, tmp_path: Path) -> None:
+    model: Any = get_peft_model(toy(), Lite3RPeftConfig(**FIELDS, precision=precision, r=2, lora_scopes=("global",)))  # pyright: ignore
+    model.add_adapter("other", Lite3RPeftConfig(**FIELDS, precision=precision, r=2, lora_scopes=("global",)))
+    before, trains = state(model), [(name, p.requires_grad) for name, p in model.named_parameters()]
+    result = distill(model, inputs(), steps=20, learning_rate=1e-3)
+    assert result.first_loss is not None
+    assert result.last_loss is not None
+    assert result.last_loss < 0.8 * result.first_loss
+    names = changed(model, before)
+    assert all(
+        "proj_lin.modules_to_save.default" in name or ("cross" in name and "lora_" in name and ".default." in name) for name in names
+    )
+    assert len(names) == 2 * (1 + 2 * 2)  # blocks, of a linear branch and two Linears
+    assert [(name, p.requires_grad) for name, p in model.named_parameters()] == trains
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(toy(), str(tmp_path))
+    x = inputs(1)[0]
+    assert torch.equal(loaded(x), model(x))
+    with model.disable_adapter():
+        assert torch.equal(model(x), toy()(x))
+
+
+@pytest.mark.parametrize("trainable", ["proj+norms", "blocks", "proj+lora"])
+def test_what_an_adapter_of_peft_would_not_hold_does_not_learn(trainable: Any) -> None:
+    model: Any = get_peft_model(toy(), Lite3RPeftConfig(**FIELDS, lora_scopes=()))
+    before = contents(model)
+    with pytest.raises(ConfigError, match=r"adapter of PEFT in .*proj_lin.*would not hold"):
+        distill(model, inputs(), trainable=trainable, steps=1)
+    assert contents(model) == before
+    distill(model, inputs(), trainable="proj", steps=1)
 
 
 def test_checkpointing_learns_the_same(tmp_path: Path) -> None:
