@@ -33,6 +33,7 @@ from .trainable import Trainable, added_parameters, check_branches, choose
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+TINY_SECONDS = 1e-9
 PLAIN_MACHINES = ("NO", "MULTI_CPU", "MULTI_GPU")
 
 
@@ -47,7 +48,8 @@ class Distillation:
         steps: Steps that were taken, in all processes that the run had one after another.
         samples: Samples that all processes together took.
         seconds: How long that took.
-        samples_per_second: Of all processes, without the first steps of this one, in which kernels are compiled.
+        samples_per_second: Of all processes, without the first steps of this one, in which kernels are compiled; with them where there was
+            no other, and of all that the run had before where this one took none.
         peak_bytes: The most memory in use on the GPU, on a CPU by the process; None where that is not known.
         first_loss, last_loss: Of the first and of the last step.
         losses: The parts of the last one that was logged, by name, with their weights.
@@ -181,9 +183,10 @@ def distill(
     if failure is not None:
         raise failure
     counts = run.counts
+    speed = run.samples_a_step / run.pace.seconds if run.pace.steps else counts.samples / max(counts.seconds, TINY_SECONDS)
     result = Distillation(
         config.trainable, trainable.count, trainable.of, counts.step, counts.samples, counts.seconds,
-        run.samples_a_step / run.pace.seconds, peak_bytes(device), counts.first_loss, counts.last_loss, dict(counts.parts), counts.best,
+        speed, peak_bytes(device), counts.first_loss, counts.last_loss, dict(counts.parts), counts.best,
         counts.best_step, run.stopped, run.folder,
     )  # fmt: skip
     progress.say(str(result).splitlines()[0])

@@ -17,7 +17,18 @@ from torch import Tensor, nn
 from toys import Adapter, Toy, toy_answer
 
 import lite3r_plugin
-from lite3r_plugin import DistillConfig, apply_lite3r, convert, describe, distill, lite3r_disabled, load_lite3r, remove_lite3r, save_lite3r
+from lite3r_plugin import (
+    DistillConfig,
+    apply_lite3r,
+    calibrate,
+    convert,
+    describe,
+    distill,
+    lite3r_disabled,
+    load_lite3r,
+    remove_lite3r,
+    save_lite3r,
+)
 from lite3r_plugin.adapter import plugins
 from lite3r_plugin.adapter.outputs import tensors_of
 from lite3r_plugin.apply.lookup import lite3r_modules
@@ -486,6 +497,67 @@ def test_weights_that_make_the_loss_infinite_are_taken_back() -> None:
     assert changed(model, before) == set()
 
 
+@pytest.mark.parametrize("value", [None, "0.5", [1.0, 2.0], torch.ones(2), 1j])
+def test_a_measure_that_is_no_number_is_refused_before_the_first_step(value: Any) -> None:
+    data = Faulty(inputs(), 1, AssertionError("a step was taken"))
+    with pytest.raises(InputError, match=r"validation is a function of the model that returns a number, .*; it returned"):
+        distill(sparse_toy(), data, trainable="proj", steps=2, validation=lambda model: value)
+
+
+def test_a_measure_may_be_a_tensor() -> None:
+    result = distill(sparse_toy(), inputs(), trainable="proj", steps=1, validation=lambda model: torch.tensor([0.5]))
+    assert result.best == 0.5
+
+
+def test_a_run_that_was_over_goes_on_to_the_same_numbers(tmp_path: Path) -> None:
+    first = distill(sparse_toy(), inputs(), trainable="proj", steps=2, output_dir=tmp_path)
+    again = distill(sparse_toy(), inputs(), trainable="proj", steps=2, output_dir=tmp_path, resume=True)
+    assert again.samples_per_second == pytest.approx(first.samples / first.seconds)
+    assert (again.steps, again.last_loss) == (first.steps, first.last_loss)
+
+
+class Asked(Toy):
+    """Takes a second argument and fails at what is none, as models with queries do."""
+
+    def forward(self, images: Tensor, queries: Tensor | None = None) -> Tensor:
+        if queries is not None and queries.shape[-1] != 2:
+            raise RuntimeError("The size of tensor a (1) must match the size of tensor b (2)")
+        return super().forward(images)
+
+
+class Masked(Toy):
+    """Takes a mask as its second argument."""
+
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().forward(images, mask=mask)
+
+
+@pytest.mark.parametrize(
+    ("make", "item", "says"),
+    [
+        (Toy, (inputs(1)[0], 3), r"\(Tensor \[1, 3, 3, 24, 24\], int\): too many positional arguments. .*Leave labels"),
+        (Asked, [inputs(1)[0], torch.tensor([3])], r"Tensor \[1\]\): tensor\(\[3\]\) was passed to it by position"),
+        (Masked, (inputs(1)[0], torch.tensor([3])), r"was passed to it by position"),
+        (Asked, {"images": inputs(1)[0], "label": 3}, r"label=int\): got an unexpected keyword argument 'label'"),
+        (Asked, {"queries": torch.ones(1, 2)}, r"missing a required argument: 'images'"),
+        (Toy, object(), r"\(object\): there is no tensor in it"),
+    ],
+)
+def test_items_that_are_no_inputs_are_named(make: type[Toy], item: Any, says: str) -> None:
+    model = apply_lite3r(make(), **FIELDS)
+    before = contents(model)
+    for run in (lambda: distill(model, [item], trainable="proj", steps=1), lambda: calibrate(model, [item, item])):
+        with pytest.raises(InputError, match=says):
+            run()
+        assert contents(model) == before
+
+
+def test_errors_of_the_model_itself_are_not_explained_away() -> None:
+    model = apply_lite3r(Asked(), **FIELDS)
+    with pytest.raises(RuntimeError, match="must match the size"):
+        distill(model, [(inputs(1)[0], torch.ones(1, 3))], trainable="proj", steps=1)
+
+
 def test_a_measure_that_is_not_finite_stops() -> None:
     with pytest.raises(TrainingError, match="validation after step 0 is nan"):
         distill(sparse_toy(), inputs(), steps=2, validation=lambda model: float("nan"))
@@ -623,7 +695,7 @@ def test_a_damaged_state_is_refused(tmp_path: Path) -> None:
     flipped = [*range(0, 8), *range(header, len(whole), (len(whole) - header) // 20), *range(text, text + 400, 20), len(whole) - 1]
     for place in flipped:
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        with pytest.raises(CheckpointError, match="damaged|of another version"):
+        with pytest.raises(CheckpointError, match=r"damaged|of another version"):
             checkpoint.read_state(tmp_path)
     path.write_bytes(whole[:-9])
     with pytest.raises(CheckpointError, match="damaged"):
