@@ -148,6 +148,8 @@ def load_lite3r(
         install_fp8_tensors(changes, found.modules, {name: linears[name] for name in record["fp8"]}, weights, device)
         others = {name: tensor for name, tensor in weights.items() if not _is_fp8(name, record)}
         fill_tensors(changes, model, others, device, str(directory / WEIGHTS_NAME))
+        modules = {plain_name(name): module for name, module in look_up(model).modules.items()}
+        changes.put(vars(state), "changed", tuple(modules[name] for name in record["changed"]))
         if record["fp8"]:
             run_in_fp8(found, state, left_linears(found.linears(state), config), changes)
         for note in (*state.notes.get("te", ()), *_without_triton(plan)):
@@ -208,6 +210,7 @@ def _record(found: Inventory, whole: bool) -> dict[str, Any]:
     attention = by_plain_name(found.attention)
     linears = by_plain_name(fp8_linears(found.modules))
     state, config = found.states[0], plain_config(found)
+    changed = set(state.changed)
     # What runs attention and FP8 depends on the machine that loads.
     if config.attention_backend == "triton":
         config = config.replace(attention_backend="auto")
@@ -222,6 +225,7 @@ def _record(found: Inventory, whole: bool) -> dict[str, Any]:
         "fp8": {fqn: list(linear.weight_data.shape) for fqn, linear in linears.items()},
         "fp8_biases": sorted(fqn for fqn, linear in linears.items() if linear.bias is not None),
         "whole": whole,
+        "changed": sorted({plain_name(fqn) for fqn, module in found.modules.items() if module in changed}),
     }
 
 
@@ -289,6 +293,8 @@ def _check_record(
             f"{_belongs(record, directory)} with {len(record['sites'])} sites (adapter {record['adapter']!r}), this is a "
             f"{plan.found.plain_model} with {len(sites)}; the first that differs is {other[0]!r}"
         )
+    if unknown := sorted(set(record["changed"]) - set(map(plain_name, plan.found.modules))):
+        raise CheckpointError(f"{_belongs(record, directory)}, of which {unknown[0]!r} was trained: this {plan.found.plain_model} has none")
     where = str(directory / WEIGHTS_NAME)
     check_fp8_tensors(linears, record["fp8"], record["fp8_biases"], weights, where, plan.found.name)
     for linear in plan.linears:

@@ -21,6 +21,8 @@ from lite3r_plugin.errors import ConfigError, InputError, NotAppliedError
 from lite3r_plugin.scene.procedural import ProcScenes, TextureBank
 from lite3r_plugin.testbed import Testbed
 from lite3r_plugin.training.calibrate import RIDGES, Calibration, fit
+from lite3r_plugin.training.judge import Judge
+from lite3r_plugin.training.outputs import OutputReader
 from lite3r_plugin.training.record import AttentionSums, record
 
 __all__ = ["toy_adapter"]  # the fixture
@@ -220,6 +222,19 @@ def test_outputs_are_judged_on_inputs_that_a_fit_has_not_seen() -> None:
             after.append(error(x))
     assert report.after["outputs"] == pytest.approx(sum(after) / 3, rel=1e-3)
     assert report.after["outputs"] < report.before["outputs"]
+
+
+@pytest.mark.usefixtures("adapter")
+def test_draws_of_the_model_are_the_same_whatever_is_tried() -> None:
+    model = sparse_toy()
+    model.register_forward_pre_hook(lambda _, args: (args[0] + torch.randn_like(args[0]),))
+    judge = Judge(model, {}, OutputReader.of(model, None), 3)  # no site is exchanged, so nothing but draws could differ
+    torch.manual_seed(0)
+    with torch.no_grad():
+        record(model, {}, toy_inputs(3), 2, judge.see)
+        assert judge.without_branch() == {"outputs": 0.0}
+        assert judge.errors(lambda index: {}, lambda: None) == {"outputs": 0.0}
+    assert torch.rand(()) == torch.rand((), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.usefixtures("adapter")
