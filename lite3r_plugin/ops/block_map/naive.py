@@ -31,20 +31,24 @@ def negligible_blocks(key_blocks: int, negligible_ratio: float, kept: int, pinne
     return min(key_blocks - kept, math.floor(negligible_ratio * (key_blocks - pinned) + 1e-9))
 
 
-def density(tokens: int, keep_ratio: float, pinned_tokens: int, block_q: int, block_k: int) -> float:
+def density(
+    tokens: int, keep_ratio: float, pinned_tokens: int, block_q: int, block_k: int, *, keys: tuple[int, int] | None = None
+) -> float:  # fmt: skip
     """Share in [0, 1] of all (query block, key block) pairs that are computed exactly, pinned ones included.
 
     Args:
-        tokens: N; of none, all are computed.
+        tokens: Queries, and keys without `keys`; of none, all are computed.
         keep_ratio: In (0, 1], of the key blocks that are not pinned.
         pinned_tokens: The blocks of the first `pinned_tokens` tokens attend to all, and all attend to them.
         block_q, block_k: Tokens per block.
+        keys: The number of keys, and of those to which all attend, where they are other tokens than queries.
     """
-    if tokens == 0:
+    all_keys, pinned_keys = (tokens, pinned_tokens) if keys is None else keys
+    if tokens == 0 or all_keys == 0:
         return 1.0
-    rows, columns = -(-tokens // block_q), -(-tokens // block_k)
+    rows, columns = -(-tokens // block_q), -(-all_keys // block_k)
     pinned_rows = min(-(-pinned_tokens // block_q), rows)
-    kept = kept_blocks(columns, keep_ratio, -(-pinned_tokens // block_k))
+    kept = kept_blocks(columns, keep_ratio, -(-pinned_keys // block_k))
     return (pinned_rows * columns + (rows - pinned_rows) * kept) / (rows * columns)
 
 

@@ -78,7 +78,7 @@ def gradients(out: Tensor, leaves: Arguments, grad: Tensor) -> Gradients:
 
 def by_triton(arguments: Arguments, grad: Tensor, needed: Needed | None = None) -> Gradients:
     leaves = with_leaves(arguments, all_of(arguments) if needed is None else needed)
-    return gradients(backward.SparseLinearAttentionFunction.apply(*leaves), leaves, grad)
+    return gradients(backward.SparseLinearAttentionFunction.apply(*leaves)[0], leaves, grad)
 
 
 def by_definition(arguments: Arguments, grad: Tensor, needed: Needed, wide: bool) -> Gradients:
@@ -88,7 +88,7 @@ def by_definition(arguments: Arguments, grad: Tensor, needed: Needed, wide: bool
     negligible = block_map_naive.block_map(*means, **counts._asdict())[1]
     leaves = with_leaves(arguments, needed, wide)
     prepared = leaves.prepared(triton=False)
-    out = naive.sparse_linear_attention(
+    out, _ = naive.sparse_linear_attention(
         prepared.q, prepared.k, prepared.v, kv_indices, negligible=negligible, pinned=leaves.pinned_queries, scale=leaves.scale,
         linear=leaves.linear, feature_map=leaves.feature_map, proj=leaves.proj, block_means=leaves.block_means,
         block_q=leaves.block_q, block_k=leaves.block_k,
@@ -191,8 +191,8 @@ def test_only_what_is_asked_for(learns: tuple[str, ...], branch: Branch) -> None
 def test_no_other_gradient_is_returned(learns: tuple[str, ...]) -> None:
     arguments = some_arguments(LENGTHS[1], 32, torch.float32, BRANCHES[2], norm="layer")._replace(k_bias=torch.zeros(32, device=DEVICE))
     needed = Needed(*(name in learns for name in INPUTS))
-    out, saved = forward.train(needed, arguments)
-    found = backward.backward(random_grad(arguments), out, saved, needed, arguments)
+    out, _, saved = forward.train(needed, arguments)
+    found = backward.backward(random_grad(arguments), None, out, saved, needed, arguments)
     assert [x is not None for x in found] == list(needed)
 
 
@@ -231,7 +231,7 @@ def test_what_is_kept_without_marginal_blocks_is_written(options: dict[str, Any]
     arguments = some_arguments(LONG, 32, torch.float32, ("marginal", "softmax", True), **options)
     arguments = arguments._replace(pinned_tokens=LONG if "pinned_tokens" in options else 0)
     monkeypatch.setattr(Tensor, "new_empty", poisoned(Tensor.new_empty))
-    _, saved = forward.train(all_of(arguments), arguments)
+    *_, saved = forward.train(all_of(arguments), arguments)
     assert saved.state is not None
     assert saved.total is not None
     assert not saved.state.any()
@@ -243,7 +243,7 @@ def test_values_are_centred_on_their_mean() -> None:
     arguments = some_arguments(3 * BLOCK_K + 1, 32, torch.float32, ("marginal", "softmax", False))
     v = arguments.v + 10 * torch.randn(arguments.v.shape, device=DEVICE)
     arguments = arguments._replace(v=v)
-    _, saved = forward.train(all_of(arguments), arguments)
+    *_, saved = forward.train(all_of(arguments), arguments)
     torch.testing.assert_close(saved.mu, v.mean(2).flatten(0, 1))
 
 

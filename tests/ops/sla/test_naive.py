@@ -71,7 +71,7 @@ def expand_means(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("tokens", LENGTHS)
 def test_all_blocks_kept_is_softmax_attention(tokens: int) -> None:
     q, k, v = qkv(tokens)
-    out = naive.sparse_linear_attention(q, k, v, some_map(tokens, -(-tokens // BLOCK_K)), block_q=BLOCK_Q, block_k=BLOCK_K)
+    out, _ = naive.sparse_linear_attention(q, k, v, some_map(tokens, -(-tokens // BLOCK_K)), block_q=BLOCK_Q, block_k=BLOCK_K)
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v), **EXACT)
 
 
@@ -84,7 +84,7 @@ def test_every_form_equals_its_formula(tokens: int, means: bool, feature_map: st
     proj = torch.randn(D, D, dtype=torch.float64) if linear != "none" else None
     kept = min(2, -(-tokens // BLOCK_K))
     kv_indices, negligible = split_map(tokens, kept, left_out)
-    out = naive.sparse_linear_attention(
+    out, _ = naive.sparse_linear_attention(
         q, k, v, kv_indices, negligible=negligible, pinned=pinned, scale=0.3, linear=linear, feature_map=feature_map, proj=proj,
         block_means=means, block_q=BLOCK_Q, block_k=BLOCK_K,
     )  # fmt: skip
@@ -122,9 +122,9 @@ def test_work_in_slabs_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = qkv(160)
     kv_indices, proj = some_map(160, 3), torch.randn(D, D, dtype=torch.float64)
     options = dict(pinned=2, linear="marginal", proj=proj, block_means=True, block_q=BLOCK_Q, block_k=BLOCK_K)
-    whole = naive.sparse_linear_attention(q, k, v, kv_indices, **options)
+    whole, _ = naive.sparse_linear_attention(q, k, v, kv_indices, **options)
     monkeypatch.setattr(naive, "SLAB_BYTES", 1)
-    torch.testing.assert_close(naive.sparse_linear_attention(q, k, v, kv_indices, **options), whole, **EXACT)
+    torch.testing.assert_close(naive.sparse_linear_attention(q, k, v, kv_indices, **options)[0], whole, **EXACT)
 
 
 @pytest.mark.parametrize("linear", ["none", "all", "marginal"])
@@ -138,7 +138,7 @@ def test_gradients(linear: str, means: bool) -> None:
         options = dict(
             pinned=1, linear=linear, proj=proj if linear != "none" else None, block_means=means, block_q=BLOCK_Q, block_k=BLOCK_K
         )
-        return naive.sparse_linear_attention(q, k, v, kv_indices, **options)
+        return naive.sparse_linear_attention(q, k, v, kv_indices, **options)[0]
 
     assert torch.autograd.gradcheck(run, (q, k, v, proj), fast_mode=True)
 
@@ -147,5 +147,6 @@ def test_gradients_of_queries_without_a_marginal_block() -> None:
     """Pinned queries see everything exactly; their empty linear branch gives 0, not 0 / 0, also in FP32."""
     q, k, v = (x.float().requires_grad_() for x in qkv(67))
     proj = torch.randn(D, D, requires_grad=True)
-    out = naive.sparse_linear_attention(q, k, v, some_map(67, 2), pinned=1, linear="marginal", proj=proj, block_q=BLOCK_Q, block_k=BLOCK_K)
+    options = dict(pinned=1, linear="marginal", proj=proj, block_q=BLOCK_Q, block_k=BLOCK_K)
+    out, _ = naive.sparse_linear_attention(q, k, v, some_map(67, 2), **options)
     assert all(x.isfinite().all() for x in torch.autograd.grad((100 * out).sum(), (q, k, v, proj)))
