@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...errors import BackendError, ConfigError, shown
+from ..block_map import SegmentMask
 from ..dispatch import require_one_device, use_triton, without_autocast
 from ..options import Backend, FeatureMap, LinearBranch, check_choice, check_ratio, check_rope_base, check_share, is_int, is_number
 from ..qk_norm_rope import NO_NORM, HeadNorm, norm_tensors
@@ -58,18 +59,18 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, proj: Tensor, feature_m
 @overload
 def sparse_linear_attention(
     q: Tensor, k: Tensor, v: Tensor, *, keep_ratio: float, negligible_ratio: float = ..., order: Tensor | None = ...,
-    pinned_tokens: int = ..., keys: KeyTokens | None = ..., q_norm: HeadNorm | None = ..., k_norm: HeadNorm | None = ...,
-    positions: Tensor | None = ..., rope_base: float | None = ..., scale: float | None = ..., linear: str = ..., feature_map: str = ...,
-    proj: Tensor | None = ..., block_means: bool = ..., block_q: int = ..., block_k: int = ..., backend: str = ...,
-    return_lse: Literal[False] = ...,
+    pinned_tokens: int = ..., keys: KeyTokens | None = ..., mask: SegmentMask | None = ..., q_norm: HeadNorm | None = ...,
+    k_norm: HeadNorm | None = ..., positions: Tensor | None = ..., rope_base: float | None = ..., scale: float | None = ...,
+    linear: str = ..., feature_map: str = ..., proj: Tensor | None = ..., block_means: bool = ..., block_q: int = ..., block_k: int = ...,
+    backend: str = ..., return_lse: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def sparse_linear_attention(
     q: Tensor, k: Tensor, v: Tensor, *, keep_ratio: float, negligible_ratio: float = ..., order: Tensor | None = ...,
-    pinned_tokens: int = ..., keys: KeyTokens | None = ..., q_norm: HeadNorm | None = ..., k_norm: HeadNorm | None = ...,
-    positions: Tensor | None = ..., rope_base: float | None = ..., scale: float | None = ..., linear: str = ..., feature_map: str = ...,
-    proj: Tensor | None = ..., block_means: bool = ..., block_q: int = ..., block_k: int = ..., backend: str = ...,
-    return_lse: Literal[True],
+    pinned_tokens: int = ..., keys: KeyTokens | None = ..., mask: SegmentMask | None = ..., q_norm: HeadNorm | None = ...,
+    k_norm: HeadNorm | None = ..., positions: Tensor | None = ..., rope_base: float | None = ..., scale: float | None = ...,
+    linear: str = ..., feature_map: str = ..., proj: Tensor | None = ..., block_means: bool = ..., block_q: int = ..., block_k: int = ...,
+    backend: str = ..., return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def sparse_linear_attention(
     q: Tensor,
@@ -81,6 +82,7 @@ def sparse_linear_attention(
     order: Tensor | None = None,
     pinned_tokens: int = 0,
     keys: KeyTokens | None = None,
+    mask: SegmentMask | None = None,
     q_norm: HeadNorm | None = None,
     k_norm: HeadNorm | None = None,
     positions: Tensor | None = None,
@@ -107,6 +109,9 @@ def sparse_linear_attention(
             queries attend to them.
         keys: Order, pins and positions of keys, where they are other tokens (cross-attention, a cache), in any number: `order`,
             `pinned_tokens` and `positions` are then those of queries alone. ``KeyTokens()`` for keys of which there is nothing to say.
+        mask: Which keys a query may see, by segments of tokens: frame-causal, a window over frames, block-diagonal. Ratios are then of
+            the key blocks that all queries of a block may see, those that some may see are kept, and pins hold within the mask. All
+            forms of the operator respect it, in torch operators: the kernels have no masks.
         q_norm, k_norm, positions, rope_base: Norm and rotary embedding to apply first; see `prepare_qkv`.
         scale, linear, feature_map, proj, block_means, block_q, block_k: See `naive.sparse_linear_attention`.
         backend: ``"auto"``, ``"triton"`` or ``"naive"``.
@@ -128,7 +133,10 @@ def sparse_linear_attention(
     check_blocks(block_q, block_k)
     check_tensors(q, k, v, order, positions, proj, pinned_tokens, keys)
     cross, keys = keys is not None, keys or NO_KEYS
-    if not _kernels_take(block_q, block_k) and use_triton(backend, v):
+    if mask is not None:
+        check_mask(mask, q.shape[-2], k.shape[-2], cross)
+        require_one_device(v, **{"mask.queries": mask.queries, "mask.keys": mask.keys})
+    if not _kernels_take(block_q, block_k) and mask is None and use_triton(backend, v):
         raise BackendError(
             f'the kernels take blocks of 16 to 128 tokens, powers of two, got {block_q} and {block_k}; backend="naive" takes any'
         )
@@ -145,6 +153,7 @@ def sparse_linear_attention(
         q_kind=q_norm.kind, q_eps=q_norm.eps, k_kind=k_norm.kind, k_eps=k_norm.eps, rope_base=rope_base, scale=scale, linear=linear,
         feature_map=feature_map, block_means=block_means, block_q=block_q, block_k=block_k, backend=backend, cross=cross,
         key_order=keys.order, key_positions=keys.positions, key_pinned_tokens=keys.pinned_tokens, return_lse=return_lse,
+        mask_queries=mask and mask.queries, mask_keys=mask and mask.keys, mask_before=mask and mask.before, mask_after=mask and mask.after,
     )  # fmt: skip
     out, lse = _run(arguments)
     if not return_lse:
@@ -166,7 +175,7 @@ def _run(arguments: Arguments) -> tuple[Tensor, Tensor | None]:
         else:
             out, lse = operators.infer(*arguments), []
         return out.transpose(1, 2), lse[0] if lse else None
-    if any(needed) and use_triton(arguments.backend, arguments.v, needs_grad=True):
+    if any(needed) and forward.on_triton(arguments, needs_grad=True):
         from .backward import SparseLinearAttentionFunction
 
         return SparseLinearAttentionFunction.apply(*arguments)
@@ -229,6 +238,20 @@ def check_tensors(
     _check_side("", "q", q.shape[-2], order, positions, pinned_tokens)
     if keys is not None:
         _check_side("keys.", "k", k.shape[-2], keys.order, keys.positions, keys.pinned_tokens)
+
+
+def check_mask(mask: SegmentMask, queries: int, keys: int, cross: bool) -> None:
+    """Raise `ConfigError` unless `mask` fits that many queries and keys, which are other tokens if `cross`."""
+    if cross and mask.keys is None:
+        raise ConfigError("keys are other tokens than queries, so a SegmentMask must name their segments: SegmentMask(queries, keys)")
+    for name, x, tokens in (("queries", mask.queries, queries), ("keys", mask.keys, keys)):
+        if x is not None and (x.dim() != 1 or x.dtype not in (torch.int32, torch.int64)):
+            raise ConfigError(f"mask.{name} holds a segment for each token, [N] int32 or int64, got {list(x.shape)} {x.dtype}")
+        if x is not None and not torch.compiler.is_compiling() and len(x) != tokens:
+            raise ConfigError(f"mask.{name} names the segments of {len(x)} tokens, but there are {tokens}")
+    for name, x in (("before", mask.before), ("after", mask.after)):
+        if x is not None and (not is_int(x) or not 0 <= x < 2**31):
+            raise ConfigError(f"mask.{name} is a number of segments, not negative, or None for all, got {shown(x)}")
 
 
 def _check_side(prefix: str, tensor: str, tokens: int, order: Tensor | None, positions: Tensor | None, pinned_tokens: int) -> None:

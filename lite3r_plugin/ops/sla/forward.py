@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..block_map import block_map
+from ..block_map import block_map, masked_block_map
 from ..dispatch import on_device_of, use_triton, without_autocast
 from . import naive, saved
 from .saved import Saved
@@ -37,7 +37,19 @@ def run(arguments: Arguments, *, needs_grad: bool = False) -> tuple[Tensor, Tens
     arguments = arguments.contiguous()
     # Autocast would run the pooled scores and the linear state in half precision.
     with without_autocast(arguments.v), on_device_of(arguments.v):
-        return _on_triton(arguments) if use_triton(arguments.backend, arguments.v, needs_grad) else _on_torch(arguments)
+        return _on_triton(arguments) if on_triton(arguments, needs_grad) else _on_torch(arguments)
+
+
+def on_triton(arguments: Arguments, needs_grad: bool = False) -> bool:
+    """Whether the kernels run for this call; else torch operators do, which warns on a GPU.
+
+    Raises:
+        BackendError: the backend is ``"triton"`` and the kernels cannot take the call.
+    """
+    return use_triton(arguments.backend, arguments.v, needs_grad, None if arguments.mask_queries is None else NO_MASKS)
+
+
+NO_MASKS = "the kernels have no masks"
 
 
 def empty(arguments: Arguments) -> tuple[Tensor, Tensor | None]:
@@ -59,14 +71,19 @@ def in_host_order(x: Tensor, order: Tensor | None, dim: int) -> Tensor:
 
 def _on_torch(arguments: Arguments) -> tuple[Tensor, Tensor | None]:
     prepared = arguments.prepared(triton=False)
-    counts = arguments.block_counts()
-    kv_indices, negligible = block_map(
-        prepared.q_mean.detach(), prepared.k_mean.detach(), kept=counts.kept, pinned=counts.pinned, negligible=counts.negligible
-    )
+    means = prepared.q_mean.detach(), prepared.k_mean.detach()
+    mask = None if arguments.mask is None else arguments.mask.ordered(arguments.order, arguments.keys.order)
+    if mask is None:
+        kv_indices, negligible = block_map(*means, **arguments.block_counts()._asdict())
+    else:
+        kv_indices, negligible = masked_block_map(
+            *means, keep_ratio=arguments.keep_ratio, mask=mask.in_blocks(arguments.block_q, arguments.block_k),
+            pinned=arguments.pinned_keys, negligible_ratio=arguments.negligible_ratio if arguments.leaves_out else 0.0,
+        )  # fmt: skip
     out, lse = naive.sparse_linear_attention(
-        prepared.q, prepared.k, prepared.v, kv_indices, negligible=negligible, pinned=arguments.pinned_queries, scale=arguments.scale,
-        linear=arguments.linear, feature_map=arguments.feature_map, proj=arguments.proj, block_means=arguments.block_means,
-        block_q=arguments.block_q, block_k=arguments.block_k, return_lse=arguments.return_lse,
+        prepared.q, prepared.k, prepared.v, kv_indices, negligible=negligible, mask=mask, pinned=arguments.pinned_queries,
+        scale=arguments.scale, linear=arguments.linear, feature_map=arguments.feature_map, proj=arguments.proj,
+        block_means=arguments.block_means, block_q=arguments.block_q, block_k=arguments.block_k, return_lse=arguments.return_lse,
     )  # fmt: skip
     return in_host_order(out, arguments.order, -2), None if lse is None else in_host_order(lse, arguments.order, -1)
 

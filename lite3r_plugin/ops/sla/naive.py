@@ -13,6 +13,10 @@ no part in the sparse softmax and the branch over marginal blocks; all that are 
 Queries need not be as many as keys. Pinned query blocks (the first ones) attend to all keys; they have no marginal blocks. phi is
 softmax over the head dimension or elu + 1.
 
+With a mask each query has a set of keys that it may see, and sums over tokens are over those. Blocks are marginal or negligible only
+where the mask allows all of their pairs (`block_map.mask`), so a mean or a state never holds a key that may not be seen. A query that may
+see no key gets zeros, and -inf.
+
 The log-sum-exp of a query is the natural logarithm of the denominator of p: over the tokens of its critical blocks and, with
 `block_means`, over its marginal blocks as the one key each that they are there, which stands for |J| tokens by its log |J|. It is about
 the log-sum-exp over all keys then, and that over critical blocks alone without. What is negligible and the linear branch have no part
@@ -34,6 +38,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ...errors import ConfigError
+from ..block_map.mask import Allowed
 from ..qk_norm_rope.naive import block_means as mean_over_blocks
 from ..qk_norm_rope.naive import block_sizes
 
@@ -79,6 +84,7 @@ def sparse_linear_attention(
     kv_indices: Tensor,
     *,
     negligible: Tensor | None = None,
+    mask: Allowed | None = None,
     pinned: int = 0,
     scale: float | None = None,
     linear: str = "none",
@@ -94,8 +100,9 @@ def sparse_linear_attention(
     Args:
         q: ``[B, H, M, D]``.
         k, v: ``[B, H, N, D]``.
-        kv_indices: ``[B, H, ceil(M / block_q), kept]`` int, the critical key blocks of each query block.
-        negligible: ``[B, H, ceil(M / block_q), n]`` int, its negligible key blocks, or None.
+        kv_indices: ``[B, H, ceil(M / block_q), kept]`` int, the critical key blocks of each query block; -1 stands for none.
+        negligible: ``[B, H, ceil(M / block_q), n]`` int, its negligible key blocks, or None; -1 stands for none.
+        mask: What queries may see, in order, or None: all.
         pinned: The first `pinned` query blocks attend to all keys.
         scale: Factor of the scores, ``D ** -0.5`` by default.
         linear: ``"all"``, ``"marginal"`` or ``"none"``.
@@ -121,10 +128,10 @@ def sparse_linear_attention(
     values = _in_blocks(v.to(wide), block_k)
     sizes = block_sizes(tokens, block_k, q.device)
     valid = torch.arange(block_k, device=q.device) < sizes[:, None]  # [columns, block_k]
-    log_valid = torch.zeros_like(valid, dtype=wide).masked_fill(~valid, -torch.inf)
+    blocks = None if mask is None else mask.in_blocks(block_q, block_k)
     means = (mean_over_blocks(k, block_k), mean_over_blocks(v, block_k)) if block_means else ()
     states = ()  # H and Z, of every key block or of all tokens
-    if linear == "marginal":
+    if linear == "marginal" or (linear == "all" and mask is not None):
         features = phi(keys, feature_map) * valid[..., None]
         states = features.mT @ values, features.sum(-2)
     elif linear == "all":
@@ -135,37 +142,51 @@ def sparse_linear_attention(
     def attend(first: int, last: int, critical: Tensor, left_out: Tensor, q: Tensor, *_: Tensor) -> tuple[Tensor, Tensor | None]:
         """Of query blocks first..last, whose critical and negligible key blocks are given, [B, H, last - first, n] each."""
         rows = _in_blocks(q.to(wide)[..., first * block_q : last * block_q, :], block_q)
-        critical = critical.long()
+        there, critical, left_out = critical >= 0, critical.long().clamp(min=0), left_out.long()
         flat = critical.flatten(2)[..., None, None]
         near_k, near_v = (x.take_along_dim(flat, 2).unflatten(2, critical.shape[2:]).flatten(3, 4) for x in (keys, values))
-        bias = log_valid[critical].flatten(3)
-        marginal = torch.ones(*critical.shape[:3], columns, dtype=torch.bool, device=q.device).scatter(
-            -1, torch.cat((critical, left_out), -1), False
-        )
+        seen = (valid[critical] & there[..., None]).flatten(3)[..., None, :]  # by all queries of a block, [B, H, rows, 1, tokens]
+        marginal = _not_listed(torch.cat((torch.where(there, critical, columns), left_out), -1), columns)
+        if mask is not None and blocks is not None:
+            bounds = (_in_blocks(x[first * block_q : last * block_q, None], block_q) for x in (mask.first, mask.last))
+            segments = _in_blocks(mask.keys[:, None], block_k)[critical, :, 0].flatten(3)[..., None, :]
+            least, greatest = bounds
+            seen = seen & (segments >= least) & (segments <= greatest)  # [B, H, rows, block_q, tokens]
+            marginal = marginal & blocks.allowed(slice(first, last))
         if block_means:
             mean_k, mean_v = (x[:, :, None].expand(-1, -1, rows.shape[2], -1, -1) for x in means)
-            near_k, near_v = torch.cat((near_k, mean_k), 3), torch.cat((near_v, mean_v), 3)
-            bias = torch.cat((bias, sizes.to(wide).log().where(marginal, -torch.inf)), 3)
-        lse = None
-        if return_lse:
-            scores = rows @ near_k.mT * scale + bias[..., None, :]
-            lse = scores.logsumexp(-1)
-            out = (scores - lse[..., None]).exp() @ near_v
-            lse = lse.flatten(2, 3)
+            every_k, every_v = torch.cat((near_k, mean_k), 3), torch.cat((near_v, mean_v), 3)
+            log_sizes = sizes.to(wide).log().where(marginal, -torch.inf)[..., None, :].expand(*seen.shape[:-1], -1)
         else:
+            every_k, every_v, log_sizes = near_k, near_v, rows.new_empty(*seen.shape[:-1], 0)
+        bias = torch.cat((torch.zeros_like(seen, dtype=wide).masked_fill(~seen, -torch.inf), log_sizes), -1)
+        if return_lse or mask is not None:
+            sees = (bias > -torch.inf).any(-1, keepdim=True)
+            scores = rows @ every_k.mT * scale + torch.where(sees, bias, 0)
+            lse = scores.logsumexp(-1, keepdim=True)
+            out = torch.where(sees, (scores - lse).exp() @ every_v, 0)
+            lse = torch.where(sees, lse, -torch.inf).flatten(2)
+        else:
+            lse = None
             out = F.scaled_dot_product_attention(
-                *(x.flatten(0, 2)[:, None] for x in (rows, near_k, near_v)), attn_mask=bias.flatten(0, 2)[:, None, None], scale=scale
+                *(x.flatten(0, 2)[:, None] for x in (rows, every_k, every_v)), attn_mask=bias.flatten(0, 2)[:, None], scale=scale
             ).view_as(rows)
         if proj is None:
             return out.flatten(2, 3), lse
-        if linear == "all":
+        features = phi(rows, feature_map)
+        if linear == "all" and mask is None:
             state, total = (x[:, :, None] for x in states)
+        elif linear == "all" and blocks is not None:
+            state, total = (over_marginal(blocks.allowed(slice(first, last)).expand_as(marginal), x) for x in states)
         else:
             state, total = (over_marginal(marginal, x) for x in states)
-        features = phi(rows, feature_map)
-        norm = features @ total[..., None]
-        norm = torch.where(norm > 0, norm, 1)  # without a marginal block 0 / 0 is 0, and so is its gradient
-        return (out + features @ state / norm @ proj.mT).flatten(2, 3), lse
+        summed, norm = features @ state, features @ total[..., None]
+        if linear == "all" and blocks is not None:  # token by token where blocks are partly allowed: those are critical
+            partly = ~blocks.allowed(slice(first, last)).expand_as(marginal).take_along_dim(critical, -1)
+            pairs = features @ phi(near_k, feature_map).mT * (seen & partly.repeat_interleave(block_k, -1)[..., None, :])
+            summed, norm = summed + pairs @ near_v, norm + pairs.sum(-1, keepdim=True)
+        norm = torch.where(norm > 0, norm, 1)  # without a key 0 / 0 is 0, and so is its gradient
+        return (out + summed / norm @ proj.mT).flatten(2, 3), lse
 
     def slabs(first: int, last: int, near: int) -> range:
         row_bytes = batch * heads * 4 * (near * block_k * (2 * dim + 2 * block_q) + (dim * dim if linear == "marginal" else 0))
@@ -180,7 +201,7 @@ def sparse_linear_attention(
         for start in steps:
             stop = min(start + steps.step, last)
             critical = everything.expand(-1, -1, stop - start, -1) if last == pinned else kv_indices[:, :, start:stop]
-            left_out = critical[..., :0] if negligible is None else negligible[:, :, start:stop].long()
+            left_out = critical[..., :0] if negligible is None else negligible[:, :, start:stop]
             arguments: tuple[Any, ...] = (start, stop, critical, left_out, q, k, v) + (() if proj is None else (proj,))
             if torch.is_grad_enabled() and any(x.requires_grad for x in arguments[4:]):
                 out, lse = checkpoint(attend, *arguments, use_reentrant=False)
@@ -230,6 +251,12 @@ def merge(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Te
     return merged.to(outputs[0].dtype), torch.where(seen, top + total.log(), -torch.inf)  # type: ignore[union-attr]
 
 
+def _not_listed(listed: Tensor, columns: int) -> Tensor:
+    """``[..., columns]`` bool of those that are not in ``[..., n]``, whose entries are below columns; others stand for none."""
+    listed = torch.where(listed < 0, columns, listed)
+    return listed.new_ones(*listed.shape[:-1], columns + 1, dtype=torch.bool).scatter(-1, listed, False)[..., :columns]
+
+
 def _in_blocks(x: Tensor, block: int) -> Tensor:
-    """``[B, H, N, D] -> [B, H, ceil(N / block), block, D]``, padded with zeros."""
+    """``[..., N, D] -> [..., ceil(N / block), block, D]``, padded with zeros."""
     return F.pad(x, (0, 0, 0, -x.shape[-2] % block)).unflatten(-2, (-1, block))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import register, use_triton
+from ..dispatch import register
 from . import forward, saved
 from .saved import Saved
 from .signature import INPUTS, Arguments, Gradients, Needed, schema
@@ -27,10 +27,6 @@ from .signature import INPUTS, Arguments, Gradients, Needed, schema
 def _rows_first(x: Tensor) -> Tensor:
     """``[B, H, N, D] -> [B, N, H, D]`` contiguous; free for what the kernels return."""
     return x.transpose(1, 2).contiguous()
-
-
-def _trains_on_triton(arguments: Arguments) -> bool:
-    return use_triton(arguments.backend, arguments.v, needs_grad=True)
 
 
 def _infer(*flat: Any) -> Tensor:
@@ -45,7 +41,7 @@ def _infer_lse(*flat: Any) -> tuple[Tensor, Tensor]:
 
 def _train(needed: list[bool], *flat: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     arguments = Arguments(*flat)
-    if _trains_on_triton(arguments):
+    if forward.on_triton(arguments, needs_grad=True):
         out, lse, kept = forward.train(Needed(*needed), arguments)
     else:
         (out, lse), kept = forward.run(arguments, needs_grad=True), Saved()
@@ -89,7 +85,7 @@ def _fake_infer_lse(*flat: Any) -> tuple[Tensor, Tensor]:
 
 def _fake_train(needed: list[bool], *flat: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     arguments = Arguments(*flat)
-    kept = saved.empty(Needed(*needed), arguments).tensors() if _trains_on_triton(arguments) else []
+    kept = saved.empty(Needed(*needed), arguments).tensors() if forward.on_triton(arguments, needs_grad=True) else []
     return _fake_infer(*flat), [_fake_infer_lse(*flat)[1]] if arguments.return_lse else [], kept
 
 

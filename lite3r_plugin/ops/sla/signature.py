@@ -12,7 +12,7 @@ from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_
 
 from torch import Tensor
 
-from ..block_map import kept_blocks, negligible_blocks
+from ..block_map import SegmentMask, kept_blocks, negligible_blocks
 from ..qk_norm_rope import HeadNorm, Prepared, Tokens, prepare_qkv
 
 Learns = Annotated[Tensor, "may need a gradient"]
@@ -33,6 +33,7 @@ class Arguments(NamedTuple):
         cross: Whether keys are other tokens than queries. Else `order`, `positions` and `pinned_tokens` are those of keys too.
         key_order, key_positions, key_pinned_tokens: Those of keys, where they are other tokens.
         return_lse: Whether the log-sum-exp of queries is wanted.
+        mask_queries, mask_keys, mask_before, mask_after: The fields of a `SegmentMask`; without a mask all are None.
     """
 
     q: Learns
@@ -65,6 +66,10 @@ class Arguments(NamedTuple):
     key_positions: Tensor | None = None
     key_pinned_tokens: SymInt = 0
     return_lse: bool = False
+    mask_queries: Tensor | None = None
+    mask_keys: Tensor | None = None
+    mask_before: int | None = None
+    mask_after: int | None = None
 
     def contiguous(self) -> Arguments:
         """With those tensors contiguous that kernels read as they lie in memory: a user, a compiler or a hook may have changed that."""
@@ -117,6 +122,13 @@ class Arguments(NamedTuple):
     def tokens(self) -> int:
         """N."""
         return self.v.shape[-2]
+
+    @property
+    def mask(self) -> SegmentMask | None:
+        """Which keys queries may see, in host order; None: all."""
+        if self.mask_queries is None:
+            return None
+        return SegmentMask(self.mask_queries, self.mask_keys, self.mask_before, self.mask_after)
 
     @property
     def rows(self) -> int:
