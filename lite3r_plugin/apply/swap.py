@@ -31,8 +31,8 @@ def put_in(plan: ApplyPlan, changes: Changes) -> ModelState:
     Everything is made before anything is put in.
     """
     state = ModelState(
-        plan.adapter, plan.config, phase="full" if plan.training is None else "fp8_qat", skipped=dict(plan.skipped), routed=dict(plan.routed),
-        sites=plan.sites, blocks=plan.blocks, hosts=tuple(swap.host for swap in plan.swaps),
+        plan.adapter, plan.config, phase="full" if plan.training is None else "fp8_qat", skipped=dict(plan.skipped),
+        routed=dict(plan.routed), sites=plan.sites, blocks=plan.blocks, hosts=tuple(swap.host for swap in plan.swaps),
         trackers={name: GridTracker(source) for name, (_, source) in plan.image_modules.items()},
         rewrites=tuple(plan.rewrites.made.values()), rewritten=plan.rewrites.done, not_rewritten=plan.rewrites.left,
     )  # fmt: skip

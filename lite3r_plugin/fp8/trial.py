@@ -40,7 +40,8 @@ class BlockTrials:
 
     def of(self, site: AttentionSite, host: nn.Module) -> BlockVerdict:
         """What the trial of the block of `site` found, which is `host`. Nothing in the host changes."""
-        assert (block := site.block) is not None
+        block = site.block
+        assert block is not None
         attention = host.get_submodule(site.fqn[len(block.fqn) + 1 :])
         linears: dict[nn.Module, Any] = {linear: linear for linear in (host.get_submodule(block.up), host.get_submodule(block.down))}
         # Of a site the signature says nothing; it remembers its host's.
@@ -56,7 +57,8 @@ class BlockTrials:
         return self._verdicts[key]
 
     def _try(self, site: AttentionSite, host: nn.Module, stand_in: _StandIn) -> BlockVerdict:
-        assert (block := site.block) is not None
+        block = site.block
+        assert block is not None
         width = host.get_submodule(block.up).in_features
         if reason := self._differs(site, host, stand_in, width, {}):
             return BlockVerdict(reason)
@@ -92,8 +94,7 @@ class _StandIn(nn.Module):
         self.given: dict[str, Any] = {}
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        given = dict(zip(self.names[1:], args, strict=False)) | {
-            f"number {i}": value for i, value in enumerate(args[len(self.names) - 1 :])
-        }
-        self.given = {name: value for name, value in (given | kwargs).items() if value is not None and value is not False}
+        given: dict[str, Any] = dict(zip(self.names[1:], args, strict=False)) | kwargs
+        given |= {f"number {i + 2}": value for i, value in enumerate(args) if i + 1 >= len(self.names)}  # of an attention with *args
+        self.given = {name: value for name, value in given.items() if value is not None and value is not False}
         return x.flip(-1) * 0.7 + x.roll(1, -2)

@@ -66,9 +66,8 @@ class RoutedStyle(ProjectionStyle):
                 refused = self._crossing(families, query, value)
             if refused is not None:
                 module.note(refused)
-                return F.scaled_dot_product_attention(
-                    query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-                )
+                options = dict(attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
+                return F.scaled_dot_product_attention(query, key, value, **options)
             return module.attend(AttentionInputs(query, key, value, scale=scale))
 
         try:
@@ -81,7 +80,7 @@ class RoutedStyle(ProjectionStyle):
                     f"site {self.site.fqn!r}: {reason}, and it was given an object that may remember the first call, so that it cannot be "
                     f"begun again: leave it to the host by apply_lite3r(model, exclude=({self.site.fqn!r},))"
                 ) from None
-            module.leave(reason)
+            module.leave_to_host(reason)
             return module.run_host(*args, **kwargs)
         if not calls:
             module.note(f"its forward does not call scaled_dot_product_attention{_way_out(module)}")
