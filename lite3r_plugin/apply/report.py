@@ -133,9 +133,8 @@ class Description:
         yield from _counted((s for s in sparse if s.keep_ratio == 1), lambda s: f"{s.scope} sites dense: keep_ratio 1{branch}")
         dense = (s for s in self.sites if not s.sparse and s.left is None)
         yield from _counted(dense, lambda s: f"{s.scope} sites dense, norm and rotary embedding fused")
-        yield from _counted(
-            (s for s in self.sites if s.left is not None), lambda s: f"{s.scope} sites dense, in the host's own code: {s.left}"
-        )
+        left = (s for s in self.sites if s.left is not None)
+        yield from _counted(left, lambda s: f"{s.scope} sites dense, in the host's own code: {s.left}")
         for reasons, what in ((self.skipped, "untouched"), (self.routed, "have q, k and v made by the host's own code")):
             for reason, count in Counter(reasons.values()).items():
                 yield f"{count} sites {what}: {reason}"
@@ -176,9 +175,7 @@ def describe(model: nn.Module) -> Description:
         adapter=state.adapter,
         config=state.config,
         phase="fp8" if found.converted else state.phase,
-        sites=tuple(
-            SiteDescription(fqn, m.site.scope, m.sparse, m.keep_ratio, m.calls, m.left, _pinned(m)) for fqn, m in attention.items()
-        ),
+        sites=tuple(_described(fqn, module) for fqn, module in attention.items()),
         skipped=dict(state.skipped),
         routed=dict(state.routed),
         rewritten=state.rewritten,
@@ -213,6 +210,10 @@ def _counted(sites: Iterable[SiteDescription], words: Callable[[SiteDescription]
 
 def _ran(site: SiteDescription) -> bool:
     return any((site.calls.sparse, site.calls.dense, site.calls.host, site.calls.disabled))
+
+
+def _described(fqn: str, module: SparseLinearAttention) -> SiteDescription:
+    return SiteDescription(fqn, module.site.scope, module.sparse, module.keep_ratio, module.calls, module.left, _pinned(module))
 
 
 def _pinned(module: SparseLinearAttention) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..adapter.sites import AttentionSite, TokenLayout
 from ..costs.attention import break_even
 from ..costs.model import SparseShares
+from ..errors import LayoutError
 from ..ops.block_map import density
 from ..ops.dispatch import SlowPathWarning, require_one_device, use_triton
 from ..ops.fp8 import fake_quantize
@@ -219,7 +220,14 @@ class SparseLinearAttention(HostWrapper):
         if self.sparse and self.state.config.attention_backend == "triton":
             use_triton("triton", inputs.v)  # raises also where this length runs dense
         tracker = self._tracker()
-        out = self._by_policy(inputs, None if tracker is None else tracker.layout(self.site.fqn, inputs.v.shape[-2]))
+        try:
+            layout = None if tracker is None else tracker.layout(self.site.fqn, inputs.v.shape[-2])
+        except LayoutError:
+            if tracker is None or tracker.source.strict:
+                raise
+            self.note("its tokens are not those of whole images")
+            return self.dense(inputs)
+        out = self._by_policy(inputs, layout)
         if tracker is not None:
             tracker.watch(out)
         return out
