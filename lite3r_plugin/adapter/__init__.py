@@ -7,6 +7,7 @@ from .outputs import ModelOutputs, OutputsFunction
 from .plugins import AdapterInfo, AdapterWarning, find_outputs, find_rewrites, find_sites, get_manager, list_adapters, model_entries
 from .rewrites import ExactRewrite, Trial
 from .sites import AttentionSite, FusedQKV, PreNormBlock, Projections, Rope2D, Routed, SeparateQKV, TokenLayout, TokenSource
+from .trials import like
 
 __all__ = [
     "AdapterInfo",
@@ -33,6 +34,7 @@ __all__ = [
     "forward_parameters",
     "get_manager",
     "hookimpl",
+    "like",
     "list_adapters",
     "model_entries",
 ]

@@ -148,6 +148,8 @@ class TokenSource:
             and that runs before the attention sites in every forward (the patch embedding is the natural choice).
         patch_size: Height and width of a patch in pixels. The grid is ``(H // patch_h, W // patch_w)``.
         special_tokens: Number of camera, register or class tokens in front of the patches of each view.
+        strict: Whether a sequence that is not of such views is a mistake and raises `LayoutError`. False, for adapters of many models:
+            it may be a window, or miss patches, and that call runs dense in the host's own code.
 
     Raises:
         AdapterError: `patch_size` is no pair of positive integers, or `special_tokens` no number of tokens.
@@ -156,6 +158,7 @@ class TokenSource:
     image_module: str
     patch_size: tuple[int, int]
     special_tokens: int = 0
+    strict: bool = True
 
     def __post_init__(self) -> None:
         size = self.patch_size

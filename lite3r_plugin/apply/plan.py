@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from ..adapter.plugins import find_sites
-from ..adapter.sites import AttentionSite, TokenSource
+from ..adapter.sites import AttentionSite, Routed, TokenSource
 from ..attention.branch import branch_device, why_not_written
 from ..attention.styles.registry import check_projections, style_of
+from ..attention.trial import Trials
 from ..config import Lite3RConfig, matches
 from ..errors import AdapterError, AlreadyAppliedError, BackendError, ConfigError, NoSitesError, WeightsError
 from ..fp8.block import check_block
@@ -27,11 +29,12 @@ from .lookup import Inventory
 
 @dataclass(frozen=True)
 class Swap:
-    """One attention module to take the place of: the module, its description, and whether it becomes sparse."""
+    """One attention module to take the place of: the module, its description, whether it becomes sparse, why it is left to the host."""
 
     host: nn.Module
     site: AttentionSite
     sparse: bool
+    left: str | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -45,6 +48,7 @@ class ApplyPlan:
         sites: All sites that the adapter named.
         swaps: What is taken the place of, each module once.
         skipped: Sites that stay as they are, with the reason.
+        routed: Sites whose q, k and v the host's own forward makes although the adapter describes how, with the reason.
         image_modules: The modules that are given the images, by the name that the sites use, and how each is read.
         blocks: The transformer blocks by name.
         linears: Their Linears.
@@ -59,6 +63,7 @@ class ApplyPlan:
     sites: tuple[AttentionSite, ...]
     swaps: tuple[Swap, ...]
     skipped: dict[str, str]
+    routed: dict[str, str]
     image_modules: dict[str, tuple[nn.Module, TokenSource]]
     blocks: dict[str, nn.Module]
     linears: list[BlockLinear]
@@ -114,28 +119,19 @@ def plan_application(found: Inventory, config: Lite3RConfig, *, with_weights: bo
     hosts = _find_hosts(found, adapter, sites)
     scopes = _sparse_scopes(config, adapter, sites)
     _check_keep_ratios(config, [site.fqn for site in sites if site.scope in scopes])
+    if unused := [pattern for pattern in config.exclude if not any(matches(pattern, site.fqn) for site in sites)]:
+        raise ConfigError(f"exclude names {unused[:3]}, which match no site of this {found.name}; those are like {sites[0].fqn!r}")
     for site in sites:
         with _naming(adapter):
             check_block(found.modules, site)
-    swaps: dict[nn.Module, Swap] = {}  # a module with two names is swapped once
-    skipped: dict[str, str] = {}
-    sources: list[TokenSource] = []
-    for site in sites:
-        sparse, host = site.scope in scopes, hosts[site.fqn]
-        if not sparse and not (config.fuse and forward_parameters(host) is not None and style_of(site, host).fuses):
-            skipped[site.fqn] = f"scope {site.scope!r} stays dense"
-            continue
-        with _naming(adapter):
-            check_projections(site, host)
-        if sparse and config.attention_backend == "triton" and site.head_dim not in TRITON_HEAD_DIMS:
-            raise BackendError(
-                f'site {site.fqn!r} has head_dim {site.head_dim}; the Triton kernels take {TRITON_HEAD_DIMS}. Use attention_backend="auto"'
-            )
-        if sparse and site.tokens is not None:
-            sources.append(site.tokens)
-        if sparse and config.linear_branch != "none":
-            _check_device(found, site, host)
-        swaps.setdefault(host, Swap(host, site, sparse))
+    chosen = _choose(found, adapter, sites, hosts, scopes, config)
+    swaps, skipped = chosen.swaps, chosen.skipped
+    if config.precision == "full" and not any(swap.sparse for swap in swaps.values()):
+        raise NoSitesError(_why_nothing(found, chosen))
+    if not swaps:  # FP8 needs what the attention modules keep for all of the model
+        swaps = {hosts[fqn]: Swap(hosts[fqn], site, False, skipped.pop(fqn)) for fqn, site in ((site.fqn, site) for site in sites)}
+    sites = [_routed(site) if site.fqn in chosen.routed else site for site in sites]
+    sources = [swap.site.tokens for swap in swaps.values() if swap.sparse and swap.site.tokens is not None]
     image_modules = _find_image_modules(found, adapter, sources)
     blocks = find_blocks(found.modules, [site for site in sites if site.scope != "camera" or "camera" in scopes])
     linears = find_linears(found.modules, {name: [name] for name in blocks})
@@ -146,8 +142,9 @@ def plan_application(found: Inventory, config: Lite3RConfig, *, with_weights: bo
         conversion = plan_conversion(linears, sites, config, None, again=False, model=found.name)
     rewrites = (plan_rewrites(found.model, found.modules) if config.exact_rewrites else None) or NO_REWRITES
     return ApplyPlan(
-        found, adapter, config, tuple(sites), tuple(swaps.values()), skipped, image_modules, blocks, linears, training, conversion, rewrites
-    )
+        found, adapter, config, tuple(sites), tuple(swaps.values()), skipped, chosen.routed, image_modules, blocks, linears, training,
+        conversion, rewrites,
+    )  # fmt: skip
 
 
 def plan_training(linears: Sequence[BlockLinear], config: Lite3RConfig) -> list[nn.Linear]:
@@ -245,6 +242,62 @@ def _check_device(found: Inventory, site: AttentionSite, host: nn.Module) -> Non
             f"the weights of site {site.fqn!r} are on the meta device and come only for a call of {owner or 'the model'} as a whole "
             "(CPU offload): call apply_lite3r first, offload then"
         )
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What becomes of the sites: `swaps` by host, each module once, `skipped` and `routed` as in `ApplyPlan`."""
+
+    swaps: dict[nn.Module, Swap]
+    skipped: dict[str, str]
+    routed: dict[str, str]
+
+
+def _choose(
+    found: Inventory, adapter: str, sites: Sequence[AttentionSite], hosts: Mapping[str, nn.Module], scopes: set[str], config: Lite3RConfig
+) -> _Choice:
+    """What becomes of each of `sites`, whose modules are `hosts`, where those of `scopes` are to be sparse."""
+    chosen, trials = _Choice({}, {}, {}), Trials()
+    for site in sites:
+        sparse, host = site.scope in scopes, hosts[site.fqn]
+        if config.excludes(site.fqn):
+            chosen.skipped[site.fqn] = "excluded"
+            continue
+        if not sparse and not (config.fuse and forward_parameters(host) is not None and style_of(site, host).fuses):
+            chosen.skipped[site.fqn] = f"scope {site.scope!r} stays dense"
+            continue
+        with _naming(adapter):
+            check_projections(site, host)
+        left, verdict = None, trials.of(site, host)
+        if verdict.refused is not None and not sparse:
+            chosen.skipped[site.fqn] = (
+                f"scope {site.scope!r} stays dense, not fused, since the trial of its projections failed: {verdict.refused}"
+            )
+            continue
+        if verdict.refused is not None:
+            chosen.routed[site.fqn] = verdict.refused
+            site = _routed(site)
+            if verdict.attention_calls not in (None, 1):
+                left = f"it calls scaled_dot_product_attention {verdict.attention_calls} times, not once"
+        if sparse and config.attention_backend == "triton" and site.head_dim not in TRITON_HEAD_DIMS:
+            raise BackendError(
+                f'site {site.fqn!r} has head_dim {site.head_dim}; the Triton kernels take {TRITON_HEAD_DIMS}. Use attention_backend="auto"'
+            )
+        if sparse and config.linear_branch != "none":
+            _check_device(found, site, host)
+        chosen.swaps.setdefault(host, Swap(host, site, sparse and left is None, left))
+    return chosen
+
+
+def _routed(site: AttentionSite) -> AttentionSite:
+    return dataclasses.replace(site, projections=Routed(site.projections.num_heads))
+
+
+def _why_nothing(found: Inventory, chosen: _Choice) -> str:
+    reasons = {why: fqn for fqn, why in chosen.skipped.items()}
+    reasons |= {swap.left or "its scope stays dense": swap.site.fqn for swap in chosen.swaps.values()}
+    listed = "; ".join(f"{why} (such as {fqn!r})" for why, fqn in reasons.items())
+    return f"no attention of this {found.name} would become sparse: {listed}"
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ into FP8 one by one: what they were is gone. `remove_lite3r` takes out whatever 
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -30,12 +31,12 @@ def put_in(plan: ApplyPlan, changes: Changes) -> ModelState:
     Everything is made before anything is put in.
     """
     state = ModelState(
-        plan.adapter, plan.config, phase="full" if plan.training is None else "fp8_qat", skipped=dict(plan.skipped), sites=plan.sites,
-        blocks=plan.blocks, hosts=tuple(swap.host for swap in plan.swaps),
+        plan.adapter, plan.config, phase="full" if plan.training is None else "fp8_qat", skipped=dict(plan.skipped),
+        routed=dict(plan.routed), sites=plan.sites, blocks=plan.blocks, hosts=tuple(swap.host for swap in plan.swaps),
         trackers={name: GridTracker(source) for name, (_, source) in plan.image_modules.items()},
         rewrites=tuple(plan.rewrites.made.values()), rewritten=plan.rewrites.done, not_rewritten=plan.rewrites.left,
     )  # fmt: skip
-    made = {swap.host: SparseLinearAttention(swap.host, swap.site, state, swap.sparse) for swap in plan.swaps}
+    made = {swap.host: SparseLinearAttention(swap.host, swap.site, state, swap.sparse, swap.left) for swap in plan.swaps}
     rounding: dict[nn.Module, nn.Module] = {linear: FakeQuantLinear(linear) for linear in plan.training or ()}
     if plan.training is not None:
         state.notes["left"] = _left(left_linears(plan.linears, plan.config))
@@ -98,7 +99,9 @@ def run_in_fp8(found: Inventory, state: ModelState, left: dict[str, int], change
     changes.put(vars(state), "phase", "fp8")
     changes.put(state.notes, "left", _left(left))
     takes_fp8 = {module.site.fqn for module in found.attention.values() if module.takes_fp8}
-    fuse_blocks(changes, found.modules, state.sites, state.blocks, takes_fp8)
+    differing = fuse_blocks(changes, found.modules, state.sites, state.blocks, takes_fp8)
+    reasons = Counter(differing.values())
+    changes.put(state.notes, "blocks", [f"{count} blocks run their own forward on FP8 Linears: {why}" for why, count in reasons.items()])
 
 
 def _left(left: dict[str, int]) -> list[str]:

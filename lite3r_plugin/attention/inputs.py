@@ -1,4 +1,4 @@
-"""What every projection style hands to attention, and how it refuses what attention cannot do."""
+"""What every projection style hands to attention."""
 
 from __future__ import annotations
 
@@ -29,11 +29,3 @@ class AttentionInputs:
     positions: Tensor | None = None
     rope_base: float | None = None
     scale: float | None = None
-
-
-def refusal(fqn: str, what: str) -> str:
-    """The message of the error for a forward of the site `fqn` that asked for `what`."""
-    return (
-        f"site {fqn!r} was given {what}, which sparse-linear attention does not support. Run it inside "
-        "lite3r_disabled(model), or leave its scope out of Lite3RConfig.scopes"
-    )

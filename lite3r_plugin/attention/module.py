@@ -8,6 +8,7 @@ always there, whole, to run the dense model or to be put back.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 from ..adapter.sites import AttentionSite, TokenLayout
 from ..costs.attention import break_even
 from ..costs.model import SparseShares
+from ..errors import LayoutError
 from ..ops.block_map import density
-from ..ops.dispatch import require_one_device, use_triton
+from ..ops.dispatch import SlowPathWarning, require_one_device, use_triton
 from ..ops.fp8 import fake_quantize
 from ..ops.qk_norm_rope import norm_rope
 from ..ops.sla import linear_attention, sparse_linear_attention
@@ -45,6 +47,7 @@ class SparseLinearAttention(HostWrapper):
         site: Its description.
         state: What the sites of the model share.
         sparse: False for a site that stays dense and only has its norm and rotary embedding fused.
+        left: Why the host's own forward is to run in every call; None where it is not.
 
     Attributes:
         proj_lin: The ``[D, D]`` map of the linear branch, FP32, without bias, shared by all heads, zero at the start
@@ -53,11 +56,12 @@ class SparseLinearAttention(HostWrapper):
         style: How q, k and v are made.
         argument_names: The arguments of the host's forward.
         enabled: False runs the host's own forward.
+        left: As above. A site is left later, too, where its host turns out to attend several times in one forward.
         calls: What ran so far.
         te_projection: Runs `proj_lin` in TransformerEngine where gradients are wanted, or None.
     """
 
-    def __init__(self, host: nn.Module, site: AttentionSite, state: ModelState, sparse: bool) -> None:
+    def __init__(self, host: nn.Module, site: AttentionSite, state: ModelState, sparse: bool, left: str | None = None) -> None:
         super().__init__(host)
         self.site = site
         self.state = state
@@ -66,21 +70,43 @@ class SparseLinearAttention(HostWrapper):
         self.keep_ratio = state.config.keep_ratio_of(site.fqn) if sparse else 1.0
         self.shares = SparseShares.of(state.config, site.fqn)
         self.enabled = True
+        self.left = left
         self._observers: tuple[tuple[Observer], ...] = ()  # each in a tuple of its own, by which it is told from others like it
         self._substitutes: tuple[tuple[Substitute], ...] = ()
         self.calls = CallCounts()
         self.style = style_of(site, host, state.config.fuse)
         self.argument_names = self.style.argument_names
+        if sparse and left is None and not self.style.replaces and self.keep_ratio == 1 and state.config.patterns:
+            self.left = None if state.config.linear_branch == "all" else "keep_ratio 1"
         self.te_projection: Any = None
         if sparse and state.config.linear_branch != "none":
             self.proj_lin = make_branch(host, site.head_dim)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the host's forward. Raises `UnsupportedAttentionError` for masks, causal order and attention dropout."""
-        if not self.enabled:
-            self._count("disabled")
+        """As the host's forward. What has no sparse form (masks, causal order, dropout of weights) runs in the host's own code."""
+        if not self.enabled or self.left is not None:
+            self._count("host" if self.enabled else "disabled")
             return self.run_host(*args, **kwargs)
         return self.style.run(self, args, kwargs)
+
+    def note(self, reason: str) -> None:
+        """Take note that a call runs dense in the host's own code, and why; warn of each reason once."""
+        if torch.compiler.is_compiling():
+            return
+        self._count("host")
+        self.calls.reason = reason
+        if reason not in self.state.warned:
+            self.state.warned.add(reason)
+            warnings.warn(
+                f"Lite3R: site {self.site.fqn!r}, and those of which the same is true, runs dense in the host's own code: {reason}",
+                SlowPathWarning,
+                stacklevel=2,
+            )
+
+    def leave_to_host(self, reason: str) -> None:
+        """Let the host's own forward run from now on; as `note`."""
+        self.note(reason)
+        self.left = reason
 
     def child(self, name: str) -> Any:
         """The host's child of that name, as it is now."""
@@ -89,7 +115,7 @@ class SparseLinearAttention(HostWrapper):
     @property
     def takes_fp8(self) -> bool:
         """Whether its input may be in FP8 already, a `Quantized` instead of a tensor: nothing but its FP8 Linears reads it."""
-        return self.style.takes_fp8(self.child)
+        return self.left is None and self.style.takes_fp8(self.child)
 
     def round_projection(self, changes: Changes) -> None:
         """Put into `proj_lin`, for good, the weight that training for FP8 used."""
@@ -194,7 +220,14 @@ class SparseLinearAttention(HostWrapper):
         if self.sparse and self.state.config.attention_backend == "triton":
             use_triton("triton", inputs.v)  # raises also where this length runs dense
         tracker = self._tracker()
-        out = self._by_policy(inputs, None if tracker is None else tracker.layout(self.site.fqn, inputs.v.shape[-2]))
+        try:
+            layout = None if tracker is None else tracker.layout(self.site.fqn, inputs.v.shape[-2])
+        except LayoutError:
+            if tracker is None or tracker.source.strict:
+                raise
+            self.note("its tokens are not those of whole images")
+            return self.dense(inputs)
+        out = self._by_policy(inputs, layout)
         if tracker is not None:
             tracker.watch(out)
         return out

@@ -1,7 +1,8 @@
 """The conformance kit for model adapters: one call in a test tells whether an adapter describes its model rightly."""
 
+from ..fp8.block import block_forward
 from .adapter import TEST_CONFIG, AdapterReport, check_adapter
-from .blocks import block_forward, check_blocks
+from .blocks import check_blocks
 from .outputs import expect_equal, largest_difference, named_tensors
 
 __all__ = [

@@ -111,6 +111,7 @@ def _check(model: nn.Module, example_inputs: Any, atol: float, config: Lite3RCon
 
     apply_lite3r(model, config, keep_ratio=1.0)
     sites = _sparse_sites(model)
+    _expect_described(model)
     error, where = largest_difference(dense, run(model))
     _expect_calls(sites, "dense")
     if not error <= atol:
@@ -194,9 +195,19 @@ def _sparse_sites(model: nn.Module) -> dict[str, SparseLinearAttention]:
     return {fqn: module for fqn, module in lite3r_modules(model).items() if module.sparse}
 
 
+def _expect_described(model: nn.Module) -> None:
+    """No site failed its trial."""
+    state = next(iter(lite3r_modules(model).values())).state
+    for fqn, reason in state.routed.items():
+        raise AdapterError(
+            f"site {fqn!r}: the projections do not describe the attention module: {reason}. Look at num_heads, the norms, the rotary base "
+            "and its positions, and what else its forward does; Routed() runs the host's own forward"
+        )
+
+
 def _expect_calls(sites: Mapping[str, SparseLinearAttention], kind: str) -> None:
     """Every site was called, and only as `kind`."""
-    calls = {fqn: {name: getattr(site.calls, name) for name in ("sparse", "dense", "disabled")} for fqn, site in sites.items()}
+    calls = {fqn: {name: getattr(site.calls, name) for name in ("sparse", "dense", "host", "disabled")} for fqn, site in sites.items()}
     unused = [fqn for fqn, counts in calls.items() if not any(counts.values())]
     if unused:
         raise AdapterError(
@@ -205,7 +216,8 @@ def _expect_calls(sites: Mapping[str, SparseLinearAttention], kind: str) -> None
         )
     for fqn, counts in calls.items():
         if counts[kind] == 0 or sum(counts.values()) != counts[kind]:
-            raise AdapterError(f"site {fqn!r} was to run {kind} but ran {counts}: the host calls it in a way that the site refuses")
+            reason = sites[fqn].calls.reason or "look at what runs in between"
+            raise AdapterError(f"site {fqn!r} was to run {kind} but ran {counts}: {reason}")
 
 
 @contextlib.contextmanager
