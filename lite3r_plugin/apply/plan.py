@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from ..adapter.plugins import find_sites
-from ..adapter.sites import AttentionSite, TokenSource
+from ..adapter.sites import AttentionSite
 from ..attention.branch import branch_device, why_not_written
 from ..attention.styles.registry import check_projections, style_of
 from ..config import Lite3RConfig, matches
@@ -21,6 +21,7 @@ from ..fp8.convert import LinearPlan, choose_again, is_finite, plan_linears, req
 from ..fp8.linear import Fp8Linear
 from ..ops.dispatch import TRITON_HEAD_DIMS
 from ..runtime.rewrites import NO_REWRITES, Rewrites, plan_rewrites
+from ..tokens.tracker import Source
 from ..wrapper import forward_parameters, keeps_copies
 from .lookup import Inventory
 
@@ -45,7 +46,7 @@ class ApplyPlan:
         sites: All sites that the adapter named.
         swaps: What is taken the place of, each module once.
         skipped: Sites that stay as they are, with the reason.
-        image_modules: The modules that are given the images, by the name that the sites use, and how each is read.
+        watched: By the source of token layouts that sites name: the module that is watched, and whether such sites are inside of it.
         blocks: The transformer blocks by name.
         linears: Their Linears.
         training: Those of them that are to round to FP8 in training; None where the model is not to train for FP8.
@@ -59,7 +60,7 @@ class ApplyPlan:
     sites: tuple[AttentionSite, ...]
     swaps: tuple[Swap, ...]
     skipped: dict[str, str]
-    image_modules: dict[str, tuple[nn.Module, TokenSource]]
+    watched: dict[Source, tuple[nn.Module, bool]]
     blocks: dict[str, nn.Module]
     linears: list[BlockLinear]
     training: list[nn.Linear] | None
@@ -119,7 +120,7 @@ def plan_application(found: Inventory, config: Lite3RConfig, *, with_weights: bo
             check_block(found.modules, site)
     swaps: dict[nn.Module, Swap] = {}  # a module with two names is swapped once
     skipped: dict[str, str] = {}
-    sources: list[TokenSource] = []
+    sources: dict[Source, list[str]] = {}  # the sites of each
     for site in sites:
         sparse, host = site.scope in scopes, hosts[site.fqn]
         if not sparse and not (config.fuse and forward_parameters(host) is not None and style_of(site, host).fuses):
@@ -132,11 +133,11 @@ def plan_application(found: Inventory, config: Lite3RConfig, *, with_weights: bo
                 f'site {site.fqn!r} has head_dim {site.head_dim}; the Triton kernels take {TRITON_HEAD_DIMS}. Use attention_backend="auto"'
             )
         if sparse and site.tokens is not None:
-            sources.append(site.tokens)
+            sources.setdefault(site.tokens, []).append(site.fqn)
         if sparse and config.linear_branch != "none":
             _check_device(found, site, host)
         swaps.setdefault(host, Swap(host, site, sparse))
-    image_modules = _find_image_modules(found, adapter, sources)
+    watched = _find_watched(found, adapter, sources)
     blocks = find_blocks(found.modules, [site for site in sites if site.scope != "camera" or "camera" in scopes])
     linears = find_linears(found.modules, {name: [name] for name in blocks})
     config = _resolve_filter(config, linears, found.name)
@@ -146,7 +147,7 @@ def plan_application(found: Inventory, config: Lite3RConfig, *, with_weights: bo
         conversion = plan_conversion(linears, sites, config, None, again=False, model=found.name)
     rewrites = (plan_rewrites(found.model, found.modules) if config.exact_rewrites else None) or NO_REWRITES
     return ApplyPlan(
-        found, adapter, config, tuple(sites), tuple(swaps.values()), skipped, image_modules, blocks, linears, training, conversion, rewrites
+        found, adapter, config, tuple(sites), tuple(swaps.values()), skipped, watched, blocks, linears, training, conversion, rewrites
     )
 
 
@@ -293,13 +294,13 @@ def _check_keep_ratios(config: Lite3RConfig, sparse_sites: Sequence[str]) -> Non
         raise ConfigError(f"keep_ratio names {unused[:3]}, which match no site that becomes sparse; those are like {sparse_sites[0]!r}")
 
 
-def _find_image_modules(found: Inventory, adapter: str, sources: Sequence[TokenSource]) -> dict[str, tuple[nn.Module, TokenSource]]:
-    by_name: dict[str, TokenSource] = {}
-    for source in sources:
-        known = by_name.setdefault(source.image_module, source)
-        if known != source:
-            raise AdapterError(f"adapter {adapter!r} describes the tokens from {known.image_module!r} in two ways")
-    return {name: (_find_module(found, adapter, name), source) for name, source in by_name.items()}
+def _find_watched(found: Inventory, adapter: str, sources: Mapping[Source, Sequence[str]]) -> dict[Source, tuple[nn.Module, bool]]:
+    watched: dict[Source, tuple[nn.Module, bool]] = {}
+    for source, sites in sources.items():
+        if (name := source.module) is not None:
+            inside = any(not name or site.startswith(f"{name}.") for site in sites)
+            watched[source] = _find_module(found, adapter, name), inside
+    return watched
 
 
 def _resolve_filter(config: Lite3RConfig, linears: Sequence[BlockLinear], model: str) -> Lite3RConfig:

@@ -8,7 +8,8 @@ from torch import nn
 
 from ..adapter.sites import AttentionSite
 from ..config import Lite3RConfig, Precision
-from ..tokens.tracker import GridTracker
+from ..tokens.cache import OrderCache
+from ..tokens.tracker import LayoutTracker, Source
 from ..wrapper import RewrittenMethod, RewrittenModule
 
 
@@ -39,7 +40,8 @@ class ModelState:
         config: The configuration: what was asked for, in the end.
         phase: What the Linears of the transformer blocks are now: in full precision, rounded to FP8 in training, or in FP8.
         skipped: Sites that the adapter named but that were not swapped, with the reason.
-        trackers: The grid trackers, by image module.
+        trackers: What the watched modules were given, by the source that the sites name.
+        orders: The token orders of the model's layouts.
         sites: All sites that the adapter named.
         blocks: The transformer blocks around them, by name.
         notes: What `describe` is to say besides, such as why something runs in another way than asked, by what it is about.
@@ -55,7 +57,8 @@ class ModelState:
     config: Lite3RConfig
     phase: Precision = "full"
     skipped: dict[str, str] = field(default_factory=dict)
-    trackers: dict[str, GridTracker] = field(default_factory=dict)
+    trackers: dict[Source, LayoutTracker] = field(default_factory=dict)
+    orders: OrderCache = field(default_factory=OrderCache)
     sites: tuple[AttentionSite, ...] = ()
     blocks: dict[str, nn.Module] = field(default_factory=dict)
     notes: dict[str, list[str]] = field(default_factory=dict)
