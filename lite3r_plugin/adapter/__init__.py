@@ -2,11 +2,12 @@
 
 from ..wrapper import RewrittenMethod, RewrittenModule, forward_parameters
 from .hookspecs import hookimpl
+from .layouts import LayoutFunction, TokenLayout, TokenSource, Views
 from .models import ModelEntry
 from .outputs import ModelOutputs, OutputsFunction
 from .plugins import AdapterInfo, AdapterWarning, find_outputs, find_rewrites, find_sites, get_manager, list_adapters, model_entries
 from .rewrites import ExactRewrite, Trial
-from .sites import AttentionSite, FusedQKV, PreNormBlock, Projections, Rope2D, Routed, SeparateQKV, TokenLayout, TokenSource
+from .sites import AttentionSite, FusedQKV, PreNormBlock, Projections, Rope2D, Routed, SeparateQKV
 from .trials import like
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "AttentionSite",
     "ExactRewrite",
     "FusedQKV",
+    "LayoutFunction",
     "ModelEntry",
     "ModelOutputs",
     "OutputsFunction",
@@ -28,6 +30,7 @@ __all__ = [
     "TokenLayout",
     "TokenSource",
     "Trial",
+    "Views",
     "find_outputs",
     "find_rewrites",
     "find_sites",

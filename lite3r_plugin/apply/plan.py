@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..adapter.plugins import find_sites
-from ..adapter.sites import AttentionSite, Routed, TokenSource
+from ..adapter.sites import AttentionSite, Routed
 from ..attention.branch import branch_device, why_not_written
 from ..attention.styles.registry import check_projections, style_of
 from ..attention.trial import Trials
@@ -23,6 +23,7 @@ from ..fp8.convert import LinearPlan, choose_again, is_finite, plan_linears, req
 from ..fp8.linear import Fp8Linear
 from ..ops.dispatch import TRITON_HEAD_DIMS
 from ..runtime.rewrites import NO_REWRITES, Rewrites, plan_rewrites
+from ..tokens.tracker import Source
 from ..wrapper import forward_parameters, keeps_copies
 from .lookup import Inventory
 
@@ -49,7 +50,7 @@ class ApplyPlan:
         swaps: What is taken the place of, each module once.
         skipped: Sites that stay as they are, with the reason.
         routed: Sites whose q, k and v the host's own forward makes although the adapter describes how, with the reason.
-        image_modules: The modules that are given the images, by the name that the sites use, and how each is read.
+        watched: By the source of token layouts that sites name: the module that is watched, and whether such sites are inside of it.
         blocks: The transformer blocks by name.
         linears: Their Linears.
         training: Those of them that are to round to FP8 in training; None where the model is not to train for FP8.
@@ -64,7 +65,7 @@ class ApplyPlan:
     swaps: tuple[Swap, ...]
     skipped: dict[str, str]
     routed: dict[str, str]
-    image_modules: dict[str, tuple[nn.Module, TokenSource]]
+    watched: dict[Source, tuple[nn.Module, bool]]
     blocks: dict[str, nn.Module]
     linears: list[BlockLinear]
     training: list[nn.Linear] | None
@@ -131,8 +132,11 @@ def plan_application(found: Inventory, config: Lite3RConfig, *, with_weights: bo
     if not swaps:  # FP8 needs what the attention modules keep for all of the model
         swaps = {hosts[fqn]: Swap(hosts[fqn], site, False, skipped.pop(fqn)) for fqn, site in ((site.fqn, site) for site in sites)}
     sites = [_routed(site) if site.fqn in chosen.routed else site for site in sites]
-    sources = [swap.site.tokens for swap in swaps.values() if swap.sparse and swap.site.tokens is not None]
-    image_modules = _find_image_modules(found, adapter, sources)
+    sources: dict[Source, list[str]] = {}  # the sites of each
+    for swap in swaps.values():
+        if swap.sparse and swap.site.tokens is not None:
+            sources.setdefault(swap.site.tokens, []).append(swap.site.fqn)
+    watched = _find_watched(found, adapter, sources)
     blocks = find_blocks(found.modules, [site for site in sites if site.scope != "camera" or "camera" in scopes])
     linears = find_linears(found.modules, {name: [name] for name in blocks})
     config = _resolve_filter(config, linears, found.name)
@@ -142,8 +146,8 @@ def plan_application(found: Inventory, config: Lite3RConfig, *, with_weights: bo
         conversion = plan_conversion(linears, sites, config, None, again=False, model=found.name)
     rewrites = (plan_rewrites(found.model, found.modules) if config.exact_rewrites else None) or NO_REWRITES
     return ApplyPlan(
-        found, adapter, config, tuple(sites), tuple(swaps.values()), skipped, chosen.routed, image_modules, blocks, linears, training,
-        conversion, rewrites,
+        found, adapter, config, tuple(sites), tuple(swaps.values()), skipped, chosen.routed, watched, blocks, linears, training, conversion,
+        rewrites,
     )  # fmt: skip
 
 
@@ -346,13 +350,13 @@ def _check_keep_ratios(config: Lite3RConfig, sparse_sites: Sequence[str]) -> Non
         raise ConfigError(f"keep_ratio names {unused[:3]}, which match no site that becomes sparse; those are like {sparse_sites[0]!r}")
 
 
-def _find_image_modules(found: Inventory, adapter: str, sources: Sequence[TokenSource]) -> dict[str, tuple[nn.Module, TokenSource]]:
-    by_name: dict[str, TokenSource] = {}
-    for source in sources:
-        known = by_name.setdefault(source.image_module, source)
-        if known != source:
-            raise AdapterError(f"adapter {adapter!r} describes the tokens from {known.image_module!r} in two ways")
-    return {name: (_find_module(found, adapter, name), source) for name, source in by_name.items()}
+def _find_watched(found: Inventory, adapter: str, sources: Mapping[Source, Sequence[str]]) -> dict[Source, tuple[nn.Module, bool]]:
+    watched: dict[Source, tuple[nn.Module, bool]] = {}
+    for source, sites in sources.items():
+        if (name := source.module) is not None:
+            inside = any(not name or site.startswith(f"{name}.") for site in sites)
+            watched[source] = _find_module(found, adapter, name), inside
+    return watched
 
 
 def _resolve_filter(config: Lite3RConfig, linears: Sequence[BlockLinear], model: str) -> Lite3RConfig:

@@ -19,7 +19,7 @@ from ..fp8.backends import BACKENDS, te
 from ..fp8.convert import convert_linears, fuse_blocks
 from ..fp8.qat import FakeQuantLinear
 from ..runtime.rewrites import take_out as take_out_rewrites
-from ..tokens.tracker import GridTracker
+from ..tokens.tracker import LayoutTracker
 from ..wrapper import Changes, HostWrapper, RewrittenModule, replace_modules
 from .lookup import Inventory
 from .plan import ApplyPlan, ConversionPlan, left_linears
@@ -33,7 +33,7 @@ def put_in(plan: ApplyPlan, changes: Changes) -> ModelState:
     state = ModelState(
         plan.adapter, plan.config, phase="full" if plan.training is None else "fp8_qat", skipped=dict(plan.skipped),
         routed=dict(plan.routed), sites=plan.sites, blocks=plan.blocks, hosts=tuple(swap.host for swap in plan.swaps),
-        trackers={name: GridTracker(source) for name, (_, source) in plan.image_modules.items()},
+        trackers={source: LayoutTracker(source, around) for source, (_, around) in plan.watched.items()},
         rewrites=tuple(plan.rewrites.made.values()), rewritten=plan.rewrites.done, not_rewritten=plan.rewrites.left,
     )  # fmt: skip
     made = {swap.host: SparseLinearAttention(swap.host, swap.site, state, swap.sparse, swap.left) for swap in plan.swaps}
@@ -45,8 +45,8 @@ def put_in(plan: ApplyPlan, changes: Changes) -> ModelState:
     replace_modules(changes, plan.found.modules, made)  # first: as long as anything is left in, there is one to be found
     replace_modules(changes, plan.found.modules, rounding)
     plan.rewrites.put_in(changes, plan.found.modules)
-    for name, tracker in state.trackers.items():
-        changes.make(functools.partial(tracker.attach, plan.image_modules[name][0]), tracker.detach)
+    for source, tracker in state.trackers.items():
+        changes.make(functools.partial(tracker.attach, plan.watched[source][0], plan.found.model), tracker.detach)
     return state
 
 
@@ -56,8 +56,8 @@ def take_out(found: Inventory) -> None:
     with Changes() as changes:
         take_out_lora(changes, found)
         for tracker in [tracker for state in found.states for tracker in state.trackers.values()]:
-            if tracker.module is not None:
-                changes.make(tracker.detach, functools.partial(tracker.attach, tracker.module))
+            if tracker.module is not None and tracker.model is not None:
+                changes.make(tracker.detach, functools.partial(tracker.attach, tracker.module, tracker.model))
         take_out_rewrites(changes, found.modules, [item for state in found.states for item in state.rewrites])
         replace_modules(changes, found.modules, {m: m.release() for m in wrappers if not isinstance(m, SparseLinearAttention)})
         replace_modules(changes, found.modules, {module: module.release() for module in found.attention.values()})

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..adapter.layouts import TokenLayout
 from ..ops.qk_norm_rope import HeadNorm
 
 
@@ -19,6 +20,7 @@ class AttentionInputs:
         positions: Token coordinates ``[B, N, 2]``, or None where there is no rotary embedding.
         rope_base: Base of the axial rotary embedding that is still to be applied (`lite3r_plugin.adapter.sites.Rope2D`), or None.
         scale: What scores are multiplied by; None: ``D ** -0.5``.
+        layout: How the sequence is laid out, which the site adds; None where that is not known.
     """
 
     q: Tensor
@@ -29,3 +31,4 @@ class AttentionInputs:
     positions: Tensor | None = None
     rope_base: float | None = None
     scale: float | None = None
+    layout: TokenLayout | None = None

@@ -8,7 +8,8 @@ from torch import nn
 
 from ..adapter.sites import AttentionSite
 from ..config import Lite3RConfig, Precision
-from ..tokens.tracker import GridTracker
+from ..tokens.cache import OrderCache
+from ..tokens.tracker import LayoutTracker, Source
 from ..wrapper import RewrittenMethod, RewrittenModule
 
 
@@ -44,7 +45,8 @@ class ModelState:
         phase: What the Linears of the transformer blocks are now: in full precision, rounded to FP8 in training, or in FP8.
         skipped: Sites that the adapter named but that were not swapped, with the reason.
         routed: Sites whose q, k and v the host's own forward makes, although the adapter says how, with the reason.
-        trackers: The grid trackers, by image module.
+        trackers: What the watched modules were given, by the source that the sites name.
+        orders: The token orders of the model's layouts.
         sites: All sites that the adapter named.
         blocks: The transformer blocks around them, by name.
         warned: Reasons for which sites ran in the host's own code, of which a warning was given.
@@ -62,7 +64,8 @@ class ModelState:
     phase: Precision = "full"
     skipped: dict[str, str] = field(default_factory=dict)
     routed: dict[str, str] = field(default_factory=dict)
-    trackers: dict[str, GridTracker] = field(default_factory=dict)
+    trackers: dict[Source, LayoutTracker] = field(default_factory=dict)
+    orders: OrderCache = field(default_factory=OrderCache)
     sites: tuple[AttentionSite, ...] = ()
     blocks: dict[str, nn.Module] = field(default_factory=dict)
     warned: set[str] = field(default_factory=set)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapter.layouts import TokenSource
 from ..adapter.plugins import find_sites
 from ..errors import short
 from ..runtime.compile import CompiledBlocks
@@ -157,7 +158,7 @@ class Subject:
         _, sites = find_sites(self.module)
         site = min(sites, key=lambda site: site.scope != "global")
         tokens, heads = views * 1024, site.projections.num_heads or 16
-        if site.tokens is not None:
+        if isinstance(site.tokens, TokenSource):
             patches = math.prod(self.setup.resolution // size for size in site.tokens.patch_size)
             tokens = views * (patches + site.tokens.special_tokens)
         return torch.randn(1, heads, tokens, site.head_dim, device=self.setup.device, dtype=torch.bfloat16)

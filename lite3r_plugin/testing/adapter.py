@@ -22,6 +22,7 @@ from ..attention.module import SparseLinearAttention
 from ..config import Lite3RConfig
 from ..errors import AdapterError, AlreadyAppliedError
 from .blocks import check_blocks
+from .layouts import check_layouts
 from .outputs import expect_equal, largest_difference, named_tensors
 
 TEST_CONFIG = Lite3RConfig(keep_ratio=0.1, dense_below=0, pin="special", attention_backend="naive", block_q=16, block_k=16)
@@ -39,6 +40,7 @@ class AdapterReport:
         dense_error: Largest difference to the dense model at ``keep_ratio=1`` (as `check_adapter` defines it).
         sparse_change: Largest difference to the dense model at the small keep ratio.
         pickled: False when pickling was not checked, because the dense model cannot be pickled either.
+        unchecked: What else could not be checked, in words.
     """
 
     adapter: str
@@ -47,6 +49,7 @@ class AdapterReport:
     dense_error: float
     sparse_change: float
     pickled: bool
+    unchecked: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         sites = " + ".join(f"{count} {scope}" for scope, count in sorted(self.scopes.items()))
@@ -54,6 +57,7 @@ class AdapterReport:
             f"adapter {self.adapter!r} is fine: {sites} sites of up to {self.tokens} tokens, error {self.dense_error:.1e} "
             f"at keep_ratio=1, change {self.sparse_change:.1e} when sparse"
             + ("" if self.pickled else " (the dense model cannot be pickled)")
+            + "".join(f"; {note}" for note in self.unchecked)
         )
 
 
@@ -68,12 +72,14 @@ def check_adapter(
 
     Checked: an adapter answers and its sites exist; ``keep_ratio=1`` equals the dense model; `lite3r_disabled` and
     `remove_lite3r` are bit-exact; blocks do what is said of them; a small keep ratio runs every sparse site sparse and
-    changes the output; deepcopy, pickle and state dict give the same output again; the token layout fits the images.
+    changes the output; deepcopy, pickle and state dict give the same output again; the token layout fits the images: a few pixels are
+    changed here and there, and the token that changes most must be the one that the layout says.
 
     Args:
         model: In eval mode, with FP32 (or FP64) parameters. Random weights and few, narrow layers are enough.
         example_inputs: Positional arguments as a tuple, keyword arguments as a mapping, or a function that runs the
-            model it is given. Two or more views of a size that is no square find the most mistakes.
+            model it is given. Two or more views of a size that is no square find the most mistakes; of several sizes where the model
+            takes them.
         atol: Largest difference to the dense model at ``keep_ratio=1``, absolute, or relative to the largest entry of
             an output tensor that has entries above 1.
         **apply_options: Fields of `Lite3RConfig` on top of `TEST_CONFIG`, such as ``scopes=("frame",)``.
@@ -120,6 +126,7 @@ def _check(model: nn.Module, example_inputs: Any, atol: float, config: Lite3RCon
             "the attention module. Look at num_heads, the norms, the rotary base and its positions, and what else its forward does; "
             "Routed() runs the host's own forward"
         )
+    unchecked = check_layouts(model, sites, run)
     with lite3r_disabled(model):
         expect_equal(dense, run(model), "lite3r_disabled is not the dense model bit for bit")
     remove_lite3r(model)
@@ -149,7 +156,7 @@ def _check(model: nn.Module, example_inputs: Any, atol: float, config: Lite3RCon
     remove_lite3r(model)
     expect_equal(dense, run(model), "remove_lite3r did not bring the dense model back bit for bit")
     scopes = Counter(site.site.scope for site in sites.values())
-    return AdapterReport(adapter, dict(scopes), max(tokens.values()), error, change, pickled)
+    return AdapterReport(adapter, dict(scopes), max(tokens.values()), error, change, pickled, tuple(unchecked))
 
 
 def _check_arguments(model: nn.Module, config: Lite3RConfig) -> None:

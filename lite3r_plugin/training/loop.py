@@ -549,10 +549,8 @@ class _Views:
         self._stack.close()
 
     def _see(self, site: SparseLinearAttention, inputs: AttentionInputs, out: Tensor) -> None:
-        source = site.site.tokens
-        if source is not None:
-            tracker = site.state.trackers[source.image_module]
-            self.most = max(self.most, tracker.layout(site.site.fqn, inputs.v.shape[-2]).views)
+        if inputs.layout is not None:
+            self.most = max(self.most, inputs.layout.views)
 
 
 def total_steps(config: DistillConfig, feed: Feed) -> int | None:
