@@ -165,6 +165,11 @@ class SparseLinearAttention(HostWrapper):
         tracker = self._tracker()
         return self._sparse_linear(inputs, proj, None if tracker is None else tracker.layout(self.site.fqn, inputs.v.shape[-2]))
 
+    @property
+    def is_watched(self) -> bool:
+        """Whether somebody observes its attention, or takes the place of it."""
+        return bool(self._observers or self._substitutes)
+
     def extra_repr(self) -> str:
         config = self.state.config
         if not self.sparse:

@@ -199,6 +199,11 @@ def _check_model(found: Inventory, config: DistillConfig) -> None:
             'apply_lite3r(model, precision="fp8_qat") to train for FP8'
         )
     found.require_whole(state, "distill")
+    if state.config.whole_model.weights != "host":
+        raise ConfigError(
+            "weights in BF16 are too coarse to learn with, and the teacher needs those that the model came with: distill without "
+            'preset="fast" (or with weights="host"), save_lite3r, and load_lite3r(model, directory, preset="fast")'
+        )
     check_branches(found, config)
     if any(parameter.is_inference() for parameter in found.model.parameters()):
         raise WeightsError("the model was made in torch.inference_mode, where nothing learns: build it outside of that")
