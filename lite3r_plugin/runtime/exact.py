@@ -197,7 +197,8 @@ class InFp32(KeptInFp32):
 
     def rewritten(self, *args: Any, **kwargs: Any) -> Any:
         """As the host's forward, in FP32."""
-        args, kwargs = exchanged((args, kwargs), lambda x: x.float() if x.is_floating_point() else x)
+        dtype = next((p.dtype for p in self.parameters()), torch.float32)  # FP64 where somebody has made it that since
+        args, kwargs = exchanged((args, kwargs), lambda x: x.to(dtype) if x.is_floating_point() else x)
         return self.run_host(*args, **kwargs)
 
 

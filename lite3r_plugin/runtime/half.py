@@ -20,10 +20,11 @@ HALF = torch.bfloat16
 
 @dataclass
 class _Weight:
-    """A parameter or buffer, the dtype that it came in, what it held then, if that is kept, and which version of it was made of that."""
+    """A parameter or buffer, the dtypes that it came in and was given, what it held, if that is kept, and which version was made of that."""
 
     tensor: Tensor
     dtype: torch.dtype
+    given: torch.dtype
     original: Tensor | None
     version: int | None
 
@@ -75,8 +76,9 @@ class HalfWeights:
         """Weights as they are now, each with what it was; of one that was written to since, what was written, in the dtype that it had."""
         for weight in self._weights:
             now = weight.tensor.detach()
-            original = weight.original
-            yield weight.tensor, now.to(weight.dtype) if original is None or weight.changed else original
+            dtype = weight.dtype if now.dtype == weight.given else now.dtype  # of who has made the model another since
+            original = now if weight.original is None or weight.changed else weight.original
+            yield weight.tensor, original.to(dtype)
 
     def put_in(self, changes: Changes) -> None:
         """Make them BF16."""
@@ -88,7 +90,7 @@ class HalfWeights:
             before = tensor.data
             original = _in_main_memory(before) if self.kept else None
             _exchange(changes, tensor, before.to(dtype))
-            self._weights.append(_Weight(tensor, before.dtype, original, _version(tensor)))
+            self._weights.append(_Weight(tensor, before.dtype, dtype, original, _version(tensor)))
         for module in self._model.modules():
             if isinstance(module, Fp8Linear) and module.dtype != HALF:
                 self._linears.append((module, module.dtype))
