@@ -20,7 +20,7 @@ HALF = torch.bfloat16
 
 @dataclass
 class _Weight:
-    """A parameter or buffer, the dtypes that it came in and was given, what it held, if that is kept, and which version was made of that."""
+    """A parameter or buffer: its dtypes before and since, what it held, if that is kept, and which version of it was made of that."""
 
     tensor: Tensor
     dtype: torch.dtype

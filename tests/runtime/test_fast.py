@@ -7,7 +7,6 @@ import functools
 import io
 import pickle
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -70,11 +69,11 @@ def close(a: Outputs, b: Outputs, most: float = 0.03) -> bool:
 
 
 @pytest.fixture
-def tapes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tape]]:
+def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
     """Models record on tapes, without a GPU."""
     Tape.made.clear()
     monkeypatch.setattr(fast, "Graphs", functools.partial(Graphs, recorder=Tape))
-    yield Tape.made
+    return Tape.made
 
 
 # Weights in BF16
