@@ -17,12 +17,16 @@ Scope = Literal["global", "frame", "encoder", "camera"]
 Pin = Literal["none", "special", "reference"]
 Precision = Literal["full", "fp8_qat", "fp8"]
 Fp8Backend = Literal["auto", "scaled_mm", "te", "weight_only", "emulated"]
+Preset = Literal["fast"]
+Weights = Literal["host", "bf16", "bf16_everywhere"]
+DenseAttention = Literal["host", "fastest"]
 Fp8Filter = tuple[str, ...] | Callable[["nn.Module", str], bool]
 
 CONFIG_VERSION = 1
 WRAPPER_NAMES = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 DEFAULT_KEEP_RATIO = 0.25
 MOST_TOKENS = 2**63 - 1
+MOST_SHAPES = 1000
 
 
 class SiteRatios(Mapping[str, float]):
@@ -48,6 +52,24 @@ class SiteRatios(Mapping[str, float]):
 
     def __repr__(self) -> str:
         return repr(dict(self._items))
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeModel:
+    """How the whole model runs: what ``preset`` stands for, but for the fields of `Lite3RConfig` that say something else.
+
+    Attributes:
+        weights, compile_blocks, dense_attention, cuda_graphs: As in `Lite3RConfig`, where None is what is here without a preset.
+    """
+
+    weights: Weights = "host"
+    compile_blocks: bool = False
+    dense_attention: DenseAttention = "host"
+    cuda_graphs: bool = False
+
+
+WHOLE_MODEL_FIELDS = frozenset({"preset", "keep_originals", "graph_shapes", *(field.name for field in dataclasses.fields(WholeModel))})
+PRESETS: Mapping[Preset, WholeModel] = {"fast": WholeModel("bf16", True, "fastest", True)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +117,17 @@ class Lite3RConfig:
             one of which must match, or a function ``(module, fqn) -> bool``, as torchao's ``module_filter_fn``. It is asked once, by
             `apply_lite3r`; the configuration of the model holds the names that it chose. Of a Linear with several names, one
             is enough.
-        preset: Reserved for whole-model presets. Only None is taken.
+        preset: ``"fast"``: the four fields below as they make a model fastest; each may be set besides. None: none of them.
+        weights: ``"bf16"``: weights in BF16 for as long as Lite3R is in the model, but for what its adapter says needs FP32, such as the
+            camera head; images come in, and outputs go out, as without it. ``"bf16_everywhere"``: all that can be. ``"host"``: as they are.
+        keep_originals: Keep the weights that became BF16, in main memory, so that `remove_lite3r` gives them back bit for bit. False
+            frees them: `remove_lite3r`, and the dense model of `lite3r_disabled`, are refused then.
+        compile_blocks: Compile the transformer blocks (`torch.compile`) when the model first runs; not around sparse attention in FP8,
+            which is fused already.
+        dense_attention: ``"fastest"``: prefer the backend of PyTorch that is fastest for the dense attention of the first forward, for as
+            long as a forward runs. ``"host"``: whatever is set.
+        cuda_graphs: Record the forward once for each layout of inputs, and replay it; where that cannot be, `describe` says why.
+        graph_shapes: How many recordings are kept, those used last. Each holds memory.
 
     Raises:
         ConfigError: a field has a value that it does not take.
@@ -118,7 +150,13 @@ class Lite3RConfig:
     precision: Precision = "full"
     fp8_backend: Fp8Backend = "auto"
     fp8_filter: Fp8Filter = ("*",)
-    preset: None = None
+    preset: Preset | None = None
+    weights: Weights | None = None
+    keep_originals: bool = True
+    compile_blocks: bool | None = None
+    dense_attention: DenseAttention | None = None
+    cuda_graphs: bool | None = None
+    graph_shapes: int = 8
 
     def __post_init__(self) -> None:
         if isinstance(self.keep_ratio, Mapping):
@@ -151,9 +189,22 @@ class Lite3RConfig:
         check_choice("attention_backend", self.attention_backend, get_args(Backend))
         check_choice("precision", self.precision, get_args(Precision))
         check_choice("fp8_backend", self.fp8_backend, get_args(Fp8Backend))
-        for name in ("block_means", "fuse", "exact_rewrites"):
+        for name in ("block_means", "fuse", "exact_rewrites", "keep_originals"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is True or False, got {shown(getattr(self, name))}")
+        for name in ("compile_blocks", "cuda_graphs"):
+            if not isinstance(getattr(self, name), (bool, type(None))):
+                raise ConfigError(f"{name} is True, False or None (as the preset has it), got {shown(getattr(self, name))}")
+        for name, values in (("preset", get_args(Preset)), ("weights", get_args(Weights)), ("dense_attention", get_args(DenseAttention))):
+            if getattr(self, name) is not None:
+                check_choice(name, getattr(self, name), values)
+        if self.precision == "fp8_qat" and self.whole_model.weights != "host":
+            raise ConfigError(
+                'precision="fp8_qat" trains, for which weights in BF16 are too coarse: train without them, then convert(model) and '
+                'save_lite3r, and load_lite3r(model, directory, preset="fast")'
+            )
+        if not is_int(self.graph_shapes) or not 1 <= self.graph_shapes <= MOST_SHAPES:
+            raise ConfigError(f"graph_shapes is a number from 1 to {MOST_SHAPES}, got {shown(self.graph_shapes)}")
         if self.dense_below is not None and (not is_int(self.dense_below) or not 0 <= self.dense_below <= MOST_TOKENS):
             raise ConfigError(f"dense_below is a number of tokens >= 0 or None, got {shown(self.dense_below)}")
         for name in ("block_q", "block_k"):
@@ -168,8 +219,6 @@ class Lite3RConfig:
             self._set(fp8_filter=tuple(self.fp8_filter))
         elif not callable(self.fp8_filter) or not isinstance(self.fp8_filter, Hashable):
             raise ConfigError(f"fp8_filter is a tuple of patterns or a function (module, fqn) -> bool, got {shown(self.fp8_filter)}")
-        if self.preset is not None:
-            raise ConfigError(f"preset {shown(self.preset)}: this version has no presets; set the fields themselves")
 
     def _set(self, **fields: Any) -> None:
         for name, value in fields.items():
@@ -181,6 +230,13 @@ class Lite3RConfig:
         if unknown := sorted(set(fields) - known):
             raise ConfigError(f"unknown configuration field(s) {shown(unknown)}; known are {sorted(known)}")
         return dataclasses.replace(self, **fields)
+
+    @property
+    def whole_model(self) -> WholeModel:
+        """How the whole model runs: what the preset says, and on top of it the fields that are set."""
+        preset = WholeModel() if self.preset is None else PRESETS[self.preset]
+        names = [field.name for field in dataclasses.fields(preset)]
+        return dataclasses.replace(preset, **{name: getattr(self, name) for name in names if getattr(self, name) is not None})
 
     @property
     def patterns(self) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lite3r_plugin import Lite3RConfig
+from lite3r_plugin.config import WholeModel
 from lite3r_plugin.errors import ConfigError, Lite3RError
 
 
@@ -52,7 +53,16 @@ class Unhashable:
         ({"pin": True}, "pin must be one of ('none', 'special', 'reference'), got True"),
         ({"fp8_filter": (1,)}, "fp8_filter holds patterns of names of Linears"),
         ({"fp8_filter": 3}, "fp8_filter is a tuple of patterns or a function"),
-        ({"preset": "fast"}, "preset 'fast': this version has no presets"),
+        ({"preset": "fastest"}, "preset must be one of ('fast',), got 'fastest'"),
+        ({"weights": "fp16"}, "weights must be one of ('host', 'bf16', 'bf16_everywhere'), got 'fp16'"),
+        ({"weights": True}, "weights must be one of"),
+        ({"dense_attention": "cudnn"}, "dense_attention must be one of ('host', 'fastest'), got 'cudnn'"),
+        ({"compile_blocks": 1}, "compile_blocks is True, False or None (as the preset has it), got 1"),
+        ({"cuda_graphs": "yes"}, "cuda_graphs is True, False or None"),
+        ({"keep_originals": None}, "keep_originals is True or False, got None"),
+        ({"graph_shapes": 0}, "graph_shapes is a number from 1 to 1000, got 0"),
+        ({"graph_shapes": 10**5000}, "graph_shapes is a number from 1 to 1000"),
+        ({"preset": "fast", "precision": "fp8_qat"}, 'precision="fp8_qat" trains, for which weights in BF16 are too coarse'),
         ({"dense_below": -1}, "dense_below is a number of tokens >= 0 or None, got -1"),
         ({"dense_below": 1.5}, "got 1.5"),
         ({"block_q": 100}, "block_q is a power of two from 16 to 128, got 100"),
@@ -76,7 +86,7 @@ class Unhashable:
         ({"block_k": np.ones(2)}, "block_k is a power of two from 16 to 128"),
         ({"fp8_filter": np.array(["*"])}, "fp8_filter is a tuple of patterns or a function"),
         ({"fp8_filter": Unhashable()}, "fp8_filter is a tuple of patterns or a function"),
-        ({"preset": np.zeros(2)}, "this version has no presets"),
+        ({"preset": np.zeros(2)}, "preset must be one of"),
         ({"keep_ratio": "x" * 10_000}, "x..."),
         ({"block_q": 32, "block_k": 64}, "block_q must be a multiple of block_k, got 32 and 64"),
     ],
@@ -84,6 +94,16 @@ class Unhashable:
 def test_wrong_values_are_named(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         Lite3RConfig(**fields)
+
+
+def test_fields_come_on_top_of_a_preset() -> None:
+    assert Lite3RConfig().whole_model == WholeModel("host", False, "host", False)
+    fast = Lite3RConfig(preset="fast")
+    assert fast.whole_model == WholeModel("bf16", True, "fastest", True)
+    assert fast.replace(cuda_graphs=False, weights="host").whole_model == WholeModel("host", True, "fastest", False)
+    assert Lite3RConfig(cuda_graphs=True).whole_model == WholeModel(cuda_graphs=True)
+    assert fast.replace(preset=None).whole_model == WholeModel()
+    assert Lite3RConfig.from_dict(fast.to_dict()) == fast
 
 
 def test_a_config_error_is_a_value_error_too() -> None:

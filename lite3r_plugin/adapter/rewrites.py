@@ -39,6 +39,7 @@ class ExactRewrite:
             in or comes out, so that there is nothing to compare.
         method: The method that is rewritten. Any but ``"forward"`` needs a `RewrittenMethod`.
         keeps_dtype: Whether its results have the host's dtypes, whatever the model runs in. Others serve models in BF16.
+        for_precision: Whether it costs time for the sake of precision: ``weights="bf16_everywhere"`` leaves it out.
         needs: Names of modules whose forward must be rewritten for this to have a point.
     """
 
@@ -48,4 +49,5 @@ class ExactRewrite:
     trial: Callable[[nn.Module], Trial] | None
     method: str = "forward"
     keeps_dtype: bool = True
+    for_precision: bool = False
     needs: tuple[str, ...] = ()

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..attention.branch import BranchLinear
-from ..config import Lite3RConfig, plain_name
+from ..config import WHOLE_MODEL_FIELDS, Lite3RConfig, plain_name
 from ..errors import BackendError, CheckpointError, ConfigError, NoSitesError, short
 from ..files import locked, replacing
 from ..fp8.checkpoint import check_fp8_tensors, fp8_linears, fp8_tensors, install_fp8_tensors, other_tensors
@@ -27,8 +27,8 @@ from .names import by_plain_name, plain_config
 from .plan import ApplyPlan, left_linears, plan_application
 from .seal import CONFIG_NAME, FORMAT_VERSION, WEIGHTS_NAME, metadata_of, read_sealed, same_text, seals
 from .source import find_checkpoint
-from .swap import put_in, run_in_fp8
-from .tensors import fill_tensors, writable
+from .swap import fast_of, put_in, run_fast, run_in_fp8
+from .tensors import fill_tensors, named_tensors, writable
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -69,7 +69,7 @@ def save_lite3r(model: nn.Module, directory: str | os.PathLike[str], *, whole: b
         record = _record(found, whole)
         linears = by_plain_name(fp8_linears(found.modules))
         learned = {**_branches(found), **(dict(model.named_parameters()) if whole else {})}
-        others = by_plain_name(other_tensors(model)) if whole else {}
+        others = by_plain_name(_as_they_came(found, other_tensors(model))) if whole else {}
         weights = {**by_plain_name(_branches(found)), **fp8_tensors(linears), **others}
         if sharded:
             ranks.check_mesh(weights)
@@ -90,6 +90,7 @@ def load_lite3r(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
     token: str | None = None,
+    **fields: Any,
 ) -> Model:
     """Apply the stored configuration to the dense `model` and load what `save_lite3r` wrote, in place.
 
@@ -111,6 +112,8 @@ def load_lite3r(
         cache_dir: The cache of the Hub's files, by default that of huggingface_hub.
         local_files_only: Use the cache alone, without a network.
         token: For the Hub, by default that of `hf auth login`.
+        **fields: Fields of `Lite3RConfig` about how the whole model runs (``preset="fast"``, ``weights``, ``cuda_graphs`` and others)
+            in the place of those that were stored.
 
     Returns:
         The same model.
@@ -122,10 +125,14 @@ def load_lite3r(
         HubError: the Hub does not give the checkpoint, and the cache does not hold it.
         AlreadyAppliedError: the model carries Lite3R already.
         BackendError: `device` cannot be used.
+        ConfigError: `fields` has others than these.
         UnknownModelError: no adapter knows the model.
         WeightsError: a weight that is to be in FP8, or to round to it in training, is made by a parametrisation or by pruning.
     """
     found = look_up(model)
+    if others := sorted(set(fields) - WHOLE_MODEL_FIELDS):
+        raise ConfigError(f"load_lite3r takes fields about how the whole model runs, {sorted(WHOLE_MODEL_FIELDS)}, not {others}")
+    Lite3RConfig().replace(**fields)
     try:
         device = torch.empty(0, device=device).device
     except Exception as error:  # whatever a missing driver raises
@@ -135,7 +142,7 @@ def load_lite3r(
     directory = find_checkpoint(source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
     record, weights = read_sealed(directory)
     try:
-        config = Lite3RConfig.from_dict(record["config"])
+        config = Lite3RConfig.from_dict(record["config"]).replace(**fields)
         if (config.precision == "fp8") != bool(record["fp8"]):
             raise ConfigError(f"precision is {config.precision!r}, but there are {'' if record['fp8'] else 'no '}FP8 weights")
         plan = plan_application(found, config, with_weights=False)
@@ -152,9 +159,24 @@ def load_lite3r(
         changes.put(vars(state), "changed", tuple(modules[name] for name in record["changed"]))
         if record["fp8"]:
             run_in_fp8(found, state, left_linears(found.linears(state), config), changes)
-        for note in (*state.notes.get("te", ()), *_without_triton(plan)):
+        run_fast(plan, state, changes)
+        for note in (*state.notes.get("te", ()), *state.notes.get("fast", ()), *_without_triton(plan)):
             warnings.warn(f"Lite3R: {note}", SlowPathWarning, stacklevel=3)
         return model
+
+
+def _as_they_came(found: Inventory, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors`, those that became BF16 as they were before."""
+    found_there = named_tensors(found.model)
+    halves = [fast.half for fast in map(fast_of, found.states) if fast is not None and fast.half is not None]
+    for half in halves:
+        if len(half) and not half.kept:
+            raise CheckpointError(
+                "weights became BF16 and keep_originals=False freed what they were, so there is no whole model to save: leave out "
+                "whole=True, or apply Lite3R with keep_originals=True"
+            )
+    originals = {id(tensor): original for half in halves for tensor, original in half.originals()}
+    return {name: originals.get(id(found_there[name]), tensor) for name, tensor in tensors.items()}
 
 
 def _without_triton(plan: ApplyPlan) -> list[str]:

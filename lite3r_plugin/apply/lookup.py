@@ -39,7 +39,12 @@ class Inventory:
     @property
     def plain_model(self) -> str:
         """The class of the model inside wrappers, such as DDP or `torch.compile`."""
-        return [type(module).__name__ for name, module in self.modules.items() if not plain_name(name)][-1]
+        return type(self.innermost).__name__
+
+    @property
+    def innermost(self) -> nn.Module:
+        """The model inside wrappers, such as DDP or `torch.compile`."""
+        return [module for name, module in self.modules.items() if not plain_name(name)][-1]
 
     @property
     def attention(self) -> dict[str, SparseLinearAttention]:

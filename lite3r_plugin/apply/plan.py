@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..adapter.plugins import find_sites
+from ..adapter.rewrites import ExactRewrite
 from ..adapter.sites import AttentionSite, Routed
 from ..attention.branch import branch_device, why_not_written
 from ..attention.styles.registry import check_projections, style_of
@@ -22,6 +23,7 @@ from ..fp8.blocks import BlockLinear, find_blocks, find_linears
 from ..fp8.convert import LinearPlan, choose_again, is_finite, plan_linears, require_plain_weight
 from ..fp8.linear import Fp8Linear
 from ..ops.dispatch import TRITON_HEAD_DIMS
+from ..runtime.fast import FastPlan, plan_fast
 from ..runtime.rewrites import NO_REWRITES, Rewrites, plan_rewrites
 from ..tokens.tracker import Source
 from ..wrapper import forward_parameters, keeps_copies
@@ -56,6 +58,7 @@ class ApplyPlan:
         training: Those of them that are to round to FP8 in training; None where the model is not to train for FP8.
         conversion: How they come into FP8; None where they do not, or where a checkpoint brings FP8 weights of its own.
         rewrites: The exact rewrites, compared with the host.
+        fast: How the whole model is going to run.
     """
 
     found: Inventory
@@ -71,6 +74,7 @@ class ApplyPlan:
     training: list[nn.Linear] | None
     conversion: ConversionPlan | None
     rewrites: Rewrites
+    fast: FastPlan
 
     @property
     def places(self) -> dict[str, Swap]:
@@ -144,11 +148,31 @@ def plan_application(found: Inventory, config: Lite3RConfig, *, with_weights: bo
     conversion = None
     if config.precision == "fp8" and with_weights:
         conversion = plan_conversion(linears, sites, config, None, again=False, model=found.name)
-    rewrites = (plan_rewrites(found.model, found.modules) if config.exact_rewrites else None) or NO_REWRITES
+    fast, rewrites = _plan_whole(found, config, adapter)
     return ApplyPlan(
         found, adapter, config, tuple(sites), tuple(swaps.values()), skipped, chosen.routed, watched, blocks, linears, training, conversion,
-        rewrites,
+        rewrites, fast,
     )  # fmt: skip
+
+
+def _plan_whole(found: Inventory, config: Lite3RConfig, adapter: str) -> tuple[FastPlan, Rewrites]:
+    """How the whole model is to run, and the exact rewrites: those for weights in BF16 come with these, or these are left out."""
+    fast = plan_fast(found.innermost, config.whole_model)
+    if fast.parts.weights != "host":
+        everywhere = fast.parts.weights == "bf16_everywhere"
+
+        def wanted(rewrite: ExactRewrite) -> bool:
+            return config.exact_rewrites if rewrite.keeps_dtype else not (everywhere and rewrite.for_precision)
+
+        rewrites = plan_rewrites(found.model, found.modules, wanted)
+        if rewrites is None:
+            reason = f"the adapter {adapter!r} does not say that this {found.name} runs in BF16 (the hook lite3r_exact_rewrites)"
+        else:
+            reason = next((why for rewrite, why in rewrites.refused.items() if not rewrite.keeps_dtype), None)
+        if rewrites is not None and reason is None:
+            return fast, rewrites
+        fast = fast.without("weights in BF16", str(reason), weights="host")
+    return fast, (plan_rewrites(found.model, found.modules) if config.exact_rewrites else None) or NO_REWRITES
 
 
 def plan_training(linears: Sequence[BlockLinear], config: Lite3RConfig) -> list[nn.Linear]:

@@ -17,6 +17,7 @@ from ..fp8.linear import Fp8Linear
 from ..fp8.qat import FakeQuantLinear
 from ..wrapper import is_lora
 from .lookup import Inventory, look_up
+from .swap import fast_of
 
 FULL_PRECISION = "in full precision"
 
@@ -69,6 +70,7 @@ class Description:
         linears: Linears of the transformer blocks, by what runs them.
         fp8_bytes: Bytes of weights in FP8 and of their scales, and what the same weights take in BF16.
         infinities: Infinities that FP8 Linears saturated so far.
+        whole: How the whole model runs, in lines; empty without a preset.
         peak_bytes: The most that this process has had allocated on the model's GPU; None on other devices.
         notes: What runs in another way than asked, and why.
     """
@@ -92,6 +94,7 @@ class Description:
     linears: dict[str, int]
     fp8_bytes: tuple[int, int]
     infinities: int
+    whole: tuple[str, ...]
     peak_bytes: int | None
     notes: tuple[str, ...]
 
@@ -106,7 +109,7 @@ class Description:
         if self.lora_layers:
             active = f"active: {', '.join(self.lora_active)}" if self.lora_active else "none active"
             lines.append(f"  LoRA around {self.lora_layers} Linears, {self.lora_parameters:,} parameters; {active}")
-        lines += [f"  {note}" for note in self.notes]
+        lines += [f"  {line}" for line in (*self.whole, *self.notes)]
         lines.append(
             f"  parameters {self.parameters:,} + linear branches {self.branch_parameters:,}; trainable {self.trainable_parameters:,}; "
             + ", ".join(f"{size / 2**20:.1f} MiB {dtype}" for dtype, size in self.bytes_by_dtype.items())
@@ -193,6 +196,7 @@ def describe(model: nn.Module) -> Description:
             sum(2 * m.weight_data.numel() for m in fp8_linears),
         ),
         infinities=sum(int(m.infinities) for m in modules if isinstance(m, (Fp8Linear, FakeQuantLinear)) and not m.infinities.is_meta),
+        whole=tuple(fast.report()) if (fast := fast_of(state)) is not None else (),
         peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         notes=(
             *_interrupted(found, state),

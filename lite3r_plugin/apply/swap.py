@@ -6,18 +6,22 @@ into FP8 one by one: what they were is gone. `remove_lite3r` takes out whatever 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
 
 from ..attention.module import SparseLinearAttention
 from ..attention.state import ModelState
+from ..config import WholeModel
 from ..fp8.backends import BACKENDS, te
 from ..fp8.convert import convert_linears, fuse_blocks
 from ..fp8.qat import FakeQuantLinear
+from ..runtime.fast import FastForward
+from ..runtime.half import HalfWeights
 from ..runtime.rewrites import take_out as take_out_rewrites
 from ..tokens.tracker import LayoutTracker
 from ..wrapper import Changes, HostWrapper, RewrittenModule, replace_modules
@@ -48,6 +52,47 @@ def put_in(plan: ApplyPlan, changes: Changes) -> ModelState:
     for source, tracker in state.trackers.items():
         changes.make(functools.partial(tracker.attach, plan.watched[source][0], plan.found.model), tracker.detach)
     return state
+
+
+def run_fast(plan: ApplyPlan, state: ModelState, changes: Changes) -> None:
+    """Let the whole model run as its configuration says: after everything else, since what is here counts the modules that are there."""
+    parts = plan.fast.parts
+    if plan.fast.left:
+        state.notes["fast"] = [f"asked for, and left out: {what}, because {why}" for what, why in plan.fast.left.items()]
+    if parts == WholeModel():
+        return
+    half = None if parts.weights == "host" else HalfWeights(plan.fast.module, plan.config.keep_originals)
+    sites = [module for module in plan.found.attention.values() if module.state is state]
+    fast = FastForward(plan.fast.module, state, dict.fromkeys(sites), parts, half)
+    changes.put(vars(state), "fast", fast)
+    changes.put(vars(state), "rewrites", (*state.rewrites, fast))
+    fast.put_in(changes)
+
+
+@contextlib.contextmanager
+def as_it_came(state: ModelState) -> Iterator[None]:
+    """Let the model have the weights that it came with inside the context, where they are kept, and nothing that was recorded of it."""
+    fast = fast_of(state)
+    if fast is not None:
+        fast.forget()
+    if fast is None or fast.half is None or not fast.half.kept:
+        yield
+        return
+    with Changes() as changes:
+        fast.half.put_back(changes)
+        changes.put(vars(fast), "half", None)
+    try:
+        yield
+    finally:
+        with Changes() as changes:
+            half = HalfWeights(fast.module, keep=True)
+            half.put_in(changes)
+            changes.put(vars(fast), "half", half)
+
+
+def fast_of(state: ModelState) -> FastForward | None:
+    """What lies over the forward of the model."""
+    return state.fast if isinstance(state.fast, FastForward) else None
 
 
 def take_out(found: Inventory) -> None:

@@ -21,7 +21,12 @@ from ..ops.dispatch import SlowPathWarning
 from ..wrapper import Changes
 from .lookup import Inventory, look_up
 from .plan import check_branches, plan_application, plan_conversion
-from .swap import put_in, take_out, to_fp8
+from .swap import as_it_came, fast_of, put_in, run_fast, take_out, to_fp8
+
+NOT_KEPT = (
+    "Lite3R: weights become BF16, and keep_originals=False frees what they were: remove_lite3r and lite3r_disabled will refuse, and "
+    "save_lite3r(whole=True) too"
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -54,11 +59,17 @@ def apply_lite3r(model: Model, config: Lite3RConfig | None = None, **fields: Any
     if config is not None and not isinstance(config, Lite3RConfig):
         raise ConfigError(f"config is a Lite3RConfig, got {config!r}; single fields are keywords: apply_lite3r(model, keep_ratio=0.1)")
     plan = plan_application(found, (config or Lite3RConfig()).replace(**fields))
+    if plan.fast.parts.weights != "host" and not plan.config.keep_originals:
+        warnings.warn(NOT_KEPT, stacklevel=3)
     with Changes() as changes:
         state = put_in(plan, changes)
+        if plan.conversion is None:
+            run_fast(plan, state, changes)
     if plan.conversion is not None:
         to_fp8(found, state, plan.conversion)
-    for note in state.notes.get("te", ()):
+        with Changes() as changes:
+            run_fast(plan, state, changes)
+    for note in (*state.notes.get("te", ()), *state.notes.get("fast", ())):
         warnings.warn(f"Lite3R: {note}", SlowPathWarning, stacklevel=3)
     return model
 
@@ -97,7 +108,8 @@ def convert(model: Model, *, fp8_backend: Fp8Backend | None = None, tokens: int 
     config = state.config.replace(fp8_backend=fp8_backend or state.config.fp8_backend)
     check_branches(found)
     plan = plan_conversion(found.linears(state), state.sites, config, tokens, again=found.converted, model=found.name)
-    to_fp8(found, state, plan)
+    with as_it_came(state):
+        to_fp8(found, state, plan)
     return model
 
 
@@ -114,7 +126,7 @@ def remove_lite3r(model: Model) -> Model:
         ModelTypeError: `model` is no `torch.nn.Module`.
         NotAppliedError: the model carries no Lite3R, or is a part of the one that it was applied to.
         ConvertedError: weights are in FP8, be it not all of them.
-        WeightsError: PEFT holds linear branches, which would be lost with it.
+        WeightsError: PEFT holds linear branches, which would be lost with it; or ``keep_originals=False`` freed weights.
     """
     found = look_up(model)
     _require_original_weights(found, "remove_lite3r")
@@ -139,6 +151,7 @@ def lite3r_disabled(model: nn.Module) -> Iterator[None]:
         ModelTypeError: `model` is no `torch.nn.Module`.
         NotAppliedError: the model carries no Lite3R.
         ConvertedError: weights are in FP8, be it not all of them.
+        WeightsError: ``keep_originals=False`` freed weights.
     """
     found = look_up(model)
     _require_original_weights(found, "lite3r_disabled")
@@ -157,6 +170,9 @@ def run_dense(modules: Iterable[nn.Module]) -> Iterator[None]:
         try:
             for module in ours:
                 changes.put(vars(module), "enabled", False)
+            for fast in filter(None, map(fast_of, states.values())):
+                if fast.half is not None:
+                    fast.half.put_back(changes)
             yield
         finally:
             changes.undo()
@@ -168,3 +184,6 @@ def _require_original_weights(found: Inventory, verb: str) -> None:
     found.require_applied()
     if found.converted:
         raise ConvertedError(f"{verb} needs the weights that convert(model) replaced by FP8; build the model again for the dense one")
+    for fast in filter(None, map(fast_of, found.states)):
+        if fast.half is not None:
+            fast.half.require_kept(verb)

@@ -223,6 +223,11 @@ class SparseLinearAttention(HostWrapper):
             block_q=config.block_q, block_k=config.block_k, backend=config.attention_backend,
         )  # fmt: skip
 
+    @property
+    def is_watched(self) -> bool:
+        """Whether somebody observes its attention, or takes the place of it."""
+        return bool(self._observers or self._substitutes)
+
     def extra_repr(self) -> str:
         config = self.state.config
         if not self.sparse:

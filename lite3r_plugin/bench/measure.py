@@ -12,23 +12,19 @@ from ..runtime.device import peak, release_memory, timed
 from .records import Candidate
 
 SLOW_S = 2.0  # from here on a run is repeated 3 times instead of 5 or more
-GRAPH_LIMIT_S = 0.5  # of runs of 0.4 s launches are 1 percent (benchmarks/results), of longer ones nothing; a graph would hold memory
 
 
-def measure(call: Callable[[], Any], device: torch.device, repeats: int = 5, quick: bool = False) -> Candidate:
+def measure(call: Callable[[], Any], device: torch.device, repeats: int = 5) -> Candidate:
     """Time `call` and take its peak memory. It must have run once before.
 
     Args:
         call: What is measured, on `device`.
         device: A CUDA device or the CPU, of which no memory is told.
         repeats: Timed runs at least; 3 at most where one takes longer than `SLOW_S` seconds.
-        quick: One run is enough if it takes longer than `GRAPH_LIMIT_S` seconds.
     """
     release_memory(device)
     warm = timed(call, device)
     peak_bytes, reserved_bytes = peak(device)
-    if quick and warm > GRAPH_LIMIT_S:
-        return Candidate(warm * 1e3, warm * 1e3, warm * 1e3, 1, peak_bytes, reserved_bytes)
     if warm < SLOW_S / 4:
         timed(call, device)
     runs = min(3, repeats) if warm > SLOW_S else max(repeats, min(20, int(0.5 / max(warm, 1e-4))))

@@ -16,18 +16,19 @@ from ..ops.dispatch import triton_installed
 from ..version import __version__
 
 REPORT_VERSION = 1
+BASELINES = ("stock", "strong", "strong-exact")
 
 
 @dataclasses.dataclass
 class Candidate:
-    """One way to run a variant: eager, compiled, or either replayed from a CUDA graph.
+    """How a variant ran: eager, with compiled blocks, or either replayed from a CUDA graph.
 
     Attributes:
         median_ms, min_ms, max_ms: Over `runs` runs, each started on an idle device; None when it did not run.
         runs: How many.
         peak_bytes: Most memory that tensors held during one forward, weights included; for a graph, while it was captured.
         reserved_bytes: Most memory that the allocator held from the device.
-        prepare_s: Seconds that compiling or capturing took.
+        prepare_s: Seconds of the first forward, in which blocks are compiled and a graph is captured.
         reason: Why it did not run.
         notes: Other facts, such as how many graphs were compiled.
     """
@@ -51,7 +52,8 @@ class Cell:
         status: ``"ok"``, ``"oom"`` (out of memory), ``"error"``, or ``"skipped"`` (the time budget was spent, or there is no FP8 here).
         error: What went wrong.
         best: Name of the fastest candidate; its numbers are the cell's.
-        candidates: All that were tried.
+        line: What a user types to get it; None where that is nothing.
+        candidates: All that were measured, by how they ran; of reports of one line, one.
         weight_bytes: Bytes of parameters and buffers by dtype.
         linears: Linears of the transformer blocks by what runs them, as `describe` has it; empty without Lite3R.
         compute_dtypes: Output dtypes of the Linears and convolutions of each part of the model (the heads, say), measured.
@@ -71,6 +73,7 @@ class Cell:
     status: Literal["ok", "oom", "error", "skipped"] = "ok"
     error: str | None = None
     best: str | None = None
+    line: str | None = None
     candidates: dict[str, Candidate] = dataclasses.field(default_factory=dict)
     weight_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
     linears: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -115,10 +118,10 @@ class BenchReport:
         return theirs.median_ms / mine.median_ms
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON-serialisable data, with the speed of each cell over stock and over the strong dense baseline."""
+        """As JSON-serialisable data, with the speed of each cell over stock and over the strong dense baselines."""
         cells = []
         for cell in self.cells:
-            ratios = {f"speedup_over_{over}": self.speedup(cell, over) for over in ("stock", "strong")}
+            ratios = {f"speedup_over_{over.replace('-', '_')}": self.speedup(cell, over) for over in BASELINES}
             cells.append(dataclasses.asdict(cell) | ratios)
         return {"version": REPORT_VERSION, "conditions": self.conditions, "cells": cells}
 

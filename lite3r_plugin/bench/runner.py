@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,15 @@ from torch import Tensor, nn
 
 from ..apply.lookup import lite3r_modules
 from ..apply.report import describe
+from ..apply.swap import fast_of
 from ..config import Lite3RConfig
 from ..errors import InputError, short
-from ..runtime.device import release_memory
+from ..ops.dispatch import SlowPathWarning
+from ..runtime.device import peak, release_memory
+from ..runtime.fast import FastForward
+from .measure import measure
 from .models import BenchModel, build, make_images, output_differences, reference, tensors
-from .records import BenchReport, Cell, machine
-from .subject import Setup, Subject
+from .records import BenchReport, Candidate, Cell, machine
 from .variants import VARIANTS, Variant, observe, prepare, why_not
 
 
@@ -33,8 +38,8 @@ class Bench:
         resolution: Height and width of the images.
         options: Fields of `Lite3RConfig` for the variants with Lite3R.
         device: Where to run.
-        compile: Whether strong variants may be compiled.
-        graphs: Whether strong variants may be captured into CUDA graphs.
+        compile: False: ``compile_blocks=False`` where the preset is.
+        graphs: False: ``cuda_graphs=False`` where the preset is.
         repeats: Timed runs of a cell; 3 where one takes longer than `measure.SLOW_S` seconds.
         time_budget: Seconds after which no further cell is started; what is left is recorded as skipped.
         path: Where the report is written after every cell.
@@ -73,7 +78,6 @@ class Bench:
         self.device = torch.device(self.device)
         self.views = sorted(set(self.views))
         self._start = time.monotonic()
-        self._setup = Setup(self.model.run, self.device, self.resolution, self.compile, self.graphs, self.repeats)
         self._stock: dict[int, dict[str, Tensor]] = {}
 
     def run(self) -> BenchReport:
@@ -99,25 +103,25 @@ class Bench:
 
     def _run_variant(self, variant: Variant) -> None:
         cells = [Cell(variant.name, views, self.resolution) for views in self.views]
-        module, rewrites, error = None, [], None
+        module, error = None, None
         missing = why_not(variant, self.options, self.device)
         if missing is None and self._has_time():
             try:
-                module, rewrites = prepare(lambda: build(self.model, self.device, self.seed), variant, self.options)
+                module = build(self.model, self.device, self.seed)
+                prepare(module, variant, self._options_of(variant))
             except Exception as caught:
                 error = caught
-        subject = None if module is None else Subject(module, variant, self._setup)
         for cell in cells:
-            cell.rewrites = rewrites
+            cell.line = variant.line(self._options_of(variant))
             try:
                 if error is not None:
                     raise error
                 if missing is not None:
                     cell.status, cell.error = "skipped", missing
-                elif subject is None or not self._has_time():
+                elif module is None or not self._has_time():
                     cell.status, cell.error = "skipped", f"the time budget of {self.time_budget:g} s was spent"
                 else:
-                    self._measure(subject, cell)
+                    self._measure(module, variant, cell)
             except torch.cuda.OutOfMemoryError as caught:
                 cell.status, cell.error = "oom", short(caught)
             except Exception as caught:  # whatever a host raises is a result too
@@ -127,37 +131,73 @@ class Bench:
                 self.report.save(self.path)
             self._log_cell(cell)
             release_memory(self.device)
-        if subject is not None and subject.blocks:
+        if variant.strong and self.compile:
             torch._dynamo.reset()
-        subject = module = None
+        module = None
         release_memory(self.device)
 
-    def _measure(self, subject: Subject, cell: Cell) -> None:
-        module = subject.module
+    def _measure(self, module: nn.Module, variant: Variant, cell: Cell) -> None:
         sites = lite3r_modules(module)
-        cell.config = next(iter(sites.values())).state.config.to_dict() if sites else None
+        state = next(iter(sites.values())).state if sites else None
+        fast = None if state is None else fast_of(state)
+        cell.config = None if state is None else state.config.to_dict()
         cell.linears = describe(module).linears if sites else {}
+        if state is not None:
+            cell.rewrites = [*state.rewritten, *(f"not {what}, because {why}" for what, why in state.not_rewritten.items())]
         cell.weight_bytes = weight_bytes(module)
         images = make_images(cell.views, self.resolution, self.device, self.seed)
-        with subject.ready(images, cell) as forward:
-            with observe(module) as observed:
-                outputs = tensors(forward())
-            cell.compute_dtypes, cell.sites, cell.density = observed.compute_dtypes, observed.sites, observed.density
-            cell.output_dtypes = {name: str(x.dtype).removeprefix("torch.") for name, x in outputs.items() if "." not in name}
-            cell.finite = all(bool(x.isfinite().all()) for x in outputs.values())
-            if cell.variant == "stock":
-                self._stock[cell.views] = reference(outputs)
-            elif cell.views in self._stock:
-                cell.fidelity = output_differences(outputs, self._stock[cell.views])
-            expected = reference(outputs)
-            del outputs
-            subject.measure_candidates(forward, cell, expected)
-        ran = {name: candidate.median_ms for name, candidate in cell.candidates.items() if candidate.median_ms is not None}
-        if ran:
-            cell.best = min(ran, key=ran.__getitem__)
-        else:
-            cell.status = "error"
-            cell.error = "; ".join(f"{name}: {candidate.reason}" for name, candidate in cell.candidates.items())
+
+        def forward() -> Any:
+            with nullcontext() if variant.strong else torch.autocast(self.device.type, torch.bfloat16):
+                return self.model.run(module, images)
+
+        with observe(module) as observed, warnings.catch_warnings():
+            warnings.simplefilter("ignore", SlowPathWarning)  # hooks keep it from being recorded: once
+            outputs = tensors(forward())
+        cell.compute_dtypes, cell.sites, cell.density = observed.compute_dtypes, observed.sites, observed.density
+        cell.output_dtypes = {name: str(x.dtype).removeprefix("torch.") for name, x in outputs.items() if "." not in name}
+        cell.finite = all(bool(x.isfinite().all()) for x in outputs.values())
+        if cell.variant == "stock":
+            self._stock[cell.views] = reference(outputs)
+        elif cell.views in self._stock:
+            cell.fidelity = output_differences(outputs, self._stock[cell.views])
+        expected = reference(outputs)
+        del outputs
+        if fast is None:
+            cell.best, cell.candidates = "eager", {"eager": measure(forward, self.device, self.repeats)}
+            return
+        cell.best, candidate = self._measure_fast(fast, forward, expected)
+        cell.candidates = {cell.best: candidate}
+        cell.sdpa = " first by ".join(filter(None, fast.choice or ())) or "default"
+
+    def _measure_fast(self, fast: FastForward, forward: Callable[[], Any], expected: dict[str, Tensor]) -> tuple[str, Candidate]:
+        """How a model with the preset ran, and its times. Each number of views is by itself: what was recorded before is dropped."""
+        fast.forget()
+        release_memory(self.device)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SlowPathWarning)  # it is in the notes
+            start = time.monotonic()
+            difference = output_differences(tensors(forward()), expected)
+            seconds = time.monotonic() - start
+            peaks = (None, None)
+            if recorded := bool(fast.graphs):
+                # Once more, compiled already: what a replay needs, is counted while it is recorded.
+                fast.forget()
+                release_memory(self.device)
+                forward()
+                peaks = peak(self.device)
+            candidate = measure(forward, self.device, self.repeats)
+        if recorded:
+            candidate.peak_bytes, candidate.reserved_bytes = peaks
+        candidate.prepare_s = seconds
+        candidate.notes = {"difference_to_eager": difference, "whole_model": fast.report()}
+        compiled = bool(fast.blocks) and fast.not_compiled is None
+        return " ".join(["compiled"] * compiled + ["graph"] * recorded) or "eager", candidate
+
+    def _options_of(self, variant: Variant) -> dict[str, Any]:
+        """The options, and where the preset is what is to be left out of it."""
+        off = {name: False for name, wanted in (("compile_blocks", self.compile), ("cuda_graphs", self.graphs)) if not wanted}
+        return {**self.options, **(off if variant.strong else {})}
 
     def _has_time(self) -> bool:
         return self.time_budget is None or time.monotonic() - self._start < self.time_budget

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from .records import BenchReport, Cell
+from .records import BASELINES, BenchReport, Cell
 
 FP8 = "in FP8"  # how `describe` begins what runs a Linear in FP8
 
 
 def table(report: BenchReport) -> Table:
-    """One row per cell, with its speed against stock and against the strong dense baseline."""
+    """One row per cell, with its speed against stock and against the strong dense baselines."""
     conditions = report.conditions
     title = (
         f"{conditions['model']} at {conditions['resolution']} px on {conditions['device']}, torch {conditions['torch']}, "
@@ -20,7 +20,16 @@ def table(report: BenchReport) -> Table:
     result.add_column("views", justify="right")
     result.add_column("variant")
     result.add_column("run as")
-    for name in ("ms", "min-max", "x stock", "x strong", "weights GiB", "peak GiB", "x memory of stock", "density", "depth error"):
+    for name in (
+        "ms",
+        "min-max",
+        *(f"x {name}" for name in BASELINES),
+        "weights GiB",
+        "peak GiB",
+        "x memory of stock",
+        "density",
+        "depth error",
+    ):
         result.add_column(name, justify="right")
     for cell in sorted(report.cells, key=lambda cell: cell.views):
         result.add_row(str(cell.views), cell.variant, *_numbers(report, cell))
@@ -40,8 +49,7 @@ def _numbers(report: BenchReport, cell: Cell) -> list[str]:
         ", ".join([cell.best or "", *(kind for kind in cell.linears if kind.startswith(FP8))]),
         f"{won.median_ms:.1f}",
         f"{won.min_ms:.1f}-{won.max_ms:.1f}",
-        _number(report.speedup(cell, "stock")),
-        _number(report.speedup(cell, "strong")),
+        *(_number(report.speedup(cell, name)) for name in BASELINES),
         _number(sum(cell.weight_bytes.values()) / 2**30),
         _number(won.peak_bytes and won.peak_bytes / 2**30),
         _number(memory),

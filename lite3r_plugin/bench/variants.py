@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,54 +18,70 @@ from ..apply.verbs import apply_lite3r
 from ..errors import NoSitesError
 from ..fp8 import backends
 from ..fp8.linear import Fp8Linear
-from ..runtime.rewrites import rewrite_exactly
+from ..ops.dispatch import SlowPathWarning
 
 PROJ_STD = 0.02
 FP8 = {"precision": "fp8"}
-# Dense attention at all sites; the exact fusion of norm and rotary embedding, which the site brings along, stays.
+FAST = {"preset": "fast"}
+# Dense attention at all sites.
 DENSE = {"keep_ratio": 1.0, "linear_branch": "none"}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to prepare the model.
+    """One way to prepare the model: a call of `apply_lite3r`, as a user types it.
 
     Attributes:
         name: Its name.
         summary: What it is.
-        strong: BF16 weights, exact rewrites, the fastest dense attention backend, compiled blocks, CUDA graphs. Otherwise
-            FP32 weights under BF16 autocast, eager, as the READMEs of the models say.
-        lite3r: With `apply_lite3r`.
-        options: Fields of `Lite3RConfig` that belong to the variant, whatever else is asked for.
+        own: Fields of `Lite3RConfig` that belong to it, whatever else is asked for; None: the model as it comes.
     """
 
     name: str
     summary: str
-    strong: bool
-    lite3r: bool
-    options: Mapping[str, Any] = field(default_factory=dict)
+    own: Mapping[str, Any] | None
 
-    def fields(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Fields of `Lite3RConfig` for it where `options` are asked for."""
-        return {**options, **self.options}
+    @property
+    def lite3r(self) -> bool:
+        """Whether `apply_lite3r` is called."""
+        return self.own is not None
+
+    @property
+    def strong(self) -> bool:
+        """Whether it runs as the preset has it. Else its weights are FP32 under BF16 autocast, as the READMEs of the models say."""
+        return self.own is not None and "preset" in self.own
 
     @property
     def fp8(self) -> bool:
         """Whether its Linears are in FP8."""
-        return self.options.get("precision") == "fp8"
+        return self.own is not None and self.own.get("precision") == "fp8"
+
+    def fields(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Fields of `Lite3RConfig` for it where `options` are asked for."""
+        return {**options, **(self.own or {})}
+
+    def line(self, options: Mapping[str, Any]) -> str | None:
+        """What a user types to get it; None where that is nothing."""
+        if not self.lite3r:
+            return None
+        return f"apply_lite3r({', '.join(['model', *(f'{name}={value!r}' for name, value in self.fields(options).items())])})"
 
 
 VARIANTS: dict[str, Variant] = {
     variant.name: variant
     for variant in (
-        Variant("stock", "FP32 weights, BF16 autocast, eager, as the model's README says", False, False),
-        Variant("strong", "dense: BF16 weights and heads, exact rewrites, best SDPA backend, compiled blocks, CUDA graph", True, False),
-        Variant("strong-fp8", "strong with the Linears of the transformer blocks in FP8; attention dense", True, True, FP8 | DENSE),
-        Variant("lite3r", "apply_lite3r on the stock model, nothing else", False, True),
-        Variant("lite3r-strong", "apply_lite3r on top of everything that strong has", True, True),
-        Variant("lite3r-fp8", "lite3r-strong with the Linears of the transformer blocks in FP8", True, True, FP8),
+        Variant("stock", "FP32 weights, BF16 autocast, eager, as the model's README says", None),
+        Variant(
+            "strong", "dense, all of it in BF16, no kernel of ours: exact rewrites, best SDPA backend, compiled blocks, CUDA graph",
+            DENSE | FAST | {"weights": "bf16_everywhere", "fuse": False},
+        ),
+        Variant("strong-exact", "dense with every exact rewrite and fused kernel that Lite3R has, the camera head in FP32", DENSE | FAST),
+        Variant("strong-fp8", "strong-exact with the Linears of the transformer blocks in FP8", DENSE | FAST | FP8),
+        Variant("lite3r", "apply_lite3r on the stock model, nothing else", {}),
+        Variant("lite3r-strong", "with the preset", FAST),
+        Variant("lite3r-fp8", "with the preset, the Linears of the transformer blocks in FP8", FAST | FP8),
     )
-}
+}  # fmt: skip
 """The variants by name, in the order in which they run by default."""
 
 
@@ -76,29 +93,20 @@ def why_not(variant: Variant, options: Mapping[str, Any], device: torch.device) 
     return None if reason is None else f"no FP8 matrix products: {reason}; --config fp8_backend=emulated runs it for its memory and error"
 
 
-def prepare(build: Callable[[], nn.Module], variant: Variant, options: Mapping[str, Any]) -> tuple[nn.Module, list[str]]:
-    """A model prepared as `variant`, and the exact rewrites that were made in it, in words.
-
-    Args:
-        build: Makes the stock model.
-        variant: The variant.
-        options: Fields of `Lite3RConfig`.
+def prepare(module: nn.Module, variant: Variant, options: Mapping[str, Any]) -> None:
+    """Make `variant` of the stock model `module`, where `options`, fields of `Lite3RConfig`, are asked for.
 
     Raises:
-        NoSitesError: no adapter has exact rewrites for this model, so it has no strong variant.
+        NoSitesError: a part of the preset is left out for this model, so what would be measured is not what is meant.
     """
-    module, words = build(), []
-    if variant.strong:
-        rewrites = rewrite_exactly(module.to(torch.bfloat16))
-        if rewrites is None:
-            raise NoSitesError(
-                f"no adapter has exact rewrites (the hook lite3r_exact_rewrites) for {type(module).__name__}; leave {variant.name!r} out"
-            )
-        words = [*rewrites.done, *(f"not {what}, because {why}" for what, why in rewrites.left.items())]
-    if variant.lite3r:
+    if not variant.lite3r:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SlowPathWarning)  # it becomes an error
         apply_lite3r(module, **variant.fields(options))
-        fill_projections(module)
-    return module, words
+    if left := next(iter(lite3r_modules(module).values())).state.notes.get("fast"):
+        raise NoSitesError(f"{'; '.join(left)}: leave the variant {variant.name!r} out for {type(module).__name__}")
+    fill_projections(module)
 
 
 def fill_projections(module: nn.Module) -> None:

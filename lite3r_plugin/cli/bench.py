@@ -10,8 +10,8 @@ import typer
 from ..errors import InputError
 from .options import LARGEST_SEED, Config, Device, KeepRatio, Model, Repeats, config_fields, numbers
 
-DEFAULT_VARIANTS = "stock,strong,strong-fp8,lite3r,lite3r-strong,lite3r-fp8"
-TABLE_WIDTH = 150
+DEFAULT_VARIANTS = "stock,strong,strong-exact,strong-fp8,lite3r,lite3r-strong,lite3r-fp8"
+TABLE_WIDTH = 165
 
 
 def bench(
@@ -23,8 +23,8 @@ def bench(
     variants: Annotated[str, typer.Option(help=f"Some of {DEFAULT_VARIANTS}, in the order in which they are to run.")] = DEFAULT_VARIANTS,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the report here, after every cell.", show_default=False)] = None,
     device: Device = "auto",
-    compile_: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the blocks of strong variants.")] = True,
-    graphs: Annotated[bool, typer.Option(help="Capture strong variants into CUDA graphs.")] = True,
+    compile_: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the blocks where the preset is.")] = True,
+    graphs: Annotated[bool, typer.Option(help="Record CUDA graphs where the preset is.")] = True,
     repeats: Repeats = 5,
     time_budget: Annotated[float | None, typer.Option(help="Seconds after which no further cell is started.", show_default=False)] = None,
     commit: Annotated[
@@ -65,6 +65,8 @@ def bench(
     console = Console()
     console.width = max(console.width, TABLE_WIDTH)
     console.print(table(report))
+    for line in dict.fromkeys(f"{cell.variant}: {cell.line}" for cell in report.cells if cell.line is not None):
+        console.print(f"  {line}", markup=False, highlight=False)
     for key, value in report.conditions.items():
         console.print(f"  {key}: {value}", markup=False, highlight=False)
     if all(cell.status != "ok" for cell in report.cells):

@@ -28,7 +28,9 @@ class CompiledBlocks:
     """The repeated blocks of a model, compiled when they first run inside of `running`; outside they run eagerly.
 
     Attention that may be sparse stays eager: it is Triton already. So does a fused FP8 block around it, all of whose
-    passes are: rows in FP8 cannot cross a break of the graph.
+    passes are: rows in FP8 cannot cross a break of the graph. A block that somebody has compiled already stays as it is.
+
+    Copies, also pickled ones, start anew.
 
     Args:
         module: The model. Only its `repeated_blocks` change, and only inside of `running`.
@@ -37,39 +39,44 @@ class CompiledBlocks:
 
     def __init__(self, module: nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:
         self.module, self.backend = module, backend
-        self._calls: list[tuple[nn.Module, Any]] = []  # blocks with their compiled calls
+        self._calls: dict[nn.Module, Any] = {}  # blocks with their compiled calls
 
-    def __bool__(self) -> bool:
-        """Whether anything was compiled."""
-        return bool(self._calls)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CompiledBlocks, (self.module, self.backend)
+
+    def __len__(self) -> int:
+        """How many blocks were compiled, or would be when they run."""
+        return len(self._calls)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Blocks run compiled inside the context.
+        """Blocks run compiled inside the context, which is for one thread at a time: it changes limits of the compiler meanwhile.
 
         Raises (inside):
             torch._dynamo.exc.FailOnRecompileLimitHit: a block is compiled for more than `RECOMPILE_LIMIT` cases.
         """
-        if not self._calls:
-            for block in repeated_blocks(self.module):
-                if not (isinstance(block, Fp8Block) and _sparse_sites(block)):
-                    block.compile(dynamic=True, backend=self.backend)
-                    self._calls.append((block, block._compiled_call_impl))
+        wanted = [block for block in repeated_blocks(self.module) if not (isinstance(block, Fp8Block) and _sparse_sites(block))]
+        self._calls = {block: self._calls[block] if block in self._calls else self._compiled(block) for block in wanted}
+        running = {block: call for block, call in self._calls.items() if block._compiled_call_impl is None}
         sites = {site: site.__dict__.get("forward") for site in _sparse_sites(self.module)}  # who wrapped it before, wants it back
         try:
             for site in sites:
                 site.forward = torch.compiler.disable(site.forward)
-            for block, call in self._calls:
+            for block, call in running.items():
                 block._compiled_call_impl = call
             with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT, fail_on_recompile_limit_hit=True):
                 yield
         finally:
             for site, forward in sites.items():
-                del site.forward
+                site.__dict__.pop("forward", None)
                 if forward is not None:
                     site.forward = forward
-            for block, _ in self._calls:
+            for block in running:
                 block._compiled_call_impl = None
+
+    def _compiled(self, block: nn.Module) -> Any:
+        """As `nn.Module.compile`, which keeps it."""
+        return torch.compile(block._call_impl, dynamic=True, backend=self.backend)
 
 
 def _sparse_sites(module: nn.Module) -> list[SparseLinearAttention]:

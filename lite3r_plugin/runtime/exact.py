@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from ..adapter.rewrites import ExactRewrite, Trial
 from ..adapter.trials import like
 from ..errors import AdapterError, InputError
-from ..wrapper import TABLES, Changes, RewrittenMethod, RewrittenModule, has_forward_hooks, host_of, is_plain_tensor
+from ..wrapper import TABLES, RewrittenMethod, RewrittenModule, has_forward_hooks, host_of, is_plain_tensor
+from .values import exchanged
 
 MAX_POSITIONS = 4096  # rows and columns of the rotary tables; token coordinates are below it
 MOST_SIZES = 512  # of features whose position embeddings are kept
@@ -184,24 +185,38 @@ def output_in_fp32(fqn: str) -> ExactRewrite:
     return ExactRewrite(fqn, "output in FP32 whatever the weights are", OutputInFp32, None, keeps_dtype=False)
 
 
-class InFp32(RewrittenModule):
-    """Runs a module in FP32 whatever the rest of the model is in: its weights become FP32, and so do its inputs."""
+class KeptInFp32(RewrittenModule):
+    """Stays in FP32 where the rest of the model becomes BF16: its weights do; what it is given is somebody else's matter."""
 
-    def join(self, changes: Changes) -> None:
-        """As of every stand-in; the weights become FP32."""
-        super().join(changes)
-        for parameter in self.parameters():
-            before = parameter.data
-            changes.make(lambda p=parameter: setattr(p, "data", p.data.float()), lambda p=parameter, x=before: setattr(p, "data", x))
+    def rewritten(self, *args: Any, **kwargs: Any) -> Any:
+        """As the host's forward."""
+        return self.run_host(*args, **kwargs)
+
+
+class InFp32(KeptInFp32):
+    """Runs a module in FP32 where the rest of the model becomes BF16: its weights stay so, and its inputs become so."""
 
     def rewritten(self, *args: Any, **kwargs: Any) -> Any:
         """As the host's forward, in FP32."""
-        return self.run_host(*(x.float() if isinstance(x, Tensor) else x for x in args), **kwargs)
+        dtype = next((p.dtype for p in self.parameters()), torch.float32)  # FP64 where somebody has made it that since
+        args, kwargs = exchanged((args, kwargs), lambda x: x.to(dtype) if x.is_floating_point() else x)
+        return self.run_host(*args, **kwargs)
 
 
-def in_fp32(fqn: str) -> ExactRewrite:
-    """`InFp32` of the module `fqn`."""
-    return ExactRewrite(fqn, "in FP32 whatever the other weights are", InFp32, None, keeps_dtype=False)
+def in_fp32(fqn: str, entry: str = "", *, for_precision: bool = False) -> list[ExactRewrite]:
+    """The module `fqn` in FP32.
+
+    Args:
+        fqn: Its name.
+        entry: Its child through which all inputs come that count, by name; by default its own inputs become FP32, all of them.
+        for_precision: Whether it would run in BF16 as well.
+    """
+    words = "in FP32 whatever the other weights are"
+    whole = ExactRewrite(fqn, words, KeptInFp32 if entry else InFp32, None, keeps_dtype=False, for_precision=for_precision)
+    if not entry:
+        return [whole]
+    inside = f"{fqn}.{entry}" if fqn else entry
+    return [whole, ExactRewrite(inside, "given FP32", InFp32, None, keeps_dtype=False, for_precision=for_precision)]
 
 
 # Layers that nobody reads

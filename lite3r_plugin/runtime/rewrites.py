@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -50,7 +50,9 @@ class Rewrites:
 NO_REWRITES = Rewrites({}, {})
 
 
-def plan_rewrites(model: nn.Module, modules: Mapping[str, nn.Module], *, keep_dtypes: bool = True) -> Rewrites | None:
+def plan_rewrites(
+    model: nn.Module, modules: Mapping[str, nn.Module], wanted: Callable[[ExactRewrite], bool] = lambda rewrite: rewrite.keeps_dtype
+) -> Rewrites | None:
     """Make the exact rewrites of `model` and compare each with the host's own method. Nothing in the model changes.
 
     What is rewritten already, is left as it is.
@@ -58,7 +60,7 @@ def plan_rewrites(model: nn.Module, modules: Mapping[str, nn.Module], *, keep_dt
     Args:
         model: The model, to be asked for at the adapters.
         modules: Its modules by all their names.
-        keep_dtypes: Only those whose results have the host's dtypes.
+        wanted: Which of them; by default those whose results have the host's dtypes.
 
     Returns:
         What can be put in; None where no adapter has rewrites for this model.
@@ -66,7 +68,7 @@ def plan_rewrites(model: nn.Module, modules: Mapping[str, nn.Module], *, keep_dt
     found = find_rewrites(model)
     if found is None:
         return None
-    places = {(rewrite.fqn, rewrite.method): rewrite for rewrite in found if rewrite.keeps_dtype or not keep_dtypes}
+    places = {(rewrite.fqn, rewrite.method): rewrite for rewrite in filter(wanted, found)}
     made: dict[ExactRewrite, Rewritten] = {}
     refused: dict[ExactRewrite, str] = {}
     for rewrite in places.values():
@@ -89,29 +91,12 @@ def plan_rewrites(model: nn.Module, modules: Mapping[str, nn.Module], *, keep_dt
     return Rewrites(made, refused)
 
 
-def rewrite_exactly(model: nn.Module) -> Rewrites | None:
-    """Put all exact rewrites into `model` that agree with it, those for BF16 weights too, for as long as it lives.
-
-    For dense models: `apply_lite3r` puts in those that keep dtypes itself, and `remove_lite3r` takes them out.
-
-    Returns:
-        What was rewritten, and what was not; None where no adapter has rewrites for this model.
-    """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    rewrites = plan_rewrites(model, modules, keep_dtypes=False)
-    if rewrites is None:
-        return None
-    with Changes() as changes:
-        rewrites.put_in(changes, modules)
-    return rewrites
-
-
 def take_out(changes: Changes, modules: dict[str, nn.Module], made: Sequence[Rewritten]) -> None:
     """Take out as much of what `Rewrites.put_in` put in as is there."""
     inside = set(modules.values())
     stand_ins = [item for item in made if isinstance(item, RewrittenModule) and item in inside]
     replace_modules(changes, modules, {item: item.release() for item in stand_ins})
-    for item in made:
+    for item in reversed(made):  # what was put in last lies on what was put in before
         if isinstance(item, RewrittenMethod):
             item.take_out(changes)
 

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -101,6 +102,29 @@ class DenseKernels(TorchFunctionMode):
         dtype = str(out.dtype).removeprefix("torch.")
         self.ran.setdefault((tuple(q.shape), tuple(k.shape)), set()).add(f"{called.kernel} {dtype}")
         return out
+
+
+class LargestDense(TorchFunctionMode):
+    """Notes the queries of the dense attention inside its context that has the most products: what a choice of backend is about.
+
+    Attributes:
+        queries: Shape ``[..., N, D]``, dtype and device of them; None where there is no dense attention.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries: tuple[torch.Size, torch.dtype, torch.device] | None = None
+        self._products = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and len(args) > 1:
+            q, k = args[0], args[1]
+            if q.numel() * k.shape[-2] > self._products and q.shape[-2] == k.shape[-2]:
+                on = q.device.type
+                dtype = torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else q.dtype
+                self._products, self.queries = q.numel() * k.shape[-2], (q.shape, dtype, q.device)
+        return func(*args, **kwargs)
 
 
 class _Operator(TorchDispatchMode):

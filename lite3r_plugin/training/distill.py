@@ -203,6 +203,11 @@ def _check_model(found: Inventory, config: DistillConfig) -> None:
             'apply_lite3r(model, precision="fp8_qat") to train for FP8'
         )
     found.require_whole(state, "distill")
+    if state.config.whole_model.weights != "host":
+        raise ConfigError(
+            "weights in BF16 are too coarse to learn with, and the teacher needs those that the model came with: distill without "
+            'preset="fast" (or with weights="host"), save_lite3r, and load_lite3r(model, directory, preset="fast")'
+        )
     check_branches(found, config)
     adapter = next((n for n, m in found.modules.items() if m not in state.lora and (is_tuner_layer(m) or keeps_copies(m))), None)
     if adapter is not None and config.trainable == "proj+lora" and not any(map(is_lora, found.modules.values())):

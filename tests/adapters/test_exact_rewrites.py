@@ -14,12 +14,12 @@ import torch
 from interruptions import contents, interrupted, lines_of
 from numerics import relative_error
 from real_models import small_da3, small_vggt
+from rewriting import rewrite_exactly
 from torch import Tensor, nn
 
 from lite3r_plugin import Lite3RConfig, apply_lite3r, describe, lite3r_disabled, load_lite3r, remove_lite3r, save_lite3r
 from lite3r_plugin.apply.lookup import lite3r_modules
 from lite3r_plugin.errors import NotAppliedError
-from lite3r_plugin.runtime.rewrites import rewrite_exactly
 from lite3r_plugin.testbed import Testbed, TestbedConfig
 from lite3r_plugin.testing import TEST_CONFIG, named_tensors
 

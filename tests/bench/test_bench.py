@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import io
 import json
-from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -15,26 +14,30 @@ from rich.console import Console
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lite3r_plugin import hookimpl
-from lite3r_plugin.adapter import ExactRewrite
-from lite3r_plugin.adapter.plugins import AdapterWarning, get_manager
-from lite3r_plugin.bench import VARIANTS, Bench, BenchModel, variants
+from lite3r_plugin.bench import VARIANTS, Bench, BenchModel
 from lite3r_plugin.bench.table import table
 from lite3r_plugin.bench.variants import prepare
 from lite3r_plugin.errors import ConfigError, InputError, NoSitesError
 from lite3r_plugin.fp8.linear import Fp8Linear
-from lite3r_plugin.runtime.exact import OutputInFp32
-from lite3r_plugin.runtime.rewrites import NO_REWRITES
 from lite3r_plugin.testbed import Testbed, TestbedConfig
 
 OPTIONS = {"keep_ratio": 0.2, "dense_below": 0, "pin": "special", "block_q": 16, "block_k": 16}
 EMULATED = {**OPTIONS, "fp8_backend": "emulated"}
 
 
-def test_a_model_without_exact_rewrites_has_no_strong_variant() -> None:
-    report = Bench(BenchModel("linear", lambda: nn.Linear(2, 2)), [1], ["strong"], device="cpu").run()
+def test_a_model_without_exact_rewrites_has_no_strong_variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lite3r_plugin.runtime.rewrites.find_rewrites", lambda model: None)
+    report = Bench(BenchModel("small", small_testbed), [1], ["strong"], resolution=56, device="cpu").run()
     assert report.cells[0].status == "error"
-    assert NoSitesError.__name__ in report.cells[0].error
+    assert f"{NoSitesError.__name__}: asked for, and left out: weights in BF16" in report.cells[0].error
+
+
+def test_a_row_is_a_line_that_a_user_types() -> None:
+    lines = {name: variant.line({"keep_ratio": 0.1}) for name, variant in VARIANTS.items()}
+    assert lines["stock"] is None
+    assert lines["lite3r"] == "apply_lite3r(model, keep_ratio=0.1)"
+    assert lines["lite3r-fp8"] == "apply_lite3r(model, keep_ratio=0.1, preset='fast', precision='fp8')"
+    assert lines["strong-exact"] == "apply_lite3r(model, keep_ratio=1.0, linear_branch='none', preset='fast')"
 
 
 @pytest.fixture(scope="module")
@@ -66,15 +69,19 @@ def test_cells_say_how_they_were_measured(run) -> None:
         assert cell.finite
         assert cell.winner.min_ms <= cell.winner.median_ms <= cell.winner.max_ms
         assert cell.candidates["eager"].runs >= 2
-        strong = VARIANTS[cell.variant].strong
-        assert set(cell.weight_bytes) >= {"bfloat16" if strong else "float32"}
+        variant = VARIANTS[cell.variant]
+        assert set(cell.weight_bytes) >= {"bfloat16" if variant.strong else "float32"}
         assert cell.compute_dtypes["depth_head"] == ["bfloat16"]  # on the CPU under autocast, which VGGT ends on GPUs only
-        if strong:
-            assert cell.output_dtypes["depth"] == "float32"
-        assert bool(cell.rewrites) == strong
-        if strong:
-            assert cell.candidates["graph"].reason == "there is no CUDA device"
-            assert cell.candidates["compiled"].reason == "compilation is switched off"
+        assert cell.output_dtypes["depth"] == "float32"
+        assert bool(cell.rewrites) == variant.lite3r
+        if variant.strong:
+            everywhere = cell.variant == "strong"
+            assert (cell.compute_dtypes["camera_head"] == ["bfloat16"]) == everywhere
+            assert cell.line.startswith("apply_lite3r(model, ")
+            assert "compile_blocks=False" in cell.line
+            notes = cell.candidates["eager"].notes
+            assert notes["difference_to_eager"]["depth_rel_l2"] < 1e-6
+            assert any("CUDA graphs are for CUDA devices" in line for line in notes["whole_model"])
 
 
 def test_lite3r_cells_count_sites_and_density(run) -> None:
@@ -88,12 +95,12 @@ def test_lite3r_cells_count_sites_and_density(run) -> None:
         assert 0 < cell.fidelity["depth_rel_l2"] < 1
         assert "pose_enc_max_abs" in cell.fidelity
     assert report.find("stock", 2).fidelity == {}
-    assert report.find("strong", 2).density is None
+    assert report.find("strong", 2).density == 1
 
 
 def test_fp8_cells_say_what_runs_the_linears_and_hold_no_second_copy(run) -> None:
     report, _, _ = run
-    for variant, full in (("strong-fp8", "strong"), ("lite3r-fp8", "lite3r-strong")):
+    for variant, full in (("strong-fp8", "strong-exact"), ("lite3r-fp8", "lite3r-strong")):
         cell, other = report.find(variant, 2), report.find(full, 2)
         assert cell.linears == {"in FP8 (emulated)": 40}  # four in each of ten blocks
         weights = 10 * 12 * 64**2
@@ -105,30 +112,8 @@ def test_fp8_cells_say_what_runs_the_linears_and_hold_no_second_copy(run) -> Non
     assert report.find("strong-fp8", 2).sites == {"sparse": 0, "dense": 10, "disabled": 0}
     assert report.find("strong-fp8", 2).density == 1
     assert report.find("strong-fp8", 2).config["linear_branch"] == "none"
-    assert report.find("strong", 2).linears == {}
+    assert report.find("strong", 2).linears == {"in full precision": 40}
     assert report.find("lite3r", 2).linears == {"in full precision": 40}
-
-
-def test_rewrites_that_fail_are_named_and_the_next_adapter_is_asked() -> None:
-    class Rewrites:
-        def __init__(self, fail: bool) -> None:
-            self.fail = fail
-
-        @hookimpl
-        def lite3r_exact_rewrites(self, model: nn.Module) -> list[ExactRewrite] | None:
-            if self.fail:
-                raise RuntimeError("no luck")
-            return [ExactRewrite("heads", "in FP32", OutputInFp32, None), ExactRewrite("tails", "in FP32", OutputInFp32, None)]
-
-    for name, fail in (("works", False), ("fails", True)):
-        get_manager().register(Rewrites(fail), name=name)
-    try:
-        with pytest.warns(AdapterWarning, match=r"'fails' \(of no distribution\) failed, and its lite3r_exact_rewrites was skipped"):
-            words = prepare(lambda: nn.Sequential(OrderedDict(heads=nn.Linear(2, 2))), VARIANTS["strong"], {})[1]
-        assert words == ["heads: in FP32", "not tails: in FP32, because the model has no such module"]
-    finally:
-        for name in ("works", "fails"):
-            get_manager().unregister(name=name)
 
 
 def small_testbed() -> nn.Module:
@@ -137,15 +122,15 @@ def small_testbed() -> nn.Module:
 
 @pytest.mark.parametrize("name", ["strong-fp8", "lite3r-fp8"])
 @torch.no_grad()
-def test_fp8_variants_free_the_weights_that_they_replace(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(variants, "rewrite_exactly", lambda model: NO_REWRITES)  # the testbed has none
-    module = small_testbed().eval().to(torch.bfloat16)
+def test_fp8_variants_free_the_weights_that_they_replace(name: str) -> None:
+    module = small_testbed().eval()
     before = {name: StorageWeakRef(p.untyped_storage()) for name, p in module.named_parameters()}
-    prepare(lambda: module, VARIANTS[name], EMULATED)
+    with pytest.warns(UserWarning, match="keep_originals=False"):
+        prepare(module, VARIANTS[name], EMULATED | {"keep_originals": False})
     gc.collect()
     replaced = {f"{fqn}.weight" for fqn, m in module.named_modules() if isinstance(m, Fp8Linear)}
     assert len(replaced) == 16
-    assert {name for name, storage in before.items() if storage.expired()} == replaced
+    assert {name for name, storage in before.items() if storage.expired()} >= replaced
 
 
 def test_without_fp8_products_its_rows_say_why() -> None:
@@ -160,10 +145,9 @@ def test_fp8_variants_compile(name: str) -> None:
     """Blocks whose attention is sparse stay eager: rows in FP8 cannot cross the break of the graph there."""
     bench = Bench(BenchModel("small-vggt", small_vggt), [2], ["stock", name], resolution=112, options=EMULATED, device="cpu", repeats=1)
     cell = bench.run().cells[1]
-    compiled = cell.candidates["compiled"]
-    assert compiled.reason is None
-    assert compiled.notes["graph_breaks"] == 0
-    assert compiled.notes["difference_to_eager"]["depth_rel_l2"] < 1e-2
+    assert cell.best == "compiled", cell.candidates
+    assert cell.winner.notes["difference_to_eager"]["depth_rel_l2"] < 1e-2
+    assert cell.winner.prepare_s > cell.winner.median_ms / 1e3
 
 
 def test_table_has_both_ratios(run) -> None:
@@ -211,9 +195,9 @@ def test_wrong_arguments_raise(wrong) -> None:
 @pytest.mark.gpu
 def test_strong_variants_are_captured_on_the_gpu() -> None:
     """The forward with the exact rewrites does not wait for the GPU, with Lite3R and without."""
-    variants = ["stock", "strong", "strong-fp8", "lite3r-strong", "lite3r-fp8"]
+    variants = ["stock", "strong", "strong-exact", "strong-fp8", "lite3r-strong", "lite3r-fp8"]
     model = BenchModel("small-vggt", small_vggt)
     bench = Bench(model, [2], variants, resolution=112, options=OPTIONS, compile=False, device="cuda")
     for cell in bench.run().cells[1:]:
-        assert cell.candidates["graph"].reason is None
-        assert cell.candidates["graph"].peak_bytes > 0
+        assert cell.best == "graph", cell.candidates
+        assert cell.winner.peak_bytes > 0

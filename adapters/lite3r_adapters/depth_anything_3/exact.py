@@ -31,7 +31,7 @@ def rewrites(model: nn.Module) -> list[ExactRewrite] | None:
             if hasattr(module.scratch, "output_conv2_aux"):
                 found.append(output_in_fp32(_join(fqn, f"scratch.output_conv2_aux.{len(module.scratch.output_conv2_aux) - 1}")))
         if isinstance(getattr(module, "cam_dec", None), nn.Module):
-            found.append(in_fp32(_join(fqn, "cam_dec")))  # its last Linears are given FP32 by the host whatever the weights are
+            found += in_fp32(_join(fqn, "cam_dec"))  # its last Linears are given FP32 by the host whatever the weights are
     return found or None
 
 

@@ -1,0 +1,159 @@
+"""Weights in BF16 for as long as Lite3R is in a model, and the way back to those that it came with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attention.module import SparseLinearAttention
+from ..errors import WeightsError
+from ..fp8.linear import Fp8Linear
+from ..wrapper import Changes, is_plain_tensor
+from .exact import KeptInFp32
+
+HALF = torch.bfloat16
+
+
+@dataclass
+class _Weight:
+    """A parameter or buffer: its dtypes before and since, what it held, if that is kept, and which version of it was made of that."""
+
+    tensor: Tensor
+    dtype: torch.dtype
+    given: torch.dtype
+    original: Tensor | None
+    version: int | None
+
+    @property
+    def changed(self) -> bool:
+        """Whether something else was written to it since."""
+        return _version(self.tensor) != self.version
+
+
+class HalfWeights:
+    """Weights that became BF16, or FP32 where their model says that they must be.
+
+    Linear branches stay in FP32, and what is in FP8 stays there.
+
+    Args:
+        model: The model, with its rewrites in it.
+        keep: Whether what they were is kept, in main memory.
+
+    Attributes:
+        kept: The same.
+    """
+
+    def __init__(self, model: nn.Module, keep: bool) -> None:
+        self.kept = keep
+        self._weights: list[_Weight] = []
+        self._linears: list[tuple[Fp8Linear, torch.dtype]] = []
+        self._model = model
+        self._sample: Tensor | None = None
+
+    @property
+    def original_bytes(self) -> int:
+        """Bytes of what is kept."""
+        return sum(weight.original.nbytes for weight in self._weights if weight.original is not None)
+
+    @property
+    def changed(self) -> int:
+        """How many weights have had something else written to them since."""
+        return sum(weight.changed for weight in self._weights)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that those in BF16 have now: who moved the model may have changed it."""
+        return HALF if self._sample is None else self._sample.dtype
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+    def originals(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Weights as they are now, each with what it was; of one that was written to since, what was written, in the dtype that it had."""
+        for weight in self._weights:
+            now = weight.tensor.detach()
+            dtype = weight.dtype if now.dtype == weight.given else now.dtype  # of who has made the model another since
+            original = now if weight.original is None or weight.changed else weight.original
+            yield weight.tensor, original.to(dtype)
+
+    def put_in(self, changes: Changes) -> None:
+        """Make them BF16."""
+        for tensor, dtype in _wanted(self._model):
+            if self._sample is None and dtype == HALF:
+                self._sample = tensor
+            if tensor.dtype == dtype:
+                continue
+            before = tensor.data
+            original = _in_main_memory(before) if self.kept else None
+            _exchange(changes, tensor, before.to(dtype))
+            self._weights.append(_Weight(tensor, before.dtype, dtype, original, _version(tensor)))
+        for module in self._model.modules():
+            if isinstance(module, Fp8Linear) and module.dtype != HALF:
+                self._linears.append((module, module.dtype))
+                changes.put(vars(module), "dtype", HALF)
+
+    def put_back(self, changes: Changes) -> None:
+        """Make them what they were. They are BF16 again where `changes` are undone."""
+        for tensor, original in self.originals():
+            _exchange(changes, tensor, original.to(tensor.device))
+        for module, dtype in self._linears:
+            changes.put(vars(module), "dtype", dtype)
+
+    def require_kept(self, verb: str) -> None:
+        """Raise `WeightsError` where what they were is gone."""
+        if self._weights and not self.kept:
+            raise WeightsError(
+                f"{verb} needs the weights that became BF16, and keep_originals=False freed them: build the model again, or apply Lite3R "
+                "with keep_originals=True"
+            )
+
+
+def why_not_half(model: nn.Module) -> str | None:
+    """Why the weights of `model` cannot become BF16, or None."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and not is_plain_tensor(tensor):
+            return f"{name} is a {type(tensor).__name__}: weights that are sharded or quantised stay as they are"
+    return None
+
+
+def weight_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype that the images of `model` are to have: of its first weights with more than one dimension."""
+    return next((p.dtype for p in model.parameters() if p.dim() > 1 and p.is_floating_point()), torch.get_default_dtype())
+
+
+def _wanted(model: nn.Module) -> Iterator[tuple[Tensor, torch.dtype]]:
+    """Each floating-point tensor of the host once, with the dtype that it is to have."""
+    in_fp32 = {id(x) for module in model.modules() if isinstance(module, KeptInFp32) for x in _tensors(module.modules())}
+    own: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, SparseLinearAttention) and "proj_lin" in module._modules:
+            own |= {id(x) for x in _tensors(module.proj_lin.modules())}
+        if isinstance(module, Fp8Linear):
+            own |= {id(module.weight_data), id(module.weight_scale)}
+    for tensor in {id(x): x for x in _tensors(model.modules())}.values():
+        if tensor.is_floating_point() and id(tensor) not in own:
+            yield tensor, torch.float32 if id(tensor) in in_fp32 else HALF
+
+
+def _tensors(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
+    for module in modules:
+        tables: tuple[Mapping[str, Any], ...] = (module._parameters, module._buffers)
+        for table in tables:
+            yield from (tensor for tensor in table.values() if tensor is not None)
+
+
+def _exchange(changes: Changes, tensor: Tensor, data: Tensor) -> None:
+    before = tensor.data
+    changes.make(lambda: setattr(tensor, "data", data), lambda: setattr(tensor, "data", before))
+
+
+def _in_main_memory(tensor: Tensor) -> Tensor:
+    return tensor if tensor.device.type in ("cpu", "meta") else tensor.cpu()
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
