@@ -153,6 +153,11 @@ class TokenSource:
                 raise AdapterError(f"{name} of a TokenSource is True or False, got {value!r}")
 
     @property
+    def has_special_tokens(self) -> bool:
+        """Whether a layout has tokens that are no patches."""
+        return self.special_tokens + self.trailing_tokens + self.sequence_tokens > 0
+
+    @property
     def module(self) -> str:
         """The module that is watched."""
         return self.image_module

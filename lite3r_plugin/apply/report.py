@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..adapter.layouts import LayoutFunction
 from ..attention.module import SparseLinearAttention
 from ..attention.state import CallCounts, ModelState
 from ..config import Lite3RConfig, Precision
@@ -225,7 +226,7 @@ def _pinned(module: SparseLinearAttention) -> tuple[str, ...]:
     tokens, pin = module.site.tokens, module.state.config.pin
     if not module.sparse or module.left is not None or module.keep_ratio == 1 or tokens is None or pin == "none":
         return ()
-    special = ("special tokens",) if tokens.special_tokens else ()
+    special = ("special tokens",) if isinstance(tokens, LayoutFunction) or tokens.has_special_tokens else ()
     return special + (("reference view",) if pin == "reference" and module.site.scope == "global" else ())
 
 

@@ -50,6 +50,11 @@ class LayoutTracker:
         self._pending = PendingForwards()
 
     @property
+    def hooks(self) -> tuple[Any, ...]:
+        """All that `attach` registers."""
+        return self.begin, self.observe, self.end
+
+    @property
     def last(self) -> Seen:
         """What was seen last; None where nothing was."""
         return self._seen[-1] if self._seen else None
