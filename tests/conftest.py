@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
+from types import CodeType
 
 import pytest
 import torch
@@ -47,10 +48,17 @@ NOT_BY_TORCH = (
 )  # fmt: skip
 
 
+def last_line(code: CodeType) -> int:
+    """Of a function, with the functions inside of it."""
+    inner = (last_line(constant) for constant in code.co_consts if isinstance(constant, CodeType))
+    return max(*(line or 0 for _, _, line in code.co_lines()), *inner)
+
+
 @functools.cache
 def compares_bits(test: Callable[..., object]) -> bool:
-    """Whether a test does, by its source: read once for all its parameters."""
-    return any(words in inspect.getsource(test) for words in EXACT)
+    """Whether a test does, by its source: read once for all its parameters; `inspect.getsource` would split the file into tokens."""
+    lines, first = inspect.findsource(test)
+    return any(words in line for line in lines[first : last_line(test.__code__)] for words in EXACT)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
