@@ -134,6 +134,7 @@ def leave(others: list[int]) -> NoReturn:
 if __name__ == "__main__":
     todo = json.loads(sys.argv[3])
     importlib.import_module("accelerate.data_loader")
+    importlib.import_module("torch._dynamo")  # the first step of an optimizer imports it
     if any(one.get("lora") for one in todo):
         importlib.import_module("lite3r_plugin.peft")
     children = divide(int(sys.argv[2])) if int(sys.argv[2]) > 1 else []

@@ -31,7 +31,7 @@ from lite3r_plugin.testbed.worlds.sampler import clip_cameras
 HELPERS = Path(__file__).parents[1] / "helpers"
 TOGETHER = """
 import sys
-import torch
+import torch._dynamo  # which the first step of an optimizer imports
 from distilling import divide, leave
 from lite3r_plugin.testbed.train import main
 

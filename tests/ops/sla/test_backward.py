@@ -81,11 +81,16 @@ def by_triton(arguments: Arguments, grad: Tensor, needed: Needed | None = None) 
     return gradients(backward.SparseLinearAttentionFunction.apply(*leaves), leaves, grad)
 
 
-def by_definition(arguments: Arguments, grad: Tensor, needed: Needed, wide: bool) -> Gradients:
-    """By autograd through the definition, with the block map of the Triton kernels."""
+def block_map_of(arguments: Arguments) -> tuple[Tensor, Tensor | None]:
+    """By the Triton kernels: the critical blocks, and which others are negligible."""
     means, counts = arguments.prepared(triton=True)[3:5], arguments.block_counts()
     kv_indices = block_map_kernels.block_map_with_bits(*means, **counts._asdict()).kv_indices
-    negligible = block_map_naive.block_map(*means, **counts._asdict())[1]
+    return kv_indices, block_map_naive.block_map(*means, **counts._asdict())[1]
+
+
+def by_definition(arguments: Arguments, grad: Tensor, needed: Needed, wide: bool, block_map: tuple[Tensor, Tensor | None]) -> Gradients:
+    """By autograd through the definition, with the block map of the Triton kernels."""
+    kv_indices, negligible = block_map
     leaves = with_leaves(arguments, needed, wide)
     prepared = leaves.prepared(triton=False)
     out = naive.sparse_linear_attention(
@@ -115,8 +120,9 @@ def assert_gradients(arguments: Arguments, needed: Needed | None = None) -> None
     needed = all_of(arguments) if needed is None else needed
     grad = random_grad(arguments)
     found = by_triton(arguments, grad, needed)
-    same = by_definition(arguments, grad, needed, wide=False)
-    exact = by_definition(arguments, grad, needed, wide=True)
+    block_map = block_map_of(arguments)
+    same = by_definition(arguments, grad, needed, wide=False, block_map=block_map)
+    exact = by_definition(arguments, grad, needed, wide=True, block_map=block_map)
     for name, need, got, torch_result, reference, like in zip(INPUTS, needed, found, same, exact, arguments.inputs, strict=True):
         assert (got is not None) == need, name
         if got is None or torch_result is None or reference is None:
@@ -275,7 +281,8 @@ def test_small_gradients_in_fp16() -> None:
     """Sums over a query block, divided by its size, would be below what FP16 can hold."""
     arguments = some_arguments(LONG, 32, torch.float16, ("marginal", "softmax", True), pinned_tokens=0)
     grad = (5e-6 * torch.randn(arguments.q.shape, device=DEVICE)).half()
-    found, exact = by_triton(arguments, grad).proj, by_definition(arguments, grad, all_of(arguments), wide=True).proj
+    found = by_triton(arguments, grad).proj
+    exact = by_definition(arguments, grad, all_of(arguments), wide=True, block_map=block_map_of(arguments)).proj
     assert found is not None
     assert exact is not None
     assert relative_error(found, exact) < 2 * torch.finfo(torch.float16).eps
