@@ -13,7 +13,7 @@ from lite3r_plugin.testbed.model import SHIPPED, WEIGHTS_NAME
 
 def test_demo_on_random_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lite3r_plugin.cli.show.console.width", 160)
-    result = lite3r("demo", "--out", tmp_path / "demo", "--views", 2, "--repeats", 1, "--weights", "random")
+    result = lite3r("demo", "--out", tmp_path / "demo", "--views", 1, "--repeats", 1, "--weights", "random")
     for expected in ("depth against truth", "depth against dense", "Times on a CPU say nothing about a GPU", "sparse-linear"):
         assert expected in result.stdout
     assert sorted(p.name for p in (tmp_path / "demo").iterdir()) == ["demo.png", "dense.ply", "lite3r.ply"]

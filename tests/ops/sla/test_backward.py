@@ -78,6 +78,7 @@ def with_leaves(arguments: Arguments, needed: Needed, wide: bool = False) -> Arg
     return Arguments(*(x if x is None else x.requires_grad_(need) for x, need in zip(tensors, needed, strict=True)), *arguments.options)
 
 
+BlockMap = tuple[Tensor, Tensor | None]  # critical blocks, and which others are negligible
 Results = tuple[Tensor, Tensor | None]  # output, and log-sum-exp if it is wanted
 
 
@@ -95,17 +96,22 @@ def by_triton(arguments: Arguments, grad: Tensor, needed: Needed | None = None) 
     return gradients(backward.SparseLinearAttentionFunction.apply(*leaves), leaves, grad)
 
 
-def by_definition(arguments: Arguments, grad: Tensor, needed: Needed, wide: bool) -> Gradients:
-    """By autograd through the definition, with the block map of the Triton kernels."""
-    leaves = with_leaves(arguments, needed, wide)
-    return gradients(defined(arguments, leaves), leaves, grad)
-
-
-def defined(arguments: Arguments, leaves: Arguments) -> Results:
-    """The definition, of `leaves`, with the block map of the Triton kernels, of `arguments`."""
+def block_map_of(arguments: Arguments) -> BlockMap:
+    """By the Triton kernels: the critical blocks, and which others are negligible."""
     means, counts = arguments.prepared(triton=True)[3:5], arguments.block_counts()
     kv_indices = block_map_kernels.block_map_with_bits(*means, **counts._asdict()).kv_indices
-    negligible = block_map_naive.block_map(*means, **counts._asdict())[1]
+    return kv_indices, block_map_naive.block_map(*means, **counts._asdict())[1]
+
+
+def by_definition(arguments: Arguments, grad: Tensor, needed: Needed, wide: bool, block_map: BlockMap) -> Gradients:
+    """By autograd through the definition, with the block map of the Triton kernels."""
+    leaves = with_leaves(arguments, needed, wide)
+    return gradients(defined(leaves, block_map), leaves, grad)
+
+
+def defined(leaves: Arguments, block_map: BlockMap) -> Results:
+    """The definition, of `leaves`, with a block map."""
+    kv_indices, negligible = block_map
     prepared = leaves.prepared(triton=False)
     out, lse = naive.sparse_linear_attention(
         prepared.q, prepared.k, prepared.v, kv_indices, negligible=negligible, pinned=leaves.pinned_queries, scale=leaves.scale,
@@ -125,7 +131,8 @@ def assert_forward(arguments: Arguments) -> None:
     if GPU and why_not_triton(arguments.q) is not None:
         pytest.skip(why_not_triton(arguments.q))
     nothing = Needed(*(False for _ in INPUTS))
-    same, exact = (defined(arguments, with_leaves(arguments, nothing, wide)) for wide in (False, True))
+    block_map = block_map_of(arguments)
+    same, exact = (defined(with_leaves(arguments, nothing, wide), block_map) for wide in (False, True))
     for found in (forward.run(arguments), forward.train(all_of(arguments), arguments)[:2]):
         for got, torch_result, reference in zip(found, same, exact, strict=True):
             assert (got is None) == (reference is None)
@@ -146,8 +153,9 @@ def assert_gradients(arguments: Arguments, needed: Needed | None = None) -> None
     needed = all_of(arguments) if needed is None else needed
     grad = random_grad(arguments)
     found = by_triton(arguments, grad, needed)
-    same = by_definition(arguments, grad, needed, wide=False)
-    exact = by_definition(arguments, grad, needed, wide=True)
+    block_map = block_map_of(arguments)
+    same = by_definition(arguments, grad, needed, wide=False, block_map=block_map)
+    exact = by_definition(arguments, grad, needed, wide=True, block_map=block_map)
     for name, need, got, torch_result, reference, like in zip(INPUTS, needed, found, same, exact, arguments.inputs, strict=True):
         assert (got is not None) == need, name
         if got is None or torch_result is None or reference is None:
@@ -335,7 +343,8 @@ def test_small_gradients_in_fp16() -> None:
     """Sums over a query block, divided by its size, would be below what FP16 can hold."""
     arguments = some_arguments(LONG, 32, torch.float16, ("marginal", "softmax", True), pinned_tokens=0)
     grad = (5e-6 * torch.randn(arguments.q.shape, device=DEVICE)).half()
-    found, exact = by_triton(arguments, grad).proj, by_definition(arguments, grad, all_of(arguments), wide=True).proj
+    found = by_triton(arguments, grad).proj
+    exact = by_definition(arguments, grad, all_of(arguments), wide=True, block_map=block_map_of(arguments)).proj
     assert found is not None
     assert exact is not None
     assert relative_error(found, exact) < 2 * torch.finfo(torch.float16).eps
