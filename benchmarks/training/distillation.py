@@ -265,18 +265,32 @@ def against_dense(result: dict[str, Any], dense: dict[str, Any]) -> dict[str, di
     return found
 
 
+def attempt(worker: Worker, job: Job) -> tuple[dict[str, Any] | None, str | None]:
+    """What comes of a job, or the error."""
+    try:
+        return worker.do(job), None
+    except Exception:
+        return None, traceback.format_exc()
+
+
 def work(args: argparse.Namespace, index: int, jobs: Any, results: Any) -> None:
     """A process of its own: jobs in, results out, until there is None."""
     worker = Worker(args, torch.device(args.device))
     while (job := jobs.get()) is not None:
-        try:
-            results.put((index, job, worker.do(job), None))
-        except Exception:
-            results.put((index, job, None, traceback.format_exc()))
+        results.put((index, job, *attempt(worker, job)))
 
 
 def carry_out(plan: Plan, processes: int, until: float) -> list[str]:
-    """Do what is left, in as many processes, and begin nothing that would not be over at the time `until`. Returns what failed."""
+    """Do what is left, and begin nothing that would not be over at the time `until`. Returns what failed.
+
+    In so many processes; with 0 of them in this one.
+    """
+    failed: list[str] = []
+    if not processes:
+        worker = Worker(plan.args, torch.device(plan.args.device))
+        while (job := next_job(plan, failed, until - time.monotonic())) is not None:
+            finish(plan, job, *attempt(worker, job), failed)
+        return failed
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     queues = [context.Queue() for _ in range(processes)]
@@ -290,7 +304,6 @@ def carry_out(plan: Plan, processes: int, until: float) -> list[str]:
     if given is not None:
         os.environ[DEVICES] = given
     busy: dict[int, Job] = {}
-    failed: list[str] = []
     try:
         while True:
             for index in range(processes):
@@ -305,25 +318,29 @@ def carry_out(plan: Plan, processes: int, until: float) -> list[str]:
                 index, job, result, error = results.get(timeout=POLL_SECONDS)
             except Empty:
                 for lost in [index for index in busy if not running[index].is_alive()]:
-                    failed.append(busy.pop(lost).key)
-                    say(f"process {lost} died at {failed[-1]!r}")
+                    finish(plan, busy.pop(lost), None, f"process {lost} died", failed)
                 continue
             del busy[index]
-            if error is None:
-                plan.store(job.key, result)
-                say(f"[{time.monotonic() - plan.args.started:.0f} s] {job.key}: {result['seconds']:.0f} s {summary(result)}")
-                write_reports(plan)
-            else:
-                failed.append(job.key)
-                say(f"{job.key} failed:\n{error}")
-                if job.kind == "search":  # is not the best
-                    plan.store(job.key, {"score": WORST, "failed": error})
+            finish(plan, job, result, error, failed)
     finally:
         for queue in queues:
             queue.put(None)
         for process in running:
             process.join(timeout=10)
             process.terminate()
+
+
+def finish(plan: Plan, job: Job, result: dict[str, Any] | None, error: str | None, failed: list[str]) -> None:
+    """Store what came of a job, and say it."""
+    if result is not None:
+        plan.store(job.key, result)
+        say(f"[{time.monotonic() - plan.args.started:.0f} s] {job.key}: {result['seconds']:.0f} s {summary(result)}")
+        write_reports(plan)
+        return
+    failed.append(job.key)
+    say(f"{job.key} failed:\n{error}")
+    if job.kind == "search":  # it is not the best, and the others need not wait for it
+        plan.store(job.key, {"score": WORST, "failed": error})
 
 
 def next_job(plan: Plan, taken: Sequence[str], left: float) -> Job | None:
@@ -394,7 +411,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on with what is in the folder")
     parser.add_argument("--minutes", type=float, default=60.0, help="begin nothing that would not be over then")
     parser.add_argument("--small", action="store_true", help="a tiny model, few tiny scenes, few steps")
-    parser.add_argument("--processes", type=int, help="one a GPU, unless a number is given")
+    parser.add_argument("--processes", type=int, help="one a GPU, unless a number is given; 0: all in this one")
     parser.add_argument("--rows", nargs="+", choices=names, default=names)
     parser.add_argument("--keep-ratio", type=float, nargs="+", default=[0.25, 0.125])
     parser.add_argument("--recipe", choices=list(recipes.candidates(1, "full")), help="train this one for longer instead of searching")
@@ -438,7 +455,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if known is not None and known != now:
         sys.exit(f"{args.folder} was measured under other conditions: {sorted(k for k in now if now[k] != known.get(k))}")
     plan.store("conditions", now)
-    processes = args.processes or (torch.cuda.device_count() if args.device == "cuda" else 1)
+    usual = torch.cuda.device_count() if args.device == "cuda" else 0
+    processes = usual if args.processes is None else args.processes
     failed = carry_out(plan, processes, args.started + 60 * args.minutes)
     left = [job.key for stage in plan.stages() for job in stage]
     say(f"[{time.monotonic() - args.started:.0f} s] failed: {failed or 'nothing'}; left: {left or 'nothing'}; best: {plan.best()}")
