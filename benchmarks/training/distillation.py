@@ -108,7 +108,7 @@ class Plan:
             training = 60 * args.search + args.overhead
             search = [self._row(f"search {name}", row, args.search_keep, "selection", training) for name, row in tried.items()]
         stages = [render, fits + dense, search, self._rows()]
-        return [[job for job in stage if not self._file(job.key).exists()] for stage in stages]
+        return [[job for job in stage if not self._is_done(job)] for stage in stages]
 
     def best(self) -> str | None:
         """The recipe that is trained for longer, or None where it is not known yet."""
@@ -125,13 +125,19 @@ class Plan:
             recipe = recipes.candidates(1, "full")[best]
             for keep in args.keep_ratio:
                 row = recipes.longer(recipe, "best", args.long, _precision(keep))
-                if "best" in args.rows:
+                if "best" in (args.fp8_rows if keep < FP8_BELOW else args.rows):
                     wanted.append(self._row(f"row best {keep}", row, keep, "held_out", 60 * args.long + args.measuring + args.overhead))
         for keep, row in itertools.product(args.keep_ratio, recipes.table(args.short).values()):
-            if row.name in args.rows and (row.precision == "full" or keep < FP8_BELOW):
+            if row.name in (args.fp8_rows if keep < FP8_BELOW else args.rows) and (row.precision == "full" or keep < FP8_BELOW):
                 training = 60 * args.short + args.overhead if row.training else 0
                 wanted.append(self._row(f"row {row.name} {keep}", row, keep, "held_out", training + args.measuring))
         return wanted
+
+    def _is_done(self, job: Job) -> bool:
+        """What it wrote for others counts too: results may have come to another machine without it."""
+        if job.kind == "render":
+            return part_file(self.args.folder, job.what["kind"], job.what["part"]).exists()
+        return self._file(job.key).exists() and (job.kind != "calibrate" or calibrated(self.args, **job.what).exists())
 
     def _row(self, key: str, row: Row, keep: float, scenes: str, seconds: float) -> Job:
         return Job(key, "search" if scenes == "selection" else "row", seconds, {"row": row, "keep": keep, "scenes": scenes})
@@ -171,8 +177,7 @@ class Worker:
         return Scenes(self.args.folder, kind, self.args.selection if kind == "selection" else self.args.scenes)
 
     def _render(self, kind: str, part: int, count: int) -> dict[str, Any]:
-        if not part_file(self.args.folder, kind, part).exists():
-            self.renderer.render(kind, part, count)
+        self.renderer.render(kind, part, count)
         return {}
 
     def _dense(self, kind: str) -> dict[str, Any]:
@@ -186,7 +191,7 @@ class Worker:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             calibrate(model, inputs)
         seconds = time.perf_counter() - began
-        save_lite3r(model, self._calibrated(keep, precision))
+        save_lite3r(model, calibrated(self.args, keep, precision))
         return {"calibration_seconds": seconds}
 
     def _search(self, row: Row, keep: float, scenes: str) -> dict[str, Any]:
@@ -201,7 +206,7 @@ class Worker:
         args = self.args
         row, precision = dataclasses.replace(row, views_a_step=args.views_a_step or row.views_a_step), row.trains_in
         if row.calibrated:
-            model = load_lite3r(build(args, self.device), self._calibrated(keep, precision))
+            model = load_lite3r(build(args, self.device), calibrated(self.args, keep, precision))
         else:
             model = self._applied(keep, precision)
         result: dict[str, Any] = {"keep_ratio": keep, "row": dataclasses.asdict(row)}
@@ -233,13 +238,15 @@ class Worker:
         blocks = {"block_q": 32, "block_k": 16} if self.args.small else {}  # of so few tokens blocks of the usual size leave none out
         return apply_lite3r(build(self.args, self.device), keep_ratio=keep, dense_below=0, precision=precision, **blocks)
 
-    def _calibrated(self, keep: float, precision: str) -> Path:
-        return self.args.folder / f"calibrated-{keep}-{precision}"
-
     def _measured(self, model: nn.Module, kind: str) -> dict[str, dict[str, list[float]]]:
         args = self.args
         options = (args.views_at_once, self.device, args.threads)
         return {str(v): measure(model, self.scenes(kind), v, n, *options) for v, n in zip(args.views, args.subsets, strict=True)}
+
+
+def calibrated(args: argparse.Namespace, keep: float, precision: str) -> Path:
+    """Where the calibrated model lies, from which rows start."""
+    return args.folder / f"calibrated-{keep}-{precision}"
 
 
 def build(args: argparse.Namespace, device: torch.device) -> Testbed:
@@ -412,20 +419,22 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=60.0, help="begin nothing that would not be over then")
     parser.add_argument("--small", action="store_true", help="a tiny model, few tiny scenes, few steps")
     parser.add_argument("--processes", type=int, help="one a GPU, unless a number is given; 0: all in this one")
+    few = ["applied", "calibrated", "lora-qat", "lora-no-qat", "best"]
     parser.add_argument("--rows", nargs="+", choices=names, default=names)
+    parser.add_argument("--fp8-rows", nargs="+", choices=names, default=few, help="at keep ratios whose best row is in FP8")
     parser.add_argument("--keep-ratio", type=float, nargs="+", default=[0.25, 0.125])
     parser.add_argument("--recipe", choices=list(recipes.candidates(1, "full")), help="train this one for longer instead of searching")
     parser.add_argument("--tried", nargs="+", choices=list(recipes.candidates(1, "full")), default=list(recipes.candidates(1, "full")))
-    parser.add_argument("--search", type=float, default=1.25, help="minutes of training of a recipe that is tried")
+    parser.add_argument("--search", type=float, default=1.0, help="minutes of training of a recipe that is tried")
     parser.add_argument("--search-keep", type=float, default=0.125)
-    parser.add_argument("--short", type=float, default=1.0, help="minutes of training of the rows that are compared")
+    parser.add_argument("--short", type=float, default=0.75, help="minutes of training of the rows that are compared")
     parser.add_argument("--long", type=float, default=8.0, help="minutes of training of the best row")
     parser.add_argument("--overhead", type=float, default=45.0, help="seconds that a run takes besides training and measuring")
     parser.add_argument("--measuring", type=float, default=30.0, help="seconds that measuring takes")
     parser.add_argument("--steps", type=int, default=2 if small else None, help="end after so many steps instead")
     parser.add_argument("--views", type=int, nargs="+", default=[2, 4] if small else [8, 16, 32])
     parser.add_argument("--subsets", type=int, nargs="+", help="choices of views of a scene, for each number of views")
-    parser.add_argument("--scenes", type=int, default=6 if small else 1024, help="held-out scenes")
+    parser.add_argument("--scenes", type=int, default=6 if small else 768, help="held-out scenes")
     parser.add_argument("--selection", type=int, default=5 if small else 128, help="scenes that recipes are chosen by")
     parser.add_argument("--pool", type=int, default=4 if small else 1024, help="training scenes")
     parser.add_argument("--calibration", type=int, default=4 if small else 32, help="inputs that the linear branch is fitted to")

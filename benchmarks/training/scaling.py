@@ -76,6 +76,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--curve-views", type=int, default=4)
     parser.add_argument("--curve-size", type=int, default=112)
     parser.add_argument("--backend", default="auto", help="of sparse attention, where losses are compared")
+    parser.add_argument("--one", type=Path, help="what step.py wrote of one process, instead of another run")
     parser.add_argument("--seconds", type=float, default=150.0, help="that each of the four runs may take")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", type=Path)
@@ -103,11 +104,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         }
         rates = {}
         for count in (1, args.processes):
-            file = folder / f"speed{count}.json"
+            file = args.one if count == 1 and args.one else folder / f"speed{count}.json"
             given = ["--ways", "distill", "--model", args.model, "--views", str(args.views), "--size", str(args.size)]
             given += ["--repeats", str(args.repeats), "--device", args.device, "--json", str(file)]
-            launch(args, count, HERE.with_name("step.py"), given)
-            rates[count] = json.loads(file.read_text())["rows"][0]
+            if file != args.one:
+                launch(args, count, HERE.with_name("step.py"), given)
+            rows = json.loads(file.read_text())["rows"]
+            rates[count] = next(row for row in rows if row["way"] == "distill" and row["views"] == args.views)
         result |= {"speed": rates, "times_as_fast": rates[args.processes]["samples_per_second"] / rates[1]["samples_per_second"]}
     print(json.dumps({key: value for key, value in result.items() if key != "losses"}), file=sys.stderr, flush=True)
     if args.json:

@@ -194,14 +194,13 @@ def test_what_training_wins_back(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
     few = ["--small", "--scenes", "3", "--selection", "2", "--pool", "2", "--calibration", "2", "--views", "4", "--size", "32"]
     command = ["--folder", str(tmp_path), *few, "--keep-ratio", "0.125", "--tried", "rank 32"]
-    assert distillation.main([*command, "--rows", "applied", "--minutes", "0"]) == 0
+    assert distillation.main([*command, "--fp8-rows", "applied", "--minutes", "0"]) == 0
     assert "left: ['render training 0'" in capsys.readouterr().err  # nothing would have been over in time
     with pytest.raises(SystemExit, match="pass --resume"):
         distillation.main(command)
     with pytest.raises(SystemExit, match=r"other conditions: \['scenes'\]"):
         distillation.main([*command, "--scenes", "4", "--resume"])
-    assert distillation.main([*command, "--rows", "best", "lora-no-qat", "--resume"]) == 0
-    assert distillation.main([*command, "--rows", "applied", "best", "--resume", "--processes", "1"]) == 0
+    assert distillation.main([*command, "--fp8-rows", "applied", "best", "lora-no-qat", "--resume"]) == 0
     assert "left: nothing; best: rank 32" in capsys.readouterr().err
 
     report = json.loads((tmp_path / "keep0.125.json").read_text())
@@ -214,18 +213,34 @@ def test_what_training_wins_back(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert lines[3].startswith("| applied | 4 |")
     assert lines[4].startswith("| calibrated, distilled: `proj+lora`, FP8 only afterwards | 4 |")
     assert lines[5].startswith("| calibrated, distilled: `proj+lora`, rank 32, FP8 | 4 |")
-    assert distillation.main([*command, "--rows", "applied", "--resume"]) == 0  # nothing is done twice
+    assert distillation.main([*command, "--fp8-rows", "applied", "--resume"]) == 0  # nothing is done twice
     assert "row applied" not in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_processes_share_the_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import distillation
+
+    few = ["--small", "--scenes", "3", "--selection", "2", "--pool", "2", "--calibration", "2", "--views", "4", "--size", "32"]
+    command = ["--folder", str(tmp_path), *few, "--keep-ratio", "0.25", "--tried", "rank 32", "--processes", "2"]
+    assert distillation.main([*command, "--rows", "applied", "calibrated"]) == 0
+    assert "failed: nothing; left: nothing" in capsys.readouterr().err
+    assert list(json.loads((tmp_path / "keep0.25.json").read_text())["rows"]) == ["applied 0.25", "calibrated 0.25"]
 
 
 def test_jobs_wait_for_what_they_need(tmp_path: Path) -> None:
     import distillation
+    from rendered import part_file
 
     args = distillation.parse(["--folder", str(tmp_path), "--search", "1", "--long", "8", "--tried", "rank 32", "blocks"])
     plan = distillation.Plan(args)
 
     def done(*kinds: str) -> None:
         for job in [job for stage in plan.stages() for job in stage if job.kind in kinds]:
+            if job.kind == "render":
+                part_file(tmp_path, job.what["kind"], job.what["part"]).touch()
+            elif job.kind == "calibrate":
+                distillation.calibrated(args, **job.what).mkdir()
             plan.store(job.key, {"score": 1.0 + (job.key == "search rank 32")} if job.kind == "search" else {})
 
     first = distillation.next_job(plan, [], 3600)
