@@ -48,8 +48,8 @@ def keep(cache: dict[Key, tuple[Tensor, ...]], key: Key, make: Callable[[], tupl
 class TableRope(RewrittenModule):
     """Axial rotary embedding from precomputed tables; `lite3r_plugin.adapter.Rope2D` says what it computes.
 
-    It takes the place of a module with a `base_frequency`, or a `base`, that looks up ``positions.max()`` on the device in every call, which
-    waits for the GPU and forbids CUDA graphs. The angles are computed in FP32, whatever the dtype of the tokens.
+    It takes the place of a module with a `base_frequency`, or a `base`, that looks up ``positions.max()`` on the device in every call,
+    which waits for the GPU and forbids CUDA graphs. The angles are computed in FP32, whatever the dtype of the tokens.
     """
 
     def __init__(self, host: nn.Module) -> None:
