@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from lite3r_plugin.adapter import AttentionSite, Routed, TokenSource, forward_parameters, hookimpl
+from lite3r_plugin.adapter import AttentionSite, ExactRewrite, Routed, TokenSource, forward_parameters, hookimpl
 
 _ARGUMENTS = {"x", "rope", "attn_mask", "is_causal"}
 _PARAMETERS = {"q_bias", "v_bias"}  # others, such as a table of relative positions, mean that attention gets a bias
@@ -21,6 +21,12 @@ def lite3r_attention_sites(model: nn.Module) -> list[AttentionSite] | None:
         if _is_attention(module):
             sites.append(AttentionSite(name, "frame", module.head_dim, Routed(module.num_heads), _tokens(modules, name)))
     return sites or None
+
+
+@hookimpl(trylast=True)
+def lite3r_exact_rewrites(model: nn.Module) -> list[ExactRewrite] | None:
+    """None is known, and none is needed: these models run in BF16 as they are, and nothing in them waits for the GPU."""
+    return [] if any(map(_is_attention, model.modules())) else None
 
 
 def _is_attention(module: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lite3r_plugin.adapter import AttentionSite, Routed, TokenSource, forward_parameters, hookimpl
+from lite3r_plugin.adapter import AttentionSite, ExactRewrite, Routed, TokenSource, forward_parameters, hookimpl
 
 _SPECIAL_TOKENS = {"cls_token", "class_embedding", "register_tokens", "distillation_token"}
 _BESIDE = {"position_embeddings", "cu_seqlens"}  # arguments of self-attention that are no tokens
@@ -35,6 +35,13 @@ def lite3r_attention_sites(model: nn.Module) -> list[AttentionSite] | None:
 def _takes_images(owner: Any) -> bool:
     """Those that take packed patches, whose main input has any name, take the grids of their images besides."""
     return str(owner.main_input_name).startswith("pixel_values") or "grid_thw" in (forward_parameters(owner) or {})
+
+
+@hookimpl(trylast=True)
+def lite3r_exact_rewrites(model: nn.Module) -> list[ExactRewrite] | None:
+    """None is known, and none is needed: these models run in BF16 as they are."""
+    pretrained = getattr(sys.modules.get("transformers"), "PreTrainedModel", None)
+    return [] if pretrained is not None and any(isinstance(module, pretrained) for module in model.modules()) else None
 
 
 def _is_self_attention(module: nn.Module) -> bool:

@@ -63,16 +63,17 @@ def lite3r_exact_rewrites(model: nn.Module) -> Sequence[ExactRewrite] | None:
     """Parts of `model` that can be written so that they are faster and give the same numbers up to rounding.
 
     Nothing is changed here: `apply_lite3r` compares each rewrite with the host's own forward, puts in those that agree and keep dtypes,
-    and `remove_lite3r` takes them out again. The baseline ``strong`` of `lite3r bench` takes all: with them the model must also run with
-    BF16 weights without autocast, and its forward must not wait for the GPU, so that a CUDA graph can hold it. Recognise what you
-    rewrite by structure; `lite3r_plugin.runtime.exact` has what the built-in families share. The first adapter that answers wins.
+    and `remove_lite3r` takes them out again. With ``weights="bf16"`` it takes all: with them the model must also run with BF16 weights
+    without autocast, or one of them say that it does not (`lite3r_plugin.runtime.exact.not_in_bf16`). And its forward should not wait
+    for the GPU, so that a CUDA graph can hold it. Recognise what you rewrite by structure; `lite3r_plugin.runtime.exact` has what the
+    built-in families share. The first adapter that answers wins.
 
     Args:
         model: The dense model, of any dtype and on any device, the meta device too; the family's own may be inside it.
 
     Returns:
-        One description each, of which a later one of the same method takes the place of an earlier one where both may run; None when
-        this adapter does not know the model. After an exception an `AdapterWarning` remains, and the next adapter is asked.
+        One description each, of which a later one of the same method takes the place of an earlier one where both may run; an
+        empty list where none is needed; None when this adapter does not know the model. After an exception an `AdapterWarning` remains, and the next adapter is asked.
     """
 
 

@@ -49,13 +49,13 @@ def keep(cache: dict[Key, tuple[Tensor, ...]], key: Key, make: Callable[[], tupl
 class TableRope(RewrittenModule):
     """Axial rotary embedding from precomputed tables; `lite3r_plugin.adapter.Rope2D` says what it computes.
 
-    It takes the place of a module with a `base_frequency` that looks up ``positions.max()`` on the device in every call, which waits for
-    the GPU and forbids CUDA graphs. The angles are computed in FP32, whatever the dtype of the tokens.
+    It takes the place of a module with a `base_frequency`, or a `base`, that looks up ``positions.max()`` on the device in every call,
+    which waits for the GPU and forbids CUDA graphs. The angles are computed in FP32, whatever the dtype of the tokens.
     """
 
     def __init__(self, host: nn.Module) -> None:
         super().__init__(host)
-        self.base = float(self.base_frequency)
+        self.base = float(getattr(host, "base_frequency", None) or host.base)  # pyright: ignore[reportArgumentType]
         self._tables: dict[tuple[int, torch.device, torch.dtype], tuple[Tensor, ...]] = {}
 
     def rewritten(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -217,6 +217,15 @@ def in_fp32(fqn: str, entry: str = "", *, for_precision: bool = False) -> list[E
         return [whole]
     inside = f"{fqn}.{entry}" if fqn else entry
     return [whole, ExactRewrite(inside, "given FP32", InFp32, None, keeps_dtype=False, for_precision=for_precision)]
+
+
+def not_in_bf16(fqn: str, reason: str) -> ExactRewrite:
+    """Says that the module `fqn` does not run with weights in BF16, so that those of its model stay as they are, for this `reason`."""
+
+    def make(module: nn.Module) -> RewrittenModule:
+        raise AdapterError(reason)
+
+    return ExactRewrite(fqn, "weights in BF16", make, None, keeps_dtype=False)
 
 
 # Layers that nobody reads

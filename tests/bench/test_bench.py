@@ -72,15 +72,15 @@ def test_cells_say_how_they_were_measured(run) -> None:
         variant = VARIANTS[cell.variant]
         assert set(cell.weight_bytes) >= {"bfloat16" if variant.strong else "float32"}
         assert cell.compute_dtypes["depth_head"] == ["bfloat16"]  # on the CPU under autocast, which VGGT ends on GPUs only
-        assert cell.output_dtypes["depth"] == "float32"
         assert bool(cell.rewrites) == variant.lite3r
         if variant.strong:
+            assert cell.output_dtypes["depth"] == "float32"
             everywhere = cell.variant == "strong"
             assert (cell.compute_dtypes["camera_head"] == ["bfloat16"]) == everywhere
             assert cell.line.startswith("apply_lite3r(model, ")
             assert "compile_blocks=False" in cell.line
             notes = cell.candidates["eager"].notes
-            assert notes["difference_to_eager"]["depth_rel_l2"] < 1e-6
+            assert notes["difference_to_eager"]["depth_rel_l2"] < (1e-2 if variant.fp8 else 1e-6)  # hooks keep FP8 from being fused
             assert any("CUDA graphs are for CUDA devices" in line for line in notes["whole_model"])
 
 

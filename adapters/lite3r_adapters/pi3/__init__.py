@@ -8,16 +8,22 @@ from torch import nn
 
 from lite3r_plugin.adapter import AttentionSite, hookimpl
 
-from . import outputs, sites
+from . import exact, outputs, sites
 
 if TYPE_CHECKING:
-    from lite3r_plugin.adapter import ModelEntry, OutputsFunction
+    from lite3r_plugin.adapter import ExactRewrite, ModelEntry, OutputsFunction
 
 
 @hookimpl
 def lite3r_attention_sites(model: nn.Module) -> list[AttentionSite] | None:
     """Sites of every Pi3 inside `model`."""
     return sites.attention_sites(model)
+
+
+@hookimpl
+def lite3r_exact_rewrites(model: nn.Module) -> list[ExactRewrite] | None:
+    """Exact rewrites of every Pi3 inside `model`."""
+    return exact.rewrites(model)
 
 
 @hookimpl
