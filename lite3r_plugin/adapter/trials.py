@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Hashable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -82,6 +83,7 @@ class RandomCopies:
         self._generator = torch.Generator("cpu").manual_seed(0)
         self._pool = torch.empty(0)
         self._next = 0
+        self._linears: dict[tuple[int, int, bool, int], nn.Linear] = {}
 
     def of(self, module: nn.Module, instead: Mapping[nn.Module, nn.Module]) -> Any:
         """A copy in FP32 on the CPU, in eval mode, with other modules in the place of some inside.
@@ -110,12 +112,20 @@ class RandomCopies:
                 vars(inside).pop(name, None)
         return copied.eval()
 
-    def linear(self, host: Any) -> nn.Linear:
-        """A plain Linear of the size of `host`, whatever class that is of: quantised, or with LoRA around it."""
-        made = nn.utils.skip_init(nn.Linear, host.in_features, host.out_features, bias=host.bias is not None, dtype=torch.float32)
-        for parameter in made.parameters():
-            parameter.data = self.numbers(parameter.shape)
-        return made.requires_grad_(False)
+    def linears(self, hosts: Iterable[Any]) -> dict[nn.Module, nn.Module]:
+        """A plain Linear of the size of each of `hosts`, whatever classes those are of: quantised, or with LoRA around them.
+
+        They are different ones, but serve again in the next trial.
+        """
+        used: Counter[tuple[int, int, bool]] = Counter()
+        made: dict[nn.Module, nn.Module] = {}
+        for host in hosts:
+            size = (host.in_features, host.out_features, host.bias is not None)
+            if (key := (*size, used[size])) not in self._linears:
+                self._linears[key] = self._linear(*size)
+            used[size] += 1
+            made[host] = self._linears[key]
+        return made
 
     def numbers(self, shape: Any) -> Tensor:
         """Random numbers for a parameter of `shape`: of a matrix so large that it keeps the size of what it maps; of a vector about 1."""
@@ -134,6 +144,12 @@ class RandomCopies:
     def positions(self, *shape: int) -> Tensor:
         """Random coordinates, int64, of a small image."""
         return torch.randint(0, 12, shape, generator=self._generator, device="cpu")
+
+    def _linear(self, inputs: int, outputs: int, bias: bool) -> nn.Linear:
+        made = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias, dtype=torch.float32)
+        for parameter in made.parameters():
+            parameter.data = self.numbers(parameter.shape)
+        return made.requires_grad_(False)
 
     def _of_tensor(self, tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():

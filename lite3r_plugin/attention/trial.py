@@ -54,7 +54,7 @@ class Trials:
         key = (structure(host, linears), sizes, site.projections, site.head_dim)
         if key not in self._verdicts:
             with trial():
-                copied = self._copies.of(host, {linear: self._copies.linear(linear) for linear in linears})
+                copied = self._copies.of(host, self._copies.linears(linears))
                 self._verdicts[key] = self._try(site, style, copied)
         return self._verdicts[key]
 

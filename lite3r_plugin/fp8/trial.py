@@ -52,7 +52,7 @@ class BlockTrials:
         if key not in self._verdicts:
             with trial():
                 stand_in = _StandIn(names)
-                copied = self._copies.of(host, {attention: stand_in, **{linear: self._copies.linear(linear) for linear in linears}})
+                copied = self._copies.of(host, {attention: stand_in, **self._copies.linears(linears)})
                 self._verdicts[key] = self._try(site, copied, stand_in)
         return self._verdicts[key]
 

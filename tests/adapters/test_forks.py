@@ -60,7 +60,6 @@ class Family:
         attention: Child of the block.
         rope: Name of its rotary embedding, the method of that which rotates, and what is replaced in it by what.
         run: Runs it.
-        names: What q, k, v and the input are called in the attention's forward.
     """
 
     def __init__(
@@ -80,8 +79,8 @@ TURNED = ("torch.cat((-x2, x1), dim=-1)", "torch.cat((x2, -x1), dim=-1)")
 HALF = ("real * angle.cos() - imaginary", "real * angle.cos() + imaginary")
 FAMILIES = {
     "testbed": Family(
-        lambda: Testbed(TestbedConfig(dim=64, head_dim=32, depth=2, encoder_depth=1)), "aggregator.global_blocks.1", (1, 2, 3, 32, 40),
-        rope=("aggregator.rope", "forward", "a * cos - b * sin", "a * cos + b * sin"),
+        lambda: Testbed(TestbedConfig(dim=64, head_dim=32, depth=2, stem=16)), "aggregator.global_blocks.1", (1, 2, 3, 32, 40),
+        rope=("aggregator.global_blocks.0.attn.rope", "forward", "a * cos - b * sin", "a * cos + b * sin"),
     ),
     "vggt double": Family(
         lambda: hosts.VGGT(encoder=False), "aggregator.global_blocks.1", VIEWS, rope=("aggregator.rope", "forward", *HALF)
@@ -111,7 +110,7 @@ BLOCKS = {
     "residual gain": (MLP, r"self.mlp(\1) * 0.5"),
     "norm order": (MLP, r"self.norm2(self.mlp(\1))"),
     "wrong norm": (r"self\.norm1\((x|hidden_states)\)", r"self.norm2(\1)"),
-    "offset": (MLP, r"(self.mlp(\1) - 0.1)"),
+    "absolute value": (MLP, r"self.mlp(\1).abs()"),
 }
 
 
@@ -146,18 +145,21 @@ def build(family: Family, what: str) -> nn.Module:
     torch.manual_seed(0)
     model = family.build().eval()
     enlarge_layer_scales(model, 1.0)
-    for parameter in model.parameters():
-        if parameter.dim() == 2:
-            nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        elif isinstance(module, nn.LayerNorm) and module.weight is not None:
+            nn.init.uniform_(module.weight, 0.5, 1.5)
     stock = outputs(model, family.run)
     block = model.get_submodule(family.block)
     attention = block.get_submodule(family.attention)
+    forward = "attend" if hasattr(attention, "attend") else "forward"
     if what in IN_FRONT:
-        fork(attention, "forward", functools.partial(line_in_front, IN_FRONT[what]))
+        fork(attention, forward, functools.partial(line_in_front, IN_FRONT[what]))
     elif what in BIAS:
         if getattr(getattr(attention, "qkv", None), "bias", 0) is None:
             pytest.skip("has no bias")
-        fork(attention, "forward", functools.partial(re.sub, *BIAS[what]))
+        fork(attention, forward, functools.partial(re.sub, *BIAS[what]))
     elif what in BLOCKS:
         fork(block, "forward", functools.partial(re.sub, *BLOCKS[what]))
     else:
