@@ -73,7 +73,8 @@ def lite3r_exact_rewrites(model: nn.Module) -> Sequence[ExactRewrite] | None:
 
     Returns:
         One description each, of which a later one of the same method takes the place of an earlier one where both may run; an
-        empty list where none is needed; None when this adapter does not know the model. After an exception an `AdapterWarning` remains, and the next adapter is asked.
+        empty list where none is needed; None when this adapter does not know the model. After an exception an `AdapterWarning` remains,
+        and the next adapter is asked.
     """
 
 

@@ -6,13 +6,16 @@ import importlib.util
 from pathlib import Path
 
 import numpy as np
+import pycolmap
 import pytest
 import trimesh
 from commands import fails, lite3r
 from PIL import Image
+from videos import write_video
 
 from lite3r_adapters.testbed import model as testbed
 from lite3r_plugin.adapter.models import ModelEntry
+from lite3r_plugin.scene.data import open_scenes
 from lite3r_plugin.testbed import Testbed, TestbedConfig
 
 
@@ -112,12 +115,37 @@ def test_weights_that_do_not_fit(photos: Path, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("depth_anything_3") is None, reason="needs depth-anything-3")
 def test_reconstruct_with_depth_anything_3(photos: Path, tmp_path: Path) -> None:
-    out = tmp_path / "scene.ply"
+    out = tmp_path / "scene"
     result = lite3r(
         "reconstruct", photos, "--model", "da3-small", "--weights", "random", "--max-views", 2, "--out", out, "--config", "dense_below=0"
     )  # fmt: skip
     assert "da3-small: 2 views of 504 x 336 pixels" in result.stdout
-    cloud = trimesh.load(out)
+    cloud = trimesh.load(out / "scene.ply")
     assert len(cloud.vertices) > 100_000
     assert np.isfinite(cloud.vertices).all()
     assert cloud.colors[:, :3].std() > 10
+    # What other programs read are the same cameras.
+    with np.load(out / "scene.npz") as archive:
+        poses, intrinsics = archive["world_to_camera"], archive["intrinsics"]
+    model = pycolmap.Reconstruction(str(out / "sparse" / "0"))
+    views = open_scenes(f"nerfstudio:{out}")[0].sample(range(2))
+    for i in range(2):
+        image = model.image(i + 1)
+        for pose, K in (
+            (image.cam_from_world().matrix(), model.camera(i + 1).calibration_matrix()),
+            (views.world_to_camera[i].numpy(), views.intrinsics[i].numpy()),
+        ):
+            np.testing.assert_allclose(pose, poses[i], atol=1e-4)
+            np.testing.assert_allclose(K, intrinsics[i], atol=1e-4 * K[0, 0])
+
+
+def test_reconstruct_a_video_and_a_photograph(photos: Path, tmp_path: Path) -> None:
+    frames = [np.asarray(Image.open(photos / f"{i % 3}.jpg")) for i in range(12)]
+    video = write_video(tmp_path / "clip.mp4", frames)
+    out = tmp_path / "a.npz"
+    lite3r(
+        "reconstruct", video, photos / "0.jpg", "--model", "tiny", "--weights", "random", "--dense", "--out", out, "--every", 0.6
+    )  # fmt: skip
+    with np.load(out) as archive:
+        assert len(archive["names"]) == 3
+        assert archive["names"][-1] == "0.jpg"

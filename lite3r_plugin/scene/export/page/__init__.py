@@ -82,6 +82,9 @@ def _run(name: str, scene: Reconstruction, turn: Tensor) -> dict[str, Any]:
     pose, intrinsics = scene.cameras()
     shown = _shown(scene)
     lines = pyramids(scene, _pyramid(pose, size))[shown] @ turn.T
+    some = points[:: max(1, len(points) // 100_000)]
+    framed = torch.cat((some.quantile(torch.tensor([0.02, 0.98]), 0), lines[:, 0, 0]))  # what the first look is to show
+    corners = torch.stack((framed.amin(0), framed.amax(0)))
     rotation = pose[shown, :, :3].float() @ turn.T
     pixel = (found.depth / intrinsics[:, 0, 0, None, None].float()).flatten()[cloud.pixels].median()
     return {
@@ -92,8 +95,8 @@ def _run(name: str, scene: Reconstruction, turn: Tensor) -> dict[str, Any]:
         "colors": _base64(colors.numpy()),
         "low": low.tolist(),
         "box": box.tolist(),
-        "middle": middle.tolist(),
-        "extent": size,
+        "middle": corners.mean(0).tolist(),
+        "extent": max(float((corners[1] - corners[0]).norm()), 1e-12),
         "pixel": float(pixel) * (found.depth.numel() / len(points)) ** 0.5,
         "cameras": [
             {
