@@ -14,7 +14,7 @@ from ..adapter.sites import AttentionSite
 from ..attention.branch import branch_device, why_not_written
 from ..attention.styles.registry import check_projections, style_of
 from ..config import Lite3RConfig, matches
-from ..errors import AdapterError, AlreadyAppliedError, BackendError, ConfigError, NoSitesError, WeightsError
+from ..errors import AdapterError, AlreadyAppliedError, BackendError, ConfigError, NoSitesError, WeightsError, shown
 from ..fp8.block import check_block
 from ..fp8.blocks import BlockLinear, find_blocks, find_linears
 from ..fp8.convert import LinearPlan, choose_again, is_finite, plan_linears, require_plain_weight
@@ -24,6 +24,9 @@ from ..runtime.rewrites import NO_REWRITES, Rewrites, plan_rewrites
 from ..tokens.tracker import Source
 from ..wrapper import forward_parameters, keeps_copies
 from .lookup import Inventory
+
+BY_HAND = "sites="
+"""What stands for the name of an adapter where a user gave the sites."""
 
 
 @dataclass(frozen=True)
@@ -91,12 +94,15 @@ class ConversionPlan:
     left: dict[str, int]
 
 
-def plan_application(found: Inventory, config: Lite3RConfig, *, with_weights: bool = True) -> ApplyPlan:
+def plan_application(
+    found: Inventory, config: Lite3RConfig, sites: Sequence[AttentionSite] | None = None, *, with_weights: bool = True
+) -> ApplyPlan:
     """What `apply_lite3r` is to do to a dense model.
 
     Args:
         found: The model.
         config: The configuration.
+        sites: Its attention sites; None: as an installed adapter says.
         with_weights: Whether ``precision="fp8"`` is about the weights that the model has. False: others take their place.
 
     Raises:
@@ -111,7 +117,7 @@ def plan_application(found: Inventory, config: Lite3RConfig, *, with_weights: bo
     """
     if found.attention:
         raise AlreadyAppliedError("this model carries Lite3R already; call remove_lite3r(model) first to change its configuration")
-    adapter, sites = find_sites(found.model)
+    adapter, sites = find_sites(found.model) if sites is None else (BY_HAND, checked_sites(sites))
     hosts = _find_hosts(found, adapter, sites)
     scopes = _sparse_scopes(config, adapter, sites)
     _check_keep_ratios(config, [site.fqn for site in sites if site.scope in scopes])
@@ -246,6 +252,13 @@ def _check_device(found: Inventory, site: AttentionSite, host: nn.Module) -> Non
             f"the weights of site {site.fqn!r} are on the meta device and come only for a call of {owner or 'the model'} as a whole "
             "(CPU offload): call apply_lite3r first, offload then"
         )
+
+
+def checked_sites(sites: Sequence[AttentionSite]) -> tuple[AttentionSite, ...]:
+    """The sites that a user gave. Raises `ConfigError` where they are anything else."""
+    if isinstance(sites, AttentionSite) or not isinstance(sites, Sequence) or not all(isinstance(site, AttentionSite) for site in sites):
+        raise ConfigError(f"sites is a list of AttentionSite, got {shown(sites)}")
+    return tuple(sites)
 
 
 @contextlib.contextmanager
