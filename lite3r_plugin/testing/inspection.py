@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -169,7 +170,8 @@ class _Watch:
             if not name:
                 self.given = [str(list(t.shape)) for t in tensors]
                 self.sizes = [tuple(t.shape) for t in tensors if _is_image(t)]
-            if (image := next((t for t in tensors if _is_image(t)), None)) is not None:
+            images = (t for t in tensors if _is_image(t) and (not self.sizes or any(t.shape[-2:] == size[-2:] for size in self.sizes)))
+            if not isinstance(module, nn.Identity) and (image := next(images, None)) is not None:
                 patch = (
                     f", patches of {tuple(module.stride)}" if isinstance(module, nn.Conv2d) and module.kernel_size == module.stride else ""
                 )
@@ -258,7 +260,7 @@ def _adapter(model: nn.Module, inputs: Any, watch: _Watch) -> tuple[list[Attenti
     first: tuple[list[AttentionSite], str, AdapterReport | str] | None = None
     for described, place in itertools.product((True, False), ("special_tokens", "trailing_tokens", "sequence_tokens", "")):
         sites = [_site(model, c, watch, described, place) for c in usable]
-        code = adapter_code(type(model).__name__, sites)
+        code = adapter_code(model, sites)
         if first is not None and code == first[1]:
             continue
         scopes: tuple[Scope, ...] = tuple(dict.fromkeys(site.scope for site in sites))
@@ -321,18 +323,21 @@ def _layout(batch: int, tokens: int, watch: _Watch, place: str) -> tuple[Scope, 
     return scope, TokenSource(name, patch, **{place: rest // views})
 
 
-def adapter_code(model: str, sites: Sequence[AttentionSite]) -> str:
-    """An adapter that names `sites`, as code: modules of one pattern in one loop."""
+def adapter_code(model: nn.Module, sites: Sequence[AttentionSite]) -> str:
+    """An adapter that names `sites` of `model`, as code: modules of one pattern in one loop."""
     sources = list(dict.fromkeys(site.tokens for site in sites if isinstance(site.tokens, TokenSource)))
     names = sorted({type(site.projections).__name__ for site in sites} | ({"TokenSource"} if sources else set()) | {"AttentionSite"})
     needed = list(dict.fromkeys(name.partition(".")[0] for name in (*(s.fqn for s in sites), *(s.image_module for s in sources))))
     lines = [f"from lite3r_plugin import {', '.join(names)}, hookimpl", "", "", "@hookimpl", "def lite3r_attention_sites(model):"]
-    lines += [f'    """Sites of {model}."""', "    sites = []", "    for name, module in model.named_modules():"]
-    lines += [f"        if all(hasattr(module, part) for part in {tuple(needed)!r}):", '            dot = f"{name}." if name else ""']
+    lines += [f'    """Sites of {type(model).__name__}."""', "    sites = []", "    for name, module in model.named_modules():"]
+    lines += [
+        f"        if all(hasattr(module, part) for part in ({', '.join(map(_text, needed))},)):",
+        '            dot = f"{name}." if name else ""',
+    ]
     for i, source in enumerate(sources):
         module_name = f'f"{{dot}}{source.image_module}"'
         lines.append(f"            {_variable(i, sources)} = {_call(source, module_name)}")
-    for pattern, numbers, site in _loops(sites):
+    for pattern, numbers, site in _loops(model, sites):
         tokens = f", {_variable(sources.index(site.tokens), sources)}" if isinstance(site.tokens, TokenSource) else ""
         rest = f'"{site.scope}", {site.head_dim}, {_call(site.projections)}{tokens}'
         if numbers is None:
@@ -353,13 +358,17 @@ def _call(value: Any, first: str | None = None) -> str:
     for place, item in enumerate(dataclasses.fields(value)):
         given = getattr(value, item.name)
         if place == 0 and (first is not None or given != item.default):
-            said.append(first or repr(given))
+            said.append(first or _text(given))
         elif given != item.default:
-            said.append(f"{item.name}={given!r}")
+            said.append(f"{item.name}={_text(given)}")
     return f"{type(value).__name__}({', '.join(said)})"
 
 
-def _loops(sites: Sequence[AttentionSite]) -> Iterator[tuple[str, str | None, AttentionSite]]:
+def _text(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, str) else repr(value)
+
+
+def _loops(model: nn.Module, sites: Sequence[AttentionSite]) -> Iterator[tuple[str, str | None, AttentionSite]]:
     """Sites that differ in one number of their name alone: the pattern, the numbers as code (None where there is one), one of them."""
     groups: dict[Any, list[tuple[int, AttentionSite]]] = {}
     for site in sites:
@@ -377,7 +386,10 @@ def _loops(sites: Sequence[AttentionSite]) -> Iterator[tuple[str, str | None, At
         steps = {b - a for a, b in itertools.pairwise(numbers)}
         step = steps.pop() if len(steps) == 1 else 0
         code = repr(tuple(numbers))
-        if step > 0:
+        around = key[0].rstrip(".")
+        if isinstance(blocks := model.get_submodule(around), (nn.ModuleList, nn.Sequential)) and numbers == list(range(len(blocks))):
+            code = f"range(len(module.{around}))" if around.isidentifier() else f"range({len(blocks)})"
+        elif step > 0:
             code = f"range({numbers[0]}, {numbers[-1] + 1}" + (f", {step})" if step > 1 else ")")
         yield f"{key[0]}{{i}}{key[1]}", code, found[0][1]
 
