@@ -17,7 +17,7 @@ from ..attention.branch import branch_device, why_not_written
 from ..attention.styles.registry import check_projections, style_of
 from ..attention.trial import Trials
 from ..config import Lite3RConfig, matches
-from ..errors import AdapterError, AlreadyAppliedError, BackendError, ConfigError, NoSitesError, WeightsError
+from ..errors import AdapterError, AlreadyAppliedError, BackendError, ConfigError, NoSitesError, WeightsError, shown
 from ..fp8.block import check_block
 from ..fp8.blocks import BlockLinear, find_blocks, find_linears
 from ..fp8.convert import LinearPlan, choose_again, is_finite, plan_linears, require_plain_weight
@@ -28,6 +28,9 @@ from ..runtime.rewrites import NO_REWRITES, Rewrites, plan_rewrites
 from ..tokens.tracker import Source
 from ..wrapper import forward_parameters, keeps_copies
 from .lookup import Inventory
+
+BY_HAND = "sites="
+"""What stands for the name of an adapter where a user gave the sites."""
 
 
 @dataclass(frozen=True)
@@ -100,12 +103,15 @@ class ConversionPlan:
     left: dict[str, int]
 
 
-def plan_application(found: Inventory, config: Lite3RConfig, *, with_weights: bool = True) -> ApplyPlan:
+def plan_application(
+    found: Inventory, config: Lite3RConfig, sites: Sequence[AttentionSite] | None = None, *, with_weights: bool = True
+) -> ApplyPlan:
     """What `apply_lite3r` is to do to a dense model.
 
     Args:
         found: The model.
         config: The configuration.
+        sites: Its attention sites; None: as an installed adapter says.
         with_weights: Whether ``precision="fp8"`` is about the weights that the model has. False: others take their place.
 
     Raises:
@@ -120,7 +126,7 @@ def plan_application(found: Inventory, config: Lite3RConfig, *, with_weights: bo
     """
     if found.attention:
         raise AlreadyAppliedError("this model carries Lite3R already; call remove_lite3r(model) first to change its configuration")
-    adapter, sites = find_sites(found.model)
+    adapter, sites = find_sites(found.model) if sites is None else (BY_HAND, checked_sites(sites))
     hosts = _find_hosts(found, adapter, sites)
     scopes = _sparse_scopes(config, adapter, sites)
     _check_keep_ratios(config, [site.fqn for site in sites if site.scope in scopes])
@@ -326,6 +332,13 @@ def _why_nothing(found: Inventory, chosen: _Choice) -> str:
     reasons |= {swap.left or "its scope stays dense": swap.site.fqn for swap in chosen.swaps.values()}
     listed = "; ".join(f"{why} (such as {fqn!r})" for why, fqn in reasons.items())
     return f"no attention of this {found.name} would become sparse: {listed}"
+
+
+def checked_sites(sites: Sequence[AttentionSite]) -> tuple[AttentionSite, ...]:
+    """The sites that a user gave. Raises `ConfigError` where they are anything else."""
+    if isinstance(sites, AttentionSite) or not isinstance(sites, Sequence) or not all(isinstance(site, AttentionSite) for site in sites):
+        raise ConfigError(f"sites is a list of AttentionSite, got {shown(sites)}")
+    return tuple(sites)
 
 
 @contextlib.contextmanager

@@ -98,7 +98,7 @@ app.command()(bench)
 app.command("eval")(evaluate)
 app.command()(calibrate)
 app.command()(distill)
-app.command()(adapters)
+app.add_typer(adapters, name="adapters")
 app.command("convert-official")(convert_official)
 app.command()(push)
 

@@ -9,12 +9,13 @@ import functools
 import io
 import pickle
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..adapter.sites import AttentionSite
 from ..apply.lookup import lite3r_modules
 from ..apply.verbs import apply_lite3r, lite3r_disabled, remove_lite3r
 from ..attention.inputs import AttentionInputs
@@ -66,9 +67,10 @@ def check_adapter(
     example_inputs: tuple[Any, ...] | Mapping[str, Any] | Callable[[nn.Module], Any],
     *,
     atol: float = 1e-5,
+    sites: Sequence[AttentionSite] | None = None,
     **apply_options: Any,
 ) -> AdapterReport:
-    """Check that an installed adapter describes `model` rightly; the model is left as it was.
+    """Check that an installed adapter, or `sites`, describe `model` rightly; the model is left as it was.
 
     Checked: an adapter answers and its sites exist; ``keep_ratio=1`` equals the dense model; `lite3r_disabled` and
     `remove_lite3r` are bit-exact; blocks do what is said of them; a small keep ratio runs every sparse site sparse and
@@ -82,6 +84,7 @@ def check_adapter(
             takes them.
         atol: Largest difference to the dense model at ``keep_ratio=1``, absolute, or relative to the largest entry of
             an output tensor that has entries above 1.
+        sites: What an adapter would say of the model, in its place.
         **apply_options: Fields of `Lite3RConfig` on top of `TEST_CONFIG`, such as ``scopes=("frame",)``.
 
     Returns:
@@ -97,14 +100,16 @@ def check_adapter(
     before = _snapshot(model)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         try:
-            return _check(model, example_inputs, atol, config)
+            return _check(model, example_inputs, atol, config, sites)
         finally:
             if lite3r_modules(model):
                 remove_lite3r(model)
             _compare_snapshots(before, _snapshot(model))
 
 
-def _check(model: nn.Module, example_inputs: Any, atol: float, config: Lite3RConfig) -> AdapterReport:
+def _check(
+    model: nn.Module, example_inputs: Any, atol: float, config: Lite3RConfig, given: Sequence[AttentionSite] | None
+) -> AdapterReport:
     def run(model: nn.Module) -> dict[str, Tensor]:
         torch.manual_seed(0)  # for models that draw numbers
         return named_tensors(_call(model, example_inputs))
@@ -115,7 +120,7 @@ def _check(model: nn.Module, example_inputs: Any, atol: float, config: Lite3RCon
     expect_equal(dense, run(model), "the dense model gives two different outputs for the same input: make it deterministic first")
     pickled = _can_pickle(model)
 
-    apply_lite3r(model, config, keep_ratio=1.0)
+    apply_lite3r(model, config, sites=given, keep_ratio=1.0)
     sites = _sparse_sites(model)
     _expect_described(model)
     error, where = largest_difference(dense, run(model))
@@ -133,7 +138,7 @@ def _check(model: nn.Module, example_inputs: Any, atol: float, config: Lite3RCon
     expect_equal(dense, run(model), "remove_lite3r did not bring the dense model back bit for bit")
     check_blocks(model, next(iter(sites.values())).state.sites, run, atol)
 
-    apply_lite3r(model, config)
+    apply_lite3r(model, config, sites=given)
     adapter = next(iter(lite3r_modules(model).values())).state.adapter
     sites = _sparse_sites(model)
     with _token_counts(sites) as tokens:

@@ -194,8 +194,8 @@ class _Probe:
     def strongest(
         self, target: nn.Module, image: int, box: tuple[int, int, int, int], calls: Sequence[_Call]
     ) -> tuple[_Call, int, int, bool, bool] | None:
-        """The token that changes most: its call, sequence and index, and whether most others of the sequence change far less, and whether
-        all do. None: nothing changes."""
+        """The token that changes most: its call, sequence and index, and whether most others of its view change far less, and whether all
+        of the sequence do. None: nothing changes."""
         changes = [self.changes(target, image, box, call) for call in calls]
         most = [float(change.max()) for change in changes]
         best = max(range(len(calls)), key=most.__getitem__)
@@ -204,8 +204,9 @@ class _Probe:
         sequence, token = divmod(int(changes[best].argmax()), changes[best].shape[1])
         others = changes[best][sequence].clone()
         others[token] = 0
-        far_more = (most[best] >= SHARP * float(other) for other in (others.median(), others.max()))
-        return calls[best], sequence, token, *far_more
+        places = calls[best].places
+        of_view = others[[place.view == places[token].view for place in places]]
+        return calls[best], sequence, token, most[best] >= SHARP * float(of_view.median()), most[best] >= SHARP * float(others.max())
 
 
 class _Images:
@@ -328,7 +329,7 @@ def _places(layout: TokenLayout) -> list[Place]:
 def _wrong(call: _Call, image: int, top: int, left: int, token: int, place: Place, instead: str) -> str:
     return (
         f"the layout at site {call.fqn!r} is wrong: a change of image {image} at row {top}, column {left} of its pixels changes token "
-        f"{token} of the sequence most, and the layout, {call.layout}, says that this is {place}{instead}. Look at which special tokens are "
-        "in front of the patches and which behind (special_tokens, trailing_tokens, sequence_tokens), at rows and columns, and at which view "
-        "has which grid"
+        f"{token} of the sequence most, and the layout, {call.layout}, says that this is {place}{instead}. Look at "
+        "which special tokens are in front of the patches and which behind (special_tokens, trailing_tokens, sequence_tokens), at rows and "
+        "columns, and at which view has which grid"
     )

@@ -149,7 +149,7 @@ def grids(images: list[Tensor]) -> TokenLayout:
 
 
 def no_layout(image: Tensor) -> TokenLayout:
-    return image.layout  # pyright: ignore[reportAttributeAccessIssue]
+    return image.nothing  # pyright: ignore[reportAttributeAccessIssue]
 
 
 MIXED = [torch.zeros(1, 3, 8, 12), torch.zeros(1, 3, 12, 8)]
