@@ -86,10 +86,23 @@ def compares_bits(test: Callable[..., object]) -> bool:
     return any(words in line for line in lines[first : last_line(test.__code__)] for words in EXACT)
 
 
+@functools.cache
+def computed_by_torch(path: Path) -> bool:
+    """Whether torch has a part in what the tests of a file compare."""
+    return not any(fnmatch(str(path), f"{TESTS}/{pattern}") for pattern in NOT_BY_TORCH)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Where only exact tests are wanted, files without any are not imported, nor what they import."""
+    if not config.getoption("markexpr").startswith("exact") or not collection_path.match("test_*.py"):
+        return None
+    source = collection_path.read_text()
+    return None if computed_by_torch(collection_path) and any(words in source for words in EXACT) else True
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        by_torch = not any(fnmatch(str(item.path), f"{TESTS}/{pattern}") for pattern in NOT_BY_TORCH)
-        if by_torch and isinstance(item, pytest.Function) and compares_bits(inspect.unwrap(item.function)):
+        if computed_by_torch(item.path) and isinstance(item, pytest.Function) and compares_bits(inspect.unwrap(item.function)):
             item.add_marker("exact")
     if torch.cuda.is_available():
         return

@@ -86,7 +86,7 @@ def test_run(small: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     few = ("dense", "sparse", "sparse + means + linear, marginal", "sparse, raster order")
     every = quality.variants
     monkeypatch.setattr(quality, "variants", lambda *given: [v for v in every(*given) if v.name in few])
-    data = ["--scenes", "2", "--calibration", "2", "--views", "3", "--json"]
+    data = ["--scenes", "1", "--calibration", "2", "--views", "3", "--json"]
     monkeypatch.setattr(
         sys, "argv", ["quality.py", "--small", "--model", "small", *data, str(tmp_path / "q.json"), "--markdown", str(tmp_path / "q.md")]
     )

@@ -15,6 +15,7 @@ from lite3r_plugin.adapter.plugins import find_model, model_entries
 from lite3r_plugin.errors import InputError
 from lite3r_plugin.evaluation import DENSE, LITE3R, ModelPair, compare, model_inputs, sample_views
 from lite3r_plugin.scene.data import Frame, Scene, open_scenes
+from lite3r_plugin.scene.images import to_tensor
 from lite3r_plugin.testbed import Testbed, TestbedConfig
 
 SPARSE = Lite3RConfig(keep_ratio=0.25, dense_below=0, block_q=16, block_k=16)
@@ -22,9 +23,9 @@ SPARSE = Lite3RConfig(keep_ratio=0.25, dense_below=0, block_q=16, block_k=16)
 
 @pytest.fixture(scope="module")
 def entry() -> ModelEntry:
-    """A tiny testbed."""
+    """A tiny testbed, which takes images as they are."""
     tiny = TestbedConfig(dim=64, head_dim=32, depth=1, stem=8)
-    return dataclasses.replace(find_model("testbed"), name="tiny", create=lambda: Testbed(tiny))
+    return dataclasses.replace(find_model("testbed"), name="tiny", create=lambda: Testbed(tiny), preprocess=to_tensor)
 
 
 @pytest.fixture(scope="module")

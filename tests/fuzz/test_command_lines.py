@@ -25,7 +25,7 @@ from lite3r_plugin.adapter.plugins import get_manager
 from lite3r_plugin.cli.app import app
 from lite3r_plugin.testbed import Testbed, TestbedConfig
 
-TRIES = 25
+TRIES = 12
 DIGITS = "9" * 5000
 WORDS = [
     "",

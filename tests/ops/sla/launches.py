@@ -3,7 +3,7 @@
 What `aot.py` cannot see, this does: the arguments of the real launches, how many there are, and what they need. Run as a
 script; `test_aot.py` does, in a fresh process.
 
-Usage: python launches.py CAPABILITY     (80, 89, 90, ...)
+Usage: python launches.py CAPABILITY [--in-turn]     (80, 89, 90, ...; in turn: but for the first, only cases that fit into none smaller)
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from lite3r_plugin.ops.sla.kernels import backward_options, operands
 
 CAPABILITY = int(sys.argv[1])
 LIMIT = SHARED_KIB.get(divmod(CAPABILITY, 10), 99)
+SMALLEST = SHARED_KIB.get((8, 9), 99)
 LAUNCHES: list[tuple[str, int, bool]] = []
 CASES = [  # dtype, head dimension, linear branch, what learns, block of keys if it is not 64
     (torch.bfloat16, 64, "all", "all"),
@@ -104,9 +105,9 @@ def main() -> None:
     backward_options.has_tma = lambda _: CAPABILITY == 90
     operands.LARGE = 0
     report = []
-    for dtype, dim, linear, learns, *blocks in CASES:
+    for i, (dtype, dim, linear, learns, *blocks) in enumerate(CASES):
         allowed = shared_kib(dtype, dim, learns != "nothing")
-        if allowed > LIMIT:
+        if allowed > LIMIT or ("--in-turn" in sys.argv and i and allowed <= SMALLEST < LIMIT):
             continue
         name = f"{dtype} {dim} {linear}, {learns} learns"
         case = dict(case=name, allowed=allowed, **run(dtype, dim, linear, learns, *blocks, tokens=1000))

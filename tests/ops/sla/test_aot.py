@@ -26,17 +26,25 @@ def script(name: str, *arguments: str) -> str:
 
 
 def test_kernels_compile_ahead_of_time() -> None:
-    """Each for one of the two generations; on a GPU for both. With nothing cached compilation takes a second each."""
-    compiled = script("aot.py", *([] if torch.cuda.is_available() else ["--in-turn"]), "80", "90")
-    for capability in (80, 90):
-        assert compiled.count(f"sm_{capability}") >= 20
+    """Every third for the oldest generation, since the next test compiles for the others; on a GPU all, for two of them.
+
+    With nothing cached compilation takes a second each.
+    """
+    every = torch.cuda.is_available()
+    compiled = script("aot.py", *(["80", "90"] if every else ["--some", "80"]))
+    for capability in (80, 90) if every else (80,):
+        assert compiled.count(f"sm_{capability}") >= (40 if every else 15)
 
 
-@pytest.mark.parametrize(("capability", "cases"), [(89, 5), (90, 9)])
-def test_the_operator_compiles_and_fits(capability: int, cases: int) -> None:
-    """With the arguments of real launches; as many of them for a long sequence as for a short one."""
-    report = json.loads(script("launches.py", str(capability)))
-    assert len(report) == cases
+@pytest.mark.parametrize(("capability", "cases", "others"), [(89, 5, 5), (90, 9, 5)])
+def test_the_operator_compiles_and_fits(capability: int, cases: int, others: int) -> None:
+    """With the arguments of real launches; as many of them for a long sequence as for a short one.
+
+    Without a GPU one that fits into the smaller one too is compiled for one of the two, but the first, for both.
+    """
+    every = torch.cuda.is_available()
+    report = json.loads(script("launches.py", str(capability), *([] if every else ["--in-turn"])))
+    assert len(report) == (cases if every else others)
     for case in report:
         assert case["shared"] <= case["allowed"], case["case"]
         assert case["as_many_when_long"], case["case"]
