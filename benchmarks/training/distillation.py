@@ -21,6 +21,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import time
 import traceback
@@ -281,10 +282,62 @@ def attempt(worker: Worker, job: Job) -> tuple[dict[str, Any] | None, str | None
 
 
 def work(args: argparse.Namespace, index: int, jobs: Any, results: Any) -> None:
-    """A process of its own: jobs in, results out, until there is None."""
+    """A process of its own: jobs in, results out, until there is None or one failed, after which a GPU may be of no use."""
     worker = Worker(args, torch.device(args.device))
     while (job := jobs.get()) is not None:
-        results.put((index, job, *attempt(worker, job)))
+        result, error = attempt(worker, job)
+        results.put((index, job, result, error))
+        if error is not None:
+            return
+
+
+class Processes:
+    """Processes that `work`, each on one GPU: the i-th always on the i-th. A context manager.
+
+    Attributes:
+        jobs: A queue for each.
+        results: Of all.
+    """
+
+    def __init__(self, args: argparse.Namespace, count: int) -> None:
+        self._args, self._context = args, multiprocessing.get_context("spawn")
+        self.results = self._context.Queue()
+        self.jobs: list[Any] = [self._context.Queue() for _ in range(count)]
+        given = os.environ.get(DEVICES)
+        self._devices = given.split(",") if given else [str(i) for i in range(count)]
+        self._running: list[Any] = [None] * count
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for jobs in self.jobs:
+            jobs.put(None)
+        for process in filter(None, self._running):
+            process.join(timeout=5)
+            process.terminate()
+
+    def alive(self, index: int) -> bool:
+        """Whether a process runs."""
+        return self._running[index] is not None and self._running[index].is_alive()
+
+    def wait(self, index: int) -> None:
+        """Wait for the end of one that failed."""
+        self._running[index].join(timeout=30)
+        self._running[index].terminate()
+
+    def start(self, index: int) -> None:
+        """Start one, in place of one that is gone."""
+        before = os.environ.get(DEVICES)
+        os.environ[DEVICES] = self._devices[index % len(self._devices)]
+        try:
+            self._running[index] = self._context.Process(target=work, args=(self._args, index, self.jobs[index], self.results))
+            self._running[index].start()
+        finally:
+            if before is None:
+                del os.environ[DEVICES]
+            else:
+                os.environ[DEVICES] = before
 
 
 def carry_out(plan: Plan, processes: int, until: float) -> list[str]:
@@ -298,43 +351,27 @@ def carry_out(plan: Plan, processes: int, until: float) -> list[str]:
         while (job := next_job(plan, failed, until - time.monotonic())) is not None:
             finish(plan, job, *attempt(worker, job), failed)
         return failed
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    queues = [context.Queue() for _ in range(processes)]
-    running = [context.Process(target=work, args=(plan.args, i, queues[i], results)) for i in range(processes)]
-    given = os.environ.get(DEVICES)
-    devices = given.split(",") if given else [str(i) for i in range(processes)]
-    for process, device in zip(running, itertools.cycle(devices), strict=False):  # each sees one GPU
-        os.environ[DEVICES] = device
-        process.start()
-    os.environ.pop(DEVICES)
-    if given is not None:
-        os.environ[DEVICES] = given
     busy: dict[int, Job] = {}
-    try:
+    with Processes(plan.args, processes) as running:
         while True:
-            for index in range(processes):
-                if index in busy or not running[index].is_alive():
-                    continue
+            for index in set(range(processes)) - set(busy):
                 if (job := next_job(plan, [*failed, *(job.key for job in busy.values())], until - time.monotonic())) is not None:
+                    if not running.alive(index):
+                        running.start(index)
                     busy[index] = job
-                    queues[index].put(job)
+                    running.jobs[index].put(job)
             if not busy:
                 return failed
             try:
-                index, job, result, error = results.get(timeout=POLL_SECONDS)
+                index, job, result, error = running.results.get(timeout=POLL_SECONDS)
             except Empty:
-                for lost in [index for index in busy if not running[index].is_alive()]:
+                for lost in [index for index in busy if not running.alive(index)]:
                     finish(plan, busy.pop(lost), None, f"process {lost} died", failed)
                 continue
             del busy[index]
             finish(plan, job, result, error, failed)
-    finally:
-        for queue in queues:
-            queue.put(None)
-        for process in running:
-            process.join(timeout=10)
-            process.terminate()
+            if error is not None:
+                running.wait(index)
 
 
 def finish(plan: Plan, job: Job, result: dict[str, Any] | None, error: str | None, failed: list[str]) -> None:
@@ -473,4 +510,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # so that processes end with this one
     sys.exit(main())
