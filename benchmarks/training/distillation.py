@@ -6,7 +6,7 @@
 Scenes are rendered first, into DIR, once for all processes. Then short runs try the recipes of `recipes.candidates`, judged on scenes for
 selection; the best one is trained for longer at each keep ratio; and the rows of `recipes.table` show what each part does. One process a
 GPU takes one of them after another. What is done is stored at once, and ``--resume`` goes on after it. With ``--minutes`` nothing is begun
-that would not be over in time. DIR gets ``keep0.25.json`` and so on, and ``search.json``.
+that would not be over in time, but the long runs, which go on where they were. DIR gets ``keep0.25.json`` and so on, and ``search.json``.
 
 Teacher and student are one model; only rows that say so have labels. Scenes for training, selection and measuring are of other seeds and
 textures. All rows run the same dense kernel wherever they are dense. Kernels are compiled before a run's time begins.
@@ -25,7 +25,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from queue import Empty
 from typing import Any
@@ -44,11 +44,13 @@ from lite3r_plugin.peft import merge_lora
 from lite3r_plugin.runtime.sdpa import sdpa_backend
 from lite3r_plugin.scene.metrics import paired_bootstrap
 from lite3r_plugin.testbed import Testbed, TestbedConfig
+from lite3r_plugin.training.data import Sample
 
 FP8_BELOW = 0.25  # keep ratios whose best row is in FP8
 WARM_UP_STEPS = 6  # each number of views twice
 POLL_SECONDS = 0.5
 WORST = 1e9
+LEAST_SECONDS, MARGIN_SECONDS = 60.0, 10.0  # of a part of a long run; and for what comes after it, but for measuring
 DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
@@ -127,7 +129,7 @@ class Plan:
             for keep in args.keep_ratio:
                 row = recipes.longer(recipe, "best", args.long, _precision(keep))
                 if "best" in (args.fp8_rows if keep < FP8_BELOW else args.rows):
-                    wanted.append(self._row(f"row best {keep}", row, keep, "held_out", 60 * args.long + args.measuring + args.overhead))
+                    wanted.append(self._row(f"row best {keep}", row, keep, "held_out", LEAST_SECONDS + args.measuring + args.overhead))
         for keep, row in itertools.product(args.keep_ratio, recipes.table(args.short).values()):
             if row.name in (args.fp8_rows if keep < FP8_BELOW else args.rows) and (row.precision == "full" or keep < FP8_BELOW):
                 training = 60 * args.short + args.overhead if row.training else 0
@@ -216,8 +218,13 @@ class Worker:
             if args.steps:
                 fields = fields | {"steps": args.steps, "minutes": None}
             data = self.training.samples(args.seed, row.views_a_step, args.views, row.labels, self.device)
+            if row.name == "best":  # goes on in the next command
+                fields = fields | {"output_dir": str(args.folder / f"training-{keep}-{row.recipe}"), "resume": True}
+                data = limited(data, args.until)
             self._warm_up(precision, keep)
             report = distill(model, data, DistillConfig(**fields))
+            if report.stopped == "the data ended":
+                return {"unfinished": str(report)}
             result |= {"distillation": str(report), "peak_bytes": report.peak_bytes}
             if fields["trainable"] == "proj+lora":
                 merge_lora(model)
@@ -256,6 +263,14 @@ def build(args: argparse.Namespace, device: torch.device) -> Testbed:
         torch.manual_seed(0)
         return Testbed(TestbedConfig(dim=64, depth=2, head_dim=32, stem=16)).eval().to(device)
     return find_model("testbed").build(None, device)  # pyright: ignore[reportReturnType]
+
+
+def limited(data: Iterator[Sample], until: float) -> Iterator[Sample]:
+    """`data`, which ends at the time `until`, but not before there was one."""
+    for sample in data:
+        yield sample
+        if time.monotonic() > until:
+            return
 
 
 def against_dense(result: dict[str, Any], dense: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -341,7 +356,7 @@ class Processes:
 
 
 def carry_out(plan: Plan, processes: int, until: float) -> list[str]:
-    """Do what is left, and begin nothing that would not be over at the time `until`. Returns what failed.
+    """Do what is left, and begin nothing that would not be over at the time `until`. Returns what failed, or is to go on.
 
     In so many processes; with 0 of them in this one.
     """
@@ -376,6 +391,10 @@ def carry_out(plan: Plan, processes: int, until: float) -> list[str]:
 
 def finish(plan: Plan, job: Job, result: dict[str, Any] | None, error: str | None, failed: list[str]) -> None:
     """Store what came of a job, and say it."""
+    if result is not None and "unfinished" in result:
+        failed.append(job.key)
+        say(f"{job.key} goes on in the next command: {result['unfinished']}")
+        return
     if result is not None:
         plan.store(job.key, result)
         say(f"[{time.monotonic() - plan.args.started:.0f} s] {job.key}: {result['seconds']:.0f} s {summary(result)}")
@@ -490,9 +509,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure what is not there yet. Returns 0, or 1 where something failed."""
+    """Measure what is not there yet. Returns 0, or 1 where something failed or is to go on."""
     args = parse(arguments)
     args.started = time.monotonic()
+    args.until = args.started + 60 * args.minutes - args.measuring - MARGIN_SECONDS
     plan = Plan(args)
     known = plan.result("conditions")
     if known is not None and not args.resume:
@@ -505,7 +525,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     processes = usual if args.processes is None else args.processes
     failed = carry_out(plan, processes, args.started + 60 * args.minutes)
     left = [job.key for stage in plan.stages() for job in stage]
-    say(f"[{time.monotonic() - args.started:.0f} s] failed: {failed or 'nothing'}; left: {left or 'nothing'}; best: {plan.best()}")
+    say(f"[{time.monotonic() - args.started:.0f} s] broken off: {failed or 'nothing'}; left: {left or 'nothing'}; best: {plan.best()}")
     return 1 if failed else 0
 
 
