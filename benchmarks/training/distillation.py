@@ -6,7 +6,7 @@
 Scenes are rendered first, into DIR, once for all processes. Then short runs try the recipes of `recipes.candidates`, judged on scenes for
 selection; the best one is trained for longer at each keep ratio; and the rows of `recipes.table` show what each part does. One process a
 GPU takes one of them after another. What is done is stored at once, and ``--resume`` goes on after it. With ``--minutes`` nothing is begun
-that would not be over in time. DIR gets ``keep0.25.json`` and so on, and ``search.json``.
+that would not be over in time, but the long runs, which go on where they were. DIR gets ``keep0.25.json`` and so on, and ``search.json``.
 
 Teacher and student are one model; only rows that say so have labels. Scenes for training, selection and measuring are of other seeds and
 textures. All rows run the same dense kernel wherever they are dense. Kernels are compiled before a run's time begins.
@@ -21,10 +21,11 @@ import itertools
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from queue import Empty
 from typing import Any
@@ -43,11 +44,13 @@ from lite3r_plugin.peft import merge_lora
 from lite3r_plugin.runtime.sdpa import sdpa_backend
 from lite3r_plugin.scene.metrics import paired_bootstrap
 from lite3r_plugin.testbed import Testbed, TestbedConfig
+from lite3r_plugin.training.data import Sample
 
 FP8_BELOW = 0.25  # keep ratios whose best row is in FP8
 WARM_UP_STEPS = 6  # each number of views twice
 POLL_SECONDS = 0.5
 WORST = 1e9
+LEAST_SECONDS, MARGIN_SECONDS = 60.0, 10.0  # of a part of a long run; and for what comes after it, but for measuring
 DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
@@ -126,7 +129,7 @@ class Plan:
             for keep in args.keep_ratio:
                 row = recipes.longer(recipe, "best", args.long, _precision(keep))
                 if "best" in (args.fp8_rows if keep < FP8_BELOW else args.rows):
-                    wanted.append(self._row(f"row best {keep}", row, keep, "held_out", 60 * args.long + args.measuring + args.overhead))
+                    wanted.append(self._row(f"row best {keep}", row, keep, "held_out", LEAST_SECONDS + args.measuring + args.overhead))
         for keep, row in itertools.product(args.keep_ratio, recipes.table(args.short).values()):
             if row.name in (args.fp8_rows if keep < FP8_BELOW else args.rows) and (row.precision == "full" or keep < FP8_BELOW):
                 training = 60 * args.short + args.overhead if row.training else 0
@@ -215,8 +218,13 @@ class Worker:
             if args.steps:
                 fields = fields | {"steps": args.steps, "minutes": None}
             data = self.training.samples(args.seed, row.views_a_step, args.views, row.labels, self.device)
+            if row.name == "best":  # goes on in the next command
+                fields = fields | {"output_dir": str(args.folder / f"training-{keep}-{row.recipe}"), "resume": True}
+                data = limited(data, args.until)
             self._warm_up(precision, keep)
             report = distill(model, data, DistillConfig(**fields))
+            if report.stopped == "the data ended":
+                return {"unfinished": str(report)}
             result |= {"distillation": str(report), "peak_bytes": report.peak_bytes}
             if fields["trainable"] == "proj+lora":
                 merge_lora(model)
@@ -257,6 +265,14 @@ def build(args: argparse.Namespace, device: torch.device) -> Testbed:
     return find_model("testbed").build(None, device)  # pyright: ignore[reportReturnType]
 
 
+def limited(data: Iterator[Sample], until: float) -> Iterator[Sample]:
+    """`data`, which ends at the time `until`, but not before there was one."""
+    for sample in data:
+        yield sample
+        if time.monotonic() > until:
+            return
+
+
 def against_dense(result: dict[str, Any], dense: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Mean differences with intervals, points for AUC and percent of the dense mean for AbsRel, by number of views."""
     found: dict[str, dict[str, Any]] = {}
@@ -281,14 +297,66 @@ def attempt(worker: Worker, job: Job) -> tuple[dict[str, Any] | None, str | None
 
 
 def work(args: argparse.Namespace, index: int, jobs: Any, results: Any) -> None:
-    """A process of its own: jobs in, results out, until there is None."""
+    """A process of its own: jobs in, results out, until there is None or one failed, after which a GPU may be of no use."""
     worker = Worker(args, torch.device(args.device))
     while (job := jobs.get()) is not None:
-        results.put((index, job, *attempt(worker, job)))
+        result, error = attempt(worker, job)
+        results.put((index, job, result, error))
+        if error is not None:
+            return
+
+
+class Processes:
+    """Processes that `work`, each on one GPU: the i-th always on the i-th. A context manager.
+
+    Attributes:
+        jobs: A queue for each.
+        results: Of all.
+    """
+
+    def __init__(self, args: argparse.Namespace, count: int) -> None:
+        self._args, self._context = args, multiprocessing.get_context("spawn")
+        self.results = self._context.Queue()
+        self.jobs: list[Any] = [self._context.Queue() for _ in range(count)]
+        given = os.environ.get(DEVICES)
+        self._devices = given.split(",") if given else [str(i) for i in range(count)]
+        self._running: list[Any] = [None] * count
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for jobs in self.jobs:
+            jobs.put(None)
+        for process in filter(None, self._running):
+            process.join(timeout=5)
+            process.terminate()
+
+    def alive(self, index: int) -> bool:
+        """Whether a process runs."""
+        return self._running[index] is not None and self._running[index].is_alive()
+
+    def wait(self, index: int) -> None:
+        """Wait for the end of one that failed."""
+        self._running[index].join(timeout=30)
+        self._running[index].terminate()
+
+    def start(self, index: int) -> None:
+        """Start one, in place of one that is gone."""
+        before = os.environ.get(DEVICES)
+        os.environ[DEVICES] = self._devices[index % len(self._devices)]
+        try:
+            self._running[index] = self._context.Process(target=work, args=(self._args, index, self.jobs[index], self.results))
+            self._running[index].start()
+        finally:
+            if before is None:
+                del os.environ[DEVICES]
+            else:
+                os.environ[DEVICES] = before
 
 
 def carry_out(plan: Plan, processes: int, until: float) -> list[str]:
-    """Do what is left, and begin nothing that would not be over at the time `until`. Returns what failed.
+    """Do what is left, and begin nothing that would not be over at the time `until`. Returns what failed, or is to go on.
 
     In so many processes; with 0 of them in this one.
     """
@@ -298,47 +366,35 @@ def carry_out(plan: Plan, processes: int, until: float) -> list[str]:
         while (job := next_job(plan, failed, until - time.monotonic())) is not None:
             finish(plan, job, *attempt(worker, job), failed)
         return failed
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    queues = [context.Queue() for _ in range(processes)]
-    running = [context.Process(target=work, args=(plan.args, i, queues[i], results)) for i in range(processes)]
-    given = os.environ.get(DEVICES)
-    devices = given.split(",") if given else [str(i) for i in range(processes)]
-    for process, device in zip(running, itertools.cycle(devices), strict=False):  # each sees one GPU
-        os.environ[DEVICES] = device
-        process.start()
-    os.environ.pop(DEVICES)
-    if given is not None:
-        os.environ[DEVICES] = given
     busy: dict[int, Job] = {}
-    try:
+    with Processes(plan.args, processes) as running:
         while True:
-            for index in range(processes):
-                if index in busy or not running[index].is_alive():
-                    continue
+            for index in set(range(processes)) - set(busy):
                 if (job := next_job(plan, [*failed, *(job.key for job in busy.values())], until - time.monotonic())) is not None:
+                    if not running.alive(index):
+                        running.start(index)
                     busy[index] = job
-                    queues[index].put(job)
+                    running.jobs[index].put(job)
             if not busy:
                 return failed
             try:
-                index, job, result, error = results.get(timeout=POLL_SECONDS)
+                index, job, result, error = running.results.get(timeout=POLL_SECONDS)
             except Empty:
-                for lost in [index for index in busy if not running[index].is_alive()]:
+                for lost in [index for index in busy if not running.alive(index)]:
                     finish(plan, busy.pop(lost), None, f"process {lost} died", failed)
                 continue
             del busy[index]
             finish(plan, job, result, error, failed)
-    finally:
-        for queue in queues:
-            queue.put(None)
-        for process in running:
-            process.join(timeout=10)
-            process.terminate()
+            if error is not None:
+                running.wait(index)
 
 
 def finish(plan: Plan, job: Job, result: dict[str, Any] | None, error: str | None, failed: list[str]) -> None:
     """Store what came of a job, and say it."""
+    if result is not None and "unfinished" in result:
+        failed.append(job.key)
+        say(f"{job.key} goes on in the next command: {result['unfinished']}")
+        return
     if result is not None:
         plan.store(job.key, result)
         say(f"[{time.monotonic() - plan.args.started:.0f} s] {job.key}: {result['seconds']:.0f} s {summary(result)}")
@@ -453,9 +509,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure what is not there yet. Returns 0, or 1 where something failed."""
+    """Measure what is not there yet. Returns 0, or 1 where something failed or is to go on."""
     args = parse(arguments)
     args.started = time.monotonic()
+    args.until = args.started + 60 * args.minutes - args.measuring - MARGIN_SECONDS
     plan = Plan(args)
     known = plan.result("conditions")
     if known is not None and not args.resume:
@@ -468,9 +525,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     processes = usual if args.processes is None else args.processes
     failed = carry_out(plan, processes, args.started + 60 * args.minutes)
     left = [job.key for stage in plan.stages() for job in stage]
-    say(f"[{time.monotonic() - args.started:.0f} s] failed: {failed or 'nothing'}; left: {left or 'nothing'}; best: {plan.best()}")
+    say(f"[{time.monotonic() - args.started:.0f} s] broken off: {failed or 'nothing'}; left: {left or 'nothing'}; best: {plan.best()}")
     return 1 if failed else 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # so that processes end with this one
     sys.exit(main())

@@ -36,9 +36,8 @@ def curve(args: argparse.Namespace, folder: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     data = [torch.rand(1, args.curve_views, 3, args.curve_size, args.curve_size, generator=generator) for _ in range(8)]
     for name, precision in PRECISIONS.items():
-        model = apply_lite3r(
-            find_model("testbed").build(None, state.device), keep_ratio=0.25, block_q=64, block_k=32, attention_backend=args.backend
-        )
+        blocks = {"block_q": 32, "block_k": 16} if args.device == "cpu" else {}  # few tokens
+        model = apply_lite3r(find_model("testbed").build(None, state.device), keep_ratio=0.25, attention_backend=args.backend, **blocks)
         out = folder / name
         config = DistillConfig(
             steps=args.steps, accumulate=args.processes // state.num_processes, mixed_precision=precision, output_dir=str(out),
@@ -73,7 +72,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--size", type=int, default=518)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--steps", type=int, default=20, help="of which losses are compared")
-    parser.add_argument("--curve-views", type=int, default=4)
+    parser.add_argument("--curve-views", type=int, default=8)
     parser.add_argument("--curve-size", type=int, default=112)
     parser.add_argument("--backend", default="auto", help="of sparse attention, where losses are compared")
     parser.add_argument("--one", type=Path, help="what step.py wrote of one process, instead of another run")

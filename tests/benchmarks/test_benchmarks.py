@@ -188,7 +188,7 @@ def test_faults_of_memory_are_named() -> None:
         assert len(memory_fp8.wrong({"lite3r-fp8": fine | change})) == 1
 
 
-def test_what_training_wins_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_training_wins_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import distillation
     import readme_table
 
@@ -200,7 +200,16 @@ def test_what_training_wins_back(tmp_path: Path, capsys: pytest.CaptureFixture[s
         distillation.main(command)
     with pytest.raises(SystemExit, match=r"other conditions: \['scenes'\]"):
         distillation.main([*command, "--scenes", "4", "--resume"])
-    assert distillation.main([*command, "--fp8-rows", "applied", "best", "lora-no-qat", "--resume"]) == 0
+    assert distillation.main([*command, "--fp8-rows", "applied", "lora-no-qat", "--resume"]) == 0
+    capsys.readouterr()
+    best = [*command, "--fp8-rows", "best", "--resume"]
+    with monkeypatch.context() as patch:
+        patch.setattr(distillation, "MARGIN_SECONDS", 1e9)  # there is no time for more than a step
+        assert distillation.main(best) == 1
+    assert "row best 0.125 goes on in the next command: distilled proj+lora, 51,200" in capsys.readouterr().err
+    assert distillation.main(best) == 0
+    assert "going on from step 1" in capsys.readouterr().err
+    assert distillation.main(best) == 0
     assert "left: nothing; best: rank 32" in capsys.readouterr().err
 
     report = json.loads((tmp_path / "keep0.125.json").read_text())
@@ -224,7 +233,7 @@ def test_processes_share_the_rows(tmp_path: Path, capsys: pytest.CaptureFixture[
     few = ["--small", "--scenes", "3", "--selection", "2", "--pool", "2", "--calibration", "2", "--views", "4", "--size", "32"]
     command = ["--folder", str(tmp_path), *few, "--keep-ratio", "0.25", "--tried", "rank 32", "--processes", "2"]
     assert distillation.main([*command, "--rows", "applied", "calibrated"]) == 0
-    assert "failed: nothing; left: nothing" in capsys.readouterr().err
+    assert "broken off: nothing; left: nothing" in capsys.readouterr().err
     assert list(json.loads((tmp_path / "keep0.25.json").read_text())["rows"]) == ["applied 0.25", "calibrated 0.25"]
 
 
@@ -258,8 +267,8 @@ def test_jobs_wait_for_what_they_need(tmp_path: Path) -> None:
     assert plan.best() is None
     done("search")
     assert plan.best() == "blocks"
-    assert distillation.next_job(plan, [], 3600).key == "row best 0.25"
-    assert distillation.next_job(plan, [], 200).key == "row applied 0.25"  # the best would not be over in time
+    assert distillation.next_job(plan, [], 200).key == "row best 0.25"  # of which a part may be done
+    assert distillation.next_job(plan, [], 100).key == "row applied 0.25"
     assert distillation.next_job(plan, [], 1) is None
 
 
