@@ -166,14 +166,12 @@ def prepare_qkv(
 ) -> Prepared:
     """As `naive.prepare_qkv`, but q, k, v come back padded with zeros to a multiple of `block_q` tokens. One launch; two with `keys`."""
     batch, heads, _, dim = v.shape
-    blocks = (block_q, block_k, block_k)
-    lengths = [x.shape[-2] for x in (q, k, v)]
-    padded = [-(-tokens // block_q) * block_q for tokens in lengths]
+    queries, tokens = q.shape[-2], v.shape[-2]
+    rows = -(-tokens // block_q) * block_q
+    padded = -(-queries // block_q) * block_q, rows, rows
+    blocks = -(-queries // block_q), -(-tokens // block_k), -(-tokens // block_k)
     out = [torch.empty(batch, heads, rows, dim, device=v.device, dtype=v.dtype) for rows in padded]
-    means = [
-        torch.empty(batch, heads, -(-tokens // block), dim, device=v.device, dtype=torch.float32)
-        for tokens, block in zip(lengths, blocks, strict=True)
-    ]
+    means = [torch.empty(batch, heads, count, dim, device=v.device, dtype=torch.float32) for count in blocks]
     if keys is None:
         _launch(q, k, v, order, q_norm, k_norm, positions, rope_base, out, means, block_q, block_k)
     else:

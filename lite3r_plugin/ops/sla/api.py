@@ -164,8 +164,6 @@ def sparse_linear_attention(
 
 def _run(arguments: Arguments) -> tuple[Tensor, Tensor | None]:
     """The output and, if it is wanted, the log-sum-exp: in a graph as an operator, else with or without a function of autograd."""
-    if not torch.compiler.is_compiling() and arguments.is_empty:
-        return forward.empty(arguments)
     needed = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in arguments.inputs]
     if torch.compiler.is_compiling():
         if any(needed):
@@ -175,7 +173,7 @@ def _run(arguments: Arguments) -> tuple[Tensor, Tensor | None]:
         else:
             out, lse = operators.infer(*arguments), []
         return out.transpose(1, 2), lse[0] if lse else None
-    if any(needed) and forward.on_triton(arguments, needs_grad=True):
+    if any(needed) and not arguments.is_empty and forward.on_triton(arguments, needs_grad=True):
         from .backward import SparseLinearAttentionFunction
 
         return SparseLinearAttentionFunction.apply(*arguments)

@@ -109,7 +109,8 @@ class SparseLinearAttentionFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return (*backward(*grad_outputs, *saved.kept(ctx)), *NO_GRADIENTS)
+        grad, grad_lse = grad_outputs  # the latter None where no log-sum-exp was returned
+        return (*backward(grad, grad_lse, *saved.kept(ctx)), *NO_GRADIENTS)
 
 
 NO_GRADIENTS = (None,) * (len(Arguments._fields) - len(INPUTS))  # of what is no input

@@ -101,13 +101,11 @@ def _on_triton(arguments: Arguments) -> tuple[Tensor, Tensor | None]:
     )  # fmt: skip
     operands = Operands.of(arguments, prepared[:3], prepared[4:], chosen, counts.negligible)
     out, made = forward(operands, save_lse=arguments.return_lse)
-    return out, natural_lse(arguments, made.lse)
+    return out, natural_lse(arguments, made.lse) if arguments.return_lse else None
 
 
-def natural_lse(arguments: Arguments, lse: Tensor | None) -> Tensor | None:
-    """The log-sum-exp that is returned, ``[B, H, M]`` FP32 in host order, if it is wanted, from that of `kernels.forward.Residuals`."""
-    if not arguments.return_lse:
-        return None
+def natural_lse(arguments: Arguments, lse: Tensor | None) -> Tensor:
+    """The log-sum-exp that is returned, ``[B, H, M]`` FP32 in host order, from that of `kernels.forward.Residuals`."""
     assert lse is not None
     return in_host_order(lse[..., : arguments.q.shape[-2]] * math.log(2), arguments.order, -1)
 
@@ -139,7 +137,7 @@ def train(needed: Needed, arguments: Arguments) -> tuple[Tensor, Tensor | None, 
         centred = needed.attention and arguments.linear == "marginal"
         mu = _mean_value(arguments, prepared.v_mean) if centred else None
         out, made = forward(operands, save_lse=needed.attention or arguments.return_lse, save_linear=not needed.attention, mu=mu)
-        lse = natural_lse(arguments, made.lse)
+        lse = natural_lse(arguments, made.lse) if arguments.return_lse else None
     if not needed.attention:
         return out, lse, Saved(linear=made.linear)
     skipped = None

@@ -122,7 +122,7 @@ def sparse_linear_attention(
     batch, heads, queries, dim = q.shape
     tokens = k.shape[-2]
     wide = torch.promote_types(q.dtype, torch.float32)
-    scale = dim**-0.5 if scale is None else scale
+    factor = dim**-0.5 if scale is None else scale
     columns, kept = -(-tokens // block_k), kv_indices.shape[-1]
     keys = _in_blocks(k.to(wide), block_k)  # [B, H, columns, block_k, D]
     values = _in_blocks(v.to(wide), block_k)
@@ -162,14 +162,13 @@ def sparse_linear_attention(
         bias = torch.cat((torch.zeros_like(seen, dtype=wide).masked_fill(~seen, -torch.inf), log_sizes), -1)
         if return_lse or mask is not None:
             sees = (bias > -torch.inf).any(-1, keepdim=True)
-            scores = rows @ every_k.mT * scale + torch.where(sees, bias, 0)
-            lse = scores.logsumexp(-1, keepdim=True)
-            out = torch.where(sees, (scores - lse).exp() @ every_v, 0)
-            lse = torch.where(sees, lse, -torch.inf).flatten(2)
+            scores = rows @ every_k.mT * factor + torch.where(sees, bias, 0)
+            out = torch.where(sees, scores.softmax(-1) @ every_v, 0)
+            lse = torch.where(sees[..., 0], scores.logsumexp(-1), -torch.inf).flatten(2)
         else:
             lse = None
             out = F.scaled_dot_product_attention(
-                *(x.flatten(0, 2)[:, None] for x in (rows, every_k, every_v)), attn_mask=bias.flatten(0, 2)[:, None], scale=scale
+                *(x.flatten(0, 2)[:, None] for x in (rows, every_k, every_v)), attn_mask=bias.flatten(0, 2)[:, None], scale=factor
             ).view_as(rows)
         if proj is None:
             return out.flatten(2, 3), lse
@@ -189,7 +188,9 @@ def sparse_linear_attention(
         return (out + summed / norm @ proj.mT).flatten(2, 3), lse
 
     def slabs(first: int, last: int, near: int) -> range:
-        row_bytes = batch * heads * 4 * (near * block_k * (2 * dim + 2 * block_q) + (dim * dim if linear == "marginal" else 0))
+        row_bytes = (
+            batch * heads * 4 * (near * block_k * (2 * dim + 2 * block_q) + (dim * dim if linear == "marginal" or mask is not None else 0))
+        )
         return range(first, last, max(1, SLAB_BYTES // row_bytes))
 
     rows = kv_indices.shape[-2]

@@ -104,7 +104,7 @@ def keep(ctx: Any, needed: Needed, arguments: Arguments, out: Tensor, saved: Sav
             kept = _NOTHING._replace(proj=arguments.proj)
         elif saved.q is not None:
             kept = arguments._replace(q=None, k=None, v=None)  # type: ignore[arg-type]
-    tensors = (x if isinstance(x, Tensor) else None for x in kept)
+    tensors = [x if isinstance(x, Tensor) else None for x in kept]
     ctx.save_for_backward(out if saved.lse is not None else None, *tensors, *saved)
     ctx.options = [None if isinstance(x, Tensor) else x for x in arguments]
     ctx.needed = needed
@@ -114,5 +114,5 @@ def kept(ctx: Any) -> tuple[Tensor | None, Saved, Needed, Arguments]:
     """What `keep` kept: output, `Saved`, `Needed` and the arguments, None what was not kept."""
     out, *tensors = ctx.saved_tensors
     count = len(ctx.options)
-    arguments = Arguments(*(option if x is None else x for x, option in zip(tensors, ctx.options, strict=False)))
+    arguments = Arguments(*[option if x is None else x for x, option in zip(tensors, ctx.options, strict=False)])
     return out, Saved(*tensors[count:]), ctx.needed, arguments

@@ -73,8 +73,7 @@ class Arguments(NamedTuple):
 
     def contiguous(self) -> Arguments:
         """With those tensors contiguous that kernels read as they lie in memory: a user, a compiler or a hook may have changed that."""
-        found = ((name, getattr(self, name)) for name in READ_AS_THEY_LIE)
-        changed = {name: x.contiguous() for name, x in found if x is not None and not x.is_contiguous()}
+        changed = {name: x.contiguous() for name in READ_AS_THEY_LIE if (x := getattr(self, name)) is not None and not x.is_contiguous()}
         return self._replace(**changed) if changed else self
 
     @property

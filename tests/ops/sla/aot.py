@@ -42,7 +42,7 @@ def signature(kernel: Any, dtype: str, constants: dict[str, Any], label: str) ->
             types[name] = INDEX_POINTERS[name]
         elif name in FP32_POINTERS - own:
             types[name] = "*fp32"
-        elif name[0].isupper() and name != "N" and name != "H":
+        elif name[0].isupper() and name not in ("M", "N", "H"):
             types[name] = f"*{dtype}"
         else:
             types[name] = "fp32" if name in FP32_SCALARS else "i32"
@@ -59,7 +59,7 @@ def variants() -> list[tuple[str, Any, str, dict[str, Any], dict[str, int]]]:
             for rope, norm, pool in ((True, 1, True), (True, 2, False)):
                 constants = dict(
                     D=dim, HALF=half, ROWS=128 if pool else 64, BLOCK_K=64, Q_NORM=norm, K_NORM=norm, ROPE=rope,
-                    ORDERED=pool, POOL=pool,
+                    ORDERED=pool, POOL=pool, PART=0 if norm == 1 else 1,
                 )  # fmt: skip
                 found.append(("prepare", qk_norm_rope._prepare_kernel, dtype, constants, dict(num_warps=8)))
             forms = (("all", True, True, False), ("marginal", False, False, False), ("all", True, True, True))

@@ -25,7 +25,7 @@ CAPABILITY = int(sys.argv[1])
 LIMIT = SHARED_KIB.get(divmod(CAPABILITY, 10), 99)
 SMALLEST = SHARED_KIB.get((8, 9), 99)
 LAUNCHES: list[tuple[str, int, bool]] = []
-CASES = [  # dtype, head dimension, linear branch, what learns, block of keys if it is not 64
+CASES = [  # dtype, head dimension, linear branch, what learns, block of keys if it is not 64, whether keys are other tokens
     (torch.bfloat16, 64, "all", "all"),
     (torch.bfloat16, 64, "all", "proj"),
     (torch.bfloat16, 64, "none", "nothing"),
@@ -35,6 +35,8 @@ CASES = [  # dtype, head dimension, linear branch, what learns, block of keys if
     (torch.float32, 64, "marginal", "all"),
     (torch.float32, 128, "marginal", "nothing"),
     (torch.float32, 128, "marginal", "nothing", 128),
+    (torch.bfloat16, 64, "all", "all", 64, True),
+    (torch.bfloat16, 64, "marginal", "nothing", 64, True),
 ]
 
 
@@ -77,22 +79,28 @@ class Driver:
         return torch.device("cpu")
 
 
-def run(dtype: torch.dtype, dim: int, linear: str, learns: str, block_k: int = 64, *, tokens: int) -> dict[str, Any]:
-    """One forward (and backward) pass: kernels launched by each, most shared memory of one in KiB, those that load by TMA."""
+def run(dtype: torch.dtype, dim: int, linear: str, learns: str, block_k: int = 64, cross: bool = False, *, tokens: int) -> dict[str, Any]:
+    """One forward (and backward) pass: kernels launched by each, most shared memory of one in KiB, those that load by TMA.
+
+    If `cross`, with half as many keys as queries, and the log-sum-exp.
+    """
     LAUNCHES.clear()
     qkv = torch.randn(1, tokens, 3, 2, dim, dtype=dtype)
     q, k, v = (x.detach().requires_grad_(learns == "all") for x in qkv.permute(2, 0, 3, 1, 4).unbind(0))
     weight, bias = (torch.ones(dim, dtype=dtype).requires_grad_(learns == "all") for _ in range(2))
     proj = torch.zeros(dim, dim, dtype=dtype, requires_grad=learns != "nothing") if linear != "none" else None
     norm = HeadNorm("layer", weight, bias, 1e-5)
+    few = tokens // 2 if cross else tokens
+    keys = sla.KeyTokens(torch.randperm(few).int(), 9, torch.randint(0, 37, (1, few, 2))) if cross else None
     with torch.set_grad_enabled(learns != "nothing"):
         out = sla.sparse_linear_attention(
-            q, k, v, keep_ratio=0.1, order=torch.randperm(tokens).int(), pinned_tokens=70, q_norm=norm, k_norm=norm,
+            q, k[:, :, :few], v[:, :, :few], keep_ratio=0.1, order=torch.randperm(tokens).int(), pinned_tokens=70, q_norm=norm, k_norm=norm,
             positions=torch.randint(0, 37, (1, tokens, 2)), rope_base=100.0, linear=linear, proj=proj, block_means=True, block_k=block_k,
+            keys=keys, return_lse=cross,
         )  # fmt: skip
         forward = len(LAUNCHES)
         if learns != "nothing":
-            out.backward(torch.ones_like(out))
+            torch.autograd.backward(out, [torch.ones_like(x) for x in out] if cross else torch.ones_like(out))
     names = [name for name, *_ in LAUNCHES]
     shared = max(-(-shared // 1024) for _, shared, _ in LAUNCHES)
     return dict(forward=names[:forward], backward=names[forward:], shared=shared, tma=sorted({name for name, _, tma in LAUNCHES if tma}))
@@ -109,8 +117,8 @@ def main() -> None:
         allowed = shared_kib(dtype, dim, learns != "nothing")
         if allowed > LIMIT or ("--in-turn" in sys.argv and i and allowed <= SMALLEST < LIMIT):
             continue
-        name = f"{dtype} {dim} {linear}, {learns} learns"
-        case = dict(case=name, allowed=allowed, **run(dtype, dim, linear, learns, *blocks, tokens=1000))
+        name = f"{dtype} {dim} {linear}, {learns} learns" + (", other keys" if blocks[1:] else "")
+        case = dict(case=name, allowed=allowed, block_k=(*blocks, 64)[0], **run(dtype, dim, linear, learns, *blocks, tokens=1000))
         longer = run(dtype, dim, linear, learns, *blocks, tokens=9001)
         case["as_many_when_long"] = all(case[key] == longer[key] for key in ("forward", "backward"))
         report.append(case)

@@ -136,7 +136,11 @@ def assert_forward(arguments: Arguments) -> None:
     for found in (forward.run(arguments), forward.train(all_of(arguments), arguments)[:2]):
         for got, torch_result, reference in zip(found, same, exact, strict=True):
             assert (got is None) == (reference is None)
-            if got is not None and torch_result is not None and reference is not None:
+            if got is None or torch_result is None or reference is None:
+                continue
+            if got.dtype == HALF:  # few numbers, and more operands are rounded than in the definition
+                assert relative_error(got, reference) <= torch.finfo(HALF).eps / 2
+            else:
                 assert_as_accurate(got, torch_result, reference)
 
 

@@ -115,7 +115,7 @@ def _query_gradient(operands: Operands, shared: Rows, dq: Tensor, in_token_order
 
 def _key_gradients(operands: Operands, shared: Rows, dk: Tensor, dv: Tensor, in_token_order: bool) -> None:
     batch, heads, padded, dim = operands.k.shape
-    columns, kept = operands.columns, operands.kv_indices.shape[-1]
+    columns, (rows, kept) = operands.columns, operands.kv_indices.shape[-2:]
     work = by_key_block(operands.bits, columns=columns, kept=kept, pinned=operands.pinned)
     slots = work.early_columns.shape[-1]
     mean_grads = _mean_gradients(operands, shared) if operands.means is not None else (operands.q, operands.q)
@@ -129,7 +129,7 @@ def _key_gradients(operands: Operands, shared: Rows, dk: Tensor, dv: Tensor, in_
         _dkv_kernel[(programs,)](
             q, operands.k, operands.v, do, shared.stats, work.rows, work.starts, work.early_starts, work.early_columns, *early, *mean_grads,
             e, dtotal, shared.mu, *(nothing if x is None else x for x in (operands.proj, operands.key_order)), dk, dv,
-            operands.tokens, operands.rows, padded, heads, columns, work.rows.shape[-1], slots, work.part, mean_grads[0].shape[1],
+            operands.tokens, rows, padded, heads, columns, work.rows.shape[-1], slots, work.part, mean_grads[0].shape[1],
             of_heads.start, operands.scale, operands.scale * LOG2_E.value,
             **operands.sizes, EARLY=is_early, MEANS=operands.means is not None, HOST=not in_token_order,
             ORDERED=operands.key_order is not None, TMA=uses_tma(operands), **operands.branch, **options,
@@ -157,7 +157,7 @@ def _mean_gradients(operands: Operands, shared: Rows) -> tuple[Tensor, Tensor]:
     """Gradients of the mean keys, before the scale, and of the mean values: ``[B * H, splits, columns, D]`` FP32, to be summed."""
     assert operands.means is not None
     batch, heads, _, dim = operands.q.shape
-    rows, columns = operands.rows, operands.columns
+    rows, columns = operands.kv_indices.shape[-2], operands.columns
     options = dmeans_options(operands)
     tiles = -(-columns // options["TILE_K"])
     per_split = -(-(rows - operands.pinned) // min(MEAN_PARTS.value, max(1, 4 * PROGRAMS // (tiles * batch * heads))))

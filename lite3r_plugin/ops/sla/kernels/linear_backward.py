@@ -195,7 +195,7 @@ class Rows(NamedTuple):
 def by_rows(operands: Operands, residuals: Residuals, out: Tensor, grad: Tensor, grad_lse: Tensor | None) -> Rows:
     """One pass over the queries. Arguments as those of `backward.backward`."""
     batch, heads, padded, dim = operands.q.shape
-    rows = operands.rows
+    rows = operands.kv_indices.shape[-2]
     branch, marginal = operands.linear != "none", operands.linear == "marginal"
     per_split = -(-rows // max(1, PROGRAMS // (batch * heads))) if operands.linear == "all" else 1
     splits = -(-rows // per_split)
