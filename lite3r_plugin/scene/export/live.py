@@ -41,7 +41,7 @@ def live_page(runs: Mapping[str, Reconstruction], facts: Facts, host: str = "127
     import viser
 
     clouds = {name: _by_confidence(scene) for name, scene in runs.items()}
-    main = next(reversed(runs.values()))
+    main = list(runs.values())[-1]
     up = upright(main)[1]
     try:
         server = viser.ViserServer(host=host, port=port, label="Lite3R", verbose=False)
@@ -49,7 +49,7 @@ def live_page(runs: Mapping[str, Reconstruction], facts: Facts, host: str = "127
         raise InputError(f"nothing can be served at {host}:{port} ({error.strerror}); choose another --port") from error
     server.scene.set_up_direction(tuple(up.tolist()))
     server.gui.add_markdown(_markdown(facts))
-    run = server.gui.add_dropdown("run", tuple(runs), initial_value=next(reversed(runs)), visible=len(runs) > 1)
+    run = server.gui.add_dropdown("run", tuple(runs), initial_value=list(runs)[-1], visible=len(runs) > 1)
     share = server.gui.add_slider("confidence, %", min=1, max=100, step=1, initial_value=round(100 - main.drop_percent))
     size = server.gui.add_slider("size of points", min=0.2, max=4, step=0.1, initial_value=1.0)
     photographs = server.gui.add_checkbox("cameras", True)
