@@ -139,11 +139,16 @@ def _columns(scenes: dict[str, Reconstruction], runs: dict[str, Run], errors: di
         found = scene.prediction
         cloud = with_lines(scene.cloud, true_cameras, TRUE)
         if name == TRUTH:
-            text, error = ["what was rendered; its cameras are green", "metres, exact"], None
+            text, error = (
+                ["what was rendered, in metres; its cameras are green", "below: the others in its frame, by one similarity each"],
+                None,
+            )
         else:
             cloud = with_lines(cloud, pyramids(scene, size), PREDICTED)
             text = _numbers(runs[name], errors[name], pose_metrics(found.world_to_camera, truth.world_to_camera))
-            error = (found.depth - truth.depth).abs() / truth.depth
+            told = errors[name]  # of which the map shows the parts
+            depth = found.depth if told is None else runs[name].prediction.depth * told.scales[0]
+            error = (depth - truth.depth).abs() / truth.depth
         columns.append(Column(name, text, found.depth, error, render(cloud, (500, 760), 24, 14, zoom=1.2, dot=3, like=scenes[TRUTH].cloud)))
     return columns
 
@@ -152,7 +157,7 @@ def _numbers(run: Run, depth: DepthMetrics | None, pose: PoseMetrics) -> list[st
     scores = "all scores" if run.density is None else f"{run.density:.0%} of the scores"
     memory = "" if run.peak_bytes is None else f", peak {run.peak_bytes / 2**30:.2f} GiB"
     quality = "" if depth is None else f"depth {depth.abs_rel:.1%} off, "
-    return [f"{quality}cameras {pose.rotation_median:.1f}° (orange)", f"{scores}, {run.seconds:.2f} s{memory}"]
+    return [f"{quality}cameras {pose.rotation_median:.1f}° (drawn orange)", f"{scores}, {run.seconds:.2f} s{memory}"]
 
 
 def _notes(runs: dict[str, Run], keep_ratio: object, on_gpu: bool) -> list[str]:

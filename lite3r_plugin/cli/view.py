@@ -57,10 +57,12 @@ def require_viewer() -> None:
 
 def serve(runs: Mapping[str, Reconstruction], facts: Facts, host: str, port: int) -> None:
     """Serve the live page until Ctrl-C."""
+    from ..evaluation import quiet
     from ..scene.export import live_page
     from .show import say
 
-    server = live_page(runs, facts, host, port)
+    with quiet():
+        server = live_page(runs, facts, host, port)
     say(f"look around at http://{'localhost' if host in ('127.0.0.1', '0.0.0.0') else host}:{server.get_port()} (Ctrl-C ends it)")
     try:
         while True:
@@ -68,4 +70,5 @@ def serve(runs: Mapping[str, Reconstruction], facts: Facts, host: str, port: int
     except KeyboardInterrupt:
         say("")
     finally:
-        server.stop()
+        with quiet():
+            server.stop()

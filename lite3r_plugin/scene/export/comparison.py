@@ -51,7 +51,7 @@ def save_comparison(path: Path, title: str, images: Tensor, columns: Sequence[Co
     row, looks = 4.3 / len(shown), 4.3 * columns[0].cloud.shape[0] / columns[0].cloud.shape[1]
     views = np.linspace(0, len(images) - 1, min(strip, len(images))).round().astype(int)
     heads, photos = 0.9, min((width - 0.3) / len(views), 1.75)
-    heights = [0.55, photos + 0.1, heads, row + LABEL, row + LABEL, looks + 0.15, 0.24 * len(notes) + 0.15]
+    heights = [0.5, photos, heads, row + LABEL, row + LABEL, looks + 0.15, 0.24 * len(notes) + 0.15]
     figure = Figure(figsize=(width, sum(heights)), dpi=120, facecolor="white")
     FigureCanvasAgg(figure)
     tops = np.cumsum(heights) / sum(heights)

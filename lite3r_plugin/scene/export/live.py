@@ -41,7 +41,7 @@ def live_page(runs: Mapping[str, Reconstruction], facts: Facts, host: str = "127
     import viser
 
     clouds = {name: _by_confidence(scene) for name, scene in runs.items()}
-    main = next(reversed(runs.values()))
+    main = list(runs.values())[-1]
     up = upright(main)[1]
     try:
         server = viser.ViserServer(host=host, port=port, label="Lite3R", verbose=False)
@@ -49,7 +49,7 @@ def live_page(runs: Mapping[str, Reconstruction], facts: Facts, host: str = "127
         raise InputError(f"nothing can be served at {host}:{port} ({error.strerror}); choose another --port") from error
     server.scene.set_up_direction(tuple(up.tolist()))
     server.gui.add_markdown(_markdown(facts))
-    run = server.gui.add_dropdown("run", tuple(runs), initial_value=next(reversed(runs)), visible=len(runs) > 1)
+    run = server.gui.add_dropdown("run", tuple(runs), initial_value=list(runs)[-1], visible=len(runs) > 1)
     share = server.gui.add_slider("confidence, %", min=1, max=100, step=1, initial_value=round(100 - main.drop_percent))
     size = server.gui.add_slider("size of points", min=0.2, max=4, step=0.1, initial_value=1.0)
     photographs = server.gui.add_checkbox("cameras", True)
@@ -66,10 +66,29 @@ def live_page(runs: Mapping[str, Reconstruction], facts: Facts, host: str = "127
                 for camera in cameras:
                     camera.visible = cloud.visible and photographs.value
 
+    first_look = _first_look(main, up, clouds[list(runs)[-1]][0])
+
+    @server.on_client_connect
+    def _(client: viser.ClientHandle) -> None:
+        with client.atomic():
+            client.camera.up_direction = up.numpy()
+            client.camera.position, client.camera.look_at = first_look
+
     for control in (run, share, size, photographs):
         control.on_update(refresh)
     refresh()
     return server
+
+
+def _first_look(scene: Reconstruction, up: torch.Tensor, points: Any) -> tuple[Any, Any]:
+    """From where and where to: over the shoulders of the photographers, to the middle of the scene."""
+    pose, _ = scene.cameras()
+    centre = (-pose[:, :, :3].mT @ pose[:, :, 3:])[:, :, 0].mean(0).float()
+    middle = torch.from_numpy(points).median(0).values
+    size = extent(torch.from_numpy(points))
+    back = centre - middle
+    eye = middle + back * (1 + 0.35 * size / max(float(back.norm()), 1e-9)) + 0.2 * size * up
+    return eye.numpy(), middle.numpy()
 
 
 def _by_confidence(scene: Reconstruction) -> tuple[Any, Any, float]:

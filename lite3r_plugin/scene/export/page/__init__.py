@@ -39,7 +39,7 @@ def save_page(path: Path, runs: Mapping[str, Reconstruction], facts: Facts) -> N
     Raises:
         InputError: a run has no valid point or camera, or the file cannot be written.
     """
-    first = next(reversed(runs.values()))
+    first = list(runs.values())[-1]
     turn = upright(first)
     data = {
         "facts": {"title": facts.title, "columns": facts.columns, "rows": facts.rows, "notes": facts.notes},
@@ -48,7 +48,7 @@ def save_page(path: Path, runs: Mapping[str, Reconstruction], facts: Facts) -> N
         "names": [first.names[i] for i in _shown(first)],
     }
     text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")  # nothing in it ends the script
-    page = resources.files(__package__).joinpath("viewer.html").read_text(encoding="utf-8")
+    page = resources.files(__name__).joinpath("viewer.html").read_text(encoding="utf-8")
     write_atomically(path, page.replace(PLACE, text))
 
 
