@@ -122,7 +122,7 @@ class TokenSource:
         special_tokens: Number of camera, register or class tokens in front of the patches of each view.
         trailing_tokens: Number of those behind them.
         sequence_tokens: Number of special tokens at the end of the whole sequence, whatever the number of views.
-        sizes_change: Whether images of several sizes may come in one forward, because each site has the tokens of the images that
+        changes: Whether images of several sizes may come in one forward, because each site has the tokens of the images that
             `image_module` was given last: an encoder that is run for one image, or one batch of images, after the other.
         strict: Whether a sequence that is not of such views is a mistake and raises `LayoutError`. False, for adapters of many models:
             it may be a window, or miss patches, and that call runs dense in the host's own code.
@@ -136,7 +136,7 @@ class TokenSource:
     special_tokens: int = 0
     trailing_tokens: int = 0
     sequence_tokens: int = 0
-    sizes_change: bool = False
+    changes: bool = False
     strict: bool = True
 
     def __post_init__(self) -> None:
@@ -148,7 +148,7 @@ class TokenSource:
         for name in ("special_tokens", "trailing_tokens", "sequence_tokens"):
             if not _is_count(value := getattr(self, name), 0):
                 raise AdapterError(f"{name} of a TokenSource is a number of tokens, got {value!r}")
-        for name in ("sizes_change", "strict"):
+        for name in ("changes", "strict"):
             if not isinstance(value := getattr(self, name), bool):
                 raise AdapterError(f"{name} of a TokenSource is True or False, got {value!r}")
 
@@ -182,19 +182,23 @@ class LayoutFunction:
             would let the GPU wait; models are pickled with it, so a function of a module is better than a lambda.
         module: Fully qualified name of the module whose forward it is, ``""`` the model itself: one that runs around the sites, or
             before them. None: the attention module, so that each site has its own.
+        changes: Whether a module that runs before the sites may give several layouts in one forward, as of `TokenSource`.
 
     Raises:
-        AdapterError: `function` cannot be called, or `module` is no name.
+        AdapterError: `function` cannot be called, or another field is of the wrong kind.
     """
 
     function: Callable[..., TokenLayout | None]
     module: str | None = None
+    changes: bool = False
 
     def __post_init__(self) -> None:
         if not callable(self.function):
             raise AdapterError(f"function of a LayoutFunction is a function, got {shown(self.function)}")
         if self.module is not None and not isinstance(self.module, str):
             raise AdapterError(f"module of a LayoutFunction is the name of a module or None, got {shown(self.module)}")
+        if not isinstance(self.changes, bool):
+            raise AdapterError(f"changes of a LayoutFunction is True or False, got {self.changes!r}")
 
 
 def _is_count(value: object, least: int) -> bool:

@@ -89,18 +89,19 @@ class Inspection:
 
     def __str__(self) -> str:
         lines = [f"{self.model} on {', '.join(self.images)}", "", "Modules that attend (of each pattern the first):"]
-        groups = _by_pattern([c.fqn for c in self.candidates])
-        by_name = {c.fqn: c for c in self.candidates}
-        for pattern, names in groups.items():
-            c = by_name[names[0]]
-            lines.append(f"  {pattern}  ({len(names)} of class {c.kind})")
+        alike: dict[tuple[Any, ...], list[Candidate]] = {}
+        for c in self.candidates:
+            alike.setdefault((_pattern(c.fqn), c.kind, c.shape, c.refused), []).append(c)
+        for (pattern, *_), found in alike.items():
+            c = found[0]
+            lines.append(f"  {pattern if len(found) > 1 else c.fqn}  ({len(found)} of class {c.kind})")
             lines.append(f"    q [B, H, N, D] = {list(c.shape)}, {c.keys} keys" + (f"; left out: {c.refused}" if c.refused else ""))
             lines += [f"    {'; '.join(c.linears)}"] if c.linears else []
             lines += [f"    beside them: {'; '.join(c.others)}"] if c.others else []
         lines += [] if self.candidates else ["  none"]
         if self.eager:
             lines += ["", "Look like attention, but called no scaled_dot_product_attention (switch the model to SDPA):"]
-            lines += [f"  {pattern}" for pattern in _by_pattern(self.eager)]
+            lines += [f"  {pattern}" for pattern in dict.fromkeys(map(_pattern, self.eager))]
         lines += ["", "Modules that were given images:", *(f"  {text}" for text in self.saw_images or ("none",))]
         if self.adapter:
             lines += ["", "An adapter to start from:", "", *(f"    {line}".rstrip() for line in self.adapter.splitlines()), ""]
@@ -394,11 +395,9 @@ def _loops(model: nn.Module, sites: Sequence[AttentionSite]) -> Iterator[tuple[s
         yield f"{key[0]}{{i}}{key[1]}", code, found[0][1]
 
 
-def _by_pattern(names: Sequence[str]) -> dict[str, list[str]]:
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)", "{i}", name), []).append(name)
-    return groups
+def _pattern(name: str) -> str:
+    """A name with its numbers left open."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)", "{i}", name)
 
 
 def _linears(module: nn.Module) -> tuple[str, ...]:

@@ -141,8 +141,7 @@ class LayoutTracker:
 
     def _recent(self, fqn: str) -> tuple[Seen, ...]:
         """What this site may be about."""
-        changes = isinstance(self.source, TokenSource) and self.source.sizes_change
-        if self.around or changes or (torch.compiler.is_compiling() and not self._inside):
+        if self.around or self.source.changes or (torch.compiler.is_compiling() and not self._inside):
             return self._seen[-1:]
         if self._inside:
             return self._seen
@@ -232,10 +231,11 @@ def _differs(fqn: str, module: str, recent: tuple[Seen, ...]) -> str:
         grids = ", ".join("{} x {}".format(*grid) for grid in seen)
         return (
             f"{module!r} was given images of {grids} patches in one forward, so that site {fqn!r} cannot tell which are its own: run views "
-            "of one size, or let the adapter say which view has which grid: LayoutFunction, or sizes_change=True of TokenSource where "
+            "of one size, or let the adapter say which view has which grid: LayoutFunction, or changes=True of TokenSource where "
             "a site always has the tokens of the last images"
         )
     return (
         f"{module!r} was called with {len(seen)} layouts in one forward, so that site {fqn!r} cannot tell which is its own: let the "
-        "LayoutFunction read the arguments of a module around the sites, or of the sites themselves (module=None)"
+        "LayoutFunction read the arguments of a module around the sites, or of the sites themselves (module=None), or say changes=True "
+        "where a site always has the tokens of the last call"
     )

@@ -49,7 +49,7 @@ def test_a_checkpoint_needs_them_again(toy: Toy, tmp_path: Path) -> None:
     remove_lite3r(toy)
     with pytest.raises(UnknownModelError, match=r"knows Toy, and the checkpoint is of a model whose sites were given.*sites=\[\.\.\.\]"):
         load_lite3r(toy, tmp_path)
-    with pytest.raises(CheckpointError, match="the first that differs is 'cross.1'"):
+    with pytest.raises(CheckpointError, match=r"the first that differs is 'cross\.1'"):
         load_lite3r(toy, tmp_path, sites=[site for site in sites(toy) if site.fqn != "cross.1"])
     assert torch.equal(output(load_lite3r(toy, tmp_path, sites=sites(toy))), expected)
 

@@ -92,14 +92,14 @@ def test_images_of_two_sizes_in_one_forward_raise() -> None:
     assert model(WIDE, WIDE, "a", "b") == [uniform(1, (2, 3))] * 2
     assert model(TALL, "a") == [uniform(1, (3, 2))]  # another forward
     with pytest.raises(
-        LayoutError, match=r"'embed' was given images of 2 x 3, 3 x 2 patches in one forward.*'a'.*LayoutFunction, or sizes_change"
+        LayoutError, match=r"'embed' was given images of 2 x 3, 3 x 2 patches in one forward.*'a'.*LayoutFunction, or changes"
     ):
         model(WIDE, TALL, "a")
     assert model(TALL, "a") == [uniform(1, (3, 2))]
 
 
 def test_sizes_may_change_where_the_source_says_so() -> None:
-    model = Model(TokenSource("embed", (4, 4), 1, sizes_change=True))
+    model = Model(TokenSource("embed", (4, 4), 1, changes=True))
     assert model(WIDE, "a", TALL, "a") == [uniform(1, (2, 3)), uniform(1, (3, 2))]
 
 
@@ -169,6 +169,8 @@ def test_a_function_of_a_module_that_is_called_with_several_layouts() -> None:
         model(MIXED)
     with pytest.raises(LayoutError, match="ran before 'part' was called"):
         Views2(LayoutFunction(grids, "part")).run(6)
+    last = Views2(LayoutFunction(lambda image: TokenLayout((*grids([image]).parts, 6)), "part", changes=True))
+    assert last(MIXED) == TokenLayout((Views((3, 2)), 6))
 
 
 def test_a_function_that_counts_wrongly_fails_or_gives_something_else_is_named() -> None:
