@@ -68,7 +68,7 @@ class RoutedStyle(ProjectionStyle):
                 module.note(refused)
                 options = dict(attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
                 return F.scaled_dot_product_attention(query, key, value, **options)
-            return module.attend(AttentionInputs(query, key, value, scale=scale))
+            return module.attend(AttentionInputs(*_as_autocast_has_it(query, key, value), scale=scale))
 
         try:
             with _Redirect(attend, families):
@@ -116,6 +116,15 @@ class RoutedStyle(ProjectionStyle):
         elif any(of_query):
             return f"its values come from no argument of its forward ({hint})"
         return None
+
+
+def _as_autocast_has_it(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """What `scaled_dot_product_attention` computes with inside of autocast: all in its dtype, but for FP64."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
 _HARMLESS = (Tensor, bool, int, float, str, type(None), torch.dtype, torch.device)
