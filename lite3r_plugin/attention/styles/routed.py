@@ -66,9 +66,10 @@ class RoutedStyle(ProjectionStyle):
                 refused = self._crossing(families, query, value)
             if refused is not None:
                 module.note(refused)
-                options = dict(attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
-                return F.scaled_dot_product_attention(query, key, value, **options)
-            return module.attend(AttentionInputs(*_as_autocast_has_it(query, key, value), scale=scale))
+                options: dict[str, Any] = dict(attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale)
+                return F.scaled_dot_product_attention(query, key, value, enable_gqa=enable_gqa, **options)
+            query, key, value = (_as_autocast_has_it(x) for x in (query, key, value))
+            return module.attend(AttentionInputs(query, key, value, scale=scale))
 
         try:
             with _Redirect(attend, families):
@@ -118,13 +119,10 @@ class RoutedStyle(ProjectionStyle):
         return None
 
 
-def _as_autocast_has_it(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """What `scaled_dot_product_attention` computes with inside of autocast: all in its dtype, but for FP64."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+def _as_autocast_has_it(x: Tensor) -> Tensor:
+    """What `scaled_dot_product_attention` computes with inside of autocast: tensors in its dtype, but for those in FP64."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) and x.dtype != torch.float64 else x
 
 
 _HARMLESS = (Tensor, bool, int, float, str, type(None), torch.dtype, torch.device)
