@@ -42,7 +42,8 @@ class FusedQKV:
     """One Linear makes q, k and v: ``qkv(x).view(B, N, 3, H, D)``. Names are children of the attention module.
 
     The host's forward takes x ``[B, N, C]`` and returns ``[B, N, C]``; the site runs all of it itself: qkv, norms, rotary
-    embedding, attention with the scale ``D ** -0.5``, output projection, dropout.
+    embedding, attention with the scale ``D ** -0.5``, output projection, dropout. It is tried before on random weights; a host that
+    does something else is taken as `Routed`.
 
     Attributes:
         num_heads: H.
@@ -95,12 +96,13 @@ class SeparateQKV:
 class Routed:
     """Anything else: the host's own forward runs, and its one call of `scaled_dot_product_attention` is redirected.
 
-    The call's q, k and v are ``[B, H, N, D]``. Two calls or none in one forward raise `UnsupportedAttentionError`.
+    The call's q, k and v are ``[B, H, N, D]``. With several calls or none in one forward the host's own code runs, dense; so do calls
+    with a mask or in causal order, of other queries than keys, and with dropout.
 
     Attributes:
         num_heads: H, which may be found out only from a forward: then None.
         same_tokens: The queries are of the same tokens as the keys and values, although they come from different
-            arguments of the host's forward. Where that is not said, such a call is taken for cross-attention and raises.
+            arguments of the host's forward. Where that is not said, such a call is taken for cross-attention and runs dense.
     """
 
     num_heads: int | None = None
@@ -120,7 +122,8 @@ class PreNormBlock:
 
     with x ``[B, N, C]``, and whose further arguments go to the attention under the same names. A converted (FP8) model then
     runs it with each quantisation fused into the operation before it. Names are descendants of the block.
-    `lite3r_plugin.testing.block_forward` is this definition as code; `check_adapter` compares the block with it.
+    `lite3r_plugin.testing.block_forward` is this definition as code; `check_adapter` compares the block with it, and so does a conversion,
+    which leaves a block that does something else as it is.
 
     Attributes:
         fqn: Fully qualified name of the block.

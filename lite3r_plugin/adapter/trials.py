@@ -146,7 +146,7 @@ class RandomCopies:
         return torch.randint(0, 12, shape, generator=self._generator, device="cpu")
 
     def _linear(self, inputs: int, outputs: int, bias: bool) -> nn.Linear:
-        made = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias, dtype=torch.float32)
+        made: Any = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias, dtype=torch.float32)
         for parameter in made.parameters():
             parameter.data = self.numbers(parameter.shape)
         return made.requires_grad_(False)

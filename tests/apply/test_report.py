@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
-from toys import Toy, images, toy_adapter
+from typing import Any
 
-from lite3r_plugin import apply_lite3r, convert, describe
+import pytest
+import torch
+from toys import Adapter, Toy, images, toy_adapter
+
+from lite3r_plugin import AttentionSite, FusedQKV, apply_lite3r, convert, describe
 from lite3r_plugin.ops.block_map import density
 from lite3r_plugin.testing import TEST_CONFIG
 
@@ -67,3 +70,44 @@ def test_the_text() -> None:
     assert "  always kept: special tokens; backend naive" in lines
     assert "  2 sites untouched: scope 'frame' stays dense" in lines
     assert "calls so far: 2 sparse, 0 dense (where sparse does not pay), density of the last 0.5" in str(describe(model))
+
+
+def test_what_is_pinned_is_said_where_something_is() -> None:
+    def kept(**fields: Any) -> list[str]:
+        return [line for line in str(describe(apply_lite3r(Toy(), SPARSE, **fields))).splitlines() if "always kept" in line]
+
+    assert kept(pin="reference") == ["  always kept: special tokens, reference view; backend naive"]
+    assert kept(pin="reference", scopes=("frame",)) == ["  always kept: special tokens; backend naive"]  # of one view each
+    assert kept(pin="none") == ["  always kept: nothing; backend naive"]
+    assert kept(keep_ratio=1.0) == []
+
+
+def test_nothing_is_pinned_without_an_image_grid(adapter: Adapter) -> None:
+    adapter.answer = lambda _: [AttentionSite("cross.0", "global", 16, FusedQKV(2))]
+    report = describe(apply_lite3r(Toy(), SPARSE, pin="reference"))
+    assert report.sites[0].pinned == ()
+    assert "  always kept: nothing; backend naive" in str(report).splitlines()
+
+
+def test_a_keep_ratio_of_1_is_dense() -> None:
+    assert "  2 global sites dense: keep_ratio 1" in str(describe(apply_lite3r(Toy(), SPARSE, keep_ratio=1.0))).splitlines()
+    text = str(describe(apply_lite3r(Toy(), SPARSE, keep_ratio=1.0, linear_branch="all")))
+    assert "  2 global sites dense: keep_ratio 1, and the linear branch over all tokens" in text.splitlines()
+    assert "sparse-linear" not in text
+
+
+def test_sites_that_never_ran() -> None:
+    model = apply_lite3r(Toy(), SPARSE)
+    assert "never ran" not in str(describe(model))  # as long as nothing did
+    model(images())
+    assert "never ran" not in str(describe(model))
+    model = apply_lite3r(Toy(), SPARSE)
+    model.embed(images()[0])  # shows the grid
+    model.cross[1](torch.randn(1, 246, 32))
+    assert "  1 global sites never ran so far" in str(describe(model)).splitlines()
+
+
+def test_what_is_left_alone_and_why() -> None:
+    report = describe(apply_lite3r(Toy(), SPARSE, exclude=("cross.1", "frame.0")))
+    assert report.skipped == {"frame.0": "excluded", "frame.1": "scope 'frame' stays dense", "cross.1": "excluded"}
+    assert "  2 sites untouched: excluded" in str(report).splitlines()

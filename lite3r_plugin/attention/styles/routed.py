@@ -66,8 +66,9 @@ class RoutedStyle(ProjectionStyle):
                 refused = self._crossing(families, query, value)
             if refused is not None:
                 module.note(refused)
-                options = dict(attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
-                return F.scaled_dot_product_attention(query, key, value, **options)
+                options: dict[str, Any] = dict(attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale)
+                return F.scaled_dot_product_attention(query, key, value, enable_gqa=enable_gqa, **options)
+            query, key, value = (_as_autocast_has_it(x) for x in (query, key, value))
             return module.attend(AttentionInputs(query, key, value, scale=scale))
 
         try:
@@ -116,6 +117,12 @@ class RoutedStyle(ProjectionStyle):
         elif any(of_query):
             return f"its values come from no argument of its forward ({hint})"
         return None
+
+
+def _as_autocast_has_it(x: Tensor) -> Tensor:
+    """What `scaled_dot_product_attention` computes with inside of autocast: tensors in its dtype, but for those in FP64."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) and x.dtype != torch.float64 else x
 
 
 _HARMLESS = (Tensor, bool, int, float, str, type(None), torch.dtype, torch.device)

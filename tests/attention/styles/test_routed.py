@@ -133,3 +133,24 @@ def test_checkpointing_inside_a_module_is_not_sparse_once_and_dense_again(adapte
     model = apply_lite3r(Toy(make=lambda dim, heads: CheckpointedInside(dim, heads, "reentrant")), SPARSE)
     with torch.enable_grad(), pytest.warns(SlowPathWarning, match="checkpoint the module as a whole"):
         model(images()).sum().backward()
+
+
+class Normed(Attention):
+    """Queries, keys and values in FP32, whatever autocast makes of Linears."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).float().unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("keep_ratio", [0.3, 1.0])
+def test_autocast_is_honoured_as_the_host_has_it(adapter: Adapter, keep_ratio: float) -> None:
+    adapter.answer = one_site(Routed(2))
+    site = apply_lite3r(Toy(make=lambda dim, heads: Normed(dim, heads)), SPARSE, keep_ratio=keep_ratio).cross[0]
+    seen: list[torch.dtype] = []
+    x = torch.randn(1, 246, 32)
+    with site.observe(lambda _, inputs, out: seen.extend((inputs.q.dtype, out.dtype))):
+        with torch.autocast("cpu", torch.bfloat16):
+            site(x)
+        site(x)
+    assert seen == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32]
