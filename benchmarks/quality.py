@@ -37,6 +37,7 @@ from lite3r_plugin.files import write_atomically
 from lite3r_plugin.scene.data import Scene, open_scenes, pick_views
 from lite3r_plugin.scene.metrics import Geometry, constant_geometry, fidelity, scene_metrics
 from lite3r_plugin.tokens.cache import OrderCache
+from lite3r_plugin.tokens.layout import token_order
 from lite3r_plugin.training.calibrate import calibrate
 
 HERE = Path(__file__).parent
@@ -92,8 +93,8 @@ def variants(keep_ratios: Sequence[float], order_ratio: float) -> list[Variant]:
 
 def raster_order(layout: TokenLayout, device: torch.device) -> Tensor:
     """As `lite3r_plugin.tokens.layout.token_order`, but patches row by row."""
-    token = torch.arange(layout.views * layout.tokens_per_view, device=device, dtype=torch.int32).view(layout.views, -1)
-    return torch.cat((token[:, : layout.special_tokens].flatten(), token[:, layout.special_tokens :].flatten()))
+    order, special = token_order(layout, device), layout.special_tokens
+    return torch.cat((order[:special], order[special:].sort().values))
 
 
 class Bench:
@@ -118,8 +119,7 @@ class Bench:
         lite3r_plugin.apply_lite3r(self.model, keep_ratio=variant.keep_ratio, dense_below=0, **dict(variant.fields))
         try:
             for site in lite3r_modules(self.model).values() if variant.raster else ():
-                for tracker in site.state.trackers.values():
-                    tracker.orders = OrderCache(raster_order)
+                site.state.orders = OrderCache(raster_order)
             if variant.calibrated:
                 self._calibrated(variant)
             yield

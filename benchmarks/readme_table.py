@@ -250,6 +250,12 @@ def fp8_quality(report: dict[str, Any]) -> str:
 AIMS = {0.25: (0.5, "full"), 0.125: (1.0, "fp8")}  # by keep_ratio: the most that may be lost, in points and in percent, and of what
 
 
+RECIPES = {
+    "rate 2e-3": "twice the rate", "192 views": "twice the rate", "rate 5e-4": "half the rate", "labels": "labels besides",
+    "outputs last": "outputs weighted more towards the end",
+}  # fmt: skip
+
+
 def distillation(report: dict[str, Any]) -> str:
     """What ways to train win back: changes against dense, by number of views."""
     names = {"auc30": "AUC@30", "auc15": "AUC@15", "abs_rel": "AbsRel"}
@@ -257,29 +263,31 @@ def distillation(report: dict[str, Any]) -> str:
     done = list(report["rows"].values())
     levels = {views: found for row in done for views, found in row["against_dense"].items()}
     rows = [("dense", views, *(_level(name, found[name]["dense"]) for name in names), "", "") for views, found in levels.items()]
+    usual = report["conditions"]["views_a_step"]
     for row in done:
         steps = re.search(r"([\d,]+) steps", row.get("distillation", ""))
         minutes = row.get("calibration_seconds", 0) / 60 + ((row["row"]["training"] or {}).get("minutes") or 0)
         ends = (steps[1] if steps else "", f"{minutes:.1f}" if minutes else "")
         rows += [
-            (_way_to_train(row["row"]), views, *(_change(name, found[name]) for name in names), *ends)
+            (_way_to_train(row["row"], usual), views, *(_change(name, found[name]) for name in names), *ends)
             for views, found in row["against_dense"].items()
         ]
     c, keep_ratio = report["conditions"], done[0]["keep_ratio"]
     labels = " (the published recipe with them)" * any(row["row"]["name"] == "published" for row in done)
+    choices = [f"{n} choices of {views} views a scene" for views, n in zip(c.get("views", ()), c.get("subsets", ()), strict=True) if n > 1]
     note = (
         f"The testbed, {c['scenes']} held-out rendered scenes of {c['size']} × {c['size']} pixels, {c['dtype']}, one {c['device']}, torch "
         f"{c['torch']}, one run a row. AUC changes in points, AbsRel in percent of dense; paired 95 % intervals. Trained without labels"
         f"{labels} on {c['pool']} scenes of other seeds and textures, {c['views_a_step']} views a step; calibrated on {c['calibration']} "
-        "inputs. Minutes are of calibration and training together."
+        f"inputs. Minutes are of calibration and training together.{''.join(f' Means over {choice}.' for choice in choices)}"
     )
-    return _table(heads, rows) + _note(note) + _note(_aim(done, keep_ratio))
+    return _table(heads, rows) + _note(note) + _note(_aim(report, done, keep_ratio))
 
 
-def _aim(done: Sequence[dict[str, Any]], keep_ratio: float) -> str:
+def _aim(report: dict[str, Any], done: Sequence[dict[str, Any]], keep_ratio: float) -> str:
     most, precision = AIMS[keep_ratio]
     inside = [
-        _way_to_train(row["row"])
+        _way_to_train(row["row"], report["conditions"]["views_a_step"])
         for row in done
         if row["row"]["precision"] == precision
         and all(
@@ -295,7 +303,7 @@ def _aim(done: Sequence[dict[str, Any]], keep_ratio: float) -> str:
     )
 
 
-def _way_to_train(row: dict[str, Any]) -> str:
+def _way_to_train(row: dict[str, Any], usual_views: int) -> str:
     training = row["training"]
     if training is None:
         return "calibrated" if row["calibrated"] else "applied"
@@ -305,7 +313,11 @@ def _way_to_train(row: dict[str, Any]) -> str:
     if "lora_scopes" in training and "lora" in training["trainable"]:
         parts.append(" and ".join(training["lora_scopes"]))
     parts += ["published recipe"] * (row["name"] == "published") + ["block by block"] * (training.get("mode") == "local")
-    parts += ["FP8"] * (row["precision"] == "fp8")
+    if row.get("recipe") in RECIPES:
+        parts.append(RECIPES[row["recipe"]])
+    if row.get("views_a_step", usual_views) != usual_views:
+        parts.append(f"{row['views_a_step']} views a step")
+    parts += [("FP8" if row.get("rounds", True) else "FP8 only afterwards")] * (row["precision"] == "fp8")
     return ("calibrated, " if row["calibrated"] else "") + "distilled: " + ", ".join(parts)
 
 

@@ -1,7 +1,8 @@
 """Lite3R: sparse-linear attention for feed-forward 3D reconstruction models and other ViT backbones, in one line."""
 
 from .adapter.hookspecs import hookimpl
-from .adapter.sites import AttentionSite, FusedQKV, PreNormBlock, Rope2D, Routed, SeparateQKV, TokenLayout, TokenSource
+from .adapter.layouts import LayoutFunction, TokenLayout, TokenSource, Views
+from .adapter.sites import AttentionSite, FusedQKV, PreNormBlock, Rope2D, Routed, SeparateQKV
 from .apply.checkpoint import load_lite3r, save_lite3r
 from .apply.report import describe
 from .apply.verbs import apply_lite3r, convert, lite3r_disabled, remove_lite3r
@@ -16,6 +17,7 @@ __all__ = [
     "AttentionSite",
     "DistillConfig",
     "FusedQKV",
+    "LayoutFunction",
     "Lite3RConfig",
     "Lite3RError",
     "PreNormBlock",
@@ -24,6 +26,7 @@ __all__ = [
     "SeparateQKV",
     "TokenLayout",
     "TokenSource",
+    "Views",
     "__version__",
     "apply_lite3r",
     "calibrate",

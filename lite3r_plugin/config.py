@@ -86,6 +86,7 @@ class Lite3RConfig:
             that ``keep_ratio`` keeps come first: what it leaves is the most that can be negligible.
         scopes: Which kinds of attention become sparse. ``"auto"``: the global (cross-view) sites where the model has
             any, else every site, as in a single-image backbone; never the ``"camera"`` sites, which mix one token a view.
+        exclude: Sites that stay the host's own whatever else is said: patterns of fully qualified site names.
         linear_branch: What the linear branch sums over: ``"all"`` tokens (Lite3R, arXiv 2605.11354), only the blocks
             that are neither critical nor negligible, ``"marginal"`` (SLA, arXiv 2509.24006, Eq. 5), or ``"none"``. Its output goes
             through ``proj_lin``, which starts at zero: it costs time and changes nothing until `calibrate` has fitted it. Fitted,
@@ -135,6 +136,7 @@ class Lite3RConfig:
     keep_ratio: float | Mapping[str, float] = DEFAULT_KEEP_RATIO
     negligible_ratio: float = 0.0
     scopes: tuple[Scope, ...] | Literal["auto"] = "auto"
+    exclude: tuple[str, ...] = ()
     linear_branch: LinearBranch = "marginal"
     feature_map: FeatureMap = "softmax"
     block_means: bool = True
@@ -178,6 +180,9 @@ class Lite3RConfig:
                 check_choice("scopes", scope, get_args(Scope))
             if len(set(self.scopes)) < len(self.scopes):
                 raise ConfigError(f"scopes names a scope twice, got {self.scopes}")
+        if not isinstance(self.exclude, (tuple, list)) or not all(isinstance(pattern, str) for pattern in self.exclude):
+            raise ConfigError(f'exclude is a tuple of patterns of site names, such as ("*.0.attn",), got {shown(self.exclude)}')
+        self._set(exclude=tuple(self.exclude))
         check_choice("linear_branch", self.linear_branch, get_args(LinearBranch))
         check_choice("feature_map", self.feature_map, get_args(FeatureMap))
         check_choice("pin", self.pin, get_args(Pin))
@@ -243,6 +248,10 @@ class Lite3RConfig:
         if not isinstance(self.keep_ratio, Mapping):
             return self.keep_ratio
         return next((ratio for pattern, ratio in self.keep_ratio.items() if matches(pattern, fqn)), DEFAULT_KEEP_RATIO)
+
+    def excludes(self, fqn: str) -> bool:
+        """Whether ``exclude`` names the site `fqn`."""
+        return any(matches(pattern, fqn) for pattern in self.exclude)
 
     def takes_fp8(self, module: nn.Module, fqn: str) -> bool:
         """Whether ``fp8_filter`` takes the Linear `module` with the name `fqn`."""

@@ -46,7 +46,7 @@ class UnsupportedAttentionError(Lite3RError):
 
 
 class LayoutError(Lite3RError):
-    """The number of tokens at an attention site does not fit the images that the model was given."""
+    """The tokens at an attention site are not laid out as its adapter says, or it cannot be told how they are."""
 
 
 class BackendError(Lite3RError):

@@ -30,11 +30,56 @@ def check_output(path: Path, suffix: str) -> None:
         raise InputError(f"{path.name[:40]}... is too long for the name of a file; it takes {LONGEST_NAME} bytes")
     if os.path.isdir(path):
         raise InputError(f"{path} is a folder; name a file in it")
-    folder = path.absolute().parent
+    _check_folder(path.absolute().parent)
+
+
+def check_output_folder(folder: Path, mark: str) -> None:
+    """Raise `InputError` unless `folder` can be filled: it is new, empty, or holds the file `mark`, which says that it was filled before.
+
+    Other folders are somebody's: files of the same names would be lost.
+    """
+    if len(os.fsencode(folder.name)) > LONGEST_NAME:
+        raise InputError(f"{folder.name[:40]}... is too long for the name of a folder; it takes {LONGEST_NAME} bytes")
+    if not os.path.lexists(folder):
+        _check_folder(folder.absolute().parent)
+        return
+    if not os.path.isdir(folder):
+        raise InputError(f"the folder {folder} cannot be made: there is a file of that name")
+    _check_folder(folder.absolute())
+    if os.listdir(folder) and not os.path.isfile(folder / mark):
+        raise InputError(f"the folder {folder} holds other files; name a new one")
+
+
+def _check_folder(folder: Path) -> None:
     if not os.path.isdir(folder):
         raise InputError(f"the folder {folder} does not exist; create it first")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise InputError(f"the folder {folder} is not writable; choose another one")
+
+
+@contextlib.contextmanager
+def filling(folder: Path, last: str) -> Iterator[Path]:
+    """A new folder to write to, whose files and folders move into `folder` at the end, each in place of what has its name, `last` last.
+
+    What else `folder` holds stays. Nobody ever sees half a file, and where the work fails, `folder` is as it was.
+
+    Raises:
+        InputError: the system refuses, as without room.
+    """
+    _clear_leftovers(folder)
+    beside = folder.with_name(f".{folder.name}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(8)}.tmp")
+    try:
+        (beside / "new").mkdir(parents=True)
+        yield beside / "new"
+        folder.mkdir(exist_ok=True)
+        for i, path in enumerate(sorted((beside / "new").iterdir(), key=lambda path: path.name == last)):
+            if path.is_dir() and (folder / path.name).is_dir():
+                os.replace(folder / path.name, beside / f"old{i}")  # a folder takes the place of an empty one only
+            os.replace(path, folder / path.name)
+    except OSError as error:
+        raise InputError(f"the folder {folder} cannot be written: {error.strerror}") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import gc
+import importlib.util
 import inspect
 import os
 import sys
 from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
+from types import CodeType
 
 import pytest
 import torch
@@ -24,6 +26,30 @@ sys.path.insert(0, str(TESTS / "helpers"))  # helper modules: numerics, hosts
 # Fills torch.empty with NaN, so an output element that nothing wrote fails its test.
 torch.use_deterministic_algorithms(True, warn_only=True)
 torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def look_through_triton_once() -> None:
+    """Let Triton's interpreter remember which functions of its language it replaces.
+
+    It looks through all of the language whenever a kernel starts or calls a function, which was a third of its time.
+    """
+    from triton.language.core import is_builtin
+    from triton.runtime import interpreter
+
+    @functools.cache
+    def builtins(package: object) -> list[str]:
+        return [name for name, member in inspect.getmembers(package) if is_builtin(member)]
+
+    def replace(package: object, *rest: object) -> None:
+        for name in builtins(package):
+            if is_builtin(member := getattr(package, name)):  # it is none where it is replaced already
+                interpreter._patch_attr(package, name, member, *rest)
+
+    interpreter._patch_builtin = replace
+
+
+if os.environ.get("TRITON_INTERPRET") and importlib.util.find_spec("triton"):
+    look_through_triton_once()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -47,10 +73,17 @@ NOT_BY_TORCH = (
 )  # fmt: skip
 
 
+def last_line(code: CodeType) -> int:
+    """Of a function, with the functions inside of it."""
+    inner = (last_line(constant) for constant in code.co_consts if isinstance(constant, CodeType))
+    return max(*(line or 0 for _, _, line in code.co_lines()), *inner)
+
+
 @functools.cache
 def compares_bits(test: Callable[..., object]) -> bool:
-    """Whether a test does, by its source: read once for all its parameters."""
-    return any(words in inspect.getsource(test) for words in EXACT)
+    """Whether a test does, by its source: read once for all its parameters; `inspect.getsource` would split the file into tokens."""
+    lines, first = inspect.findsource(test)
+    return any(words in line for line in lines[first : last_line(test.__code__)] for words in EXACT)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

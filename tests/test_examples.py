@@ -108,7 +108,7 @@ def test_the_readme_has_every_example() -> None:
 @pytest.fixture(scope="module")
 def calibrated(workspace: Path) -> nn.Module:
     """The model of the example, which runs sparse, after it was saved."""
-    return example("calibrate_photographs", "--subsets", "4", "--keep-ratio", "0.1", "--dense-below", "0")
+    return example("calibrate_photographs", "--subsets", "2", "--views", "2", "--keep-ratio", "0.1", "--dense-below", "0")
 
 
 def test_calibrating_on_photographs_and_loading_it_elsewhere(workspace: Path, calibrated: nn.Module) -> None:
@@ -130,8 +130,8 @@ def test_calibrating_on_photographs_and_loading_it_elsewhere(workspace: Path, ca
 
 
 TINY = (
-    "--steps", "2", "--size", "64", "--scenes", "procedural:scenes=2,views=4,size=64,textures=6,seed=1",
-    "--held-out", "procedural:scenes=1,views=4,size=64,textures=6,seed=2",
+    "--steps", "2", "--size", "64", "--views", "3", "--scenes", "procedural:scenes=2,views=3,size=64,textures=6,seed=1",
+    "--held-out", "procedural:scenes=1,views=3,size=64,textures=6,seed=2",
 )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 IMPORT = re.compile(r"^\s*(?:from|import) +(\w+)", re.MULTILINE)
 DISTRIBUTIONS = {"PIL": "pillow", "huggingface_hub": "huggingface-hub"}
 MODEL_LIBRARIES = {"depth_anything_3", "vggt", "pi3", "transformers"}  # adapters build their models for the command line, if they are there
-EXTRAS = {"moderngl", "pillow_heif"}  # imported where they are needed, and installed with an extra
+EXTRAS = {"av", "moderngl", "pillow_heif", "pycolmap", "viser"}  # imported where they are needed, and installed with an extra
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +80,7 @@ def test_metadata(wheel: zipfile.ZipFile) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     assert "Apache License" in read_metadata(wheel, "licenses/LICENSE")
     assert f"## {lite3r_plugin.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"\nversion: {lite3r_plugin.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_every_import_is_a_declared_dependency(wheel: zipfile.ZipFile) -> None:

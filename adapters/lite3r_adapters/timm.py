@@ -55,5 +55,5 @@ def _tokens(modules: dict[str, Any], name: str) -> TokenSource | None:
             if not isinstance(conv, nn.Conv2d) or conv.kernel_size != conv.stride or drops_patches:
                 return None
             # The convolution, not the patch embedding, which may pad the image first.
-            return TokenSource(f"{name}.patch_embed.proj".lstrip("."), (conv.stride[0], conv.stride[1]), special)
+            return TokenSource(f"{name}.patch_embed.proj".lstrip("."), (conv.stride[0], conv.stride[1]), special, strict=False)
     return None

@@ -11,6 +11,7 @@ from torch import nn
 from lite3r_plugin.adapter import AttentionSite, ExactRewrite, Routed, TokenSource, forward_parameters, hookimpl
 
 _SPECIAL_TOKENS = {"cls_token", "class_embedding", "register_tokens", "distillation_token"}
+_BESIDE = {"position_embeddings", "cu_seqlens"}  # arguments of self-attention that are no tokens
 _OTHER_PARAMETERS = {"mask_token", "position_embeddings", "position_embedding"}
 
 
@@ -26,9 +27,14 @@ def lite3r_attention_sites(model: nn.Module) -> list[AttentionSite] | None:
         if not _is_self_attention(module):
             continue
         owner = next((m for _, m in _around(modules, name) if isinstance(m, pretrained)), None)
-        if owner is not None and str(owner.main_input_name).startswith("pixel_values"):
+        if owner is not None and _takes_images(owner):
             sites.append(AttentionSite(name, "frame", _head_dim(module), Routed(), _tokens(modules, name, owner.config)))
     return sites or None
+
+
+def _takes_images(owner: Any) -> bool:
+    """Those that take packed patches, whose main input has any name, take the grids of their images besides."""
+    return str(owner.main_input_name).startswith("pixel_values") or "grid_thw" in (forward_parameters(owner) or {})
 
 
 @hookimpl(trylast=True)
@@ -42,7 +48,7 @@ def _is_self_attention(module: nn.Module) -> bool:
     """What calls the attention interface has a scale and `is_causal`; names of classes and Linears differ between versions."""
     if getattr(module, "is_causal", None) is not False or not isinstance(_scale(module), float):
         return False
-    parameters = (forward_parameters(module) or {}).values()
+    parameters = [p for name, p in (forward_parameters(module) or {}).items() if name not in _BESIDE]
     return sum(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters) == 1  # cross-attention has more
 
 
@@ -85,4 +91,4 @@ def _tokens(modules: dict[str, Any], name: str, config: object) -> TokenSource |
                 return None
         if inner == prefix:
             break
-    return TokenSource(convs[0], conv.stride, special)
+    return TokenSource(convs[0], conv.stride, special, strict=False)

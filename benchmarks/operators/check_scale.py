@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lite3r_plugin import TokenLayout
+from lite3r_plugin import TokenLayout, Views
 from lite3r_plugin.ops.block_map import block_map, kept_blocks
 from lite3r_plugin.ops.qk_norm_rope import prepare_qkv
 from lite3r_plugin.ops.qk_norm_rope.naive import block_means, block_sizes
@@ -61,7 +61,7 @@ def check(
     views: int, heads: int, dim: int, keep_ratio: float, linear: str, dtype: torch.dtype, device: torch.device, samples: int
 ) -> dict[str, Any]:  # fmt: skip
     """Run the operator and compare `samples` query blocks. Returns what was seen."""
-    layout = TokenLayout(views, SPECIAL, GRID)
+    layout = TokenLayout((Views(GRID, views, SPECIAL),))
     tokens, pinned = layout.num_tokens, pinned_tokens(layout, "reference")
     generator = torch.Generator(device).manual_seed(0)
     qkv = torch.randn(1, tokens, 3, heads, dim, device=device, dtype=dtype, generator=generator)

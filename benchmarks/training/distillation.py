@@ -1,184 +1,252 @@
-"""What training wins back, on the testbed: rows of ways to train, each measured against dense on the same scenes.
+"""What training wins back, on the testbed: ways to train, each measured against dense on the same scenes, on all GPUs at once.
 
-    python benchmarks/training/distillation.py --rows applied calibrated proj lora --keep-ratio 0.25 --json FILE     # on a GPU
-    python benchmarks/training/distillation.py --small                                  # on a CPU, to see that it works
+    python benchmarks/training/distillation.py --folder DIR --minutes 9 --resume       # again and again, until nothing is left
+    python benchmarks/training/distillation.py --folder DIR --small                     # on a CPU, to see that it works
 
-Teacher and student are one model, and all training is without labels but for the row `published`. Training scenes and held-out scenes are
-drawn from other seeds and other textures. All rows run the same dense kernel wherever they are dense. A row is stored when it is done, and
-a run that is started again goes on after the last one.
+Scenes are rendered first, into DIR, once for all processes. Then short runs try the recipes of `recipes.candidates`, judged on scenes for
+selection; the best one is trained for longer at each keep ratio; and the rows of `recipes.table` show what each part does. One process a
+GPU takes one of them after another. What is done is stored at once, and ``--resume`` goes on after it. With ``--minutes`` nothing is begun
+that would not be over in time. DIR gets ``keep0.25.json`` and so on, and ``search.json``.
+
+Teacher and student are one model; only rows that say so have labels. Scenes for training, selection and measuring are of other seeds and
+textures. All rows run the same dense kernel wherever they are dense. Kernels are compiled before a run's time begins.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
+import multiprocessing
+import os
 import sys
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Sequence
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
+import recipes
 import torch
-from torch import Tensor, nn
+from recipes import Row
+from rendered import MEASURES, PART, Renderer, Scenes, measure, part_file
+from torch import nn
 
 import lite3r_plugin
-from lite3r_plugin import DistillConfig, apply_lite3r, calibrate, convert, distill
-from lite3r_plugin.adapter.outputs import ModelOutputs
+from lite3r_plugin import DistillConfig, apply_lite3r, calibrate, convert, distill, load_lite3r, save_lite3r
 from lite3r_plugin.adapter.plugins import find_model
 from lite3r_plugin.files import write_atomically
 from lite3r_plugin.peft import merge_lora
-from lite3r_plugin.scene.metrics import depth_metrics, paired_bootstrap, pose_metrics
-from lite3r_plugin.scene.procedural import ProcScenes, TextureBank
+from lite3r_plugin.runtime.sdpa import sdpa_backend
+from lite3r_plugin.scene.metrics import paired_bootstrap
 from lite3r_plugin.testbed import Testbed, TestbedConfig
-from lite3r_plugin.training.data import Sample
 
-MEASURES = ("abs_rel", "auc30", "auc15", "auc5")
-TRAINING_SEED, HELD_OUT_SEED = 4_001, 91_001
+FP8_BELOW = 0.25  # keep ratios whose best row is in FP8
+WARM_UP_STEPS = 6  # each number of views twice
+POLL_SECONDS = 0.5
+WORST = 1e9
+DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """A way to train.
+class Job:
+    """Something that one process does.
 
     Attributes:
-        name: What users type after ``--rows``.
-        calibrated: Fit the linear branch in closed form first.
-        training: Fields of `DistillConfig`; None: nothing is trained.
-        precision: Of the model that is measured. With ``"fp8"`` it trains with fake quantisation and is converted.
+        key: Its name, and that of the file that says that it is done.
+        kind: ``"render"``, ``"calibrate"``, ``"dense"``, ``"search"`` or ``"row"``.
+        seconds: How long it may take.
+        what: Its arguments.
     """
 
-    name: str
-    calibrated: bool = True
-    training: dict[str, Any] | None = None
-    precision: str = "full"
+    key: str
+    kind: str
+    seconds: float
+    what: dict[str, Any]
 
 
-def rows(minutes: float, long: float) -> dict[str, Row]:
-    """All rows by name; `minutes` for those that are compared with each other, `long` for the best one."""
-    ours: dict[str, Any] = dict(learning_rate=1e-3, schedule="cosine", warmup_steps=20, minutes=minutes)
-    best = ours | dict(minutes=long, lora_rank=32)
-    every = [
-        Row("applied", calibrated=False),
-        Row("calibrated"),
-        Row("published", calibrated=False, training=dict(DistillConfig.published().to_dict(), epochs=None, minutes=minutes)),
-        Row("proj", training=ours | dict(trainable="proj")),
-        Row("norms", training=ours | dict(trainable="proj+norms")),
-        Row("lora", training=ours | dict(trainable="proj+lora")),
-        Row("lora-global", training=ours | dict(trainable="proj+lora", lora_scopes=("global",))),
-        Row("blocks", training=ours | dict(trainable="blocks", learning_rate=2e-4)),
-        Row("local", training=ours | dict(trainable="proj+lora", mode="local", attention=1.0)),
-        Row("lora-qat", training=ours | dict(trainable="proj+lora"), precision="fp8"),
-        Row("best", training=best | dict(trainable="proj+lora")),
-        Row("best-fp8", training=best | dict(trainable="proj+lora"), precision="fp8"),
-    ]
-    return {row.name: row for row in every}
-
-
-class Scenes:
-    """Rendered scenes on the device: images ``[N, S, 3, H, W]`` with depth and cameras.
+class Plan:
+    """Which jobs there are, and what is done, in files of a folder.
 
     Args:
-        seed: Of scenes and textures.
-        count: N.
-        views: S.
-        size: H and W.
-        device: Where they are rendered and lie.
+        args: The options.
     """
 
-    def __init__(self, seed: int, count: int, views: int, size: int, device: torch.device) -> None:
-        bank = TextureBank.procedural(*((128, 128) if size > 64 else (12, 32)), device, seed=seed)
-        scenes = ProcScenes(bank, device, seed=seed + 1, max_views_per_chunk=32, compile=device.type == "cuda")
-        parts = [scenes(1, views, size, size) for _ in range(count)]
-        self.parts = {name: torch.cat([part[name] for part in parts]) for name in ("rgb", "depth", "valid", "K", "w2c", "ok")}
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.done_folder = args, args.folder / "done"
+        self.done_folder.mkdir(parents=True, exist_ok=True)
 
-    def __len__(self) -> int:
-        return len(self.parts["rgb"])
+    def result(self, key: str) -> dict[str, Any] | None:
+        """What came of a job, or None where it is not done."""
+        path = self._file(key)
+        return json.loads(path.read_text()) if path.exists() else None
 
-    def views(self, number: int) -> dict[str, Tensor]:
-        """The same scenes with fewer views, spread over those that there are."""
-        every = self.parts["rgb"].shape[1] // number
-        return {name: value[:, ::every] for name, value in self.parts.items()}
+    def store(self, key: str, result: dict[str, Any]) -> None:
+        """Write down that a job is done."""
+        write_atomically(self._file(key), json.dumps(result, separators=(",", ":")))
 
-    def training(self, seed: int, views_a_step: int, labels: bool) -> Iterator[Sample]:
-        """Samples without end: some views of some scenes in random order, so that each view is the reference at times."""
-        generator = torch.Generator().manual_seed(seed)
-        total, size = self.parts["rgb"].shape[1], [v for v in ((8, 16, 32) if views_a_step >= 32 else (2, 4)) if v <= views_a_step]
-        for step in itertools.count():
-            views = min(size[step % len(size)], total)
-            chosen = torch.randperm(len(self), generator=generator)[: views_a_step // views]
-            order = torch.stack([torch.randperm(total, generator=generator)[:views] for _ in chosen])
-            part = {name: value[chosen[:, None], order] for name, value in self.parts.items()}
-            truth = ModelOutputs(
-                depth=torch.where(part["valid"], part["depth"], torch.nan), world_to_camera=part["w2c"], intrinsics=part["K"]
-            )
-            yield Sample({"images": part["rgb"]}, truth if labels else None)
+    def stages(self) -> list[list[Job]]:
+        """The jobs; each stage needs those before it. Of the last one there is nothing before the best recipe is known."""
+        args = self.args
+        counts = {"training": args.pool, "selection": args.selection, "held_out": args.scenes}
+        render = [
+            Job(f"render {kind} {part}", "render", 45, {"kind": kind, "part": part, "count": min(PART, count - PART * part)})
+            for kind, count in counts.items() for part in range(-(-count // PART))
+        ]  # fmt: skip
+        fits = [
+            Job(f"calibrate {keep} {precision}", "calibrate", 40, {"keep": keep, "precision": precision})
+            for keep in args.keep_ratio for precision in ("fp8_qat", "full")
+        ]  # fmt: skip
+        dense = [Job(f"dense {kind}", "dense", args.measuring, {"kind": kind}) for kind in ("held_out", "selection")]
+        search = []
+        if not args.recipe:
+            every = recipes.candidates(args.search, _precision(args.search_keep))
+            tried = {name: every[name] for name in args.tried}
+            training = 60 * args.search + args.overhead
+            search = [self._row(f"search {name}", row, args.search_keep, "selection", training) for name, row in tried.items()]
+        stages = [render, fits + dense, search, self._rows()]
+        return [[job for job in stage if not self._is_done(job)] for stage in stages]
 
+    def best(self) -> str | None:
+        """The recipe that is trained for longer, or None where it is not known yet."""
+        if self.args.recipe:
+            return self.args.recipe
+        found = {name: self.result(f"search {name}") for name in self.args.tried}
+        scores = {name: result["score"] for name, result in found.items() if result is not None}
+        return min(scores, key=scores.__getitem__) if len(scores) == len(found) else None
 
-@torch.no_grad()
-def measure(model: nn.Module, scenes: Scenes, views: int, views_at_once: int, autocast: bool) -> dict[str, list[float]]:
-    """The `MEASURES` of each scene that has them."""
-    found: dict[str, list[float]] = {name: [] for name in MEASURES}
-    sample, at_once = scenes.views(views), max(1, views_at_once // views)
-    for i in range(0, len(scenes), at_once):
-        part = {name: value[i : i + at_once] for name, value in sample.items()}
-        with torch.autocast(part["rgb"].device.type, torch.bfloat16, enabled=autocast):
-            out = model(part["rgb"])
-        for j in range(len(part["rgb"])):
-            ok = part["ok"][j]
-            pose = pose_metrics(out["world_to_camera"][j][ok].float(), part["w2c"][j][ok])
-            depth = depth_metrics(out["depth"][j].float(), part["depth"][j], part["valid"][j])
-            for name, value in zip(MEASURES, (depth.abs_rel, pose.auc30, pose.auc15, pose.auc5), strict=True):
-                found[name].append(value)
-    return found
+    def _rows(self) -> list[Job]:
+        """Those of the tables: the best ones first, since they take longest."""
+        args, wanted = self.args, []
+        if (best := self.best()) is not None:
+            recipe = recipes.candidates(1, "full")[best]
+            for keep in args.keep_ratio:
+                row = recipes.longer(recipe, "best", args.long, _precision(keep))
+                if "best" in (args.fp8_rows if keep < FP8_BELOW else args.rows):
+                    wanted.append(self._row(f"row best {keep}", row, keep, "held_out", 60 * args.long + args.measuring + args.overhead))
+        for keep, row in itertools.product(args.keep_ratio, recipes.table(args.short).values()):
+            if row.name in (args.fp8_rows if keep < FP8_BELOW else args.rows) and (row.precision == "full" or keep < FP8_BELOW):
+                training = 60 * args.short + args.overhead if row.training else 0
+                wanted.append(self._row(f"row {row.name} {keep}", row, keep, "held_out", training + args.measuring))
+        return wanted
 
+    def _is_done(self, job: Job) -> bool:
+        """What it wrote for others counts too: results may have come to another machine without it."""
+        if job.kind == "render":
+            return part_file(self.args.folder, job.what["kind"], job.what["part"]).exists()
+        return self._file(job.key).exists() and (job.kind != "calibrate" or calibrated(self.args, **job.what).exists())
 
-def run(row: Row, keep_ratio: float, training: Scenes, held_out: Scenes, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Train and measure one row."""
-    model = build(args, device)
-    autocast = device.type == "cuda"
-    blocks = dict(block_q=32, block_k=16) if args.small else {}  # so few tokens are too few blocks of the usual size to leave any out
-    apply_lite3r(model, keep_ratio=keep_ratio, dense_below=0, precision="fp8_qat" if row.precision == "fp8" else "full", **blocks)
-    result: dict[str, Any] = {"keep_ratio": keep_ratio, "row": dataclasses.asdict(row)}
-    if row.calibrated:
-        first = [sample.inputs for sample in itertools.islice(training.training(7, 16, labels=False), args.calibration)]
-        started = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            calibrate(model, first)
-        result["calibration_seconds"] = time.perf_counter() - started
-    if row.training is not None:
-        fields = {**row.training, **json.loads(args.set)}
-        if autocast:
-            fields["mixed_precision"] = "bf16"
-        if args.steps:
-            fields |= dict(steps=args.steps, minutes=None)
-        data = training.training(args.seed, args.views_a_step, labels=row.name == "published")
-        report = distill(model, data, DistillConfig(**fields))
-        say(str(report))
-        result["distillation"] = str(report)
-        if fields.get("trainable") == "proj+lora":
-            merge_lora(model)
-    if row.precision == "fp8":
-        convert(model)
-    model.eval()
-    result["views"] = {views: measure(model, held_out, views, args.views_at_once, autocast) for views in args.views}
-    return result
+    def _row(self, key: str, row: Row, keep: float, scenes: str, seconds: float) -> Job:
+        return Job(key, "search" if scenes == "selection" else "row", seconds, {"row": row, "keep": keep, "scenes": scenes})
+
+    def _file(self, key: str) -> Path:
+        return self.done_folder / (key.replace(" ", "_") + ".json")
 
 
-def against_dense(result: dict[str, Any], dense: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Mean differences with intervals, points for AUC and percent of the dense mean for AbsRel, by number of views."""
-    found: dict[str, dict[str, Any]] = {}
-    for views, measures in result["views"].items():
-        found[str(views)] = {}
-        for name, values in measures.items():
-            base = dense["views"][views][name]
-            interval = paired_bootstrap(base, values)
-            mean = sum(x for x in base if x == x) / max(1, sum(x == x for x in base))
-            unit = 100 / mean if name == "abs_rel" else 1.0
-            bounds = {"difference": interval.difference * unit, "low": interval.low * unit, "high": interval.high * unit}
-            found[str(views)][name] = bounds | {"dense": mean}
-    return found
+class Worker:
+    """Does jobs on one device.
+
+    Args:
+        args: The options.
+        device: The device.
+    """
+
+    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
+        self.args, self.device = args, device
+        self.renderer = Renderer(args.folder, max(args.views), args.size, device)
+        self.warm: set[str] = set()
+
+    def do(self, job: Job) -> dict[str, Any]:
+        """What comes of a job."""
+        began = time.perf_counter()
+        with sdpa_backend(self.args.dense_kernel):
+            result = getattr(self, f"_{job.kind}")(**job.what)
+        return result | {"seconds": time.perf_counter() - began}
+
+    @functools.cached_property
+    def training(self) -> Scenes:
+        """On the device."""
+        return Scenes(self.args.folder, "training", self.args.pool, self.device)
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019
+    def scenes(self, kind: str) -> Scenes:
+        """To measure on; in memory of the CPU."""
+        return Scenes(self.args.folder, kind, self.args.selection if kind == "selection" else self.args.scenes)
+
+    def _render(self, kind: str, part: int, count: int) -> dict[str, Any]:
+        self.renderer.render(kind, part, count)
+        return {}
+
+    def _dense(self, kind: str) -> dict[str, Any]:
+        return {"views": self._measured(build(self.args, self.device), kind)}
+
+    def _calibrate(self, keep: float, precision: str) -> dict[str, Any]:
+        model = self._applied(keep, precision)
+        samples = self.training.samples(7, 16, [16], False, self.device)
+        inputs = [sample.inputs for sample in itertools.islice(samples, self.args.calibration)]
+        began = time.perf_counter()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            calibrate(model, inputs)
+        seconds = time.perf_counter() - began
+        save_lite3r(model, calibrated(self.args, keep, precision))
+        return {"calibration_seconds": seconds}
+
+    def _search(self, row: Row, keep: float, scenes: str) -> dict[str, Any]:
+        result = self._row(row, keep, scenes)
+        worst = [
+            max(-measures["auc30"]["difference"], -measures["auc15"]["difference"], measures["abs_rel"]["difference"])
+            for measures in result["against_dense"].values()
+        ]
+        return result | {"score": sum(worst) / len(worst)}
+
+    def _row(self, row: Row, keep: float, scenes: str) -> dict[str, Any]:
+        args = self.args
+        row, precision = dataclasses.replace(row, views_a_step=args.views_a_step or row.views_a_step), row.trains_in
+        if row.calibrated:
+            model = load_lite3r(build(args, self.device), calibrated(self.args, keep, precision))
+        else:
+            model = self._applied(keep, precision)
+        result: dict[str, Any] = {"keep_ratio": keep, "row": dataclasses.asdict(row)}
+        if row.training is not None:
+            fields = row.training | ({"mixed_precision": "bf16"} if self.device.type == "cuda" else {})
+            if args.steps:
+                fields = fields | {"steps": args.steps, "minutes": None}
+            data = self.training.samples(args.seed, row.views_a_step, args.views, row.labels, self.device)
+            self._warm_up(precision, keep)
+            report = distill(model, data, DistillConfig(**fields))
+            result |= {"distillation": str(report), "peak_bytes": report.peak_bytes}
+            if fields["trainable"] == "proj+lora":
+                merge_lora(model)
+        if row.precision == "fp8":
+            convert(model)
+        dense = Plan(args).result(f"dense {scenes}")
+        assert dense is not None
+        result["views"] = self._measured(model.eval(), scenes)
+        return result | {"against_dense": against_dense(result, dense)}
+
+    def _warm_up(self, precision: str, keep: float) -> None:
+        """Compile what a run needs, lest the first one has less time."""
+        if self.device.type == "cuda" and precision not in self.warm:
+            data = self.training.samples(1, 96, self.args.views, False, self.device)
+            distill(self._applied(keep, precision), data, trainable="proj+lora", steps=WARM_UP_STEPS, mixed_precision="bf16")
+        self.warm.add(precision)
+
+    def _applied(self, keep: float, precision: str) -> nn.Module:
+        blocks = {"block_q": 32, "block_k": 16} if self.args.small else {}  # of so few tokens blocks of the usual size leave none out
+        return apply_lite3r(build(self.args, self.device), keep_ratio=keep, dense_below=0, precision=precision, **blocks)
+
+    def _measured(self, model: nn.Module, kind: str) -> dict[str, dict[str, list[float]]]:
+        args = self.args
+        options = (args.views_at_once, self.device, args.threads)
+        return {str(v): measure(model, self.scenes(kind), v, n, *options) for v, n in zip(args.views, args.subsets, strict=True)}
+
+
+def calibrated(args: argparse.Namespace, keep: float, precision: str) -> Path:
+    """Where the calibrated model lies, from which rows start."""
+    return args.folder / f"calibrated-{keep}-{precision}"
 
 
 def build(args: argparse.Namespace, device: torch.device) -> Testbed:
@@ -189,77 +257,220 @@ def build(args: argparse.Namespace, device: torch.device) -> Testbed:
     return find_model("testbed").build(None, device)  # pyright: ignore[reportReturnType]
 
 
+def against_dense(result: dict[str, Any], dense: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Mean differences with intervals, points for AUC and percent of the dense mean for AbsRel, by number of views."""
+    found: dict[str, dict[str, Any]] = {}
+    for views, measures in result["views"].items():
+        found[views] = {}
+        for name in MEASURES:
+            base = dense["views"][views][name]
+            interval = paired_bootstrap(base, measures[name])
+            mean = sum(x for x in base if x == x) / max(1, sum(x == x for x in base))
+            unit = 100 / mean if name == "abs_rel" else 1.0
+            bounds = {"difference": interval.difference * unit, "low": interval.low * unit, "high": interval.high * unit}
+            found[views][name] = bounds | {"dense": mean}
+    return found
+
+
+def attempt(worker: Worker, job: Job) -> tuple[dict[str, Any] | None, str | None]:
+    """What comes of a job, or the error."""
+    try:
+        return worker.do(job), None
+    except Exception:
+        return None, traceback.format_exc()
+
+
+def work(args: argparse.Namespace, index: int, jobs: Any, results: Any) -> None:
+    """A process of its own: jobs in, results out, until there is None."""
+    worker = Worker(args, torch.device(args.device))
+    while (job := jobs.get()) is not None:
+        results.put((index, job, *attempt(worker, job)))
+
+
+def carry_out(plan: Plan, processes: int, until: float) -> list[str]:
+    """Do what is left, and begin nothing that would not be over at the time `until`. Returns what failed.
+
+    In so many processes; with 0 of them in this one.
+    """
+    failed: list[str] = []
+    if not processes:
+        worker = Worker(plan.args, torch.device(plan.args.device))
+        while (job := next_job(plan, failed, until - time.monotonic())) is not None:
+            finish(plan, job, *attempt(worker, job), failed)
+        return failed
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    queues = [context.Queue() for _ in range(processes)]
+    running = [context.Process(target=work, args=(plan.args, i, queues[i], results)) for i in range(processes)]
+    given = os.environ.get(DEVICES)
+    devices = given.split(",") if given else [str(i) for i in range(processes)]
+    for process, device in zip(running, itertools.cycle(devices), strict=False):  # each sees one GPU
+        os.environ[DEVICES] = device
+        process.start()
+    os.environ.pop(DEVICES)
+    if given is not None:
+        os.environ[DEVICES] = given
+    busy: dict[int, Job] = {}
+    try:
+        while True:
+            for index in range(processes):
+                if index in busy or not running[index].is_alive():
+                    continue
+                if (job := next_job(plan, [*failed, *(job.key for job in busy.values())], until - time.monotonic())) is not None:
+                    busy[index] = job
+                    queues[index].put(job)
+            if not busy:
+                return failed
+            try:
+                index, job, result, error = results.get(timeout=POLL_SECONDS)
+            except Empty:
+                for lost in [index for index in busy if not running[index].is_alive()]:
+                    finish(plan, busy.pop(lost), None, f"process {lost} died", failed)
+                continue
+            del busy[index]
+            finish(plan, job, result, error, failed)
+    finally:
+        for queue in queues:
+            queue.put(None)
+        for process in running:
+            process.join(timeout=10)
+            process.terminate()
+
+
+def finish(plan: Plan, job: Job, result: dict[str, Any] | None, error: str | None, failed: list[str]) -> None:
+    """Store what came of a job, and say it."""
+    if result is not None:
+        plan.store(job.key, result)
+        say(f"[{time.monotonic() - plan.args.started:.0f} s] {job.key}: {result['seconds']:.0f} s {summary(result)}")
+        write_reports(plan)
+        return
+    failed.append(job.key)
+    say(f"{job.key} failed:\n{error}")
+    if job.kind == "search":  # it is not the best, and the others need not wait for it
+        plan.store(job.key, {"score": WORST, "failed": error})
+
+
+def next_job(plan: Plan, taken: Sequence[str], left: float) -> Job | None:
+    """The first job that can be begun: nothing before it is missing, and it will be over in the seconds that are left."""
+    for stage in plan.stages():
+        waiting = [job for job in stage if job.key not in taken]
+        if fitting := next((job for job in waiting if job.seconds <= left), None):
+            return fitting
+        if stage and stage[0].kind not in ("search", "row"):
+            return None  # later stages need what others still do, or what does not fit
+    return None
+
+
+def summary(result: dict[str, Any]) -> str:
+    """A row in one line for each number of views, with what training said; nothing for other jobs."""
+    lines = [result.get("distillation", ""), f"score {result['score']:.2f}" if "score" in result else ""]
+    for views, measures in result.get("against_dense", {}).items():
+        parts = [f"{m} {d['difference']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}]" for m, d in measures.items()]
+        lines.append(f"  {views} views: " + "  ".join(parts))
+    return "\n".join(line for line in lines if line)
+
+
+def write_reports(plan: Plan) -> None:
+    """A file for each keep ratio, and one of the search, of what is done."""
+    args = plan.args
+    reports: dict[str, dict[str, Any]] = {}
+    for keep in args.keep_ratio:
+        done = {f"{name} {keep}": plan.result(f"row {name} {keep}") for name in [*recipes.table(args.short), "best"]}
+        for result in filter(None, done.values()):
+            row = Row(**result["row"])
+            fit = plan.result(f"calibrate {keep} {row.trains_in}") if row.calibrated else None
+            result |= {"calibration_seconds": fit["calibration_seconds"]} if fit else {}
+        reports[f"keep{keep}"] = done
+    reports["search"] = {name: plan.result(f"search {name}") for name in args.tried}
+    for name, done in reports.items():
+        rows = {key: {k: v for k, v in result.items() if k != "views"} for key, result in done.items() if result is not None}
+        if rows:
+            content = {"conditions": plan.result("conditions"), "rows": rows}
+            write_atomically(args.folder / f"{name}.json", json.dumps(content, separators=(",", ":")) + "\n")
+
+
+def conditions(args: argparse.Namespace) -> dict[str, Any]:
+    """What all results of a folder were measured under."""
+    cuda = args.device == "cuda"
+    return {
+        "device": torch.cuda.get_device_name() if cuda else "cpu", "torch": torch.__version__, "lite3r_plugin": lite3r_plugin.__version__,
+        "dtype": "bfloat16" if cuda else "float32", "size": args.size, "scenes": args.scenes, "pool": args.pool, "views": args.views,
+        "subsets": args.subsets, "views_a_step": args.views_a_step or 96, "calibration": args.calibration,
+        "dense_kernel": args.dense_kernel, "selection": args.selection,
+    }  # fmt: skip
+
+
+def _precision(keep: float) -> str:
+    return "fp8" if keep < FP8_BELOW else "full"
+
+
 def say(text: str) -> None:
     """To standard error, so that progress and results do not mix."""
     print(text, file=sys.stderr, flush=True)
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Options; `--small` changes the defaults."""
-    small = "--small" in sys.argv
+    small = "--small" in (sys.argv if arguments is None else arguments)
+    names = [*recipes.table(1), "best"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="for scenes, what is done, and results")
+    parser.add_argument("--resume", action="store_true", help="go on with what is in the folder")
+    parser.add_argument("--minutes", type=float, default=60.0, help="begin nothing that would not be over then")
     parser.add_argument("--small", action="store_true", help="a tiny model, few tiny scenes, few steps")
-    parser.add_argument("--rows", nargs="+", default=["applied", "calibrated", "proj", "lora"])
-    parser.add_argument("--keep-ratio", type=float, nargs="+", default=[0.25])
-    parser.add_argument("--minutes", type=float, default=1.25, help="of training, for the rows that are compared")
-    parser.add_argument("--long", type=float, default=5.0, help="of training, for the best row")
+    parser.add_argument("--processes", type=int, help="one a GPU, unless a number is given; 0: all in this one")
+    few = ["applied", "calibrated", "lora-qat", "lora-no-qat", "best"]
+    parser.add_argument("--rows", nargs="+", choices=names, default=names)
+    parser.add_argument("--fp8-rows", nargs="+", choices=names, default=few, help="at keep ratios whose best row is in FP8")
+    parser.add_argument("--keep-ratio", type=float, nargs="+", default=[0.25, 0.125])
+    parser.add_argument("--recipe", choices=list(recipes.candidates(1, "full")), help="train this one for longer instead of searching")
+    parser.add_argument("--tried", nargs="+", choices=list(recipes.candidates(1, "full")), default=list(recipes.candidates(1, "full")))
+    parser.add_argument("--search", type=float, default=1.0, help="minutes of training of a recipe that is tried")
+    parser.add_argument("--search-keep", type=float, default=0.125)
+    parser.add_argument("--short", type=float, default=0.75, help="minutes of training of the rows that are compared")
+    parser.add_argument("--long", type=float, default=8.0, help="minutes of training of the best row")
+    parser.add_argument("--overhead", type=float, default=45.0, help="seconds that a run takes besides training and measuring")
+    parser.add_argument("--measuring", type=float, default=30.0, help="seconds that measuring takes")
     parser.add_argument("--steps", type=int, default=2 if small else None, help="end after so many steps instead")
-    parser.add_argument("--set", default="{}", help="further fields of DistillConfig for every row, as JSON")
     parser.add_argument("--views", type=int, nargs="+", default=[2, 4] if small else [8, 16, 32])
-    parser.add_argument("--scenes", type=int, default=6 if small else 400, help="held-out scenes")
-    parser.add_argument("--pool", type=int, default=4 if small else 256, help="training scenes")
+    parser.add_argument("--subsets", type=int, nargs="+", help="choices of views of a scene, for each number of views")
+    parser.add_argument("--scenes", type=int, default=6 if small else 768, help="held-out scenes")
+    parser.add_argument("--selection", type=int, default=5 if small else 128, help="scenes that recipes are chosen by")
+    parser.add_argument("--pool", type=int, default=4 if small else 1024, help="training scenes")
     parser.add_argument("--calibration", type=int, default=4 if small else 32, help="inputs that the linear branch is fitted to")
-    parser.add_argument("--views-a-step", type=int, default=4 if small else 96)
-    parser.add_argument("--views-at-once", type=int, default=8 if small else 128, help="in measuring")
+    parser.add_argument("--views-a-step", type=int, default=4 if small else None)
+    parser.add_argument("--views-at-once", type=int, default=8 if small else 512, help="in measuring")
+    parser.add_argument("--threads", type=int, default=2 if small else 14, help="that judge predictions, a process")
     parser.add_argument("--size", type=int, default=48 if small else 224, help="pixels")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dense-kernel", choices=("default", "cudnn", "flash"), default="default")
     parser.add_argument("--device", default="cpu" if small else "cuda")
-    parser.add_argument("--json", type=Path, required=not small, help="file for the results")
-    return parser.parse_args()
+    args = parser.parse_args(arguments)
+    args.subsets = args.subsets or [2, *[1] * (len(args.views) - 1)]
+    if len(args.subsets) != len(args.views):
+        parser.error("--subsets takes a number for each of --views")
+    return args
 
 
-def main() -> None:
-    """Measure what is not there yet."""
-    args, started = parse(), time.perf_counter()
-    device = torch.device(args.device)
-    conditions = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", "torch": torch.__version__,
-        "lite3r_plugin": lite3r_plugin.__version__, "dtype": "bfloat16" if device.type == "cuda" else "float32", "size": args.size,
-        "scenes": args.scenes, "pool": args.pool, "views_a_step": args.views_a_step, "calibration": args.calibration,
-    }  # fmt: skip
-    store: dict[str, Any] = {"conditions": conditions, "rows": {}}
-    if args.json and args.json.exists():
-        old = json.loads(args.json.read_text())
-        if old["conditions"] != conditions:
-            sys.exit(f"{args.json} was measured under other conditions: name another file")
-        store = old
-
-    def save() -> None:
-        if args.json:
-            write_atomically(args.json, json.dumps(store, separators=(",", ":")) + "\n")
-
-    held_out = Scenes(HELD_OUT_SEED, args.scenes, max(args.views), args.size, device)
-    training = Scenes(TRAINING_SEED, args.pool, max(args.views), args.size, device)
-    say(f"[{time.perf_counter() - started:.0f} s] rendered {len(held_out)} and {len(training)} scenes")
-    model = build(args, device)
-    dense = {"views": {v: measure(model, held_out, v, args.views_at_once, device.type == "cuda") for v in args.views}}
-    del model
-    known = rows(args.minutes, args.long)
-    for keep_ratio, name in itertools.product(args.keep_ratio, args.rows):
-        key = f"{name} {keep_ratio} {args.set}"
-        if key in store["rows"]:
-            continue
-        begun = time.perf_counter()
-        result = run(known[name], keep_ratio, training, held_out, args, device)
-        result["seconds"] = time.perf_counter() - begun
-        result["against_dense"] = against_dense(result, dense)
-        del result["views"]
-        store["rows"][key] = result
-        save()
-        for views, measures in result["against_dense"].items():
-            parts = [f"{m} {d['difference']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}]" for m, d in measures.items()]
-            say(f"[{time.perf_counter() - started:.0f} s] {key}, {views} views: " + "  ".join(parts))
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure what is not there yet. Returns 0, or 1 where something failed."""
+    args = parse(arguments)
+    args.started = time.monotonic()
+    plan = Plan(args)
+    known = plan.result("conditions")
+    if known is not None and not args.resume:
+        sys.exit(f"{args.folder} holds results: pass --resume to go on, or name another folder")
+    now = json.loads(json.dumps(conditions(args)))
+    if known is not None and known != now:
+        sys.exit(f"{args.folder} was measured under other conditions: {sorted(k for k in now if now[k] != known.get(k))}")
+    plan.store("conditions", now)
+    usual = torch.cuda.device_count() if args.device == "cuda" else 0
+    processes = usual if args.processes is None else args.processes
+    failed = carry_out(plan, processes, args.started + 60 * args.minutes)
+    left = [job.key for stage in plan.stages() for job in stage]
+    say(f"[{time.monotonic() - args.started:.0f} s] failed: {failed or 'nothing'}; left: {left or 'nothing'}; best: {plan.best()}")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,11 +2,13 @@
 
 from ..wrapper import RewrittenMethod, RewrittenModule, forward_parameters
 from .hookspecs import hookimpl
+from .layouts import LayoutFunction, TokenLayout, TokenSource, Views
 from .models import ModelEntry
 from .outputs import ModelOutputs, OutputsFunction
 from .plugins import AdapterInfo, AdapterWarning, find_outputs, find_rewrites, find_sites, get_manager, list_adapters, model_entries
 from .rewrites import ExactRewrite, Trial
-from .sites import AttentionSite, FusedQKV, PreNormBlock, Projections, Rope2D, Routed, SeparateQKV, TokenLayout, TokenSource
+from .sites import AttentionSite, FusedQKV, PreNormBlock, Projections, Rope2D, Routed, SeparateQKV
+from .trials import like
 
 __all__ = [
     "AdapterInfo",
@@ -14,6 +16,7 @@ __all__ = [
     "AttentionSite",
     "ExactRewrite",
     "FusedQKV",
+    "LayoutFunction",
     "ModelEntry",
     "ModelOutputs",
     "OutputsFunction",
@@ -27,12 +30,14 @@ __all__ = [
     "TokenLayout",
     "TokenSource",
     "Trial",
+    "Views",
     "find_outputs",
     "find_rewrites",
     "find_sites",
     "forward_parameters",
     "get_manager",
     "hookimpl",
+    "like",
     "list_adapters",
     "model_entries",
 ]

@@ -72,9 +72,9 @@ def lite3r_exact_rewrites(model: nn.Module) -> Sequence[ExactRewrite] | None:
         model: The dense model, of any dtype and on any device, the meta device too; the family's own may be inside it.
 
     Returns:
-        One description each, of which a later one of the same method takes the place of an earlier one where both may run; an empty
-        list where none is needed; None when this adapter does not know the model. After an exception an `AdapterWarning` remains, and
-        the next adapter is asked.
+        One description each, of which a later one of the same method takes the place of an earlier one where both may run; an
+        empty list where none is needed; None when this adapter does not know the model. After an exception an `AdapterWarning` remains,
+        and the next adapter is asked.
     """
 
 

@@ -12,6 +12,7 @@ from typing import Literal, get_args
 
 from ..config import Scope
 from ..errors import AdapterError, shown
+from .layouts import LayoutFunction, TokenSource
 
 
 @dataclass(frozen=True)
@@ -140,32 +141,6 @@ class PreNormBlock:
 
 
 @dataclass(frozen=True)
-class TokenSource:
-    """How to find the `TokenLayout` of a forward: from the images that one module of the model is given.
-
-    Attributes:
-        image_module: Fully qualified name of a module whose first tensor argument holds the images, ``[..., H, W]``,
-            and that runs before the attention sites in every forward (the patch embedding is the natural choice).
-        patch_size: Height and width of a patch in pixels. The grid is ``(H // patch_h, W // patch_w)``.
-        special_tokens: Number of camera, register or class tokens in front of the patches of each view.
-
-    Raises:
-        AdapterError: `patch_size` is no pair of positive integers, or `special_tokens` no number of tokens.
-    """
-
-    image_module: str
-    patch_size: tuple[int, int]
-    special_tokens: int = 0
-
-    def __post_init__(self) -> None:
-        size = self.patch_size
-        if not (isinstance(size, tuple) and len(size) == 2 and all(type(x) is int and x > 0 for x in size)):
-            raise AdapterError(f"patch_size of a TokenSource is a pair of positive integers (height, width), got {size!r}")
-        if type(self.special_tokens) is not int or self.special_tokens < 0:
-            raise AdapterError(f"special_tokens of a TokenSource is a number of tokens, got {self.special_tokens!r}")
-
-
-@dataclass(frozen=True)
 class AttentionSite:
     """One attention module of a model.
 
@@ -177,7 +152,8 @@ class AttentionSite:
             unless `Lite3RConfig.scopes` names them, for a linear branch that was trained there.
         head_dim: D, the size of a head.
         projections: How q, k and v are made.
-        tokens: How the sequence is laid out; None where it has no image grid (then token order is kept).
+        tokens: How the sequence is laid out: `TokenSource` where all views are alike, `LayoutFunction` elsewhere; None where it has no
+            image grid (then token order is kept, and no token is exempt from dropping).
         block: The transformer block around the module, where it has the usual structure; None: its Linears are found,
             but it runs as it is.
 
@@ -189,7 +165,7 @@ class AttentionSite:
     scope: Scope
     head_dim: int
     projections: Projections
-    tokens: TokenSource | None = None
+    tokens: TokenSource | LayoutFunction | None = None
     block: PreNormBlock | None = None
 
     def __post_init__(self) -> None:
@@ -199,31 +175,6 @@ class AttentionSite:
             raise AdapterError(f"site {self.fqn!r}: scope is one of {get_args(Scope)}, got {self.scope!r}")
         if type(self.head_dim) is not int or self.head_dim <= 0:
             raise AdapterError(f"site {self.fqn!r}: head_dim is a positive integer, got {self.head_dim!r}")
-        for name, kind in (("projections", Projections), ("tokens", TokenSource | None), ("block", PreNormBlock | None)):
+        for name, kind in (("projections", Projections), ("tokens", TokenSource | LayoutFunction | None), ("block", PreNormBlock | None)):
             if not isinstance(getattr(self, name), kind):
                 raise AdapterError(f"site {self.fqn!r}: {name} is an instance of {kind}, got {getattr(self, name)!r}")
-
-
-@dataclass(frozen=True)
-class TokenLayout:
-    """The sequence of an attention site in one forward: for each view first its special tokens, then its patches row by row.
-
-    Attributes:
-        views: S, the number of views in the sequence.
-        special_tokens: Tokens in front of the patches of each view.
-        grid: Patch rows and columns of a view.
-    """
-
-    views: int
-    special_tokens: int
-    grid: tuple[int, int]
-
-    @property
-    def tokens_per_view(self) -> int:
-        """P, special tokens and patches."""
-        return self.special_tokens + self.grid[0] * self.grid[1]
-
-    @property
-    def num_tokens(self) -> int:
-        """N = S * P."""
-        return self.views * self.tokens_per_view

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,9 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..adapter.sites import AttentionSite
 from ..attention.branch import BranchLinear
 from ..config import WHOLE_MODEL_FIELDS, Lite3RConfig, plain_name
-from ..errors import BackendError, CheckpointError, ConfigError, NoSitesError, short
+from ..errors import BackendError, CheckpointError, ConfigError, NoSitesError, UnknownModelError, short
 from ..files import locked, replacing
 from ..fp8.checkpoint import check_fp8_tensors, fp8_linears, fp8_tensors, install_fp8_tensors, other_tensors
 from ..fp8.convert import require_plain_weight
@@ -24,7 +26,7 @@ from ..wrapper import Changes
 from . import ranks
 from .lookup import Inventory, look_up
 from .names import by_plain_name, plain_config
-from .plan import ApplyPlan, left_linears, plan_application
+from .plan import BY_HAND, ApplyPlan, checked_sites, left_linears, plan_application
 from .seal import CONFIG_NAME, FORMAT_VERSION, WEIGHTS_NAME, metadata_of, read_sealed, same_text, seals
 from .source import find_checkpoint
 from .swap import fast_of, put_in, run_fast, run_in_fp8
@@ -85,6 +87,7 @@ def load_lite3r(
     model: Model,
     source: str | os.PathLike[str],
     *,
+    sites: Sequence[AttentionSite] | None = None,
     device: torch.device | str = "cpu",
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -107,6 +110,7 @@ def load_lite3r(
             `torch.compile`, but not sharded.
         source: The folder that `save_lite3r` wrote, or the Hub id that `push_to_hub` was given; with ``whole=True``, if the model is on
             the meta device and is to be complete.
+        sites: As in `apply_lite3r`: the attention sites of `model`, where no adapter is installed that names them.
         device: Where the tensors of a model on the meta device go.
         revision: Of the repository: a branch, a tag or a commit; None: the main branch.
         cache_dir: The cache of the Hub's files, by default that of huggingface_hub.
@@ -145,7 +149,7 @@ def load_lite3r(
         config = Lite3RConfig.from_dict(record["config"]).replace(**fields)
         if (config.precision == "fp8") != bool(record["fp8"]):
             raise ConfigError(f"precision is {config.precision!r}, but there are {'' if record['fp8'] else 'no '}FP8 weights")
-        plan = plan_application(found, config, with_weights=False)
+        plan = _plan(found, config, sites, str(record["adapter"]))
     except (ConfigError, NoSitesError) as error:
         raise CheckpointError(f"{directory / CONFIG_NAME} does not fit this {found.name}: {str(error)[:500]}") from error
     linears = _fp8_candidates(plan)
@@ -155,6 +159,8 @@ def load_lite3r(
         install_fp8_tensors(changes, found.modules, {name: linears[name] for name in record["fp8"]}, weights, device)
         others = {name: tensor for name, tensor in weights.items() if not _is_fp8(name, record)}
         fill_tensors(changes, model, others, device, str(directory / WEIGHTS_NAME))
+        modules = {plain_name(name): module for name, module in look_up(model).modules.items()}
+        changes.put(vars(state), "changed", tuple(modules[name] for name in record["changed"]))
         if record["fp8"]:
             run_in_fp8(found, state, left_linears(found.linears(state), config), changes)
         run_fast(plan, state, changes)
@@ -175,6 +181,18 @@ def _as_they_came(found: Inventory, tensors: dict[str, Tensor]) -> dict[str, Ten
             )
     originals = {id(tensor): original for half in halves for tensor, original in half.originals()}
     return {name: originals.get(id(found_there[name]), tensor) for name, tensor in tensors.items()}
+
+
+def _plan(found: Inventory, config: Lite3RConfig, sites: Sequence[AttentionSite] | None, adapter: str) -> ApplyPlan:
+    try:
+        return plan_application(found, config, None if sites is None else checked_sites(sites), with_weights=False)
+    except UnknownModelError as error:
+        if adapter != BY_HAND:
+            raise
+        raise UnknownModelError(
+            f"no installed adapter knows {type(found.model).__name__}, and the checkpoint is of a model whose sites were given: pass the "
+            "same ones, load_lite3r(model, source, sites=[...])"
+        ) from error
 
 
 def _without_triton(plan: ApplyPlan) -> list[str]:
@@ -230,6 +248,7 @@ def _record(found: Inventory, whole: bool) -> dict[str, Any]:
     attention = by_plain_name(found.attention)
     linears = by_plain_name(fp8_linears(found.modules))
     state, config = found.states[0], plain_config(found)
+    changed = set(state.changed)
     # What runs attention and FP8 depends on the machine that loads.
     if config.attention_backend == "triton":
         config = config.replace(attention_backend="auto")
@@ -244,6 +263,7 @@ def _record(found: Inventory, whole: bool) -> dict[str, Any]:
         "fp8": {fqn: list(linear.weight_data.shape) for fqn, linear in linears.items()},
         "fp8_biases": sorted(fqn for fqn, linear in linears.items() if linear.bias is not None),
         "whole": whole,
+        "changed": sorted({plain_name(fqn) for fqn, module in found.modules.items() if module in changed}),
     }
 
 
@@ -298,7 +318,7 @@ def _check_record(
     """Raise `CheckpointError` unless what was read fits the model that is going to take it."""
     places = by_plain_name(plan.places)
     sites = {fqn: {"head_dim": swap.site.head_dim, "sparse": swap.sparse} for fqn, swap in places.items()}
-    if record["adapter"] != plan.adapter:
+    if record["adapter"] != plan.adapter and BY_HAND not in (record["adapter"], plan.adapter):  # then the sites alone tell
         raise CheckpointError(
             f"{_belongs(record, directory)} (adapter {record['adapter'][:100]!r}), this is a {plan.found.plain_model} (adapter "
             f"{plan.adapter!r})"
@@ -311,6 +331,8 @@ def _check_record(
             f"{_belongs(record, directory)} with {len(record['sites'])} sites (adapter {record['adapter']!r}), this is a "
             f"{plan.found.plain_model} with {len(sites)}; the first that differs is {other[0]!r}"
         )
+    if unknown := sorted(set(record["changed"]) - set(map(plain_name, plan.found.modules))):
+        raise CheckpointError(f"{_belongs(record, directory)}, of which {unknown[0]!r} was trained: this {plan.found.plain_model} has none")
     where = str(directory / WEIGHTS_NAME)
     check_fp8_tensors(linears, record["fp8"], record["fp8_biases"], weights, where, plan.found.name)
     for linear in plan.linears:

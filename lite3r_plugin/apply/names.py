@@ -43,6 +43,7 @@ def plain_config(found: Inventory) -> Lite3RConfig:
             plain.setdefault(plain_name(pattern), ratio)
         candidates = [config.replace(keep_ratio=keep_ratio) for keep_ratio in (config.keep_ratio, plain, ratios)]
         config = next((c for c in candidates if _all_match(c.patterns, ratios) and _ratios(c, ratios) == ratios), config)
+    config = config.replace(exclude=tuple(dict.fromkeys(map(plain_name, config.exclude))))
     if isinstance(config.fp8_filter, tuple):
         known = [linear for linear in found.linears(state) if linear.known]
         taken = {plain_name(name): linear.taken_by(state.config) for linear in known for name in linear.names}

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from ..adapter.plugins import find_sites
 from ..adapter.rewrites import ExactRewrite
-from ..adapter.sites import AttentionSite, TokenSource
+from ..adapter.sites import AttentionSite, Routed
 from ..attention.branch import branch_device, why_not_written
 from ..attention.styles.registry import check_projections, style_of
+from ..attention.trial import Trials
 from ..config import Lite3RConfig, matches
-from ..errors import AdapterError, AlreadyAppliedError, BackendError, ConfigError, NoSitesError, WeightsError
+from ..errors import AdapterError, AlreadyAppliedError, BackendError, ConfigError, NoSitesError, WeightsError, shown
 from ..fp8.block import check_block
 from ..fp8.blocks import BlockLinear, find_blocks, find_linears
 from ..fp8.convert import LinearPlan, choose_again, is_finite, plan_linears, require_plain_weight
@@ -23,17 +25,22 @@ from ..fp8.linear import Fp8Linear
 from ..ops.dispatch import TRITON_HEAD_DIMS
 from ..runtime.fast import FastPlan, plan_fast
 from ..runtime.rewrites import NO_REWRITES, Rewrites, plan_rewrites
+from ..tokens.tracker import Source
 from ..wrapper import forward_parameters, keeps_copies
 from .lookup import Inventory
+
+BY_HAND = "sites="
+"""What stands for the name of an adapter where a user gave the sites."""
 
 
 @dataclass(frozen=True)
 class Swap:
-    """One attention module to take the place of: the module, its description, and whether it becomes sparse."""
+    """One attention module to take the place of: the module, its description, whether it becomes sparse, why it is left to the host."""
 
     host: nn.Module
     site: AttentionSite
     sparse: bool
+    left: str | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -47,7 +54,8 @@ class ApplyPlan:
         sites: All sites that the adapter named.
         swaps: What is taken the place of, each module once.
         skipped: Sites that stay as they are, with the reason.
-        image_modules: The modules that are given the images, by the name that the sites use, and how each is read.
+        routed: Sites whose q, k and v the host's own forward makes although the adapter describes how, with the reason.
+        watched: By the source of token layouts that sites name: the module that is watched, and whether such sites are inside of it.
         blocks: The transformer blocks by name.
         linears: Their Linears.
         training: Those of them that are to round to FP8 in training; None where the model is not to train for FP8.
@@ -62,7 +70,8 @@ class ApplyPlan:
     sites: tuple[AttentionSite, ...]
     swaps: tuple[Swap, ...]
     skipped: dict[str, str]
-    image_modules: dict[str, tuple[nn.Module, TokenSource]]
+    routed: dict[str, str]
+    watched: dict[Source, tuple[nn.Module, bool]]
     blocks: dict[str, nn.Module]
     linears: list[BlockLinear]
     training: list[nn.Linear] | None
@@ -94,12 +103,15 @@ class ConversionPlan:
     left: dict[str, int]
 
 
-def plan_application(found: Inventory, config: Lite3RConfig, *, with_weights: bool = True) -> ApplyPlan:
+def plan_application(
+    found: Inventory, config: Lite3RConfig, sites: Sequence[AttentionSite] | None = None, *, with_weights: bool = True
+) -> ApplyPlan:
     """What `apply_lite3r` is to do to a dense model.
 
     Args:
         found: The model.
         config: The configuration.
+        sites: Its attention sites; None: as an installed adapter says.
         with_weights: Whether ``precision="fp8"`` is about the weights that the model has. False: others take their place.
 
     Raises:
@@ -114,33 +126,27 @@ def plan_application(found: Inventory, config: Lite3RConfig, *, with_weights: bo
     """
     if found.attention:
         raise AlreadyAppliedError("this model carries Lite3R already; call remove_lite3r(model) first to change its configuration")
-    adapter, sites = find_sites(found.model)
+    adapter, sites = find_sites(found.model) if sites is None else (BY_HAND, checked_sites(sites))
     hosts = _find_hosts(found, adapter, sites)
     scopes = _sparse_scopes(config, adapter, sites)
     _check_keep_ratios(config, [site.fqn for site in sites if site.scope in scopes])
+    if unused := [pattern for pattern in config.exclude if not any(matches(pattern, site.fqn) for site in sites)]:
+        raise ConfigError(f"exclude names {unused[:3]}, which match no site of this {found.name}; those are like {sites[0].fqn!r}")
     for site in sites:
         with _naming(adapter):
             check_block(found.modules, site)
-    swaps: dict[nn.Module, Swap] = {}  # a module with two names is swapped once
-    skipped: dict[str, str] = {}
-    sources: list[TokenSource] = []
-    for site in sites:
-        sparse, host = site.scope in scopes, hosts[site.fqn]
-        if not sparse and not (config.fuse and forward_parameters(host) is not None and style_of(site, host).fuses):
-            skipped[site.fqn] = f"scope {site.scope!r} stays dense"
-            continue
-        with _naming(adapter):
-            check_projections(site, host)
-        if sparse and config.attention_backend == "triton" and site.head_dim not in TRITON_HEAD_DIMS:
-            raise BackendError(
-                f'site {site.fqn!r} has head_dim {site.head_dim}; the Triton kernels take {TRITON_HEAD_DIMS}. Use attention_backend="auto"'
-            )
-        if sparse and site.tokens is not None:
-            sources.append(site.tokens)
-        if sparse and config.linear_branch != "none":
-            _check_device(found, site, host)
-        swaps.setdefault(host, Swap(host, site, sparse))
-    image_modules = _find_image_modules(found, adapter, sources)
+    chosen = _choose(found, adapter, sites, hosts, scopes, config)
+    swaps, skipped = chosen.swaps, chosen.skipped
+    if config.precision == "full" and not any(swap.sparse for swap in swaps.values()):
+        raise NoSitesError(_why_nothing(found, chosen))
+    if not swaps:  # FP8 needs what the attention modules keep for all of the model
+        swaps = {hosts[fqn]: Swap(hosts[fqn], site, False, skipped.pop(fqn)) for fqn, site in ((site.fqn, site) for site in sites)}
+    sites = [_routed(site) if site.fqn in chosen.routed else site for site in sites]
+    sources: dict[Source, list[str]] = {}  # the sites of each
+    for swap in swaps.values():
+        if swap.sparse and swap.site.tokens is not None:
+            sources.setdefault(swap.site.tokens, []).append(swap.site.fqn)
+    watched = _find_watched(found, adapter, sources)
     blocks = find_blocks(found.modules, [site for site in sites if site.scope != "camera" or "camera" in scopes])
     linears = find_linears(found.modules, {name: [name] for name in blocks})
     config = _resolve_filter(config, linears, found.name)
@@ -150,20 +156,9 @@ def plan_application(found: Inventory, config: Lite3RConfig, *, with_weights: bo
         conversion = plan_conversion(linears, sites, config, None, again=False, model=found.name)
     fast, rewrites = _plan_whole(found, config, adapter)
     return ApplyPlan(
-        found,
-        adapter,
-        config,
-        tuple(sites),
-        tuple(swaps.values()),
-        skipped,
-        image_modules,
-        blocks,
-        linears,
-        training,
-        conversion,
-        rewrites,
-        fast,
-    )
+        found, adapter, config, tuple(sites), tuple(swaps.values()), skipped, chosen.routed, watched, blocks, linears, training, conversion,
+        rewrites, fast,
+    )  # fmt: skip
 
 
 def _plan_whole(found: Inventory, config: Lite3RConfig, adapter: str) -> tuple[FastPlan, Rewrites]:
@@ -283,6 +278,69 @@ def _check_device(found: Inventory, site: AttentionSite, host: nn.Module) -> Non
         )
 
 
+@dataclass(frozen=True)
+class _Choice:
+    """What becomes of the sites: `swaps` by host, each module once, `skipped` and `routed` as in `ApplyPlan`."""
+
+    swaps: dict[nn.Module, Swap]
+    skipped: dict[str, str]
+    routed: dict[str, str]
+
+
+def _choose(
+    found: Inventory, adapter: str, sites: Sequence[AttentionSite], hosts: Mapping[str, nn.Module], scopes: set[str], config: Lite3RConfig
+) -> _Choice:
+    """What becomes of each of `sites`, whose modules are `hosts`, where those of `scopes` are to be sparse."""
+    chosen, trials = _Choice({}, {}, {}), Trials()
+    for site in sites:
+        sparse, host = site.scope in scopes, hosts[site.fqn]
+        if config.excludes(site.fqn):
+            chosen.skipped[site.fqn] = "excluded"
+            continue
+        if not sparse and not (config.fuse and forward_parameters(host) is not None and style_of(site, host).fuses):
+            chosen.skipped[site.fqn] = f"scope {site.scope!r} stays dense"
+            continue
+        with _naming(adapter):
+            check_projections(site, host)
+        left, verdict = None, trials.of(site, host)
+        if verdict.refused is not None and not sparse:
+            chosen.skipped[site.fqn] = (
+                f"scope {site.scope!r} stays dense, not fused, since the trial of its projections failed: {verdict.refused}"
+            )
+            continue
+        if verdict.refused is not None:
+            chosen.routed[site.fqn] = verdict.refused
+            site = _routed(site)
+            if verdict.attention_calls not in (None, 1):
+                left = f"it calls scaled_dot_product_attention {verdict.attention_calls} times, not once"
+        if sparse and config.attention_backend == "triton" and site.head_dim not in TRITON_HEAD_DIMS:
+            raise BackendError(
+                f'site {site.fqn!r} has head_dim {site.head_dim}; the Triton kernels take {TRITON_HEAD_DIMS}. Use attention_backend="auto"'
+            )
+        if sparse and config.linear_branch != "none":
+            _check_device(found, site, host)
+        chosen.swaps.setdefault(host, Swap(host, site, sparse and left is None, left))
+    return chosen
+
+
+def _routed(site: AttentionSite) -> AttentionSite:
+    return dataclasses.replace(site, projections=Routed(site.projections.num_heads))
+
+
+def _why_nothing(found: Inventory, chosen: _Choice) -> str:
+    reasons = {why: fqn for fqn, why in chosen.skipped.items()}
+    reasons |= {swap.left or "its scope stays dense": swap.site.fqn for swap in chosen.swaps.values()}
+    listed = "; ".join(f"{why} (such as {fqn!r})" for why, fqn in reasons.items())
+    return f"no attention of this {found.name} would become sparse: {listed}"
+
+
+def checked_sites(sites: Sequence[AttentionSite]) -> tuple[AttentionSite, ...]:
+    """The sites that a user gave. Raises `ConfigError` where they are anything else."""
+    if isinstance(sites, AttentionSite) or not isinstance(sites, Sequence) or not all(isinstance(site, AttentionSite) for site in sites):
+        raise ConfigError(f"sites is a list of AttentionSite, got {shown(sites)}")
+    return tuple(sites)
+
+
 @contextlib.contextmanager
 def _naming(adapter: str) -> Iterator[None]:
     """Put the adapter's name into the `AdapterError` of what it described."""
@@ -329,13 +387,13 @@ def _check_keep_ratios(config: Lite3RConfig, sparse_sites: Sequence[str]) -> Non
         raise ConfigError(f"keep_ratio names {unused[:3]}, which match no site that becomes sparse; those are like {sparse_sites[0]!r}")
 
 
-def _find_image_modules(found: Inventory, adapter: str, sources: Sequence[TokenSource]) -> dict[str, tuple[nn.Module, TokenSource]]:
-    by_name: dict[str, TokenSource] = {}
-    for source in sources:
-        known = by_name.setdefault(source.image_module, source)
-        if known != source:
-            raise AdapterError(f"adapter {adapter!r} describes the tokens from {known.image_module!r} in two ways")
-    return {name: (_find_module(found, adapter, name), source) for name, source in by_name.items()}
+def _find_watched(found: Inventory, adapter: str, sources: Mapping[Source, Sequence[str]]) -> dict[Source, tuple[nn.Module, bool]]:
+    watched: dict[Source, tuple[nn.Module, bool]] = {}
+    for source, sites in sources.items():
+        if (name := source.module) is not None:
+            inside = any(not name or site.startswith(f"{name}.") for site in sites)
+            watched[source] = _find_module(found, adapter, name), inside
+    return watched
 
 
 def _resolve_filter(config: Lite3RConfig, linears: Sequence[BlockLinear], model: str) -> Lite3RConfig:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..adapter.layouts import LayoutFunction
+from ..attention.module import SparseLinearAttention
 from ..attention.state import CallCounts, ModelState
 from ..config import Lite3RConfig, Precision
 from ..fp8.linear import Fp8Linear
@@ -28,9 +30,11 @@ class SiteDescription:
     Attributes:
         fqn: Its fully qualified name.
         scope: Its scope, as in `AttentionSite`.
-        sparse: False where it stays dense and only has its norm and rotary embedding fused.
+        sparse: False where it stays dense and only has its norm and rotary embedding fused, and where it is left to the host.
         keep_ratio: In (0, 1]; 1 where it stays dense.
         calls: What ran so far.
+        left: Why the host's own code runs in every call; None where it does not.
+        pinned: What is always kept, whatever the keep ratio says: ``"special tokens"``, ``"reference view"``.
     """
 
     fqn: str
@@ -38,6 +42,8 @@ class SiteDescription:
     sparse: bool
     keep_ratio: float
     calls: CallCounts
+    left: str | None = None
+    pinned: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,7 @@ class Description:
             training; ``"fp8"``, in FP8, be it not all of them.
         sites: The swapped sites.
         skipped: Sites that were not swapped, with the reason.
+        routed: Swapped sites whose q, k and v the host's own code makes although its adapter describes how, with the reason.
         rewritten: Exact rewrites of the model's own code, in words.
         not_rewritten: Those that were left out, with the reason.
         branch_parameters: Parameters of the linear branches.
@@ -75,6 +82,7 @@ class Description:
     phase: Precision
     sites: tuple[SiteDescription, ...]
     skipped: dict[str, str]
+    routed: dict[str, str]
     rewritten: tuple[str, ...]
     not_rewritten: dict[str, str]
     branch_parameters: int
@@ -92,29 +100,7 @@ class Description:
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
-        config = self.config
-        sparse = [s for s in self.sites if s.sparse]
-        lines = [f"Lite3R on {self.model} (adapter {self.adapter!r})"]
-        for scope, ratio in sorted({(s.scope, s.keep_ratio) for s in sparse}):
-            count = sum((s.scope, s.keep_ratio) == (scope, ratio) for s in sparse)
-            lines.append(
-                f"  {count} {scope} sites sparse-linear: keep_ratio {ratio:g}, "
-                + (f"negligible_ratio {config.negligible_ratio:g}, " if config.negligible_ratio else "")
-                + f"blocks {config.block_q} x {config.block_k}, "
-                f"linear branch {config.linear_branch} ({config.feature_map}), block means {_on(config.block_means)}"
-            )
-        pinned = {"none": "nothing", "special": "special tokens", "reference": "special tokens, reference view"}[config.pin]
-        lines.append(f"  always kept: {pinned}; backend {config.attention_backend}")
-        for scope, count in sorted(Counter(s.scope for s in self.sites if not s.sparse).items()):
-            lines.append(f"  {count} {scope} sites dense, norm and rotary embedding fused")
-        for reason, count in Counter(self.skipped.values()).items():
-            lines.append(f"  {count} sites untouched: {reason}")
-        lines += [f"  rewritten exactly: {words}" for words in self.rewritten]
-        lines += [f"  not rewritten: {words}, because {reason}" for words, reason in self.not_rewritten.items()]
-        densities = [s.calls.density for s in sparse if s.calls.density is not None]
-        calls = sum(s.calls.sparse for s in sparse), sum(s.calls.dense for s in sparse)
-        ran = f"calls so far: {calls[0]} sparse, {calls[1]} dense (where sparse does not pay)"
-        lines.append(f"  {ran}" + (f", density of the last {max(densities):.3f}" if densities else ""))
+        lines = [f"Lite3R on {self.model} (adapter {self.adapter!r})", *(f"  {line}" for line in self._of_sites())]
         if any(kind != FULL_PRECISION for kind in self.linears):
             lines.append(f"  Linears: {', '.join(f'{count} {kind}' for kind, count in self.linears.items())}")
             lines.append(f"  infinities saturated so far: {self.infinities}")
@@ -131,6 +117,42 @@ class Description:
             + ("" if self.peak_bytes is None else f"; peak on this GPU {self.peak_bytes / 2**20:.1f} MiB")
         )
         return "\n".join(lines)
+
+    def _of_sites(self) -> Iterator[str]:
+        """What runs where, and what ran."""
+        config = self.config
+        sparse = [s for s in self.sites if s.sparse and s.left is None]
+        shortened = [s for s in sparse if s.keep_ratio < 1]
+        for (scope, ratio), count in sorted(Counter((s.scope, s.keep_ratio) for s in shortened).items()):
+            yield (
+                f"{count} {scope} sites sparse-linear: keep_ratio {ratio:g}, "
+                + (f"negligible_ratio {config.negligible_ratio:g}, " if config.negligible_ratio else "")
+                + f"blocks {config.block_q} x {config.block_k}, "
+                f"linear branch {config.linear_branch} ({config.feature_map}), block means {_on(config.block_means)}"
+            )
+        if shortened:
+            pinned = dict.fromkeys(what for site in shortened for what in site.pinned)
+            yield f"always kept: {', '.join(pinned) or 'nothing'}; backend {config.attention_backend}"
+        branch = ", and the linear branch over all tokens" if config.linear_branch == "all" else ""
+        yield from _counted((s for s in sparse if s.keep_ratio == 1), lambda s: f"{s.scope} sites dense: keep_ratio 1{branch}")
+        dense = (s for s in self.sites if not s.sparse and s.left is None)
+        yield from _counted(dense, lambda s: f"{s.scope} sites dense, norm and rotary embedding fused")
+        left = (s for s in self.sites if s.left is not None)
+        yield from _counted(left, lambda s: f"{s.scope} sites dense, in the host's own code: {s.left}")
+        for reasons, what in ((self.skipped, "untouched"), (self.routed, "have q, k and v made by the host's own code")):
+            for reason, count in Counter(reasons.values()).items():
+                yield f"{count} sites {what}: {reason}"
+        yield from (f"rewritten exactly: {words}" for words in self.rewritten)
+        yield from (f"not rewritten: {words}, because {reason}" for words, reason in self.not_rewritten.items())
+        densities = [s.calls.density for s in sparse if s.calls.density is not None]
+        calls = sum(s.calls.sparse for s in sparse), sum(s.calls.dense for s in sparse)
+        ran = f"calls so far: {calls[0]} sparse, {calls[1]} dense" + (" (where sparse does not pay)" if shortened else "")
+        yield ran + (f", density of the last {max(densities):.3f}" if densities else "")
+        at_host = (s for s in self.sites if s.left is None and s.calls.host)
+        yield from _counted(at_host, lambda s: f"{s.scope} sites ran calls dense in the host's own code: {s.calls.reason}")
+        never = [s for s in self.sites if not _ran(s)]
+        if len(never) < len(self.sites):
+            yield from _counted(never, lambda s: f"{s.scope} sites never ran so far")
 
 
 def describe(model: nn.Module) -> Description:
@@ -157,8 +179,9 @@ def describe(model: nn.Module) -> Description:
         adapter=state.adapter,
         config=state.config,
         phase="fp8" if found.converted else state.phase,
-        sites=tuple(SiteDescription(fqn, m.site.scope, m.sparse, m.keep_ratio, m.calls) for fqn, m in attention.items()),
+        sites=tuple(_described(fqn, module) for fqn, module in attention.items()),
         skipped=dict(state.skipped),
+        routed=dict(state.routed),
         rewritten=state.rewritten,
         not_rewritten=dict(state.not_rewritten),
         branch_parameters=sum(branch.values()),
@@ -183,6 +206,28 @@ def describe(model: nn.Module) -> Description:
             *(note for notes in state.notes.values() for note in notes),
         ),
     )
+
+
+def _counted(sites: Iterable[SiteDescription], words: Callable[[SiteDescription], str]) -> Iterator[str]:
+    """What is true of several sites, with their number."""
+    return (f"{count} {what}" for what, count in sorted(Counter(map(words, sites)).items()))
+
+
+def _ran(site: SiteDescription) -> bool:
+    return any((site.calls.sparse, site.calls.dense, site.calls.host, site.calls.disabled))
+
+
+def _described(fqn: str, module: SparseLinearAttention) -> SiteDescription:
+    return SiteDescription(fqn, module.site.scope, module.sparse, module.keep_ratio, module.calls, module.left, _pinned(module))
+
+
+def _pinned(module: SparseLinearAttention) -> tuple[str, ...]:
+    """What `SparseLinearAttention` always keeps there."""
+    tokens, pin = module.site.tokens, module.state.config.pin
+    if not module.sparse or module.left is not None or module.keep_ratio == 1 or tokens is None or pin == "none":
+        return ()
+    special = ("special tokens",) if isinstance(tokens, LayoutFunction) or tokens.has_special_tokens else ()
+    return special + (("reference view",) if pin == "reference" and module.site.scope == "global" else ())
 
 
 def _interrupted(found: Inventory, state: ModelState) -> Iterator[str]:

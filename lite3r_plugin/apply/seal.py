@@ -36,6 +36,7 @@ _TYPES: dict[str, type] = {
     "fp8_biases": list,
     "tensors": dict,
     "whole": bool,
+    "changed": list,
 }
 
 
@@ -96,9 +97,19 @@ def read_sealed(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise CheckpointError(f"{directory / WEIGHTS_NAME} is damaged, or not of save_lite3r: it does not say what it holds; {AGAIN}")
     if tied != text:
         raise CheckpointError(_two_saves(directory, json.loads(tied), tensors))
-    if problem := _broken(record["tensors"], tensors):
+    if problem := broken(record["tensors"], tensors):
         raise CheckpointError(f"{directory / WEIGHTS_NAME} is damaged or was changed: {problem}; {AGAIN}")
     return record, tensors
+
+
+def broken(expected: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str | None:
+    """What tells that the tensors are not those whose `seals` are `expected`, or None."""
+    if other := sorted(set(expected) ^ set(tensors)):
+        return f"{other[0]!r} is missing, or extra"
+    for name, tensor in tensors.items():
+        if same_text(_seal(tensor)) != same_text(expected[name]):
+            return f"{name!r} has another checksum, dtype or shape than was saved"
+    return None
 
 
 def _seal(tensor: Tensor) -> dict[str, Any]:
@@ -108,19 +119,9 @@ def _seal(tensor: Tensor) -> dict[str, Any]:
     return {"dtype": str(tensor.dtype), "shape": list(tensor.shape), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def _broken(expected: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str | None:
-    """What tells that the tensors are not those that were sealed, or None."""
-    if other := sorted(set(expected) ^ set(tensors)):
-        return f"{other[0]!r} is missing, or extra"
-    for name, tensor in tensors.items():
-        if same_text(_seal(tensor)) != same_text(expected[name]):
-            return f"{name!r} has another checksum, dtype or shape than was saved"
-    return None
-
-
 def _two_saves(directory: Path, other: Any, tensors: Mapping[str, Tensor]) -> str:
     sealed = other.get("tensors") if isinstance(other, dict) else None
-    problem = _broken(sealed, tensors) if isinstance(sealed, dict) else "its metadata is no record"
+    problem = broken(sealed, tensors) if isinstance(sealed, dict) else "its metadata is no record"
     start = f"{CONFIG_NAME} and {WEIGHTS_NAME} in {directory} do not belong together"
     if problem:
         return f"{start}, and the weights are damaged: {problem}; {AGAIN}"
@@ -166,5 +167,6 @@ def _check_fields(record: Any, path: Path) -> None:
     shapes = record["fp8"].values()
     if not all(type(s) is list and len(s) == 2 and all(type(size) is int for size in s) for s in shapes):
         raise CheckpointError(f"{path} is damaged: 'fp8' holds something else than shapes of weights; {AGAIN}")
-    if not all(type(name) is str for name in record["fp8_biases"]):
-        raise CheckpointError(f"{path} is damaged: 'fp8_biases' holds something else than names; {AGAIN}")
+    for name in ("fp8_biases", "changed"):
+        if not all(type(value) is str for value in record[name]):
+            raise CheckpointError(f"{path} is damaged: {name!r} holds something else than names; {AGAIN}")

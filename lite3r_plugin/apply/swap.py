@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -22,7 +23,7 @@ from ..fp8.qat import FakeQuantLinear
 from ..runtime.fast import FastForward
 from ..runtime.half import HalfWeights
 from ..runtime.rewrites import take_out as take_out_rewrites
-from ..tokens.tracker import GridTracker
+from ..tokens.tracker import LayoutTracker
 from ..wrapper import Changes, HostWrapper, RewrittenModule, replace_modules
 from .lookup import Inventory
 from .plan import ApplyPlan, ConversionPlan, left_linears
@@ -34,12 +35,12 @@ def put_in(plan: ApplyPlan, changes: Changes) -> ModelState:
     Everything is made before anything is put in.
     """
     state = ModelState(
-        plan.adapter, plan.config, phase="full" if plan.training is None else "fp8_qat", skipped=dict(plan.skipped), sites=plan.sites,
-        blocks=plan.blocks, hosts=tuple(swap.host for swap in plan.swaps),
-        trackers={name: GridTracker(source) for name, (_, source) in plan.image_modules.items()},
+        plan.adapter, plan.config, phase="full" if plan.training is None else "fp8_qat", skipped=dict(plan.skipped),
+        routed=dict(plan.routed), sites=plan.sites, blocks=plan.blocks, hosts=tuple(swap.host for swap in plan.swaps),
+        trackers={source: LayoutTracker(source, around) for source, (_, around) in plan.watched.items()},
         rewrites=tuple(plan.rewrites.made.values()), rewritten=plan.rewrites.done, not_rewritten=plan.rewrites.left,
     )  # fmt: skip
-    made = {swap.host: SparseLinearAttention(swap.host, swap.site, state, swap.sparse) for swap in plan.swaps}
+    made = {swap.host: SparseLinearAttention(swap.host, swap.site, state, swap.sparse, swap.left) for swap in plan.swaps}
     rounding: dict[nn.Module, nn.Module] = {linear: FakeQuantLinear(linear) for linear in plan.training or ()}
     if plan.training is not None:
         state.notes["left"] = _left(left_linears(plan.linears, plan.config))
@@ -48,8 +49,8 @@ def put_in(plan: ApplyPlan, changes: Changes) -> ModelState:
     replace_modules(changes, plan.found.modules, made)  # first: as long as anything is left in, there is one to be found
     replace_modules(changes, plan.found.modules, rounding)
     plan.rewrites.put_in(changes, plan.found.modules)
-    for name, tracker in state.trackers.items():
-        changes.make(functools.partial(tracker.attach, plan.image_modules[name][0]), tracker.detach)
+    for source, tracker in state.trackers.items():
+        changes.make(functools.partial(tracker.attach, plan.watched[source][0], plan.found.model), tracker.detach)
     return state
 
 
@@ -100,8 +101,8 @@ def take_out(found: Inventory) -> None:
     with Changes() as changes:
         take_out_lora(changes, found)
         for tracker in [tracker for state in found.states for tracker in state.trackers.values()]:
-            if tracker.module is not None:
-                changes.make(tracker.detach, functools.partial(tracker.attach, tracker.module))
+            if tracker.module is not None and tracker.model is not None:
+                changes.make(tracker.detach, functools.partial(tracker.attach, tracker.module, tracker.model))
         take_out_rewrites(changes, found.modules, [item for state in found.states for item in state.rewrites])
         replace_modules(changes, found.modules, {m: m.release() for m in wrappers if not isinstance(m, SparseLinearAttention)})
         replace_modules(changes, found.modules, {module: module.release() for module in found.attention.values()})
@@ -143,7 +144,9 @@ def run_in_fp8(found: Inventory, state: ModelState, left: dict[str, int], change
     changes.put(vars(state), "phase", "fp8")
     changes.put(state.notes, "left", _left(left))
     takes_fp8 = {module.site.fqn for module in found.attention.values() if module.takes_fp8}
-    fuse_blocks(changes, found.modules, state.sites, state.blocks, takes_fp8)
+    differing = fuse_blocks(changes, found.modules, state.sites, state.blocks, takes_fp8)
+    reasons = Counter(differing.values())
+    changes.put(state.notes, "blocks", [f"{count} blocks run their own forward on FP8 Linears: {why}" for why, count in reasons.items()])
 
 
 def _left(left: dict[str, int]) -> list[str]:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from ..adapter.sites import AttentionSite
 from ..attention.module import SparseLinearAttention
 from ..config import Fp8Backend, Lite3RConfig
 from ..errors import ConfigError, ConvertedError, WeightsError
@@ -32,15 +33,18 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 @torch.inference_mode(False)  # what is made here must serve outside of it
-def apply_lite3r(model: Model, config: Lite3RConfig | None = None, **fields: Any) -> Model:
+def apply_lite3r(model: Model, config: Lite3RConfig | None = None, *, sites: Sequence[AttentionSite] | None = None, **fields: Any) -> Model:
     """Make the attention of `model` sparse-linear, in place. Nothing outside this instance changes.
 
     Everything is checked before anything is changed: an error or an interruption leaves the model as it was; with
     ``precision="fp8"`` see `convert`, which comes second.
 
     Args:
-        model: Any model that an installed adapter recognises, itself or as a part of it. Any floating-point dtype, any device.
+        model: Any model that an installed adapter recognises, itself or as a part of it, or whose `sites` are given. Any
+            floating-point dtype, any device.
         config: The configuration, `Lite3RConfig()` by default.
+        sites: The attention sites of `model`, where no adapter is installed that names them, or in its place. `load_lite3r` then needs
+            them, too.
         **fields: Fields of `Lite3RConfig` to set on top of `config`.
 
     Returns:
@@ -58,7 +62,7 @@ def apply_lite3r(model: Model, config: Lite3RConfig | None = None, **fields: Any
     found = look_up(model)
     if config is not None and not isinstance(config, Lite3RConfig):
         raise ConfigError(f"config is a Lite3RConfig, got {config!r}; single fields are keywords: apply_lite3r(model, keep_ratio=0.1)")
-    plan = plan_application(found, (config or Lite3RConfig()).replace(**fields))
+    plan = plan_application(found, (config or Lite3RConfig()).replace(**fields), sites)
     if plan.fast.parts.weights != "host" and not plan.config.keep_originals:
         warnings.warn(NOT_KEPT, stacklevel=3)
     with Changes() as changes:

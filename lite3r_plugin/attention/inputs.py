@@ -1,4 +1,4 @@
-"""What every projection style hands to attention, and how it refuses what attention cannot do."""
+"""What every projection style hands to attention."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..adapter.layouts import TokenLayout
 from ..ops.qk_norm_rope import HeadNorm
 
 
@@ -19,6 +20,7 @@ class AttentionInputs:
         positions: Token coordinates ``[B, N, 2]``, or None where there is no rotary embedding.
         rope_base: Base of the axial rotary embedding that is still to be applied (`lite3r_plugin.adapter.sites.Rope2D`), or None.
         scale: What scores are multiplied by; None: ``D ** -0.5``.
+        layout: How the sequence is laid out, which the site adds; None where that is not known.
     """
 
     q: Tensor
@@ -29,11 +31,4 @@ class AttentionInputs:
     positions: Tensor | None = None
     rope_base: float | None = None
     scale: float | None = None
-
-
-def refusal(fqn: str, what: str) -> str:
-    """The message of the error for a forward of the site `fqn` that asked for `what`."""
-    return (
-        f"site {fqn!r} was given {what}, which sparse-linear attention does not support. Run it inside "
-        "lite3r_disabled(model), or leave its scope out of Lite3RConfig.scopes"
-    )
+    layout: TokenLayout | None = None

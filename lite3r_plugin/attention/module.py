@@ -8,6 +8,8 @@ always there, whole, to run the dense model or to be put back.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,16 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapter.sites import AttentionSite, TokenLayout
+from ..adapter.layouts import LayoutFunction, TokenLayout
+from ..adapter.sites import AttentionSite
 from ..costs.attention import break_even
 from ..costs.model import SparseShares
+from ..errors import LayoutError
 from ..ops.block_map import density
-from ..ops.dispatch import require_one_device, use_triton
+from ..ops.dispatch import SlowPathWarning, require_one_device, use_triton
 from ..ops.fp8 import fake_quantize
 from ..ops.qk_norm_rope import norm_rope
 from ..ops.sla import linear_attention, sparse_linear_attention
 from ..tokens.layout import pinned_tokens
-from ..tokens.tracker import GridTracker
+from ..tokens.tracker import call, checked
 from ..wrapper import Changes, HostWrapper, may_be_read
 from .branch import branch_weight, make_branch, write_branch
 from .inputs import AttentionInputs
@@ -45,6 +49,7 @@ class SparseLinearAttention(HostWrapper):
         site: Its description.
         state: What the sites of the model share.
         sparse: False for a site that stays dense and only has its norm and rotary embedding fused.
+        left: Why the host's own forward is to run in every call; None where it is not.
 
     Attributes:
         proj_lin: The ``[D, D]`` map of the linear branch, FP32, without bias, shared by all heads, zero at the start
@@ -53,11 +58,12 @@ class SparseLinearAttention(HostWrapper):
         style: How q, k and v are made.
         argument_names: The arguments of the host's forward.
         enabled: False runs the host's own forward.
+        left: As above. A site is left later, too, where its host turns out to attend several times in one forward.
         calls: What ran so far.
         te_projection: Runs `proj_lin` in TransformerEngine where gradients are wanted, or None.
     """
 
-    def __init__(self, host: nn.Module, site: AttentionSite, state: ModelState, sparse: bool) -> None:
+    def __init__(self, host: nn.Module, site: AttentionSite, state: ModelState, sparse: bool, left: str | None = None) -> None:
         super().__init__(host)
         self.site = site
         self.state = state
@@ -66,21 +72,54 @@ class SparseLinearAttention(HostWrapper):
         self.keep_ratio = state.config.keep_ratio_of(site.fqn) if sparse else 1.0
         self.shares = SparseShares.of(state.config, site.fqn)
         self.enabled = True
+        self.left = left
         self._observers: tuple[tuple[Observer], ...] = ()  # each in a tuple of its own, by which it is told from others like it
         self._substitutes: tuple[tuple[Substitute], ...] = ()
         self.calls = CallCounts()
         self.style = style_of(site, host, state.config.fuse)
         self.argument_names = self.style.argument_names
+        if sparse and left is None and not self.style.replaces and self.keep_ratio == 1 and state.config.patterns:
+            self.left = None if state.config.linear_branch == "all" else "keep_ratio 1"
         self.te_projection: Any = None
+        self._own_function = _function_of(site) if sparse else None
+        self._tracker = state.trackers.get(site.tokens) if sparse and site.tokens is not None else None
+        self._given: tuple[tuple[Any, ...], dict[str, Any]] = (), {}  # the arguments of the running forward, where that function reads them
         if sparse and state.config.linear_branch != "none":
             self.proj_lin = make_branch(host, site.head_dim)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the host's forward. Raises `UnsupportedAttentionError` for masks, causal order and attention dropout."""
-        if not self.enabled:
-            self._count("disabled")
+        """As the host's forward. What has no sparse form (masks, causal order, dropout of weights) runs in the host's own code."""
+        if not self.enabled or self.left is not None:
+            self._count("host" if self.enabled else "disabled")
+            if self._tracker is not None:
+                self._tracker.ran(self.site.fqn)
             return self.run_host(*args, **kwargs)
-        return self.style.run(self, args, kwargs)
+        if self._own_function is None:
+            return self.style.run(self, args, kwargs)
+        self._given = args, kwargs
+        try:
+            return self.style.run(self, args, kwargs)
+        finally:
+            self._given = (), {}
+
+    def note(self, reason: str) -> None:
+        """Take note that a call runs dense in the host's own code, and why; warn of each reason once."""
+        if torch.compiler.is_compiling():
+            return
+        self._count("host")
+        self.calls.reason = reason
+        if reason not in self.state.warned:
+            self.state.warned.add(reason)
+            warnings.warn(
+                f"Lite3R: site {self.site.fqn!r}, and those of which the same is true, runs dense in the host's own code: {reason}",
+                SlowPathWarning,
+                stacklevel=2,
+            )
+
+    def leave_to_host(self, reason: str) -> None:
+        """Let the host's own forward run from now on; as `note`."""
+        self.note(reason)
+        self.left = reason
 
     def child(self, name: str) -> Any:
         """The host's child of that name, as it is now."""
@@ -89,7 +128,7 @@ class SparseLinearAttention(HostWrapper):
     @property
     def takes_fp8(self) -> bool:
         """Whether its input may be in FP8 already, a `Quantized` instead of a tensor: nothing but its FP8 Linears reads it."""
-        return self.style.takes_fp8(self.child)
+        return self.left is None and self._own_function is None and self.style.takes_fp8(self.child)
 
     def round_projection(self, changes: Changes) -> None:
         """Put into `proj_lin`, for good, the weight that training for FP8 used."""
@@ -107,7 +146,18 @@ class SparseLinearAttention(HostWrapper):
             BackendError: the backend of the configuration cannot run here.
             WeightsError: weights are on the meta device, and inputs are not.
         """
+        try:
+            layout = self._layout(inputs.v.shape[-2])
+        except LayoutError:
+            if getattr(self.site.tokens, "strict", True):
+                raise
+            self.note("its tokens are not those of whole images of one size")
+            return self.dense(inputs)
+        if layout is not None:
+            inputs = dataclasses.replace(inputs, layout=layout)
         out = self._substitutes[-1][0](self, inputs) if self._substitutes else self._attend(inputs)
+        if self._tracker is not None:
+            self._tracker.watch(out)
         for (observer,) in self._observers:
             observer(self, inputs, out)
         return out
@@ -160,10 +210,18 @@ class SparseLinearAttention(HostWrapper):
     def sparse_linear(self, inputs: AttentionInputs, proj: Tensor | None) -> Tensor:
         """Sparse attention as configured, plus the linear branch through `proj` ``[D, D]``, if there is one, whatever pays.
 
-        Returns ``[B, H, N, D]``. Raises `LayoutError` as `attend`.
+        Returns ``[B, H, N, D]``.
         """
-        tracker = self._tracker()
-        return self._sparse_linear(inputs, proj, None if tracker is None else tracker.layout(self.site.fqn, inputs.v.shape[-2]))
+        config, layout = self.state.config, inputs.layout
+        order = None if layout is None else self.state.orders.get(layout, inputs.v.device)
+        return sparse_linear_attention(
+            inputs.q, inputs.k, inputs.v,
+            q_norm=inputs.q_norm, k_norm=inputs.k_norm, positions=inputs.positions, rope_base=inputs.rope_base, scale=inputs.scale,
+            keep_ratio=self.keep_ratio, negligible_ratio=config.negligible_ratio, order=order,
+            pinned_tokens=self._pinned(layout), linear="none" if proj is None else config.linear_branch, proj=proj,
+            feature_map=config.feature_map, block_means=config.block_means,
+            block_q=config.block_q, block_k=config.block_k, backend=config.attention_backend,
+        )  # fmt: skip
 
     @property
     def is_watched(self) -> bool:
@@ -198,35 +256,16 @@ class SparseLinearAttention(HostWrapper):
     def _attend(self, inputs: AttentionInputs) -> Tensor:
         if self.sparse and self.state.config.attention_backend == "triton":
             use_triton("triton", inputs.v)  # raises also where this length runs dense
-        tracker = self._tracker()
-        out = self._by_policy(inputs, None if tracker is None else tracker.layout(self.site.fqn, inputs.v.shape[-2]))
-        if tracker is not None:
-            tracker.watch(out)
-        return out
-
-    def _by_policy(self, inputs: AttentionInputs, layout: TokenLayout | None) -> Tensor:
         config, tokens = self.state.config, inputs.v.shape[-2]
-        proj, pinned = self._projection(inputs.v), self._pinned(layout)
+        proj, pinned = self._projection(inputs.v), self._pinned(inputs.layout)
         if not self.pays(inputs.v, pinned):
             self._count("dense")
             return self.dense(inputs, proj if self.keep_ratio == 1 and config.linear_branch == "all" else None)
         if not torch.compiler.is_compiling():
             self._count("sparse", density(tokens, self.keep_ratio, pinned, config.block_q, config.block_k))
         if self._trains_in_te():
-            return self._sparse_linear(inputs, None, layout) + self._branch_in_te(inputs)
-        return self._sparse_linear(inputs, proj, layout)
-
-    def _sparse_linear(self, inputs: AttentionInputs, proj: Tensor | None, layout: TokenLayout | None) -> Tensor:
-        config, tracker = self.state.config, self._tracker()
-        order = None if tracker is None or layout is None else tracker.orders.get(layout, inputs.v.device)
-        return sparse_linear_attention(
-            inputs.q, inputs.k, inputs.v,
-            q_norm=inputs.q_norm, k_norm=inputs.k_norm, positions=inputs.positions, rope_base=inputs.rope_base, scale=inputs.scale,
-            keep_ratio=self.keep_ratio, negligible_ratio=config.negligible_ratio, order=order,
-            pinned_tokens=self._pinned(layout), linear="none" if proj is None else config.linear_branch, proj=proj,
-            feature_map=config.feature_map, block_means=config.block_means,
-            block_q=config.block_q, block_k=config.block_k, backend=config.attention_backend,
-        )  # fmt: skip
+            return self.sparse_linear(inputs, None) + self._branch_in_te(inputs)
+        return self.sparse_linear(inputs, proj)
 
     def _trains_in_te(self) -> bool:
         return self.te_projection is not None and torch.is_grad_enabled() and may_be_read(self.proj_lin)
@@ -245,10 +284,11 @@ class SparseLinearAttention(HostWrapper):
         weight = branch_weight(self.proj_lin, like, self.site)
         return fake_quantize(weight) if self.state.phase == "fp8_qat" else weight
 
-    def _tracker(self) -> GridTracker | None:
-        if not self.sparse or self.site.tokens is None:
-            return None
-        return self.state.trackers[self.site.tokens.image_module]
+    def _layout(self, tokens: int) -> TokenLayout | None:
+        """The layout of the running forward's sequence of `tokens` tokens. Raises `LayoutError`."""
+        if self._own_function is not None:
+            return checked(call(self._own_function, *self._given), self.site.fqn, tokens)
+        return None if self._tracker is None else self._tracker.layout(self.site.fqn, tokens)
 
     def _pinned(self, layout: TokenLayout | None) -> int:
         config = self.state.config
@@ -271,6 +311,12 @@ class SparseLinearAttention(HostWrapper):
         if not torch.compiler.is_compiling():  # a changing int attribute would recompile the caller on every call
             setattr(self.calls, what, getattr(self.calls, what) + 1)
             self.calls.density = self.calls.density if share is None else share
+
+
+def _function_of(site: AttentionSite) -> LayoutFunction | None:
+    """What reads the layout from the arguments of the site's own forward, if that is where it comes from."""
+    source = site.tokens
+    return source if isinstance(source, LayoutFunction) and source.module is None else None
 
 
 def _without(items: tuple[Any, ...], item: Any) -> tuple[Any, ...]:

@@ -8,7 +8,8 @@ from torch import nn
 
 from ..adapter.sites import AttentionSite
 from ..config import Lite3RConfig, Precision
-from ..tokens.tracker import GridTracker
+from ..tokens.cache import OrderCache
+from ..tokens.tracker import LayoutTracker, Source
 from ..wrapper import RewrittenMethod, RewrittenModule
 
 
@@ -19,6 +20,8 @@ class CallCounts:
     Attributes:
         sparse: Calls that ran sparse attention.
         dense: Calls that ran dense attention, because that is faster at their length or nothing was to be dropped.
+        host: Calls that ran dense in the host's own code, which asked for what has no sparse form.
+        reason: Why the last of those did.
         disabled: Calls that ran the host's own forward, inside `lite3r_disabled`.
         density: The share of (query block, key block) pairs that were computed exactly, pinned ones included; in (0, 1].
             None before the first sparse call.
@@ -26,6 +29,8 @@ class CallCounts:
 
     sparse: int = 0
     dense: int = 0
+    host: int = 0
+    reason: str | None = None
     disabled: int = 0
     density: float | None = None
 
@@ -39,9 +44,12 @@ class ModelState:
         config: The configuration: what was asked for, in the end.
         phase: What the Linears of the transformer blocks are now: in full precision, rounded to FP8 in training, or in FP8.
         skipped: Sites that the adapter named but that were not swapped, with the reason.
-        trackers: The grid trackers, by image module.
+        routed: Sites whose q, k and v the host's own forward makes, although the adapter says how, with the reason.
+        trackers: What the watched modules were given, by the source that the sites name.
+        orders: The token orders of the model's layouts.
         sites: All sites that the adapter named.
         blocks: The transformer blocks around them, by name.
+        warned: Reasons for which sites ran in the host's own code, of which a warning was given.
         notes: What `describe` is to say besides, such as why something runs in another way than asked, by what it is about.
         hosts: The attention modules that were taken the place of.
         rewrites: What exact rewrites have put in.
@@ -56,9 +64,12 @@ class ModelState:
     config: Lite3RConfig
     phase: Precision = "full"
     skipped: dict[str, str] = field(default_factory=dict)
-    trackers: dict[str, GridTracker] = field(default_factory=dict)
+    routed: dict[str, str] = field(default_factory=dict)
+    trackers: dict[Source, LayoutTracker] = field(default_factory=dict)
+    orders: OrderCache = field(default_factory=OrderCache)
     sites: tuple[AttentionSite, ...] = ()
     blocks: dict[str, nn.Module] = field(default_factory=dict)
+    warned: set[str] = field(default_factory=set)
     notes: dict[str, list[str]] = field(default_factory=dict)
     hosts: tuple[nn.Module, ...] = ()
     rewrites: tuple[RewrittenModule | RewrittenMethod, ...] = ()

@@ -1,10 +1,28 @@
-"""`lite3r adapters`: what is installed."""
+"""`lite3r adapters`: what is installed, and where a model attends that no adapter knows."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-def adapters() -> None:
-    """List the installed model adapters, and the models that the other commands can build."""
+import typer
+
+from ..errors import InputError, short
+
+if TYPE_CHECKING:
+    from torch import nn
+
+adapters = typer.Typer(help="List the installed model adapters, or inspect a model to write one.")
+
+
+@adapters.callback(invoke_without_command=True)
+def list_installed(context: typer.Context) -> None:
+    """List the installed model adapters, and the models that the other commands can build; `inspect` helps to write one."""
+    if context.invoked_subcommand is not None:
+        return
     from rich.table import Table
     from rich.text import Text
 
@@ -25,3 +43,72 @@ def adapters() -> None:
         library = "installed" if entry.available else f"missing: {entry.install}"
         table.add_row(Text(name), Text(entry.summary), Text(entry.default_weights or ""), Text(library))
     console.print(table)
+
+
+@adapters.command()
+def inspect(
+    factory: Annotated[str, typer.Argument(help="MODEL.py:factory, or package.module:factory: a function that makes the model.")],
+    shape: Annotated[
+        str | None,
+        typer.Option("--shape", help="Of the random images, such as 1,2,3,224,224; by default what the model takes.", show_default=False),
+    ] = None,
+) -> None:
+    """Run a model on random images and print where it attends, how, and an adapter to start from.
+
+    The factory takes nothing and returns the model, or a pair of it and its inputs: a tuple, a dict of keywords, or a function that runs
+    the model that it is given.
+    """
+    from ..testing import inspect_model
+
+    size = None if shape is None else _shape(shape)
+    model, inputs = _made(factory)
+    typer.echo(str(inspect_model(model, inputs, shape=size)))
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        size = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        size = ()
+    if len(size) < 3 or min(size) < 1:
+        raise InputError(f"--shape is integers such as 1,2,3,224,224, got {text[:100]!r}")
+    return size
+
+
+def _made(factory: str) -> tuple[nn.Module, Any]:
+    """The model that `factory` makes, and its inputs, or None."""
+    from torch import nn
+
+    where, _, name = factory.rpartition(":")
+    if not where or not name.isidentifier():
+        raise InputError(f"{factory[:200]!r} names no factory: write MODEL.py:factory, or package.module:factory")
+    try:
+        function = getattr(_module(where), name, None)
+        if not callable(function):
+            raise InputError(f"{where} has no function {name!r}")
+        made = function()
+    except InputError:
+        raise
+    except Exception as error:  # of the user's file
+        raise InputError(f"{factory} failed: {short(error)}") from error
+    model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(model, nn.Module):
+        raise InputError(f"{factory} returned {type(model).__name__}: let it return a torch.nn.Module, or a pair of that and its inputs")
+    return model, inputs
+
+
+def _module(where: str) -> Any:
+    """The module of a file, which may import what lies beside it, or of that name."""
+    path = Path(where)
+    if path.suffix != ".py":
+        return importlib.import_module(where)
+    if not path.is_file():
+        raise InputError(f"there is no file {where}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.parent.resolve()))
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module

@@ -20,6 +20,7 @@ from .distill import distill
 from .evaluate import evaluate
 from .push import push
 from .reconstruct import reconstruct
+from .view import view
 
 
 class _Group(TyperGroup):
@@ -92,11 +93,12 @@ def _options(
 
 app.command()(demo)
 app.command()(reconstruct)
+app.command()(view)
 app.command()(bench)
 app.command("eval")(evaluate)
 app.command()(calibrate)
 app.command()(distill)
-app.command()(adapters)
+app.add_typer(adapters, name="adapters")
 app.command("convert-official")(convert_official)
 app.command()(push)
 

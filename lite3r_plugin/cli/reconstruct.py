@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,31 +10,51 @@ import typer
 
 from ..errors import InputError
 from .options import Config, Device, Dtype, KeepRatio, MaxBytes, MaxPixels, Model, Repeats, Weights, file_limits, lite3r_config
+from .view import Host, Port, require_viewer, serve
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from ..adapter.models import ModelEntry
     from ..evaluation import Run
+    from ..scene.export import Facts, Reconstruction
     from ..scene.metrics import DepthMetrics
 
 
 def reconstruct(
-    images_dir: Annotated[Path, typer.Argument(help="Folder with photographs of one static scene.", show_default=False)],
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            help="Photographs of one scene: a folder, files, a video, a pattern such as 'photos/**/*.jpg', a text file that lists them.",
+            show_default=False,
+        ),
+    ],
     model: Model,
-    out: Annotated[Path, typer.Option(help="The point cloud to write, *.ply. A picture is written next to it, as *.png.")] = Path(
-        "scene.ply"
-    ),
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="What to write, by its suffix: points (*.ply), points and cameras (*.glb), arrays (*.npz), transforms.json, a COLMAP "
+            "folder (*.colmap), a page to look around in (*.html); a folder gets all of them. A picture (*.png) is written beside it."
+        ),
+    ] = Path("scene.ply"),
     weights: Weights = None,
     keep_ratio: KeepRatio = None,
     config: Config = None,
     dense: Annotated[bool, typer.Option("--dense", help="Run the model as it is, without Lite3R.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Run it both ways, write both clouds, and print the difference.")] = False,
     max_views: Annotated[
-        int | None, typer.Option(min=1, help="Use at most so many photographs, evenly spread.", show_default=False)
+        int | None,
+        typer.Option(min=1, help="Use at most so many photographs, evenly spread; of a video by default 32.", show_default=False),
+    ] = None,
+    every: Annotated[
+        float | None,
+        typer.Option(help="Take a frame of each so many seconds of a video, the sharpest one.", show_default=False),
     ] = None,
     max_points: Annotated[int, typer.Option(min=1, help="Write at most so many points.")] = 1_000_000,
     drop: Annotated[float, typer.Option(min=0, max=99.9, help="Leave out this percentage of the points, the least confident ones.")] = 20.0,
+    view: Annotated[bool, typer.Option("--view", help="Serve a live page at the end, as `lite3r view` does.")] = False,
+    host: Host = "127.0.0.1",
+    port: Port = 8080,
     device: Device = "auto",
     dtype: Dtype = "auto",
     repeats: Repeats = 1,
@@ -45,18 +66,16 @@ def reconstruct(
     from ..apply.report import describe
     from ..apply.verbs import apply_lite3r
     from ..evaluation import DENSE, LITE3R, choose_device, choose_dtype, quiet, run_model
-    from ..files import check_output
-    from ..scene.images import choose_views, find_images, load_images
-    from .show import console, progress, say, table_of_runs, warn, what_ran
+    from ..scene.export import Reconstruction, check_out
+    from ..scene.inputs import load_inputs
+    from .show import console, facts_of_runs, labels, progress, say, table, warn, what_ran
 
     if dense and compare:
         raise InputError("--dense and --compare exclude each other; --compare runs the dense model too")
     options, entry, within = lite3r_config(config, keep_ratio), find_model(model), file_limits(max_pixels, max_bytes)
-    for path in _outputs(out, compare):
-        check_output(path, path.suffix if path != out else ".ply")
-    paths = choose_views(find_images(images_dir), max_views)
-    if len(paths) < entry.min_views:
-        raise InputError(f"the model {entry.name!r} needs at least {entry.min_views} images, {images_dir} gives {len(paths)}")
+    if view:
+        require_viewer()
+    check_out(out, (DENSE, LITE3R) if compare else (DENSE,) if dense else (LITE3R,))
     where = choose_device(device)
     number = choose_dtype(dtype, where)
 
@@ -65,7 +84,8 @@ def reconstruct(
     with progress() as bar:
         task = bar.add_task("Loading images", total=4 + compare)
         with within:
-            pictures = load_images(paths)
+            photos = load_inputs(inputs, max_views, every, entry.min_views)
+        pictures = [photo.image for photo in photos]
         views = entry.inputs(pictures).to(where)
         bar.update(task, advance=1, description=f"Building {entry.name}")
         with quiet():
@@ -80,28 +100,29 @@ def reconstruct(
             runs[LITE3R] = run_model(entry, net, views, number, repeats, warm_up)
             applied = str(describe(net))
         bar.update(task, advance=1, description="Writing")
-        notes, errors = _describe_inputs(entry, pictures, weights), _compare(runs)
-        files = _write(out, f"{entry.name}, {len(paths)} views from {images_dir.name or images_dir}", runs, max_points, drop)
+        notes = _describe_inputs(entry, pictures, weights)
+        told = [note for note in (what_ran(runs[LITE3R].density, net, where) if applied else None,) if note]
+        height, width = views.shape[-2:]
+        conditions = f"{where}, {_name(number)}" + (f", median of {repeats}" if repeats > 1 else "")
+        title = f"{entry.name}: {len(photos)} views of {width} x {height} pixels, {conditions}"
+        facts = facts_of_runs(title, runs, _compare(runs), [*notes, *told])
+        names = tuple(photo.name for photo in photos)
+        scenes = {label: Reconstruction(run.prediction, names, drop, max_points) for label, run in labels(runs).items()}
+        files = _write(out, facts, runs, scenes)
 
     for note in notes:
         warn(note)
     if applied:
         say(applied)
-        if note := what_ran(runs[LITE3R].density, net, where):
-            warn(note)
-    height, width = views.shape[-2:]
-    count = f", median of {repeats}" if repeats > 1 else ""
-    console.print(
-        table_of_runs(f"{entry.name}: {len(paths)} views of {width} x {height} pixels, {where}, {_name(number)}{count}", runs, errors)
-    )
+    for note in told:
+        warn(note)
+    console.print(table(facts))
     if compare and where.type == "cpu" and runs[LITE3R].density != 1:
         say("On a CPU the sparse path runs in plain PyTorch operators; its time says nothing about a GPU.")
     for file, what in files.items():
         say(f"wrote {file} ({what})")
-
-
-def _outputs(out: Path, compare: bool) -> list[Path]:
-    return [out, out.with_suffix(".png"), *([out.with_suffix(".dense.ply")] if compare else [])]
+    if view:
+        serve(scenes, facts, host, port)
 
 
 def _describe_inputs(entry: ModelEntry, pictures: list[Image.Image], weights: str | None) -> list[str]:
@@ -124,22 +145,14 @@ def _compare(runs: dict[str, Run]) -> dict[str, dict[str, DepthMetrics | None]]:
     return {"depth against dense": {LITE3R: depth_error(runs[LITE3R].prediction.depth, runs[DENSE].prediction.depth, "none")}}
 
 
-def _write(out: Path, title: str, runs: dict[str, Run], max_points: int, drop: float) -> dict[Path, str]:
-    from ..evaluation import DENSE
-    from ..scene.export import point_cloud, render, save_picture, save_ply
-    from .show import labels, panels
+def _write(out: Path, facts: Facts, runs: Mapping[str, Run], scenes: Mapping[str, Reconstruction]) -> dict[Path, str]:
+    from ..scene.export import picture_path, render, save, save_picture
+    from .show import panels
 
-    files: dict[Path, str] = {}
-    looks = []
-    for (name, run), label in zip(runs.items(), labels(runs), strict=True):
-        cloud = point_cloud(run.prediction, drop, max_points)
-        path = out.with_suffix(".dense.ply") if name == DENSE and len(runs) > 1 else out
-        save_ply(cloud, path)
-        files[path] = f"{len(cloud.points):,} points, {label}"
-        looks.append((f"points, {label}", render(cloud)))
-    save_picture(out.with_suffix(".png"), panels(runs), title, looks)
-    files[out.with_suffix(".png")] = "views, depth and points"
-    return files
+    files = save(out, scenes, facts)
+    picture = picture_path(out)
+    save_picture(picture, panels(runs), facts.title, [(f"points, {label}", render(scene.cloud)) for label, scene in scenes.items()])
+    return {**files, picture: "views, depth and points"}
 
 
 def _name(dtype: object) -> str:

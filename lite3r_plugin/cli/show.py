@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ..evaluation import Run
-    from ..scene.export import Panel
+    from ..scene.export import Facts, Panel
     from ..scene.metrics import DepthMetrics
 
 NOTHING_SPARSE = "nothing sparse"
@@ -58,17 +58,29 @@ def labels(runs: Mapping[str, Run]) -> dict[str, Run]:
     return {NOTHING_SPARSE if run.density == 1 else name: run for name, run in runs.items()}
 
 
-def table_of_runs(title: str, runs: Mapping[str, Run], errors: Mapping[str, Mapping[str, DepthMetrics | None]]) -> Table:
+def facts_of_runs(
+    title: str, runs: Mapping[str, Run], errors: Mapping[str, Mapping[str, DepthMetrics | None]], notes: Iterable[str] = ()
+) -> Facts:
     """Time, density and memory of runs by name, and their depth errors by what they are compared with."""
-    table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column("")
-    for header in ("time", "density", "peak memory", *(f"{what}\nmean / p95 / max" for what in errors)):
-        table.add_column(header, justify="right", no_wrap=header == "time")
+    from ..scene.export import Facts
+
+    columns = ("", "time", "density", "peak memory", *(f"{what}\nmean / p95 / max" for what in errors))
+    rows = []
     for (name, run), label in zip(runs.items(), labels(runs), strict=True):
-        row = [_seconds(run), "1 (dense)" if run.density is None else f"{run.density:.2f}", _bytes(run.peak_bytes)]
-        row += [_error(column.get(name)) for column in errors.values()]
-        table.add_row(label, *row)
-    return table
+        row = [label, _seconds(run), "1 (dense)" if run.density is None else f"{run.density:.2f}", _bytes(run.peak_bytes)]
+        rows.append((*row, *(_error(column.get(name)) for column in errors.values())))
+    return Facts(title, columns, tuple(rows), tuple(notes))
+
+
+def table(facts: Facts) -> Table:
+    """Facts for the terminal, without their notes."""
+    found = Table(title=facts.title, title_justify="left", title_style="bold")
+    found.add_column("")
+    for header in facts.columns[1:]:
+        found.add_column(header, justify="right", no_wrap=header == "time")
+    for row in facts.rows:
+        found.add_row(*row)
+    return found
 
 
 def depth_error(predicted: Tensor, reference: Tensor, align: Literal["scene", "none"]) -> DepthMetrics | None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapter.sites import AttentionSite, PreNormBlock
@@ -29,11 +30,12 @@ class Fp8Block(HostWrapper):
         host: The block.
         site: The attention site inside it, with its `block`.
         attention_takes_fp8: Whether the attention's input may be in FP8 already.
+        passed: Arguments of the block that go to the attention under the same names; with others the host's own forward runs.
     """
 
     parts: tuple[tuple[nn.Module, str, nn.Module], ...] = ()
 
-    def __init__(self, host: nn.Module, site: AttentionSite, attention_takes_fp8: bool) -> None:
+    def __init__(self, host: nn.Module, site: AttentionSite, attention_takes_fp8: bool, passed: frozenset[str]) -> None:
         super().__init__(host)
         assert site.block is not None
         self.block: PreNormBlock = site.block
@@ -42,9 +44,7 @@ class Fp8Block(HostWrapper):
         self.argument_names: tuple[str, ...] = argument_names(host) or ()
         # Whoever wraps or watches a module inside is to see it called, with tensors.
         self.parts = tuple((parent, name, child) for parent in host.modules() for name, child in parent.named_children())
-        attention = self.get_submodule(self.attention)
-        # Of a site the signature says nothing; it remembers its host's.
-        self.attention_arguments = set(getattr(attention, "argument_names", None) or argument_names(attention) or ())
+        self.passed = passed
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the host's forward."""
@@ -52,7 +52,7 @@ class Fp8Block(HostWrapper):
         x = given.pop(self.argument_names[0])
         given = {name: value for name, value in given.items() if value is not None and value is not False}
         attention = self.get_submodule(self.attention)
-        if not isinstance(x, Tensor) or self.training or not given.keys() <= self.attention_arguments:
+        if not isinstance(x, Tensor) or self.training or not given.keys() <= self.passed:
             return self.run_host(*args, **kwargs)
         wants_grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
         if wants_grad or not self._readable() or not (torch.compiler.is_compiling() or self._untouched(attention)):
@@ -92,6 +92,32 @@ class Fp8Block(HostWrapper):
         x, rows = passes(x).residual_norm_quantize(x, update, gain1, norm2.weight, norm2.bias, norm2.eps, up.infinities)
         update = mlp(rows, up, down, block.activation)
         return x + update if gain2 is None else torch.addcmul(x, update, gain2)
+
+
+def block_forward(host: nn.Module, site: AttentionSite, x: Tensor, **given: Any) -> Tensor:
+    """The definition of `PreNormBlock`: the parts of `host` put together as `site.block` says.
+
+    Args:
+        host: The block.
+        site: The site inside it; its `block` is not None.
+        x: ``[B, N, C]``.
+        **given: Further arguments of the block, which go to the attention.
+
+    Returns:
+        ``[B, N, C]``.
+    """
+    block = site.block
+    assert block is not None
+    gains = [1.0 if name is None else host.get_parameter(name) for name in (block.gain1, block.gain2)]
+    norm1, norm2, up, down = (host.get_submodule(name) for name in (block.norm1, block.norm2, block.up, block.down))
+    x = x + gains[0] * host.get_submodule(site.fqn[len(block.fqn) + 1 :])(norm1(x), **given)
+    hidden = up(norm2(x))
+    if block.activation == "swiglu":
+        gate, value = hidden.chunk(2, -1)
+        hidden = F.silu(gate) * value
+    else:
+        hidden = F.gelu(hidden, approximate="tanh" if block.activation == "gelu_tanh" else "none")
+    return x + gains[1] * down(hidden)
 
 
 def mlp(x: Quantized, up: Fp8Linear, down: Fp8Linear, activation: str) -> Tensor:

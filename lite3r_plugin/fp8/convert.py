@@ -18,6 +18,7 @@ from . import backends
 from .block import Fp8Block, why_not_fused
 from .blocks import BlockLinear
 from .linear import Fp8Linear
+from .trial import BlockTrials
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # of weights that FP8 can be made of
 
@@ -132,7 +133,7 @@ def fuse_blocks(
     sites: Iterable[AttentionSite],
     blocks: Mapping[str, nn.Module],
     takes_fp8: Container[str],
-) -> None:
+) -> dict[str, str]:
     """Put a new `Fp8Block` in the place of every block that a site describes and that has what it needs.
 
     Those that are there already are put out: a fused block is of the modules that it was made around.
@@ -143,12 +144,23 @@ def fuse_blocks(
         sites: All its sites.
         blocks: Its blocks that FP8 is about, by name.
         takes_fp8: Names of the sites that take an input in FP8.
+
+    Returns:
+        The names of described blocks that run as they are, on FP8 Linears, because they do something else, with the reason.
     """
     replace_modules(changes, modules, {module: module.release() for module in modules.values() if isinstance(module, Fp8Block)})
     made: dict[nn.Module, nn.Module] = {}
+    differing: dict[str, str] = {}
+    trials = BlockTrials()
     for site in sites:
         if site.block is None or (host := blocks.get(site.block.fqn)) is None:
             continue
-        if why_not_fused(host, site.block) is None:
-            made[host] = Fp8Block(host, site, site.fqn in takes_fp8)
+        if why_not_fused(host, site.block) is not None:
+            continue
+        verdict = trials.of(site, host)
+        if verdict.refused is None:
+            made[host] = Fp8Block(host, site, site.fqn in takes_fp8, verdict.passed)
+        else:
+            differing[site.block.fqn] = verdict.refused
     replace_modules(changes, modules, made)
+    return differing

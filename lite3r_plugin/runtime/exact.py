@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapter.rewrites import ExactRewrite, Trial
+from ..adapter.trials import like
 from ..errors import AdapterError, InputError
 from ..wrapper import TABLES, RewrittenMethod, RewrittenModule, has_forward_hooks, host_of, is_plain_tensor
 from .values import exchanged
@@ -284,33 +285,6 @@ class NotKept:
 
 
 # Copies for trials
-
-
-def like(module: nn.Module, **children: nn.Module) -> Any:
-    """A small copy of a module for a trial, in FP32 on the CPU, of the same class, with these children and none else.
-
-    Parameters and buffers of the module itself become random numbers, other attributes copies.
-    """
-    copied = copy.copy(module)
-    generator = torch.Generator("cpu").manual_seed(0)
-    shared = {id(inside): inside for inside in module.modules()}
-    for name, value in vars(module).items():
-        if name in TABLES:
-            vars(copied)[name] = copy.copy(value)
-        elif name not in ("forward", "_compiled_call_impl"):
-            vars(copied)[name] = copy.deepcopy(value, dict(shared))
-    for table in TABLES:
-        if "hooks" in table:
-            vars(copied)[table] = type(vars(copied)[table])()
-    tables: tuple[Any, ...] = (copied._parameters, copied._buffers)
-    for table in tables:
-        for name, tensor in table.items():
-            if tensor is not None and tensor.is_floating_point():
-                values = torch.rand(tensor.shape, generator=generator, device="cpu", dtype=torch.float32) + 0.5
-                table[name] = nn.Parameter(values, requires_grad=False) if isinstance(tensor, nn.Parameter) else values
-    copied._modules = dict(children)
-    copied.training = False
-    return copied
 
 
 def without_weights(module: nn.Module, instead: Mapping[nn.Module, nn.Module]) -> Any:

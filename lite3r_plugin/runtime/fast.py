@@ -98,7 +98,7 @@ class FastForward(RewrittenMethod):
         if self.state.phase == "fp8_qat":
             self.graphs.pass_by("Linears are rounded to FP8 anew when their weights change: call convert(model) when they have learned")
             return self._tuned(*args, **kwargs)
-        hooks = [tracker.observe for tracker in self.state.trackers.values()]
+        hooks = [hook for tracker in self.state.trackers.values() for hook in tracker.hooks]
         return self.graphs.call(self.module, self._tuned, hooks, args, kwargs)
 
     def _is_plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

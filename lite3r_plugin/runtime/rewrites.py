@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..adapter.plugins import find_rewrites
 from ..adapter.rewrites import ExactRewrite, Trial
+from ..adapter.trials import require_equal, trial
 from ..errors import AdapterError, Lite3RError, short
 from ..wrapper import Changes, RewrittenMethod, RewrittenModule, replace_modules
-
-TOLERANCE = 1e-5  # of the largest number of an output: FP32 with room for another order of sums
 
 Rewritten = RewrittenModule | RewrittenMethod
 
@@ -126,7 +123,7 @@ def _make(rewrite: ExactRewrite, module: nn.Module | None) -> Rewritten:
     if not fits and not (isinstance(made, RewrittenModule) and rewrite.method == "forward" and rewrite.fqn):
         raise AdapterError(f"its adapter made a {type(made).__name__}, which cannot take the place of {rewrite.method}")
     if rewrite.trial is not None:
-        with torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
+        with trial():
             _compare(rewrite, rewrite.trial(module))
     return made
 
@@ -137,37 +134,4 @@ def _compare(rewrite: ExactRewrite, trial: Trial) -> None:
     host = getattr(trial.module, rewrite.method)
     for inputs in trial.inputs:
         own, copies = ([x.clone() if isinstance(x, Tensor) else x for x in inputs] for _ in range(2))
-        expected, found = (list(_leaves(call(*arguments))) for call, arguments in ((host, own), (rewritten, copies)))
-        if len(expected) != len(found):
-            raise AdapterError(f"it differs from the host's own {rewrite.method}, which gives {len(expected)} values and not {len(found)}")
-        for a, b in zip(expected, found, strict=True):
-            _compare_values(rewrite, a, b)
-
-
-def _compare_values(rewrite: ExactRewrite, expected: Any, found: Any) -> None:
-    own = f"it differs from the host's own {rewrite.method}"
-    if not isinstance(expected, Tensor) or not isinstance(found, Tensor):
-        if type(expected) is not type(found) or expected != found:
-            raise AdapterError(f"{own}, which gives {expected!r} and not {found!r}")
-        return
-    if (expected.shape, expected.dtype) != (found.shape, found.dtype):
-        raise AdapterError(f"{own}, which gives {_kind(expected)} and not {_kind(found)}")
-    difference = (expected.double() - found.double()).abs().max().item() if expected.numel() else 0.0
-    largest = expected.double().abs().max().item() if expected.numel() else 0.0
-    if not difference <= TOLERANCE * max(largest, 1e-30):
-        raise AdapterError(f"{own} by {difference:.2g}, where the largest number is {largest:.2g}")
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    """What is inside of lists, tuples and mappings, in order."""
-    if isinstance(value, Mapping):
-        value = [item for pair in value.items() for item in pair]
-    if isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _leaves(item)
-    else:
-        yield value
-
-
-def _kind(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+        require_equal(host(*own), rewritten(*copies), f"the host's own {rewrite.method}")

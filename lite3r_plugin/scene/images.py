@@ -79,11 +79,6 @@ def has_images(folder: Path) -> bool:
         return False
 
 
-def choose_views(paths: Sequence[Path], max_views: int | None) -> list[Path]:
-    """At most `max_views` of `paths`, evenly spread, the first one included."""
-    return spread(paths, max_views)
-
-
 def spread(items: Sequence[T], most: int | None) -> list[T]:
     """At most `most` of `items`, evenly spread, the first one included."""
     if most is None or len(items) <= most:
@@ -106,7 +101,7 @@ def opened(path: Path, pixels: bool = True) -> Iterator[Image.Image]:
     try:
         with _decoder(path) as file:
             if (count := file.width * file.height) > allowed:
-                raise InputError(f"{path} has {count:,} pixels, {_too_many(allowed)}")
+                raise InputError(f"{path} has {count:,} pixels, {too_many(allowed)}")
             if pixels:
                 file.load()
             if pixels and file.format in SEVERAL and (count := getattr(file, "n_frames", 1)) > 1:
@@ -115,7 +110,7 @@ def opened(path: Path, pixels: bool = True) -> Iterator[Image.Image]:
     except (InputError, Warning):
         raise
     except Image.DecompressionBombError as error:
-        raise InputError(f"{path} has {_too_many(allowed)}") from error
+        raise InputError(f"{path} has {too_many(allowed)}") from error
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error ...
         why = "its content is of no kind that is read here" if isinstance(error, UnidentifiedImageError) else shown(str(error), 200)
         raise InputError(f"{path} cannot be read as an image ({why}); replace it or take it out of the folder") from error
@@ -186,6 +181,11 @@ def to_tensor(images: Sequence[Image.Image]) -> Tensor:
     return pixels.div_(255)
 
 
+def to_image(pixels: Tensor) -> Image.Image:
+    """Pixels ``[H, W, 3]`` in [0, 1] as 8-bit RGB."""
+    return Image.fromarray((pixels * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy())
+
+
 def crop_centre(image: Image.Image, width: int, height: int) -> Image.Image:
     """The middle `width` x `height` pixels of an image that is at least as large."""
     left, top = (image.width - width) // 2, (image.height - height) // 2
@@ -217,7 +217,7 @@ def _eight_bits(values: np.ndarray, path: Path) -> np.ndarray:
     return (values // 257).astype(np.uint8)
 
 
-def _too_many(allowed: int) -> str:
+def too_many(allowed: int) -> str:
     return f"more than the {allowed:,} that are read; make it smaller, or {MORE_PIXELS}"
 
 

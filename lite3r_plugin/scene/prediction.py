@@ -58,6 +58,18 @@ class Prediction:
         """S."""
         return self.depth.shape[0]
 
+    def moved(self, scale: float, rotation: Tensor, translation: Tensor) -> Prediction:
+        """The same scene after ``x -> scale * rotation @ x + translation``, as `lite3r_plugin.scene.metrics.fit_similarity` finds it.
+
+        Depth is in the new unit, and every camera sees what it saw.
+        """
+        rotation, translation = rotation.double(), translation.double()
+        turned = self.world_to_camera[:, :, :3].double() @ rotation.mT
+        shift = scale * self.world_to_camera[:, :, 3].double() - turned @ translation
+        points = scale * self.points.double() @ rotation.mT + translation
+        pose = torch.cat((turned, shift[:, :, None]), -1)
+        return Prediction(self.depth * scale, self.confidence, points, pose, self.intrinsics, self.images)
+
     def geometry(self) -> Geometry:
         """Depth and cameras, as `lite3r_plugin.scene.metrics` measures them; points are unprojected from these."""
         return Geometry(self.depth, self.world_to_camera, self.intrinsics)

@@ -66,7 +66,7 @@ class Trainer:
         self.wrapped, *self.optimizers = self.accelerator.prepare(self.model, *make_optimizers(self.model, config, self.device))
         kinds = KINDS if config.worlds else ("rendered", "gate")
         mine = kinds[rank::processes]  # each process evaluates some kinds of scenes
-        size, scenes = (32, 2) if config.smoke else (224, config.evaluation_scenes)
+        size, scenes = (24, 1) if config.smoke else (224, config.evaluation_scenes)
         self.held_out = {kind: held_out(kind, scenes, self.device, False, config.worlds, size) for kind in mine}
         self.history: list[dict[str, Any]] = []
         self._say(f"{sum(p.numel() for p in self.model.model.parameters()) / 1e6:.1f} M parameters on {processes} x {self.device.type}")

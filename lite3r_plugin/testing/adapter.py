@@ -9,12 +9,13 @@ import functools
 import io
 import pickle
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..adapter.sites import AttentionSite
 from ..apply.lookup import lite3r_modules
 from ..apply.verbs import apply_lite3r, lite3r_disabled, remove_lite3r
 from ..attention.inputs import AttentionInputs
@@ -22,6 +23,7 @@ from ..attention.module import SparseLinearAttention
 from ..config import Lite3RConfig
 from ..errors import AdapterError, AlreadyAppliedError
 from .blocks import check_blocks
+from .layouts import check_layouts
 from .outputs import expect_equal, largest_difference, named_tensors
 
 TEST_CONFIG = Lite3RConfig(keep_ratio=0.1, dense_below=0, pin="special", attention_backend="naive", block_q=16, block_k=16)
@@ -39,6 +41,7 @@ class AdapterReport:
         dense_error: Largest difference to the dense model at ``keep_ratio=1`` (as `check_adapter` defines it).
         sparse_change: Largest difference to the dense model at the small keep ratio.
         pickled: False when pickling was not checked, because the dense model cannot be pickled either.
+        unchecked: What else could not be checked, in words.
     """
 
     adapter: str
@@ -47,6 +50,7 @@ class AdapterReport:
     dense_error: float
     sparse_change: float
     pickled: bool
+    unchecked: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         sites = " + ".join(f"{count} {scope}" for scope, count in sorted(self.scopes.items()))
@@ -54,6 +58,7 @@ class AdapterReport:
             f"adapter {self.adapter!r} is fine: {sites} sites of up to {self.tokens} tokens, error {self.dense_error:.1e} "
             f"at keep_ratio=1, change {self.sparse_change:.1e} when sparse"
             + ("" if self.pickled else " (the dense model cannot be pickled)")
+            + "".join(f"; {note}" for note in self.unchecked)
         )
 
 
@@ -62,20 +67,24 @@ def check_adapter(
     example_inputs: tuple[Any, ...] | Mapping[str, Any] | Callable[[nn.Module], Any],
     *,
     atol: float = 1e-5,
+    sites: Sequence[AttentionSite] | None = None,
     **apply_options: Any,
 ) -> AdapterReport:
-    """Check that an installed adapter describes `model` rightly; the model is left as it was.
+    """Check that an installed adapter, or `sites`, describe `model` rightly; the model is left as it was.
 
     Checked: an adapter answers and its sites exist; ``keep_ratio=1`` equals the dense model; `lite3r_disabled` and
     `remove_lite3r` are bit-exact; blocks do what is said of them; a small keep ratio runs every sparse site sparse and
-    changes the output; deepcopy, pickle and state dict give the same output again; the token layout fits the images.
+    changes the output; deepcopy, pickle and state dict give the same output again; the token layout fits the images: a few pixels are
+    changed here and there, and the token that changes most must be the one that the layout says.
 
     Args:
         model: In eval mode, with FP32 (or FP64) parameters. Random weights and few, narrow layers are enough.
         example_inputs: Positional arguments as a tuple, keyword arguments as a mapping, or a function that runs the
-            model it is given. Two or more views of a size that is no square find the most mistakes.
+            model it is given. Two or more views of a size that is no square find the most mistakes; of several sizes where the model
+            takes them.
         atol: Largest difference to the dense model at ``keep_ratio=1``, absolute, or relative to the largest entry of
             an output tensor that has entries above 1.
+        sites: What an adapter would say of the model, in its place.
         **apply_options: Fields of `Lite3RConfig` on top of `TEST_CONFIG`, such as ``scopes=("frame",)``.
 
     Returns:
@@ -91,14 +100,16 @@ def check_adapter(
     before = _snapshot(model)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         try:
-            return _check(model, example_inputs, atol, config)
+            return _check(model, example_inputs, atol, config, sites)
         finally:
             if lite3r_modules(model):
                 remove_lite3r(model)
             _compare_snapshots(before, _snapshot(model))
 
 
-def _check(model: nn.Module, example_inputs: Any, atol: float, config: Lite3RConfig) -> AdapterReport:
+def _check(
+    model: nn.Module, example_inputs: Any, atol: float, config: Lite3RConfig, given: Sequence[AttentionSite] | None
+) -> AdapterReport:
     def run(model: nn.Module) -> dict[str, Tensor]:
         torch.manual_seed(0)  # for models that draw numbers
         return named_tensors(_call(model, example_inputs))
@@ -109,8 +120,9 @@ def _check(model: nn.Module, example_inputs: Any, atol: float, config: Lite3RCon
     expect_equal(dense, run(model), "the dense model gives two different outputs for the same input: make it deterministic first")
     pickled = _can_pickle(model)
 
-    apply_lite3r(model, config, keep_ratio=1.0)
+    apply_lite3r(model, config, sites=given, keep_ratio=1.0)
     sites = _sparse_sites(model)
+    _expect_described(model)
     error, where = largest_difference(dense, run(model))
     _expect_calls(sites, "dense")
     if not error <= atol:
@@ -119,13 +131,14 @@ def _check(model: nn.Module, example_inputs: Any, atol: float, config: Lite3RCon
             "the attention module. Look at num_heads, the norms, the rotary base and its positions, and what else its forward does; "
             "Routed() runs the host's own forward"
         )
+    unchecked = check_layouts(model, sites, run)
     with lite3r_disabled(model):
         expect_equal(dense, run(model), "lite3r_disabled is not the dense model bit for bit")
     remove_lite3r(model)
     expect_equal(dense, run(model), "remove_lite3r did not bring the dense model back bit for bit")
     check_blocks(model, next(iter(sites.values())).state.sites, run, atol)
 
-    apply_lite3r(model, config)
+    apply_lite3r(model, config, sites=given)
     adapter = next(iter(lite3r_modules(model).values())).state.adapter
     sites = _sparse_sites(model)
     with _token_counts(sites) as tokens:
@@ -148,7 +161,7 @@ def _check(model: nn.Module, example_inputs: Any, atol: float, config: Lite3RCon
     remove_lite3r(model)
     expect_equal(dense, run(model), "remove_lite3r did not bring the dense model back bit for bit")
     scopes = Counter(site.site.scope for site in sites.values())
-    return AdapterReport(adapter, dict(scopes), max(tokens.values()), error, change, pickled)
+    return AdapterReport(adapter, dict(scopes), max(tokens.values()), error, change, pickled, tuple(unchecked))
 
 
 def _check_arguments(model: nn.Module, config: Lite3RConfig) -> None:
@@ -194,9 +207,19 @@ def _sparse_sites(model: nn.Module) -> dict[str, SparseLinearAttention]:
     return {fqn: module for fqn, module in lite3r_modules(model).items() if module.sparse}
 
 
+def _expect_described(model: nn.Module) -> None:
+    """No site failed its trial."""
+    state = next(iter(lite3r_modules(model).values())).state
+    for fqn, reason in state.routed.items():
+        raise AdapterError(
+            f"site {fqn!r}: the projections do not describe the attention module: {reason}. Look at num_heads, the norms, the rotary base "
+            "and its positions, and what else its forward does; Routed() runs the host's own forward"
+        )
+
+
 def _expect_calls(sites: Mapping[str, SparseLinearAttention], kind: str) -> None:
     """Every site was called, and only as `kind`."""
-    calls = {fqn: {name: getattr(site.calls, name) for name in ("sparse", "dense", "disabled")} for fqn, site in sites.items()}
+    calls = {fqn: {name: getattr(site.calls, name) for name in ("sparse", "dense", "host", "disabled")} for fqn, site in sites.items()}
     unused = [fqn for fqn, counts in calls.items() if not any(counts.values())]
     if unused:
         raise AdapterError(
@@ -205,7 +228,8 @@ def _expect_calls(sites: Mapping[str, SparseLinearAttention], kind: str) -> None
         )
     for fqn, counts in calls.items():
         if counts[kind] == 0 or sum(counts.values()) != counts[kind]:
-            raise AdapterError(f"site {fqn!r} was to run {kind} but ran {counts}: the host calls it in a way that the site refuses")
+            reason = sites[fqn].calls.reason or "look at what runs in between"
+            raise AdapterError(f"site {fqn!r} was to run {kind} but ran {counts}: {reason}")
 
 
 @contextlib.contextmanager

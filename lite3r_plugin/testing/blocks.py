@@ -1,4 +1,4 @@
-"""The definition of `PreNormBlock` in plain torch, and whether the blocks of a model do just that."""
+"""Whether the blocks of a model do what their sites say of them."""
 
 from __future__ import annotations
 
@@ -6,38 +6,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapter.sites import AttentionSite, PreNormBlock
 from ..errors import AdapterError
+from ..fp8.block import block_forward
 from ..wrapper import argument_names
-
-
-def block_forward(host: nn.Module, site: AttentionSite, x: Tensor, **given: Any) -> Tensor:
-    """The definition of `PreNormBlock`: the parts of `host` put together as `site.block` says.
-
-    Args:
-        host: The block.
-        site: The site inside it; its `block` is not None.
-        x: ``[B, N, C]``.
-        **given: Further arguments of the block, which go to the attention.
-
-    Returns:
-        ``[B, N, C]``.
-    """
-    block = site.block
-    assert block is not None
-    gains = [1.0 if name is None else host.get_parameter(name) for name in (block.gain1, block.gain2)]
-    norm1, norm2, up, down = (host.get_submodule(name) for name in (block.norm1, block.norm2, block.up, block.down))
-    x = x + gains[0] * host.get_submodule(site.fqn[len(block.fqn) + 1 :])(norm1(x), **given)
-    hidden = up(norm2(x))
-    if block.activation == "swiglu":
-        gate, value = hidden.chunk(2, -1)
-        hidden = F.silu(gate) * value
-    else:
-        hidden = F.gelu(hidden, approximate="tanh" if block.activation == "gelu_tanh" else "none")
-    return x + gains[1] * down(hidden)
 
 
 def check_blocks(model: nn.Module, sites: Iterable[AttentionSite], run: Callable[[nn.Module], object], atol: float) -> None:

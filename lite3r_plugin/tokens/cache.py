@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapter.sites import TokenLayout
+from ..adapter.layouts import TokenLayout
 from .layout import token_order
 
 MAX_ORDERS = 32

@@ -2,26 +2,70 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from ..adapter.sites import TokenLayout
+from ..adapter.layouts import TokenLayout, Views
 from ..config import Pin
 
 TILE = 8
 
 
 def token_order(layout: TokenLayout, device: torch.device | str = "cpu") -> Tensor:
-    """Token indices ``[N]`` int32: all special tokens, then view by view the patches in tile order.
+    """Token indices ``[N]`` int32: all special tokens, then view by view, the reference view first, the patches in tile order.
 
     A view is cut into strips about `TILE` rows high. Each strip is read column by column, strips alternate between
     left to right and right to left. Any 64 consecutive patches are then an image tile of about 8 x 8, exactly so
     where the grid is a multiple of 8, without any padding. It is arithmetic on indices alone, so that a compiled graph
     serves any number of views.
     """
-    rows, columns = layout.grid
+    special: list[Tensor] = []
+    patches: list[Tensor] = []
+    reference: list[Tensor] = []
+    start, view = 0, 0
+    for part in layout.parts:
+        if isinstance(part, int):
+            special.append(torch.arange(part, device=device, dtype=torch.int32) + start)
+            start = start + part
+            continue
+        first = torch.arange(part.count, device=device, dtype=torch.int32)[:, None] * part.tokens_per_view + start  # token of each view
+        if part.special_tokens or part.trailing_tokens:
+            beside = torch.arange(part.special_tokens + part.trailing_tokens, device=device, dtype=torch.int32)
+            beside = beside + (beside >= part.special_tokens).int() * part.patches_per_view
+            special.append((first + beside).flatten())
+        tiles = first + part.special_tokens + _tile_order(part.grid, device)
+        if layout.reference and view <= layout.reference < view + part.count:  # the first one is where it belongs already
+            chosen = layout.reference - view
+            reference.append(tiles[chosen])
+            tiles = torch.cat((tiles[:chosen], tiles[chosen + 1 :]))
+        patches.append(tiles.flatten())
+        start, view = start + part.count * part.tokens_per_view, view + part.count
+    return torch.cat((*special, *reference, *patches))
+
+
+def pinned_tokens(layout: TokenLayout, pin: Pin) -> int:
+    """How many tokens at the start of `token_order` are always kept. In a sequence of one view there is no reference view."""
+    if pin == "none":
+        return 0
+    special = layout.special_tokens
+    if pin == "special" or layout.reference is None or layout.views < 2:
+        return special
+    return special + _view(layout, layout.reference).patches_per_view
+
+
+def _view(layout: TokenLayout, index: int) -> Views:
+    """What the view `index` is like."""
+    views = [part for part in layout.parts if isinstance(part, Views)]
+    for part in views:
+        if index < part.count:
+            return part
+        index = index - part.count
+    return views[-1]
+
+
+def _tile_order(grid: tuple[int, int], device: torch.device | str) -> Tensor:
+    """Patch indices of a view ``[rows * columns]``, int32, in tile order."""
+    rows, columns = grid
     strips = max(1, (rows + TILE // 2) // TILE)
     low, taller = rows // strips, rows % strips  # the first `taller` strips have one row more
     patch = torch.arange(rows * columns, device=device, dtype=torch.int32)
@@ -32,15 +76,4 @@ def token_order(layout: TokenLayout, device: torch.device | str = "cpu") -> Tens
     row = beyond * (taller * (low + 1)) + strip * height + within % height
     column = within // height
     backwards = (strip + beyond * taller) % 2
-    patches = row * columns + column + backwards * (columns - 1 - 2 * column)
-    views = torch.arange(layout.views, device=device, dtype=torch.int32)[:, None] * layout.tokens_per_view
-    special = (views + torch.arange(layout.special_tokens, device=device, dtype=torch.int32)).flatten()
-    return torch.cat((special, (views + layout.special_tokens + patches).flatten()))
-
-
-def pinned_tokens(layout: TokenLayout, pin: Pin) -> int:
-    """How many tokens at the start of `token_order` are always kept. In a sequence of one view there is no reference view."""
-    if pin == "none":
-        return 0
-    special = layout.views * layout.special_tokens
-    return special + math.prod(layout.grid) if pin == "reference" and layout.views > 1 else special
+    return row * columns + column + backwards * (columns - 1 - 2 * column)

@@ -1,8 +1,8 @@
 """Forwards whose backward pass is still to come: which of them gradient checkpointing runs again.
 
 Checkpointing runs a part of a forward again inside a backward pass. The images are often outside of that part, and the last
-images that were seen may be those of another forward. So each forward with gradients is remembered with its grid, from its
-images on, until it cannot be recomputed any more:
+images that were seen may be those of another forward. So each forward with gradients is remembered with what was seen of it
+(`Seen`: the grid of its images, or its layout), from then on until it cannot be recomputed any more:
 
     images seen, gradients on ----------------------------> remembered
     a site returns an output that needs gradients --------> watched: a hook waits for the gradient of that output
@@ -13,14 +13,15 @@ images on, until it cannot be recomputed any more:
     more than `MAX_PENDING` ------------------------------> the oldest is forgotten
 
 A site that asks for its layout inside a backward pass is being recomputed. If the images were seen in that same pass, they
-are recomputed as well, and the last grid is right. Otherwise it is the grid of a forward that is remembered, of those whose
-tokens the sequence can have; if that leaves two grids, nobody knows which is meant, and it raises.
+are recomputed as well, and the last ones are right. Otherwise it is a forward that is remembered, of those whose tokens the
+sequence can have; if that leaves two that differ, nobody knows which is meant, and it raises.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ from ..errors import LayoutError
 
 MAX_PENDING = 64
 NO_BACKWARD = -1
-Grid = tuple[int, int]
+Seen = Any  # what can be hashed and compared, and read in a message
 
 
 def backward_pass() -> int:
@@ -46,31 +47,31 @@ class PendingForwards:
         self._new = False  # whether the last images are not those of a remembered forward yet
         self._recomputed = False  # whether a site was recomputed since the last images
 
-    def saw_images(self, grid: Grid) -> None:
-        """The model was given images of `grid` patches."""
+    def saw_images(self, seen: Seen) -> None:
+        """The model was given images, of which `seen` was seen."""
         self._images_in = backward_pass()
         self._new = True
         if self._recomputed and self._images_in == NO_BACKWARD:
             self._forwards = tuple(forward for forward in self._forwards if forward.watched)
             self._recomputed = False
         if torch.is_grad_enabled():
-            self._remember(grid)
+            self._remember(seen)
 
-    def saw_output(self, out: Tensor, grid: Grid | None) -> None:
-        """A site returned `out` in a forward on `grid`."""
+    def saw_output(self, out: Tensor, seen: Seen) -> None:
+        """A site returned `out` in a forward of which `seen` was seen last."""
         if not out.requires_grad or self._images_in != NO_BACKWARD or backward_pass() != NO_BACKWARD:
             return
-        self._remember(grid)
+        self._remember(seen)
         if self._forwards and not self._forwards[-1].watched:
             self._forwards[-1].watched = True
             out.register_hook(functools.partial(self._ended, self._forwards[-1]))
 
-    def recomputed_grid(self, last: Grid | None, fits: Callable[[Grid], bool], fqn: str) -> Grid | None:
-        """The grid of the forward that is recomputed now.
+    def recomputed(self, last: tuple[Seen, ...], fits: Callable[[Seen], bool], fqn: str) -> tuple[Seen, ...]:
+        """What was seen of the forward that is recomputed now, in a tuple, which is empty where that is nothing.
 
         Args:
-            last: Grid of the last images; the answer where no forward is remembered that `fits`.
-            fits: Whether the sequence of the site may be of such a grid.
+            last: What was seen of the last images, if there were any; the answer where no forward is remembered that `fits`.
+            fits: Whether the sequence of the site may be of such a forward.
             fqn: Name of the site.
 
         Raises:
@@ -79,20 +80,19 @@ class PendingForwards:
         if self._images_in == backward_pass():
             return last
         self._recomputed = True
-        fitting = {forward.grid for forward in self._forwards if fits(forward.grid)}
+        fitting = {forward.seen for forward in self._forwards if fits(forward.seen)}
         if len(fitting) > 1:
             self._forwards = ()
             raise LayoutError(
-                f"site {fqn!r} is recomputed by gradient checkpointing, but forwards on grids of {sorted(fitting)} patches came "
+                f"site {fqn!r} is recomputed by gradient checkpointing, but forwards on {', '.join(sorted(map(_words, fitting)))} came "
                 "before this backward pass, and it cannot be told which is meant: call backward() after each forward, run those that "
                 "need no gradients under torch.no_grad(), or switch checkpointing off"
             )
-        return fitting.pop() if fitting else last
+        return (fitting.pop(),) if fitting else last
 
-    def _remember(self, grid: Grid | None) -> None:
+    def _remember(self, seen: Seen) -> None:
         if self._new and self._images_in == NO_BACKWARD:
-            assert grid is not None
-            self._forwards = (*self._forwards[1 - MAX_PENDING :], _Forward(grid))
+            self._forwards = (*self._forwards[1 - MAX_PENDING :], _Forward(seen))
             self._new = False
 
     def _ended(self, forward: _Forward, grad: Tensor) -> None:
@@ -102,6 +102,10 @@ class PendingForwards:
 class _Forward:
     """One forward of a model with gradients."""
 
-    def __init__(self, grid: Grid) -> None:
-        self.grid = grid
+    def __init__(self, seen: Seen) -> None:
+        self.seen = seen
         self.watched = False
+
+
+def _words(seen: Seen) -> str:
+    return "{} x {} patches".format(*seen) if isinstance(seen, tuple) else str(seen)

@@ -1,95 +1,241 @@
-"""The grid of the running forward, read off the images that the model is given."""
+"""The layout of the running forward, from what one module of the model is given."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..adapter.sites import TokenLayout, TokenSource
-from ..errors import LayoutError
-from .cache import OrderCache
-from .pending import NO_BACKWARD, PendingForwards, backward_pass
+from ..adapter.layouts import LayoutFunction, TokenLayout, TokenSource
+from ..errors import LayoutError, Lite3RError, short
+from .pending import NO_BACKWARD, PendingForwards, Seen, backward_pass
+
+Source = TokenSource | LayoutFunction
+MAX_SEEN = 64
 
 
-class GridTracker:
-    """Remembers the patch grid of the running forward. One per image module of a model; its sites share it.
+class LayoutTracker:
+    """Remembers what the watched module of a source was given in the running forward: the grid of images, or a layout.
 
-    `observe` is a forward pre-hook of the image module. It must stay a plain method of a plain object, so that models
-    with Lite3R can be deep-copied and pickled.
+    A forward is a call of the module around everything: of the watched module itself where it has the sites inside, else of the model.
+    Outside of one, where a user calls methods of a model, a site has what was seen since it last ran. What differs within a forward
+    raises, unless the source says that it may.
+
+    One per source of a model; its sites share it. Its hooks must stay plain methods of a plain object, so that models with Lite3R can be
+    deep-copied and pickled.
 
     Args:
-        source: How the images are found and read.
+        source: What is read, and how.
+        around: Whether the watched module has sites of this source inside.
 
     Attributes:
-        module: The image module, while it is watched.
-        grid: Patch rows and columns of the last images, or None before any.
-        orders: The token orders of the model's layouts.
+        module: The watched module, while it is.
+        model: The whole model, while it is watched.
     """
 
-    def __init__(self, source: TokenSource) -> None:
-        self.source = source
-        self.grid: tuple[int, int] | None = None
-        self.orders = OrderCache()
-        self._pending = PendingForwards()
-        self.module: nn.Module | None = None
+    reads_arguments_only = True
+    """What its hooks look at: whoever asks for hooks that may read results can pass over them (`wrapper.has_forward_hooks`)."""
 
-    def attach(self, module: nn.Module) -> None:
-        """Watch `module`, and no other."""
+    def __init__(self, source: Source, around: bool = False) -> None:
+        self.source = source
+        self.around = around
+        self.module: nn.Module | None = None
+        self.model: nn.Module | None = None
+        self._seen: tuple[Seen, ...] = ()  # in this forward, the last one at the end; the same twice in a row once
+        self._inside = False  # a forward
+        self._count = 0  # how many were seen outside of forwards
+        self._asked: dict[str, int] = {}  # of these, how many when a site last ran
+        self._pending = PendingForwards()
+
+    @property
+    def hooks(self) -> tuple[Any, ...]:
+        """All that `attach` registers."""
+        return self.begin, self.observe, self.end
+
+    @property
+    def last(self) -> Seen:
+        """What was seen last; None where nothing was."""
+        return self._seen[-1] if self._seen else None
+
+    def attach(self, module: nn.Module, model: nn.Module) -> None:
+        """Watch `module`, and no other, a part of `model` or that itself."""
         self.detach()
-        self.module = module
+        self.module, self.model = module, model
+        scope = module if self.around else model
+        scope.register_forward_pre_hook(self.begin, with_kwargs=True)
+        scope.register_forward_hook(self.end, always_call=True)  # after an error, too
         module.register_forward_pre_hook(self.observe, with_kwargs=True)
 
     def detach(self) -> None:
-        """Stop watching. The hook is looked for: where `attach` was interrupted, nobody was given a handle of it."""
-        if self.module is None:
-            return
-        hooks = self.module._forward_pre_hooks
-        for key in [key for key, hook in hooks.items() if hook == self.observe]:
-            self.module._forward_pre_hooks_with_kwargs.pop(key, None)
-            del hooks[key]  # at last: what is interrupted is found again
-        self.module = None
+        """Stop watching. The hooks are looked for: where `attach` was interrupted, nobody was given handles of them."""
+        for module in (self.module, self.model):
+            if module is None:
+                continue
+            for hooks, flags, ours in (
+                (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, (self.begin, self.observe)),
+                (module._forward_hooks, module._forward_hooks_always_called, (self.end,)),
+            ):
+                for key in [key for key, hook in hooks.items() if hook in ours]:
+                    flags.pop(key, None)
+                    del hooks[key]  # at last: what is interrupted is found again
+        self.module = self.model = None
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward begins."""
+        self._seen, self._inside = (), True
+
+    def end(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        """A forward is over."""
+        self._inside = False
+        if self.around:
+            self._seen = ()
 
     def observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Read the grid off the first tensor argument, the images ``[..., H, W]``. Raises `LayoutError` when there is none."""
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, Tensor) and value.dim() >= 2:
-                patch_h, patch_w = self.source.patch_size
-                self.grid = (value.shape[-2] // patch_h, value.shape[-1] // patch_w)
-                if not torch.compiler.is_compiling():
-                    self._pending.saw_images(self.grid)
-                return
-        raise LayoutError(
-            f"the module {self.source.image_module!r} was called without an image tensor, so the token layout is unknown; "
-            "its adapter must name a module that is given the images"
-        )
+        """Read the arguments of the watched module. Raises `LayoutError` when they tell nothing."""
+        seen = _grid(self.source, args, kwargs) if isinstance(self.source, TokenSource) else call(self.source, args, kwargs)
+        compiling = torch.compiler.is_compiling()
+        if self._inside or not compiling:
+            if not self._seen or self._seen[-1] != seen:
+                self._seen = (*self._seen[1 - MAX_SEEN :], seen)
+                if not self._inside:
+                    self._count += 1
+        else:  # what was seen before is of another graph
+            self._seen = (seen,)
+        if not compiling:
+            self._pending.saw_images(seen)
 
     def watch(self, out: Tensor) -> None:
         """Take note of `out`, the output of a site, whose gradient tells when the backward pass of this forward ends."""
-        if not torch.compiler.is_compiling():
-            self._pending.saw_output(out, self.grid)
+        if not torch.compiler.is_compiling() and self._seen:
+            self._pending.saw_output(out, self._seen[-1])
 
-    def layout(self, fqn: str, tokens: int) -> TokenLayout:
-        """The layout of a sequence of `tokens` tokens at site `fqn`.
+    def ran(self, fqn: str) -> None:
+        """Take note that site `fqn` runs, which it may without a layout, as the dense model does."""
+        if not torch.compiler.is_compiling():
+            self._asked[fqn] = self._count
+
+    def layout(self, fqn: str, tokens: int) -> TokenLayout | None:
+        """The layout of a sequence of `tokens` tokens at site `fqn`; None where its tokens have none.
 
         Raises:
-            LayoutError: the images do not fit, there were none, or it cannot be told which forward is recomputed.
+            LayoutError: the sequence is another one than what was seen says, nothing was seen, what was seen differs, or it cannot be
+                told which forward is recomputed.
         """
-        grid, special = self.grid, self.source.special_tokens
         if not torch.compiler.is_compiling() and backward_pass() != NO_BACKWARD:
-            grid = self._pending.recomputed_grid(grid, lambda grid: tokens % TokenLayout(1, special, grid).tokens_per_view == 0, fqn)
-        if grid is None:
-            raise LayoutError(
-                f"site {fqn!r} ran before {self.source.image_module!r} saw any image; run the model on images, or "
-                "apply_lite3r to the module that you call"
+            recent = self._pending.recomputed(self._seen[-1:], lambda seen: self._fits(seen, tokens), fqn)
+        else:
+            recent = self._recent(fqn)
+        if not recent:
+            raise LayoutError(self._unseen(fqn))
+        if len(recent) > 1 and any(other != recent[-1] for other in recent[:-1]):
+            self._seen, self._asked = (), {}
+            raise LayoutError(_differs(fqn, self.source.module or "the model", recent))
+        seen = recent[-1]
+        if isinstance(self.source, TokenSource):
+            if (layout := self.source.layout(seen, tokens)) is None:
+                raise LayoutError(_misfit(self.source, fqn, tokens, seen))
+            return layout
+        return checked(seen, fqn, tokens)
+
+    def _recent(self, fqn: str) -> tuple[Seen, ...]:
+        """What this site may be about."""
+        changes = isinstance(self.source, TokenSource) and self.source.sizes_change
+        if self.around or changes or (torch.compiler.is_compiling() and not self._inside):
+            return self._seen[-1:]
+        if self._inside:
+            return self._seen
+        since = self._count - self._asked.get(fqn, 0)
+        self.ran(fqn)
+        return self._seen[-max(since, 1) :]
+
+    def _fits(self, seen: Seen, tokens: int) -> bool:
+        if isinstance(self.source, TokenSource):
+            return self.source.layout(seen, tokens) is not None
+        return seen is None or seen.num_tokens == tokens
+
+    def _unseen(self, fqn: str) -> str:
+        name = self.source.module
+        if isinstance(self.source, LayoutFunction):
+            where = f"outside of a call of {name or 'the model'!r}" if self.around else f"before {name!r} was called"
+            return (
+                f"site {fqn!r} ran {where}, from whose arguments its adapter's LayoutFunction reads the token layout: call that module "
+                "and not methods of it, or let the function read the arguments of the site itself (module=None)"
             )
-        layout = TokenLayout(1, special, grid)
-        views = tokens // layout.tokens_per_view  # not divmod, which torch.compile does not know for dynamic sizes
-        if tokens % layout.tokens_per_view or not views:
-            raise LayoutError(
-                f"site {fqn!r} got {tokens} tokens, but a view has {layout.tokens_per_view} "
-                f"({special} special + {grid[0]} x {grid[1]} patches); the adapter's "
-                "patch_size or special_tokens is wrong for this model"
-            )
-        return TokenLayout(views, special, grid)
+        return (
+            f"site {fqn!r} ran before {name!r} saw any image; run the model on images, or apply_lite3r to the module that you call. If "
+            "images go past that module (methods called on it, a convolution inside of it), the adapter must name one that is called "
+            "with them, or use a LayoutFunction"
+        )
+
+
+def call(source: LayoutFunction, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenLayout | None:
+    """What the function of an adapter gives for the arguments of a forward.
+
+    Raises:
+        LayoutError: it raised, or gave something else than a layout.
+    """
+    name = getattr(source.function, "__qualname__", repr(source.function))
+    try:
+        layout = source.function(*args, **kwargs)
+    except Lite3RError:
+        raise
+    except Exception as error:
+        raise LayoutError(
+            f"the adapter's LayoutFunction {name} failed on the arguments of "
+            f"{'a site' if source.module is None else repr(source.module or 'the model')}: {short(error)}"
+        ) from error
+    if layout is not None and not isinstance(layout, TokenLayout):
+        raise LayoutError(f"the adapter's LayoutFunction {name} gave {type(layout).__name__}, not a TokenLayout or None")
+    return layout
+
+
+def checked(layout: TokenLayout | None, fqn: str, tokens: int) -> TokenLayout | None:
+    """`layout`; raises `LayoutError` unless it is that of a sequence of `tokens` tokens."""
+    if layout is not None and layout.num_tokens != tokens:
+        raise LayoutError(
+            f"site {fqn!r} got {tokens} tokens, but the adapter's LayoutFunction says {layout}, which are {layout.num_tokens}: let it give "
+            "what this site attends over, or None where the tokens have no layout (merged, dropped or packed ones)"
+        )
+    return layout
+
+
+def _grid(source: TokenSource, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int]:
+    """Patch rows and columns of the first tensor argument, the images ``[..., H, W]``."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.dim() >= 2:
+            patch_h, patch_w = source.patch_size
+            return value.shape[-2] // patch_h, value.shape[-1] // patch_w
+    raise LayoutError(
+        f"the module {source.image_module!r} was called without an image tensor, so the token layout is unknown; "
+        "its adapter must name a module that is given the images, or use a LayoutFunction"
+    )
+
+
+def _misfit(source: TokenSource, fqn: str, tokens: int, grid: tuple[int, int]) -> str:
+    rows, columns = grid
+    view = source.special_tokens + rows * columns + source.trailing_tokens
+    parts = [f"{source.special_tokens} special", f"{rows} x {columns} patches"]
+    parts += [f"{source.trailing_tokens} trailing"] if source.trailing_tokens else []
+    ends = f", and the sequence ends in {source.sequence_tokens}" if source.sequence_tokens else ""
+    return (
+        f"site {fqn!r} got {tokens} tokens, but a view has {view} ({' + '.join(parts)}){ends}; the adapter's "
+        "patch_size, special_tokens, trailing_tokens or sequence_tokens is wrong for this model, or its views are not alike, its tokens "
+        "windows, packed or merged, which a LayoutFunction can say"
+    )
+
+
+def _differs(fqn: str, module: str, recent: tuple[Seen, ...]) -> str:
+    seen = dict.fromkeys(recent)
+    if all(isinstance(x, tuple) for x in seen):
+        grids = ", ".join("{} x {}".format(*grid) for grid in seen)
+        return (
+            f"{module!r} was given images of {grids} patches in one forward, so that site {fqn!r} cannot tell which are its own: run views "
+            "of one size, or let the adapter say which view has which grid: LayoutFunction, or sizes_change=True of TokenSource where "
+            "a site always has the tokens of the last images"
+        )
+    return (
+        f"{module!r} was called with {len(seen)} layouts in one forward, so that site {fqn!r} cannot tell which is its own: let the "
+        "LayoutFunction read the arguments of a module around the sites, or of the sites themselves (module=None)"
+    )

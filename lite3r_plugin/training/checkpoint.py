@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -14,12 +15,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..apply import ranks
+from ..apply.seal import broken, seals
 from ..errors import CheckpointError, InputError, short
 from ..files import locked, replacing
 
 STATE_NAME = "training.safetensors"
 FORMAT_VERSION = 1
-_KEY = "lite3r_training"
+_KEY, _CHECKSUM = "lite3r_training", "sha256"
 
 
 def check_folder(folder: Path, resume: bool) -> None:
@@ -43,9 +45,10 @@ def write_state(folder: Path, record: Mapping[str, Any], tensors: Mapping[str, T
     """
     path = folder / STATE_NAME
     held = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    text = json.dumps({"format": FORMAT_VERSION, **record, "tensors": seals(held)})
     try:
         with locked(folder), replacing(path) as beside:
-            save_file(held, beside, {_KEY: json.dumps({"format": FORMAT_VERSION, **record})})
+            save_file(held, beside, {_KEY: text, _CHECKSUM: _checksum(text)})
     except (OSError, SafetensorError) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else short(error)
         before = f"that of step {step} is whole" if (step := saved_step(folder)) is not None else "there is none from before"
@@ -66,14 +69,23 @@ def read_state(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         return None
     try:
         with safe_open(path, "pt") as file:
-            record = json.loads((file.metadata() or {})[_KEY])
+            metadata = file.metadata() or {}
+            text, checksum = metadata[_KEY], metadata.get(_CHECKSUM)
+            record = json.loads(text)
             # Copied: what lies in the file lies at other places than what a run makes, and products round by the place of their operands.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+    except Exception as error:  # of a damaged header also what is no SafetensorError
         raise CheckpointError(f"{path} is damaged, or no training state ({short(error)}): start anew in another folder") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT_VERSION:
         raise CheckpointError(f"{path} is of another version of lite3r_plugin: go on with that one, or start anew in another folder")
+    problem = "its record has another checksum than was saved" if checksum != _checksum(text) else broken(record.pop("tensors"), tensors)
+    if problem:
+        raise CheckpointError(f"{path} is damaged: {problem}; start anew in another folder")
     return record, tensors
+
+
+def _checksum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def saved_step(folder: Path) -> int | None:

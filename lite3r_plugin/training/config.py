@@ -23,6 +23,7 @@ Weight = float | tuple[float, float]
 """Of a loss: the same all the time, or at the start and at the end of the run, with half a cosine in between."""
 
 DEFAULT_STEPS = 500
+LARGEST_SEED = 2**63 - 1  # torch takes no more than 64 bits, and each process adds its number
 LOCAL_LOSSES = ("attention", "blocks", "cameras")
 LOSSES = (*LOCAL_LOSSES, "predictions", "task")
 
@@ -132,6 +133,8 @@ class DistillConfig:
             raise ConfigError(f"every loss has the weight 0, so there is nothing to learn from: give one of {', '.join(LOSSES)} another")
         for name, least in (("lora_rank", 1), ("accumulate", 1), ("batch_size", 1), ("log_every", 1), ("seed", 0), ("workers", 0)):
             self._check_int(name, least)
+        if self.seed > LARGEST_SEED:
+            raise ConfigError(f"seed is at most 2**63 - 1, got {shown(self.seed)}")
         for name, least in (
             ("steps", 1), ("epochs", 1), ("warmup_steps", 0), ("validate_every", 1), ("patience", 1), ("save_every", 1),
         ):  # fmt: skip

@@ -278,5 +278,8 @@ def _joined(values: Sequence[Any], path: str) -> Any:
         names = [field.name for field in dataclasses.fields(first) if field.init]
         return type(first)(**{name: _joined([getattr(value, name) for value in values], f"{path}.{name}".strip(".")) for name in names})
     if any(value is not first and value != first for value in values):
-        raise InputError(f"the items of a batch have {shown(first)} and others at {path}, which cannot be joined: use batch_size=1")
+        raise InputError(
+            f"the items of a batch have {shown(first)} and others at {path}, which cannot be joined: use batch_size=1, and leave labels of "
+            "classes out, which are no input"
+        )
     return first

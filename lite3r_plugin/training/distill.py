@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from ..adapter.outputs import OutputsFunction
 from ..apply import ranks
 from ..apply.lookup import Inventory, look_up
-from ..errors import ConfigError, ConvertedError, InputError, WeightsError, shown
-from ..wrapper import Changes, host_of
+from ..errors import ConfigError, ConvertedError, InputError, NoSitesError, WeightsError, shown
+from ..wrapper import Changes, host_of, is_lora, is_tuner_layer, keeps_copies
 from .checkpoint import check_folder
 from .config import DistillConfig
 from .data import Feed, gives_items
@@ -33,6 +33,7 @@ from .trainable import Trainable, added_parameters, check_branches, choose
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+TINY_SECONDS = 1e-9
 PLAIN_MACHINES = ("NO", "MULTI_CPU", "MULTI_GPU")
 
 
@@ -47,7 +48,8 @@ class Distillation:
         steps: Steps that were taken, in all processes that the run had one after another.
         samples: Samples that all processes together took.
         seconds: How long that took.
-        samples_per_second: Of all processes, without the first steps of this one, in which kernels are compiled.
+        samples_per_second: Of all processes, without the first steps of this one, in which kernels are compiled; with them where there was
+            no other, and of all that the run had before where this one took none.
         peak_bytes: The most memory in use on the GPU, on a CPU by the process; None where that is not known.
         first_loss, last_loss: Of the first and of the last step.
         losses: The parts of the last one that was logged, by name, with their weights.
@@ -134,6 +136,7 @@ def distill(
     if config is not None and not isinstance(config, DistillConfig):
         raise ConfigError(f"config is a DistillConfig, got {shown(config)}; single fields are keywords: distill(model, data, steps=1000)")
     config = (config or DistillConfig()).replace(**fields)
+    given = set(fields) | {name for name, value in vars(DistillConfig()).items() if getattr(config, name) != value}
     found = look_up(model)
     _check_model(found, config)
     _check_validation(validation)
@@ -151,7 +154,7 @@ def distill(
             stack.callback(passing.undo)
         _move(model, device, passing)
         torch.manual_seed(config.seed)
-        lora = _lora(found, config, lasting)
+        lora = _lora(found, config, given, lasting, progress)
         found = look_up(model)
         trainable = choose(found, config, lora)
         trainable.freeze(model, passing)
@@ -180,9 +183,10 @@ def distill(
     if failure is not None:
         raise failure
     counts = run.counts
+    speed = run.samples_a_step / run.pace.seconds if run.pace.steps else counts.samples / max(counts.seconds, TINY_SECONDS)
     result = Distillation(
         config.trainable, trainable.count, trainable.of, counts.step, counts.samples, counts.seconds,
-        run.samples_a_step / run.pace.seconds, peak_bytes(device), counts.first_loss, counts.last_loss, dict(counts.parts), counts.best,
+        speed, peak_bytes(device), counts.first_loss, counts.last_loss, dict(counts.parts), counts.best,
         counts.best_step, run.stopped, run.folder,
     )  # fmt: skip
     progress.say(str(result).splitlines()[0])
@@ -205,6 +209,17 @@ def _check_model(found: Inventory, config: DistillConfig) -> None:
             'preset="fast" (or with weights="host"), save_lite3r, and load_lite3r(model, directory, preset="fast")'
         )
     check_branches(found, config)
+    adapter = next((n for n, m in found.modules.items() if m not in state.lora and (is_tuner_layer(m) or keeps_copies(m))), None)
+    if adapter is not None and config.trainable == "proj+lora" and not any(map(is_lora, found.modules.values())):
+        raise ConfigError(
+            f"there is an adapter of PEFT in the model ({adapter}) that has no LoRA, and would not hold one that is put in now: take "
+            'trainable="proj", or Lite3RPeftConfig(lora_scopes=("global", "frame")) of lite3r_plugin.peft'
+        )
+    if adapter is not None and config.trainable not in ("proj", "proj+lora"):
+        raise ConfigError(
+            f"trainable={config.trainable!r} trains weights of the model itself, and there is an adapter of PEFT in it ({adapter}), which "
+            'would not hold them: take "proj+lora" or "proj", or merge it before by model.merge_and_unload()'
+        )
     if any(parameter.is_inference() for parameter in found.model.parameters()):
         raise WeightsError("the model was made in torch.inference_mode, where nothing learns: build it outside of that")
     flat = [fqn for fqn, module in found.modules.items() if "_flat_param" in module._parameters]
@@ -311,22 +326,55 @@ def _move(model: nn.Module, device: torch.device, changes: Changes) -> None:
         changes.make(functools.partial(model.to, device), functools.partial(model.to, before))
 
 
-def _lora(found: Inventory, config: DistillConfig, changes: Changes) -> dict[str, nn.Parameter]:
-    """The matrices of LoRA by name; it is put in if it is not there yet."""
+def _lora(found: Inventory, config: DistillConfig, given: set[str], changes: Changes, progress: Progress) -> dict[str, nn.Parameter]:
+    """The matrices of LoRA by name: of that which is in the model, active where PEFT put it in, else of what is put in now."""
     if config.trainable != "proj+lora":
         return {}
-    state = found.states[0]
-    if not state.lora:
+    layers: dict[str, Any] = {name: module for name, module in found.modules.items() if is_lora(module)}
+    if layers:
+        _check_lora(found, layers, config, given, progress)
+    else:
         from ..peft import add_lora
 
         add_lora(found.model, rank=config.lora_rank, alpha=config.lora_alpha, scopes=config.lora_scopes, changes=changes)
-    layers = {name: module for name, module in look_up(found.model).modules.items() if module in state.lora}
+        layers = {name: module for name, module in look_up(found.model).modules.items() if is_lora(module)}
     return {
-        f"{name}.{inside}": parameter
+        f"{name}.{matrix}.{adapter}.{inside}": parameter
         for name, layer in layers.items()
-        for inside, parameter in layer.named_parameters()
-        if inside.startswith(("lora_A.", "lora_B."))
+        for matrix in ("lora_A", "lora_B")
+        for adapter, module in getattr(layer, matrix).items()
+        if adapter in layer.active_adapters
+        for inside, parameter in module.named_parameters()
     }
+
+
+def _check_lora(found: Inventory, layers: dict[str, Any], config: DistillConfig, given: set[str], progress: Progress) -> None:
+    """Raise `ConfigError` where LoRA that is in the model is not what was asked for by name; say where it is not the default."""
+    from ..peft.lora import projections
+
+    active = {(layer, name) for layer in layers.values() for name in layer.active_adapters if name in layer.lora_A}
+    ranks_of, alphas = ({numbers(layer)[name] for layer, name in active} for numbers in (lambda x: x.r, lambda x: x.lora_alpha))
+    differing = ["lora_rank"] if ranks_of != {config.lora_rank} else []
+    differing += ["lora_alpha"] if alphas != (ranks_of if config.lora_alpha is None else {config.lora_alpha}) else []
+    try:
+        around = {linear.tuner for linear in projections(found, config.lora_scopes)}
+    except NoSitesError:
+        around = set()
+    differing += ["lora_scopes"] if around != set(layers.values()) else []
+    if not differing:
+        return
+    there = f"rank {_numbers(ranks_of)} and alpha {_numbers(alphas)} around {len(set(layers.values()))} Linears"
+    said = ", ".join(f"{name}={getattr(config, name)!r}" for name in differing)
+    if asked := given.intersection(differing):
+        raise ConfigError(
+            f"the model has LoRA already, of {there}, which {said} does not describe: leave {' and '.join(sorted(asked))} out to train "
+            "that one, or fold it in by merge_lora(model), of PEFT by model.merge_and_unload(), before distill puts in another"
+        )
+    progress.say(f"the LoRA that is in the model goes on, of {there}; {said} would be for one that is put in")
+
+
+def _numbers(values: set[Any]) -> str:
+    return " or ".join(f"{value:g}" for value in sorted(values)) or "none that is active"
 
 
 def _set_up(found: Inventory, config: DistillConfig, changes: Changes) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..attention.branch import branch_weight
 from ..attention.inputs import AttentionInputs
 from ..attention.module import SparseLinearAttention, Substitute
+from .draws import drawing
 from .outputs import OutputReader, Outputs, compare, moved, tensors_in
 from .record import run_on
 from .teacher import without_lora
@@ -27,7 +28,8 @@ KINDS = {"depth": ("depth",), "points": ("points",), "cameras": ("rotation", "tr
 class Judge:
     """Compares outputs with those of dense attention, on inputs that it keeps; nothing is written into the model.
 
-    The first `most` inputs are kept as they are given, and of their dense outputs a copy on the CPU.
+    The first `most` inputs are kept as they are given, and of their dense outputs a copy on the CPU. Each input is run with random numbers
+    of its own, the same each time.
 
     Args:
         model: The model.
@@ -38,6 +40,7 @@ class Judge:
 
     def __init__(self, model: nn.Module, sites: Mapping[str, SparseLinearAttention], reader: OutputReader, most: int) -> None:
         self._model, self._sites, self._reader, self._most = model, sites, reader, most
+        self._device = next(model.parameters()).device
         self._kept: list[tuple[int, Any, Outputs]] = []
         self._sparse: list[Errors] = []
 
@@ -54,7 +57,7 @@ class Judge:
         if index >= self._most:
             return
         dense = dict.fromkeys(self._sites, _dense)
-        with substituted(self._sites, dense), without_lora(self._model):
+        with substituted(self._sites, dense), without_lora(self._model), drawing(index, self._device):
             expected = self._reader.read(run_on(self._model, given))
         if any(not tensor.numel() for tensor in tensors_in(expected)):
             return  # an input with nothing in it
@@ -76,7 +79,7 @@ class Judge:
         for index, given, expected in self._kept:
             tried = weights(index)
             made = {fqn: functools.partial(_sparse, weight=tried[fqn]) if fqn in tried else _as_it_is for fqn in self._sites}
-            with substituted(self._sites, made):
+            with substituted(self._sites, made), drawing(index, self._device):
                 outputs = self._reader.read(run_on(self._model, given))
             device = tensors_in(outputs)[0].device
             found.append(kinds(compare(outputs, moved(expected, device))))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..adapter.outputs import tensors_of
 from ..errors import AdapterError, ConfigError
+from .draws import drawing, new_seed
 from .features import Recorder, hooked, is_compiled
 from .record import run_on
 from .teacher import Originals, as_teacher, evaluated
@@ -68,12 +69,14 @@ class LocalPass:
             return
         self._running, self._teaching = name, True
         given = [(x, x._version) for x in tensors_of((args, kwargs)).values()]
-        with as_teacher(module, self._originals), self._recorder.recording(self._names[name]) as recording:
+        seed, device = new_seed(), given[0][0].device
+        with as_teacher(module, self._originals), drawing(seed, device), self._recorder.recording(self._names[name]) as recording:
             module(*args, **kwargs)
         if any(x._version != version for x, version in given):
             raise AdapterError(f"the {name} changes its input in place, so that it cannot run twice on it: use mode='end_to_end'")
         self._teaching, self._true = False, recording.features()
         self._mine = self._student.enter_context(self._recorder.recording(self._names[name]))
+        self._student.enter_context(drawing(seed, device))
         self._student.enter_context(torch.set_grad_enabled(self._learns))
 
     def _after(self, name: str, module: nn.Module, output: Any) -> Any:

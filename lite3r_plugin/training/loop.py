@@ -20,11 +20,12 @@ from ..apply import ranks
 from ..apply.lookup import Inventory
 from ..attention.inputs import AttentionInputs
 from ..attention.module import SparseLinearAttention
-from ..errors import CheckpointError, ConfigError, InputError, TrainingError
+from ..errors import CheckpointError, ConfigError, InputError, TrainingError, shown
 from .checkpoint import fill_optimizer, like, optimizer_tensors, read_state, write_state
 from .config import DEFAULT_STEPS, DistillConfig
 from .copies import Average, Copy
 from .data import Feed, Sample, share_of
+from .draws import drawing
 from .objective import Losses, Objective
 from .progress import METRICS_NAME, JsonLines, Pace, Progress, duration, peak_bytes, size, start_peak
 from .trainable import Trainable, sparse_sites
@@ -389,13 +390,19 @@ class Run:
         if callable(validation):
             with self._as_it_is():
                 value = validation(self.model)
-            return float(self._reduced(torch.tensor(float(value), device=self.device)))
+            number = _number(value)
+            if None in self._gathered(number):  # in all processes, lest some wait for the others
+                raise InputError(
+                    "validation is a function of the model that returns a number, less is better, in every process; "
+                    + (f"it returned {shown(value)}" if number is None else "in another process it returned none")
+                )
+            return float(self._reduced(torch.tensor(number, device=self.device)))
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         if ranks.is_sharded(self.model):
             rank, processes = 0, 1  # shards are gathered by all, for all
         total, count = 0.0, 0
         for sample in share_of(validation, rank, processes):
-            with self._autocast():
+            with drawing(count, self.device), self._autocast():  # alike in every validation
                 total += float(self.objective(self.model, sample.to(self.device), MIDDLE).total)
             count += 1
         totals = self._reduced(torch.tensor([total, count], device=self.device, dtype=torch.float32)).tolist()
@@ -542,10 +549,8 @@ class _Views:
         self._stack.close()
 
     def _see(self, site: SparseLinearAttention, inputs: AttentionInputs, out: Tensor) -> None:
-        source = site.site.tokens
-        if source is not None:
-            tracker = site.state.trackers[source.image_module]
-            self.most = max(self.most, tracker.layout(site.site.fqn, inputs.v.shape[-2]).views)
+        if inputs.layout is not None:
+            self.most = max(self.most, inputs.layout.views)
 
 
 def total_steps(config: DistillConfig, feed: Feed) -> int | None:
@@ -561,6 +566,14 @@ def total_steps(config: DistillConfig, feed: Feed) -> int | None:
     if (batches := feed.batches(config.epochs)) is None:
         raise ConfigError("epochs need data that tells its length (len), which an iterable does not: give steps or minutes")
     return max(1, batches // config.accumulate)
+
+
+def _number(value: Any) -> float | None:
+    """A number, or a tensor or array that holds one, as such; None where it is neither."""
+    try:
+        return None if isinstance(value, (str, bytes)) else float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return None
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:

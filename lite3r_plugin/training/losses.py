@@ -2,7 +2,7 @@
 
 Each is the mean over the batch of what it is for each scene (each row of the first dimension), so that scenes weigh the same however
 they are dealt out to batches and processes. All are computed in FP32 (FP64 where both sides are), outside of autocast, and keep nothing
-for the backward pass but what they are given: the rest is computed again there.
+for the backward pass but what they are given, if that is large: the rest is computed again there.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ..adapter.outputs import ModelOutputs
@@ -22,6 +24,7 @@ from .config import AttentionLoss
 
 GEOMETRY = ("depth", "points", "world_to_camera", "intrinsics")
 TINY = 1e-12
+SMALL = 2**16  # numbers
 
 
 def weight_at(start: float, end: float, progress: float) -> float:
@@ -42,17 +45,23 @@ def feature_loss(student: Tensor, teacher: Tensor, kind: AttentionLoss = "normal
     """
     if student.shape != teacher.shape:
         raise AdapterError(f"features of the student are {list(student.shape)} and of the teacher {list(teacher.shape)}")
-    return in_full(_FEATURE_LOSSES[kind], student, teacher.detach())
+    if kind == "normalized":
+        return cast("Tensor", _Normalized.apply(student, teacher.detach()))
+    return in_full(_mse if kind == "mse" else _cosine, student, teacher.detach())
 
 
 def in_full(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """``function(*tensors)`` in FP32 outside of autocast; for the backward pass only `tensors` are kept, and it is computed again."""
+    """``function(*tensors)`` in FP32 outside of autocast; for the backward pass only `tensors` are kept, and it is computed again.
+
+    Of small tensors the rest is kept, which is faster than to compute it again.
+    """
 
     def compute(*tensors: Tensor) -> Tensor:
         with torch.autocast(tensors[0].device.type, enabled=False):
             return function(*(x if x.dtype == torch.float64 else x.float() for x in tensors))
 
-    if not torch.is_grad_enabled() or not any(x.requires_grad for x in tensors):
+    small = max(x.numel() for x in tensors) <= SMALL
+    if small or not torch.is_grad_enabled() or not any(x.requires_grad for x in tensors):
         return compute(*tensors)
     return checkpoint(compute, *tensors, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore[reportReturnType]
 
@@ -158,15 +167,41 @@ def scene_scale(outputs: ModelOutputs) -> Tensor:
     return torch.where(scale > 0, scale, 1)
 
 
-def _normalized(student: Tensor, teacher: Tensor) -> Tensor:
+class _Normalized(torch.autograd.Function):
+    """|s - t|^2 / |t|^2 of each row of ``[B, ...]``, its mean, where t is finite; NaN where it is so nowhere in a row.
+
+    With its gradient written out: it is asked of each block in each step, where one operator counts less on a GPU than the many calls
+    of what records and recomputes its parts.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
+        difference, known = _difference(student, teacher)
+        rows = _rows(difference)
+        power = torch.linalg.vector_norm(torch.where(known, teacher, 0).to(difference.dtype), dim=rows).square().clamp(min=TINY)
+        error = torch.linalg.vector_norm(difference, dim=rows).square()
+        ctx.save_for_backward(student, teacher, power)
+        return torch.where(known.any(rows) if rows else known, error / power, torch.nan).mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        student, teacher, power = ctx.saved_tensors
+        difference, _ = _difference(student, teacher)
+        scale = 2 * gradient / (power * power.numel())
+        return (difference * scale[(..., *[None] * (difference.dim() - power.dim()))]).to(student.dtype), None
+
+
+def _difference(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """s - t in FP32, or FP64 where one of them is, 0 where t is not finite; and where it is."""
+    dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
     known = teacher.isfinite()
-    error = torch.where(known, student - teacher, 0).square()
-    power = torch.where(known, teacher, 0).square()
-    if error.dim() > 1:
-        error, power, known = error.flatten(1).sum(1), power.flatten(1).sum(1), known.flatten(1).any(1)
-    else:
-        error, power, known = error.sum(), power.sum(), known.any()
-    return torch.where(known, error / power.clamp(min=TINY), torch.nan).mean()
+    return torch.where(known, student.to(dtype) - teacher, 0), known
+
+
+def _rows(x: Tensor) -> tuple[int, ...]:
+    """The dimensions of a row: all but the first, or the only one."""
+    return tuple(range(min(1, x.dim() - 1), x.dim()))
 
 
 def _mse(student: Tensor, teacher: Tensor) -> Tensor:
@@ -175,9 +210,6 @@ def _mse(student: Tensor, teacher: Tensor) -> Tensor:
 
 def _cosine(student: Tensor, teacher: Tensor) -> Tensor:
     return (1 - torch.nn.functional.cosine_similarity(student, teacher, dim=-1)).mean()
-
-
-_FEATURE_LOSSES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"normalized": _normalized, "mse": _mse, "cosine": _cosine}
 
 
 def _geometry_losses(student: ModelOutputs, teacher: ModelOutputs, scale: Tensor) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from ..apply.lookup import look_up
 from ..errors import ConfigError, ConvertedError, InputError
 from .config import LOCAL_LOSSES, LOSSES, DistillConfig
 from .data import Sample
+from .draws import drawing, new_seed
 from .features import Recorder, is_compiled
 from .local import LocalPass
 from .losses import label_losses, weight_at
@@ -43,8 +44,8 @@ class Objective:
     """Runs student and teacher on a sample, and compares them. A context manager: the model has hooks inside of it only.
 
     The teacher is the same model, dense and without LoRA, and runs after the student: only what can learn is asked of it, and its
-    features go with the student's graph. Blocks and sites that come before anything that learns are left out. Weights of a kind of
-    feature are for its mean over all sites or blocks.
+    features go with the student's graph. Both draw the same random numbers (`drawing`), where the model draws any. Blocks and sites
+    that come before anything that learns are left out. Weights of a kind of feature are for its mean over all sites or blocks.
 
     In the mode ``"local"`` each block is compared with the dense block on the student's own input, its backward pass runs inside the
     forward, and only attention, blocks and cameras count. The student's wrapper is passed by then: gradients are those of this process
@@ -128,14 +129,17 @@ class Objective:
             ConfigError: nothing that is compared comes after anything that learns.
         """
         weights = {name: weight_at(*self.config.weight(name), progress) for name in LOSSES if name in self._used}
+        seed, device = new_seed(), next(self.model.parameters()).device
         if self.config.mode == "local":
             local = LocalPass(self._watched, self._recorder, weights, self.originals)
-            local.run(self.model, sample.inputs)
+            with drawing(seed, device):
+                local.run(self.model, sample.inputs)
             return _sum_up(local.parts)
         with contextlib.ExitStack() as stack:
             if self._learning is None:
                 stack.enter_context(torch.enable_grad())  # to see what learns, in validation too
             recording = stack.enter_context(self._recorder.recording(self._learning))
+            stack.enter_context(drawing(seed, device))
             output = run_on(student, sample.inputs)
         mine = recording.features()
         if self._learning is None:
@@ -143,7 +147,8 @@ class Objective:
             self._learning = frozenset(mine)
         true, dense = {}, None
         if mine or "predictions" in weights:
-            with as_teacher(self.model, self.originals), self._recorder.recording(frozenset(mine)) as recording:
+            context = as_teacher(self.model, self.originals)
+            with context, drawing(seed, device), self._recorder.recording(frozenset(mine)) as recording:
                 dense = run_on(self.model, sample.inputs)
             true = recording.features()
         parts = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from ..adapter.outputs import tensors_of
 from ..attention.inputs import AttentionInputs
 from ..attention.module import SparseLinearAttention
-from ..errors import InputError
+from ..errors import InputError, Lite3RError, UnsupportedAttentionError, shown
+from .draws import drawing
 
 # The linear branch is read off as the change that a Proj of GAIN * identity makes, so that half precision rounds it
 # relative to itself and not to the sparse output that it comes added to.
@@ -94,19 +96,62 @@ def run_on(model: nn.Module, given: Any) -> Any:
     """What `model` returns for one input: a mapping is passed by keyword, a tuple or list by position, anything else alone.
 
     Raises:
-        InputError: the model changes its input in place, so that it cannot be run on it again.
+        InputError: the model cannot be called like this, or not with this kind of thing, such as an image with the label of its class;
+            or it changes its input in place, so that it cannot be run on it again.
     """
     before = [(path, x, x._version) for path, x in tensors_of(given).items() if not x.is_inference()]
-    if isinstance(given, Mapping):
-        output = model(**given)
-    else:
-        output = model(*given) if isinstance(given, (tuple, list)) else model(given)
+    args, kwargs = _arguments(given)
+    try:
+        output = model(*args, **kwargs)
+    except Exception as error:
+        taken_for_mask = isinstance(error, UnsupportedAttentionError) and _labels(args)
+        other = isinstance(error, (Lite3RError, torch.OutOfMemoryError)) and not taken_for_mask
+        if other or (reason := _no_input(model, args, kwargs)) is None:
+            raise
+        raise InputError(reason) from error
     if changed := [path for path, x, version in before if x._version != version]:
         raise InputError(
             f"the model changes its input{f' {changed[0]}' if changed[0] else ''} in place, so that another run would see something else: "
             "let its forward begin with a copy"
         )
     return output
+
+
+def _arguments(given: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """By position, and by keyword."""
+    if isinstance(given, Mapping):
+        return (), given
+    return (tuple(given), {}) if isinstance(given, (tuple, list)) else ((given,), {})
+
+
+def _labels(args: tuple[Any, ...]) -> list[Any]:
+    """What looks like labels of classes among arguments after the first."""
+    return [x for x in args[1:] if isinstance(x, (bool, int, str)) or (isinstance(x, Tensor) and x.dim() < 2 and not x.is_floating_point())]
+
+
+def _no_input(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
+    """Why a model that failed cannot take these arguments; None where it is not they."""
+    reason = None
+    try:
+        inspect.signature(model.forward).bind(*args, **kwargs)
+    except (TypeError, ValueError) as error:
+        reason = str(error)
+    if reason is None and (labels := _labels(args)):
+        reason = f"{shown(labels[0], 40)} was passed to it by position"
+    if reason is None and not tensors_of((args, kwargs)):
+        reason = "there is no tensor in it"
+    if reason is None:
+        return None
+    given = [*map(_kind, args), *(f"{name}={_kind(value)}" for name, value in kwargs.items())]
+    return (
+        f"the {type(model).__name__} cannot be run on an item of the data, ({', '.join(given)}): {reason}. An item is what its forward "
+        "takes: a tensor, whose first dimension is the batch; a mapping, passed by keyword; or a tuple, passed by position. Leave labels "
+        "of classes out, [image[None] for image, label in data], or of a DataLoader with a collate_fn that stacks the images alone"
+    )
+
+
+def _kind(value: Any) -> str:
+    return f"Tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def record(
@@ -131,5 +176,7 @@ def record(
         for count, given in enumerate(inputs, 1):
             for recorder in recorders.values():
                 recorder.fold = (count - 1) % folds
-            see(count - 1, given, run_on(model, given))
+            with drawing(count - 1, next(model.parameters()).device):
+                output = run_on(model, given)
+            see(count - 1, given, output)
     return recorders, count

@@ -16,7 +16,7 @@ from ..attention.branch import why_not_written
 from ..attention.module import SparseLinearAttention
 from ..config import plain_name
 from ..errors import ConfigError, WeightsError
-from ..wrapper import Changes, host_of
+from ..wrapper import Changes, host_of, is_lora
 from .config import DistillConfig
 
 PRECISE = (torch.float32, torch.float64)
@@ -58,9 +58,9 @@ class Trainable:
 
 
 def added_parameters(found: Inventory) -> set[int]:
-    """The ids of the parameters that are not the dense model's own: linear branches and LoRA of `add_lora`."""
+    """The ids of the parameters that are not the dense model's own: linear branches, and LoRA of `add_lora` and of PEFT."""
     branches = {id(site.proj_lin.weight) for site in found.attention.values() if "proj_lin" in site._modules}
-    lora = (parameter for state in found.states for layer in state.lora for parameter in layer.named_parameters())
+    lora = (parameter for layer in filter(is_lora, found.modules.values()) for parameter in layer.named_parameters())
     return branches | {id(parameter) for name, parameter in lora if name.startswith(("lora_A.", "lora_B."))}
 
 

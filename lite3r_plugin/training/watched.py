@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..adapter.layouts import TokenLayout, TokenSource
 from ..adapter.sites import AttentionSite
 from ..apply.lookup import Inventory
 from ..attention.module import SparseLinearAttention
 from ..attention.state import ModelState
 from ..errors import AdapterError
+from ..tokens.layout import token_order
 from ..wrapper import host_of
 from .config import LOCAL_LOSSES, AttentionLoss
 from .losses import feature_loss
@@ -32,19 +34,15 @@ class Block:
     site: AttentionSite
     state: ModelState
 
-    def special_tokens(self, tokens: int) -> tuple[int, int]:
-        """Special tokens of a view, and all tokens of it, in a sequence of `tokens`; no special ones where that is not known."""
+    def layout(self, tokens: int) -> TokenLayout | None:
+        """How a sequence of `tokens` is laid out, by its `TokenSource` and the last images; None where that is not known."""
         source = self.site.tokens
-        if source is None or not source.special_tokens:
-            return 0, tokens
-        tracker = self.state.trackers.get(source.image_module)
-        if tracker is not None and tracker.grid is not None:
-            view = source.special_tokens + tracker.grid[0] * tracker.grid[1]
-        elif self.site.scope != "global":
-            view = tokens
-        else:
-            return 0, tokens
-        return (source.special_tokens, view) if tokens % view == 0 else (0, tokens)
+        if not isinstance(source, TokenSource):
+            return None
+        tracker = self.state.trackers.get(source)
+        if tracker is not None and tracker.last is not None:
+            return source.layout(tracker.last, tokens)
+        return source.layout((1, tokens - source.special_tokens - source.trailing_tokens), tokens) if self.site.scope != "global" else None
 
 
 @dataclass(frozen=True)
@@ -115,11 +113,8 @@ class Watched:
     def _split(self, name: str, student: Tensor, teacher: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         if name in self.sites:
             return {"attention": (student, teacher)}
-        special, view = self.blocks[name].special_tokens(student.shape[1]) if student.dim() == 3 else (0, 0)
-        if not special or student.shape != teacher.shape:
+        layout = self.blocks[name].layout(student.shape[1]) if student.dim() == 3 else None
+        if layout is None or not layout.special_tokens or student.shape != teacher.shape:
             return {"blocks": (student, teacher)}
-        student, teacher = (x.unflatten(1, (-1, view)) for x in (student, teacher))
-        return {
-            "cameras": (student[:, :, :special], teacher[:, :, :special]),
-            "blocks": (student[:, :, special:], teacher[:, :, special:]),
-        }
+        special, patches = token_order(layout, student.device).long().tensor_split((layout.special_tokens,))
+        return {"cameras": (student[:, special], teacher[:, special]), "blocks": (student[:, patches], teacher[:, patches])}

@@ -27,8 +27,12 @@ def argument_names(module: nn.Module) -> tuple[str, ...] | None:
 
 
 def has_forward_hooks(module: nn.Module) -> bool:
-    """Whether somebody watches the calls of `module`, which then must be called."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    """Whether somebody watches the calls of `module`, which then must be called.
+
+    Hooks of an object that says of itself that it `reads_arguments_only` do not count: they see no result.
+    """
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(not getattr(getattr(hook, "__self__", None), "reads_arguments_only", False) for hook in hooks)
 
 
 def must_be_called(module: nn.Module) -> bool:

@@ -6,6 +6,7 @@ import hosts
 import pytest
 import torch
 from properties import assert_bf16_is_as_exact_as_dense, assert_compiled_equals_eager, assert_threads_do_not_mix, enlarge_layer_scales
+from real_models import small_pi3
 from torch import nn
 
 from lite3r_plugin import FusedQKV, Rope2D
@@ -16,27 +17,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:User provided device_type of 'cu
 IMAGES = (1, 3, 3, 70, 98)
 
 
-def real(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
-    """Pi3 with a small encoder, four decoder blocks and one block per head."""
-    module = pytest.importorskip("pi3.models.pi3")
-    vit = pytest.importorskip("pi3.models.dinov2.models.vision_transformer")
-
-    def small_encoder(pretrained: bool) -> nn.Module:
-        encoder = vit.vit_small(img_size=56, patch_size=14, num_register_tokens=4, block_chunks=0, init_values=1.0)
-        encoder.blocks = encoder.blocks[:2]
-        return encoder
-
-    monkeypatch.setattr(module, "dinov2_vitl14_reg", small_encoder)
-    model = module.Pi3(decoder_size="small")
-    model.decoder = model.decoder[:4]
-    for head in (model.point_decoder, model.conf_decoder, model.camera_decoder):
-        head.blocks = head.blocks[:1]
-    return model
-
-
 @pytest.fixture(params=["double", "real"])
-def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
-    model = hosts.Pi3() if request.param == "double" else real(monkeypatch)
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    model = hosts.Pi3() if request.param == "double" else small_pi3()
     enlarge_layer_scales(model)
     return model.eval()
 

@@ -9,7 +9,8 @@ from torch import nn
 
 from lite3r_plugin import Routed, apply_lite3r
 from lite3r_plugin.adapter.plugins import find_sites
-from lite3r_plugin.errors import UnknownModelError, UnsupportedAttentionError
+from lite3r_plugin.errors import UnknownModelError
+from lite3r_plugin.ops.dispatch import SlowPathWarning
 from lite3r_plugin.testing import TEST_CONFIG, check_adapter
 
 hf = pytest.importorskip("transformers")
@@ -106,11 +107,11 @@ def test_text_models_are_left_alone() -> None:
         find_sites(hf.BertModel(config))
 
 
-def test_eager_attention_raises() -> None:
+def test_eager_attention_is_dense() -> None:
     model = build("Dinov2")
     model.set_attn_implementation("eager")
     apply_lite3r(model, TEST_CONFIG)
-    with pytest.raises(UnsupportedAttentionError, match="attn_implementation="):
+    with pytest.warns(SlowPathWarning, match=r'model\.set_attn_implementation\("sdpa"\)'):
         model(torch.rand(1, 3, 98, 98))
 
 

@@ -33,7 +33,7 @@ from lite3r_plugin.testing import TEST_CONFIG
 __all__ = ["toy_adapter"]  # the fixture
 pytestmark = pytest.mark.usefixtures("adapter")
 PACKAGE = str(Path(lite3r_plugin.__file__).parent)
-SECONDS = 2.0
+SECONDS = 0.7
 
 
 def interrupted(call: Callable[[], Any], at: int | None) -> tuple[int, str]:
@@ -198,9 +198,9 @@ print(json.dumps(seen))
 """
 
 
-@pytest.mark.parametrize("kills", [12, pytest.param(60, marks=pytest.mark.slow)])
-def test_kill(kills: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_kill(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """At random moments of saves, one after the other: one of the two checkpoints is there, or is refused and its weights make it whole."""
+    kills = 24
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "helpers")]
     code = f"import sys; sys.path[:0] = {paths!r}\n{KILLS}"
     run = subprocess.run([sys.executable, "-c", code, tmp_path, str(kills), "0"], capture_output=True, text=True, timeout=300)

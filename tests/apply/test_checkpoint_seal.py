@@ -224,6 +224,8 @@ def drop_fp8(record: dict[str, Any]) -> None:
         ("fp8", lambda r: r.update(fp8_biases=None), "'fp8_biases' is no list"),
         ("fp8", lambda r: r.update(fp8_biases=[1]), "'fp8_biases' holds something else than names"),
         ("fp8", lambda r: r.update(fp8_biases=r["fp8_biases"][1:]), "other Linears than those of this Toy have a bias"),
+        ("whole", lambda r: r.update(changed=[1]), "'changed' holds something else than names"),
+        ("whole", lambda r: r.update(changed=["cross.9"]), "of which 'cross.9' was trained: this Toy has none"),
         ("fp8", lambda r: r["fp8"].update({"cross.0.qkv": [96.0, 32]}), "'fp8' holds something else than shapes"),
         ("fp8", lambda r: r["fp8"].update({"cross.0.qkv": 96}), "'fp8' holds something else than shapes"),
         ("branches", lambda r: r["sites"]["cross.0"].update(head_dim=16.0), "the first that differs is 'cross.0'"),

@@ -43,7 +43,7 @@ from lite3r_plugin.wrapper import Changes
 
 __all__ = ["toy_adapter"]  # the fixture
 SPARSE: dict[str, Any] = dict(keep_ratio=0.3, dense_below=0, block_q=16, block_k=16)
-STEP = 61
+STEP = 127
 Lines = Callable[..., Iterator[int]]
 
 
@@ -285,11 +285,11 @@ def test_calibrate(lines: Lines, x: Tensor) -> None:
     assert contents(remove_lite3r(model)) == dense
 
 
-def test_calibrate_writes_all_sites_or_none(x: Tensor) -> None:
-    """Interrupted at every line from the first write on."""
+def test_calibrate_writes_all_sites_or_none(request: pytest.FixtureRequest, x: Tensor) -> None:
+    """Interrupted from the first write on."""
 
     def run() -> None:
-        calibrate(model, [x, 1 - x])
+        calibrate(model, [x, 1 - x], judged=1)
 
     def branches() -> dict[str, bytes]:
         return {name: value for name, value in contents(model)["values"].items() if "proj_lin" in name}
@@ -305,14 +305,15 @@ def test_calibrate_writes_all_sites_or_none(x: Tensor) -> None:
     last = lines_of(run)
     fitted, seen = branches(), Counter[str]()
     assert all(fitted[name] != value for name, value in before.items())
-    for line in range(first, last + 1):
+    step = 1 if request.config.getoption("--every-line") else 4
+    for line in range(first, last + 1, step):
         model.load_state_dict(weights)
         assert interrupted(run, line)
         found = branches()
         assert found in (before, fitted)
         seen["as before" if found == before else "fitted"] += 1
     say("calibrate, while it writes", seen)
-    assert seen["as before"] > len(before) * 10
+    assert seen["as before"] > len(before) * 10 / step
     assert seen["fitted"]
 
 

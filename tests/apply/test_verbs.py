@@ -46,6 +46,8 @@ from lite3r_plugin.errors import (
     UnsupportedAttentionError,
     WeightsError,
 )
+from lite3r_plugin.ops.dispatch import SlowPathWarning
+from lite3r_plugin.ops.fp8 import fake_quantize
 from lite3r_plugin.testing import TEST_CONFIG, check_adapter
 
 SPARSE = TEST_CONFIG.replace(keep_ratio=0.3)
@@ -187,35 +189,93 @@ def test_an_error_at_the_last_site_leaves_the_first_ones_unchanged(adapter: Adap
 @pytest.mark.parametrize(
     ("variant", "message"),
     [
-        ("causal", "causal attention"),
-        ("dropout", "dropout of attention weights"),
-        ("cross", "cross-attention of 246 queries to 245 keys"),
-        ("eager", "called scaled_dot_product_attention 0 times, not once"),
-        ("twice", "called scaled_dot_product_attention 2 times, not once"),
+        ("causal", "its attention is causal"),
+        ("dropout", "it drops attention weights by chance"),
+        ("cross", "cross-attention, of queries to another number of keys"),
+        ("eager", "its forward does not call scaled_dot_product_attention"),
+        ("twice", "its forward calls scaled_dot_product_attention several times"),
     ],
 )
-def test_attention_without_a_sparse_form_raises_in_the_forward(variant: str, message: str) -> None:
-    model = apply_lite3r(Toy(make=lambda dim, heads: Attention(dim, heads, variant)), SPARSE)
-    with pytest.raises(UnsupportedAttentionError, match=message):
-        model(images())
+def test_attention_without_a_sparse_form_runs_in_the_hosts_code(variant: str, message: str) -> None:
+    model = Toy(make=lambda dim, heads: Attention(dim, heads, variant))
+    expected = _seeded(model)
+    apply_lite3r(model, SPARSE)
+    with pytest.warns(SlowPathWarning, match=rf"site 'cross\.0'.* runs dense in the host's own code: .*{message}"):
+        assert torch.equal(_seeded(model), expected)
+    assert torch.equal(_seeded(model), expected)  # a reason is told once
+    calls = [site.calls for site in describe(model).sites]
+    begun = int(variant == "twice")  # the first of two calls ran before the second was seen
+    assert [(c.sparse, c.dense, c.host) for c in calls] == [(begun, 0, 2)] * 2
+    where = "dense, in" if variant == "twice" else "ran calls dense in"
+    assert f"2 global sites {where} the host's own code: {calls[0].reason}" in str(describe(model))
     with lite3r_disabled(model):
-        assert model(images()).isfinite().all()
+        assert torch.equal(_seeded(model), expected)
+
+
+def _seeded(model: nn.Module) -> Tensor:
+    torch.manual_seed(0)
+    return model(images())
 
 
 @pytest.mark.parametrize("variant", ["plain", "routed"])
-def test_masks_raise_in_the_forward(variant: str) -> None:
-    model = apply_lite3r(Toy(make=lambda dim, heads: Attention(dim, heads, variant)), SPARSE)
-    with pytest.raises(UnsupportedAttentionError, match=r"site 'cross\.0' was given .*mask.*lite3r_disabled\(model\)"):
-        model(images(), mask=torch.ones(246, 246, dtype=torch.bool))
+def test_a_mask_makes_that_call_dense(variant: str) -> None:
+    model, mask = Toy(make=lambda dim, heads: Attention(dim, heads, variant)), torch.rand(246, 246) < 0.5
+    expected = model(images(), mask=mask)
+    apply_lite3r(model, SPARSE)
+    with pytest.warns(SlowPathWarning, match="mask"):
+        assert torch.equal(model(images(), mask=mask), expected)
+    assert not torch.allclose(model(images()), expected)
+    assert [(site.calls.sparse, site.calls.host) for site in describe(model).sites] == [(1, 1)] * 2
 
 
-def test_active_dropout_of_attention_weights_raises_in_training_only() -> None:
+def test_an_object_that_may_remember_a_call_forbids_to_begin_it_again() -> None:
+    class Remembers(Attention):
+        def forward(self, x: Tensor, cache: Any = None) -> Tensor:
+            return super().forward(x)
+
+    model = apply_lite3r(Toy(make=lambda dim, heads: Remembers(dim, heads, "twice")), SPARSE)
+    with pytest.raises(UnsupportedAttentionError, match=r"exclude=\('cross\.0',\)\)"):
+        model(images(), cache=object())
+
+
+def test_active_dropout_of_attention_weights_is_dense_in_training_only() -> None:
     model = Toy()
     model.cross[0].attn_drop.p = 0.1
     apply_lite3r(model, SPARSE).train()
-    with pytest.raises(UnsupportedAttentionError, match="dropout of attention weights"):
+    with pytest.warns(SlowPathWarning, match="drops attention weights"):
         model(images())
-    assert model.eval()(images()).isfinite().all()
+    model.eval()(images())
+    assert [(site.calls.sparse, site.calls.host) for site in describe(model).sites] == [(1, 1), (2, 0)]
+
+
+def test_excluded_sites_are_the_hosts_own(toy: Toy) -> None:
+    hosts = list(toy.cross)
+    model = apply_lite3r(toy, SPARSE, exclude=("cross.0",))
+    assert model.cross[0] is hosts[0]
+    assert lite3r_modules(model).keys() == {"cross.1"}
+    assert describe(model).skipped["cross.0"] == "excluded"
+    with pytest.raises(ConfigError, match="exclude names"):
+        apply_lite3r(Toy(), exclude=("cros.0",))
+    with pytest.raises(NoSitesError, match=r"would become sparse: .*excluded \(such as 'cross\.1'\)"):
+        apply_lite3r(Toy(), exclude=("cross.*",))
+
+
+def test_fp8_without_sparse_attention() -> None:
+    toy = Toy()
+    converted = apply_lite3r(copy.deepcopy(toy), precision="fp8", exclude=("*",))
+    for module in toy.modules():
+        if isinstance(module, nn.Linear) and module is not toy.head:
+            module.weight.data = fake_quantize(module.weight.data)
+    assert describe(converted).linears == {"in FP8 (emulated)": 8}
+    assert (converted(images()) - toy(images())).abs().max() < 0.1
+
+
+def test_a_host_with_a_bias_of_its_own_is_left_by_a_keep_ratio_of_1(adapter: Adapter) -> None:
+    model = Toy(make=lambda dim, heads: Attention(dim, heads, "causal"))
+    expected = model(images())
+    apply_lite3r(model, SPARSE, keep_ratio={"*": 1.0})
+    assert torch.equal(model(images()), expected)
+    assert "2 global sites dense, in the host's own code: keep_ratio 1" in str(describe(model))
 
 
 def test_a_wrong_patch_size_raises_in_the_forward(adapter: Adapter) -> None:
@@ -578,7 +638,7 @@ def test_a_forward_without_gradient_keeps_no_graph(toy: Toy) -> None:
 
 def test_routed_says_nothing_about_heads_but_checks_them(adapter: Adapter) -> None:
     adapter.answer = one_site(projections=Routed(), head_dim=32)
-    with pytest.raises(UnsupportedAttentionError, match="adapter says head_dim=32"):
+    with pytest.warns(SlowPathWarning, match="adapter says .*head_dim=32"):
         apply_lite3r(Toy(), SPARSE)(images())
 
 

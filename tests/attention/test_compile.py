@@ -44,7 +44,7 @@ def fresh() -> Any:
 
 @pytest.fixture(params=MAKES)
 def toy(request: pytest.FixtureRequest, adapter: Any) -> Toy:
-    return Toy(make=MAKES[request.param]).eval()
+    return Toy(depth=1, make=MAKES[request.param]).eval()
 
 
 def some_views(views: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -64,10 +64,13 @@ def test_one_graph_serves_all_views(toy: Toy, options: dict[str, Any]) -> None:
     assert graphs.frame_count == 1
 
 
-def test_a_graph_has_one_node_for_each_site(toy: Toy) -> None:
+@pytest.mark.usefixtures("adapter")
+@pytest.mark.parametrize("make", MAKES)
+def test_a_graph_has_one_node_for_each_site(make: str) -> None:
+    model = apply_lite3r(Toy(depth=2, make=MAKES[make]).eval(), TEST_CONFIG)
     graphs = CompileCounterWithBackend("eager")
     with torch.no_grad():
-        torch.compile(apply_lite3r(toy, TEST_CONFIG), backend=graphs, fullgraph=True)(images())
+        torch.compile(model, backend=graphs, fullgraph=True)(images())
     assert sum(node.target is operators.infer for node in graphs.graphs[0].graph.nodes) == 2
 
 
@@ -129,7 +132,7 @@ def test_export_with_any_number_of_views(toy: Toy, strict: bool) -> None:
 
 
 def test_the_testbed() -> None:
-    model = apply_lite3r(Testbed(TestbedConfig(dim=64, head_dim=32, depth=2, stem=8)).eval(), TEST_CONFIG)
+    model = apply_lite3r(Testbed(TestbedConfig(dim=64, head_dim=32, depth=1, stem=8)).eval(), TEST_CONFIG)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
         for i, views in enumerate((4, 3, 5)):
@@ -143,8 +146,8 @@ def test_the_testbed() -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("adapter")
 def test_the_default_compiler() -> None:
-    model = apply_lite3r(Toy().eval(), TEST_CONFIG)
-    compiled = torch.compile(model, fullgraph=True)
+    model = apply_lite3r(Toy(depth=1).eval(), TEST_CONFIG)
+    compiled = torch.compile(model, fullgraph=True, options={"cpp.vec_isa_ok": True})  # or it tries out what the processor says it can
     with torch.no_grad():
         for views in (3, 5):
             torch.testing.assert_close(compiled(some_views(views)), model(images(views)))
@@ -185,14 +188,11 @@ def triton(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> b
 @pytest.mark.filterwarnings("ignore::lite3r_plugin.ops.dispatch.SlowPathWarning")  # on a GPU
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # opcheck's own
 @pytest.mark.filterwarnings("ignore:.*deterministic")
-@pytest.mark.parametrize("linear", ["all", "none"])
-@pytest.mark.parametrize("learns", ["all", "proj"])
+@pytest.mark.parametrize(("linear", "learns"), [("all", "all"), ("all", "proj"), ("none", "all")])
 def test_the_operators_keep_their_contracts(linear: str, learns: str, triton: bool) -> None:
     arguments = flat_arguments(linear, learns)
     torch.library.opcheck(operators.infer, [x.detach() if isinstance(x, Tensor) else x for x in arguments])
-    needed = learning(arguments)
-    if any(needed):
-        torch.library.opcheck(operators.train, (needed, *arguments))
+    torch.library.opcheck(operators.train, (learning(arguments), *arguments))
 
 
 @pytest.mark.filterwarnings("ignore::lite3r_plugin.ops.dispatch.SlowPathWarning")  # on a GPU
@@ -298,21 +298,20 @@ def test_sites_that_share_code_have_their_own_policy(monkeypatch: pytest.MonkeyP
 )
 @torch.no_grad()
 def test_blocks_compiled_one_by_one_share_code(options: dict[str, Any]) -> None:
-    """However many there are, which the compiler's limit of recompilations needs."""
-    graphs = {}
-    for depth in (2, 3):
-        torch._dynamo.reset()
-        model = Testbed(TestbedConfig(dim=32, head_dim=32, depth=depth, stem=8)).eval().requires_grad_(False)
-        model = apply_lite3r(model, TEST_CONFIG, **options)
-        x = torch.rand(1, 3, 3, 64, 96)
-        expected = model(x)
-        counter = CompileCounterWithBackend("eager")
-        for block in repeated_blocks(model):
+    """However many there are, which the compiler's limit of recompilations needs: the last ones compile nothing anew."""
+    model = Testbed(TestbedConfig(dim=32, head_dim=32, depth=3, stem=8)).eval().requires_grad_(False)
+    model = apply_lite3r(model, TEST_CONFIG, **options)
+    x = torch.rand(1, 3, 3, 64, 96)
+    expected = model(x)
+    counter, graphs = CompileCounterWithBackend("eager"), []
+    last = (model.aggregator.frame_blocks[2], model.aggregator.global_blocks[2])
+    for blocks in ([block for block in repeated_blocks(model) if block not in last], last):
+        for block in blocks:
             block.compile(backend=counter, dynamic=True)
         model(torch.rand(1, 4, 3, 64, 96))
         torch.testing.assert_close(model(x), expected)
-        graphs[depth] = counter.frame_count
-    assert graphs[3] == graphs[2] > 0
+        graphs.append(counter.frame_count)
+    assert graphs[1] == graphs[0] > 0
 
 
 def test_second_derivatives_are_refused() -> None:

@@ -188,20 +188,135 @@ def test_faults_of_memory_are_named() -> None:
         assert len(memory_fp8.wrong({"lite3r-fp8": fine | change})) == 1
 
 
-def test_what_training_wins_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_training_wins_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import distillation
     import readme_table
 
-    path = tmp_path / "rows.json"
-    command = ["distillation.py", "--small", "--scenes", "3", "--pool", "2", "--calibration", "2", "--views", "4", "--json", str(path)]
-    monkeypatch.setattr(sys, "argv", [*command, "--rows", "applied"])
-    distillation.main()
-    monkeypatch.setattr(sys, "argv", [*command, "--rows", "applied", "best-fp8"])
-    distillation.main()  # goes on after the first row
+    few = ["--small", "--scenes", "3", "--selection", "2", "--pool", "2", "--calibration", "2", "--views", "4", "--size", "32"]
+    command = ["--folder", str(tmp_path), *few, "--keep-ratio", "0.125", "--tried", "rank 32"]
+    assert distillation.main([*command, "--fp8-rows", "applied", "--minutes", "0"]) == 0
+    assert "left: ['render training 0'" in capsys.readouterr().err  # nothing would have been over in time
+    with pytest.raises(SystemExit, match="pass --resume"):
+        distillation.main(command)
+    with pytest.raises(SystemExit, match=r"other conditions: \['scenes'\]"):
+        distillation.main([*command, "--scenes", "4", "--resume"])
+    assert distillation.main([*command, "--fp8-rows", "applied", "best", "lora-no-qat", "--resume"]) == 0
+    assert "left: nothing; best: rank 32" in capsys.readouterr().err
 
-    done = json.loads(path.read_text())["rows"]
-    assert [row["row"]["name"] for row in done.values()] == ["applied", "best-fp8"]
-    assert "2 steps" in done["best-fp8 0.25 {}"]["distillation"]
-    assert capsys.readouterr().err.count("applied 0.25 {}, 4 views") == 1
-    lines = readme_table.distillation(json.loads(path.read_text())).splitlines()
-    assert lines[4].startswith("| calibrated, distilled: `proj+lora`, rank 32, FP8 | 4 |")
+    report = json.loads((tmp_path / "keep0.125.json").read_text())
+    rows = {key: row["row"] for key, row in report["rows"].items()}
+    assert list(rows) == ["applied 0.125", "lora-no-qat 0.125", "best 0.125"]
+    assert "2 steps" in report["rows"]["best 0.125"]["distillation"]
+    assert (rows["best 0.125"]["precision"], rows["best 0.125"]["rounds"], rows["best 0.125"]["recipe"]) == ("fp8", True, "rank 32")
+    assert json.loads((tmp_path / "search.json").read_text())["rows"]["rank 32"]["score"] < 100
+    lines = readme_table.distillation(report).splitlines()
+    assert lines[3].startswith("| applied | 4 |")
+    assert lines[4].startswith("| calibrated, distilled: `proj+lora`, FP8 only afterwards | 4 |")
+    assert lines[5].startswith("| calibrated, distilled: `proj+lora`, rank 32, FP8 | 4 |")
+    assert distillation.main([*command, "--fp8-rows", "applied", "--resume"]) == 0  # nothing is done twice
+    assert "row applied" not in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_processes_share_the_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import distillation
+
+    few = ["--small", "--scenes", "3", "--selection", "2", "--pool", "2", "--calibration", "2", "--views", "4", "--size", "32"]
+    command = ["--folder", str(tmp_path), *few, "--keep-ratio", "0.25", "--tried", "rank 32", "--processes", "2"]
+    assert distillation.main([*command, "--rows", "applied", "calibrated"]) == 0
+    assert "failed: nothing; left: nothing" in capsys.readouterr().err
+    assert list(json.loads((tmp_path / "keep0.25.json").read_text())["rows"]) == ["applied 0.25", "calibrated 0.25"]
+
+
+def test_jobs_wait_for_what_they_need(tmp_path: Path) -> None:
+    import distillation
+    from rendered import part_file
+
+    args = distillation.parse(["--folder", str(tmp_path), "--search", "1", "--long", "8", "--tried", "rank 32", "blocks"])
+    plan = distillation.Plan(args)
+
+    def done(*kinds: str) -> None:
+        for job in [job for stage in plan.stages() for job in stage if job.kind in kinds]:
+            if job.kind == "render":
+                part_file(tmp_path, job.what["kind"], job.what["part"]).touch()
+            elif job.kind == "calibrate":
+                distillation.calibrated(args, **job.what).mkdir()
+            plan.store(job.key, {"score": 1.0 + (job.key == "search rank 32")} if job.kind == "search" else {})
+
+    first = distillation.next_job(plan, [], 3600)
+    assert first is not None
+    assert first.kind == "render"
+    rendering = [job.key for job in plan.stages()[0]]
+    assert distillation.next_job(plan, rendering, 3600) is None  # others are at it
+    done("render", "calibrate", "dense")
+    jobs: list[str] = []
+    while (job := distillation.next_job(plan, jobs, 200)) is not None:
+        jobs.append(job.key)
+    assert jobs[:2] == ["search rank 32", "search blocks"]
+    assert "row applied 0.25" in jobs
+    assert not any("best" in key for key in jobs)  # nobody knows it yet
+    assert plan.best() is None
+    done("search")
+    assert plan.best() == "blocks"
+    assert distillation.next_job(plan, [], 3600).key == "row best 0.25"
+    assert distillation.next_job(plan, [], 200).key == "row applied 0.25"  # the best would not be over in time
+    assert distillation.next_job(plan, [], 1) is None
+
+
+def test_scenes_are_measured_as_one_by_one(tmp_path: Path) -> None:
+    from rendered import MEASURES, Renderer, Scenes, judge, measure
+
+    from lite3r_plugin.testbed import Testbed, TestbedConfig
+
+    cpu = torch.device("cpu")
+    renderer = Renderer(tmp_path, 4, 32, cpu)
+    renderer.render("held_out", 0, 3)
+    before = (tmp_path / "held_out-000.safetensors").read_bytes()
+    renderer.render("selection", 0, 3)
+    renderer.render("held_out", 0, 3)
+    assert (tmp_path / "held_out-000.safetensors").read_bytes() == before
+    assert (tmp_path / "selection-000.safetensors").read_bytes() != before
+    scenes = Scenes(tmp_path, "held_out", 3)
+    model = Testbed(TestbedConfig(dim=32, depth=1, head_dim=16, stem=8)).eval()
+    found = measure(model, scenes, 2, 2, 4, cpu, 2)
+    for number in range(3):
+        values = []
+        for offset in (0, 1):
+            rgb, depth, pose, ok = (scenes.parts[name][number, offset::2] for name in ("rgb", "depth", "w2c", "ok"))
+            with torch.no_grad():
+                out = model(rgb[None].float() / 255)
+            values.append(judge(out["depth"][0], out["world_to_camera"][0], depth, pose, ok))
+        expected = torch.tensor(values, dtype=torch.float64).nanmean(0)
+        torch.testing.assert_close(torch.tensor([found[name][number] for name in MEASURES], dtype=torch.float64), expected, equal_nan=True)
+    sample = next(scenes.samples(0, 8, [2], True, cpu))
+    assert sample.inputs["images"].shape == (3, 2, 3, 32, 32)
+    assert sample.labels is not None
+    assert sample.labels.depth is not None
+    assert sample.labels.depth.isnan().sum() == (sample.labels.depth.nan_to_num() == 0).sum()
+
+
+def test_what_a_step_and_calibration_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import step
+
+    path = tmp_path / "step.json"
+    small = [
+        "--model",
+        "testbed",
+        "--views",
+        "2",
+        "--size",
+        "16",
+        "--device",
+        "cpu",
+        "--repeats",
+        "1",
+        "--warm-up",
+        "1",
+        "--calibrate",
+        "2x2",
+    ]
+    monkeypatch.setattr(sys, "argv", ["step.py", *small, "--json", str(path)])
+    step.main()
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["way"] for row in rows] == ["plain", "distill", "calibrate"]
+    assert all(row["seconds"] > 0 for row in rows)

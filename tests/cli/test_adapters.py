@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
-from commands import lite3r
+from commands import fails, lite3r
 
 from lite3r_adapters.testbed.model import ENTRIES
 from lite3r_plugin.adapter import plugins
@@ -25,3 +26,43 @@ def test_texts_of_adapters_are_shown_as_they_are(monkeypatch: pytest.MonkeyPatch
     out = lite3r("adapters").stdout
     for expected in ("odd[x]", "takes [B, S] and [/red]", "missing: pip [all]"):
         assert expected in out
+
+
+FILE = """
+import torch
+from lite3r_plugin.testbed import Testbed, TestbedConfig
+
+def model():
+    return Testbed(TestbedConfig(dim=64, depth=1)), (torch.rand(1, 2, 3, 64, 96),)
+
+def nothing():
+    return 3
+
+def broken():
+    raise KeyError("no weights")
+"""
+
+
+def test_inspect_writes_an_adapter(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(FILE)
+    out = lite3r("adapters", "inspect", f"{tmp_path}/mine.py:model").stdout
+    for expected in ("Testbed on [1, 2, 3, 64, 96]", "@hookimpl", "check_adapter: adapter 'sites=' is fine"):
+        assert expected in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{}/mine.py"], "names no factory: write MODEL.py:factory"),
+        (["{}/yours.py:model"], "there is no file"),
+        (["{}/mine.py:other"], "has no function 'other'"),
+        (["{}/mine.py:nothing"], "returned int: let it return a torch.nn.Module"),
+        (["{}/mine.py:broken"], "failed: KeyError: 'no weights'"),
+        (["no_such_package.here:model"], "failed: ModuleNotFoundError"),
+        (["{}/mine.py:model", "--shape", "1,two"], "--shape is integers such as 1,2,3,224,224, got '1,two'"),
+    ],
+)
+def test_what_cannot_be_inspected_is_said(arguments: list[str], message: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(FILE)
+    said = fails("adapters", "inspect", *(argument.format(tmp_path) for argument in arguments))
+    assert message in said

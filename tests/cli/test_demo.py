@@ -1,28 +1,53 @@
-"""`lite3r demo`: the whole path on a rendered scene."""
+"""`lite3r demo`: the whole path on a rendered room, and what people see of it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import trimesh
 from commands import fails, lite3r
+from PIL import Image
 
 from lite3r_plugin.testbed.model import SHIPPED, WEIGHTS_NAME
+
+FILES = ["demo.html", "demo.png", "dense.ply", "lite3r.ply", "truth.ply"]
+
+
+def demo(out: Path, *options: object) -> str:
+    return lite3r("demo", "--out", out, "--views", 2, "--device", "cpu", *options).stdout
 
 
 def test_demo_on_random_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lite3r_plugin.cli.show.console.width", 160)
-    result = lite3r("demo", "--out", tmp_path / "demo", "--views", 2, "--repeats", 1, "--weights", "random")
-    for expected in ("depth against truth", "depth against dense", "Times on a CPU say nothing about a GPU", "sparse-linear"):
-        assert expected in result.stdout
-    assert sorted(p.name for p in (tmp_path / "demo").iterdir()) == ["demo.png", "dense.ply", "lite3r.ply"]
-    assert len(trimesh.load(tmp_path / "demo" / "lite3r.ply").vertices) > 50_000
+    out = tmp_path / "demo"
+    said = demo(out, "--weights", "random")
+    for expected in (
+        "depth against truth",
+        "of the attention scores",
+        "forced here (dense_below=0)",
+        "sparse-linear",
+        f"{out.as_uri()}/demo.html",
+    ):
+        assert expected in said
+    assert sorted(p.name for p in out.iterdir()) == FILES
+    assert len(trimesh.load(out / "lite3r.ply").vertices) > 50_000
 
 
 @pytest.mark.skipif(not (SHIPPED / WEIGHTS_NAME).is_file(), reason="needs the testbed's trained weights")
 def test_demo(tmp_path: Path) -> None:
-    assert "meaningless" not in lite3r("demo", "--out", tmp_path, "--views", 1, "--repeats", 1).stderr
+    demo(tmp_path)
+    with Image.open(tmp_path / "demo.png") as picture:
+        assert picture.width > 1000
+        assert np.asarray(picture.convert("RGB")).std() > 30
+    # Clouds are in the frame and the unit of the truth.
+    clouds = {name: trimesh.load(tmp_path / f"{name}.ply").vertices for name in ("truth", "dense", "lite3r")}
+    for name in ("dense", "lite3r"):
+        np.testing.assert_allclose(np.median(clouds[name], 0), np.median(clouds["truth"], 0), atol=0.4)
+    page = (tmp_path / "demo.html").read_text()
+    for name in clouds:
+        assert f'"name":"{name}"' in page
 
 
 def test_demo_that_cannot_write(tmp_path: Path) -> None:

@@ -6,13 +6,16 @@ import importlib.util
 from pathlib import Path
 
 import numpy as np
+import pycolmap
 import pytest
 import trimesh
 from commands import fails, lite3r
 from PIL import Image
+from videos import write_video
 
 from lite3r_adapters.testbed import model as testbed
 from lite3r_plugin.adapter.models import ModelEntry
+from lite3r_plugin.scene.data import open_scenes
 from lite3r_plugin.testbed import Testbed, TestbedConfig
 
 
@@ -31,10 +34,11 @@ def test_reconstruct(photos: Path, tmp_path: Path) -> None:
 
 
 def test_compare_at_keep_ratio_one_is_exact(photos: Path, tmp_path: Path) -> None:
-    out = tmp_path / "scene.ply"
+    out = tmp_path / "scene"
     result = lite3r("reconstruct", photos, "--model", "tiny", "--weights", "random", "--out", out, "--compare", "--keep-ratio", 1)
     assert "0.00% / 0.00% / 0.0%" in result.stdout
-    one, other = trimesh.load(out), trimesh.load(tmp_path / "scene.dense.ply")
+    assert "transforms.json, images, sparse/0, dense_run" in result.stdout
+    one, other = trimesh.load(out / "scene.ply"), trimesh.load(out / "dense_run" / "scene.ply")
     np.testing.assert_allclose(one.vertices, other.vertices, rtol=1e-4, atol=1e-4)
 
 
@@ -86,13 +90,13 @@ def test_wrong_inputs_are_refused_before_any_work(photos: Path, tmp_path: Path, 
     monkeypatch.setattr(ModelEntry, "build", lambda *_: pytest.fail("the model was built"))
     (tmp_path / "empty").mkdir()
     common = ("reconstruct", photos, "--model", "tiny", "--weights", "random")
-    assert "must end in .ply" in fails(*common, "--out", tmp_path / "a.obj")
+    assert "must end in .ply, .glb" in fails(*common, "--out", tmp_path / "a.obj")
     assert "does not exist" in fails(*common, "--out", tmp_path / "none" / "a.ply")
     assert "exclude each other" in fails(*common, "--dense", "--compare")
     assert "keep_ratio must be in (0, 1]" in fails(*common, "--keep-ratio", 0)
     assert "choose one of" in fails("reconstruct", photos, "--model", "no-such-model")
     assert "it is empty" in fails("reconstruct", tmp_path / "empty", "--model", "tiny", "--out", tmp_path / "a.ply")
-    assert "needs at least 2 images" in fails("reconstruct", photos, "--model", "pairs", "--max-views", 1, "--out", tmp_path / "a.ply")
+    assert "at least 2 images are needed" in fails("reconstruct", photos, "--model", "pairs", "--max-views", 1, "--out", tmp_path / "a.ply")
     assert "is not available" in fails(*common, "--device", "no-such-device", "--out", tmp_path / "a.ply")
     assert "unknown dtype" in fails(*common, "--dtype", "int8", "--out", tmp_path / "a.ply")
     (photos / "3.jpg").write_bytes(b"not an image")
@@ -111,12 +115,37 @@ def test_weights_that_do_not_fit(photos: Path, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("depth_anything_3") is None, reason="needs depth-anything-3")
 def test_reconstruct_with_depth_anything_3(photos: Path, tmp_path: Path) -> None:
-    out = tmp_path / "scene.ply"
+    out = tmp_path / "scene"
     result = lite3r(
         "reconstruct", photos, "--model", "da3-small", "--weights", "random", "--max-views", 2, "--out", out, "--config", "dense_below=0"
     )  # fmt: skip
     assert "da3-small: 2 views of 504 x 336 pixels" in result.stdout
-    cloud = trimesh.load(out)
+    cloud = trimesh.load(out / "scene.ply")
     assert len(cloud.vertices) > 100_000
     assert np.isfinite(cloud.vertices).all()
     assert cloud.colors[:, :3].std() > 10
+    # What other programs read are the same cameras.
+    with np.load(out / "scene.npz") as archive:
+        poses, intrinsics = archive["world_to_camera"], archive["intrinsics"]
+    model = pycolmap.Reconstruction(str(out / "sparse" / "0"))
+    views = open_scenes(f"nerfstudio:{out}")[0].sample(range(2))
+    for i in range(2):
+        image = model.image(i + 1)
+        for pose, K in (
+            (image.cam_from_world().matrix(), model.camera(i + 1).calibration_matrix()),
+            (views.world_to_camera[i].numpy(), views.intrinsics[i].numpy()),
+        ):
+            np.testing.assert_allclose(pose, poses[i], atol=1e-4)
+            np.testing.assert_allclose(K, intrinsics[i], atol=1e-4 * K[0, 0])
+
+
+def test_reconstruct_a_video_and_a_photograph(photos: Path, tmp_path: Path) -> None:
+    frames = [np.asarray(Image.open(photos / f"{i % 3}.jpg")) for i in range(12)]
+    video = write_video(tmp_path / "clip.mp4", frames)
+    out = tmp_path / "a.npz"
+    lite3r(
+        "reconstruct", video, photos / "0.jpg", "--model", "tiny", "--weights", "random", "--dense", "--out", out, "--every", 0.6
+    )  # fmt: skip
+    with np.load(out) as archive:
+        assert len(archive["names"]) == 3
+        assert archive["names"][-1] == "0.jpg"

@@ -16,6 +16,7 @@ from toys import Toy, images, toy_adapter
 
 from lite3r_plugin import apply_lite3r, convert, describe, load_lite3r, save_lite3r
 from lite3r_plugin.apply.lookup import block_linears, lite3r_modules
+from lite3r_plugin.attention.trial import Trials, Verdict
 from lite3r_plugin.errors import BackendError, CheckpointError
 from lite3r_plugin.ops.fp8 import E4M3
 
@@ -87,8 +88,11 @@ def test_what_is_loaded_has_memory_of_its_own(model: Toy, tmp_path: Path) -> Non
     assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == len(tensors)
 
 
-def test_no_copy_in_high_precision_is_made(model: Toy, tmp_path: Path) -> None:
-    """While a model on the meta device is filled, no tensor as large as a block's weight exists in another dtype."""
+def test_no_copy_in_high_precision_is_made(model: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a model on the meta device is filled, no tensor as large as a block's weight exists in another dtype.
+
+    But for those of a trial, one site's or block's at a time.
+    """
     from torch.utils._python_dispatch import TorchDispatchMode
 
     save_lite3r(model, tmp_path, whole=True)
@@ -104,6 +108,7 @@ def test_no_copy_in_high_precision_is_made(model: Toy, tmp_path: Path) -> None:
 
     with torch.device("meta"):
         empty = Toy()
+    monkeypatch.setattr(Trials, "of", lambda *_: Verdict(None, 1))
     with Watch():
         load_lite3r(empty, tmp_path)
     assert made

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -58,13 +58,12 @@ def logged(folder: Path, **fields: Any) -> dict[str, Any]:
     return {"output_dir": str(folder), "trackers": ("jsonl",), "log_every": 1, **fields}
 
 
-def start(folder: Path, processes: int, *runs: dict[str, Any], torchrun: bool = False) -> subprocess.Popen[str]:
+def start(folder: Path, processes: int, *runs: dict[str, Any]) -> subprocess.Popen[str]:
     """Distil the toy in processes of their own, one run after another: each is fields for `run`, its metrics in a folder by its number.
 
-    Without `torchrun` the processes come from one, which has imported everything.
+    They come from one process, which has imported everything.
     """
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if torchrun else []
-    command = [sys.executable, *launch, __file__, str(folder), "0" if torchrun else str(processes), json.dumps(runs)]
+    command = [sys.executable, __file__, str(folder), str(processes), json.dumps(runs)]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     # A session of its own, so that all of it can be killed.
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -125,15 +124,21 @@ def divide(processes: int) -> list[int]:
     return others
 
 
+def leave(others: list[int]) -> NoReturn:
+    """End one of the processes that `divide` made, the first one after the others."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # a process that ends with one may abort
+    sys.exit(max([os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]) for other in others], default=0))
+
+
 if __name__ == "__main__":
     todo = json.loads(sys.argv[3])
     importlib.import_module("accelerate.data_loader")
+    importlib.import_module("torch._dynamo")  # the first step of an optimizer imports it
     if any(one.get("lora") for one in todo):
         importlib.import_module("lite3r_plugin.peft")
     children = divide(int(sys.argv[2])) if int(sys.argv[2]) > 1 else []
     plugins.get_manager().register(Adapter(toy_answer), name="toy")
     for number, one in enumerate(todo):
         run(Path(sys.argv[1]) / str(number), **one)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # a process that ends with one may abort
-    sys.exit(max([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children], default=0))
+    leave(children)

@@ -33,3 +33,22 @@ def small_da3() -> nn.Module:
     from depth_anything_3.registry import MODEL_REGISTRY
 
     return create_object(load_config(MODEL_REGISTRY["da3-small"])).eval()  # pyright: ignore[reportArgumentType]
+
+
+def small_pi3() -> nn.Module:
+    """Pi3 with a small encoder, four decoder blocks and one block per head."""
+    module = pytest.importorskip("pi3.models.pi3")
+    vit = pytest.importorskip("pi3.models.dinov2.models.vision_transformer")
+
+    def small_encoder(pretrained: bool) -> nn.Module:
+        encoder = vit.vit_small(img_size=56, patch_size=14, num_register_tokens=4, block_chunks=0, init_values=1.0)
+        encoder.blocks = encoder.blocks[:2]
+        return encoder
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "dinov2_vitl14_reg", small_encoder)
+        model = module.Pi3(decoder_size="small")
+    model.decoder = model.decoder[:4]
+    for head in (model.point_decoder, model.conf_decoder, model.camera_decoder):
+        head.blocks = head.blocks[:1]
+    return model

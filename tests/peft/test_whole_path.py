@@ -36,7 +36,7 @@ def change(found: list[Tensor], expected: list[Tensor]) -> float:
 def trained(images: list[Tensor]) -> nn.Module:
     """A few steps of distillation by hand, of the linear branches and LoRA; the model trains for FP8."""
     model = apply_lite3r(Testbed.from_pretrained(), precision="fp8_qat", keep_ratio=0.15, dense_below=0, block_q=32, block_k=16)
-    calibrate(model, images[:2])
+    calibrate(model, images[:2], judged=1)
     model.requires_grad_(False)
     add_lora(model, rank=4)
     for site in lite3r_modules(model).values():

@@ -11,7 +11,7 @@ from PIL import Image, features
 
 from lite3r_plugin.errors import InputError
 from lite3r_plugin.scene.data import open_scenes
-from lite3r_plugin.scene.images import ORIENTATION, TURNS, choose_views, find_images, load_image, load_images
+from lite3r_plugin.scene.images import ORIENTATION, TURNS, find_images, load_image, load_images, spread
 from lite3r_plugin.scene.reading import DataWarning
 
 
@@ -21,8 +21,8 @@ def test_natural_order_and_selection(tmp_path: Path) -> None:
     (tmp_path / "folder.png").mkdir()
     found = find_images(tmp_path)
     assert [p.name for p in found] == ["2.png", "10.png", "b1.JPG"]
-    assert [p.name for p in choose_views(found, 2)] == ["2.png", "10.png"]
-    assert choose_views(found, None) == found
+    assert [p.name for p in spread(found, 2)] == ["2.png", "10.png"]
+    assert spread(found, None) == found
 
 
 def test_folders_without_images(tmp_path: Path) -> None:

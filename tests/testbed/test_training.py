@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,17 @@ from lite3r_plugin.testbed.train import main
 from lite3r_plugin.testbed.worlds import load_world
 from lite3r_plugin.testbed.worlds.sampler import clip_cameras
 
+HELPERS = Path(__file__).parents[1] / "helpers"
+TOGETHER = """
+import sys
+import torch._dynamo  # which the first step of an optimizer imports
+from distilling import divide, leave
+from lite3r_plugin.testbed.train import main
+
+others = divide(2)
+main(sys.argv[1:])
+leave(others)
+"""
 SMOKE = ["--smoke", "--no-compile", "--pool", "4", "--views-per-step", "8", "--max-steps"]
 
 
@@ -44,9 +56,9 @@ def test_the_command_trains_and_goes_on_from_weights(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_train_together(tmp_path: Path) -> None:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, "-m", "lite3r_plugin.testbed.train", *SMOKE, "2", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-c", TOGETHER, *SMOKE, "2", "--out", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(HELPERS), "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["processes"] == 2
@@ -184,8 +196,8 @@ def test_a_packed_world_is_read(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not (SHIPPED / WEIGHTS_NAME).is_file(), reason="needs the trained weights")
 def test_the_weights_that_come_with_the_package_keep_to_a_band() -> None:
-    """Scenes of the second generator, 0.194, 4.5 degrees and 67.6 when the weights were made."""
-    measures = evaluate(Testbed.from_pretrained(), gate_scenes([20_001, 20_002], 4, 112, 112))
-    assert measures["abs_rel"] < 0.22
-    assert measures["rotation"] < 5.5
-    assert measures["auc30"] > 60
+    """A scene of the second generator, 0.131, 6.1 degrees and 69.7 when the weights were made; the same guess everywhere has 0.486."""
+    measures = evaluate(Testbed.from_pretrained(), gate_scenes([20_002], 3, 112, 112))
+    assert measures["abs_rel"] < 0.16
+    assert measures["rotation"] < 7.5
+    assert measures["auc30"] > 62

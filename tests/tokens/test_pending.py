@@ -8,14 +8,21 @@ import pytest
 import torch
 from torch import nn
 
-from lite3r_plugin import TokenSource
+from lite3r_plugin import TokenLayout, TokenSource, Views
 from lite3r_plugin.errors import LayoutError
 from lite3r_plugin.tokens.pending import MAX_PENDING, PendingForwards
-from lite3r_plugin.tokens.tracker import GridTracker
+from lite3r_plugin.tokens.tracker import LayoutTracker
 
 
-def tracker() -> GridTracker:
-    return GridTracker(TokenSource("embed", (4, 4), 1))
+def tracker() -> LayoutTracker:
+    return LayoutTracker(TokenSource("embed", (4, 4), 1))
+
+
+def grid_of(layout: TokenLayout | None) -> tuple[int, int]:
+    assert layout is not None
+    [views] = layout.parts
+    assert isinstance(views, Views)
+    return views.grid
 
 
 def test_recomputation_in_a_backward_pass() -> None:
@@ -30,7 +37,7 @@ def test_recomputation_in_a_backward_pass() -> None:
 
         @staticmethod
         def backward(ctx, grad):
-            found.append(watcher.layout("a", ctx.tokens).grid)
+            found.append(grid_of(watcher.layout("a", ctx.tokens)))
             return grad, None
 
     def forward(height: int, width: int) -> torch.Tensor:
@@ -41,7 +48,7 @@ def test_recomputation_in_a_backward_pass() -> None:
     (small + large).backward()
     assert sorted(found) == [(2, 3), (4, 4)]
     wide, tall = forward(8, 12), forward(12, 8)
-    with pytest.raises(LayoutError, match=r"recomputed by gradient checkpointing, but forwards on grids of \[\(2, 3\), \(3, 2\)\]"):
+    with pytest.raises(LayoutError, match=r"recomputed by gradient checkpointing, but forwards on 2 x 3 patches, 3 x 2 patches came"):
         (wide + tall).backward()
     with torch.no_grad():
         watcher.observe(nn.Identity(), (torch.zeros(1, 3, 8, 12),), {})
@@ -55,26 +62,28 @@ def test_forwards_whose_backward_pass_is_over_are_forgotten() -> None:
     x = torch.zeros(1, requires_grad=True)
     for height, width in ((8, 12), (12, 8)):
         watcher.observe(nn.Identity(), (torch.zeros(1, 3, height, width),), {})
+        watcher.layout("a", 7)
         out = x * 2
-        out.register_hook(lambda grad: found.append(watcher.layout("a", 7).grid))  # as recomputation asks, before the hook of `watch`
+        out.register_hook(lambda grad: found.append(grid_of(watcher.layout("a", 7))))  # as recomputation asks, before the hook of `watch`
         watcher.watch(out)
         if width == 8:
             watcher.observe(nn.Identity(), (torch.zeros(1, 3, 16, 16),), {})  # another forward comes between
+            watcher.layout("a", 17)
         out.sum().backward()
     assert found[0] == (2, 3)
     watcher = copy.deepcopy(watcher)
     with torch.no_grad():
         watcher.observe(nn.Identity(), (torch.zeros(1, 3, 12, 8),), {})
-    assert watcher.layout("a", 7).grid == (3, 2)
+    assert grid_of(watcher.layout("a", 7)) == (3, 2)
 
 
-def recomputed(pending: PendingForwards) -> tuple[int, int] | None:
+def recomputed(pending: PendingForwards) -> tuple[int, int]:
     """What it answers in a backward pass of no forward that it knows, whatever the number of tokens."""
-    found = []
+    found: list[tuple[tuple[int, int]]] = []
     x = torch.zeros(1, requires_grad=True) * 1
-    x.register_hook(lambda grad: found.append(pending.recomputed_grid((0, 0), lambda grid: True, "a")))
+    x.register_hook(lambda grad: found.append(pending.recomputed(((0, 0),), lambda grid: True, "a")))
     x.sum().backward()
-    return found[0]
+    return found[0][0]
 
 
 def test_forwards_without_gradients_are_not_remembered() -> None:

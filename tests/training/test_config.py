@@ -36,6 +36,7 @@ from lite3r_plugin.errors import ConfigError
         ({"accumulate": True}, "accumulate is an integer >= 1"),
         ({"lora_rank": 0}, "lora_rank is an integer"),
         ({"seed": -1}, "seed is an integer >= 0"),
+        ({"seed": 2**70}, "seed is at most 2"),
         ({"warmup_steps": -1}, "warmup_steps is an integer >= 0"),
         ({"learning_rate": 0}, "learning_rate is a number > 0, got 0"),
         ({"learning_rate": None}, "learning_rate is a number > 0, got None"),

@@ -12,11 +12,23 @@ import pytest
 import torch
 from distilling import FIELDS, inputs, logged, metrics, sparse_toy, toy
 from interruptions import contents, interrupted
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from toys import Adapter, Toy, toy_answer
 
 import lite3r_plugin
-from lite3r_plugin import DistillConfig, apply_lite3r, convert, describe, distill, lite3r_disabled, load_lite3r, remove_lite3r, save_lite3r
+from lite3r_plugin import (
+    DistillConfig,
+    apply_lite3r,
+    calibrate,
+    convert,
+    describe,
+    distill,
+    lite3r_disabled,
+    load_lite3r,
+    remove_lite3r,
+    save_lite3r,
+)
 from lite3r_plugin.adapter import plugins
 from lite3r_plugin.adapter.outputs import tensors_of
 from lite3r_plugin.apply.lookup import lite3r_modules
@@ -30,7 +42,7 @@ from lite3r_plugin.errors import (
     TrainingError,
     WeightsError,
 )
-from lite3r_plugin.peft import add_lora, merge_lora
+from lite3r_plugin.peft import Lite3RPeftConfig, add_lora, merge_lora
 from lite3r_plugin.testbed import Testbed, TestbedConfig
 from lite3r_plugin.training import checkpoint
 from lite3r_plugin.training.data import Sample
@@ -170,8 +182,16 @@ def test_what_learned_of_the_model_itself_is_not_left_out_of_a_checkpoint(tmp_pa
     with pytest.raises(CheckpointError, match="whole=True"):
         save_lite3r(model, tmp_path)
     assert not list(tmp_path.iterdir())
-    save_lite3r(model, tmp_path, whole=True)
-    assert torch.equal(load_lite3r(toy(), tmp_path)(x), model(x))
+    save_lite3r(model, tmp_path / "1", whole=True)
+    loaded = load_lite3r(toy(), tmp_path / "1")
+    assert torch.equal(loaded(x), model(x))
+    with pytest.raises(CheckpointError, match="whole=True"):  # nor out of the next
+        save_lite3r(loaded, tmp_path / "2")
+    assert [line for line in str(describe(loaded)).splitlines() if "were trained" in line] == [
+        line for line in str(describe(model)).splitlines() if "were trained" in line
+    ]
+    save_lite3r(loaded, tmp_path / "2", whole=True)
+    assert torch.equal(load_lite3r(toy(), tmp_path / "2")(x), model(x))
 
 
 def test_a_host_in_half_precision_trains_what_is_in_full() -> None:
@@ -183,12 +203,52 @@ def test_a_host_in_half_precision_trains_what_is_in_full() -> None:
     assert model.head.weight.dtype == torch.bfloat16
 
 
-def test_lora_that_is_there_goes_on() -> None:
+def test_lora_that_is_there_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
     model = sparse_toy()
     names = add_lora(model, rank=2)
     distill(model, inputs(), steps=2)
     assert model.get_parameter(f"{names[0]}.lora_A.default.weight").shape[0] == 2
-    distill(model, inputs(), steps=2)
+    assert "goes on, of rank 2 and alpha 2 around 8 Linears; lora_rank=16 would be" in capsys.readouterr().err
+    distill(model, inputs(), steps=2, lora_rank=2)
+    assert "goes on" not in capsys.readouterr().err
+    before = contents(model)
+    for wrong in ({"lora_rank": 3}, {"lora_rank": 16}, {"config": DistillConfig(lora_alpha=8)}, {"lora_scopes": ("global",)}):
+        with pytest.raises(ConfigError, match=f"the model has LoRA already.*{'lora_alpha' if 'config' in wrong else next(iter(wrong))}"):
+            distill(model, inputs(), steps=2, **wrong)
+    assert contents(model) == before
+
+
+@pytest.mark.parametrize("precision", ["full", "fp8_qat"])
+def test_the_active_adapter_of_peft_learns(precision: Any, tmp_path: Path) -> None:
+    model: Any = get_peft_model(toy(), Lite3RPeftConfig(**FIELDS, precision=precision, r=2, lora_scopes=("global",)))  # pyright: ignore
+    model.add_adapter("other", Lite3RPeftConfig(**FIELDS, precision=precision, r=2, lora_scopes=("global",)))
+    before, trains = state(model), [(name, p.requires_grad) for name, p in model.named_parameters()]
+    result = distill(model, inputs(), steps=20, learning_rate=1e-3)
+    assert result.first_loss is not None
+    assert result.last_loss is not None
+    assert result.last_loss < 0.8 * result.first_loss
+    names = changed(model, before)
+    assert all(
+        "proj_lin.modules_to_save.default" in name or ("cross" in name and "lora_" in name and ".default." in name) for name in names
+    )
+    assert len(names) == 2 * (1 + 2 * 2)  # blocks, of a linear branch and two Linears
+    assert [(name, p.requires_grad) for name, p in model.named_parameters()] == trains
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(toy(), str(tmp_path))
+    x = inputs(1)[0]
+    assert torch.equal(loaded(x), model(x))
+    with model.disable_adapter():
+        assert torch.equal(model(x), toy()(x))
+
+
+@pytest.mark.parametrize("trainable", ["proj+norms", "blocks", "proj+lora"])
+def test_what_an_adapter_of_peft_would_not_hold_does_not_learn(trainable: Any) -> None:
+    model: Any = get_peft_model(toy(), Lite3RPeftConfig(**FIELDS, lora_scopes=()))
+    before = contents(model)
+    with pytest.raises(ConfigError, match=r"adapter of PEFT in .*proj_lin.*would not hold"):
+        distill(model, inputs(), trainable=trainable, steps=1)
+    assert contents(model) == before
+    distill(model, inputs(), trainable="proj", steps=1)
 
 
 def test_checkpointing_learns_the_same(tmp_path: Path) -> None:
@@ -437,6 +497,67 @@ def test_weights_that_make_the_loss_infinite_are_taken_back() -> None:
     assert changed(model, before) == set()
 
 
+@pytest.mark.parametrize("value", [None, "0.5", [1.0, 2.0], torch.ones(2), 1j])
+def test_a_measure_that_is_no_number_is_refused_before_the_first_step(value: Any) -> None:
+    data = Faulty(inputs(), 1, AssertionError("a step was taken"))
+    with pytest.raises(InputError, match=r"validation is a function of the model that returns a number, .*; it returned"):
+        distill(sparse_toy(), data, trainable="proj", steps=2, validation=lambda model: value)
+
+
+def test_a_measure_may_be_a_tensor() -> None:
+    result = distill(sparse_toy(), inputs(), trainable="proj", steps=1, validation=lambda model: torch.tensor([0.5]))
+    assert result.best == 0.5
+
+
+def test_a_run_that_was_over_goes_on_to_the_same_numbers(tmp_path: Path) -> None:
+    first = distill(sparse_toy(), inputs(), trainable="proj", steps=2, output_dir=tmp_path)
+    again = distill(sparse_toy(), inputs(), trainable="proj", steps=2, output_dir=tmp_path, resume=True)
+    assert again.samples_per_second == pytest.approx(first.samples / first.seconds)
+    assert (again.steps, again.last_loss) == (first.steps, first.last_loss)
+
+
+class Asked(Toy):
+    """Takes a second argument and fails at what is none, as models with queries do."""
+
+    def forward(self, images: Tensor, queries: Tensor | None = None) -> Tensor:
+        if queries is not None and queries.shape[-1] != 2:
+            raise RuntimeError("The size of tensor a (1) must match the size of tensor b (2)")
+        return super().forward(images)
+
+
+class Masked(Toy):
+    """Takes a mask as its second argument."""
+
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().forward(images, mask=mask)
+
+
+@pytest.mark.parametrize(
+    ("make", "item", "says"),
+    [
+        (Toy, (inputs(1)[0], 3), r"\(Tensor \[1, 3, 3, 24, 24\], int\): too many positional arguments. .*Leave labels"),
+        (Asked, [inputs(1)[0], torch.tensor([3])], r"Tensor \[1\]\): tensor\(\[3\]\) was passed to it by position"),
+        (Masked, (inputs(1)[0], torch.tensor([3])), r"was passed to it by position"),
+        (Asked, {"images": inputs(1)[0], "label": 3}, r"label=int\): got an unexpected keyword argument 'label'"),
+        (Asked, {"queries": torch.ones(1, 2)}, r"missing a required argument: 'images'"),
+        (Toy, object(), r"\(object\): there is no tensor in it"),
+    ],
+)
+def test_items_that_are_no_inputs_are_named(make: type[Toy], item: Any, says: str) -> None:
+    model = apply_lite3r(make(), **FIELDS)
+    before = contents(model)
+    for run in (lambda: distill(model, [item], trainable="proj", steps=1), lambda: calibrate(model, [item, item])):
+        with pytest.raises(InputError, match=says):
+            run()
+        assert contents(model) == before
+
+
+def test_errors_of_the_model_itself_are_not_explained_away() -> None:
+    model = apply_lite3r(Asked(), **FIELDS)
+    with pytest.raises(RuntimeError, match="must match the size"):
+        distill(model, [(inputs(1)[0], torch.ones(1, 3))], trainable="proj", steps=1)
+
+
 def test_a_measure_that_is_not_finite_stops() -> None:
     with pytest.raises(TrainingError, match="validation after step 0 is nan"):
         distill(sparse_toy(), inputs(), steps=2, validation=lambda model: float("nan"))
@@ -568,9 +689,19 @@ def test_a_state_of_another_run_is_refused(fields: dict[str, Any], lite3r: dict[
 def test_a_damaged_state_is_refused(tmp_path: Path) -> None:
     distill(sparse_toy(), inputs(), trainable="proj", steps=1, output_dir=tmp_path)
     path = tmp_path / checkpoint.STATE_NAME
-    path.write_bytes(path.read_bytes()[:-9])
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    text = whole.index(b'"seconds')
+    flipped = [*range(0, 8), *range(header, len(whole), (len(whole) - header) // 20), *range(text, text + 400, 20), len(whole) - 1]
+    for place in flipped:
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(CheckpointError, match=r"damaged|of another version"):
+            checkpoint.read_state(tmp_path)
+    path.write_bytes(whole[:-9])
     with pytest.raises(CheckpointError, match="damaged"):
         distill(sparse_toy(), inputs(), trainable="proj", steps=2, output_dir=tmp_path, resume=True)
+    path.write_bytes(whole)
+    assert checkpoint.read_state(tmp_path) is not None
 
 
 def test_other_settings_are_said_when_a_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

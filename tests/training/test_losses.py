@@ -78,6 +78,13 @@ def test_feature_losses_are_their_formulas(dtype: torch.dtype) -> None:
         feature_loss(student, teacher[..., :4])
 
 
+@pytest.mark.parametrize("shape", [(5,), (3, 4), (2, 3, 4, 2)])
+def test_gradients_of_feature_losses(shape: tuple[int, ...]) -> None:
+    student, teacher = torch.randn(*shape, dtype=torch.float64, requires_grad=True), torch.randn(*shape, dtype=torch.float64)
+    teacher.view(-1)[1] = torch.inf
+    assert torch.autograd.gradcheck(lambda x: 3 * feature_loss(x, teacher), student)
+
+
 def test_what_the_teacher_does_not_know_does_not_count() -> None:
     student, teacher = torch.ones(1, 4, requires_grad=True), torch.tensor([[2.0, torch.nan, torch.inf, 2.0]])
     loss = feature_loss(student, teacher)
@@ -96,7 +103,7 @@ def test_a_teacher_that_knows_nothing_is_not_met(broken: str) -> None:
 
 
 def test_a_loss_keeps_nothing_but_features_for_the_backward_pass() -> None:
-    student, teacher = torch.randn(2, 100, 8, dtype=torch.bfloat16, requires_grad=True), torch.randn(2, 100, 8, dtype=torch.bfloat16)
+    student, teacher = torch.randn(2, 5000, 8, dtype=torch.bfloat16, requires_grad=True), torch.randn(2, 5000, 8, dtype=torch.bfloat16)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         loss = sum(feature_loss(student, teacher, kind) for kind in ("normalized", "mse", "cosine"))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import random
 import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -416,6 +418,40 @@ def test_local_under_autocast_keeps_no_casts_of_the_teacher() -> None:
     learned = gradients(model)
     assert learned.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
     assert all(x.abs().max() > 0 for x in learned.values())
+
+
+def noisy(model: Testbed) -> Testbed:
+    """It draws from all global generators before and inside of its blocks, whatever mode it is in."""
+
+    def shaken(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0] + torch.randn_like(args[0]) * random.random() + np.random.rand(), *args[1:])
+
+    model.register_forward_pre_hook(shaken)
+    for block in (*model.aggregator.frame_blocks, *model.aggregator.global_blocks):
+        block.mlp.register_forward_pre_hook(shaken)
+    return model
+
+
+@pytest.mark.parametrize("mode", ["end_to_end", "local"])
+def test_student_and_teacher_draw_the_same_numbers(mode: Any) -> None:
+    model = apply_lite3r(dense_testbed(), **(FIELDS | {"dense_below": 10**6}))  # dense: nothing but draws could differ
+    add_lora(noisy(model), rank=2)
+    config = DistillConfig(mode=mode)
+    states = random.getstate(), np.random.get_state()[1].tolist()  # pyright: ignore[reportIndexIssue, reportAttributeAccessIssue]
+    totals = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        totals.append(run(model, config, views()).total.item())
+    assert max(totals) < 1e-5
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == states  # pyright: ignore[reportIndexIssue, reportAttributeAccessIssue]
+    seen: list[Tensor] = []
+    model.aggregator.global_blocks[0].mlp.register_forward_hook(lambda _, args, out: seen.append(args[0]))
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        run(model, config, views())
+    first, again, other = seen[0], seen[2], seen[4]
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other)
 
 
 def test_features_go_with_the_graph() -> None:

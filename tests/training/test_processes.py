@@ -84,7 +84,7 @@ def test_two_processes_take_the_steps_of_one_with_twice_the_batches(number: int,
 @pytest.mark.slow
 def test_two_processes_that_are_killed_go_on_to_the_same_losses(together: Path, tmp_path: Path) -> None:
     kill_at_random(tmp_path, 2, RUNS[0])
-    finish(start(tmp_path, 2, {**RUNS[0], "resume": True}, torchrun=True))
+    finish(start(tmp_path, 2, {**RUNS[0], "resume": True}))
     assert metrics(tmp_path / "0") == metrics(together / "0")
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lite3r_plugin.adapter import ExactRewrite, RewrittenMethod, Trial
-from lite3r_plugin.runtime.exact import in_fp32, kept_embedding, like, output_in_fp32, table_rope, token_positions
+from lite3r_plugin.adapter import ExactRewrite, RewrittenMethod, Trial, like
+from lite3r_plugin.runtime.exact import in_fp32, kept_embedding, output_in_fp32, table_rope, token_positions
 
 from .. import _blocks
 

@@ -40,6 +40,14 @@ class SiteModule(Protocol):
         """The host's own forward."""
         ...
 
+    def note(self, reason: str) -> None:
+        """Take note that this call of a site that may be sparse runs dense in the host's own code, and why."""
+        ...
+
+    def leave_to_host(self, reason: str) -> None:
+        """Let the host's own forward run from now on, and say why."""
+        ...
+
 
 class ProjectionStyle(abc.ABC):
     """One way to get from the hidden states to q, k and v and from the output of attention to that of the host.
@@ -54,12 +62,14 @@ class ProjectionStyle(abc.ABC):
     Attributes:
         site: The description.
         argument_names: The arguments of the host's forward, in order.
+        replaces: Whether it runs more than attention itself, and not the host's own forward.
         fuses: Whether it runs the rotary embedding in one kernel with the norms, which sites that stay dense gain by, too.
 
     Raises:
         AdapterError: the arguments of the host's forward cannot be read.
     """
 
+    replaces = False
     fuses = False
 
     def __init__(self, site: AttentionSite, host: nn.Module) -> None:
@@ -80,8 +90,7 @@ class ProjectionStyle(abc.ABC):
     def run(self, module: SiteModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The forward of the site, called with what the host's forward would be.
 
-        Raises:
-            UnsupportedAttentionError: the call asks for what has no sparse form, at a site that may be sparse.
+        What the call asks for that has no sparse form runs in the host's own code, of which `SiteModule.note` takes note.
         """
 
     def takes_fp8(self, child: Callable[[str], Any]) -> bool:

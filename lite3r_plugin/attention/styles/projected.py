@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ...adapter.sites import AttentionSite, FusedQKV, SeparateQKV
-from ...errors import AdapterError, UnsupportedAttentionError
+from ...errors import AdapterError
 from ...fp8.linear import Fp8Linear
 from ...ops.qk_norm_rope import HeadNorm
 from ...wrapper import may_be_read
-from ..inputs import AttentionInputs, refusal
+from ..inputs import AttentionInputs
 from .base import ProjectionStyle, SiteModule
 
 
@@ -24,6 +24,8 @@ class ProjectedStyle(ProjectionStyle):
     Attributes:
         shape: ``(H, D)``.
     """
+
+    replaces = True
 
     def __init__(self, site: AttentionSite, host: nn.Module, spec: FusedQKV | SeparateQKV) -> None:
         super().__init__(site, host)
@@ -43,6 +45,10 @@ class ProjectedStyle(ProjectionStyle):
     def returned(self, out: Tensor) -> Any:
         """What the host's forward returns where its output is `out`, ``[B, N, C]``."""
         return out
+
+    def compared(self, result: Any) -> Any:
+        """What a trial compares of what a forward returns."""
+        return result
 
     def check(self, host: nn.Module) -> None:
         """Raise `AdapterError` unless `host` has the children that the site names, in the right sizes."""
@@ -66,10 +72,10 @@ class ProjectedStyle(ProjectionStyle):
         spec = self.spec
         x, positions, refused = self._arguments(args, kwargs)
         if refused is None and module.training and spec.attn_drop is not None and module.child(spec.attn_drop).p > 0:
-            refused = "dropout of attention weights"
+            refused = "it drops attention weights by chance"
         if refused is not None:
             if module.sparse:
-                raise UnsupportedAttentionError(refusal(self.site.fqn, refused))
+                module.note(refused)
             return module.run_host(*args, **kwargs)
         q, k, v = self.project(module, x)
         q, q_norm = _norm(module, spec.q_norm, q)
@@ -92,7 +98,7 @@ class ProjectedStyle(ProjectionStyle):
         given |= {f"number {i + 1}": value for i, value in enumerate(args) if i >= len(names)}  # of a host with *args
         where = given.pop(positions, None) if positions is not None else None
         refused = [name for name, value in given.items() if value is not None and value is not False]
-        return x, where, f"the argument(s) {refused}" if refused else None
+        return x, where, f"it is given {', '.join(refused)}" if refused else None
 
     def _check_size(self, host: nn.Module, name: str, what: str, expected: int) -> None:
         found = getattr(_child(host, name, self.site.fqn), what, None)

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from ...adapter.sites import AttentionSite, Routed
 from ...errors import UnsupportedAttentionError
-from ..inputs import AttentionInputs, refusal
+from ..inputs import AttentionInputs
 from .base import ProjectionStyle, SiteModule
 
 
@@ -32,9 +32,12 @@ class RoutedStyle(ProjectionStyle):
     def run(self, module: SiteModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The host's forward with sparse-linear attention.
 
+        A call of `scaled_dot_product_attention` that has no sparse form, as of cross-attention, where queries are of other tokens than
+        values, runs as the host wants it. So does all of the forward where there are several calls, or none.
+
         Raises:
-            UnsupportedAttentionError: the host calls `scaled_dot_product_attention` not once, or in a way that has no
-                sparse form; or its queries are of other tokens than its values, which is cross-attention.
+            UnsupportedAttentionError: there are several, but it was given what may remember the first; or a compiler hides whether it is
+                cross-attention.
         """
         if not module.sparse:
             return module.run_host(*args, **kwargs)
@@ -45,43 +48,53 @@ class RoutedStyle(ProjectionStyle):
         def attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
             nonlocal calls
             calls += 1
+            if calls > 1:
+                raise _SeveralCallsError
             refused = None
             if attn_mask is not None:
-                refused = "an attention mask"
+                refused = "its attention has a mask or a bias"
             elif is_causal:
-                refused = "causal attention"
+                refused = "its attention is causal"
             elif dropout_p:
-                refused = "dropout of attention weights"
+                refused = "it drops attention weights by chance"
             else:
                 refused = self._wrong_heads(query, key, value)
             if refused is None and learns and not torch.is_grad_enabled():
-                refused = "attention without gradients in a forward with them, as of reentrant gradient checkpointing inside the module, "
-                refused += "which would be dense when it is run again (checkpoint the module as a whole)"
+                refused = "it attends without gradients in a forward with them, as of reentrant gradient checkpointing inside the module, "
+                refused += "and would be dense when it is run again (checkpoint the module as a whole)"
             if refused is None and families:
                 refused = self._crossing(families, query, value)
             if refused is not None:
-                raise UnsupportedAttentionError(refusal(self.site.fqn, refused))
+                module.note(refused)
+                options = dict(attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
+                return F.scaled_dot_product_attention(query, key, value, **options)
             return module.attend(AttentionInputs(query, key, value, scale=scale))
 
-        with _Redirect(attend, families):
-            out = module.run_host(*args, **kwargs)
-        if calls != 1:
-            raise UnsupportedAttentionError(
-                f"site {self.site.fqn!r}: its forward called scaled_dot_product_attention {calls} times, not once, so "
-                "Lite3R cannot take its place. Switch the host to its SDPA attention (transformers: "
-                'attn_implementation="sdpa"; timm: fused_attn=True), or correct the adapter'
-            )
+        try:
+            with _Redirect(attend, families):
+                out = module.run_host(*args, **kwargs)
+        except _SeveralCallsError:
+            reason = "its forward calls scaled_dot_product_attention several times"
+            if any(not isinstance(x, _HARMLESS) for x in _leaves((args, kwargs))):
+                raise UnsupportedAttentionError(
+                    f"site {self.site.fqn!r}: {reason}, and it was given an object that may remember the first call, so that it cannot be "
+                    f"begun again: leave it to the host by apply_lite3r(model, exclude=({self.site.fqn!r},))"
+                ) from None
+            module.leave_to_host(reason)
+            return module.run_host(*args, **kwargs)
+        if not calls:
+            module.note(f"its forward does not call scaled_dot_product_attention{_way_out(module)}")
         return out
 
     def _wrong_heads(self, query: Tensor, key: Tensor, value: Tensor) -> str | None:
         """What to refuse because of the shapes, or None."""
         dim = self.site.head_dim
         if query.shape[-2] != key.shape[-2]:
-            return f"cross-attention of {query.shape[-2]} queries to {key.shape[-2]} keys"
+            return "it is cross-attention, of queries to another number of keys"
         if query.shape[:-2] != key.shape[:-2] or query.shape[:-2] != value.shape[:-2]:
-            return f"grouped-query attention, keys of shape {tuple(key.shape)} for queries of {tuple(query.shape)}"
+            return "several heads of queries share one of keys"
         if query.dim() != 4 or query.shape[-1] != dim or value.shape[-1] != dim:
-            return f"heads of shape {tuple(query.shape)} where the adapter says head_dim={dim}"
+            return f"its attention is of shape {tuple(query.shape)} where the adapter says [B, H, N, D] with head_dim={dim}"
         return None
 
     def _crossing(self, families: list[list[Tensor]], query: Tensor, value: Tensor) -> str | None:
@@ -91,15 +104,34 @@ class RoutedStyle(ProjectionStyle):
         known = any(of_query) and any(of_value)
         hint = "if those are the same tokens, let the adapter say Routed(same_tokens=True)"
         if any(v and not q for q, v in zip(of_query, of_value, strict=True)):
-            return f"cross-attention, whose queries and values come from different arguments of its forward ({hint})"
+            return f"it is cross-attention, whose queries and values come from different arguments of its forward ({hint})"
         if torch.compiler.is_compiling():  # which does not show how `q, k, v = qkv` unpacks a tensor
             if not known and not self.attended_to_itself:
-                return f"what torch.compile cannot tell from cross-attention (run the model without it once before; {hint})"
+                raise UnsupportedAttentionError(
+                    f"site {self.site.fqn!r}: torch.compile cannot tell its attention from cross-attention: run the model without it once "
+                    f"before; {hint}"
+                )
         elif known:
             self.attended_to_itself = True
         elif any(of_query):
-            return f"values that come from no argument of its forward ({hint})"
+            return f"its values come from no argument of its forward ({hint})"
         return None
+
+
+_HARMLESS = (Tensor, bool, int, float, str, type(None), torch.dtype, torch.device)
+
+
+class _SeveralCallsError(Exception):
+    """Ends a forward at its second call of attention."""
+
+
+def _way_out(module: Any) -> str:
+    """How the host is brought to call attention as one function."""
+    if hasattr(module, "fused_attn"):
+        return ": set fused_attn=True on it"
+    if hasattr(getattr(module, "config", None), "_attn_implementation"):
+        return ': call model.set_attn_implementation("sdpa")'
+    return ""
 
 
 class _Redirect(TorchFunctionMode):
@@ -140,10 +172,14 @@ def _families(arguments: Any) -> list[list[Tensor]]:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
+    return (x for x in _leaves(value) if isinstance(x, Tensor))
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, (tuple, list)):
         for item in value:
-            yield from _tensors(item)
+            yield from _leaves(item)
     elif isinstance(value, dict):
-        yield from _tensors(tuple(value.values()))
+        yield from _leaves(tuple(value.values()))
+    else:
+        yield value

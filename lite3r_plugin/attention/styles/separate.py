@@ -30,3 +30,7 @@ class SeparateStyle(ProjectedStyle):
     def returned(self, out: Tensor) -> Any:
         """The output, in a pair with None in the place of attention weights where the host returns such a pair."""
         return (out, None) if self.returns_weights else out
+
+    def compared(self, result: Any) -> Any:
+        """Without attention weights, which the site does not make."""
+        return result[0] if self.returns_weights and isinstance(result, tuple) and len(result) == 2 else result

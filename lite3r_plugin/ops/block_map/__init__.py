@@ -1,9 +1,10 @@
 """Which key blocks each query block attends to exactly, and which not at all.
 
-`naive` is the definition, `kernels` its Triton twin, which gives bit sets as well; `transpose_kernels` turns these into what a
-backward pass needs.
+`naive` is the definition, `mask` which pairs may be seen at all, `kernels` the Triton twin without a mask, which gives bit
+sets as well; `transpose_kernels` turns these into what a backward pass needs.
 """
 
-from .naive import block_map, density, kept_blocks, negligible_blocks
+from .mask import SegmentMask
+from .naive import block_map, density, kept_blocks, masked_block_map, negligible_blocks
 
-__all__ = ["block_map", "density", "kept_blocks", "negligible_blocks"]
+__all__ = ["SegmentMask", "block_map", "density", "kept_blocks", "masked_block_map", "negligible_blocks"]

@@ -6,6 +6,9 @@ Eq. 2, 3).
                     NaN counts as lowest)
     negligible(i) = of those that are left the `negligible` with the lowest score (of equals the last)
 
+With a mask (`mask.py`) blocks that are partly allowed are kept as well as pinned ones, forbidden ones are neither kept, marginal nor
+negligible, and ratios are of the allowed blocks that are not pinned, for each query block: `masked_block_map`.
+
 SLA subtracts the mean key before pooling and applies a softmax; neither changes the order within a row, so neither
 is done here. Scores are built in slabs of query blocks: memory is O(query blocks x kept), never a full map.
 """
@@ -15,7 +18,10 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from .mask import AllowedBlocks
 
 SLAB_BYTES = 64 << 20
 
@@ -31,20 +37,24 @@ def negligible_blocks(key_blocks: int, negligible_ratio: float, kept: int, pinne
     return min(key_blocks - kept, math.floor(negligible_ratio * (key_blocks - pinned) + 1e-9))
 
 
-def density(tokens: int, keep_ratio: float, pinned_tokens: int, block_q: int, block_k: int) -> float:
+def density(
+    tokens: int, keep_ratio: float, pinned_tokens: int, block_q: int, block_k: int, *, keys: tuple[int, int] | None = None
+) -> float:  # fmt: skip
     """Share in [0, 1] of all (query block, key block) pairs that are computed exactly, pinned ones included.
 
     Args:
-        tokens: N; of none, all are computed.
+        tokens: Queries, and keys without `keys`; of none, all are computed.
         keep_ratio: In (0, 1], of the key blocks that are not pinned.
         pinned_tokens: The blocks of the first `pinned_tokens` tokens attend to all, and all attend to them.
         block_q, block_k: Tokens per block.
+        keys: The number of keys, and of those to which all attend, where they are other tokens than queries.
     """
-    if tokens == 0:
+    all_keys, pinned_keys = (tokens, pinned_tokens) if keys is None else keys
+    if tokens == 0 or all_keys == 0:
         return 1.0
-    rows, columns = -(-tokens // block_q), -(-tokens // block_k)
+    rows, columns = -(-tokens // block_q), -(-all_keys // block_k)
     pinned_rows = min(-(-pinned_tokens // block_q), rows)
-    kept = kept_blocks(columns, keep_ratio, -(-pinned_tokens // block_k))
+    kept = kept_blocks(columns, keep_ratio, -(-pinned_keys // block_k))
     return (pinned_rows * columns + (rows - pinned_rows) * kept) / (rows * columns)
 
 
@@ -74,3 +84,52 @@ def block_map(q_mean: Tensor, k_mean: Tensor, *, kept: int, pinned: int = 0, neg
         critical.append(chosen.sort(-1).values.to(torch.int32))
         left_out.append(ranked[..., ranked.shape[-1] - negligible :].sort(-1).values.to(torch.int32))
     return torch.cat(critical, -2), torch.cat(left_out, -2)
+
+
+def masked_block_map(
+    q_mean: Tensor, k_mean: Tensor, *, keep_ratio: float, mask: AllowedBlocks, pinned: int = 0, negligible_ratio: float = 0.0
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `block_map`, of the blocks that a mask allows.
+
+    Args:
+        q_mean, k_mean, pinned: As in `block_map`.
+        keep_ratio: Share of the allowed key blocks that are not pinned to keep, of each query block; at least one of them.
+        mask: What may be seen. Partly allowed blocks are kept.
+        negligible_ratio: Share of them to leave out, if as many are not kept.
+
+    Returns:
+        ``[B, H, query blocks, most kept]`` and ``[B, H, query blocks, most left out]`` int32, ascending, then -1 where there are fewer.
+    """
+    rows, columns = q_mean.shape[-2], k_mean.shape[-2]
+    slab = max(1, SLAB_BYTES // (4 * columns * q_mean.shape[0] * q_mean.shape[1]))
+    keys = k_mean.transpose(-1, -2)
+    critical, left_out = [], []
+    for start in range(0, rows, slab):
+        some = slice(start, start + slab)
+        scores = q_mean[..., some, :] @ keys
+        scores = scores.masked_fill(scores.isnan(), -math.inf)
+        allowed, forbidden = mask.allowed(some), mask.forbidden(some)
+        free = allowed.clone()
+        free[:, :pinned] = False
+        count = free.sum(-1, keepdim=True)
+        kept = torch.minimum((keep_ratio * count - 1e-9).ceil().clamp(min=1).long(), count)
+        negligible = torch.minimum((negligible_ratio * count + 1e-9).floor().long(), count - kept)
+        ranked = scores.sort(dim=-1, descending=True, stable=True).indices
+        first = free.expand_as(scores).take_along_dim(ranked, -1).sort(dim=-1, descending=True, stable=True).indices
+        place = ranked.take_along_dim(first, -1).argsort(-1)  # of each block among those that are free, the best first
+        critical.append(_listed(free & (place < kept) | ~free & ~forbidden))
+        left_out.append(_listed(free & (place >= count - negligible)))
+    return _stacked(critical), _stacked(left_out)
+
+
+def _listed(chosen: Tensor) -> Tensor:
+    """The columns of ``[..., columns]`` bool that are set, ascending, then -1, as many as are set in any row; int32."""
+    columns = chosen.shape[-1]
+    listed = torch.where(chosen, torch.arange(columns, device=chosen.device), columns).sort(-1).values
+    listed = listed[..., : max(1, int(chosen.sum(-1).max()))]
+    return torch.where(listed < columns, listed, -1).to(torch.int32)
+
+
+def _stacked(lists: list[Tensor]) -> Tensor:
+    width = max(x.shape[-1] for x in lists)
+    return torch.cat([F.pad(x, (0, width - x.shape[-1]), value=-1) for x in lists], -2)

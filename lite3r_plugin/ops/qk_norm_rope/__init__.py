@@ -13,21 +13,23 @@ from torch import Tensor
 from ..dispatch import on_device_of, register, require_one_device
 from ..options import check_rope_base
 from . import naive
-from .naive import HeadNorm, Prepared
+from .naive import HeadNorm, Prepared, Tokens
 
 NO_NORM = HeadNorm(None, None, None, 0.0)
 """The norm that leaves queries or keys as they are."""
 
-__all__ = ["NO_NORM", "HeadNorm", "Prepared", "norm_rope", "norm_tensors", "prepare_qkv"]
+__all__ = ["NO_NORM", "HeadNorm", "Prepared", "Tokens", "norm_rope", "norm_tensors", "prepare_qkv"]
 
 
 def prepare_qkv(q: Tensor, k: Tensor, v: Tensor, *, triton: bool, **options: Any) -> Prepared:
     """q, k, v normed, rotated, in token order, and their means over blocks: the pass before attention.
 
     Args:
-        q, k, v: ``[B, H, N, D]``, any strides.
-        triton: Whether one Triton kernel does it, which takes what `dispatch.why_not_triton` lets through, or torch operators.
-        options: `order`, `q_norm`, `k_norm`, `positions`, `rope_base`, `block_q`, `block_k` of `naive.prepare_qkv`, the definition.
+        q: ``[B, H, M, D]``, any strides.
+        k, v: ``[B, H, N, D]``, any strides.
+        triton: Whether a Triton kernel does it, which takes what `dispatch.why_not_triton` lets through, or torch operators.
+        options: `order`, `q_norm`, `k_norm`, `positions`, `rope_base`, `keys`, `block_q`, `block_k` of `naive.prepare_qkv`, the
+            definition.
 
     Returns:
         `Prepared`; if `triton`, q, k, v are padded with zeros to a multiple of `block_q` tokens.

@@ -14,9 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .naive import HeadNorm, Prepared
+from .naive import HeadNorm, Prepared, Tokens
 
 NORMS = {None: 0, "layer": 1, "rms": 2}
+ALL, QUERIES, KEYS = 0, 1, 2  # what a launch is for
 
 
 @triton.jit
@@ -93,7 +94,7 @@ def _prepare_kernel(
     p_stride_b, p_stride_n, p_stride_c,
     N, H, out_rows, q_blocks, k_blocks, log2_base, q_eps, k_eps,
     D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
-    Q_NORM: tl.constexpr, K_NORM: tl.constexpr, ROPE: tl.constexpr, ORDERED: tl.constexpr, POOL: tl.constexpr,
+    Q_NORM: tl.constexpr, K_NORM: tl.constexpr, ROPE: tl.constexpr, ORDERED: tl.constexpr, POOL: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Norm, rotate, reorder and pool ROWS tokens of one head of q, k and v; programs [token blocks, H, B].
 
@@ -105,7 +106,8 @@ def _prepare_kernel(
         QMean                   [B * H, q_blocks, D] FP32 contiguous: means over ROWS tokens (POOL)
         KMean, VMean            [B * H, k_blocks, D] FP32 contiguous: means over BLOCK_K tokens (POOL)
 
-    Without POOL, V is left alone. `log2_base` is log2 of the base of the rotary frequencies; HALF is D / 2 up to a power of two.
+    PART: 0 all, 1 Q alone, 2 K and V alone, where those are other tokens. Without POOL, V is left alone. `log2_base` is log2 of the base
+    of the rotary frequencies; HALF is D / 2 up to a power of two.
     """
     first_row = tl.program_id(0) * ROWS
     batch = tl.program_id(2).to(tl.int64)
@@ -128,15 +130,19 @@ def _prepare_kernel(
     head = tl.program_id(1).to(tl.int64)
     base = batch * H + head
     to = (base * out_rows + rows)[:, None] * D
-    at = Q + batch * q_stride_b + head * q_stride_h + source[:, None] * q_stride_n
-    x1, x2 = _load_halves(at, lanes1, lanes2, inside)
-    x1, x2 = _norm_rotate(x1, x2, QW, QB, lanes1, lanes2, live_lane, cos, sin, q_eps, D, Q_NORM, ROPE)
-    _store_halves(x1, x2, QOut, QMean, base, to, lanes1, lanes2, live, live_lane, written, first_row, N, q_blocks, D, ROWS, ROWS, POOL)
-    at = K + batch * k_stride_b + head * k_stride_h + source[:, None] * k_stride_n
-    x1, x2 = _load_halves(at, lanes1, lanes2, inside)
-    x1, x2 = _norm_rotate(x1, x2, KW, KB, lanes1, lanes2, live_lane, cos, sin, k_eps, D, K_NORM, ROPE)
-    _store_halves(x1, x2, KOut, KMean, base, to, lanes1, lanes2, live, live_lane, written, first_row, N, k_blocks, D, ROWS, BLOCK_K, POOL)
-    if POOL:
+    if PART != 2:
+        at = Q + batch * q_stride_b + head * q_stride_h + source[:, None] * q_stride_n
+        x1, x2 = _load_halves(at, lanes1, lanes2, inside)
+        x1, x2 = _norm_rotate(x1, x2, QW, QB, lanes1, lanes2, live_lane, cos, sin, q_eps, D, Q_NORM, ROPE)
+        _store_halves(x1, x2, QOut, QMean, base, to, lanes1, lanes2, live, live_lane, written, first_row, N, q_blocks, D, ROWS, ROWS, POOL)
+    if PART != 1:
+        at = K + batch * k_stride_b + head * k_stride_h + source[:, None] * k_stride_n
+        x1, x2 = _load_halves(at, lanes1, lanes2, inside)
+        x1, x2 = _norm_rotate(x1, x2, KW, KB, lanes1, lanes2, live_lane, cos, sin, k_eps, D, K_NORM, ROPE)
+        _store_halves(
+            x1, x2, KOut, KMean, base, to, lanes1, lanes2, live, live_lane, written, first_row, N, k_blocks, D, ROWS, BLOCK_K, POOL
+        )
+    if POOL and PART != 1:
         at = V + batch * v_stride_b + head * v_stride_h + source[:, None] * v_stride_n
         x1, x2 = _load_halves(at, lanes1, lanes2, inside)
         _store_halves(
@@ -154,17 +160,25 @@ def prepare_qkv(
     k_norm: HeadNorm | None = None,
     positions: Tensor | None = None,
     rope_base: float | None = None,
+    keys: Tokens | None = None,
     block_q: int = 128,
     block_k: int = 64,
 ) -> Prepared:
-    """As `naive.prepare_qkv`, but q, k, v come back padded with zeros to a multiple of `block_q` tokens."""
-    batch, heads, tokens, dim = v.shape
-    padded = -(-tokens // block_q) * block_q
-    out = [torch.empty(batch, heads, padded, dim, device=v.device, dtype=v.dtype) for _ in range(3)]
+    """As `naive.prepare_qkv`, but q, k, v come back padded with zeros to a multiple of `block_q` tokens. One launch; two with `keys`."""
+    batch, heads, _, dim = v.shape
+    blocks = (block_q, block_k, block_k)
+    lengths = [x.shape[-2] for x in (q, k, v)]
+    padded = [-(-tokens // block_q) * block_q for tokens in lengths]
+    out = [torch.empty(batch, heads, rows, dim, device=v.device, dtype=v.dtype) for rows in padded]
     means = [
-        torch.empty(batch, heads, -(-tokens // block), dim, device=v.device, dtype=torch.float32) for block in (block_q, block_k, block_k)
+        torch.empty(batch, heads, -(-tokens // block), dim, device=v.device, dtype=torch.float32)
+        for tokens, block in zip(lengths, blocks, strict=True)
     ]
-    _launch(q, k, v, order, q_norm, k_norm, positions, rope_base, out, means, block_q, block_k)
+    if keys is None:
+        _launch(q, k, v, order, q_norm, k_norm, positions, rope_base, out, means, block_q, block_k)
+    else:
+        _launch(q, k, v, order, q_norm, None, positions, rope_base, out, means, block_q, block_k, QUERIES)
+        _launch(q, k, v, keys.order, None, k_norm, keys.positions, rope_base, out, means, block_q, block_k, KEYS)
     return Prepared(*out, *means)
 
 
@@ -177,11 +191,11 @@ def norm_rope(
     return out[0], out[1]
 
 
-def _launch(q, k, v, order, q_norm, k_norm, positions, rope_base, out, means, rows, block_k) -> None:
+def _launch(q, k, v, order, q_norm, k_norm, positions, rope_base, out, means, rows, block_k, part=ALL) -> None:
     q, k, v = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     pool = means is not None
     v, v_out = (v, out[2]) if pool else (k, out[1])
-    batch, heads, tokens, dim = q.shape
+    batch, heads, tokens, dim = q.shape if part != KEYS else k.shape
     blocks = -(-tokens // rows)
     rope = positions is not None and rope_base is not None
     nothing = out[0]
@@ -192,11 +206,11 @@ def _launch(q, k, v, order, q_norm, k_norm, positions, rope_base, out, means, ro
         *(nothing if w is None else w for w in weights), out[0], out[1], v_out, *(means if pool else (nothing,) * 3),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         *((broadcast_stride(positions, batch), *positions.stride()[1:]) if rope else (0, 0, 0)),
-        tokens, heads, out[0].shape[2],
+        tokens, heads, out[1 if part == KEYS else 0].shape[2],
         means[0].shape[2] if pool else 0, means[1].shape[2] if pool else 0,
         math.log2(rope_base) if rope else 0.0, q_norm.eps, k_norm.eps,
         D=dim, HALF=triton.next_power_of_2(dim // 2), ROWS=rows, BLOCK_K=block_k,
-        Q_NORM=NORMS[q_norm.kind], K_NORM=NORMS[k_norm.kind], ROPE=rope, ORDERED=order is not None, POOL=pool,
+        Q_NORM=NORMS[q_norm.kind], K_NORM=NORMS[k_norm.kind], ROPE=rope, ORDERED=order is not None, POOL=pool, PART=part,
         num_warps=8 if rows * dim >= 8192 and (rope or q_norm.kind or k_norm.kind) else 4,  # a mere copy wants fewer threads
     )  # fmt: skip
 

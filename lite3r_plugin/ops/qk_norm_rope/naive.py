@@ -7,6 +7,7 @@ For every token n and head h, with x one of q, k:
     x_ordered[i] = x[order[i]]           for q, k and v: the order that makes blocks compact image tiles
     x_mean[b]    = mean of x_ordered over block b (the last block may be short), in FP32
 
+Keys and values may be other tokens than queries (cross-attention, a cache of keys), with positions and an order of their own.
 Arithmetic is FP32 (FP64 for FP64 input); the ordered tensors come back in v's dtype.
 """
 
@@ -34,12 +35,25 @@ class HeadNorm(NamedTuple):
     eps: float
 
 
+class Tokens(NamedTuple):
+    """What is known of the tokens of queries, or of keys.
+
+    Attributes:
+        order: ``[N]`` a permutation, int, that makes blocks of consecutive tokens compact; None keeps the order.
+        positions: ``[B or 1, N, 2]`` coordinates for the rotary embedding, or None.
+    """
+
+    order: Tensor | None
+    positions: Tensor | None
+
+
 class Prepared(NamedTuple):
     """Result of `prepare_qkv`.
 
     Attributes:
-        q, k, v: ``[B, H, N, D]`` in token order `order`, contiguous, all in v's dtype.
-        q_mean: ``[B, H, ceil(N / block_q), D]`` FP32.
+        q: ``[B, H, M, D]`` in token order, contiguous, in v's dtype.
+        k, v: ``[B, H, N, D]``, likewise.
+        q_mean: ``[B, H, ceil(M / block_q), D]`` FP32.
         k_mean, v_mean: ``[B, H, ceil(N / block_k), D]`` FP32.
     """
 
@@ -105,25 +119,29 @@ def prepare_qkv(
     k_norm: HeadNorm | None = None,
     positions: Tensor | None = None,
     rope_base: float | None = None,
+    keys: Tokens | None = None,
     block_q: int = 128,
     block_k: int = 64,
 ) -> Prepared:
     """Norm, rotate, reorder and pool; see the module's docstring.
 
     Args:
-        q, k, v: ``[B, H, N, D]``, any strides.
-        order: ``[N]`` a permutation, int; None keeps the order.
+        q: ``[B, H, M, D]``, any strides.
+        k, v: ``[B, H, N, D]``, any strides.
+        order: ``[M]`` a permutation, int; None keeps the order.
         q_norm, k_norm: Norms over the head dimension.
-        positions: ``[B, N, 2]`` token coordinates for the rotary embedding, which is skipped without `rope_base`.
+        positions: ``[B or 1, M, 2]`` token coordinates for the rotary embedding, which is skipped without `rope_base`.
         rope_base: Base of the rotary frequencies.
+        keys: Order and positions of keys and values; None: they are the tokens of queries.
         block_q, block_k: Tokens per pooled block.
 
     Returns:
         See `Prepared`.
     """
     q = norm_rope(q, norm=q_norm, positions=positions, rope_base=rope_base)
-    k = norm_rope(k, norm=k_norm, positions=positions, rope_base=rope_base)
-    if order is not None:
-        q, k, v = (x.index_select(-2, order) for x in (q, k, v))
+    keys = keys or Tokens(order, positions)
+    k = norm_rope(k, norm=k_norm, positions=keys.positions, rope_base=rope_base)
+    q = q if order is None else q.index_select(-2, order)
+    k, v = (x if keys.order is None else x.index_select(-2, keys.order) for x in (k, v))
     means = block_means(q, block_q), block_means(k, block_k), block_means(v, block_k)
     return Prepared(q.to(v.dtype).contiguous(), k.to(v.dtype).contiguous(), v.contiguous(), *means)

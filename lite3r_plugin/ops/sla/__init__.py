@@ -14,6 +14,8 @@ To be read in this order; a call goes down through it:
 The pass before attention is `ops.qk_norm_rope`, the choice of blocks `ops.block_map`.
 """
 
-from .api import linear_attention, sparse_linear_attention
+from ..block_map import SegmentMask
+from .api import KeyTokens, linear_attention, sparse_linear_attention
+from .naive import merge
 
-__all__ = ["linear_attention", "sparse_linear_attention"]
+__all__ = ["KeyTokens", "SegmentMask", "linear_attention", "merge", "sparse_linear_attention"]

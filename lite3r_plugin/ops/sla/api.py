@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import get_args
+from typing import Literal, NamedTuple, get_args, overload
 
 import torch
 from torch import Tensor
 
 from ...errors import BackendError, ConfigError, shown
+from ..block_map import SegmentMask
 from ..dispatch import require_one_device, use_triton, without_autocast
 from ..options import Backend, FeatureMap, LinearBranch, check_choice, check_ratio, check_rope_base, check_share, is_int, is_number
 from ..qk_norm_rope import NO_NORM, HeadNorm, norm_tensors
@@ -16,6 +17,23 @@ from . import forward, naive, operators
 from .signature import Arguments
 
 LARGEST_BLOCK = 2**15
+
+
+class KeyTokens(NamedTuple):
+    """The tokens of keys and values, where they are others than those of queries: those of another view, or of a cache.
+
+    Attributes:
+        order: ``[N]`` int permutation that makes blocks of consecutive keys compact, or None.
+        pinned_tokens: All queries attend to the blocks that hold the first `pinned_tokens` keys (in `order`).
+        positions: ``[B or 1, N, 2]`` coordinates for the rotary embedding, or None: keys are not rotated.
+    """
+
+    order: Tensor | None = None
+    pinned_tokens: int = 0
+    positions: Tensor | None = None
+
+
+NO_KEYS = KeyTokens()
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, proj: Tensor, feature_map: str) -> Tensor:
@@ -38,6 +56,22 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, proj: Tensor, feature_m
         return naive.linear_attention(q, k, v, proj=proj, feature_map=feature_map)
 
 
+@overload
+def sparse_linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, keep_ratio: float, negligible_ratio: float = ..., order: Tensor | None = ...,
+    pinned_tokens: int = ..., keys: KeyTokens | None = ..., mask: SegmentMask | None = ..., q_norm: HeadNorm | None = ...,
+    k_norm: HeadNorm | None = ..., positions: Tensor | None = ..., rope_base: float | None = ..., scale: float | None = ...,
+    linear: str = ..., feature_map: str = ..., proj: Tensor | None = ..., block_means: bool = ..., block_q: int = ..., block_k: int = ...,
+    backend: str = ..., return_lse: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def sparse_linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, keep_ratio: float, negligible_ratio: float = ..., order: Tensor | None = ...,
+    pinned_tokens: int = ..., keys: KeyTokens | None = ..., mask: SegmentMask | None = ..., q_norm: HeadNorm | None = ...,
+    k_norm: HeadNorm | None = ..., positions: Tensor | None = ..., rope_base: float | None = ..., scale: float | None = ...,
+    linear: str = ..., feature_map: str = ..., proj: Tensor | None = ..., block_means: bool = ..., block_q: int = ..., block_k: int = ...,
+    backend: str = ..., return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def sparse_linear_attention(
     q: Tensor,
     k: Tensor,
@@ -47,6 +81,8 @@ def sparse_linear_attention(
     negligible_ratio: float = 0.0,
     order: Tensor | None = None,
     pinned_tokens: int = 0,
+    keys: KeyTokens | None = None,
+    mask: SegmentMask | None = None,
     q_norm: HeadNorm | None = None,
     k_norm: HeadNorm | None = None,
     positions: Tensor | None = None,
@@ -59,22 +95,34 @@ def sparse_linear_attention(
     block_q: int = 128,
     block_k: int = 64,
     backend: str = "auto",
-) -> Tensor:
-    """Sparse-linear attention (SLA, arXiv 2509.24006; Lite3R, arXiv 2605.11354).
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Sparse-linear attention (SLA, arXiv 2509.24006; Lite3R, arXiv 2605.11354), of tokens to each other or to other tokens.
 
     Args:
-        q, k, v: ``[B, H, N, D]``, any strides.
+        q: ``[B, H, M, D]``, any strides.
+        k, v: ``[B, H, N, D]``, any strides. Without `keys` they are of the tokens of q, and N is M.
         keep_ratio: Share of the key blocks that are not pinned to keep for each query block, in (0, 1].
         negligible_ratio: Share of them to leave out, without a mean or a part in the branch over marginal blocks, in [0, 1].
-        order: ``[N]`` int permutation that makes blocks of consecutive tokens compact, or None.
-        pinned_tokens: The blocks that hold the first `pinned_tokens` tokens (in `order`) attend to all keys, and all
+        order: ``[M]`` int permutation that makes blocks of consecutive tokens compact, or None.
+        pinned_tokens: The blocks that hold the first `pinned_tokens` tokens (in `order`) attend to all keys, and without `keys` all
             queries attend to them.
+        keys: Order, pins and positions of keys, where they are other tokens (cross-attention, a cache), in any number: `order`,
+            `pinned_tokens` and `positions` are then those of queries alone. ``KeyTokens()`` for keys of which there is nothing to say.
+        mask: Which keys a query may see, by segments of tokens: frame-causal, a window over frames, block-diagonal. Ratios are then of
+            the key blocks that all queries of a block may see, those that some may see are kept, and pins hold within the mask. All
+            forms of the operator respect it, in torch operators: the kernels have no masks.
         q_norm, k_norm, positions, rope_base: Norm and rotary embedding to apply first; see `prepare_qkv`.
         scale, linear, feature_map, proj, block_means, block_q, block_k: See `naive.sparse_linear_attention`.
         backend: ``"auto"``, ``"triton"`` or ``"naive"``.
+        return_lse: Whether the log-sum-exp of each query is returned too: the natural logarithm of the denominator of the sparse
+            softmax. With `block_means` that counts each marginal block as its number of tokens times the exponential of the score of
+            its mean key; without, critical blocks alone. The linear branch has no part in it. `merge` puts outputs of the softmax
+            over sets of keys together by it. Gradients flow through it.
 
     Returns:
-        ``[B, H, N, D]`` in v's dtype, in the order of the input tokens.
+        ``[B, H, M, D]`` in v's dtype, in the order of the input tokens; of no keys, zeros. With `return_lse` also ``[B, H, M]`` FP32
+        (FP64 for FP64 input), -inf of no keys.
 
     Raises:
         BackendError: `backend` is ``"triton"`` and the kernels cannot take these tensors, or they would run and cannot take these blocks.
@@ -83,29 +131,51 @@ def sparse_linear_attention(
     """
     check_options(keep_ratio, negligible_ratio, scale, rope_base, linear, feature_map, backend)
     check_blocks(block_q, block_k)
-    check_tensors(q, k, v, order, positions, proj, pinned_tokens)
-    if not _kernels_take(block_q, block_k) and use_triton(backend, v):
+    check_tensors(q, k, v, order, positions, proj, pinned_tokens, keys)
+    cross, keys = keys is not None, keys or NO_KEYS
+    if mask is not None:
+        check_mask(mask, q.shape[-2], k.shape[-2], cross)
+        require_one_device(v, **{"mask.queries": mask.queries, "mask.keys": mask.keys})
+    if not _kernels_take(block_q, block_k) and mask is None and use_triton(backend, v):
         raise BackendError(
             f'the kernels take blocks of 16 to 128 tokens, powers of two, got {block_q} and {block_k}; backend="naive" takes any'
         )
     proj = naive.needed_proj(linear, proj)
     q_norm, k_norm = q_norm or NO_NORM, k_norm or NO_NORM
     require_one_device(
-        v, queries=q, keys=k, order=order, positions=positions, proj=proj, **norm_tensors(q_norm, k_norm)
+        v, queries=q, keys=k, order=order, positions=positions, proj=proj, **norm_tensors(q_norm, k_norm),
     )  # fmt: skip
+    if cross:
+        require_one_device(v, **{"keys.order": keys.order, "keys.positions": keys.positions})
     arguments = Arguments(
         q, k, v, q_norm.weight, q_norm.bias, k_norm.weight, k_norm.bias, proj,
         order=order, positions=positions, pinned_tokens=pinned_tokens, keep_ratio=keep_ratio, negligible_ratio=negligible_ratio,
         q_kind=q_norm.kind, q_eps=q_norm.eps, k_kind=k_norm.kind, k_eps=k_norm.eps, rope_base=rope_base, scale=scale, linear=linear,
-        feature_map=feature_map, block_means=block_means, block_q=block_q, block_k=block_k, backend=backend,
+        feature_map=feature_map, block_means=block_means, block_q=block_q, block_k=block_k, backend=backend, cross=cross,
+        key_order=keys.order, key_positions=keys.positions, key_pinned_tokens=keys.pinned_tokens, return_lse=return_lse,
+        mask_queries=mask and mask.queries, mask_keys=mask and mask.keys, mask_before=mask and mask.before, mask_after=mask and mask.after,
     )  # fmt: skip
-    if not torch.compiler.is_compiling() and v.numel() == 0:
+    out, lse = _run(arguments)
+    if not return_lse:
+        return out
+    assert lse is not None
+    return out, lse
+
+
+def _run(arguments: Arguments) -> tuple[Tensor, Tensor | None]:
+    """The output and, if it is wanted, the log-sum-exp: in a graph as an operator, else with or without a function of autograd."""
+    if not torch.compiler.is_compiling() and arguments.is_empty:
         return forward.empty(arguments)
     needed = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in arguments.inputs]
     if torch.compiler.is_compiling():
-        out = operators.train(needed, *arguments)[0] if any(needed) else operators.infer(*arguments)
-        return out.transpose(1, 2)
-    if any(needed) and use_triton(backend, v, needs_grad=True):
+        if any(needed):
+            out, lse, _ = operators.train(needed, *arguments)
+        elif arguments.return_lse:
+            out, *lse = operators.infer_lse(*arguments)
+        else:
+            out, lse = operators.infer(*arguments), []
+        return out.transpose(1, 2), lse[0] if lse else None
+    if any(needed) and forward.on_triton(arguments, needs_grad=True):
         from .backward import SparseLinearAttentionFunction
 
         return SparseLinearAttentionFunction.apply(*arguments)
@@ -140,7 +210,8 @@ def _kernels_take(block_q: int, block_k: int) -> bool:
 
 
 def check_tensors(
-    q: Tensor, k: Tensor, v: Tensor, order: Tensor | None, positions: Tensor | None, proj: Tensor | None, pinned_tokens: int
+    q: Tensor, k: Tensor, v: Tensor, order: Tensor | None, positions: Tensor | None, proj: Tensor | None, pinned_tokens: int,
+    keys: KeyTokens | None,
 ) -> None:  # fmt: skip
     """Raise `ConfigError` unless the tensors of `sparse_linear_attention` fit each other. Looks at no values of theirs."""
     for x in (q, k, v):
@@ -149,19 +220,45 @@ def check_tensors(
     dim = v.shape[-1]
     if proj is not None and tuple(proj.shape) != (dim, dim):
         raise ConfigError(f"proj is [D, D] = [{dim}, {dim}], got {list(proj.shape)}")
-    if order is not None and (order.dim() != 1 or order.dtype not in (torch.int32, torch.int64)):
-        raise ConfigError(f"order is [N] int32 or int64, got {list(order.shape)} {order.dtype}")
+    for name, x in (("order", order), ("keys.order", keys.order if keys else None)):
+        if x is not None and (x.dim() != 1 or x.dtype not in (torch.int32, torch.int64)):
+            raise ConfigError(f"{name} is [N] int32 or int64, got {list(x.shape)} {x.dtype}")
     if torch.compiler.is_compiling():  # lengths are symbols there, and a comparison would become a guard
         return
-    if not q.shape == k.shape == v.shape:
+    if keys is None and not q.shape == k.shape == v.shape:
         raise ConfigError(
             f"q, k and v must have the same shape, got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}: expand grouped keys and "
-            "values, and use dense attention across two sequences"
+            "values, and say with keys=KeyTokens(...) that keys are other tokens than queries"
         )
-    tokens = v.shape[-2]
+    if k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[-1] != k.shape[-1]:
+        raise ConfigError(
+            f"q is [B, H, M, D] and k and v are [B, H, N, D], got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}: expand grouped "
+            "keys and values"
+        )
+    _check_side("", "q", q.shape[-2], order, positions, pinned_tokens)
+    if keys is not None:
+        _check_side("keys.", "k", k.shape[-2], keys.order, keys.positions, keys.pinned_tokens)
+
+
+def check_mask(mask: SegmentMask, queries: int, keys: int, cross: bool) -> None:
+    """Raise `ConfigError` unless `mask` fits that many queries and keys, which are other tokens if `cross`."""
+    if cross and mask.keys is None:
+        raise ConfigError("keys are other tokens than queries, so a SegmentMask must name their segments: SegmentMask(queries, keys)")
+    for name, x, tokens in (("queries", mask.queries, queries), ("keys", mask.keys, keys)):
+        if x is not None and (x.dim() != 1 or x.dtype not in (torch.int32, torch.int64)):
+            raise ConfigError(f"mask.{name} holds a segment for each token, [N] int32 or int64, got {list(x.shape)} {x.dtype}")
+        if x is not None and not torch.compiler.is_compiling() and len(x) != tokens:
+            raise ConfigError(f"mask.{name} names the segments of {len(x)} tokens, but there are {tokens}")
+    for name, x in (("before", mask.before), ("after", mask.after)):
+        if x is not None and (not is_int(x) or not 0 <= x < 2**31):
+            raise ConfigError(f"mask.{name} is a number of segments, not negative, or None for all, got {shown(x)}")
+
+
+def _check_side(prefix: str, tensor: str, tokens: int, order: Tensor | None, positions: Tensor | None, pinned_tokens: int) -> None:
+    """Of queries, or of keys that are other tokens."""
     if order is not None and len(order) != tokens:
-        raise ConfigError(f"order names {len(order)} tokens, but q has {tokens}")
+        raise ConfigError(f"{prefix}order names {len(order)} tokens, but {tensor} has {tokens}")
     if positions is not None and tuple(positions.shape[-2:]) != (tokens, 2):
-        raise ConfigError(f"positions are [..., N, 2] for N = {tokens} tokens, got {list(positions.shape)}")
+        raise ConfigError(f"{prefix}positions are [..., N, 2] for N = {tokens} tokens, got {list(positions.shape)}")
     if not is_int(pinned_tokens) or not 0 <= pinned_tokens <= tokens:
-        raise ConfigError(f"pinned_tokens must be in [0, {tokens}], the number of tokens, got {shown(pinned_tokens)}")
+        raise ConfigError(f"{prefix}pinned_tokens must be in [0, {tokens}], the number of tokens, got {shown(pinned_tokens)}")

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from ..block_map.kernels import BlockMap
 from ..block_map.transpose_kernels import indices_of
 from ..dispatch import on_device_of
-from ..qk_norm_rope import HeadNorm
+from ..qk_norm_rope import HeadNorm, Tokens
 from ..qk_norm_rope.backward_kernels import InputGradient, input_gradient
 from . import saved
 from .forward import train
@@ -26,12 +26,15 @@ from .saved import Saved
 from .signature import INPUTS, Arguments, Gradients, Needed
 
 
-def backward(grad: Tensor, out: Tensor | None, kept: Saved, needed: Needed, arguments: Arguments) -> Gradients:
+def backward(
+    grad: Tensor, grad_lse: Tensor | None, out: Tensor | None, kept: Saved, needed: Needed, arguments: Arguments
+) -> Gradients:  # fmt: skip
     """Gradients of the inputs that are needed, each in the dtype of its input.
 
     Args:
-        grad: Gradient of the output, ``[B, H, N, D]``, any strides.
-        out: The output ``[B, H, N, D]``, any strides: hooks of saved tensors may change them. Not needed when only Proj learns.
+        grad: Gradient of the output, ``[B, H, M, D]``, any strides.
+        grad_lse: That of the log-sum-exp ``[B, H, M]``, any strides, or None. It has none with respect to Proj.
+        out: The output ``[B, H, M, D]``, any strides: hooks of saved tensors may change them. Not needed when only Proj learns.
         kept: What `forward.train` kept, with any strides.
         needed: Which inputs need a gradient.
         arguments: As there, with any strides; what `saved.keep` does not keep may be None.
@@ -43,7 +46,8 @@ def backward(grad: Tensor, out: Tensor | None, kept: Saved, needed: Needed, argu
             found = Gradients(proj=proj_backward(grad, kept.linear))
         else:
             assert out is not None
-            found = _of_attention(grad, out.transpose(1, 2).contiguous().transpose(1, 2), kept, needed, arguments)
+            grad_lse = None if grad_lse is None else grad_lse.contiguous()
+            found = _of_attention(grad, grad_lse, out.transpose(1, 2).contiguous().transpose(1, 2), kept, needed, arguments)
     return Gradients(
         *(
             x.to(x.dtype if like is None else like.dtype) if x is not None and need else None
@@ -52,7 +56,9 @@ def backward(grad: Tensor, out: Tensor | None, kept: Saved, needed: Needed, argu
     )
 
 
-def _of_attention(grad: Tensor, out: Tensor, kept: Saved, needed: Needed, arguments: Arguments) -> Gradients:
+def _of_attention(
+    grad: Tensor, grad_lse: Tensor | None, out: Tensor, kept: Saved, needed: Needed, arguments: Arguments
+) -> Gradients:  # fmt: skip
     """Gradients where more than Proj learns: all that come with those that are needed."""
     tokens = out.shape[-2]
     if kept.q is not None:
@@ -71,41 +77,39 @@ def _of_attention(grad: Tensor, out: Tensor, kept: Saved, needed: Needed, argume
     residuals = Residuals(lse=kept.lse, state=kept.state, total=kept.total, mu=kept.mu)
     changed = arguments.changes_qk
     found = attention_backward(
-        operands, residuals, out, grad, in_token_order=changed, needs_q=needed.queries, needs_kv=needed.keys or needed.v
+        operands, residuals, out, grad, grad_lse, in_token_order=changed, needs_q=needed.queries, needs_kv=needed.keys or needed.v
     )
     gradients = Gradients(q=found.q, k=found.k, v=found.v, proj=found.proj)
     if changed and found.q is not None:
-        q = _undone(arguments, arguments.q, found.q, arguments.q_norm, needed.q_weight or needed.q_bias)
+        tokens = Tokens(arguments.order, arguments.positions)
+        q = _undone(arguments, arguments.q, found.q, tokens, arguments.q_norm, needed.q_weight or needed.q_bias)
         gradients = gradients._replace(q=q.x, q_weight=q.weight, q_bias=q.bias)
     if changed and found.k is not None:
-        k = _undone(arguments, arguments.k, found.k, arguments.k_norm, needed.k_weight or needed.k_bias)
+        k = _undone(arguments, arguments.k, found.k, arguments.keys, arguments.k_norm, needed.k_weight or needed.k_bias)
         gradients = gradients._replace(k=k.x, k_weight=k.weight, k_bias=k.bias)
     return gradients
 
 
-def _undone(arguments: Arguments, x: Tensor, grad: Tensor, norm: HeadNorm, affine: bool) -> InputGradient:
+def _undone(arguments: Arguments, x: Tensor, grad: Tensor, tokens: Tokens, norm: HeadNorm, affine: bool) -> InputGradient:
     """Gradients of queries or keys `x` as they came, and of their `norm`, from that of what attention took, in token order."""
-    return input_gradient(
-        x, grad, order=arguments.order, norm=norm, positions=arguments.positions, rope_base=arguments.rope_base, affine=affine
-    )
+    return input_gradient(x, grad, order=tokens.order, norm=norm, positions=tokens.positions, rope_base=arguments.rope_base, affine=affine)
 
 
 class SparseLinearAttentionFunction(torch.autograd.Function):
-    """`forward.train` and `backward` for eager autograd: ``apply(*Arguments(...))`` is the output ``[B, H, N, D]`` in v's dtype."""
+    """`forward.train` and `backward` for eager autograd: ``apply(*Arguments(...))`` is what `forward.run` returns."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor | None]:
         flat = Arguments(*arguments)
         needed = Needed(*(need and x is not None for need, x in zip(ctx.needs_input_grad, flat.inputs, strict=False)))
-        out, kept = train(needed, flat)
+        out, lse, kept = train(needed, flat)
         saved.keep(ctx, needed, flat, out, kept)
-        return out
+        return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (grad,) = grad_outputs
-        return (*backward(grad, *saved.kept(ctx)), *NO_GRADIENTS)
+        return (*backward(*grad_outputs, *saved.kept(ctx)), *NO_GRADIENTS)
 
 
 NO_GRADIENTS = (None,) * (len(Arguments._fields) - len(INPUTS))  # of what is no input

@@ -6,17 +6,19 @@ the Triton backward pass needs (`backward.py`). Work on ordered, padded tokens i
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from ..block_map import block_map
+from ..block_map import block_map, masked_block_map
 from ..dispatch import on_device_of, use_triton, without_autocast
 from . import naive, saved
 from .saved import Saved
 from .signature import Arguments, Needed
 
 
-def run(arguments: Arguments, *, needs_grad: bool = False) -> Tensor:
+def run(arguments: Arguments, *, needs_grad: bool = False) -> tuple[Tensor, Tensor | None]:
     """The whole operator.
 
     Args:
@@ -24,43 +26,69 @@ def run(arguments: Arguments, *, needs_grad: bool = False) -> Tensor:
         needs_grad: Whether autograd follows what is done here, which needs more of a GPU.
 
     Returns:
-        ``[B, H, N, D]`` in v's dtype, in host order.
+        ``[B, H, M, D]`` in v's dtype, in host order; and the log-sum-exp ``[B, H, M]`` FP32 (FP64 for FP64 input) of each query, if
+        that is wanted, else None.
 
     Raises:
         BackendError: the backend is ``"triton"`` and the kernels cannot take these tensors.
     """
-    if arguments.v.numel() == 0:
+    if arguments.is_empty:
         return empty(arguments)
     arguments = arguments.contiguous()
     # Autocast would run the pooled scores and the linear state in half precision.
     with without_autocast(arguments.v), on_device_of(arguments.v):
-        return _on_triton(arguments) if use_triton(arguments.backend, arguments.v, needs_grad) else _on_torch(arguments)
+        return _on_triton(arguments) if on_triton(arguments, needs_grad) else _on_torch(arguments)
 
 
-def empty(arguments: Arguments) -> Tensor:
-    """The output where there is none, of an empty batch or of no tokens; gradients of it are zeros."""
-    out = arguments.v.clone()
+def on_triton(arguments: Arguments, needs_grad: bool = False) -> bool:
+    """Whether the kernels run for this call; else torch operators do, which warns on a GPU.
+
+    Raises:
+        BackendError: the backend is ``"triton"`` and the kernels cannot take the call.
+    """
+    return use_triton(arguments.backend, arguments.v, needs_grad, None if arguments.mask_queries is None else NO_MASKS)
+
+
+NO_MASKS = "the kernels have no masks"
+
+
+def empty(arguments: Arguments) -> tuple[Tensor, Tensor | None]:
+    """The output and log-sum-exp of an empty batch or of no tokens, with gradients of zero: of no keys, zeros and -inf."""
+    v = arguments.v
+    out = v.new_zeros(arguments.q.shape) + 0 * v.sum()
     for x in arguments.inputs:
-        if x is not None and x is not arguments.v and x.requires_grad:
+        if x is not None and x is not v and x.requires_grad:
             out = out + 0 * x.sum().to(out.dtype)
-    return out
+    if not arguments.return_lse:
+        return out, None
+    return out, out.sum(-1, dtype=torch.promote_types(out.dtype, torch.float32)) - torch.inf
 
 
-def _on_torch(arguments: Arguments) -> Tensor:
+def in_host_order(x: Tensor, order: Tensor | None, dim: int) -> Tensor:
+    """`x` with tokens along `dim` put back from token order to host order."""
+    return x if order is None else torch.empty_like(x).index_copy(dim, order.long(), x)
+
+
+def _on_torch(arguments: Arguments) -> tuple[Tensor, Tensor | None]:
     prepared = arguments.prepared(triton=False)
-    counts = arguments.block_counts()
-    kv_indices, negligible = block_map(
-        prepared.q_mean.detach(), prepared.k_mean.detach(), kept=counts.kept, pinned=counts.pinned, negligible=counts.negligible
-    )
-    out = naive.sparse_linear_attention(
-        prepared.q, prepared.k, prepared.v, kv_indices, negligible=negligible, pinned=arguments.pinned_queries, scale=arguments.scale,
-        linear=arguments.linear, feature_map=arguments.feature_map, proj=arguments.proj, block_means=arguments.block_means,
-        block_q=arguments.block_q, block_k=arguments.block_k,
+    means = prepared.q_mean.detach(), prepared.k_mean.detach()
+    mask = None if arguments.mask is None else arguments.mask.ordered(arguments.order, arguments.keys.order)
+    if mask is None:
+        kv_indices, negligible = block_map(*means, **arguments.block_counts()._asdict())
+    else:
+        kv_indices, negligible = masked_block_map(
+            *means, keep_ratio=arguments.keep_ratio, mask=mask.in_blocks(arguments.block_q, arguments.block_k),
+            pinned=arguments.pinned_keys, negligible_ratio=arguments.negligible_ratio if arguments.leaves_out else 0.0,
+        )  # fmt: skip
+    out, lse = naive.sparse_linear_attention(
+        prepared.q, prepared.k, prepared.v, kv_indices, negligible=negligible, mask=mask, pinned=arguments.pinned_queries,
+        scale=arguments.scale, linear=arguments.linear, feature_map=arguments.feature_map, proj=arguments.proj,
+        block_means=arguments.block_means, block_q=arguments.block_q, block_k=arguments.block_k, return_lse=arguments.return_lse,
     )  # fmt: skip
-    return out if arguments.order is None else torch.empty_like(out).index_copy(-2, arguments.order.long(), out)
+    return in_host_order(out, arguments.order, -2), None if lse is None else in_host_order(lse, arguments.order, -1)
 
 
-def _on_triton(arguments: Arguments) -> Tensor:
+def _on_triton(arguments: Arguments) -> tuple[Tensor, Tensor | None]:
     from ..block_map.kernels import block_map_with_bits
     from .kernels.forward import forward
     from .kernels.operands import Operands
@@ -71,10 +99,20 @@ def _on_triton(arguments: Arguments) -> Tensor:
         prepared.q_mean, prepared.k_mean, kept=counts.kept, pinned=counts.pinned, negligible=counts.negligible,
         bits=arguments.block_means or arguments.linear == "marginal",
     )  # fmt: skip
-    return forward(Operands.of(arguments, prepared[:3], prepared[4:], chosen, counts.negligible))[0]
+    operands = Operands.of(arguments, prepared[:3], prepared[4:], chosen, counts.negligible)
+    out, made = forward(operands, save_lse=arguments.return_lse)
+    return out, natural_lse(arguments, made.lse)
 
 
-def train(needed: Needed, arguments: Arguments) -> tuple[Tensor, Saved]:
+def natural_lse(arguments: Arguments, lse: Tensor | None) -> Tensor | None:
+    """The log-sum-exp that is returned, ``[B, H, M]`` FP32 in host order, if it is wanted, from that of `kernels.forward.Residuals`."""
+    if not arguments.return_lse:
+        return None
+    assert lse is not None
+    return in_host_order(lse[..., : arguments.q.shape[-2]] * math.log(2), arguments.order, -1)
+
+
+def train(needed: Needed, arguments: Arguments) -> tuple[Tensor, Tensor | None, Saved]:
     """The whole operator on Triton, for a backward pass.
 
     Args:
@@ -82,8 +120,9 @@ def train(needed: Needed, arguments: Arguments) -> tuple[Tensor, Saved]:
         arguments: As `run` takes them.
 
     Returns:
-        The output ``[B, H, N, D]``, a view of contiguous ``[B, N, H, D]``, and what `backward.backward` needs besides it and the
-        arguments, in tensors that share no memory with each other: `saved.names` says what.
+        The output ``[B, H, M, D]``, a view of contiguous ``[B, M, H, D]``; the log-sum-exp as `run` returns it; and what
+        `backward.backward` needs besides the output and the arguments, in tensors that share no memory with each other: `saved.names`
+        says what.
     """
     from ..block_map.kernels import block_map_with_bits
     from .kernels.forward import forward
@@ -99,9 +138,10 @@ def train(needed: Needed, arguments: Arguments) -> tuple[Tensor, Saved]:
         operands = Operands.of(arguments, prepared[:3], prepared[4:], chosen, counts.negligible)
         centred = needed.attention and arguments.linear == "marginal"
         mu = _mean_value(arguments, prepared.v_mean) if centred else None
-        out, made = forward(operands, save_lse=needed.attention, save_linear=not needed.attention, mu=mu)
+        out, made = forward(operands, save_lse=needed.attention or arguments.return_lse, save_linear=not needed.attention, mu=mu)
+        lse = natural_lse(arguments, made.lse)
     if not needed.attention:
-        return out, Saved(linear=made.linear)
+        return out, lse, Saved(linear=made.linear)
     skipped = None
     if arguments.leaves_out:
         assert chosen.skipped is not None
@@ -114,7 +154,7 @@ def train(needed: Needed, arguments: Arguments) -> tuple[Tensor, Saved]:
         kept = kept._replace(state=spare.state.zero_(), total=spare.total.zero_())
     if saved.keeps_ordered(arguments):
         kept = kept._replace(q=prepared.q, k=prepared.k, v=prepared.v, k_mean=prepared.k_mean, v_mean=prepared.v_mean)
-    return out, kept
+    return out, lse, kept
 
 
 def _mean_value(arguments: Arguments, v_mean: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ class Saved(NamedTuple):
     """Tensors that are kept besides arguments and output; None what is not. All are None where autograd goes through torch operators.
 
     Attributes:
-        linear: ``[B, N, H, D]`` in v's dtype, the linear branch before Proj in host order. Alone, where only Proj learns.
+        linear: ``[B, M, H, D]`` in v's dtype, the linear branch before Proj in host order. Alone, where only Proj learns.
         lse: ``[B, H, padded]`` FP32, see `kernels.forward.Residuals`. Always there where more than Proj learns.
         bits: ``[B, H, query blocks, ceil(key blocks / 32)]`` int32, see `BlockMap`.
         skipped: As `bits`; None where it is the same.
@@ -59,8 +59,9 @@ class Saved(NamedTuple):
 
 
 def keeps_ordered(arguments: Arguments) -> bool:
-    """Whether q, k, v are kept in order and not as they came, where they are. With a norm both would be needed."""
-    return not arguments.has_norm and arguments.q.dtype == arguments.k.dtype == arguments.v.dtype
+    """Whether q, k, v are kept in order and not as they came, where they are. With a norm both would be needed; of other keys than
+    queries the number would not be known."""
+    return not arguments.has_norm and not arguments.cross and arguments.q.dtype == arguments.k.dtype == arguments.v.dtype
 
 
 def names(needed: Needed, arguments: Arguments) -> list[str]:
@@ -78,14 +79,14 @@ def names(needed: Needed, arguments: Arguments) -> list[str]:
 def empty(needed: Needed, arguments: Arguments) -> Saved:
     """Tensors like those that the forward pass keeps, with no values in them."""
     v = arguments.v
-    batch, heads, tokens, dim = v.shape
-    rows, columns = -(-tokens // arguments.block_q), arguments.columns
+    batch, heads, queries, dim = arguments.q.shape
+    rows, columns = arguments.rows, arguments.columns
     marginal = arguments.linear == "marginal"
     owners = (batch * heads, rows) if marginal else (batch, heads)
     words = (batch, heads, rows, -(-columns // 32)), torch.int32
     ordered, means = ((batch, heads, rows * arguments.block_q, dim), v.dtype), ((batch, heads, columns, dim), torch.float32)
     kinds: dict[str, tuple[tuple[int, ...], torch.dtype]] = dict(
-        linear=((batch, tokens, heads, dim), v.dtype), lse=((batch, heads, rows * arguments.block_q), torch.float32), bits=words,
+        linear=((batch, queries, heads, dim), v.dtype), lse=((batch, heads, rows * arguments.block_q), torch.float32), bits=words,
         skipped=words, state=((*owners, dim, dim), v.dtype if marginal else torch.float32), total=((*owners, dim), torch.float32),
         mu=((batch * heads, dim), torch.float32), q=ordered, k=ordered, v=ordered, k_mean=means, v_mean=means,
     )  # fmt: skip

@@ -12,8 +12,8 @@ from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_
 
 from torch import Tensor
 
-from ..block_map import kept_blocks, negligible_blocks
-from ..qk_norm_rope import HeadNorm, Prepared, prepare_qkv
+from ..block_map import SegmentMask, kept_blocks, negligible_blocks
+from ..qk_norm_rope import HeadNorm, Prepared, Tokens, prepare_qkv
 
 Learns = Annotated[Tensor, "may need a gradient"]
 SymInt = Annotated[int, "a symbol in a graph"]  # any number of tokens, and of pinned ones, is served by one graph
@@ -23,12 +23,17 @@ class Arguments(NamedTuple):
     """All arguments of the whole operator; see `api.sparse_linear_attention`.
 
     Attributes:
-        q, k, v: ``[B, H, N, D]``, any strides.
+        q: ``[B, H, M, D]``, any strides.
+        k, v: ``[B, H, N, D]``, any strides; M is N unless `cross`.
         q_weight, q_bias, k_weight, k_bias: ``[D]``, of the norms of queries and keys.
         proj: ``[D, D]``, or None without a linear branch.
-        order: ``[N]`` int32 or int64.
-        positions: ``[B or 1, N, 2]``.
+        order: ``[M]`` int32 or int64.
+        positions: ``[B or 1, M, 2]``.
         q_kind, q_eps, k_kind, k_eps: The rest of the norms, as in `HeadNorm`.
+        cross: Whether keys are other tokens than queries. Else `order`, `positions` and `pinned_tokens` are those of keys too.
+        key_order, key_positions, key_pinned_tokens: Those of keys, where they are other tokens.
+        return_lse: Whether the log-sum-exp of queries is wanted.
+        mask_queries, mask_keys, mask_before, mask_after: The fields of a `SegmentMask`; without a mask all are None.
     """
 
     q: Learns
@@ -56,6 +61,15 @@ class Arguments(NamedTuple):
     block_q: int
     block_k: int
     backend: str
+    cross: bool = False
+    key_order: Tensor | None = None
+    key_positions: Tensor | None = None
+    key_pinned_tokens: SymInt = 0
+    return_lse: bool = False
+    mask_queries: Tensor | None = None
+    mask_keys: Tensor | None = None
+    mask_before: int | None = None
+    mask_after: int | None = None
 
     def contiguous(self) -> Arguments:
         """With those tensors contiguous that kernels read as they lie in memory: a user, a compiler or a hook may have changed that."""
@@ -91,12 +105,35 @@ class Arguments(NamedTuple):
     @property
     def changes_qk(self) -> bool:
         """Whether queries and keys are normed or rotated, not only put in order."""
-        return self.has_norm or (self.positions is not None and self.rope_base is not None)
+        rotated = self.positions is not None or self.key_positions is not None
+        return self.has_norm or (rotated and self.rope_base is not None)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to compute."""
+        return self.v.numel() == 0 or self.q.numel() == 0
+
+    @property
+    def keys(self) -> Tokens:
+        """Order and positions of keys."""
+        return Tokens(self.key_order, self.key_positions) if self.cross else Tokens(self.order, self.positions)
 
     @property
     def tokens(self) -> int:
         """N."""
         return self.v.shape[-2]
+
+    @property
+    def mask(self) -> SegmentMask | None:
+        """Which keys queries may see, in host order; None: all."""
+        if self.mask_queries is None:
+            return None
+        return SegmentMask(self.mask_queries, self.mask_keys, self.mask_before, self.mask_after)
+
+    @property
+    def rows(self) -> int:
+        """Number of query blocks."""
+        return -(-self.q.shape[-2] // self.block_q)
 
     @property
     def columns(self) -> int:
@@ -111,7 +148,7 @@ class Arguments(NamedTuple):
     @property
     def pinned_keys(self) -> int:
         """Key blocks that all queries attend to."""
-        return -(-self.pinned_tokens // self.block_k)
+        return -(-(self.key_pinned_tokens if self.cross else self.pinned_tokens) // self.block_k)
 
     @property
     def leaves_out(self) -> bool:
@@ -129,7 +166,7 @@ class Arguments(NamedTuple):
         """q, k and v, normed, rotated, in order, and their means over blocks; padded to whole query blocks if `triton`."""
         return prepare_qkv(
             self.q, self.k, self.v, order=self.order, q_norm=self.q_norm, k_norm=self.k_norm, positions=self.positions,
-            rope_base=self.rope_base, block_q=self.block_q, block_k=self.block_k, triton=triton,
+            rope_base=self.rope_base, keys=self.keys if self.cross else None, block_q=self.block_q, block_k=self.block_k, triton=triton,
         )  # fmt: skip
 
 
@@ -147,7 +184,7 @@ class BlockCounts(NamedTuple):
     negligible: int
 
 
-READ_AS_THEY_LIE = ("q_weight", "q_bias", "k_weight", "k_bias", "proj", "order")
+READ_AS_THEY_LIE = ("q_weight", "q_bias", "k_weight", "k_bias", "proj", "order", "key_order")
 _TYPES = get_type_hints(Arguments, include_extras=True)
 INPUTS = tuple(name for name, kind in _TYPES.items() if Learns in (kind, *get_args(kind)))
 assert Arguments._fields[: len(INPUTS)] == INPUTS, "inputs that may need a gradient come first"

@@ -53,9 +53,9 @@ def save_picture(path: Path, panels: Sequence[Panel], title: str, clouds: Sequen
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     rows: Any = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-    depth_scale = _depth_scale([panel.maps for panel in panels if panel.kind == "depth"])
+    scale = depth_scale([panel.maps for panel in panels if panel.kind == "depth"])
     for row, panel in zip(rows, panels, strict=False):
-        _draw_panel(row, panel, shown, depth_scale)
+        _draw_panel(row, panel, shown, scale)
     if clouds:
         axes = rows[-1].subplots(1, len(clouds), squeeze=False)[0]
         for axis, (name, picture) in zip(axes, clouds, strict=True):
@@ -67,13 +67,13 @@ def save_picture(path: Path, panels: Sequence[Panel], title: str, clouds: Sequen
     write_atomically(path, buffer.getvalue())
 
 
-def _draw_panel(row: Any, panel: Panel, shown: list[int], depth_scale: tuple[float, float]) -> None:
+def _draw_panel(row: Any, panel: Panel, shown: list[int], scale: tuple[float, float]) -> None:
     row.suptitle(panel.title, fontsize=9, x=0.01, ha="left")
     *axes, bar = row.subplots(1, len(shown) + 1, width_ratios=[1.0] * len(shown) + [0.06], squeeze=False)[0]
     options: dict[str, Any] = {}
     maps = panel.maps
     if panel.kind == "depth":
-        options = {"cmap": "turbo_r", "vmin": depth_scale[0], "vmax": depth_scale[1]}
+        options = {"cmap": "turbo_r", "vmin": scale[0], "vmax": scale[1]}
     elif panel.kind == "error":
         maps = maps * 100
         options = {"cmap": "magma", "vmin": 0, "vmax": max(_quantile(maps, 0.99), 1e-6)}
@@ -88,7 +88,8 @@ def _draw_panel(row: Any, panel: Panel, shown: list[int], depth_scale: tuple[flo
         bar.tick_params(labelsize=7)
 
 
-def _depth_scale(maps: list[Tensor]) -> tuple[float, float]:
+def depth_scale(maps: list[Tensor]) -> tuple[float, float]:
+    """The range of colours for depth maps: without their outermost values."""
     if not maps:
         return 0.0, 1.0
     values = torch.cat([m.flatten() for m in maps])

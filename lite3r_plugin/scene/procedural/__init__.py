@@ -9,6 +9,7 @@ Training and test data differ in the seeds of the scenes and, for a harder split
 
 from .checks import covisibility, reprojection_check
 from .render import ARCS, ProcScenes
+from .room import furnished_room
 from .textures import TextureBank
 
-__all__ = ["ARCS", "ProcScenes", "TextureBank", "covisibility", "reprojection_check"]
+__all__ = ["ARCS", "ProcScenes", "TextureBank", "covisibility", "furnished_room", "reprojection_check"]

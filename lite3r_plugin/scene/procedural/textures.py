@@ -27,7 +27,7 @@ def _periodic_noise(n: int, size: int, cells: int, g: torch.Generator, device: t
     return (a * (1 - fx) + b * fx) * (1 - fy) + (c * (1 - fx) + d * fx) * fy
 
 
-def _fractal(
+def fractal(
     n: int, size: int, g: torch.Generator, device: torch.device | str, base: int = 2, octaves: int = 6, gain: float = 0.55
 ) -> Tensor:
     """Tileable fractal noise ``[n, size, size]`` in [0, 1]: octaves of `_periodic_noise`."""
@@ -111,7 +111,7 @@ class TextureBank:
         yy, xx = torch.meshgrid(torch.arange(S, device=device) / S, torch.arange(S, device=device) / S, indexing="ij")
         kind = torch.arange(n, device=device) % 6
         # base: fractal noise through a random 5-colour palette
-        f = _fractal(n, S, g, device, base=2)
+        f = fractal(n, S, g, device, base=2)
         f = (f - f.amin((1, 2), True)) / (f.amax((1, 2), True) - f.amin((1, 2), True))
         # palettes: one base hue per texture with small deviations, mostly muted (natural images are)
         hue = uniform((n, 1, 3), g, device)
@@ -128,7 +128,7 @@ class TextureBank:
         m = int(leaves.sum())
         if m:
             li = img[leaves].clone()
-            rough = _fractal(m, S, g, device, base=4)[..., None]
+            rough = fractal(m, S, g, device, base=4)[..., None]
             lsat = sat[leaves][..., None]
             for _ in range(220):
                 r = 0.02 * (uniform((m, 1, 1), g, device, 0.02, 1.0) ** -0.55)
@@ -190,7 +190,7 @@ class TextureBank:
             col = cc[torch.arange(m, device=device)[:, None, None], idx] * (0.6 + 0.8 * f[vo][..., None])
             img[vo] = torch.where(((d2 - d1) < 0.02)[..., None], col * 0.25, col)
         # fine grain on everything, random contrast
-        grain = _fractal(n, S, g, device, base=16, octaves=3)[..., None] - 0.5
+        grain = fractal(n, S, g, device, base=16, octaves=3)[..., None] - 0.5
         img = img + grain * uniform((n, 1, 1, 1), g, device, 0.05, 0.5)
         mean = img.mean((1, 2), True)
         img = (img - mean) * uniform((n, 1, 1, 1), g, device, 0.8, 1.5) + mean

@@ -12,13 +12,13 @@ from sla_cases import DEVICE, LENGTHS, random_qkv
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lite3r_plugin.errors import ConfigError, WeightsError
+from lite3r_plugin.errors import BackendError, ConfigError, WeightsError
 from lite3r_plugin.ops import dispatch
 from lite3r_plugin.ops.block_map import block_map
 from lite3r_plugin.ops.dispatch import triton_installed
 from lite3r_plugin.ops.qk_norm_rope import HeadNorm, norm_rope
 from lite3r_plugin.ops.qk_norm_rope import naive as prepare
-from lite3r_plugin.ops.sla import linear_attention, naive, sparse_linear_attention
+from lite3r_plugin.ops.sla import KeyTokens, SegmentMask, linear_attention, naive, sparse_linear_attention
 
 B, H, D = 2, 2, 8
 BLOCK_Q, BLOCK_K = 32, 16
@@ -75,6 +75,163 @@ def test_negligible_blocks_have_no_part() -> None:
         torch.testing.assert_close(changed_out[:, :, block], out[:, :, block], **EXACT)
     nothing_else = sparse_linear_attention(q, k, v, negligible_ratio=1.0, **full, **options)
     torch.testing.assert_close(nothing_else, sparse_linear_attention(q, k, v, **options), **EXACT)
+
+
+def dense_mask(mask: SegmentMask) -> Tensor:
+    """``[M, N]`` bool, in host order."""
+    keys = mask.queries if mask.keys is None else mask.keys
+    distance = keys - mask.queries[:, None]
+    visible = torch.ones_like(distance, dtype=torch.bool)
+    visible &= True if mask.before is None else distance >= -mask.before
+    return visible & (True if mask.after is None else distance <= mask.after)
+
+
+FRAMES = torch.arange(160) * 7 // 160
+SEGMENT_MASKS = {
+    "frame-causal": SegmentMask(FRAMES), "window": SegmentMask(FRAMES, before=1, after=1), "causal window": SegmentMask(FRAMES, before=2),
+    "block-diagonal": SegmentMask(FRAMES, before=0), "all": SegmentMask(FRAMES, after=None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SEGMENT_MASKS)
+@pytest.mark.parametrize("cross", [False, True])
+def test_a_mask_with_everything_kept_is_masked_attention(name: str, cross: bool) -> None:
+    """In host order, whatever the order within is, and with pins."""
+    mask, (q, k, v) = SEGMENT_MASKS[name], qkv(160)
+    keys = None
+    if cross:
+        q, mask = q[:, :, 90:], mask._replace(queries=FRAMES[90:], keys=FRAMES)
+        keys = KeyTokens(torch.randperm(160), pinned_tokens=5)
+    options: dict[str, Any] = dict(pinned_tokens=9, keys=keys, block_q=BLOCK_Q, block_k=BLOCK_K, order=torch.randperm(q.shape[2]))
+    out, lse = sparse_linear_attention(q, k, v, keep_ratio=1.0, mask=mask, return_lse=True, **options)
+    scores = (q @ k.mT * D**-0.5).masked_fill(~dense_mask(mask), float("-inf"))
+    torch.testing.assert_close((out, lse), (scores.softmax(-1) @ v, scores.logsumexp(-1)), **EXACT)
+    sparse = sparse_linear_attention(
+        q, k, v, keep_ratio=0.2, mask=mask, **options | dict(order=None, keys=keys and keys._replace(order=None))
+    )
+    assert name == "block-diagonal" or not torch.allclose(sparse, out)
+
+
+@pytest.mark.parametrize("linear", ["none", "all", "marginal"])
+@pytest.mark.parametrize("special_first", [False, True])
+def test_nothing_of_later_frames_reaches_earlier_ones(linear: str, special_first: bool) -> None:
+    """Neither by means and states of blocks nor by the choice of blocks, to the bit; and gradients stay within what is seen."""
+    frames = torch.cat((torch.arange(7), FRAMES[7:])) if special_first else FRAMES
+    options: dict[str, Any] = dict(
+        keep_ratio=0.2, negligible_ratio=0.2, mask=SegmentMask(frames), pinned_tokens=7, linear=linear, block_means=True,
+        proj=torch.randn(D, D, dtype=torch.float64) if linear != "none" else None, block_q=BLOCK_Q, block_k=BLOCK_K,
+    )  # fmt: skip
+    q, k, v = (x.requires_grad_() for x in qkv(160))
+    out = sparse_linear_attention(q, k, v, **options)
+    late = frames > 3
+    changed = [torch.where(late[:, None], 50.0 + x, x).detach() for x in (k, v)]
+    other = sparse_linear_attention(q, *changed, **options)
+    assert torch.equal(other[:, :, ~late], out[:, :, ~late])
+    assert not torch.allclose(other[:, :, late], out[:, :, late])
+    for x, grad in zip((q, k, v), torch.autograd.grad(out[:, :, ~late].sum(), (q, k, v)), strict=True):
+        assert not grad[:, :, late].any()
+        assert grad[:, :, ~late].isfinite().all()
+        assert grad[:, :, ~late].any() or x is q
+
+
+@pytest.mark.parametrize("linear", ["none", "all", "marginal"])
+def test_gradients_with_a_mask(linear: str) -> None:
+    q, k, v = (x[:1, :1, :, :4].clone().requires_grad_() for x in qkv(77))
+    proj = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
+    mask = SegmentMask(torch.arange(77) // 20 + 1, torch.arange(77) // 20 + 1, 1, 0)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, proj: Tensor) -> Any:
+        return sparse_linear_attention(
+            q, k, v, keep_ratio=0.1, keys=KeyTokens(), mask=mask, linear=linear, proj=proj if linear != "none" else None, block_means=True,
+            block_q=16, block_k=8, return_lse=True,
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(run, (q, k, v, proj), fast_mode=True)
+
+
+def test_the_kernels_say_that_they_have_no_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And leave such calls to torch operators where they may."""
+    q, k, v = qkv(64, dim=32, dtype=torch.float32)
+    options: dict[str, Any] = dict(keep_ratio=0.5, mask=SegmentMask(torch.arange(64) // 9), **KERNEL_BLOCKS)
+    expected = sparse_linear_attention(q, k, v, backend="naive", **options)
+    monkeypatch.setattr(dispatch, "why_not_triton", lambda *_, **__: None)
+    assert torch.equal(sparse_linear_attention(q, k, v, **options), expected)
+    with pytest.raises(BackendError, match="the kernels have no masks"):
+        sparse_linear_attention(q, k, v, backend="triton", **options)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (SegmentMask(torch.zeros(39, dtype=torch.int32)), "mask.queries names the segments of 39 tokens, but there are 40"),
+        (SegmentMask(torch.zeros(40)), "mask.queries holds a segment for each token"),
+        (SegmentMask(torch.zeros(40).long(), torch.zeros(2).long()), "mask.keys names"),
+        (SegmentMask(torch.zeros(40).long(), before=-1), "mask.before is a number of segments"),
+        (SegmentMask(torch.zeros(40).long(), after=1.5), "mask.after is a number of segments"),  # type: ignore[arg-type]
+    ],
+)
+def test_masks_that_do_not_fit_are_refused(mask: SegmentMask, message: str) -> None:
+    x = torch.randn(1, 1, 40, 16)
+    with pytest.raises(ConfigError, match=message):
+        sparse_linear_attention(x, x, x, keep_ratio=0.5, mask=mask)
+    with pytest.raises(ConfigError, match="must name their segments"):
+        sparse_linear_attention(x, x, x, keep_ratio=0.5, keys=KeyTokens(), mask=SegmentMask(torch.zeros(40).long()))
+
+
+@pytest.mark.parametrize("keys", [40, 65, 97, 200])
+def test_keys_may_be_other_tokens(keys: int) -> None:
+    """In any number, as many as queries too, with an order of their own, positions, and pins that hold for them alone."""
+    q, (_, k, v) = qkv(97)[0], qkv(keys)
+    positions, of_keys = torch.randint(0, 9, (1, 97, 2)), torch.randint(0, 9, (1, keys, 2))
+    options: dict[str, Any] = dict(order=torch.randperm(97), rope_base=100.0, positions=positions, block_q=BLOCK_Q, block_k=BLOCK_K)
+    side = KeyTokens(torch.randperm(keys), positions=of_keys)
+    out, lse = sparse_linear_attention(q, k, v, keep_ratio=1.0, keys=side, return_lse=True, **options)
+    turned_q, turned_k = (prepare.norm_rope(x, positions=p, rope_base=100.0) for x, p in ((q, positions), (k, of_keys)))
+    scores = turned_q @ turned_k.mT * D**-0.5
+    torch.testing.assert_close((out, lse), (scores.softmax(-1) @ v, scores.logsumexp(-1)), **EXACT)
+    few = sparse_linear_attention(q, k, v, keep_ratio=0.1, keys=side, **options)
+    pinned = sparse_linear_attention(q, k, v, keep_ratio=0.1, keys=side._replace(pinned_tokens=keys), **options)
+    torch.testing.assert_close(pinned, out, **EXACT)
+    assert not torch.allclose(few, out)
+    some = sparse_linear_attention(q, k, v, keep_ratio=0.1, keys=side, pinned_tokens=32, **options)
+    first = options["order"][:32]
+    torch.testing.assert_close(some[:, :, first], out[:, :, first], **EXACT)
+    torch.testing.assert_close(some[:, :, options["order"][32:]], few[:, :, options["order"][32:]], **EXACT)
+
+
+@pytest.mark.parametrize("linear", ["none", "marginal"])
+def test_of_no_keys_comes_nothing(linear: str) -> None:
+    """Zeros and -inf, which `merge` takes for no part, with gradients of zero."""
+    q, (_, k, v) = qkv(9)[0].requires_grad_(), qkv(0)
+    proj = torch.eye(D, dtype=torch.float64)
+    out, lse = sparse_linear_attention(q, k, v, keep_ratio=0.5, keys=KeyTokens(), linear=linear, proj=proj, return_lse=True)
+    assert not out.any()
+    assert lse.shape == (B, H, 9)
+    assert lse.isneginf().all()
+    grad = torch.autograd.grad(out.sum() + lse.sum(), q)[0]
+    assert not grad.any()
+    nothing = sparse_linear_attention(k, q, q, keep_ratio=0.5, keys=KeyTokens())
+    assert nothing.shape == (B, H, 0, D)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(keys=None), r"say with keys=KeyTokens"),
+        (dict(keys=KeyTokens(order=torch.arange(40))), "keys.order names 40 tokens, but k has 60"),
+        (dict(keys=KeyTokens(order=torch.arange(60.0))), "keys.order is"),
+        (dict(keys=KeyTokens(positions=torch.zeros(1, 40, 2))), "keys.positions are"),
+        (dict(keys=KeyTokens(pinned_tokens=61)), r"keys.pinned_tokens must be in \[0, 60\]"),
+        (dict(order=torch.arange(60)), "order names 60 tokens, but q has 40"),
+        (dict(v=torch.ones(1, 2, 59, 16)), r"k and v are \[B, H, N, D\]"),
+        (dict(q=torch.ones(1, 4, 40, 16)), "expand grouped"),
+        (dict(keys=KeyTokens(order=torch.arange(60, device="meta"))), "keys.order is on meta"),
+    ],
+)
+def test_what_is_refused_of_other_tokens(options: dict[str, Any], message: str) -> None:
+    q, (k, v) = torch.randn(1, 2, 40, 16), torch.randn(2, 1, 2, 60, 16)
+    with pytest.raises((ConfigError, WeightsError), match=message):
+        sparse_linear_attention(**(dict(q=q, k=k, v=v, keep_ratio=0.5, keys=KeyTokens()) | options))
 
 
 class LargestTensor(TorchDispatchMode):

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from numerics import assert_as_accurate, relative_error
-from pairs import each, grid
+from pairs import all_pairs, each, grid
 from sla_cases import BLOCK_K, BLOCKS, BRANCHES, DEVICE, GPU, HALF, LENGTHS, Branch, random_order, random_proj, random_qkv
 from torch import Tensor
 
+from lite3r_plugin.ops import dispatch
 from lite3r_plugin.ops.block_map import naive as block_map_naive
 from lite3r_plugin.ops.dispatch import why_not_triton
 from lite3r_plugin.ops.qk_norm_rope import NO_NORM, HeadNorm
@@ -33,15 +34,19 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*deterministic")
 @pytest.fixture(autouse=True)
 def with_all_that_large_calls_get(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operands, "LARGE", 0)
+    if not GPU:
+        monkeypatch.setattr(dispatch, "why_not_triton", lambda *_, **__: None)  # interpreted
 
 
 def some_arguments(
     tokens: int, dim: int, dtype: torch.dtype, branch: Branch, *, norm: str | None = None, pinned_tokens: int = 20,
     keep_ratio: float = 0.25, negligible_ratio: float = 0.0, ordered: bool = True, rotated: bool = False, batch: int = 2 if GPU else 1,
-    heads: int = 2 if GPU else 1,
+    heads: int = 2 if GPU else 1, keys: int | None = None, return_lse: bool = False,
 ) -> Arguments:  # fmt: skip
-    """A call of the whole operator. q is of another size than k, as its norm is another one."""
+    """A call of the whole operator. q is of another size than k, as its norm is another one. `keys`: that many other tokens."""
     q, k, v = random_qkv(tokens, dim, dtype, batch=batch, heads=heads)
+    if keys is not None:
+        _, k, v = random_qkv(keys, dim, dtype, batch=batch, heads=heads)
     linear, feature_map, means = branch
     norms = [NO_NORM, NO_NORM]
     if norm is not None:
@@ -56,7 +61,9 @@ def some_arguments(
         pinned_tokens=min(pinned_tokens, tokens // 3),
         keep_ratio=keep_ratio, negligible_ratio=negligible_ratio, q_kind=norms[0].kind, q_eps=norms[0].eps, k_kind=norms[1].kind,
         k_eps=norms[1].eps, rope_base=100.0 if rotated else None, scale=None, linear=linear, feature_map=feature_map, block_means=means,
-        backend="triton", **BLOCKS,
+        backend="triton", cross=keys is not None, key_order=random_order(keys) if keys is not None and ordered else None,
+        key_positions=torch.randint(0, 40, (1, keys, 2), device=DEVICE) if keys is not None and rotated else None,
+        key_pinned_tokens=0 if keys is None else min(pinned_tokens // 2, keys), return_lse=return_lse, **BLOCKS,
     )  # fmt: skip
 
 
@@ -71,9 +78,17 @@ def with_leaves(arguments: Arguments, needed: Needed, wide: bool = False) -> Arg
     return Arguments(*(x if x is None else x.requires_grad_(need) for x, need in zip(tensors, needed, strict=True)), *arguments.options)
 
 
-def gradients(out: Tensor, leaves: Arguments, grad: Tensor) -> Gradients:
+BlockMap = tuple[Tensor, Tensor | None]  # critical blocks, and which others are negligible
+Results = tuple[Tensor, Tensor | None]  # output, and log-sum-exp if it is wanted
+
+
+def gradients(results: Results, leaves: Arguments, grad: Tensor) -> Gradients:
+    """For a gradient `grad` of the output, and the same for each query, from part of it, of the log-sum-exp."""
     wanted = {name: x for name, x in zip(INPUTS, leaves.inputs, strict=True) if x is not None and x.requires_grad}
-    return Gradients(**dict(zip(wanted, torch.autograd.grad(out, list(wanted.values()), grad.to(out.dtype)), strict=True)))
+    found = [(x, (grad if x is results[0] else 3 * grad[..., 0]).to(x.dtype)) for x in results if x is not None]
+    outputs, grads = zip(*found, strict=True)
+    flow = torch.autograd.grad(outputs, list(wanted.values()), grads, allow_unused=True, materialize_grads=True)
+    return Gradients(**dict(zip(wanted, flow, strict=True)))
 
 
 def by_triton(arguments: Arguments, grad: Tensor, needed: Needed | None = None) -> Gradients:
@@ -81,25 +96,48 @@ def by_triton(arguments: Arguments, grad: Tensor, needed: Needed | None = None) 
     return gradients(backward.SparseLinearAttentionFunction.apply(*leaves), leaves, grad)
 
 
-def by_definition(arguments: Arguments, grad: Tensor, needed: Needed, wide: bool) -> Gradients:
-    """By autograd through the definition, with the block map of the Triton kernels."""
+def block_map_of(arguments: Arguments) -> BlockMap:
+    """By the Triton kernels: the critical blocks, and which others are negligible."""
     means, counts = arguments.prepared(triton=True)[3:5], arguments.block_counts()
     kv_indices = block_map_kernels.block_map_with_bits(*means, **counts._asdict()).kv_indices
-    negligible = block_map_naive.block_map(*means, **counts._asdict())[1]
+    return kv_indices, block_map_naive.block_map(*means, **counts._asdict())[1]
+
+
+def by_definition(arguments: Arguments, grad: Tensor, needed: Needed, wide: bool, block_map: BlockMap) -> Gradients:
+    """By autograd through the definition, with the block map of the Triton kernels."""
     leaves = with_leaves(arguments, needed, wide)
+    return gradients(defined(leaves, block_map), leaves, grad)
+
+
+def defined(leaves: Arguments, block_map: BlockMap) -> Results:
+    """The definition, of `leaves`, with a block map."""
+    kv_indices, negligible = block_map
     prepared = leaves.prepared(triton=False)
-    out = naive.sparse_linear_attention(
+    out, lse = naive.sparse_linear_attention(
         prepared.q, prepared.k, prepared.v, kv_indices, negligible=negligible, pinned=leaves.pinned_queries, scale=leaves.scale,
         linear=leaves.linear, feature_map=leaves.feature_map, proj=leaves.proj, block_means=leaves.block_means,
-        block_q=leaves.block_q, block_k=leaves.block_k,
+        block_q=leaves.block_q, block_k=leaves.block_k, return_lse=leaves.return_lse,
     )  # fmt: skip
-    if leaves.order is not None:
-        out = torch.empty_like(out).index_copy(-2, leaves.order.long(), out)
-    return gradients(out, leaves, grad)
+    order = torch.arange(out.shape[-2], device=DEVICE) if leaves.order is None else leaves.order.long()
+    return torch.empty_like(out).index_copy(-2, order, out), None if lse is None else torch.empty_like(lse).index_copy(-1, order, lse)
 
 
 def assert_same_bits(found: Iterable[Tensor | None], expected: Iterable[Tensor | None]) -> None:
     assert all(x is y is None or torch.equal(x, y) for x, y in zip(found, expected, strict=True))  # type: ignore[arg-type]
+
+
+def assert_forward(arguments: Arguments) -> None:
+    """Output and log-sum-exp of both forward passes on Triton, as near to FP64 as the definition in the same dtype."""
+    if GPU and why_not_triton(arguments.q) is not None:
+        pytest.skip(why_not_triton(arguments.q))
+    nothing = Needed(*(False for _ in INPUTS))
+    block_map = block_map_of(arguments)
+    same, exact = (defined(with_leaves(arguments, nothing, wide), block_map) for wide in (False, True))
+    for found in (forward.run(arguments), forward.train(all_of(arguments), arguments)[:2]):
+        for got, torch_result, reference in zip(found, same, exact, strict=True):
+            assert (got is None) == (reference is None)
+            if got is not None and torch_result is not None and reference is not None:
+                assert_as_accurate(got, torch_result, reference)
 
 
 def random_grad(arguments: Arguments) -> Tensor:
@@ -115,8 +153,9 @@ def assert_gradients(arguments: Arguments, needed: Needed | None = None) -> None
     needed = all_of(arguments) if needed is None else needed
     grad = random_grad(arguments)
     found = by_triton(arguments, grad, needed)
-    same = by_definition(arguments, grad, needed, wide=False)
-    exact = by_definition(arguments, grad, needed, wide=True)
+    block_map = block_map_of(arguments)
+    same = by_definition(arguments, grad, needed, wide=False, block_map=block_map)
+    exact = by_definition(arguments, grad, needed, wide=True, block_map=block_map)
     for name, need, got, torch_result, reference, like in zip(INPUTS, needed, found, same, exact, arguments.inputs, strict=True):
         assert (got is not None) == need, name
         if got is None or torch_result is None or reference is None:
@@ -143,6 +182,33 @@ def test_gradients(tokens: int, dtype: torch.dtype, branch: Branch) -> None:
 )
 def test_gradients_through_norms_and_rotary_embedding(dim: int, norm: str, branch: Branch) -> None:
     assert_gradients(some_arguments(LONG, dim, HALF, branch, norm=norm, batch=2, heads=2))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "keys", "dtype", "branch"),
+    grid((1, 257, 1374), (1, 63, 300, 1374), (HALF, torch.float32), BRANCHES) if GPU else all_pairs(
+        (1, 41), (1, 30, 81), (HALF, torch.float32), BRANCHES
+    ), ids=str,
+)  # fmt: skip
+def test_queries_and_keys_of_other_tokens(tokens: int, keys: int, dtype: torch.dtype, branch: Branch) -> None:
+    """Of any number, each with an order and pins of their own, and with gradients by way of the log-sum-exp."""
+    arguments = some_arguments(tokens, 64 if GPU else 32, dtype, branch, keys=keys, return_lse=dtype == HALF or branch == BRANCHES[4])
+    assert_forward(arguments)
+    assert_gradients(arguments)
+
+
+@pytest.mark.parametrize("branch", BRANCHES, ids=str)
+def test_the_log_sum_exp_and_its_gradients(branch: Branch) -> None:
+    arguments = some_arguments(LONG, 32, torch.float32, branch, negligible_ratio=0.3, return_lse=True)
+    assert_forward(arguments)
+    assert_gradients(arguments)
+
+
+@pytest.mark.parametrize(("norm", "branch"), each(("layer", None), [BRANCHES[2], BRANCHES[5]]), ids=str)
+def test_other_tokens_have_positions_and_norms_of_their_own(norm: str | None, branch: Branch) -> None:
+    arguments = some_arguments(41, 32, torch.float32, branch, keys=LONG, norm=norm, rotated=True, batch=2)
+    assert_forward(arguments)
+    assert_gradients(arguments)
 
 
 @pytest.mark.gpu
@@ -191,8 +257,8 @@ def test_only_what_is_asked_for(learns: tuple[str, ...], branch: Branch) -> None
 def test_no_other_gradient_is_returned(learns: tuple[str, ...]) -> None:
     arguments = some_arguments(LENGTHS[1], 32, torch.float32, BRANCHES[2], norm="layer")._replace(k_bias=torch.zeros(32, device=DEVICE))
     needed = Needed(*(name in learns for name in INPUTS))
-    out, saved = forward.train(needed, arguments)
-    found = backward.backward(random_grad(arguments), out, saved, needed, arguments)
+    out, _, saved = forward.train(needed, arguments)
+    found = backward.backward(random_grad(arguments), None, out, saved, needed, arguments)
     assert [x is not None for x in found] == list(needed)
 
 
@@ -214,10 +280,12 @@ def test_gradients_are_deterministic() -> None:
     assert_same_bits(first, second)
 
 
-@pytest.mark.parametrize(("branch", "norm"), each([BRANCHES[2], BRANCHES[4], BRANCHES[5]], ["layer", None]), ids=str)
-def test_nothing_is_read_that_was_not_written(branch: Branch, norm: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("branch", "norm", "keys"), each([BRANCHES[2], BRANCHES[4], BRANCHES[5]], ["layer", None], [None, 35, 100]), ids=str
+)
+def test_nothing_is_read_that_was_not_written(branch: Branch, norm: str | None, keys: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """With NaN in all new memory gradients have the same bits."""
-    arguments = some_arguments(LONG, 32, torch.float32, branch, norm=norm)
+    arguments = some_arguments(LONG, 32, torch.float32, branch, norm=norm, keys=keys, return_lse=keys is not None)
     grad = random_grad(arguments)
     clean = by_triton(arguments, grad)
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
@@ -231,7 +299,7 @@ def test_what_is_kept_without_marginal_blocks_is_written(options: dict[str, Any]
     arguments = some_arguments(LONG, 32, torch.float32, ("marginal", "softmax", True), **options)
     arguments = arguments._replace(pinned_tokens=LONG if "pinned_tokens" in options else 0)
     monkeypatch.setattr(Tensor, "new_empty", poisoned(Tensor.new_empty))
-    _, saved = forward.train(all_of(arguments), arguments)
+    *_, saved = forward.train(all_of(arguments), arguments)
     assert saved.state is not None
     assert saved.total is not None
     assert not saved.state.any()
@@ -243,7 +311,7 @@ def test_values_are_centred_on_their_mean() -> None:
     arguments = some_arguments(3 * BLOCK_K + 1, 32, torch.float32, ("marginal", "softmax", False))
     v = arguments.v + 10 * torch.randn(arguments.v.shape, device=DEVICE)
     arguments = arguments._replace(v=v)
-    _, saved = forward.train(all_of(arguments), arguments)
+    *_, saved = forward.train(all_of(arguments), arguments)
     torch.testing.assert_close(saved.mu, v.mean(2).flatten(0, 1))
 
 
@@ -275,7 +343,8 @@ def test_small_gradients_in_fp16() -> None:
     """Sums over a query block, divided by its size, would be below what FP16 can hold."""
     arguments = some_arguments(LONG, 32, torch.float16, ("marginal", "softmax", True), pinned_tokens=0)
     grad = (5e-6 * torch.randn(arguments.q.shape, device=DEVICE)).half()
-    found, exact = by_triton(arguments, grad).proj, by_definition(arguments, grad, all_of(arguments), wide=True).proj
+    found = by_triton(arguments, grad).proj
+    exact = by_definition(arguments, grad, all_of(arguments), wide=True, block_map=block_map_of(arguments)).proj
     assert found is not None
     assert exact is not None
     assert relative_error(found, exact) < 2 * torch.finfo(torch.float16).eps

@@ -27,8 +27,8 @@ from .softmax_backward import MEAN_PARTS, _dkv_kernel, _dmeans_kernel, _dq_kerne
 class OperandGradients(NamedTuple):
     """Gradients of `Operands`'s tensors in v's dtype, those of block means included; proj FP32.
 
-    That of v is ``[B, H, N, D]`` in host order, a view of ``[B, N, H, D]``. Those of q and k are too, unless the norm or the
-    rotation before attention is to be undone: then they are ``[B, H, padded, D]`` in token order, undefined after N tokens.
+    That of v is ``[B, H, N, D]`` in host order, a view of ``[B, N, H, D]``. Those of q and k are likewise, unless the norm or the
+    rotation before attention is to be undone: then they are ``[B, H, padded, D]`` in token order, undefined after the last token.
     """
 
     q: Tensor | None
@@ -38,14 +38,16 @@ class OperandGradients(NamedTuple):
 
 
 def backward(
-    operands: Operands, residuals: Residuals, out: Tensor, grad: Tensor, *, in_token_order: bool, needs_q: bool, needs_kv: bool
-) -> OperandGradients:
+    operands: Operands, residuals: Residuals, out: Tensor, grad: Tensor, grad_lse: Tensor | None = None, *,
+    in_token_order: bool, needs_q: bool, needs_kv: bool,
+) -> OperandGradients:  # fmt: skip
     """Gradients of q, of k and v, and (if there is a linear branch) of Proj.
 
     Args:
         operands, residuals: The call, with all of `Residuals` but `linear`.
-        out: Its output, ``[B, H, N, D]``, a view of contiguous ``[B, N, H, D]``, in host order.
-        grad: The gradient of `out`, ``[B, H, N, D]``, any strides.
+        out: Its output, ``[B, H, M, D]``, a view of contiguous ``[B, M, H, D]``, in host order.
+        grad: The gradient of `out`, ``[B, H, M, D]``, any strides.
+        grad_lse: That of the log-sum-exp of queries, ``[B, H, M]`` FP32 contiguous in host order, or None.
         in_token_order: Whether the gradients of q and k are wanted in token order.
         needs_q, needs_kv: Whether the gradient of q, and those of k and v, are wanted.
     """
@@ -56,12 +58,12 @@ def backward(
     if operands.means is not None:
         tile = max(options(operands)["TILE_K"] for options in (dq_options, dmeans_options))
         operands = operands._replace(means=padded_means(*operands.means, tile, operands.v.dtype))
-    shared = by_rows(operands, residuals, out, grad)
+    shared = by_rows(operands, residuals, out, grad, grad_lse)
     new_proj = torch.zeros_like if operands.linear == "none" else torch.empty_like
     found = OperandGradients(
-        _empty(operands, in_token_order) if needs_q else None,
-        _empty(operands, in_token_order) if needs_kv else None,
-        _empty(operands, False) if needs_kv else None,
+        _empty(operands.q, operands.queries, in_token_order) if needs_q else None,
+        _empty(operands.k, operands.tokens, in_token_order) if needs_kv else None,
+        _empty(operands.v, operands.tokens, False) if needs_kv else None,
         None if operands.proj is None else new_proj(operands.proj, dtype=torch.float32),
     )
     # Beside the gradient of q, the small launches of the rest, and the ends of large ones, leave nothing idle.
@@ -81,7 +83,7 @@ def backward(
 
 
 def _query_gradient(operands: Operands, shared: Rows, dq: Tensor, in_token_order: bool) -> None:
-    batch, heads, padded, dim = operands.q.shape
+    batch, heads, _, dim = operands.q.shape
     rows, kept = operands.kv_indices.shape[-2:]
     columns = operands.columns
     # A pinned query block attends to all keys: cut, lest its program runs on when all others are done.
@@ -95,13 +97,13 @@ def _query_gradient(operands: Operands, shared: Rows, dq: Tensor, in_token_order
         operands.q, shared.do, *_tiles(operands, options["TILE_K"], operands.k, operands.v), shared.stats, operands.kv_indices, everything,
         operands.skipped, *means, shared.dq,
         dq if operands.order is None else operands.order, dq, partial,
-        operands.tokens, padded, heads, rows, columns, kept, means[0].shape[2], operands.skipped.shape[-1], operands.pinned,
-        splits, per_split, operands.scale, operands.scale * LOG2_E.value,
+        operands.queries, operands.tokens, operands.k.shape[2], heads, rows, columns, kept, means[0].shape[2],
+        operands.skipped.shape[-1], operands.pinned, splits, per_split, operands.scale, operands.scale * LOG2_E.value,
         **operands.sizes, MEANS=operands.means is not None, ADD=operands.linear != "none", HOST=not in_token_order,
         ORDERED=operands.order is not None, TMA=uses_tma(operands), PRECISION=precision(operands.q), **options,
     )  # fmt: skip
     if operands.pinned:
-        count = min(operands.pinned * operands.block_q, operands.tokens)
+        count = min(operands.pinned * operands.block_q, operands.queries)
         first = partial.sum(3).flatten(2, 3)[:, :, :count]
         if operands.linear != "none":
             first += shared.dq[:, :, :count]
@@ -112,7 +114,7 @@ def _query_gradient(operands: Operands, shared: Rows, dq: Tensor, in_token_order
 
 
 def _key_gradients(operands: Operands, shared: Rows, dk: Tensor, dv: Tensor, in_token_order: bool) -> None:
-    batch, heads, padded, dim = operands.q.shape
+    batch, heads, padded, dim = operands.k.shape
     columns, kept = operands.columns, operands.kv_indices.shape[-1]
     work = by_key_block(operands.bits, columns=columns, kept=kept, pinned=operands.pinned)
     slots = work.early_columns.shape[-1]
@@ -126,11 +128,11 @@ def _key_gradients(operands: Operands, shared: Rows, dk: Tensor, dv: Tensor, in_
         programs = len(of_heads) * (slots if is_early else columns) * (operands.block_k // options["TILE_K"])
         _dkv_kernel[(programs,)](
             q, operands.k, operands.v, do, shared.stats, work.rows, work.starts, work.early_starts, work.early_columns, *early, *mean_grads,
-            e, dtotal, shared.mu, *(nothing if x is None else x for x in (operands.proj, operands.order)), dk, dv,
-            operands.tokens, padded, heads, columns, work.rows.shape[-1], slots, work.part, mean_grads[0].shape[1], of_heads.start,
-            operands.scale, operands.scale * LOG2_E.value,
+            e, dtotal, shared.mu, *(nothing if x is None else x for x in (operands.proj, operands.key_order)), dk, dv,
+            operands.tokens, operands.rows, padded, heads, columns, work.rows.shape[-1], slots, work.part, mean_grads[0].shape[1],
+            of_heads.start, operands.scale, operands.scale * LOG2_E.value,
             **operands.sizes, EARLY=is_early, MEANS=operands.means is not None, HOST=not in_token_order,
-            ORDERED=operands.order is not None, TMA=uses_tma(operands), **operands.branch, **options,
+            ORDERED=operands.key_order is not None, TMA=uses_tma(operands), **operands.branch, **options,
         )  # fmt: skip
 
     if slots:
@@ -154,8 +156,8 @@ def _block_gradients(operands: Operands, shared: Rows, heads: slice) -> tuple[Te
 def _mean_gradients(operands: Operands, shared: Rows) -> tuple[Tensor, Tensor]:
     """Gradients of the mean keys, before the scale, and of the mean values: ``[B * H, splits, columns, D]`` FP32, to be summed."""
     assert operands.means is not None
-    batch, heads, padded, dim = operands.q.shape
-    rows, columns = operands.kv_indices.shape[-2], operands.columns
+    batch, heads, _, dim = operands.q.shape
+    rows, columns = operands.rows, operands.columns
     options = dmeans_options(operands)
     tiles = -(-columns // options["TILE_K"])
     per_split = -(-(rows - operands.pinned) // min(MEAN_PARTS.value, max(1, 4 * PROGRAMS // (tiles * batch * heads))))
@@ -164,7 +166,7 @@ def _mean_gradients(operands: Operands, shared: Rows) -> tuple[Tensor, Tensor]:
     q, do = _tiles(operands, options["TILE_Q"], operands.q, shared.do)
     _dmeans_kernel[(tiles, splits, batch * heads)](
         q, *operands.means, do, shared.stats, operands.skipped, dk, dv,
-        operands.tokens, padded, rows, columns, operands.means[0].shape[2], operands.skipped.shape[-1], operands.pinned, per_split,
+        operands.tokens, rows, columns, operands.means[0].shape[2], operands.skipped.shape[-1], operands.pinned, per_split,
         operands.scale * LOG2_E.value,
         **operands.sizes, TMA=uses_tma(operands), PRECISION=precision(operands.q), **options,
     )  # fmt: skip
@@ -179,9 +181,9 @@ def _tiles(operands: Operands, rows: int, *tensors: Tensor) -> list[Any]:
     return [TensorDescriptor(x, [x.numel() // dim, dim], [dim, 1], [rows, dim]) for x in tensors]
 
 
-def _empty(operands: Operands, in_token_order: bool) -> Tensor:
-    """For a gradient in token order ``[B, H, padded, D]``, or in host order ``[B, N, H, D]``."""
-    batch, heads, _, dim = operands.v.shape
+def _empty(x: Tensor, tokens: int, in_token_order: bool) -> Tensor:
+    """For the gradient of x ``[B, H, padded, D]``, in token order like it, or in host order ``[B, tokens, H, D]``."""
     if in_token_order:
-        return torch.empty_like(operands.q)
-    return torch.empty(batch, operands.tokens, heads, dim, device=operands.v.device, dtype=operands.v.dtype)
+        return torch.empty_like(x)
+    batch, heads, _, dim = x.shape
+    return torch.empty(batch, tokens, heads, dim, device=x.device, dtype=x.dtype)

@@ -28,8 +28,8 @@ class Residuals(NamedTuple):
     """What a backward pass needs of a forward pass.
 
     Attributes:
-        lse: ``[B, H, padded]`` FP32, base-2 logarithm of the softmax denominator of each ordered query; None unless asked for.
-        linear: ``[B, N, H, D]``, the linear branch before Proj in host order; None unless asked for.
+        lse: ``[B, H, padded queries]`` FP32, base-2 logarithm of the softmax denominator of each ordered query; None unless asked for.
+        linear: ``[B, M, H, D]``, the linear branch before Proj in host order; None unless asked for.
         state, total: The linear state over all tokens, divided by their number; over marginal blocks the states of all query
             blocks, of values less `mu`, as `marginal_states` returns them. None without a linear branch.
         mu: ``[B * H, D]`` FP32: what values are centred on in states of query blocks.
@@ -43,10 +43,10 @@ class Residuals(NamedTuple):
 
 
 # Sizes must not specialise the kernel: any number of views and any image size run the same binary.
-@triton.jit(do_not_specialize=["N", "rows", "columns", "kept", "mean_rows", "words", "pinned"])
+@triton.jit(do_not_specialize=["M", "N", "rows", "columns", "kept", "mean_rows", "words", "pinned"])
 def _sparse_linear_kernel(
     Q, K, V, Indices, AllIndices, Bits, KMeans, VMeans, State, Total, Mu, Proj, Order, Out, Lse, Linear, Failed,
-    N, padded, heads, rows, columns, kept, mean_rows, words, pinned, scale_log2,
+    M, N, padded, heads, rows, columns, kept, mean_rows, words, pinned, scale_log2,
     D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
     LINEAR: tl.constexpr, SOFTMAX: tl.constexpr, CENTRED: tl.constexpr, MEANS: tl.constexpr, ORDERED: tl.constexpr,
     SAVE_LSE: tl.constexpr, SAVE_LINEAR: tl.constexpr, FIXED: tl.constexpr, RETRY: tl.constexpr, PRECISION: tl.constexpr,
@@ -55,7 +55,8 @@ def _sparse_linear_kernel(
 
     Pointers to contiguous tensors, whose strides follow from their shapes. What a constant switches off is not read.
 
-        Q, K, V                 [B * heads, padded, D], zeros after N tokens
+        Q                       [B * heads, rows * BLOCK_Q, D], zeros after M tokens
+        K, V                    [B * heads, padded, D], zeros after N tokens
         Indices                 [B * heads, rows, kept] i32: the critical key blocks of each query block, ascending
         AllIndices              [columns] i32: those of a pinned one
         Bits                    [B * heads, rows, words] i32: a bit for each key block that is not marginal (MEANS)
@@ -64,14 +65,14 @@ def _sparse_linear_kernel(
                                 dtype and [B * heads, rows, D] FP32. Proj is in State unless SAVE_LINEAR or CENTRED
         Mu                      [B * heads, D] FP32: what the values in State are centred on (CENTRED)
         Proj                    [D, D] (SAVE_LINEAR or CENTRED)
-        Order                   [N]: the host row of each token (ORDERED)
-        Out, Linear             [B, N, heads, D] in V's dtype, in host order: the output, the branch before Proj (SAVE_LINEAR)
-        Lse                     [B * heads, padded] FP32 (SAVE_LSE)
+        Order                   [M]: the host row of each query (ORDERED)
+        Out, Linear             [B, M, heads, D] in V's dtype, in host order: the output, the branch before Proj (SAVE_LINEAR)
+        Lse                     [B * heads, rows * BLOCK_Q] FP32 (SAVE_LSE)
         Failed                  [programs] i32: FIXED writes which tiles are to be retried, RETRY reads it
 
-    Sizes: N tokens, `padded` with padding; `rows` query blocks, the first `pinned` of which attend to all of `columns` key blocks and
-    the others to `kept`; `words` of 32 bits. Scores are multiplied by `scale_log2`, the scale times log2(e). DP is D up to a power of
-    two. LINEAR: 0 no branch, 1 over all tokens, 2 over marginal blocks. SOFTMAX: the feature map is softmax, not elu + 1.
+    Sizes: M queries; N keys, `padded` with padding; `rows` query blocks, the first `pinned` of which attend to all of `columns` key
+    blocks and the others to `kept`; `words` of 32 bits. Scores are multiplied by `scale_log2`, the scale times log2(e). DP is D up to a
+    power of two. LINEAR: 0 no branch, 1 over all tokens, 2 over marginal blocks. SOFTMAX: the feature map is softmax, not elu + 1.
     """
     if RETRY:  # noqa: SIM102 (decided when it is compiled; what follows, on the GPU)
         if tl.load(Failed + tl.program_id(0)) == 0:
@@ -93,7 +94,7 @@ def _sparse_linear_kernel(
     dtype: tl.constexpr = V.dtype.element_ty
     keys = K + head * padded * D
     values = V + head * padded * D
-    queries = Q + head * padded * D
+    queries = Q + head * rows * BLOCK_Q * D
     chosen = Indices + (head * rows + row) * kept
     if row < pinned:
         chosen = AllIndices
@@ -115,9 +116,9 @@ def _sparse_linear_kernel(
         tl.store(Failed + tl.program_id(0), tl.max(tl.where(weight < LARGEST_SUM, 0, 1), 0))  # also where it is NaN
     out = acc / weight[:, None]
     if SAVE_LSE:
-        tl.store(Lse + head * padded + n, top + tl.log2(weight))
-    to = host_rows(places(Order, n, N, ORDERED), head, heads, N)
-    inside = (n < N)[:, None] & live[None, :]
+        tl.store(Lse + head * rows * BLOCK_Q + n, top + tl.log2(weight))
+    to = host_rows(places(Order, n, M, ORDERED), head, heads, M)
+    inside = (n < M)[:, None] & live[None, :]
     if LINEAR == 1 or (LINEAR == 2 and row >= pinned):
         # Loaded again: kept in registers through the loops, it would push others out.
         features = phi(load_rows(queries, n, d, D).to(tl.float32), live[None, :], SOFTMAX, 1)
@@ -147,6 +148,7 @@ def sparse_linear_attention(
     kv_indices: Tensor,
     *,
     tokens: int,
+    queries: int | None = None,
     bits: Tensor | None = None,
     negligible: int = 0,
     means: tuple[Tensor, Tensor] | None = None,
@@ -163,17 +165,19 @@ def sparse_linear_attention(
 
     Args:
         q, k, v, tokens, negligible, means, order: See `Operands`.
+        queries: M; as many as keys by default.
         kv_indices: ``[B, H, query blocks, kept]`` int32, the critical key blocks.
         bits: A bit for each key block that is not marginal; needed with `means` and for the branch over marginal blocks.
         pinned, scale, linear, feature_map, proj, block_q, block_k: As in the naive twin.
 
     Returns:
-        ``[B, H, N, D]`` in v's dtype, a view of ``[B, N, H, D]``.
+        ``[B, H, M, D]`` in v's dtype, a view of ``[B, M, H, D]``.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     operands = Operands(
-        q, k, v, kv_indices, bits=None, skipped=bits, negligible=negligible, means=means, proj=proj, order=order, tokens=tokens,
-        pinned=pinned, scale=scale, linear=linear, feature_map=feature_map, block_q=block_q, block_k=block_k,
+        q, k, v, kv_indices, bits=None, skipped=bits, negligible=negligible, means=means, proj=proj, order=order, key_order=None,
+        queries=tokens if queries is None else queries, tokens=tokens, pinned=pinned, scale=scale, linear=linear, feature_map=feature_map,
+        block_q=block_q, block_k=block_k,
     )  # fmt: skip
     return forward(operands)[0]
 
@@ -188,18 +192,18 @@ def forward(operands: Operands, *, save_lse: bool = False, save_linear: bool = F
             returned. Only for the branch over marginal blocks.
 
     Returns:
-        ``[B, H, N, D]`` in v's dtype, a view of ``[B, N, H, D]``, and the residuals.
+        ``[B, H, M, D]`` in v's dtype, a view of ``[B, M, H, D]``, and the residuals.
     """
     q, k, v, bits, means = operands.q, operands.k, operands.v, operands.skipped, operands.means
     proj, order, linear = operands.proj, operands.order, operands.linear
-    tokens, block_q, block_k = operands.tokens, operands.block_q, operands.block_k
-    batch, heads, padded, dim = q.shape
+    queries, tokens, block_q, block_k = operands.queries, operands.tokens, operands.block_q, operands.block_k
+    batch, heads, _, dim = q.shape
     rows, kept = operands.kv_indices.shape[-2:]
     columns = operands.columns
     pinned = min(operands.pinned, rows)
     marginal = columns - kept - operands.negligible if pinned < rows else 0
-    out = torch.empty(batch, tokens, heads, dim, device=q.device, dtype=v.dtype)
-    lse = torch.empty(batch, heads, padded, device=q.device, dtype=torch.float32) if save_lse else None
+    out = torch.empty(batch, queries, heads, dim, device=q.device, dtype=v.dtype)
+    lse = torch.empty(batch, heads, rows * block_q, device=q.device, dtype=torch.float32) if save_lse else None
     save_linear = save_linear and linear != "none"
     branch = torch.empty_like(out) if save_linear else None
     nothing = out
@@ -230,7 +234,7 @@ def forward(operands: Operands, *, save_lse: bool = False, save_linear: bool = F
         _sparse_linear_kernel[(programs,)](
             q, k, v, operands.kv_indices, everything, nothing if means is None else bits, *(padded_mean or (nothing, nothing)), *source,
             *(nothing if x is None else x for x in (mu, proj, order, out, lse, branch, failed)),
-            tokens, padded, heads, rows, columns, kept, mean_rows, words, pinned, operands.scale * LOG2_E.value,
+            queries, tokens, k.shape[2], heads, rows, columns, kept, mean_rows, words, pinned, operands.scale * LOG2_E.value,
             D=dim, DP=triton.next_power_of_2(dim), BLOCK_Q=block_q, BLOCK_K=block_k, LINEAR=LINEAR[linear],
             SOFTMAX=operands.feature_map == "softmax", CENTRED=mu is not None, MEANS=means is not None, ORDERED=order is not None,
             SAVE_LSE=save_lse, SAVE_LINEAR=save_linear, FIXED=fixed and not retry, RETRY=retry, PRECISION=precision(q), **options,

@@ -6,6 +6,8 @@ With f = phi(q), N H and N Z the linear state, n = f Z, l = f H / n and O_linear
     df = u (H Proj^T)^T - Z (dO . O_linear) / n
     delta = dO . O_sparse = dO . O - dO . O_linear      so O_sparse need not be kept
 
+The gradient of a score is p (dO . v - delta), and by way of the log-sum-exp p dlse: kernels take dlse from delta.
+
 Over marginal blocks each query block has an H, Z, E, dH and dZ of its own. The output of the branch is nearly the same for all
 queries, and gradients are small differences. Hence values are centred: H stands for H - Z mu and O_linear for O_linear - mu
 Proj^T, mu the mean value, wherever that changes no result but rounding. What centring takes from E^T H is (sum dO)^T mu.
@@ -31,29 +33,30 @@ from .softmax_backward import lse_place, phi_backward
 PROGRAMS = 512  # of kernels that add up over many query blocks: enough to fill a GPU, few enough for little memory
 
 
-@triton.jit(do_not_specialize=["N", "rows", "pinned", "per_split"])
+@triton.jit(do_not_specialize=["M", "rows", "pinned", "per_split"])
 def _rows_kernel(
-    Q, Out, GradOut, Lse, Order, State, Total, Mu, Proj, DO, Stats, DQ, E, DTotal, DSum,
-    N, padded, H, rows, pinned, per_split, stride_b, stride_h, stride_n,
+    Q, Out, GradOut, GradLse, Lse, Order, State, Total, Mu, Proj, DO, Stats, DQ, E, DTotal, DSum,
+    M, padded, H, rows, pinned, per_split, stride_b, stride_h, stride_n,
     D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, TILE_Q: tl.constexpr,
-    LINEAR: tl.constexpr, SOFTMAX: tl.constexpr, ORDERED: tl.constexpr, PRECISION: tl.constexpr,
+    LINEAR: tl.constexpr, SOFTMAX: tl.constexpr, ORDERED: tl.constexpr, OF_LSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dO in token order, delta, and what the linear branch needs, of `per_split` query blocks of one head; programs [splits, B * H].
 
     Reads, with D numbers in a row:
 
         Q                [B * H, padded, D] in token order
-        Out              [B, N, H, D] in host order
-        GradOut          [B, H, N, D] in host order, of strides stride_b, stride_h, stride_n and 1
+        Out              [B, M, H, D] in host order
+        GradOut          [B, H, M, D] in host order, of strides stride_b, stride_h, stride_n and 1
+        GradLse          [B, H, M] FP32 in host order, of the natural logarithm (OF_LSE)
         Lse              [B * H, padded] FP32
-        Order            [N]: the host row of each token (ORDERED)
+        Order            [M]: the host row of each query (ORDERED)
         State, Total     H and Z, [owners, D, D] and [owners, D]; owners are heads, over marginal blocks query blocks of heads
         Mu, Proj         [B * H, D] FP32 and [D, D]
 
     Writes:
 
-        DO               [B * H, padded, D]: dO in token order, zeros after N tokens
-        Stats            FP32: lse of 64 queries, their delta, lse of the next 64, and so on
+        DO               [B * H, padded, D]: dO in token order, zeros after M tokens
+        Stats            FP32: lse of 64 queries, their delta (less the gradient of lse), lse of the next 64, and so on
         DQ               [B * H, padded, D]: the share of the linear branch
         E, DTotal        [B * H, splits, D, D] and [B * H, splits, D]: partial sums of E and dZ; over marginal blocks, where `per_split`
                          is 1, those of each query block, divided by BLOCK_Q
@@ -83,16 +86,18 @@ def _rows_kernel(
         dsum = tl.zeros([DP], tl.float32)
     for i in range(split * per_split * STEPS, tl.minimum((split + 1) * per_split, rows) * STEPS):
         n = i * TILE_Q + lanes
-        place = places(Order, n, N, ORDERED)
-        mask = (n < N)[:, None] & live[None, :]
+        place = places(Order, n, M, ORDERED)
+        mask = (n < M)[:, None] & live[None, :]
         at = head // H * stride_b + head % H * stride_h + place * stride_n
         do = tl.load(GradOut + at[:, None] + d[None, :], mask=mask, other=0.0).to(dtype)
-        out = tl.load(Out + host_rows(place, head, H, N)[:, None] * D + d[None, :], mask=mask, other=0.0)
+        out = tl.load(Out + host_rows(place, head, H, M)[:, None] * D + d[None, :], mask=mask, other=0.0)
         own = head * padded + n
         at = own[:, None] * D + d[None, :]
         if LINEAR != 0:  # all loads come before the first store, which none may pass
             q = tl.load(Q + at, mask=live[None, :], other=0.0)
         lse = tl.load(Lse + own)
+        if OF_LSE:
+            grad_lse = tl.load(GradLse + head * M + place, mask=n < M, other=0.0)
         tl.store(DO + at, do, mask=live[None, :])
         sparse = out.to(tl.float32)
         if LINEAR != 0:
@@ -114,6 +119,8 @@ def _rows_kernel(
             grad = tl.dot(u, tl.trans(state), input_precision=PRECISION) + dnorm[:, None] * total[None, :]
             tl.store(DQ + at, phi_backward(features, grad, SOFTMAX).to(dtype), mask=live[None, :])
         tl.store(lse_place(Stats, own), lse)
+        if OF_LSE:
+            delta -= grad_lse
         tl.store(lse_place(Stats, own) + 64, delta)
     if LINEAR != 0:
         scale: tl.constexpr = 1.0 if LINEAR == 1 else 1.0 / BLOCK_Q
@@ -185,10 +192,10 @@ class Rows(NamedTuple):
     mu: Tensor
 
 
-def by_rows(operands: Operands, residuals: Residuals, out: Tensor, grad: Tensor) -> Rows:
+def by_rows(operands: Operands, residuals: Residuals, out: Tensor, grad: Tensor, grad_lse: Tensor | None) -> Rows:
     """One pass over the queries. Arguments as those of `backward.backward`."""
     batch, heads, padded, dim = operands.q.shape
-    rows = operands.kv_indices.shape[-2]
+    rows = operands.rows
     branch, marginal = operands.linear != "none", operands.linear == "marginal"
     per_split = -(-rows // max(1, PROGRAMS // (batch * heads))) if operands.linear == "all" else 1
     splits = -(-rows // per_split)
@@ -214,11 +221,12 @@ def by_rows(operands: Operands, residuals: Residuals, out: Tensor, grad: Tensor)
             mu = state.sum(-2) / total.sum(-1, keepdim=True)
             state = state - total[..., None] * mu[..., None, :]
     _rows_kernel[(splits, batch * heads)](
-        operands.q, out, grad, residuals.lse, do if operands.order is None else operands.order, state, total, mu,
-        operands.proj if branch else do,
+        operands.q, out, grad, do if grad_lse is None else grad_lse, residuals.lse, do if operands.order is None else operands.order,
+        state, total, mu, operands.proj if branch else do,
         do, stats, dq, e, dtotal, dsum,
-        operands.tokens, padded, heads, rows, operands.pinned, per_split, *grad.stride()[:3],
-        D=dim, DP=triton.next_power_of_2(dim), BLOCK_Q=operands.block_q, ORDERED=operands.order is not None, **operands.branch,
+        operands.queries, padded, heads, rows, operands.pinned, per_split, *grad.stride()[:3],
+        D=dim, DP=triton.next_power_of_2(dim), BLOCK_Q=operands.block_q, ORDERED=operands.order is not None,
+        OF_LSE=grad_lse is not None, **operands.branch,
         **rows_options(operands),
     )  # fmt: skip
     if operands.linear == "all":

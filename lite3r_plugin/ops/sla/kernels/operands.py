@@ -18,7 +18,8 @@ class Operands(NamedTuple):
     """One call of the operator, as its kernels see it.
 
     Attributes:
-        q, k, v: ``[B, H, padded, D]`` contiguous, zeros after the first `tokens` tokens; padded is a multiple of `block_q`.
+        q: ``[B, H, padded, D]`` contiguous, zeros after `queries` tokens; padded is a multiple of `block_q`.
+        k, v: ``[B, H, padded, D]``, likewise, zeros after `tokens` tokens; where these are other tokens, padded is another number.
         kv_indices: ``[B, H, query blocks, kept]`` int32, the critical key blocks.
         bits: The same as a bit set, see `BlockMap`; needed for a backward pass.
         skipped: A bit for each key block that is not marginal, see `BlockMap`; needed with `means`, for the branch over marginal
@@ -26,8 +27,10 @@ class Operands(NamedTuple):
         negligible: Key blocks that are neither critical nor marginal for a query block that is not pinned.
         means: Mean keys and values ``[B, H, key blocks, D]``, or None without block means.
         proj: ``[D, D]``, or None without a linear branch.
-        order: ``[N]`` int32 or int64: the host row of each token, or None.
-        tokens, pinned: N, and the number of query blocks that attend to all keys.
+        order: ``[M]`` int32 or int64: the host row of each query, or None.
+        key_order: ``[N]``, that of each key.
+        queries, tokens: M and N.
+        pinned: The number of query blocks that attend to all keys.
         scale: Factor of the scores.
         linear, feature_map, block_q, block_k: As in the naive twin.
     """
@@ -42,6 +45,8 @@ class Operands(NamedTuple):
     means: tuple[Tensor, Tensor] | None
     proj: Tensor | None
     order: Tensor | None
+    key_order: Tensor | None
+    queries: int
     tokens: int
     pinned: int
     scale: float
@@ -67,7 +72,7 @@ class Operands(NamedTuple):
         return cls(
             q, k, v, kv_indices=chosen.kv_indices, bits=chosen.bits, skipped=chosen.skipped, negligible=negligible,
             means=(k_mean, v_mean) if arguments.block_means else None, proj=arguments.proj, order=arguments.order,
-            tokens=arguments.tokens, pinned=arguments.pinned_queries,
+            key_order=arguments.keys.order, queries=arguments.q.shape[-2], tokens=arguments.tokens, pinned=arguments.pinned_queries,
             scale=arguments.v.shape[-1] ** -0.5 if arguments.scale is None else arguments.scale, linear=arguments.linear,
             feature_map=arguments.feature_map, block_q=arguments.block_q, block_k=arguments.block_k,
         )  # fmt: skip

@@ -9,8 +9,8 @@ A program of `_dq_kernel` holds a query block and streams its key blocks; one of
 the query blocks that attend to it; one of `_dmeans_kernel` holds mean keys and streams all query blocks. Long lists are
 cut into parts whose sums are stored and added in a fixed order: no atomics, the same bits on every run.
 
-Operands are in token order, ``[B, H, padded, D]``; dO is zero and delta is zero where there is no token. Results are in
-host order, ``[B, N, H, D]``, or in token order where the pass before attention is to be undone.
+Operands are in token order, ``[B, H, padded, D]``; dO is zero and delta is zero where there is no query. Results are in
+host order, ``[B, M, H, D]`` and ``[B, N, H, D]``, or in token order where the pass before attention is to be undone.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ def phi_backward(features, grad, SOFTMAX: tl.constexpr):
     return grad * tl.minimum(features, 1.0)  # elu(x) + 1 is x + 1 above zero, and its own derivative below
 
 
-@triton.jit(do_not_specialize=["N", "rows", "columns", "kept", "mean_rows", "words", "pinned", "splits", "per_split"])
+@triton.jit(do_not_specialize=["M", "N", "rows", "columns", "kept", "mean_rows", "words", "pinned", "splits", "per_split"])
 def _dq_kernel(
     Q, DO, KTiles, VTiles, Stats, Indices, AllIndices, Bits, KMeans, VMeans, Share, Order, DQ, Partial,
-    N, padded, H, rows, columns, kept, mean_rows, words, pinned, splits, per_split, scale, scale_log2,
+    M, N, padded, H, rows, columns, kept, mean_rows, words, pinned, splits, per_split, scale, scale_log2,
     D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
     MEANS: tl.constexpr, ADD: tl.constexpr, HOST: tl.constexpr, ORDERED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -58,15 +58,15 @@ def _dq_kernel(
 
     A program for each tile, in one dimension: those of `splits` parts of `per_split` key blocks of pinned query blocks come first.
 
-        Q, DO                   [B * H, padded, D]
+        Q, DO                   [B * H, rows * BLOCK_Q, D]
         KTiles, VTiles          [B * H, padded, D]; TMA: tensor descriptors of [B * H * padded, D] in tiles of [TILE_K, D]
         Stats                   FP32, see `lse_place`
         Indices, AllIndices     [B * H, rows, kept] and [columns] i32: the critical key blocks of a query block, and of a pinned one
         Bits                    [B * H, rows, words] i32: a bit for each key block that is not marginal (MEANS)
         KMeans, VMeans          [B * H, mean_rows, D], zeros after `columns` rows (MEANS)
-        Share                   [B * H, padded, D]: what the linear branch adds (ADD)
-        Order                   [N]: the host row of each token (ORDERED)
-        DQ                      [B, N, H, D] if HOST, else [B * H, padded, D]
+        Share                   [B * H, rows * BLOCK_Q, D]: what the linear branch adds (ADD)
+        Order                   [M]: the host row of each query (ORDERED)
+        DQ                      [B, M, H, D] if HOST, else [B * H, rows * BLOCK_Q, D]
         Partial                 [B * H, pinned, splits, BLOCK_Q, D] FP32, without Share
 
     All are contiguous. Sizes as in `_sparse_linear_kernel`; `scale_log2` is `scale` times log2(e).
@@ -84,7 +84,7 @@ def _dq_kernel(
     last = tl.where(long, tl.minimum(first + per_split, columns), kept)
     d = tl.arange(0, DP)
     lanes = tl.arange(0, TILE_K)
-    at = head * padded + row * BLOCK_Q + tile * TILE_Q
+    at = (head * rows + row) * BLOCK_Q + tile * TILE_Q
     own = tl.arange(0, TILE_Q)
     dtype: tl.constexpr = Q.dtype.element_ty
     q = load_rows(Q, at + own, d, D)
@@ -128,15 +128,15 @@ def _dq_kernel(
         rows_out = at + own
         if HOST:
             n = row * BLOCK_Q + tile * TILE_Q + own
-            rows_out = host_rows(places(Order, n, N, ORDERED), head, H, N)
-            mask &= (n < N)[:, None]
+            rows_out = host_rows(places(Order, n, M, ORDERED), head, H, M)
+            mask &= (n < M)[:, None]
         tl.store(DQ + rows_out[:, None] * D + d[None, :], acc.to(dtype), mask=mask)
 
 
-@triton.jit(do_not_specialize=["N", "columns", "total", "slots", "part", "splits", "first_head"])
+@triton.jit(do_not_specialize=["N", "rows", "columns", "total", "slots", "part", "splits", "first_head"])
 def _dkv_kernel(
     QTiles, K, V, DOTiles, Stats, Rows, Starts, EarlyStarts, EarlyColumns, PartK, PartV, MeanDK, MeanDV, E, DTotal, Mu, Proj, Order, DK, DV,
-    N, padded, H, columns, total, slots, part, splits, first_head, scale, scale_log2,
+    N, rows, padded, H, columns, total, slots, part, splits, first_head, scale, scale_log2,
     D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
     EARLY: tl.constexpr, LINEAR: tl.constexpr, SOFTMAX: tl.constexpr, MEANS: tl.constexpr,
     HOST: tl.constexpr, ORDERED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
@@ -146,7 +146,7 @@ def _dkv_kernel(
     A program for each tile of an early part or of a key block, in one dimension. Lists are those of `Columns`.
 
         K, V                       [B * H, padded, D]
-        QTiles, DOTiles            [B * H, padded, D]; TMA: tensor descriptors of [B * H * padded, D] in tiles of [TILE_Q, D]
+        QTiles, DOTiles            [B * H, rows * BLOCK_Q, D]; TMA: tensor descriptors of it, flat, in tiles of [TILE_Q, D]
         Stats                      FP32, see `lse_place`
         Rows                       [B * H, total] i32: the query blocks of each key block
         Starts, EarlyStarts        [B * H, columns + 1] i32: where lists start in Rows, and their early parts among those of the head
@@ -156,7 +156,7 @@ def _dkv_kernel(
         E, DTotal                  LINEAR == 1: [B * H, D, D] and [B * H, D]; LINEAR == 2: [heads, columns, D, D] and
                                    [heads, columns, D], of the heads from `first_head` on, which the programs are for
         Mu, Proj                   [B * H, D] FP32 and [D, D] (LINEAR)
-        Order                      [N]: the host row of each token (ORDERED)
+        Order                      [N]: the host row of each key (ORDERED)
         DK                         [B, N, H, D] if HOST, else [B * H, padded, D], undefined after N tokens
         DV                         [B, N, H, D]
 
@@ -195,7 +195,7 @@ def _dkv_kernel(
     dv = tl.zeros([TILE_K, DP], tl.float32)
     for i in range(first * STEPS, last * STEPS):
         row = tl.load(Rows + head * total + i // STEPS)
-        at = head * padded + row * BLOCK_Q + i % STEPS * TILE_Q
+        at = (head * rows + row) * BLOCK_Q + i % STEPS * TILE_Q
         q = load_tile(QTiles, at, lanes, d, D, TMA)
         do = load_tile(DOTiles, at, lanes, d, D, TMA)
         lse, delta = _stats_of(Stats, at, TILE_Q)
@@ -251,7 +251,7 @@ def _dkv_kernel(
 @triton.jit(do_not_specialize=["N", "rows", "columns", "mean_rows", "words", "pinned", "per_split"])
 def _dmeans_kernel(
     QTiles, KMeans, VMeans, DOTiles, Stats, Bits, PartK, PartV,
-    N, padded, rows, columns, mean_rows, words, pinned, per_split, scale_log2,
+    N, rows, columns, mean_rows, words, pinned, per_split, scale_log2,
     D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -259,7 +259,7 @@ def _dmeans_kernel(
 
     Programs are [tiles of mean keys, splits of the query blocks that are not pinned, B * H].
 
-        QTiles, DOTiles     [B * H, padded, D]; TMA: tensor descriptors of [B * H * padded, D] in tiles of [TILE_Q, D]
+        QTiles, DOTiles     [B * H, rows * BLOCK_Q, D]; TMA: tensor descriptors of it, flat, in tiles of [TILE_Q, D]
         KMeans, VMeans      [B * H, mean_rows, D], zeros after `columns` rows
         Stats               FP32, see `lse_place`
         Bits                [B * H, rows, words] i32: a bit for each key block that is not marginal
@@ -285,7 +285,7 @@ def _dmeans_kernel(
     first = pinned + split * per_split
     for i in range(first * STEPS, tl.minimum(first + per_split, rows) * STEPS):
         row = i // STEPS
-        at = head * padded + row * BLOCK_Q + i % STEPS * TILE_Q
+        at = (head * rows + row) * BLOCK_Q + i % STEPS * TILE_Q
         q = load_tile(QTiles, at, lanes, d, D, TMA)
         do = load_tile(DOTiles, at, lanes, d, D, TMA)
         lse, delta = _stats_of(Stats, at, TILE_Q)

@@ -1,0 +1,98 @@
+"""Whether an attention module does what its projections say: tried before it is replaced, since what a fork does shows in no name."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Hashable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from ..adapter.sites import AttentionSite
+from ..adapter.trials import RandomCopies, require_equal, structure, trial
+from ..config import Lite3RConfig
+from ..errors import AdapterError, short
+from .module import SparseLinearAttention
+from .state import ModelState
+from .styles.projected import ProjectedStyle
+from .styles.registry import style_of
+
+_DENSE = Lite3RConfig(keep_ratio=1.0, linear_branch="none", attention_backend="naive")
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What a trial found.
+
+    Attributes:
+        refused: Why the host's own forward must make q, k and v; None where the site does what it does.
+        attention_calls: How often the host's forward calls `scaled_dot_product_attention`; None where it could not be run.
+    """
+
+    refused: str | None
+    attention_calls: int | None
+
+
+class Trials:
+    """Compares sites with the forwards of their hosts, once for those that are alike in all but the values of parameters."""
+
+    def __init__(self) -> None:
+        self._copies = RandomCopies()
+        self._verdicts: dict[Hashable, Verdict] = {}
+
+    def of(self, site: AttentionSite, host: nn.Module) -> Verdict:
+        """What the trial of `site` found, whose module is `host`. Nothing in the host changes."""
+        style = style_of(site, host)
+        if not isinstance(style, ProjectedStyle):
+            return Verdict(None, None)
+        names = (*style.input_linears, style.spec.out)
+        linears = {linear: linear for linear in map(host.get_submodule, names) if _has_sizes(linear)}
+        sizes = tuple((linear.in_features, linear.out_features, linear.bias is None) for linear in linears)
+        key = (structure(host, linears), sizes, site.projections, site.head_dim)
+        if key not in self._verdicts:
+            with trial():
+                copied = self._copies.of(host, self._copies.linears(linears))
+                self._verdicts[key] = self._try(site, style, copied)
+        return self._verdicts[key]
+
+    def _try(self, site: AttentionSite, style: ProjectedStyle, host: nn.Module) -> Verdict:
+        ours = SparseLinearAttention(host, dataclasses.replace(site, tokens=None, block=None), ModelState("", _DENSE), sparse=True)
+        first: Any = host.get_submodule(next(iter(style.input_linears)))
+        width = getattr(first, "in_features", math.prod(style.shape))
+        failed, calls = "", None
+        for batch, tokens, given in dict.fromkeys(((2, 5, style.spec.positions), (2, 5, None))):
+            arguments: dict[str, Any] = {} if given is None else {given: self._copies.positions(batch, tokens, 2)}
+            x = self._copies.tokens(batch, tokens, width)
+            with _Counted() as counted:
+                try:
+                    expected = host.forward(x.clone(), **arguments)
+                except Exception as error:  # whatever a fork's own code raises
+                    failed = failed or f"its forward cannot be tried ({short(error)})"
+                    continue
+            calls = counted.calls
+            try:
+                require_equal(style.compared(expected), style.compared(ours(x, **arguments)), "the host's own forward")
+            except AdapterError as error:
+                return Verdict(str(error), calls)
+            except Exception as error:
+                return Verdict(f"it cannot take the place of the host's own forward ({short(error)})", calls)
+        return Verdict(failed if calls is None else None, calls)
+
+
+def _has_sizes(module: Any) -> bool:
+    return all(hasattr(module, name) for name in ("in_features", "out_features", "bias"))
+
+
+class _Counted(TorchFunctionMode):
+    """Counts the calls of `scaled_dot_product_attention`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += func is F.scaled_dot_product_attention
+        return func(*args, **(kwargs or {}))
