@@ -13,7 +13,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
 from ..apply.lookup import look_up
-from ..config import CONFIG_VERSION, Fp8Backend, Lite3RConfig, Pin, Precision, Scope
+from ..config import CONFIG_VERSION, DenseAttention, Fp8Backend, Lite3RConfig, Pin, Precision, Preset, Scope, Weights
 from ..errors import ConfigError, shown
 from ..ops.options import Backend, FeatureMap, LinearBranch, check_choice
 
@@ -66,7 +66,13 @@ class Lite3RPeftConfig(LoraConfig):
     precision: Precision = Lite3RConfig.precision
     fp8_backend: Fp8Backend = Lite3RConfig.fp8_backend
     fp8_filter: tuple[str, ...] = ("*",)
-    preset: None = Lite3RConfig.preset
+    preset: Preset | None = Lite3RConfig.preset
+    weights: Weights | None = Lite3RConfig.weights
+    keep_originals: bool = Lite3RConfig.keep_originals
+    compile_blocks: bool | None = Lite3RConfig.compile_blocks
+    dense_attention: DenseAttention | None = Lite3RConfig.dense_attention
+    cuda_graphs: bool | None = Lite3RConfig.cuda_graphs
+    graph_shapes: int = Lite3RConfig.graph_shapes
     lora_scopes: tuple[Scope, ...] = ("global", "frame")
     model_adapter: str | None = None
     version: int = CONFIG_VERSION
