@@ -301,7 +301,8 @@ def _projections(module: nn.Module, heads: int, dim: int) -> Projections | None:
         qkv, out = linears
         return FusedQKV(heads, qkv, out, **options)
     if len(linears) == 4 and all(linear.out_features == width for linear in list(linears.values())[:3]):
-        return SeparateQKV(heads, *linears, **options)
+        q, k, v, out = linears
+        return SeparateQKV(heads, q, k, v, out, **options)
     return None
 
 
@@ -321,7 +322,8 @@ def _layout(batch: int, tokens: int, watch: _Watch, place: str) -> tuple[Scope, 
         return scope, TokenSource(name, patch, sequence_tokens=rest)
     if rest % views:
         return scope, None
-    return scope, TokenSource(name, patch, **{place: rest // views})
+    given: dict[str, Any] = {place: rest // views}
+    return scope, TokenSource(name, patch, **given)
 
 
 def adapter_code(model: nn.Module, sites: Sequence[AttentionSite]) -> str:

@@ -129,10 +129,10 @@ class LayoutTracker:
             recent = self._recent(fqn)
         if not recent:
             raise LayoutError(self._unseen(fqn))
-        if len(recent) > 1 and any(other != recent[-1] for other in recent[:-1]):
+        *others, seen = recent
+        if any(other != seen for other in others):
             self._seen, self._asked = (), {}
             raise LayoutError(_differs(fqn, self.source.module or "the model", recent))
-        seen = recent[-1]
         if isinstance(self.source, TokenSource):
             if (layout := self.source.layout(seen, tokens)) is None:
                 raise LayoutError(_misfit(self.source, fqn, tokens, seen))

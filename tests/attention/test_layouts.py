@@ -65,9 +65,9 @@ def test_sites_see_their_layout(describe_as: Describe) -> None:
     """Also observers and what takes the place of an attention, such as calibration."""
     model, inputs = applied("register-only layer", describe_as)
     seen: list[Any] = []
-    with model.first.observe(lambda site, given, out: seen.append(given.layout)), torch.no_grad():
-        with model.second.substitute(lambda site, given: seen.append(given.layout) or given.v):
-            model(*inputs)
+    observed = model.first.observe(lambda site, given, out: seen.append(given.layout))
+    with torch.no_grad(), observed, model.second.substitute(lambda site, given: seen.append(given.layout) or given.v):
+        model(*inputs)
     source = TokenSource("embed", (PATCH, PATCH), 4)
     assert seen[0] == source.layout((4, 6), 3 * 28)
     assert seen[1].parts == (12,)
