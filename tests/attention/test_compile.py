@@ -202,7 +202,7 @@ def test_gradients_of_the_operator_are_those_of_the_eager_call(learns: str, trit
     arguments = flat_arguments("marginal", learns)
     leaves = [x for x in arguments.inputs if x is not None and x.requires_grad]
     grad = torch.randn(1, 33, 2, 32, device=DEVICE)
-    expected = torch.autograd.grad(forward.run(arguments._replace(backend="naive")).transpose(1, 2), leaves, grad)
+    expected = torch.autograd.grad(forward.run(arguments._replace(backend="naive"))[0].transpose(1, 2), leaves, grad)
     found = torch.autograd.grad(operators.train(learning(arguments), *arguments)[0], leaves, grad)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
