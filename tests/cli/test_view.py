@@ -60,3 +60,17 @@ def test_what_cannot_be_shown_is_said(folder: Path, monkeypatch: pytest.MonkeyPa
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == "viser" else find(name))
     assert "pip install 'lite3r-plugin[viewer]'" in fails("view", folder)
+
+
+def test_reconstruct_serves_at_the_end(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = []
+    monkeypatch.setattr("lite3r_plugin.cli.reconstruct.serve", lambda *what: served.append(what))
+    common = ("reconstruct", photos, "--model", "tiny", "--weights", "random", "--max-views", 2, "--out", tmp_path / "a.ply", "--view")
+    lite3r(*common, "--dense", "--port", 9000)
+    ((runs, facts, host, port),) = served
+    assert list(runs) == ["dense"]
+    assert facts.title.startswith("tiny: 2 views")
+    assert (host, port) == ("127.0.0.1", 9000)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == "viser" else find(name))
+    assert "pip install 'lite3r-plugin[viewer]'" in fails(*common)
