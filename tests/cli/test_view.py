@@ -10,7 +10,6 @@ import pytest
 from commands import fails, lite3r
 from reconstructions import wall
 
-from lite3r_plugin.cli import view
 from lite3r_plugin.scene.export import RECORD, Facts, load, save
 
 FACTS = Facts("a run", ("", "time"), (("dense", "1 s"), ("lite3r", "2 s")), ("a note",))
@@ -40,10 +39,10 @@ def test_an_archive_becomes_a_page(folder: Path) -> None:
 def test_the_live_page_ends_with_ctrl_c(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("viser")
 
-    def interrupt(_: float) -> None:
+    def interrupt() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(view.time, "sleep", interrupt)
+    monkeypatch.setattr("lite3r_plugin.cli.view.wait", interrupt)
     assert "look around at http://localhost:" in lite3r("view", folder, "--port", 18200).stdout
 
 
