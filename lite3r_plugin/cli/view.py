@@ -65,10 +65,15 @@ def serve(runs: Mapping[str, Reconstruction], facts: Facts, host: str, port: int
         server = live_page(runs, facts, host, port)
     say(f"look around at http://{'localhost' if host in ('127.0.0.1', '0.0.0.0') else host}:{server.get_port()} (Ctrl-C ends it)")
     try:
-        while True:
-            time.sleep(1)
+        wait()
     except KeyboardInterrupt:
         say("")
     finally:
         with quiet():
             server.stop()
+
+
+def wait() -> None:
+    """Until Ctrl-C, which raises KeyboardInterrupt."""
+    while True:
+        time.sleep(1)

@@ -10,7 +10,6 @@ import pytest
 from commands import fails, lite3r
 from reconstructions import wall
 
-from lite3r_plugin.cli import view
 from lite3r_plugin.scene.export import RECORD, Facts, load, save
 
 FACTS = Facts("a run", ("", "time"), (("dense", "1 s"), ("lite3r", "2 s")), ("a note",))
@@ -40,10 +39,10 @@ def test_an_archive_becomes_a_page(folder: Path) -> None:
 def test_the_live_page_ends_with_ctrl_c(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("viser")
 
-    def interrupt(_: float) -> None:
+    def interrupt() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(view.time, "sleep", interrupt)
+    monkeypatch.setattr("lite3r_plugin.cli.view.wait", interrupt)
     assert "look around at http://localhost:" in lite3r("view", folder, "--port", 18200).stdout
 
 
@@ -60,3 +59,17 @@ def test_what_cannot_be_shown_is_said(folder: Path, monkeypatch: pytest.MonkeyPa
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == "viser" else find(name))
     assert "pip install 'lite3r-plugin[viewer]'" in fails("view", folder)
+
+
+def test_reconstruct_serves_at_the_end(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = []
+    monkeypatch.setattr("lite3r_plugin.cli.reconstruct.serve", lambda *what: served.append(what))
+    common = ("reconstruct", photos, "--model", "tiny", "--weights", "random", "--max-views", 2, "--out", tmp_path / "a.ply", "--view")
+    lite3r(*common, "--dense", "--port", 9000)
+    ((runs, facts, host, port),) = served
+    assert list(runs) == ["dense"]
+    assert facts.title.startswith("tiny: 2 views")
+    assert (host, port) == ("127.0.0.1", 9000)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == "viser" else find(name))
+    assert "pip install 'lite3r-plugin[viewer]'" in fails(*common)

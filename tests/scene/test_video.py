@@ -111,8 +111,8 @@ def test_limits_of_pixels_hold(tmp_path: Path) -> None:
 
 def test_lists_of_other_files_are_not_followed(tmp_path: Path) -> None:
     secret = write_video(tmp_path / "secret.mp4", frames(3))
-    (tmp_path / "a.mp4").write_text(f"ffconcat version 1.0\nfile '{secret}'\n")
-    (tmp_path / "b.mp4").write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{secret}\n#EXT-X-ENDLIST\n")
+    (tmp_path / "a.mp4").write_text(f"ffconcat version 1.0\nfile {secret.name}\n")
+    (tmp_path / "b.mp4").write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{secret.name}\n#EXT-X-ENDLIST\n")
     for name in ("a.mp4", "b.mp4"):
         with pytest.raises(InputError, match="cannot be read as a video"):
             read_video(tmp_path / name)
