@@ -53,6 +53,7 @@ class Lite3RPeftConfig(LoraConfig):
     keep_ratio: float | Mapping[str, float] | list[list[Any]] = Lite3RConfig.keep_ratio
     negligible_ratio: float = Lite3RConfig.negligible_ratio
     scopes: tuple[Scope, ...] | Literal["auto"] = Lite3RConfig.scopes
+    exclude: tuple[str, ...] = Lite3RConfig.exclude
     linear_branch: LinearBranch = Lite3RConfig.linear_branch
     feature_map: FeatureMap = Lite3RConfig.feature_map
     block_means: bool = Lite3RConfig.block_means
@@ -82,7 +83,7 @@ class Lite3RPeftConfig(LoraConfig):
         self.peft_type = PeftType[NAME]
         if self.version != CONFIG_VERSION:
             raise ConfigError(f"configuration version {shown(self.version)} is not {CONFIG_VERSION}; it was written by another release")
-        for name in ("scopes", "fp8_filter", "lora_scopes"):  # a file holds lists
+        for name in ("scopes", "exclude", "fp8_filter", "lora_scopes"):  # a file holds lists
             if isinstance(getattr(self, name), list):
                 setattr(self, name, tuple(getattr(self, name)))
         if not isinstance(self.fp8_filter, tuple):
