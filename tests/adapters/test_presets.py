@@ -48,7 +48,8 @@ IMAGES: dict[str, tuple[int, ...]] = {"timm": (2, 3, 64, 64), "transformers": (2
 
 @pytest.fixture(params=list(BUILD))
 def family(request: pytest.FixtureRequest) -> tuple[nn.Module, Tensor]:
-    return BUILD[request.param]().eval(), torch.rand(IMAGES.get(request.param, (1, 2, 3, 56, 70)), generator=torch.Generator().manual_seed(0))
+    size = IMAGES.get(request.param, (1, 2, 3, 56, 70))
+    return BUILD[request.param]().eval(), torch.rand(size, generator=torch.Generator().manual_seed(0))
 
 
 @torch.inference_mode()
