@@ -34,13 +34,16 @@ MOST_REMEMBERED = 256  # layouts that were refused, or that were seen once
 Run = Callable[..., Any]
 
 
-def capture(call: Callable[[], Any], device: torch.device, pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Any]:
+def capture(
+    call: Callable[[], Any], device: torch.device, pool: Any = None, stream: torch.cuda.Stream | None = None
+) -> tuple[torch.cuda.CUDAGraph, Any]:
     """Capture a call into a CUDA graph. It must have run before, on a side stream too (`warm_up`).
 
     Args:
         call: Reads and writes the same tensors in every call, and never waits for the GPU.
         device: A CUDA device.
         pool: Of memory, from `torch.cuda.graph_pool_handle`; its own by default.
+        stream: Of `device`, to capture on. Graphs share the memory of a pool where they were captured on the same stream.
 
     Returns:
         The graph, and the outputs of `call`, which every ``graph.replay()`` writes.
@@ -49,14 +52,15 @@ def capture(call: Callable[[], Any], device: torch.device, pool: Any = None) -> 
         Exception: whatever `call` raises; a `RuntimeError` where something inside cannot be captured.
     """
     pool = torch.cuda.graph_pool_handle() if pool is None else pool
+    stream = torch.cuda.Stream(device) if stream is None else stream  # torch's own is of the GPU that captured first
     graph = torch.cuda.CUDAGraph()
     with IN_TURN, torch.cuda.device(device):
         try:
             # Other threads may allocate and synchronise meanwhile.
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 outputs = call()
         except BaseException:
-            _recover(device, pool)
+            _recover(device, pool, stream)
             raise
     return graph, outputs
 
@@ -72,16 +76,14 @@ def warm_up(call: Callable[[], Any], device: torch.device) -> float:
     return seconds
 
 
-def _recover(device: torch.device, pool: Any) -> None:
+def _recover(device: torch.device, pool: Any, stream: torch.cuda.Stream) -> None:
     """After a capture that failed: let the allocator serve everybody again, and the generator of random numbers."""
-    try:
-        torch._C._cuda_endAllocateToPool(device.index or 0, pool)  # pyright: ignore[reportAttributeAccessIssue]
-    except RuntimeError:  # the capture could be ended, and so it has been
-        pass
-    else:
-        torch._C._cuda_releasePool(device.index or 0, pool)  # pyright: ignore[reportAttributeAccessIssue]
+    index = torch.cuda.current_device()
+    with contextlib.suppress(RuntimeError):  # where the capture could be ended, this has been done
+        torch._C._cuda_endAllocateToPool(index, pool)  # pyright: ignore[reportAttributeAccessIssue]
+        torch._C._cuda_releasePool(index, pool)  # pyright: ignore[reportAttributeAccessIssue]
     # The GPU's generator of random numbers stays in a capture that failed, and refuses every later call; one that succeeds frees it.
-    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
         torch.zeros(1, device=device)
 
 
@@ -114,10 +116,12 @@ class Recorder(Protocol):
 
 
 class CudaGraphs:
-    """Records by `capture`, all into one pool of memory."""
+    """Records by `capture`, all into one pool of memory; after one that failed into another, since nobody knows what became of that."""
 
     def __init__(self) -> None:
+        self._pools: list[Any] = []
         self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
         self._done: torch.cuda.Event | None = None
 
     def why_not(self, device: torch.device) -> str | None:
@@ -132,7 +136,13 @@ class CudaGraphs:
         """See `capture`."""
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        graph, outputs = capture(call, device, self._pool)
+            self._pools.append(self._pool)
+        self._stream = self._stream or torch.cuda.Stream(device)
+        try:
+            graph, outputs = capture(call, device, self._pool, self._stream)
+        except BaseException:
+            self._pool = None
+            raise
         return graph.replay, outputs
 
     @contextlib.contextmanager
@@ -148,17 +158,17 @@ class CudaGraphs:
             self._done.record(stream)
 
     def held_bytes(self) -> int:
-        """What the allocator keeps for the pool."""
-        if self._pool is None:
-            return 0
-        segments = torch.cuda.memory_snapshot()
-        return sum(segment["total_size"] for segment in segments if tuple(segment.get("segment_pool_id", ())) == tuple(self._pool))
+        """What the allocator keeps for the pools."""
+        pools = set(map(tuple, self._pools))
+        segments = torch.cuda.memory_snapshot() if pools else ()
+        return sum(segment["total_size"] for segment in segments if tuple(segment.get("segment_pool_id", ())) in pools)
 
     def release(self) -> None:
-        """A pool that nobody uses cannot be used again."""
+        """A pool that nobody uses cannot be used again. What comes may be on another GPU."""
         if self._done is not None:
             self._done.synchronize()
-        self._pool = self._done = None
+        self._pools = []
+        self._pool = self._stream = self._done = None
 
 
 @dataclass

@@ -418,7 +418,7 @@ def test_an_interruption_leaves_the_model_as_it_was(share: float) -> None:
 @pytest.mark.parametrize("precision", ["full", "fp8"])
 @pytest.mark.parametrize("compile_blocks", [False, True])
 def test_a_gpu_replays_what_runs_without_graphs(precision: Any, compile_blocks: bool) -> None:
-    fields = FAST | {"compile_blocks": compile_blocks, "precision": precision}
+    fields = FAST | ALWAYS_SPARSE | {"compile_blocks": compile_blocks, "precision": precision}
     model = apply_lite3r(small().cuda(), **fields)
     plain = apply_lite3r(small().cuda(), **fields, cuda_graphs=False)
     for views in (2, 3, 2, 3):
@@ -430,7 +430,7 @@ def test_a_gpu_replays_what_runs_without_graphs(precision: Any, compile_blocks: 
 
 @pytest.mark.gpu
 def test_a_gpu_sees_what_changes_between_calls() -> None:
-    fields = FAST | {"keep_ratio": 0.5}
+    fields = FAST | ALWAYS_SPARSE
     model, plain = apply_lite3r(small().cuda(), **fields), apply_lite3r(small().cuda(), **fields, cuda_graphs=False)
     run(model)
     for each in (model, plain):
@@ -449,8 +449,8 @@ def test_a_gpu_sees_what_changes_between_calls() -> None:
 
 @pytest.mark.gpu
 def test_a_gpu_serves_threads() -> None:
-    model = apply_lite3r(small().cuda(), **FAST)
-    plain = apply_lite3r(small().cuda(), **FAST | {"cuda_graphs": False})
+    model = apply_lite3r(small().cuda(), **FAST, **ALWAYS_SPARSE)
+    plain = apply_lite3r(small().cuda(), **FAST | ALWAYS_SPARSE | {"cuda_graphs": False})
     wanted = {(views, seed): run(plain, views, seed) for views in (2, 3) for seed in range(6)}
 
     def work(first: int) -> bool:
