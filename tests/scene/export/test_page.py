@@ -34,6 +34,9 @@ def test_page(tmp_path: Path) -> None:
     facts = Facts("a run " + EVIL, ("", "time"), (("dense", "1.0 s"), ("lite3r", "0.5 s")), ("a note",))
     save_page(tmp_path / "a.html", {"dense": wall((0, 0, 1)), "lite3r": wall((0, 1, 0))}, facts)
     with browser_page(tmp_path / "a.html") as (page, wrong):
+        with_photographs = pixels(page)
+        page.locator("#photographs").uncheck()
+        assert (pixels(page) != with_photographs).any()
         # The main run is shown first, with its numbers; the other one after a click.
         assert page.title() == "a run " + EVIL
         assert page.locator("tbody tr.now").inner_text().split() == ["lite3r", "0.5", "s"]
@@ -46,7 +49,6 @@ def test_page(tmp_path: Path) -> None:
         assert covered(dense, 2) > 0.1
         assert covered(dense, 1) < 0.01
         # The surest points are those of the upper part: with a quarter of them the rest is empty.
-        page.locator("#photographs").uncheck()
         page.locator("#confidence").fill("25")
         few = pixels(page)
         assert 0.02 < covered(few, 2) < 0.6 * covered(dense, 2)
