@@ -151,7 +151,7 @@ class SparseLinearAttention(HostWrapper):
         except LayoutError:
             if getattr(self.site.tokens, "strict", True):
                 raise
-            self.note("its tokens are not those of whole images of one size")
+            self.note("its tokens are not those of whole images")
             return self.dense(inputs)
         if layout is not None:
             inputs = dataclasses.replace(inputs, layout=layout)

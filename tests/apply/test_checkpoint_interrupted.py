@@ -33,7 +33,7 @@ from lite3r_plugin.testing import TEST_CONFIG
 __all__ = ["toy_adapter"]  # the fixture
 pytestmark = pytest.mark.usefixtures("adapter")
 PACKAGE = str(Path(lite3r_plugin.__file__).parent)
-SECONDS = 0.7
+SECONDS = 1.0  # of this process: another that is busy takes none of them
 
 
 def interrupted(call: Callable[[], Any], at: int | None) -> tuple[int, str]:
@@ -72,7 +72,7 @@ def places(lines: int, pytestconfig: pytest.Config) -> list[int]:
 
 def until(pytestconfig: pytest.Config) -> float:
     seconds = pytestconfig.getoption("--fuzz-seconds")
-    return time.monotonic() + (SECONDS if seconds is None else seconds)
+    return time.process_time() + (SECONDS if seconds is None else seconds)
 
 
 def say(capsys: pytest.CaptureFixture[str], text: str) -> None:
@@ -118,7 +118,7 @@ def test_loading(precision: Any, device: str, tmp_path: Path, pytestconfig: pyte
                 assert finite(remove_lite3r(model))
             seen["loaded"] += 1
             model = dense()
-        if time.monotonic() > end:
+        if time.process_time() > end:
             break
     say(capsys, f"\nloading, {precision}, {device}: of {lines} lines {sum(seen.values())} interrupted: {dict(seen)}")
     assert seen["loaded"] <= 0.02 * lines
@@ -138,7 +138,7 @@ def test_saving(precision: Any, tmp_path: Path, pytestconfig: pytest.Config, cap
         interrupted(lambda: save_lite3r(new, tmp_path), at)
         assert snapshot(new) == before
         seen[state_of(tmp_path)] += 1
-        if time.monotonic() > end:
+        if time.process_time() > end:
             break
     say(capsys, f"\nsaving, {precision}: of {lines} lines {sum(seen.values())} interrupted: {dict(seen)}")
     save_lite3r(old, tmp_path)
