@@ -22,6 +22,7 @@ SHARP = 4.0
 """How many times as much as the expected token, or any other, one must change for a layout to be called wrong: attention before the
 site mixes tokens, too."""
 MAX_IMAGES = 4
+SMALLEST = 8  # height and width of an image; matrices of cameras are smaller
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def _check_image(probe: _Probe, target: nn.Module, image: int, call: _Call, sequ
         expected = Place(view, row, column)
         change = probe.changes(target, image, box, call)[sequence][call.places.index(expected)]
         far_less = probe.changes(target, image, box, other)[where][token] >= SHARP * change
-        if far_less and (place.view >= 0 or sharp):
+        if far_less and (local if place.view >= 0 else sharp):
             raise AdapterError(_wrong(other, image, top, left, token, place, f", not {expected}"))
     return seen
 
@@ -245,7 +246,7 @@ class _Images:
         return value
 
     def _is_image(self, value: Tensor) -> bool:
-        if not value.is_floating_point() or value.dim() < 3 or min(value.shape[-2:]) < 4:
+        if not value.is_floating_point() or value.dim() < 3 or min(value.shape[-2:]) < SMALLEST:
             return False
         first, self._first = self._first, False
         return value.shape[-3] in CHANNELS if self.by_channels else first

@@ -31,6 +31,7 @@ class LayoutTracker:
         around: Whether the watched module has sites of this source inside.
 
     Attributes:
+        last: What was seen last, in this forward or in one before it; None where nothing was.
         module: The watched module, while it is.
         model: The whole model, while it is watched.
     """
@@ -41,6 +42,7 @@ class LayoutTracker:
     def __init__(self, source: Source, around: bool = False) -> None:
         self.source = source
         self.around = around
+        self.last: Seen = None
         self.module: nn.Module | None = None
         self.model: nn.Module | None = None
         self._seen: tuple[Seen, ...] = ()  # in this forward, the last one at the end; the same twice in a row once
@@ -53,11 +55,6 @@ class LayoutTracker:
     def hooks(self) -> tuple[Any, ...]:
         """All that `attach` registers."""
         return self.begin, self.observe, self.end
-
-    @property
-    def last(self) -> Seen:
-        """What was seen last; None where nothing was."""
-        return self._seen[-1] if self._seen else None
 
     def attach(self, module: nn.Module, model: nn.Module) -> None:
         """Watch `module`, and no other, a part of `model` or that itself."""
@@ -96,6 +93,7 @@ class LayoutTracker:
         """Read the arguments of the watched module. Raises `LayoutError` when they tell nothing."""
         seen = _grid(self.source, args, kwargs) if isinstance(self.source, TokenSource) else call(self.source, args, kwargs)
         compiling = torch.compiler.is_compiling()
+        self.last = seen
         if self._inside or not compiling:
             if not self._seen or self._seen[-1] != seen:
                 self._seen = (*self._seen[1 - MAX_SEEN :], seen)

@@ -116,5 +116,6 @@ class Watched:
         layout = self.blocks[name].layout(student.shape[1]) if student.dim() == 3 else None
         if layout is None or not layout.special_tokens or student.shape != teacher.shape:
             return {"blocks": (student, teacher)}
-        special, patches = token_order(layout, student.device).long().tensor_split((layout.special_tokens,))
+        both = token_order(layout, student.device).long().tensor_split((layout.special_tokens,))
+        special, patches = (tokens.sort().values for tokens in both)  # sums in the order of the sequence
         return {"cameras": (student[:, special], teacher[:, special]), "blocks": (student[:, patches], teacher[:, patches])}
