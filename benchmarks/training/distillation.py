@@ -99,9 +99,10 @@ class Plan:
             Job(f"render {kind} {part}", "render", 45, {"kind": kind, "part": part, "count": min(PART, count - PART * part)})
             for kind, count in counts.items() for part in range(-(-count // PART))
         ]  # fmt: skip
+        keeps = dict.fromkeys((*args.keep_ratio, *(() if args.recipe else (args.search_keep,))))
         fits = [
             Job(f"calibrate {keep} {precision}", "calibrate", 40, {"keep": keep, "precision": precision})
-            for keep in args.keep_ratio for precision in ("fp8_qat", "full")
+            for keep in keeps for precision in ("fp8_qat", "full")
         ]  # fmt: skip
         dense = [Job(f"dense {kind}", "dense", args.measuring, {"kind": kind}) for kind in ("held_out", "selection")]
         search = []

@@ -81,13 +81,12 @@ def reconstruct(
 
     runs: dict[str, Run] = {}
     applied = None
+    with within:
+        photos = load_inputs(inputs, max_views, every, entry.min_views)
+    pictures = [photo.image for photo in photos]
     with progress() as bar:
-        task = bar.add_task("Loading images", total=4 + compare)
-        with within:
-            photos = load_inputs(inputs, max_views, every, entry.min_views)
-        pictures = [photo.image for photo in photos]
+        task = bar.add_task(f"Building {entry.name}", total=3 + compare)
         views = entry.inputs(pictures).to(where)
-        bar.update(task, advance=1, description=f"Building {entry.name}")
         with quiet():
             net = entry.build(weights, where)
         warm_up = repeats > 1 or where.type == "cuda"

@@ -227,10 +227,10 @@ class _Calls(TorchFunctionMode):
 
 def _run(model: nn.Module, example_inputs: Any, shape: Sequence[int] | None) -> tuple[Any, _Watch]:
     """The inputs, and what a forward on them shows."""
-    parameter = next(model.parameters(), torch.zeros(()))
+    parameter = next(model.parameters(), torch.zeros((), device="cpu"))
     given = [example_inputs] if example_inputs is not None else []
     for random in () if given else [tuple(shape)] if shape is not None else SHAPES:
-        images = torch.rand(random, generator=torch.Generator().manual_seed(0)).to(parameter.device, parameter.dtype)
+        images = torch.rand(random, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(parameter.device, parameter.dtype)
         given.append((images,))
     failures = []
     for inputs in given:

@@ -191,7 +191,7 @@ class _Probe:
             self._values[key] = {(call.fqn, call.number): call.values for call in calls}
         values = self._values[key].get((call.fqn, call.number))
         if values is None or values.shape != call.values.shape:
-            return torch.zeros(call.values.shape[:2])
+            return torch.zeros(call.values.shape[:2], device="cpu")
         return (values - call.values).double().norm(dim=-1)
 
     def strongest(
@@ -261,7 +261,7 @@ class _Images:
             return images
         flat, (top, left, height, width) = flat.clone(), self.box
         inside = flat[self.image - start, ..., top : top + height, left : left + width]
-        noise = torch.randn(inside.shape, generator=torch.Generator().manual_seed(0)).to(inside)
+        noise = torch.randn(inside.shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(inside)
         inside += noise * flat.std().clamp_min(0.1) * 3
         return flat.view_as(images) if images.dim() > 3 else flat[0]
 

@@ -158,13 +158,6 @@ def test_the_triton_backend_refuses_cpu_tensors_even_where_it_would_run_dense() 
         (one_site(head_dim=8), "qkv.out_features is 96, but 2 heads of 8 need 48"),
         (one_site(projections=FusedQKV(2, positions="pos")), "forward has no argument 'pos'"),
         (one_site(tokens=TokenSource("patches", (4, 4))), "names 'patches', but the model has no such module"),
-        (
-            lambda model: [
-                AttentionSite(f"cross.{i}", "global", 16, FusedQKV(2), TokenSource("embed", (4, 4), special))
-                for i, special in enumerate((1, 2))
-            ],
-            "describes the tokens from 'embed' in two ways",
-        ),
     ],
 )
 def test_wrong_adapters_are_named_and_the_model_is_unchanged(adapter: Adapter, answer: Any, message: str) -> None:

@@ -47,7 +47,7 @@ def test_module_and_error_in_a_real_process(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "lite3r_plugin", "reconstruct", "none", "--model", "testbed"]
     done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr.splitlines() == ["error: none does not exist; name a folder with photographs of one scene"]
+    assert done.stderr.splitlines() == ["error: none does not exist; name photographs of one scene: a folder, files, a video, a list"]
 
 
 def hello(app: typer.Typer) -> None:

@@ -13,7 +13,7 @@ from ...files import write_atomically
 from .reconstruction import Reconstruction
 
 # OpenCV's axes (x right, y down, z forward) to glTF's (x right, y up, z backward); its own inverse.
-Y_UP = torch.tensor([1.0, -1, -1])
+Y_UP = torch.tensor([1.0, -1, -1], device="cpu")
 PYRAMID = 0.04  # the cameras' depth, of the cloud's extent
 
 
@@ -38,7 +38,7 @@ def pyramids(scene: Reconstruction, depth: float) -> Tensor:
     """The cameras as pyramids with their points at the centres of projection: lines ``[S, 8, 2, 3]`` in world coordinates, FP32."""
     pose, intrinsics = scene.cameras()
     height, width = scene.prediction.depth.shape[1:]
-    corners = torch.tensor([[0.0, 0, 1], [width, 0, 1], [width, height, 1], [0, height, 1]], dtype=torch.float64)
+    corners = torch.tensor([[0.0, 0, 1], [width, 0, 1], [width, height, 1], [0, height, 1]], dtype=torch.float64, device="cpu")
     inside = torch.linalg.solve(intrinsics, corners.mT.expand(len(pose), 3, 4)).mT * depth
     rotation, translation = pose[:, :, :3], pose[:, None, :, 3]
     base = (inside - translation) @ rotation

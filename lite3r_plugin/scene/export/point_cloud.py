@@ -73,10 +73,10 @@ def save_ply(cloud: PointCloud, path: Path) -> None:
 
 def with_lines(cloud: PointCloud, lines: Tensor, color: tuple[int, int, int], steps: int = 150) -> PointCloud:
     """The cloud and points along `lines` ``[..., 2, 3]``, `steps` each, so that `render` draws cameras too."""
-    share = torch.linspace(0, 1, steps)[:, None, None]
+    share = torch.linspace(0, 1, steps, device="cpu")[:, None, None]
     start, end = lines.flatten(0, -3).unbind(1)
     points = (start + share * (end - start)).flatten(0, 1)
-    colors = torch.tensor(color, dtype=torch.uint8).expand(len(points), 3)
+    colors = torch.tensor(color, dtype=torch.uint8, device="cpu").expand(len(points), 3)
     return PointCloud(torch.cat((cloud.points, points)), torch.cat((cloud.colors, colors)))
 
 

@@ -167,18 +167,21 @@ def textures() -> Tensor:
     planks = 0.62 + 0.3 * ((torch.floor(x * 6) * 37 % 11) / 11) + 0.5 * (fractal(1, SIZE, g, "cpu", base=4)[0] - 0.5)
     planks = torch.where(((x * 6) % 1 < 0.05) | ((y * 2 + torch.floor(x * 6) * 0.37) % 1 < 0.02), 0.3, planks) + 0.25 * (fine[1] - 0.5)
     ring = ((x - 0.5) ** 2 + (y - 0.5) ** 2).sqrt()
-    bands, cream, rust = (ring * 7 % 1 < 0.4).float(), torch.tensor([0.85, 0.78, 0.66]), torch.tensor([0.55, 0.25, 0.2])
-    rug = cream[:, None, None] * (1 - bands) + rust[:, None, None] * bands
+    bands = (ring * 7 % 1 < 0.4).float()
+    cream, rust, gold, white = torch.tensor([[0.85, 0.78, 0.66], [0.55, 0.25, 0.2], [1.0, 0.85, 0.3], [0.97, 0.95, 0.9]], device="cpu")[
+        ..., None, None
+    ]
+    rug = cream * (1 - bands) + rust * bands
     stripes = ((x * 8) % 1 < 0.5).float()
     dots = (((x * 8) % 1 - 0.25) ** 2 + ((y * 8 + torch.floor(x * 8) % 2 * 0.5) % 1 - 0.5) ** 2 < 0.02).float()
     sky = torch.stack((0.9 - 0.5 * y, 0.75 - 0.25 * y, 0.6 + 0.1 * y)) + 0.3 * (coarse[6] - 0.5)
     hills = (y > 0.55 + 0.13 * torch.sin(2 * math.pi * (x + 0.1)))[None]
     sun = ((x - 0.68) ** 2 + (y - 0.32) ** 2 < 0.011)[None]
     painting = torch.where(hills, torch.stack((0.2 + 0.2 * coarse[7], 0.4 + 0.3 * coarse[7], 0.25 + 0 * x)), sky)
-    painting = torch.where(sun, torch.tensor([1.0, 0.85, 0.3])[:, None, None], painting)
+    painting = torch.where(sun, gold, painting)
     waves = torch.stack((0.1 + 0.5 * coarse[3], 0.35 + 0.5 * coarse[3], 0.55 + 0.4 * coarse[3])) + 0.15 * torch.sin(60 * y + 6 * x)
     boat = ((x - 0.5).abs() < 0.26 * (y - 0.15)) & (y > 0.2) & (y < 0.6)
-    waves = torch.where(boat[None], torch.tensor([0.97, 0.95, 0.9])[:, None, None], waves)
+    waves = torch.where(boat[None], white, waves)
     found = [
         grey(0.9 + 0.16 * (coarse[0] - 0.5) + 0.12 * (fine[0] - 0.5)),
         grey(planks),

@@ -83,7 +83,7 @@ def _run(name: str, scene: Reconstruction, turn: Tensor) -> dict[str, Any]:
     shown = _shown(scene)
     lines = pyramids(scene, _pyramid(pose, size))[shown] @ turn.T
     some = points[:: max(1, len(points) // 100_000)]
-    framed = torch.cat((some.quantile(torch.tensor([0.02, 0.98]), 0), lines[:, 0, 0]))  # what the first look is to show
+    framed = torch.cat((some.quantile(torch.tensor([0.02, 0.98], device="cpu"), 0), lines[:, 0, 0]))  # what the first look is to show
     corners = torch.stack((framed.amin(0), framed.amax(0)))
     rotation = pose[shown, :, :3].float() @ turn.T
     pixel = (found.depth / intrinsics[:, 0, 0, None, None].float()).flatten()[cloud.pixels].median()
@@ -115,7 +115,7 @@ def _pyramid(pose: Tensor, size: float) -> float:
     if len(pose) < 2:
         return 0.05 * size
     centres = -(pose[:, :, :3].mT @ pose[:, :, 3:])[:, :, 0]
-    nearest = (torch.cdist(centres, centres) + torch.eye(len(pose)).double() * 1e300).amin(1)
+    nearest = (torch.cdist(centres, centres) + torch.eye(len(pose), dtype=torch.float64, device="cpu") * 1e300).amin(1)
     return min(max(0.8 * float(nearest.median()), 0.012 * size), 0.05 * size)
 
 
