@@ -152,7 +152,7 @@ class Description:
         yield from _counted(at_host, lambda s: f"{s.scope} sites ran calls dense in the host's own code: {s.calls.reason}")
         never = [s for s in self.sites if not _ran(s)]
         if len(never) < len(self.sites):
-            yield from _counted(never, lambda s: f"{s.scope} sites never ran so far")
+            yield from _counted(never, lambda s: f"{s.scope} sites not seen to run so far, which compiled code does not show")
 
 
 def describe(model: nn.Module) -> Description:
