@@ -56,7 +56,7 @@ def test_import_is_light() -> None:
     assert heavy_ones(seen["modules"]) == []
     assert not seen["cuda"]
     assert "lite3r_plugin.apply.verbs" in seen["modules"]
-    assert seen["seconds"] < 1  # 0.03 s on an idle machine
+    assert seen["seconds"] < 1  # 0.1 s on an idle machine
 
 
 def test_the_probe_sees_heavy_imports() -> None:
