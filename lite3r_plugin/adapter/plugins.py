@@ -8,7 +8,7 @@ import importlib.metadata
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import pluggy
 from torch import nn
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .outputs import OutputsFunction
 
 DISTRIBUTION = "lite3r-plugin"
+Item = TypeVar("Item")
 
 
 class AdapterWarning(UserWarning):
@@ -129,7 +130,7 @@ def find_sites(model: nn.Module) -> tuple[str, Sequence[AttentionSite]]:
         sites: tuple[AttentionSite, ...] | None = None
         try:
             with skipping(implementation, refusals=True):
-                sites = _checked_sites(call(implementation, model=model))
+                sites = _checked_list(call(implementation, model=model), AttentionSite)
         except Lite3RError as error:
             if winner is None:
                 raise _named(error, implementation) from error
@@ -175,7 +176,7 @@ def find_rewrites(model: nn.Module) -> tuple[ExactRewrite, ...] | None:
     for implementation in implementations("lite3r_exact_rewrites"):
         found: tuple[ExactRewrite, ...] | None = None
         with skipping(implementation):
-            found = _checked_rewrites(call(implementation, model=model))
+            found = _checked_list(call(implementation, model=model), ExactRewrite)
         if found is not None:
             return found
     return None
@@ -253,13 +254,13 @@ def _checked_entries(answer: Any) -> dict[str, ModelEntry]:
     return dict(answer)
 
 
-def _checked_sites(answer: Any) -> tuple[AttentionSite, ...] | None:
+def _checked_list(answer: Any, kind: type[Item]) -> tuple[Item, ...] | None:
     if answer is None:
         return None
     if not isinstance(answer, Sequence):
-        raise TypeError(f"it returned {type(answer).__name__}, not a list of AttentionSite")
-    if wrong := next((type(site).__name__ for site in answer if not isinstance(site, AttentionSite)), None):
-        raise TypeError(f"it returned a list with {wrong}, not of AttentionSite")
+        raise TypeError(f"it returned {type(answer).__name__}, not a list of {kind.__name__}")
+    if wrong := next((type(item).__name__ for item in answer if not isinstance(item, kind)), None):
+        raise TypeError(f"it returned a list with {wrong}, not of {kind.__name__}")
     return tuple(answer)
 
 
@@ -267,16 +268,6 @@ def _checked_outputs(answer: Any) -> OutputsFunction | None:
     if answer is not None and not callable(answer):
         raise TypeError(f"it returned {type(answer).__name__}, which is no function")
     return cast("OutputsFunction | None", answer)
-
-
-def _checked_rewrites(answer: Any) -> tuple[ExactRewrite, ...] | None:
-    if answer is None:
-        return None
-    if not isinstance(answer, Sequence):
-        raise TypeError(f"it returned {type(answer).__name__}, not a list of ExactRewrite")
-    if wrong := next((type(item).__name__ for item in answer if not isinstance(item, ExactRewrite)), None):
-        raise TypeError(f"it returned a list with {wrong}, not of ExactRewrite")
-    return tuple(answer)
 
 
 def _named(error: Lite3RError, implementation: Any) -> Lite3RError:

@@ -26,7 +26,7 @@ from ..wrapper import Changes
 from . import ranks
 from .lookup import Inventory, look_up
 from .names import by_plain_name, plain_config
-from .plan import BY_HAND, ApplyPlan, checked_sites, left_linears, plan_application
+from .plan import BY_HAND, ApplyPlan, left_linears, plan_application
 from .seal import CONFIG_NAME, FORMAT_VERSION, WEIGHTS_NAME, metadata_of, read_sealed, same_text, seals
 from .source import find_checkpoint
 from .swap import fast_of, put_in, run_fast, run_in_fp8
@@ -185,7 +185,7 @@ def _as_they_came(found: Inventory, tensors: dict[str, Tensor]) -> dict[str, Ten
 
 def _plan(found: Inventory, config: Lite3RConfig, sites: Sequence[AttentionSite] | None, adapter: str) -> ApplyPlan:
     try:
-        return plan_application(found, config, None if sites is None else checked_sites(sites), with_weights=False)
+        return plan_application(found, config, sites, with_weights=False)
     except UnknownModelError as error:
         if adapter != BY_HAND:
             raise

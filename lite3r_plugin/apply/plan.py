@@ -126,7 +126,7 @@ def plan_application(
     """
     if found.attention:
         raise AlreadyAppliedError("this model carries Lite3R already; call remove_lite3r(model) first to change its configuration")
-    adapter, sites = find_sites(found.model) if sites is None else (BY_HAND, checked_sites(sites))
+    adapter, sites = find_sites(found.model) if sites is None else (BY_HAND, _checked_sites(sites))
     hosts = _find_hosts(found, adapter, sites)
     scopes = _sparse_scopes(config, adapter, sites)
     _check_keep_ratios(config, [site.fqn for site in sites if site.scope in scopes])
@@ -334,7 +334,7 @@ def _why_nothing(found: Inventory, chosen: _Choice) -> str:
     return f"no attention of this {found.name} would become sparse: {listed}"
 
 
-def checked_sites(sites: Sequence[AttentionSite]) -> tuple[AttentionSite, ...]:
+def _checked_sites(sites: Sequence[AttentionSite]) -> tuple[AttentionSite, ...]:
     """The sites that a user gave. Raises `ConfigError` where they are anything else."""
     if isinstance(sites, AttentionSite) or not isinstance(sites, Sequence) or not all(isinstance(site, AttentionSite) for site in sites):
         raise ConfigError(f"sites is a list of AttentionSite, got {shown(sites)}")

@@ -106,11 +106,6 @@ class Lite3RPeftConfig(LoraConfig):
         if self.target_modules is None and not self.lora_scopes:
             self.target_modules = DUMMY_TARGET_MODULES
 
-    @property
-    def has_lora(self) -> bool:
-        """Whether there is LoRA beside the linear branches."""
-        return self.target_modules != DUMMY_TARGET_MODULES
-
     def lite3r(self) -> Lite3RConfig:
         """The configuration for `apply_lite3r`. Raises `ConfigError` where a field has a value that it does not take."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(Lite3RConfig)}

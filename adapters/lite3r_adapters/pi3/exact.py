@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lite3r_plugin.adapter import ExactRewrite, RewrittenMethod, Trial
-from lite3r_plugin.runtime.exact import in_fp32, like, not_in_bf16, table_rope, token_positions
+from lite3r_plugin.adapter import ExactRewrite, RewrittenMethod, Trial, like
+from lite3r_plugin.runtime.exact import in_fp32, not_in_bf16, table_rope, token_positions
 
 from .. import _blocks
 from .sites import is_pi3

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lite3r_plugin.adapter import ExactRewrite, RewrittenModule, Trial
+from lite3r_plugin.adapter import ExactRewrite, RewrittenModule, Trial, like
 from lite3r_plugin.errors import AdapterError
 from lite3r_plugin.runtime.exact import (
     NotKept,
@@ -18,7 +18,6 @@ from lite3r_plugin.runtime.exact import (
     in_fp32,
     kept_embedding,
     layers_read,
-    like,
     output_in_fp32,
     table_rope,
     token_positions,

@@ -141,14 +141,6 @@ def images_by_number(folder: Path, pattern: str = r"[^0-9]*(?:[0-9]+[^0-9]+)*([0
     return numbered((p for p in entries(folder) if is_image(p)), rf"{pattern}\.(?:{'|'.join(s[1:] for s in SUFFIXES)})", "image")
 
 
-def image_named(folder: Path, stem: str) -> Path:
-    """The image `stem` of `folder`, of whichever kind."""
-    found = [p for p in entries(folder) if is_image(p) and p.stem.casefold() == stem.casefold()]
-    if not found:
-        raise InputError(f"{folder} has no image {shown(stem)} ({', '.join(SUFFIXES)})")
-    return only(found, f"image {shown(stem)}")
-
-
 def _there(path: Path) -> Path:
     if not is_file(path):
         raise InputError(f"{shown(str(path), 300)} is missing")
