@@ -83,7 +83,6 @@ class SparseLinearAttention(HostWrapper):
         self.te_projection: Any = None
         self._own_function = _function_of(site) if sparse else None
         self._tracker = state.trackers.get(site.tokens) if sparse and site.tokens is not None else None
-        self._given: tuple[tuple[Any, ...], dict[str, Any]] = (), {}  # the arguments of the running forward, where that function reads them
         if sparse and state.config.linear_branch != "none":
             self.proj_lin = make_branch(host, site.head_dim)
 
@@ -94,13 +93,7 @@ class SparseLinearAttention(HostWrapper):
             if self._tracker is not None:
                 self._tracker.ran(self.site.fqn)
             return self.run_host(*args, **kwargs)
-        if self._own_function is None:
-            return self.style.run(self, args, kwargs)
-        self._given = args, kwargs
-        try:
-            return self.style.run(self, args, kwargs)
-        finally:
-            self._given = (), {}
+        return self.style.run(self, args, kwargs)
 
     def note(self, reason: str) -> None:
         """Take note that a call runs dense in the host's own code, and why; warn of each reason once."""
@@ -135,8 +128,12 @@ class SparseLinearAttention(HostWrapper):
         if "proj_lin" in self._modules and (rounded := self._projection(self.proj_lin.weight)) is not None:
             write_branch(self.proj_lin, rounded, changes)
 
-    def attend(self, inputs: AttentionInputs) -> Tensor:
+    def attend(self, inputs: AttentionInputs, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Attention over the site's tokens, sparse or dense as `pays` says, or what takes its place (`substitute`).
+
+        Args:
+            inputs: Queries, keys and values.
+            args, kwargs: What the forward was given, of which a `LayoutFunction` may read the layout.
 
         Returns:
             ``[B, H, N, D]`` in the dtype of ``inputs.v``.
@@ -147,7 +144,7 @@ class SparseLinearAttention(HostWrapper):
             WeightsError: weights are on the meta device, and inputs are not.
         """
         try:
-            layout = self._layout(inputs.v.shape[-2])
+            layout = self._layout(inputs.v.shape[-2], args, kwargs)
         except LayoutError:
             if getattr(self.site.tokens, "strict", True):
                 raise
@@ -284,10 +281,10 @@ class SparseLinearAttention(HostWrapper):
         weight = branch_weight(self.proj_lin, like, self.site)
         return fake_quantize(weight) if self.state.phase == "fp8_qat" else weight
 
-    def _layout(self, tokens: int) -> TokenLayout | None:
+    def _layout(self, tokens: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TokenLayout | None:
         """The layout of the running forward's sequence of `tokens` tokens. Raises `LayoutError`."""
         if self._own_function is not None:
-            return checked(call(self._own_function, *self._given), self.site.fqn, tokens)
+            return checked(call(self._own_function, args, kwargs), self.site.fqn, tokens)
         return None if self._tracker is None else self._tracker.layout(self.site.fqn, tokens)
 
     def _pinned(self, layout: TokenLayout | None) -> int:

@@ -20,6 +20,7 @@ sequence can have; if that leaves two that differ, nobody knows which is meant, 
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -38,20 +39,35 @@ def backward_pass() -> int:
     return torch._C._current_graph_task_id()
 
 
+class _Here(threading.local):
+    """What this thread has seen.
+
+    Attributes:
+        images_in: The backward pass in which images were last seen.
+        new: Whether the last images are not those of a remembered forward yet.
+    """
+
+    def __init__(self) -> None:
+        self.images_in = NO_BACKWARD
+        self.new = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Here, ()
+
+
 class PendingForwards:
     """See the module. Its methods must not be called in code that a compiler traces."""
 
     def __init__(self) -> None:
         self._forwards: tuple[_Forward, ...] = ()  # replaced, never changed: hooks run in autograd's threads
-        self._images_in = NO_BACKWARD  # the backward pass in which images were last seen
-        self._new = False  # whether the last images are not those of a remembered forward yet
+        self._here = _Here()
         self._recomputed = False  # whether a site was recomputed since the last images
 
     def saw_images(self, seen: Seen) -> None:
         """The model was given images, of which `seen` was seen."""
-        self._images_in = backward_pass()
-        self._new = True
-        if self._recomputed and self._images_in == NO_BACKWARD:
+        self._here.images_in = backward_pass()
+        self._here.new = True
+        if self._recomputed and self._here.images_in == NO_BACKWARD:
             self._forwards = tuple(forward for forward in self._forwards if forward.watched)
             self._recomputed = False
         if torch.is_grad_enabled():
@@ -59,7 +75,7 @@ class PendingForwards:
 
     def saw_output(self, out: Tensor, seen: Seen) -> None:
         """A site returned `out` in a forward of which `seen` was seen last."""
-        if not out.requires_grad or self._images_in != NO_BACKWARD or backward_pass() != NO_BACKWARD:
+        if not out.requires_grad or self._here.images_in != NO_BACKWARD or backward_pass() != NO_BACKWARD:
             return
         self._remember(seen)
         if self._forwards and not self._forwards[-1].watched:
@@ -77,7 +93,7 @@ class PendingForwards:
         Raises:
             LayoutError: it could be one of several.
         """
-        if self._images_in == backward_pass():
+        if self._here.images_in == backward_pass():
             return last
         self._recomputed = True
         fitting = {forward.seen for forward in self._forwards if fits(forward.seen)}
@@ -91,9 +107,9 @@ class PendingForwards:
         return (fitting.pop(),) if fitting else last
 
     def _remember(self, seen: Seen) -> None:
-        if self._new and self._images_in == NO_BACKWARD:
+        if self._here.new and self._here.images_in == NO_BACKWARD:
             self._forwards = (*self._forwards[1 - MAX_PENDING :], _Forward(seen))
-            self._new = False
+            self._here.new = False
 
     def _ended(self, forward: _Forward, grad: Tensor) -> None:
         self._forwards = tuple(other for other in self._forwards if other is not forward)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,23 @@ Source = TokenSource | LayoutFunction
 MAX_SEEN = 64
 
 
+class _Running:
+    """The forward that runs in a thread.
+
+    Attributes:
+        seen: What was seen in it, the last one at the end; the same twice in a row once.
+        inside: Whether it is a call of the module around everything.
+        count: How many were seen outside of such calls.
+        asked: Of these, how many when a site last ran.
+    """
+
+    def __init__(self) -> None:
+        self.seen: tuple[Seen, ...] = ()
+        self.inside = False
+        self.count = 0
+        self.asked: dict[str, int] = {}
+
+
 class LayoutTracker:
     """Remembers what the watched module of a source was given in the running forward: the grid of images, or a layout.
 
@@ -23,15 +41,15 @@ class LayoutTracker:
     Outside of one, where a user calls methods of a model, a site has what was seen since it last ran. What differs within a forward
     raises, unless the source says that it may.
 
-    One per source of a model; its sites share it. Its hooks must stay plain methods of a plain object, so that models with Lite3R can be
-    deep-copied and pickled.
+    One per source of a model; its sites share it, and threads may, each in a forward of its own. Its hooks must stay plain methods of a
+    plain object, so that models with Lite3R can be deep-copied and pickled.
 
     Args:
         source: What is read, and how.
         around: Whether the watched module has sites of this source inside.
 
     Attributes:
-        last: What was seen last, in this forward or in one before it; None where nothing was.
+        last: What was seen last, in whatever forward and thread; None where nothing was.
         module: The watched module, while it is.
         model: The whole model, while it is watched.
     """
@@ -45,11 +63,22 @@ class LayoutTracker:
         self.last: Seen = None
         self.module: nn.Module | None = None
         self.model: nn.Module | None = None
-        self._seen: tuple[Seen, ...] = ()  # in this forward, the last one at the end; the same twice in a row once
-        self._inside = False  # a forward
-        self._count = 0  # how many were seen outside of forwards
-        self._asked: dict[str, int] = {}  # of these, how many when a site last ran
+        self._threads = threading.local()  # itself, for what compilers trace: Dynamo loses what is written to a class made from it
+        self._latest: tuple[Seen, ...] = ()  # of all threads, the last one: backward passes on a GPU run in threads of their own
         self._pending = PendingForwards()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_threads"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._threads = threading.local()  # nothing runs in a copy
+
+    @property
+    def _running(self) -> _Running:
+        if not hasattr(self._threads, "running"):
+            self._threads.running = _Running()
+        return self._threads.running
 
     @property
     def hooks(self) -> tuple[Any, ...]:
@@ -81,38 +110,39 @@ class LayoutTracker:
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward begins."""
-        self._seen, self._inside = (), True
+        self._running.seen, self._running.inside = (), True
 
     def end(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
         """A forward is over."""
-        self._inside = False
+        self._running.inside = False
         if self.around:
-            self._seen = ()
+            self._running.seen = self._latest = ()
 
     def observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read the arguments of the watched module. Raises `LayoutError` when they tell nothing."""
         seen = _grid(self.source, args, kwargs) if isinstance(self.source, TokenSource) else call(self.source, args, kwargs)
         compiling = torch.compiler.is_compiling()
-        self.last = seen
-        if self._inside or not compiling:
-            if not self._seen or self._seen[-1] != seen:
-                self._seen = (*self._seen[1 - MAX_SEEN :], seen)
-                if not self._inside:
-                    self._count += 1
+        running = self._running
+        self.last, self._latest = seen, (seen,)
+        if running.inside or not compiling:
+            if not running.seen or running.seen[-1] != seen:
+                running.seen = (*running.seen[1 - MAX_SEEN :], seen)
+                if not running.inside:
+                    running.count += 1
         else:  # what was seen before is of another graph
-            self._seen = (seen,)
+            running.seen = (seen,)
         if not compiling:
             self._pending.saw_images(seen)
 
     def watch(self, out: Tensor) -> None:
         """Take note of `out`, the output of a site, whose gradient tells when the backward pass of this forward ends."""
-        if not torch.compiler.is_compiling() and self._seen:
-            self._pending.saw_output(out, self._seen[-1])
+        if not torch.compiler.is_compiling() and self._running.seen:
+            self._pending.saw_output(out, self._running.seen[-1])
 
     def ran(self, fqn: str) -> None:
         """Take note that site `fqn` runs, which it may without a layout, as the dense model does."""
         if not torch.compiler.is_compiling():
-            self._asked[fqn] = self._count
+            self._running.asked[fqn] = self._running.count
 
     def layout(self, fqn: str, tokens: int) -> TokenLayout | None:
         """The layout of a sequence of `tokens` tokens at site `fqn`; None where its tokens have none.
@@ -122,14 +152,14 @@ class LayoutTracker:
                 told which forward is recomputed.
         """
         if not torch.compiler.is_compiling() and backward_pass() != NO_BACKWARD:
-            recent = self._pending.recomputed(self._seen[-1:], lambda seen: self._fits(seen, tokens), fqn)
+            recent = self._pending.recomputed(self._running.seen[-1:] or self._latest, lambda seen: self._fits(seen, tokens), fqn)
         else:
             recent = self._recent(fqn)
         if not recent:
             raise LayoutError(self._unseen(fqn))
         *others, seen = recent
         if any(other != seen for other in others):
-            self._seen, self._asked = (), {}
+            self._running.seen, self._running.asked = (), {}
             raise LayoutError(_differs(fqn, self.source.module or "the model", recent))
         if isinstance(self.source, TokenSource):
             if (layout := self.source.layout(seen, tokens)) is None:
@@ -139,13 +169,14 @@ class LayoutTracker:
 
     def _recent(self, fqn: str) -> tuple[Seen, ...]:
         """What this site may be about."""
-        if self.around or self.source.changes or (torch.compiler.is_compiling() and not self._inside):
-            return self._seen[-1:]
-        if self._inside:
-            return self._seen
-        since = self._count - self._asked.get(fqn, 0)
+        running = self._running
+        if self.around or self.source.changes or (torch.compiler.is_compiling() and not running.inside):
+            return running.seen[-1:]
+        if running.inside:
+            return running.seen
+        since = running.count - running.asked.get(fqn, 0)
         self.ran(fqn)
-        return self._seen[-max(since, 1) :]
+        return running.seen[-max(since, 1) :]
 
     def _fits(self, seen: Seen, tokens: int) -> bool:
         if isinstance(self.source, TokenSource):

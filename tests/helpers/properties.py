@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
@@ -58,21 +58,13 @@ def assert_compiled_equals_eager(
 
 
 def assert_threads_do_not_mix(model: nn.Module, runs: tuple[Run, Run], atol: float = 0) -> None:
-    """Two models with different keep ratios on different inputs, side by side, give what they give alone."""
-    models = [apply_lite3r(copy.deepcopy(model), TEST_CONFIG, keep_ratio=ratio) for ratio in (0.1, 0.6)]
-    expected = [outputs(m, run) for m, run in zip(models, runs, strict=True)]
-    found: list[list[dict[str, Tensor]]] = [[], []]
-
-    def work(i: int) -> None:
-        found[i] += [outputs(models[i], runs[i]) for _ in range(3)]
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for alone, repeated in zip(expected, found, strict=True):
-        assert len(repeated) == 3
-        for together in repeated:
-            for path, x in alone.items():
-                torch.testing.assert_close(together[path], x, atol=atol, rtol=0, equal_nan=True)
+    """Models with different keep ratios on different inputs, side by side, give what they give alone; one that threads share, too."""
+    first, second = (apply_lite3r(copy.deepcopy(model), TEST_CONFIG, keep_ratio=ratio) for ratio in (0.1, 0.6))
+    work = [(first, runs[0]), (first, runs[1]), (second, runs[1])]
+    alone = [outputs(m, run) for m, run in work]
+    with ThreadPoolExecutor(len(work)) as pool:
+        together = [pool.submit(lambda m, run: [outputs(m, run) for _ in range(3)], *each) for each in work]
+    for expected, found in zip(alone, together, strict=True):
+        for repeated in found.result():
+            for path, x in expected.items():
+                torch.testing.assert_close(repeated[path], x, atol=atol, rtol=0, equal_nan=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -65,7 +67,7 @@ def test_counts_that_do_not_fit_are_named(tokens: int) -> None:
 
 
 class Model(nn.Module):
-    """Calls what a test says: ``"8x12"`` is an image, ``"a"`` a site that asks for 7 tokens."""
+    """Calls what a test says: ``"8x12"`` is an image, ``"a"`` a site that asks for 7 tokens, a function itself."""
 
     def __init__(self, source: TokenSource | LayoutFunction, around: bool = False) -> None:
         super().__init__()
@@ -73,10 +75,12 @@ class Model(nn.Module):
         self.tracker = LayoutTracker(source, around)
         self.tracker.attach(self.get_submodule(source.module or ""), self)
 
-    def forward(self, *steps: str) -> list[TokenLayout | None]:
+    def forward(self, *steps: str | Callable[[], None]) -> list[TokenLayout | None]:
         found = []
         for step in steps:
-            if "x" in step:
+            if callable(step):
+                step()
+            elif "x" in step:
                 height, width = step.split("x")
                 self.embed(torch.zeros(1, 3, int(height), int(width)))
             else:
@@ -124,6 +128,19 @@ def test_after_an_error_in_a_forward_the_next_one_is_another() -> None:
     with pytest.raises(ValueError, match="unpack"):
         model(WIDE, "1x2x3")
     assert model.forward(TALL, "a") == [uniform(1, (3, 2))]
+
+
+def test_another_thread_is_in_a_forward_of_its_own() -> None:
+    """Whole forwards on other images go by between the images of this one and its sites."""
+    model = Model(TokenSource("embed", (4, 4), 1))
+
+    def elsewhere() -> None:
+        for run in (model, model.forward):
+            assert other.submit(run, TALL, "a", "b").result() == [uniform(1, (3, 2))] * 2
+
+    with ThreadPoolExecutor(1) as other:
+        for run in (model, model.forward):
+            assert run(WIDE, elsewhere, "a", elsewhere, "b") == [uniform(1, (2, 3))] * 2
 
 
 class Views2(nn.Module):

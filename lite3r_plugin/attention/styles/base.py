@@ -32,8 +32,8 @@ class SiteModule(Protocol):
         """The host's child of that name as it is now: PEFT, quantisation and `.to` may have replaced it since the last call."""
         ...
 
-    def attend(self, inputs: AttentionInputs) -> Tensor:
-        """Attention over the tokens of the site, ``[B, H, N, D]``."""
+    def attend(self, inputs: AttentionInputs, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Attention over the tokens of the site, ``[B, H, N, D]``, in a forward that was given `args` and `kwargs`."""
         ...
 
     def run_host(self, *args: Any, **kwargs: Any) -> Any:

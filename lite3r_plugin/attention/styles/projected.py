@@ -81,7 +81,7 @@ class ProjectedStyle(ProjectionStyle):
         q, q_norm = _norm(module, spec.q_norm, q)
         k, k_norm = _norm(module, spec.k_norm, k)
         base = spec.rope.base if spec.rope is not None and positions is not None else None
-        out = module.attend(AttentionInputs(q, k, v, q_norm, k_norm, positions, base))
+        out = module.attend(AttentionInputs(q, k, v, q_norm, k_norm, positions, base), args, kwargs)
         linear = module.child(spec.out)
         out = linear.of_heads(out) if isinstance(linear, Fp8Linear) else linear(out.transpose(1, 2).flatten(2))
         if spec.out_drop is not None:

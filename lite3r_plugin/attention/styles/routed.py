@@ -69,7 +69,7 @@ class RoutedStyle(ProjectionStyle):
                 options: dict[str, Any] = dict(attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale)
                 return F.scaled_dot_product_attention(query, key, value, enable_gqa=enable_gqa, **options)
             query, key, value = (_as_autocast_has_it(x) for x in (query, key, value))
-            return module.attend(AttentionInputs(query, key, value, scale=scale))
+            return module.attend(AttentionInputs(query, key, value, scale=scale), args, kwargs)
 
         try:
             with _Redirect(attend, families):
