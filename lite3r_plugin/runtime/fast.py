@@ -189,7 +189,7 @@ class FastForward(RewrittenMethod):
                 f"CUDA graphs: {len(graphs)} layouts of inputs, at most {graphs.most}; {graphs.replays} replays; "
                 f"{graphs.held_bytes / 2**20:.1f} MiB{forgotten}"
             )
-            lines += [f"no CUDA graph in {count} forwards: {reason}" for reason, count in graphs.passed.items()]
+            lines += [f"no CUDA graph in {count} forwards: {reason}" for reason, count in list(graphs.passed.items())]
         return lines
 
 
