@@ -14,10 +14,10 @@ from .._dinov2 import encoder_sites
 
 
 def attention_sites(model: nn.Module) -> list[AttentionSite] | None:
-    """Sites of every VGGT aggregator inside `model`, and of the camera heads beside them."""
+    """Sites of every VGGT aggregator inside `model`, and of the camera heads beside them. Those that stream have adapters of their own."""
     sites = []
     for prefix, module in model.named_modules():
-        if is_aggregator(module):
+        if is_aggregator(module) and _blocks.cache_of(module.global_blocks[0].attn) is None:
             sites += _aggregator_sites(f"{prefix}." if prefix else "", module)
     return sites + camera_sites(model) if sites else None
 

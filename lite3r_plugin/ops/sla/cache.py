@@ -43,6 +43,11 @@ class Queries(NamedTuple):
     prepared: Prepared
     order: Tensor | None
 
+    @property
+    def keys(self) -> Tensor:
+        """The keys of the same tokens ``[B, H, M, D]``, normed and rotated, in host order."""
+        return forward.in_host_order(self.prepared.k[:, :, : self.q.shape[-2]], self.order, -2)
+
 
 class KeyCache:
     """Prepared keys and values of the parts that came so far. It has no gradients.
