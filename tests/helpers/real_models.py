@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from torch import nn
 
@@ -23,6 +25,45 @@ def small_vggt() -> nn.Module:
     for name, parameter in model.named_parameters():
         if name.endswith("gamma"):
             nn.init.ones_(parameter)
+    return model.eval()
+
+
+def small_streamvggt() -> nn.Module:
+    """StreamVGGT with two of its heads, as `small_vggt`."""
+    pytest.importorskip("streamvggt")
+    from streamvggt.heads.camera_head import CameraHead
+    from streamvggt.heads.dpt_head import DPTHead
+    from streamvggt.models.aggregator import Aggregator
+    from streamvggt.models.streamvggt import StreamVGGT
+
+    return _small_stream(StreamVGGT, Aggregator, CameraHead, DPTHead)
+
+
+def small_stream3r() -> nn.Module:
+    """STream3R in the same size."""
+    pytest.importorskip("stream3r")
+    from stream3r.models.components.aggregator.streamaggregator import STreamAggregator
+    from stream3r.models.components.heads.camera_head import CameraHead
+    from stream3r.models.components.heads.dpt_head import DPTHead
+    from stream3r.models.stream3r import STream3R
+
+    return _small_stream(STream3R, STreamAggregator, CameraHead, DPTHead)
+
+
+def _small_stream(model_class: Any, aggregator: Any, camera_head: Any, dpt_head: Any) -> nn.Module:
+    model = model_class.__new__(model_class)  # its constructor has no depth
+    nn.Module.__init__(model)
+    model.aggregator = aggregator(img_size=112, embed_dim=64, depth=5, num_heads=2, patch_embed="conv")
+    model.camera_head = camera_head(dim_in=128, num_heads=2, trunk_depth=1)
+    sizes: dict[str, Any] = dict(features=16, out_channels=[8] * 4, intermediate_layer_idx=[0, 1, 3, 4])
+    model.depth_head = dpt_head(128, output_dim=2, activation="exp", conf_activation="expp1", **sizes)
+    model.point_head = dpt_head(128, output_dim=4, activation="inv_log", conf_activation="expp1", **sizes)
+    model.track_head = None
+    for name, parameter in model.named_parameters():
+        if name.endswith("gamma"):
+            nn.init.ones_(parameter)
+        elif name.endswith("_token"):
+            nn.init.normal_(parameter)
     return model.eval()
 
 
