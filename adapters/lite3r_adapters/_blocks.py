@@ -8,7 +8,7 @@ from torch import nn
 
 from lite3r_plugin.adapter import FusedQKV, KeyValueCache, PreNormBlock, Rope2D, Routed, forward_parameters
 
-_BLOCK_CHILDREN = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
+_BLOCK_CHILDREN = {"norm1", "attn", "ls1", "drop_path", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
 _CHILDREN = {"qkv", "q_norm", "k_norm", "attn_drop", "proj", "proj_drop", "rope"}
 
 

@@ -93,3 +93,29 @@ def small_pi3() -> nn.Module:
     for head in (model.point_decoder, model.conf_decoder, model.camera_decoder):
         head.blocks = head.blocks[:1]
     return model
+
+
+CROCO: dict[str, Any] = dict(
+    img_size=(96, 160), patch_size=16, enc_embed_dim=64, enc_depth=1, enc_num_heads=2, dec_embed_dim=64, dec_depth=2, dec_num_heads=2,
+    pos_embed="RoPE100", head_type="linear", landscape_only=False,
+)  # fmt: skip
+
+
+def small_dust3r() -> nn.Module:
+    """DUSt3R with an encoder of one block, linear heads."""
+    pytest.importorskip("dust3r")
+    model = pytest.importorskip("dust3r.model")
+    if not hasattr(model, "AsymmetricCroCo3DStereo"):
+        pytest.skip("this dust3r is another one, as CUT3R's")
+    return model.AsymmetricCroCo3DStereo(output_mode="pts3d", **CROCO).eval()
+
+
+def small_mast3r() -> nn.Module:
+    """MASt3R in the same size, whose heads are convolutions with descriptors: they want more layers."""
+    pytest.importorskip("mast3r")
+    model = pytest.importorskip("mast3r.model")
+    sizes = CROCO | dict(head_type="catmlp+dpt", dec_depth=12)
+    return model.AsymmetricMASt3R(
+        output_mode="pts3d+desc24", depth_mode=("exp", float("-inf"), float("inf")), conf_mode=("exp", 1, float("inf")), two_confs=True,
+        desc_conf_mode=("exp", 0, float("inf")), **sizes,
+    ).eval()  # fmt: skip
