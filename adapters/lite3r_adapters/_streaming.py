@@ -23,7 +23,8 @@ def attention_sites(model: nn.Module, past: str) -> list[AttentionSite] | None:
 
 def aggregators(model: nn.Module, past: str) -> Iterator[tuple[str, Any]]:
     """Those aggregators, with their names, which end in a dot."""
-    for name, module in model.named_modules():
+    modules: dict[str, Any] = dict(model.named_modules())
+    for name, module in modules.items():
         if is_aggregator(module):
             cache = _blocks.cache_of(module.global_blocks[0].attn)
             if cache is not None and cache.past == past:

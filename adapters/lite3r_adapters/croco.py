@@ -1,7 +1,7 @@
 """CroCo v2 and what is made of it: DUSt3R, MASt3R, CUT3R. An encoder of each view, decoders whose blocks also attend across views.
 
-A decoder block attends to the tokens of its own view, then to those of the other one (in CUT3R: from a state to a view, and back). Views may
-be of different sizes, so layouts are read from the coordinates that come with the tokens.
+A decoder block attends to the tokens of its own view, then to those of the other one (in CUT3R: from a state to a view, and back). Views
+may be of different sizes, so layouts are read from the coordinates that come with the tokens.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _attends_to_itself(attn: Any) -> bool:
 
 def _decoder_sites(name: str, block: Any) -> list[AttentionSite]:
     across, dim = block.cross_attn, block.cross_attn.proj.in_features // block.cross_attn.num_heads
-    base = getattr(across.rope, "base", None)
+    base: Any = getattr(across.rope, "base", None)
     plain = (
         {child for child, _ in across.named_children()} <= _CHILDREN
         and not list(across.parameters(recurse=False))
@@ -96,9 +96,7 @@ def _decoder_sites(name: str, block: Any) -> list[AttentionSite]:
             across.num_heads, "projq", "projk", "projv", "proj", attn_drop="attn_drop", out_drop="proj_drop", rope=Rope2D(float(base)),
             positions="qpos", key="key", value="value", key_positions="kpos",
         )  # fmt: skip
-    crossing = AttentionSite(
-        f"{name}.cross_attn", "global", dim, projections, LayoutFunction(of_queries), keys=LayoutFunction(of_keys)
-    )
+    crossing = AttentionSite(f"{name}.cross_attn", "global", dim, projections, LayoutFunction(of_queries), keys=LayoutFunction(of_keys))
     return [_site(f"{name}.attn", "frame", block.attn), crossing]
 
 

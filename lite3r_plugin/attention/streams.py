@@ -52,7 +52,7 @@ class Stream:
         end = tokens + k.shape[2]
         if not self.buffers or end > self.buffers[0].shape[2]:
             with torch.inference_mode(False):
-                grown = tuple(x.new_zeros(*x.shape[:2], end + (tokens // SPARE), x.shape[3]) for x in (k, v))
+                grown = tuple(x.new_zeros((*x.shape[:2], end + tokens // SPARE, x.shape[3])) for x in (k, v))
             for new, old in zip(grown, self.buffers, strict=bool(self.buffers)):
                 new[:, :, :tokens] = old[:, :, :tokens]
             self.buffers = grown

@@ -119,3 +119,15 @@ def small_mast3r() -> nn.Module:
         output_mode="pts3d+desc24", depth_mode=("exp", float("-inf"), float("inf")), conf_mode=("exp", 1, float("inf")), two_confs=True,
         desc_conf_mode=("exp", 0, float("inf")), **sizes,
     ).eval()  # fmt: skip
+
+
+def small_cut3r() -> nn.Module:
+    """CUT3R with an encoder of one block."""
+    code = pytest.importorskip("dust3r.model")
+    inf = float("inf")
+    sizes = CROCO | dict(dec_depth=4, head_type="dpt")
+    config = code.ARCroco3DStereoConfig(
+        state_size=64, rgb_head=True, pose_head=True, output_mode="pts3d+pose", depth_mode=("exp", -inf, inf), conf_mode=("exp", 1, inf),
+        pose_mode=("exp", -inf, inf), state_dec_num_heads=2, ray_enc_depth=1, **sizes,
+    )  # fmt: skip
+    return code.ARCroco3DStereo(config).eval()

@@ -174,9 +174,9 @@ class KeyCache:
             key_pinned_tokens=self.pinned_tokens,
         )  # fmt: skip
         columns = arguments.columns
-        keys = self._keys if forward.on_triton(arguments) else (self.k, self.v)
-        means = (mean[:, :, :columns].contiguous() for mean in self._means)
-        prepared = Prepared(queries.prepared.q, *keys, queries.prepared.q_mean, *means)
+        k, v = self._keys if forward.on_triton(arguments) else (self.k, self.v)
+        k_mean, v_mean = (mean[:, :, :columns].contiguous() for mean in self._means)
+        prepared = queries.prepared._replace(k=k, v=v, k_mean=k_mean, v_mean=v_mean)
         out, _ = forward.run(arguments, prepared=prepared)
         if pinned_tokens:
             q = queries.prepared.q[:, :, :pinned_tokens]
@@ -217,9 +217,9 @@ class KeyCache:
             return
         room = -(-(tokens + (tokens // SPARE if self._keys else 0)) // self.block_q) * self.block_q
         with torch.inference_mode(False):  # it is written to in later forwards, inside of inference mode and outside
-            grown = tuple(x.new_zeros(*x.shape[:2], room, x.shape[3]) for x in (k, v))
+            grown = tuple(x.new_zeros((*x.shape[:2], room, x.shape[3])) for x in (k, v))
             wide = torch.promote_types(k.dtype, torch.float32)
-            means = tuple(x.new_zeros(*x.shape[:2], room // self.block_k, x.shape[3], dtype=wide) for x in (k, v))
+            means = tuple(x.new_zeros((*x.shape[:2], room // self.block_k, x.shape[3]), dtype=wide) for x in (k, v))
         for new, old in zip((*grown, *means), (*self._keys, *self._means), strict=bool(self._keys)):
             new[:, :, : old.shape[2]] = old
         self._keys, self._means = grown, means
