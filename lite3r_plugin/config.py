@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 from .errors import ConfigError, shown
 from .ops.options import Backend, FeatureMap, LinearBranch, check_choice, check_ratio, check_share, is_int
 
 if TYPE_CHECKING:
     from torch import nn
+    from typing_extensions import Unpack  # of the type checker
 
 Scope = Literal["global", "frame", "encoder", "camera"]
 Pin = Literal["none", "special", "reference"]
@@ -54,6 +55,40 @@ class SiteRatios(Mapping[str, float]):
         return repr(dict(self._items))
 
 
+class WholeModelFields(TypedDict, total=False):
+    """Fields of `Lite3RConfig` about how the whole model runs, as keywords."""
+
+    preset: Preset | None
+    weights: Weights | None
+    keep_originals: bool
+    compile_blocks: bool | None
+    dense_attention: DenseAttention | None
+    cuda_graphs: bool | None
+    graph_shapes: int
+
+
+class Lite3RFields(WholeModelFields, total=False):
+    """All fields of `Lite3RConfig`, as keywords."""
+
+    keep_ratio: float | Mapping[str, float]
+    negligible_ratio: float
+    scopes: tuple[Scope, ...] | Literal["auto"]
+    exclude: tuple[str, ...]
+    linear_branch: LinearBranch
+    feature_map: FeatureMap
+    block_means: bool
+    pin: Pin
+    dense_below: int | None
+    fuse: bool
+    exact_rewrites: bool
+    attention_backend: Backend
+    block_q: int
+    block_k: int
+    precision: Precision
+    fp8_backend: Fp8Backend
+    fp8_filter: Fp8Filter
+
+
 @dataclasses.dataclass(frozen=True)
 class WholeModel:
     """How the whole model runs: what ``preset`` stands for, but for the fields of `Lite3RConfig` that say something else.
@@ -68,7 +103,7 @@ class WholeModel:
     cuda_graphs: bool = False
 
 
-WHOLE_MODEL_FIELDS = frozenset({"preset", "keep_originals", "graph_shapes", *(field.name for field in dataclasses.fields(WholeModel))})
+WHOLE_MODEL_FIELDS = frozenset(WholeModelFields.__annotations__)
 PRESETS: Mapping[Preset, WholeModel] = {"fast": WholeModel("bf16", True, "fastest", True)}
 
 
@@ -224,7 +259,7 @@ class Lite3RConfig:
         for name, value in fields.items():
             object.__setattr__(self, name, value)
 
-    def replace(self, **fields: Any) -> Lite3RConfig:
+    def replace(self, **fields: Unpack[Lite3RFields]) -> Lite3RConfig:
         """A copy with other values. Unknown names raise `ConfigError`, which lists the known ones."""
         known = {f.name for f in dataclasses.fields(self)}
         if unknown := sorted(set(fields) - known):

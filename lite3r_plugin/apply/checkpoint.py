@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -31,6 +31,11 @@ from .seal import CONFIG_NAME, FORMAT_VERSION, WEIGHTS_NAME, metadata_of, read_s
 from .source import find_checkpoint
 from .swap import fast_of, put_in, run_fast, run_in_fp8
 from .tensors import fill_tensors, named_tensors, writable
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ..config import WholeModelFields
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -93,7 +98,7 @@ def load_lite3r(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
     token: str | None = None,
-    **fields: Any,
+    **fields: Unpack[WholeModelFields],
 ) -> Model:
     """Apply the stored configuration to the dense `model` and load what `save_lite3r` wrote, in place.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -24,6 +24,11 @@ from .lookup import Inventory, look_up
 from .plan import check_branches, plan_application, plan_conversion
 from .swap import as_it_came, fast_of, put_in, run_fast, take_out, to_fp8
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ..config import Lite3RFields
+
 NOT_KEPT = (
     "Lite3R: weights become BF16, and keep_originals=False frees what they were: remove_lite3r and lite3r_disabled will refuse, and "
     "save_lite3r(whole=True) too"
@@ -33,7 +38,9 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 @torch.inference_mode(False)  # what is made here must serve outside of it
-def apply_lite3r(model: Model, config: Lite3RConfig | None = None, *, sites: Sequence[AttentionSite] | None = None, **fields: Any) -> Model:
+def apply_lite3r(
+    model: Model, config: Lite3RConfig | None = None, *, sites: Sequence[AttentionSite] | None = None, **fields: Unpack[Lite3RFields]
+) -> Model:
     """Make the attention of `model` sparse-linear, in place. Nothing outside this instance changes.
 
     Everything is checked before anything is changed: an error or an interruption leaves the model as it was; with

@@ -32,6 +32,9 @@ from .trainable import Trainable, added_parameters, check_branches, choose
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from typing_extensions import Unpack
+
+    from .config import DistillFields
 
 TINY_SECONDS = 1e-9
 PLAIN_MACHINES = ("NO", "MULTI_CPU", "MULTI_GPU")
@@ -98,7 +101,7 @@ def distill(
     *,
     validation: Validation | None = None,
     outputs: OutputsFunction | None = None,
-    **fields: Any,
+    **fields: Unpack[DistillFields],
 ) -> Distillation:
     """Train what Lite3R added to `model`, and what `trainable` names besides, in place, to give what the model gave before.
 
