@@ -39,3 +39,7 @@ __all__ = [
     "remove_lite3r",
     "save_lite3r",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)  # what completion offers

@@ -166,6 +166,11 @@ class Lite3RConfig:
 
     Raises:
         ConfigError: a field has a value that it does not take.
+
+    Examples:
+        >>> config = Lite3RConfig(keep_ratio=0.1, exclude=("*.0.attn",))
+        >>> config.replace(pin="special").keep_ratio
+        0.1
     """
 
     keep_ratio: float | Mapping[str, float] = DEFAULT_KEEP_RATIO

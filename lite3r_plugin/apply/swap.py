@@ -17,6 +17,7 @@ from torch import nn
 from ..attention.module import SparseLinearAttention
 from ..attention.state import ModelState
 from ..config import WholeModel
+from ..errors import plural
 from ..fp8.backends import BACKENDS, te
 from ..fp8.convert import convert_linears, fuse_blocks
 from ..fp8.qat import FakeQuantLinear
@@ -146,12 +147,13 @@ def run_in_fp8(found: Inventory, state: ModelState, left: dict[str, int], change
     takes_fp8 = {module.site.fqn for module in found.attention.values() if module.takes_fp8}
     differing = fuse_blocks(changes, found.modules, state.sites, state.blocks, takes_fp8)
     reasons = Counter(differing.values())
-    changes.put(state.notes, "blocks", [f"{count} blocks run their own forward on FP8 Linears: {why}" for why, count in reasons.items()])
+    own = [f"{plural(count, 'block runs its', 'blocks run their')} own forward on FP8 Linears: {why}" for why, count in reasons.items()]
+    changes.put(state.notes, "blocks", own)
 
 
 def _left(left: dict[str, int]) -> list[str]:
     """What `describe` says of Linears that were left as they are, counted by reason."""
-    return [f"{count} Linears left as they are: {reason}" for reason, count in left.items()]
+    return [f"{plural(count, 'Linear left as it is', 'Linears left as they are')}: {reason}" for reason, count in left.items()]
 
 
 def _train_in_te(modules: Iterable[SparseLinearAttention], state: ModelState) -> None:

@@ -65,6 +65,10 @@ def apply_lite3r(
         WeightsError: FP8 is wanted, and a weight is not finite, is made by a parametrisation or by pruning, or is inside of an adapter;
             or a module around a site brings in its weights for a call (CPU offload), where a branch cannot follow.
         ConfigError, BackendError, AdapterError: a wrong field, a backend that cannot run, a wrong adapter.
+
+    Examples:
+        >>> model = apply_lite3r(model, keep_ratio=0.1)  # in place: it is the same model
+        >>> predictions = model(images)  # as before
     """
     found = look_up(model)
     if config is not None and not isinstance(config, Lite3RConfig):
@@ -112,6 +116,10 @@ def convert(model: Model, *, fp8_backend: Fp8Backend | None = None, tokens: int 
         BackendError: the backend cannot run here, or nothing would be faster at `tokens`.
         WeightsError: a weight, or that of a linear branch, is not finite, or is made by a parametrisation or by pruning; or an adapter,
             such as LoRA, is still around a Linear, or after training for FP8 around a linear branch.
+
+    Examples:
+        >>> model = apply_lite3r(model)
+        >>> model = convert(model, fp8_backend="emulated")  # which runs anywhere; without it the fastest that can run here
     """
     found = look_up(model)
     state = found.require_one_state("convert")
@@ -138,6 +146,10 @@ def remove_lite3r(model: Model) -> Model:
         NotAppliedError: the model carries no Lite3R, or is a part of the one that it was applied to.
         ConvertedError: weights are in FP8, be it not all of them.
         WeightsError: PEFT holds linear branches, which would be lost with it; or ``keep_originals=False`` freed weights.
+
+    Examples:
+        >>> model = apply_lite3r(model)
+        >>> model = remove_lite3r(model)  # the model as it was
     """
     found = look_up(model)
     _require_original_weights(found, "remove_lite3r")
@@ -163,6 +175,11 @@ def lite3r_disabled(model: nn.Module) -> Iterator[None]:
         NotAppliedError: the model carries no Lite3R.
         ConvertedError: weights are in FP8, be it not all of them.
         WeightsError: ``keep_originals=False`` freed weights.
+
+    Examples:
+        >>> model = apply_lite3r(model)
+        >>> with lite3r_disabled(model):
+        ...     dense = model(images)
     """
     found = look_up(model)
     _require_original_weights(found, "lite3r_disabled")

@@ -71,7 +71,7 @@ def calibrate(
     if weights == RANDOM:
         warn("the weights are random: what was fitted means nothing")
     if left := len(paths) - sum(map(len, inputs)):
-        say(f"{left} of {len(paths)} photographs were not used: inputs have {len(inputs[0])} each")
+        say(f"{left} of {len(paths)} photographs not used: inputs have {len(inputs[0])} each")
     say(str(result))
     say(f"wrote {out} (load_lite3r(model, {str(out)!r}))")
 

@@ -118,6 +118,11 @@ class DistillConfig:
 
     Raises:
         ConfigError: a field has a value that it does not take, or two contradict each other.
+
+    Examples:
+        >>> config = DistillConfig(trainable="proj", minutes=3)
+        >>> config.replace(learning_rate=1e-3).minutes
+        3
     """
 
     trainable: Trainable = "proj+lora"
