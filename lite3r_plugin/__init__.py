@@ -7,6 +7,7 @@ from .apply.checkpoint import load_lite3r, save_lite3r
 from .apply.report import describe
 from .apply.verbs import apply_lite3r, convert, lite3r_disabled, remove_lite3r
 from .config import Lite3RConfig
+from .diagnosis import doctor
 from .errors import Lite3RError
 from .training.calibrate import calibrate
 from .training.config import DistillConfig
@@ -33,6 +34,7 @@ __all__ = [
     "convert",
     "describe",
     "distill",
+    "doctor",
     "hookimpl",
     "lite3r_disabled",
     "load_lite3r",

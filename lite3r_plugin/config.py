@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from decimal import Decimal
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
@@ -334,6 +336,21 @@ def matches(pattern: str, fqn: str) -> bool:
     The name may be the one that the module has without wrappers around it (`plain_name`).
     """
     return any(pattern == name or fnmatchcase(name, pattern) for name in {fqn, plain_name(fqn)})
+
+
+def parse_amount(text: str | int) -> int | None:
+    """``50000000``, ``200M``, ``1.5GB`` or ``4GiB`` as a number: K, M, G and T are powers of 1000, and with an i of 1024.
+
+    Returns:
+        The number; None where `text` is none of these, or less than 1.
+    """
+    if not isinstance(text, str):
+        return text if is_int(text) and text > 0 else None
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?(?:([kmgt])(i?))?b?", text.strip(), re.IGNORECASE)
+    if match is None:
+        return None
+    number = int(Decimal(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index((match[2] or " ").lower()))
+    return number if number > 0 else None
 
 
 def plain_name(fqn: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import json
 import platform
 import subprocess
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from ..errors import InputError, short
 from ..files import to_json, write_atomically
 from ..ops.dispatch import triton_installed
 from ..version import __version__
@@ -128,6 +130,24 @@ class BenchReport:
     def save(self, path: Path) -> None:
         """Write the JSON file in one step: a reader sees the old or the new one, never a part. Raises `InputError` where that fails."""
         write_atomically(path, to_json(self.to_dict()))
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """What `BenchReport.save` wrote, as data.
+
+    Raises:
+        InputError: the file is not there, or no report of this version.
+    """
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is no JSON: {short(error)}") from error
+    version = stored.get("version") if isinstance(stored, dict) else None
+    if version != REPORT_VERSION or not isinstance(stored.get("conditions"), dict) or not isinstance(stored.get("cells"), list):
+        raise InputError(f"{path} is no report of lite3r bench of version {REPORT_VERSION}; measure again with --json")
+    return stored
 
 
 def machine(device: torch.device, commit: str | None) -> dict[str, Any]:

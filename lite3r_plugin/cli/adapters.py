@@ -61,7 +61,7 @@ def inspect(
     from ..testing import inspect_model
 
     size = None if shape is None else _shape(shape)
-    model, inputs = _made(factory)
+    model, inputs = made_by(factory)
     typer.echo(str(inspect_model(model, inputs, shape=size)))
 
 
@@ -75,7 +75,7 @@ def _shape(text: str) -> tuple[int, ...]:
     return size
 
 
-def _made(factory: str) -> tuple[nn.Module, Any]:
+def made_by(factory: str) -> tuple[nn.Module, Any]:
     """The model that `factory` makes, and its inputs, or None."""
     from torch import nn
 

@@ -17,6 +17,7 @@ from .calibrate import calibrate
 from .convert_official import convert_official
 from .demo import demo
 from .distill import distill
+from .doctor import doctor
 from .evaluate import evaluate
 from .push import push
 from .reconstruct import reconstruct
@@ -94,6 +95,7 @@ def _options(
 app.command()(demo)
 app.command()(reconstruct)
 app.command()(view)
+app.command()(doctor)
 app.command()(bench)
 app.command("eval")(evaluate)
 app.command()(calibrate)

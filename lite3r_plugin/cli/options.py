@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..config import Lite3RConfig
+from ..config import Lite3RConfig, parse_amount
 from ..errors import InputError
 
 if TYPE_CHECKING:
@@ -106,10 +104,7 @@ def amount(text: str, option: str) -> int:
     Raises:
         InputError: it is none of these, or less than 1.
     """
-    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?(?:([kmgt])(i?))?b?", text.strip(), re.IGNORECASE)
-    number = 0
-    if match:
-        number = int(Decimal(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index((match[2] or " ").lower()))
-    if number < 1:
+    number = parse_amount(text)
+    if number is None:
         raise InputError(f"{option} takes a number above 0, such as 50000000, 200M or 4GB, got {text[:80]!r}")
     return number
