@@ -71,7 +71,6 @@ app = typer.Typer(
     name="lite3r",
     cls=_Group,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     help="Make 3D reconstruction transformers faster: sparse-linear attention for VGGT, Depth Anything 3, Pi3 and more.",
 )

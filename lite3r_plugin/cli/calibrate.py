@@ -65,7 +65,7 @@ def calibrate(
                 Predicting(entry, net),
                 [x.to(where) for x in pixels.split(len(inputs[0]))],
                 outputs=as_outputs,
-                progress=lambda what, done, total: bar.update(task, description=what.capitalize(), completed=done, total=total or 1),
+                progress=lambda what, done, total: bar.stage(task, what.capitalize(), done, total),
             )
         save_lite3r(net, out)
     if weights == RANDOM:

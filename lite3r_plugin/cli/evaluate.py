@@ -101,7 +101,7 @@ def evaluate(
         pair = ModelPair.build(entry, options, weights, where) if folder is None else ModelPair.load(entry, folder, weights, where)
         result = compare(
             pair, found, **wanted, protocol=judged and judged.name, dtype=number,
-            progress=lambda done, total, what: bar.update(task, completed=done, total=total, description=f"{what}, dense and with Lite3R"),
+            progress=lambda done, total, what: bar.stage(task, f"{what}, dense and with Lite3R", done, total),
         )  # fmt: skip
 
     if weights == RANDOM:

@@ -8,7 +8,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,11 @@ from .report import Diagnosis, Leak, Site, Timing, Unread, ViewGrowth
 from .steps import Facts, judge
 from .untouched import parameter_versions, tensors_changed, untouched
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ..config import Lite3RFields
+
 HALF = (torch.bfloat16, torch.float16)
 RUNS = 5
 MOST_LEAKS = 12
@@ -37,7 +42,7 @@ def doctor(
     *,
     config: Lite3RConfig | None = None,
     memory: int | str | None = None,
-    **fields: Any,
+    **fields: Unpack[Lite3RFields],
 ) -> Diagnosis:
     """What `model` does as it comes, and which steps of Lite3R would pay here. Nothing changes.
 
@@ -59,6 +64,9 @@ def doctor(
         AlreadyAppliedError: the model carries Lite3R; `describe` tells what runs there.
         InputError: the model does not run on `inputs`, or `memory` is no number of bytes.
         ConfigError: there is no such field, or it does not take the value.
+
+    Examples:
+        >>> diagnosis = doctor(model, images)  # print it
     """
     found = look_up(model)
     if found.attention:

@@ -137,8 +137,8 @@ def calibrate(
         outputs: From what the model returns to `lite3r_plugin.adapter.ModelOutputs`; by default what its adapter says, and where it says
             nothing, all floating-point tensors of the output count alike.
         judged: How many of the first inputs to judge by, at most 8. On each of them the model runs at most a dozen times more.
-        progress: A bar on standard error, if that is a terminal; or no bar; or a function of what is done, how often it was done, and how
-            often it will be, None where that is not known.
+        progress: A bar on standard error, or lines now and then if that is no terminal; or nothing; or a function of what is done, how
+            often it was done, and how often it will be, None where that is not known.
 
     Returns:
         The errors before and after, of the outputs and by site.

@@ -27,8 +27,9 @@ from .config import DistillConfig
 from .data import Feed, gives_items
 from .loop import Run, Validation
 from .objective import Objective
-from .progress import Progress, duration, peak_bytes, size
+from .progress import Progress, peak_bytes
 from .trainable import Trainable, added_parameters, check_branches, choose
+from .units import duration, size
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
