@@ -63,13 +63,14 @@ def memory_over_views(report: Mapping[str, Any]) -> Figure:
     return _finished(figure, axes, report, "memory")
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure in one step, as its suffix says (``.png``, ``.svg``, ``.pdf``). Raises `InputError` where that fails."""
+def save_figure(figure: Figure, path: Path, dpi: float | None = None) -> None:
+    """Write a figure in one step, as its suffix says (``.png``, ``.svg``, ``.pdf``), at `dpi` or its own. Raises `InputError` where that
+    fails."""
     buffer = io.BytesIO()
     kind = path.suffix.removeprefix(".").lower()
     if kind not in figure.canvas.get_supported_filetypes():
         raise InputError(f"{path} is no kind of picture; name a file that ends in .png, .svg or .pdf")
-    figure.savefig(buffer, format=kind)
+    figure.savefig(buffer, format=kind, dpi=dpi or "figure")
     write_atomically(path, buffer.getvalue())
 
 

@@ -21,6 +21,7 @@ from .doctor import doctor
 from .evaluate import evaluate
 from .push import push
 from .reconstruct import reconstruct
+from .reports import ARGUMENTS
 from .view import view
 
 
@@ -39,6 +40,10 @@ class _Group(TyperGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         return super().get_command(ctx, cmd_name) or self.plugin_commands.get(cmd_name)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta[ARGUMENTS] = list(args)  # for reports, which say how to repeat them
+        return super().parse_args(ctx, args)
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         from . import show as _show
