@@ -21,7 +21,21 @@ def bench(
     config: Config = None,
     resolution: Annotated[int, typer.Option(min=1, help="Height and width of the images.")] = 518,
     variants: Annotated[str, typer.Option(help=f"Some of {DEFAULT_VARIANTS}, in the order in which they are to run.")] = DEFAULT_VARIANTS,
+    peers: Annotated[
+        str | None,
+        typer.Option(
+            help="Others to measure beside, each in a process of its own: strided-keys, torchao-float8, fastvggt=PATH, saf3r=PATH, the "
+            "path of a checkout; separated by commas.",
+            show_default=False,
+        ),
+    ] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the report here, after every cell.", show_default=False)] = None,
+    markdown_path: Annotated[
+        Path | None, typer.Option("--markdown", help="Write the table and the conditions here, for people.", show_default=False)
+    ] = None,
+    plots: Annotated[
+        Path | None, typer.Option(help="A folder for plots over views: time.svg, and on a GPU memory.svg.", show_default=False)
+    ] = None,
     device: Device = "auto",
     compile_: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the blocks where the preset is.")] = True,
     graphs: Annotated[bool, typer.Option(help="Record CUDA graphs where the preset is.")] = True,
@@ -37,9 +51,11 @@ def bench(
 
     from ..adapter.plugins import find_model
     from ..bench import Bench, BenchModel
-    from ..bench.table import table
+    from ..bench.peers import chosen
+    from ..bench.plots import memory_over_views, save_figure, time_over_views
+    from ..bench.table import markdown, table
     from ..evaluation import choose_device
-    from ..files import check_output
+    from ..files import check_output, check_output_folder, write_atomically
 
     entry = find_model(model)
     entry.require_library()
@@ -54,6 +70,7 @@ def bench(
         graphs=graphs,
         repeats=repeats,
         time_budget=time_budget,
+        peers={} if peers is None else chosen(peers, entry.name),
         path=json_path,
         commit=commit,
         seed=seed,
@@ -61,6 +78,10 @@ def bench(
     )
     if json_path is not None:
         check_output(json_path, ".json")
+    if markdown_path is not None:
+        check_output(markdown_path, ".md")
+    if plots is not None:
+        check_output_folder(plots, "time.svg")
     report = run.run()
     console = Console()
     console.width = max(console.width, TABLE_WIDTH)
@@ -72,3 +93,11 @@ def bench(
     if all(cell.status != "ok" for cell in report.cells):
         first = report.cells[0]
         raise InputError(f"nothing was measured: no cell ran; {first.variant} at {first.views} views: {first.status}, {first.error}")
+    if markdown_path is not None:
+        write_atomically(markdown_path, markdown(report))
+    if plots is not None:
+        plots.mkdir(exist_ok=True)
+        stored = report.to_dict()
+        save_figure(time_over_views(stored), plots / "time.svg")
+        if any(cell.winner is not None and cell.winner.peak_bytes for cell in report.cells):
+            save_figure(memory_over_views(stored), plots / "memory.svg")
