@@ -4,6 +4,7 @@ from .adapter.hookspecs import hookimpl
 from .adapter.layouts import LayoutFunction, TokenLayout, TokenSource, Views
 from .adapter.sites import AttentionSite, FusedQKV, PreNormBlock, Rope2D, Routed, SeparateQKV
 from .apply.checkpoint import load_lite3r, save_lite3r
+from .apply.memory import plan_memory
 from .apply.report import describe
 from .apply.verbs import apply_lite3r, convert, lite3r_disabled, remove_lite3r
 from .config import Lite3RConfig
@@ -38,6 +39,7 @@ __all__ = [
     "hookimpl",
     "lite3r_disabled",
     "load_lite3r",
+    "plan_memory",
     "remove_lite3r",
     "save_lite3r",
 ]

@@ -67,6 +67,7 @@ class WholeModelFields(TypedDict, total=False):
     dense_attention: DenseAttention | None
     cuda_graphs: bool | None
     graph_shapes: int
+    max_memory: int | str | None
 
 
 class Lite3RFields(WholeModelFields, total=False):
@@ -165,6 +166,9 @@ class Lite3RConfig:
             long as a forward runs. ``"host"``: whatever is set.
         cuda_graphs: Record the forward once for each layout of inputs, and replay it; where that cannot be, `describe` says why.
         graph_shapes: How many recordings are kept, those used last. Each holds memory.
+        max_memory: Bytes that a forward may hold on the device of the model, weights included, or text such as ``"8GB"``. Each new
+            layout of inputs is planned before it runs: which heads, blocks and MLPs run in chunks, with the same result up to rounding;
+            `describe` shows the plan, and what cannot fit is refused. None: nothing is planned.
 
     Raises:
         ConfigError: a field has a value that it does not take.
@@ -199,6 +203,7 @@ class Lite3RConfig:
     dense_attention: DenseAttention | None = None
     cuda_graphs: bool | None = None
     graph_shapes: int = 8
+    max_memory: int | str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.keep_ratio, Mapping):
@@ -245,6 +250,13 @@ class Lite3RConfig:
                 'precision="fp8_qat" trains, for which weights in BF16 are too coarse: train without them, then convert(model) and '
                 'save_lite3r, and load_lite3r(model, directory, preset="fast")'
             )
+        if self.max_memory is not None:
+            size = parse_amount(self.max_memory)
+            if size is None:
+                raise ConfigError(
+                    f"max_memory is a number of bytes above 0, or text such as '8GB' or '7.5GiB', got {shown(self.max_memory)}"
+                )
+            self._set(max_memory=size)
         if not is_int(self.graph_shapes) or not 1 <= self.graph_shapes <= MOST_SHAPES:
             raise ConfigError(f"graph_shapes is a number from 1 to {MOST_SHAPES}, got {shown(self.graph_shapes)}")
         if self.dense_below is not None and (not is_int(self.dense_below) or not 0 <= self.dense_below <= MOST_TOKENS):

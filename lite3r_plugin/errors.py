@@ -64,6 +64,10 @@ class CheckpointError(Lite3RError):
     """A Lite3R checkpoint is damaged, of another version, or belongs to another model."""
 
 
+class MemoryLimitError(Lite3RError):
+    """A forward would hold more memory than `max_memory` allows, however it is cut."""
+
+
 class TrainingError(Lite3RError):
     """Training cannot go on: the loss is not finite, or what is to learn gets no gradient."""
 

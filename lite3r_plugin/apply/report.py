@@ -20,7 +20,7 @@ from ..fp8.linear import Fp8Linear
 from ..fp8.qat import FakeQuantLinear
 from ..wrapper import is_lora
 from .lookup import Inventory, look_up
-from .swap import fast_of
+from .swap import fast_of, planner_of
 
 FULL_PRECISION = "in full precision"
 
@@ -221,7 +221,10 @@ def describe(model: nn.Module) -> Description:
             sum(2 * m.weight_data.numel() for m in fp8_linears),
         ),
         infinities=sum(int(m.infinities) for m in modules if isinstance(m, (Fp8Linear, FakeQuantLinear)) and not m.infinities.is_meta),
-        whole=tuple(fast.report()) if (fast := fast_of(state)) is not None else (),
+        whole=(
+            *(fast.report() if (fast := fast_of(state)) is not None else ()),
+            *(planner.report() if (planner := planner_of(state)) is not None else ()),
+        ),
         peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         notes=(
             *_interrupted(found, state),

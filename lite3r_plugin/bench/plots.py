@@ -108,7 +108,8 @@ def _lines(
 
 
 def _why(cell: Mapping[str, Any]) -> str:
-    return {"ok": "not measured", "oom": "out of memory"}.get(cell["status"], cell["status"])
+    status: str = cell["status"]
+    return {"ok": "not measured", "oom": "out of memory"}.get(status, status)
 
 
 def _won(cell: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -20,7 +20,7 @@ from ..config import Lite3RConfig, parse_amount
 from ..errors import AlreadyAppliedError, InputError, UnknownModelError, short
 from ..runtime.device import peak, release_memory, synchronize, timed
 from ..runtime.trace import Held, Trace, traced
-from ..runtime.values import exchanged, tensors_in
+from ..runtime.values import exchanged, images_in, tensors_in, with_views
 from .report import Diagnosis, Leak, Site, Timing, Unread, ViewGrowth
 from .steps import Facts, judge
 from .untouched import parameter_versions, tensors_changed, untouched
@@ -123,28 +123,12 @@ def _runner(model: nn.Module, inputs: Any) -> Callable[[int | None], Any]:
     def run(views: int | None) -> Any:
         if callable(inputs):
             return inputs(model)
-        given = exchanged(inputs if views is None else _with_views(inputs, views), Tensor.clone)
+        given = exchanged(inputs if views is None else with_views(inputs, views), Tensor.clone)
         if isinstance(given, dict):
             return model(**given)
         return model(*given) if isinstance(given, tuple) else model(given)
 
     return run
-
-
-def _images(inputs: Any) -> Tensor | None:
-    """The images among the inputs: the first tensor ``[..., 3, H, W]`` of four or five dimensions."""
-    if callable(inputs):
-        return None
-    return next((x for x in tensors_in(inputs) if x.dim() in (4, 5) and x.is_floating_point() and x.shape[-3] == 3), None)
-
-
-def _with_views(inputs: Any, views: int) -> Any:
-    """The inputs with the first `views` views of the images, and of every tensor that has as many in the same place."""
-    images = _images(inputs)
-    assert images is not None
-    place = images.dim() - 4
-    count = images.shape[place]
-    return exchanged(inputs, lambda x: x.narrow(place, 0, views) if x.dim() > place and x.shape[place] == count else x)
 
 
 def _trace(model: nn.Module, run: Callable[[int | None], Any], views: int | None, device: torch.device) -> tuple[Trace, int | None]:
@@ -192,7 +176,7 @@ def _growth(
     memory: int | None, notes: list[str],
 ) -> tuple[int | None, ViewGrowth | None]:  # fmt: skip
     """How many views the inputs have, and how many would fit."""
-    images = _images(inputs)
+    images = None if callable(inputs) else images_in(inputs)
     if images is None:
         notes.append("how many views fit is told of images [B, S, 3, H, W] or [S, 3, H, W] only")
         return None, None

@@ -110,11 +110,18 @@ class Trace:
         return [item for item in self.at_peak() if item.read < self.peak_at and item.freed is not None and item.made < self.peak_at]
 
 
+Transients = Callable[[Any, tuple[Any, ...], dict[str, Any]], int]
+
+
 @contextlib.contextmanager
-def traced(model: nn.Module) -> Iterator[Trace]:
+def traced(model: nn.Module, transients: Transients = lambda func, args, kwargs: 0) -> Iterator[Trace]:
     """See the forwards inside the context. Hooks are on the modules meanwhile; compiled code is not seen.
 
     Gradients must be off, and `torch.inference_mode` too: it hides what operators are made of.
+
+    Args:
+        model: The model.
+        transients: ``(operator, args, kwargs)`` to the bytes that it holds only while it runs, beside its results.
     """
     trace, stack, handles = Trace(), [""], []
 
@@ -129,7 +136,7 @@ def traced(model: nn.Module) -> Iterator[Trace]:
     def leave(*_: Any) -> None:
         stack.pop()
 
-    operators = _Operators(trace, stack)
+    operators = _Operators(trace, stack, transients)
     try:
         for name, module in model.named_modules():
             handles.append(module.register_forward_pre_hook(enters(name)))
@@ -145,9 +152,9 @@ def traced(model: nn.Module) -> Iterator[Trace]:
 class _Operators(TorchDispatchMode):
     """Notes every operator."""
 
-    def __init__(self, trace: Trace, stack: list[str]) -> None:
+    def __init__(self, trace: Trace, stack: list[str], transients: Transients) -> None:
         super().__init__()
-        self.trace, self.stack = trace, stack
+        self.trace, self.stack, self.transients = trace, stack, transients
         self.kernel: str | None = None
         self.done = False
         self._held: dict[int, tuple[Any, Held]] = {}  # by the address of the storage: a weak reference to it, and what it is
@@ -176,6 +183,7 @@ class _Operators(TorchDispatchMode):
             if _address(x) not in before:
                 self._make(x, part, name)
         if made and made[0].is_floating_point():
+            self._count(self.transients(func, args, kwargs))
             work = self.trace.work.setdefault((part, name.removeprefix("aten::"), made[0].dtype), Work())
             work.calls += 1
             work.size += sum(x.nbytes for x in made)
@@ -198,8 +206,12 @@ class _Operators(TorchDispatchMode):
         self._held[address] = weakref.ref(storage, freed), held
         self.trace.held.append(held)
         self._live += size
-        if self._live > self.trace.peak:
-            self.trace.peak, self.trace.peak_at = self._live, self._now
+        self._count(0)
+
+    def _count(self, transient: int) -> None:
+        """Look whether this is the peak."""
+        if self._live + transient > self.trace.peak:
+            self.trace.peak, self.trace.peak_at = self._live + transient, self._now
 
 
 class _Attention(TorchFunctionMode):

@@ -35,6 +35,16 @@ def test_report_and_table(tmp_path: Path) -> None:
         assert picture.width > 2000
 
 
+def test_page_and_plots(tmp_path: Path) -> None:
+    page, plots = tmp_path / "r.md", tmp_path / "plots"
+    options = ("--views", "1,2", "--variants", "stock", "--resolution", 16, "--device", "cpu", "--repeats", 1)
+    lite3r("bench", "--model", "tiny", *options, "--markdown", page, "--plots", plots)
+    lines = page.read_text().splitlines()
+    assert lines[0].startswith("# tiny at 16 px on CPU")
+    assert sum(line.startswith(("| 1 | stock | eager |", "| 2 | stock | eager |")) for line in lines) == 2
+    assert [path.name for path in plots.iterdir()] == ["time_over_views.png"]  # a CPU tells of no memory
+
+
 def test_a_run_without_any_measurement_fails(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     common = ("bench", "--model", "tiny", "--device", "cpu", "--views", 1)
@@ -53,6 +63,8 @@ def test_wrong_options_are_refused() -> None:
     assert "unknown variant(s) ['fast']" in fails("bench", "--model", "tiny", "--variants", "fast")
     if importlib.util.find_spec("pi3") is None:
         assert "needs the library 'pi3', which is not installed" in fails("bench", "--model", "pi3")
+    assert "must end in .md" in fails("bench", "--model", "tiny", "--markdown", "r.txt")
+    assert "unknown peer 'others'" in fails("bench", "--model", "tiny", "--peers", "others")
     assert "must end in .json" in fails("bench", "--model", "tiny", "--json", "r.txt")
     assert "must end in .html" in fails("bench", "--model", "tiny", "--html", "r.json")
     assert "cannot be made: File exists" in fails("bench", "--model", "tiny", "--plots", __file__)
