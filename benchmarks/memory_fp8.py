@@ -29,7 +29,7 @@ from lite3r_plugin import apply_lite3r, describe, load_lite3r, save_lite3r
 from lite3r_plugin.adapter.plugins import find_model
 from lite3r_plugin.apply.lookup import lite3r_modules
 from lite3r_plugin.bench.models import BenchModel, build, make_images, output_differences, reference, tensors
-from lite3r_plugin.bench.runner import weight_bytes
+from lite3r_plugin.bench.records import weight_bytes
 from lite3r_plugin.bench.variants import DENSE, FP8, fill_projections
 from lite3r_plugin.files import write_atomically
 from lite3r_plugin.runtime.device import peak, release_memory

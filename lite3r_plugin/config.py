@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from decimal import Decimal
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 from .errors import ConfigError, shown
 from .ops.options import Backend, FeatureMap, LinearBranch, check_choice, check_ratio, check_share, is_int
 
 if TYPE_CHECKING:
     from torch import nn
+    from typing_extensions import Unpack  # of the type checker
 
 Scope = Literal["global", "frame", "encoder", "camera"]
 Pin = Literal["none", "special", "reference"]
@@ -54,6 +57,41 @@ class SiteRatios(Mapping[str, float]):
         return repr(dict(self._items))
 
 
+class WholeModelFields(TypedDict, total=False):
+    """Fields of `Lite3RConfig` about how the whole model runs, as keywords."""
+
+    preset: Preset | None
+    weights: Weights | None
+    keep_originals: bool
+    compile_blocks: bool | None
+    dense_attention: DenseAttention | None
+    cuda_graphs: bool | None
+    graph_shapes: int
+    max_memory: int | str | None
+
+
+class Lite3RFields(WholeModelFields, total=False):
+    """All fields of `Lite3RConfig`, as keywords."""
+
+    keep_ratio: float | Mapping[str, float]
+    negligible_ratio: float
+    scopes: tuple[Scope, ...] | Literal["auto"]
+    exclude: tuple[str, ...]
+    linear_branch: LinearBranch
+    feature_map: FeatureMap
+    block_means: bool
+    pin: Pin
+    dense_below: int | None
+    fuse: bool
+    exact_rewrites: bool
+    attention_backend: Backend
+    block_q: int
+    block_k: int
+    precision: Precision
+    fp8_backend: Fp8Backend
+    fp8_filter: Fp8Filter
+
+
 @dataclasses.dataclass(frozen=True)
 class WholeModel:
     """How the whole model runs: what ``preset`` stands for, but for the fields of `Lite3RConfig` that say something else.
@@ -68,7 +106,7 @@ class WholeModel:
     cuda_graphs: bool = False
 
 
-WHOLE_MODEL_FIELDS = frozenset({"preset", "keep_originals", "graph_shapes", *(field.name for field in dataclasses.fields(WholeModel))})
+WHOLE_MODEL_FIELDS = frozenset(WholeModelFields.__annotations__)
 PRESETS: Mapping[Preset, WholeModel] = {"fast": WholeModel("bf16", True, "fastest", True)}
 
 
@@ -128,9 +166,17 @@ class Lite3RConfig:
             long as a forward runs. ``"host"``: whatever is set.
         cuda_graphs: Record the forward once for each layout of inputs, and replay it; where that cannot be, `describe` says why.
         graph_shapes: How many recordings are kept, those used last. Each holds memory.
+        max_memory: Bytes that a forward may hold on the device of the model, weights included, or text such as ``"8GB"``. Each new
+            layout of inputs is planned before it runs: which heads, blocks and MLPs run in chunks, with the same result up to rounding;
+            `describe` shows the plan, and what cannot fit is refused. None: nothing is planned.
 
     Raises:
         ConfigError: a field has a value that it does not take.
+
+    Examples:
+        >>> config = Lite3RConfig(keep_ratio=0.1, exclude=("*.0.attn",))
+        >>> config.replace(pin="special").keep_ratio
+        0.1
     """
 
     keep_ratio: float | Mapping[str, float] = DEFAULT_KEEP_RATIO
@@ -157,6 +203,7 @@ class Lite3RConfig:
     dense_attention: DenseAttention | None = None
     cuda_graphs: bool | None = None
     graph_shapes: int = 8
+    max_memory: int | str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.keep_ratio, Mapping):
@@ -203,6 +250,13 @@ class Lite3RConfig:
                 'precision="fp8_qat" trains, for which weights in BF16 are too coarse: train without them, then convert(model) and '
                 'save_lite3r, and load_lite3r(model, directory, preset="fast")'
             )
+        if self.max_memory is not None:
+            size = parse_amount(self.max_memory)
+            if size is None:
+                raise ConfigError(
+                    f"max_memory is a number of bytes above 0, or text such as '8GB' or '7.5GiB', got {shown(self.max_memory)}"
+                )
+            self._set(max_memory=size)
         if not is_int(self.graph_shapes) or not 1 <= self.graph_shapes <= MOST_SHAPES:
             raise ConfigError(f"graph_shapes is a number from 1 to {MOST_SHAPES}, got {shown(self.graph_shapes)}")
         if self.dense_below is not None and (not is_int(self.dense_below) or not 0 <= self.dense_below <= MOST_TOKENS):
@@ -224,7 +278,7 @@ class Lite3RConfig:
         for name, value in fields.items():
             object.__setattr__(self, name, value)
 
-    def replace(self, **fields: Any) -> Lite3RConfig:
+    def replace(self, **fields: Unpack[Lite3RFields]) -> Lite3RConfig:
         """A copy with other values. Unknown names raise `ConfigError`, which lists the known ones."""
         known = {f.name for f in dataclasses.fields(self)}
         if unknown := sorted(set(fields) - known):
@@ -294,6 +348,21 @@ def matches(pattern: str, fqn: str) -> bool:
     The name may be the one that the module has without wrappers around it (`plain_name`).
     """
     return any(pattern == name or fnmatchcase(name, pattern) for name in {fqn, plain_name(fqn)})
+
+
+def parse_amount(text: str | int) -> int | None:
+    """``50000000``, ``200M``, ``1.5GB`` or ``4GiB`` as a number: K, M, G and T are powers of 1000, and with an i of 1024.
+
+    Returns:
+        The number; None where `text` is none of these, or less than 1.
+    """
+    if not isinstance(text, str):
+        return text if is_int(text) and text > 0 else None
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?(?:([kmgt])(i?))?b?", text.strip(), re.IGNORECASE)
+    if match is None:
+        return None
+    number = int(Decimal(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index((match[2] or " ").lower()))
+    return number if number > 0 else None
 
 
 def plain_name(fqn: str) -> str:

@@ -2,7 +2,14 @@
 
 
 class Lite3RError(Exception):
-    """Base of all errors of this package."""
+    """Base of all errors of this package.
+
+    Examples:
+        >>> try:
+        ...     apply_lite3r(torch.nn.Linear(2, 2))
+        ... except Lite3RError as error:
+        ...     reason = str(error)  # what is wrong, and what to do
+    """
 
 
 class ConfigError(Lite3RError, ValueError):
@@ -57,6 +64,10 @@ class CheckpointError(Lite3RError):
     """A Lite3R checkpoint is damaged, of another version, or belongs to another model."""
 
 
+class MemoryLimitError(Lite3RError):
+    """A forward would hold more memory than `max_memory` allows, however it is cut."""
+
+
 class TrainingError(Lite3RError):
     """Training cannot go on: the loss is not finite, or what is to learn gets no gradient."""
 
@@ -67,6 +78,11 @@ class InputError(Lite3RError, ValueError):
 
 class HubError(InputError):
     """The Hugging Face Hub does not give, or does not take, what was asked for."""
+
+
+def plural(count: int, one: str, many: str | None = None) -> str:
+    """``1 site``, ``2 sites``: `count` and the word in its number; `many` where that is not `one` with an s."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
 def short(error: BaseException, limit: int = 300) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lite3r_plugin import Lite3RConfig
-from lite3r_plugin.config import WholeModel
+from lite3r_plugin.config import WHOLE_MODEL_FIELDS, Lite3RFields, WholeModel, WholeModelFields
 from lite3r_plugin.errors import ConfigError, Lite3RError
 
 
@@ -192,3 +192,10 @@ def test_a_filter_is_patterns_or_a_function() -> None:
     assert [config.takes_fp8(module, name) for name in ("a", "b")] == [True, False]
     with pytest.raises(ConfigError, match="fp8_filter is a function, which no file can hold"):
         config.to_dict()
+
+
+def test_keywords_are_the_fields_with_their_types() -> None:
+    """As editors complete them; tests/typing/keywords.py has the rest."""
+    kinds = {name: kind.__forward_arg__ for name, kind in Lite3RFields.__annotations__.items()}
+    assert kinds == {field.name: field.type for field in dataclasses.fields(Lite3RConfig)}
+    assert {field.name for field in dataclasses.fields(WholeModel)} < set(WholeModelFields.__annotations__) == WHOLE_MODEL_FIELDS

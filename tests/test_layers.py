@@ -24,6 +24,7 @@ LAYERS = (
     ("attention",),
     ("runtime",),
     ("apply",),
+    ("diagnosis",),
     ("hub", "peft"),
     ("training", "parallel", "testing"),
     ("evaluation",),
@@ -31,7 +32,7 @@ LAYERS = (
     ("cli",),
     ("__main__", "distill"),
 )
-FACE = {"adapter", "apply", "config", "errors", "training", "version"}  # what `import lite3r_plugin` itself imports
+FACE = {"adapter", "apply", "config", "diagnosis", "errors", "training", "version"}  # what `import lite3r_plugin` itself imports
 
 
 def modules() -> dict[str, Path]:

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 IMPORT = re.compile(r"^\s*(?:from|import) +(\w+)", re.MULTILINE)
 DISTRIBUTIONS = {"PIL": "pillow", "huggingface_hub": "huggingface-hub"}
 MODEL_LIBRARIES = {"depth_anything_3", "vggt", "pi3", "transformers"}  # adapters build their models for the command line, if they are there
+TYPES = {"typing_extensions"}  # imported by type checkers alone, which bring it
 EXTRAS = {"av", "moderngl", "pillow_heif", "pycolmap", "viser"}  # imported where they are needed, and installed with an extra
 
 
@@ -89,7 +90,7 @@ def test_every_import_is_a_declared_dependency(wheel: zipfile.ZipFile) -> None:
         re.split(r"[^\w-]", requirement)[0] for requirement in metadata.get_all("Requires-Dist", []) if "extra ==" not in requirement
     }
     code = [wheel.read(name).decode() for name in wheel.namelist() if name.endswith(".py")]
-    used = {name for text in code for name in IMPORT.findall(text)} - sys.stdlib_module_names - MODEL_LIBRARIES - EXTRAS
+    used = {name for text in code for name in IMPORT.findall(text)} - sys.stdlib_module_names - MODEL_LIBRARIES - EXTRAS - TYPES
     names = {DISTRIBUTIONS.get(name, name) for name in used if name not in ("lite3r_plugin", "lite3r_adapters", "__future__")}
     prose = {name for name in names if not importable(name)}  # a line of a docstring may begin with "from" or "import"
     assert names - prose <= declared

@@ -42,3 +42,7 @@ __all__ = [
     "list_adapters",
     "model_entries",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)  # what completion offers

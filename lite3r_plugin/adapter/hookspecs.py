@@ -24,7 +24,13 @@ ENTRY_POINT_GROUP = "lite3r.adapters"
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
-"""Marks a function as one of the hooks of this module; ``@hookimpl(trylast=True)`` for general families, to be asked last."""
+"""Marks a function as one of the hooks of this module; ``@hookimpl(trylast=True)`` for general families, to be asked last.
+
+Examples:
+    >>> @hookimpl
+    ... def lite3r_attention_sites(model):
+    ...     return None  # not my model: ask the next adapter
+"""
 
 
 @hookspec(firstresult=True)

@@ -24,6 +24,10 @@ class Views:
 
     Raises:
         AdapterError: a number is none, or is out of range.
+
+    Examples:
+        >>> Views((24, 32), count=8, special_tokens=5).tokens_per_view
+        773
     """
 
     grid: tuple[int, int]
@@ -72,6 +76,10 @@ class TokenLayout:
 
     Raises:
         AdapterError: a part is neither, or there is no such view.
+
+    Examples:
+        >>> TokenLayout((Views((24, 32), count=8, special_tokens=5),)).num_tokens
+        6184
     """
 
     parts: tuple[Views | int, ...]
@@ -129,6 +137,11 @@ class TokenSource:
 
     Raises:
         AdapterError: `patch_size` is no pair of positive integers, or a number of tokens is none.
+
+    Examples:
+        >>> tokens = TokenSource("patch_embed", patch_size=(14, 14), special_tokens=5)
+        >>> str(tokens.layout((24, 32), 6184))
+        '8 x (5 special + 24 x 32 patches)'
     """
 
     image_module: str
@@ -186,6 +199,11 @@ class LayoutFunction:
 
     Raises:
         AdapterError: `function` cannot be called, or another field is of the wrong kind.
+
+    Examples:
+        >>> def layout(x, grids):  # the arguments of the module's forward
+        ...     return TokenLayout(tuple(Views(grid) for grid in grids))
+        >>> tokens = LayoutFunction(layout, module="decoder")
     """
 
     function: Callable[..., TokenLayout | None]

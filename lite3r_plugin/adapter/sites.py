@@ -28,6 +28,9 @@ class Rope2D:
 
     Raises:
         AdapterError: it is no positive number.
+
+    Examples:
+        >>> projections = FusedQKV(num_heads=16, rope=Rope2D(base=100.0), positions="pos")
     """
 
     base: float = 100.0
@@ -81,6 +84,9 @@ class FusedQKV:
         mask: Name of the forward argument with a mask ``[N, N]`` as `scaled_dot_product_attention` takes it, or None. A frame-causal one
             has a sparse form, any other is attended to densely.
         cache: How keys and values of tokens that came before are given and returned, or None.
+
+    Examples:
+        >>> projections = FusedQKV(num_heads=16, q_norm="q_norm", k_norm="k_norm")
     """
 
     num_heads: int
@@ -111,6 +117,9 @@ class SeparateQKV:
         returns_weights: The host returns ``(output, attention weights)``; the site returns ``(output, None)``.
         key, value: Names of the arguments that keys and values are made of; None: the first one, of which queries are made.
         key_positions: Name of the argument with the coordinates of keys ``[B, M, 2]``, in cross-attention.
+
+    Examples:
+        >>> projections = SeparateQKV(num_heads=12, q="query", k="key", v="value", out="dense")
     """
 
     num_heads: int
@@ -146,6 +155,9 @@ class Routed:
         num_heads: H, which may be found out only from a forward: then None.
         same_tokens: The queries are of the same tokens as the keys and values, although they come from different
             arguments of the host's forward. Where that is not said, such a call is taken for cross-attention and runs dense.
+
+    Examples:
+        >>> site = AttentionSite("blocks.0.attn", "global", head_dim=64, projections=Routed())
     """
 
     num_heads: int | None = None
@@ -174,6 +186,9 @@ class PreNormBlock:
         up, down: The Linears of the MLP, C to its width (twice that for ``"swiglu"``) and back.
         activation: ``"gelu"``, ``"gelu_tanh"``, or ``"swiglu"``: ``silu(first half) * second half`` of what `up` gives.
         gain1, gain2: Parameters ``[C]`` (layer scale), or None.
+
+    Examples:
+        >>> block = PreNormBlock("blocks.0", up="mlp.fc1", down="mlp.fc2", gain1="ls1.gamma", gain2="ls2.gamma")
     """
 
     fqn: str
@@ -207,6 +222,10 @@ class AttentionSite:
 
     Raises:
         AdapterError: a field is of the wrong kind. Whether the description fits the model is found when it is applied.
+
+    Examples:
+        >>> tokens = TokenSource("patch_embed", patch_size=(14, 14), special_tokens=1)
+        >>> sites = [AttentionSite(f"blocks.{i}.attn", "global", 64, FusedQKV(num_heads=12), tokens) for i in range(12)]
     """
 
     fqn: str

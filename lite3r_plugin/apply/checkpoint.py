@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -31,6 +31,11 @@ from .seal import CONFIG_NAME, FORMAT_VERSION, WEIGHTS_NAME, metadata_of, read_s
 from .source import find_checkpoint
 from .swap import fast_of, put_in, run_fast, run_in_fp8
 from .tensors import fill_tensors, named_tensors, writable
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ..config import WholeModelFields
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -59,6 +64,10 @@ def save_lite3r(model: nn.Module, directory: str | os.PathLike[str], *, whole: b
         CheckpointError: an adapter is around a linear branch, there is LoRA of `lite3r_plugin.peft.add_lora`, or it was merged and is in
             nothing that would be written; `directory` is a file, two modules have one name without their wrappers,
             a tensor is of a kind that no file holds, `FullyShardedDataParallel` has flattened the weights, or another process failed.
+
+    Examples:
+        >>> model = apply_lite3r(model, keep_ratio=0.1)
+        >>> save_lite3r(model, "checkpoint")
     """
     found, directory = look_up(model), Path(directory)
     sharded = ranks.is_sharded(model)
@@ -93,7 +102,7 @@ def load_lite3r(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
     token: str | None = None,
-    **fields: Any,
+    **fields: Unpack[WholeModelFields],
 ) -> Model:
     """Apply the stored configuration to the dense `model` and load what `save_lite3r` wrote, in place.
 
@@ -132,6 +141,10 @@ def load_lite3r(
         ConfigError: `fields` has others than these.
         UnknownModelError: no adapter knows the model.
         WeightsError: a weight that is to be in FP8, or to round to it in training, is made by a parametrisation or by pruning.
+
+    Examples:
+        >>> save_lite3r(apply_lite3r(model, keep_ratio=0.1), "checkpoint")
+        >>> another = load_lite3r(another, "checkpoint")  # a dense model with the same weights
     """
     found = look_up(model)
     if others := sorted(set(fields) - WHOLE_MODEL_FIELDS):

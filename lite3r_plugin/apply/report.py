@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -14,11 +15,12 @@ from ..adapter.layouts import LayoutFunction
 from ..attention.module import SparseLinearAttention
 from ..attention.state import CallCounts, ModelState
 from ..config import Lite3RConfig, Precision
+from ..errors import plural
 from ..fp8.linear import Fp8Linear
 from ..fp8.qat import FakeQuantLinear
 from ..wrapper import is_lora
 from .lookup import Inventory, look_up
-from .swap import fast_of
+from .swap import fast_of, planner_of
 
 FULL_PRECISION = "in full precision"
 
@@ -46,9 +48,9 @@ class SiteDescription:
     pinned: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Description:
-    """The state of a model with Lite3R; `str()` gives it as text.
+    """The state of a model with Lite3R; `str()` gives it as text, a notebook shows that and a table of the sites.
 
     Attributes:
         model: Class of the model.
@@ -109,7 +111,7 @@ class Description:
             lines.append(f"  FP8 weights {stored / 2**20:.1f} MiB with their scales, {stored / before:.3f} of BF16")
         if self.lora_layers:
             active = f"active: {', '.join(self.lora_active)}" if self.lora_active else "none active"
-            lines.append(f"  LoRA around {self.lora_layers} Linears, {self.lora_parameters:,} parameters; {active}")
+            lines.append(f"  LoRA around {plural(self.lora_layers, 'Linear')}, {self.lora_parameters:,} parameters; {active}")
         lines += [f"  {line}" for line in (*self.whole, *self.notes)]
         lines.append(
             f"  parameters {self.parameters:,} + linear branches {self.branch_parameters:,}; trainable {self.trainable_parameters:,}; "
@@ -118,6 +120,22 @@ class Description:
         )
         return "\n".join(lines)
 
+    def __repr__(self) -> str:
+        """One line."""
+        calls = sum(s.calls.sparse for s in self.sites), sum(s.calls.dense + s.calls.host for s in self.sites)
+        counts = f"{plural(sum(map(_is_sparse, self.sites)), 'sparse site')} of {len(self.sites)}"
+        return f"<Lite3R on {self.model}: {counts}, {self.phase}, calls {calls[0]} sparse and {calls[1]} dense; print() tells all>"
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: the text, and a table of the sites to unfold."""
+        first, *rest = str(self).splitlines()
+        lines = "".join(f"<li>{html.escape(line.strip())}</li>" for line in rest)
+        head = "".join(f"<th>{name}</th>" for name in ("site", "scope", "runs", "keep_ratio", "calls sparse", "dense", "density"))
+        rows = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in _cells(site))}</tr>" for site in self.sites)
+        table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+        sites = f"<details><summary>{plural(len(self.sites), 'site')}</summary>{table}</details>"
+        return f"<div><b>{html.escape(first)}</b><ul>{lines}</ul>{sites}</div>"
+
     def _of_sites(self) -> Iterator[str]:
         """What runs where, and what ran."""
         config = self.config
@@ -125,7 +143,7 @@ class Description:
         shortened = [s for s in sparse if s.keep_ratio < 1]
         for (scope, ratio), count in sorted(Counter((s.scope, s.keep_ratio) for s in shortened).items()):
             yield (
-                f"{count} {scope} sites sparse-linear: keep_ratio {ratio:g}, "
+                f"{plural(count, f'{scope} site')} sparse-linear: keep_ratio {ratio:g}, "
                 + (f"negligible_ratio {config.negligible_ratio:g}, " if config.negligible_ratio else "")
                 + f"blocks {config.block_q} x {config.block_k}, "
                 f"linear branch {config.linear_branch} ({config.feature_map}), block means {_on(config.block_means)}"
@@ -134,14 +152,14 @@ class Description:
             pinned = dict.fromkeys(what for site in shortened for what in site.pinned)
             yield f"always kept: {', '.join(pinned) or 'nothing'}; backend {config.attention_backend}"
         branch = ", and the linear branch over all tokens" if config.linear_branch == "all" else ""
-        yield from _counted((s for s in sparse if s.keep_ratio == 1), lambda s: f"{s.scope} sites dense: keep_ratio 1{branch}")
+        yield from _counted((s for s in sparse if s.keep_ratio == 1), lambda s: f"{s.scope} site* dense: keep_ratio 1{branch}")
         dense = (s for s in self.sites if not s.sparse and s.left is None)
-        yield from _counted(dense, lambda s: f"{s.scope} sites dense, norm and rotary embedding fused")
+        yield from _counted(dense, lambda s: f"{s.scope} site* dense, norm and rotary embedding fused")
         left = (s for s in self.sites if s.left is not None)
-        yield from _counted(left, lambda s: f"{s.scope} sites dense, in the host's own code: {s.left}")
-        for reasons, what in ((self.skipped, "untouched"), (self.routed, "have q, k and v made by the host's own code")):
+        yield from _counted(left, lambda s: f"{s.scope} site* dense, in the host's own code: {s.left}")
+        for reasons, what in ((self.skipped, "untouched"), (self.routed, "with q, k and v of the host's own code")):
             for reason, count in Counter(reasons.values()).items():
-                yield f"{count} sites {what}: {reason}"
+                yield f"{plural(count, 'site')} {what}: {reason}"
         yield from (f"rewritten exactly: {words}" for words in self.rewritten)
         yield from (f"not rewritten: {words}, because {reason}" for words, reason in self.not_rewritten.items())
         densities = [s.calls.density for s in sparse if s.calls.density is not None]
@@ -149,10 +167,10 @@ class Description:
         ran = f"calls so far: {calls[0]} sparse, {calls[1]} dense" + (" (where sparse does not pay)" if shortened else "")
         yield ran + (f", density of the last {max(densities):.3f}" if densities else "")
         at_host = (s for s in self.sites if s.left is None and s.calls.host)
-        yield from _counted(at_host, lambda s: f"{s.scope} sites ran calls dense in the host's own code: {s.calls.reason}")
+        yield from _counted(at_host, lambda s: f"{s.scope} site* ran calls dense in the host's own code: {s.calls.reason}")
         never = [s for s in self.sites if not _ran(s)]
         if len(never) < len(self.sites):
-            yield from _counted(never, lambda s: f"{s.scope} sites not seen to run so far, which compiled code does not show")
+            yield from _counted(never, lambda s: f"{s.scope} site* not seen to run so far, which compiled code does not show")
 
 
 def describe(model: nn.Module) -> Description:
@@ -161,6 +179,12 @@ def describe(model: nn.Module) -> Description:
     Raises:
         ModelTypeError: `model` is no `torch.nn.Module`.
         NotAppliedError: the model carries no Lite3R, or several parts of it do on their own.
+
+    Examples:
+        >>> model = apply_lite3r(model, keep_ratio=0.1)
+        >>> description = describe(model)  # print it; a notebook shows it as it is
+        >>> {site.scope for site in description.sites if site.sparse}
+        {'global'}
     """
     found = look_up(model)
     state, attention = found.require_one_state("describe"), found.attention
@@ -197,7 +221,10 @@ def describe(model: nn.Module) -> Description:
             sum(2 * m.weight_data.numel() for m in fp8_linears),
         ),
         infinities=sum(int(m.infinities) for m in modules if isinstance(m, (Fp8Linear, FakeQuantLinear)) and not m.infinities.is_meta),
-        whole=tuple(fast.report()) if (fast := fast_of(state)) is not None else (),
+        whole=(
+            *(fast.report() if (fast := fast_of(state)) is not None else ()),
+            *(planner.report() if (planner := planner_of(state)) is not None else ()),
+        ),
         peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         notes=(
             *_interrupted(found, state),
@@ -208,9 +235,20 @@ def describe(model: nn.Module) -> Description:
     )
 
 
+def _is_sparse(site: SiteDescription) -> bool:
+    return site.sparse and site.left is None and site.keep_ratio < 1
+
+
+def _cells(site: SiteDescription) -> tuple[str, ...]:
+    """A row of the table for notebooks."""
+    runs = "sparse-linear" if _is_sparse(site) else "dense" if site.left is None else f"dense, in the host's own code: {site.left}"
+    density = "" if site.calls.density is None else f"{site.calls.density:.3f}"
+    return site.fqn, site.scope, runs, f"{site.keep_ratio:g}", str(site.calls.sparse), str(site.calls.dense + site.calls.host), density
+
+
 def _counted(sites: Iterable[SiteDescription], words: Callable[[SiteDescription], str]) -> Iterator[str]:
-    """What is true of several sites, with their number."""
-    return (f"{count} {what}" for what, count in sorted(Counter(map(words, sites)).items()))
+    """What is true of several sites, ``frame site* dense``, with their number and the star as it wants it."""
+    return (f"{count} {what.replace('*', '' if count == 1 else 's', 1)}" for what, count in sorted(Counter(map(words, sites)).items()))
 
 
 def _ran(site: SiteDescription) -> bool:
@@ -235,7 +273,8 @@ def _interrupted(found: Inventory, state: ModelState) -> Iterator[str]:
     if (unfinished := found.unfinished(state)) is not None:
         yield unfinished
     if bare := found.bare_hosts(state):
-        yield f"{bare} attention modules are those of the dense model, since something was interrupted; remove_lite3r takes out the rest"
+        are = plural(bare, "attention module is", "attention modules are")
+        yield f"{are} those of the dense model, since something was interrupted; remove_lite3r takes out the rest"
 
 
 def _changed(found: Inventory, state: ModelState) -> Iterator[str]:
@@ -243,8 +282,8 @@ def _changed(found: Inventory, state: ModelState) -> Iterator[str]:
     modules = set(found.modules.values())
     if count := sum(module in modules for module in dict.fromkeys(state.changed)):
         yield (
-            f"the weights of {count} modules were trained, or had LoRA merged into them: without Lite3R the model is no longer the "
-            "one that it was applied to"
+            f"the weights of {plural(count, 'module')} were trained, or had LoRA merged into them: without Lite3R the model is no longer "
+            "the one that it was applied to"
         )
 
 
@@ -253,8 +292,8 @@ def _rounded_apart(lora: list[nn.Module]) -> Iterator[str]:
     rounding = (module for module in lora if isinstance(module.base_layer, FakeQuantLinear))
     if count := sum(not getattr(module, "rounds_sum", False) for module in rounding):
         yield (
-            f"{count} Linears round W to FP8 in training and not W + BA, as they will when LoRA is merged: put LoRA in by add_lora or "
-            "Lite3RPeftConfig of lite3r_plugin.peft"
+            f"{plural(count, 'Linear rounds', 'Linears round')} W to FP8 in training and not W + BA, as they will when LoRA is merged: put "
+            "LoRA in by add_lora or Lite3RPeftConfig of lite3r_plugin.peft"
         )
 
 

@@ -17,11 +17,13 @@ from torch import nn
 from ..attention.module import SparseLinearAttention
 from ..attention.state import ModelState
 from ..config import WholeModel
+from ..errors import plural
 from ..fp8.backends import BACKENDS, te
 from ..fp8.convert import convert_linears, fuse_blocks
 from ..fp8.qat import FakeQuantLinear
 from ..runtime.fast import FastForward
 from ..runtime.half import HalfWeights
+from ..runtime.memory import MemoryPlanner
 from ..runtime.rewrites import take_out as take_out_rewrites
 from ..tokens.tracker import LayoutTracker
 from ..wrapper import Changes, HostWrapper, RewrittenModule, replace_modules
@@ -59,14 +61,18 @@ def run_fast(plan: ApplyPlan, state: ModelState, changes: Changes) -> None:
     parts = plan.fast.parts
     if plan.fast.left:
         state.notes["fast"] = [f"asked for, and left out: {what}, because {why}" for what, why in plan.fast.left.items()]
-    if parts == WholeModel():
-        return
-    half = None if parts.weights == "host" else HalfWeights(plan.fast.module, plan.config.keep_originals)
-    sites = [module for module in plan.found.attention.values() if module.state is state]
-    fast = FastForward(plan.fast.module, state, dict.fromkeys(sites), parts, half)
-    changes.put(vars(state), "fast", fast)
-    changes.put(vars(state), "rewrites", (*state.rewrites, fast))
-    fast.put_in(changes)
+    if parts != WholeModel():
+        half = None if parts.weights == "host" else HalfWeights(plan.fast.module, plan.config.keep_originals)
+        sites = [module for module in plan.found.attention.values() if module.state is state]
+        fast = FastForward(plan.fast.module, state, dict.fromkeys(sites), parts, half)
+        changes.put(vars(state), "fast", fast)
+        changes.put(vars(state), "rewrites", (*state.rewrites, fast))
+        fast.put_in(changes)
+    if isinstance(plan.config.max_memory, int):
+        planner = MemoryPlanner(plan.fast.module, state, plan.config.max_memory)
+        changes.put(vars(state), "planner", planner)
+        changes.put(vars(state), "rewrites", (*state.rewrites, planner))
+        planner.put_in(changes)
 
 
 @contextlib.contextmanager
@@ -93,6 +99,11 @@ def as_it_came(state: ModelState) -> Iterator[None]:
 def fast_of(state: ModelState) -> FastForward | None:
     """What lies over the forward of the model."""
     return state.fast if isinstance(state.fast, FastForward) else None
+
+
+def planner_of(state: ModelState) -> MemoryPlanner | None:
+    """What plans the memory of the model's forwards."""
+    return state.planner if isinstance(state.planner, MemoryPlanner) else None
 
 
 def take_out(found: Inventory) -> None:
@@ -146,12 +157,13 @@ def run_in_fp8(found: Inventory, state: ModelState, left: dict[str, int], change
     takes_fp8 = {module.site.fqn for module in found.attention.values() if module.takes_fp8}
     differing = fuse_blocks(changes, found.modules, state.sites, state.blocks, takes_fp8)
     reasons = Counter(differing.values())
-    changes.put(state.notes, "blocks", [f"{count} blocks run their own forward on FP8 Linears: {why}" for why, count in reasons.items()])
+    own = [f"{plural(count, 'block runs its', 'blocks run their')} own forward on FP8 Linears: {why}" for why, count in reasons.items()]
+    changes.put(state.notes, "blocks", own)
 
 
 def _left(left: dict[str, int]) -> list[str]:
     """What `describe` says of Linears that were left as they are, counted by reason."""
-    return [f"{count} Linears left as they are: {reason}" for reason, count in left.items()]
+    return [f"{plural(count, 'Linear left as it is', 'Linears left as they are')}: {reason}" for reason, count in left.items()]
 
 
 def _train_in_te(modules: Iterable[SparseLinearAttention], state: ModelState) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -24,6 +24,11 @@ from .lookup import Inventory, look_up
 from .plan import check_branches, plan_application, plan_conversion
 from .swap import as_it_came, fast_of, put_in, run_fast, take_out, to_fp8
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ..config import Lite3RFields
+
 NOT_KEPT = (
     "Lite3R: weights become BF16, and keep_originals=False frees what they were: remove_lite3r and lite3r_disabled will refuse, and "
     "save_lite3r(whole=True) too"
@@ -33,7 +38,9 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 @torch.inference_mode(False)  # what is made here must serve outside of it
-def apply_lite3r(model: Model, config: Lite3RConfig | None = None, *, sites: Sequence[AttentionSite] | None = None, **fields: Any) -> Model:
+def apply_lite3r(
+    model: Model, config: Lite3RConfig | None = None, *, sites: Sequence[AttentionSite] | None = None, **fields: Unpack[Lite3RFields]
+) -> Model:
     """Make the attention of `model` sparse-linear, in place. Nothing outside this instance changes.
 
     Everything is checked before anything is changed: an error or an interruption leaves the model as it was; with
@@ -58,6 +65,10 @@ def apply_lite3r(model: Model, config: Lite3RConfig | None = None, *, sites: Seq
         WeightsError: FP8 is wanted, and a weight is not finite, is made by a parametrisation or by pruning, or is inside of an adapter;
             or a module around a site brings in its weights for a call (CPU offload), where a branch cannot follow.
         ConfigError, BackendError, AdapterError: a wrong field, a backend that cannot run, a wrong adapter.
+
+    Examples:
+        >>> model = apply_lite3r(model, keep_ratio=0.1)  # in place: it is the same model
+        >>> predictions = model(images)  # as before
     """
     found = look_up(model)
     if config is not None and not isinstance(config, Lite3RConfig):
@@ -105,6 +116,10 @@ def convert(model: Model, *, fp8_backend: Fp8Backend | None = None, tokens: int 
         BackendError: the backend cannot run here, or nothing would be faster at `tokens`.
         WeightsError: a weight, or that of a linear branch, is not finite, or is made by a parametrisation or by pruning; or an adapter,
             such as LoRA, is still around a Linear, or after training for FP8 around a linear branch.
+
+    Examples:
+        >>> model = apply_lite3r(model)
+        >>> model = convert(model, fp8_backend="emulated")  # which runs anywhere; without it the fastest that can run here
     """
     found = look_up(model)
     state = found.require_one_state("convert")
@@ -131,6 +146,10 @@ def remove_lite3r(model: Model) -> Model:
         NotAppliedError: the model carries no Lite3R, or is a part of the one that it was applied to.
         ConvertedError: weights are in FP8, be it not all of them.
         WeightsError: PEFT holds linear branches, which would be lost with it; or ``keep_originals=False`` freed weights.
+
+    Examples:
+        >>> model = apply_lite3r(model)
+        >>> model = remove_lite3r(model)  # the model as it was
     """
     found = look_up(model)
     _require_original_weights(found, "remove_lite3r")
@@ -156,6 +175,11 @@ def lite3r_disabled(model: nn.Module) -> Iterator[None]:
         NotAppliedError: the model carries no Lite3R.
         ConvertedError: weights are in FP8, be it not all of them.
         WeightsError: ``keep_originals=False`` freed weights.
+
+    Examples:
+        >>> model = apply_lite3r(model)
+        >>> with lite3r_disabled(model):
+        ...     dense = model(images)
     """
     found = look_up(model)
     _require_original_weights(found, "lite3r_disabled")

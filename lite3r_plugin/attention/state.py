@@ -59,6 +59,7 @@ class ModelState:
         not_rewritten: Exact rewrites that were left out, in words, with the reason.
         lora: What `lite3r_plugin.peft.add_lora` put around Linears: each has the Linear as its `base_layer`.
         fast: What lies over the forward of the model, where the whole of it runs in another way (`lite3r_plugin.runtime.fast`).
+        planner: What plans the memory of its forwards, where there is a limit (`lite3r_plugin.runtime.memory`).
         changed: Modules whose own weights were trained, or had LoRA merged into them: they are no longer those of the host.
     """
 
@@ -80,4 +81,5 @@ class ModelState:
     not_rewritten: dict[str, str] = field(default_factory=dict)
     lora: tuple[nn.Module, ...] = ()
     fast: RewrittenMethod | None = None
+    planner: RewrittenMethod | None = None
     changed: tuple[nn.Module, ...] = ()

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import json
 import platform
 import subprocess
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
+from ..errors import InputError, short
 from ..files import to_json, write_atomically
 from ..ops.dispatch import triton_installed
 from ..version import __version__
@@ -130,6 +133,33 @@ class BenchReport:
         write_atomically(path, to_json(self.to_dict()))
 
 
+def read_report(path: Path) -> dict[str, Any]:
+    """What `BenchReport.save` wrote, as data.
+
+    Raises:
+        InputError: the file is not there, or no report of this version.
+    """
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is no JSON: {short(error)}") from error
+    version = stored.get("version") if isinstance(stored, dict) else None
+    if version != REPORT_VERSION or not isinstance(stored.get("conditions"), dict) or not isinstance(stored.get("cells"), list):
+        raise InputError(f"{path} is no report of lite3r bench of version {REPORT_VERSION}; measure again with --json")
+    return stored
+
+
+def weight_bytes(module: nn.Module) -> dict[str, int]:
+    """Bytes of parameters and buffers by dtype."""
+    total: dict[str, int] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        total[dtype] = total.get(dtype, 0) + tensor.nbytes
+    return total
+
+
 def machine(device: torch.device, commit: str | None) -> dict[str, Any]:
     """The machine and the software, as part of the conditions of a report."""
     triton_version = None
@@ -146,15 +176,16 @@ def machine(device: torch.device, commit: str | None) -> dict[str, Any]:
         "triton": triton_version,
         "python": platform.python_version(),
         "lite3r_plugin": __version__,
-        "commit": commit or _commit(),
+        "commit": commit or checkout_commit(Path(__file__).parent),
         "tf32_matmul": torch.backends.cuda.matmul.allow_tf32,
         "tf32_cudnn": torch.backends.cudnn.allow_tf32,
     }
 
 
-def _commit() -> str | None:
+def checkout_commit(folder: Path) -> str | None:
+    """The commit of a checkout of git, with ``-dirty`` where files differ from it; None where it is none."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
-        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -23,7 +23,9 @@ from ..runtime.device import peak, release_memory
 from ..runtime.fast import FastForward
 from .measure import measure
 from .models import BenchModel, build, make_images, output_differences, reference, tensors
-from .records import BenchReport, Candidate, Cell, machine
+from .peer_process import run as run_peer
+from .peers import PEERS, Task
+from .records import BenchReport, Candidate, Cell, checkout_commit, machine, weight_bytes
 from .variants import VARIANTS, Variant, observe, prepare, why_not
 
 
@@ -42,6 +44,7 @@ class Bench:
         graphs: False: ``cuda_graphs=False`` where the preset is.
         repeats: Timed runs of a cell; 3 where one takes longer than `measure.SLOW_S` seconds.
         time_budget: Seconds after which no further cell is started; what is left is recorded as skipped.
+        peers: What is measured beside them, in processes of their own, with their checkouts (`peers.chosen`).
         path: Where the report is written after every cell.
         commit: The commit under test, where the package is not in its repository.
         seed: Seed of weights and images.
@@ -62,6 +65,7 @@ class Bench:
     graphs: bool = True
     repeats: int = 5
     time_budget: float | None = None
+    peers: Mapping[str, Path | None] = dataclasses.field(default_factory=dict)
     path: Path | None = None
     commit: str | None = None
     seed: int = 0
@@ -89,7 +93,8 @@ class Bench:
             "seed": self.seed,
             "resolution": self.resolution,
             "views": list(self.views),
-            "variants": {name: VARIANTS[name].summary for name in self.variants},
+            "variants": {name: VARIANTS[name].summary for name in self.variants} | {name: PEERS[name].summary for name in self.peers},
+            "checkouts": {name: checkout_commit(path) for name, path in self.peers.items() if path is not None},
             "lite3r_options": dict(self.options),
             "compile": self.compile,
             "cuda_graphs": self.graphs and self.device.type == "cuda",
@@ -99,7 +104,30 @@ class Bench:
         for name in self.variants:
             with torch.no_grad():
                 self._run_variant(VARIANTS[name])
+        for name, checkout in self.peers.items():
+            self._run_peer(name, checkout)
         return self.report
+
+    def _run_peer(self, name: str, checkout: Path | None) -> None:
+        """In a process of its own, while this one holds nothing of the device."""
+        left = None if self.time_budget is None else self.time_budget - (time.monotonic() - self._start)
+        if left is not None and left <= 0:
+            skipped = f"the time budget of {self.time_budget:g} s was spent"
+            for views in self.views:
+                self._record(Cell(name, views, self.resolution, status="skipped", error=skipped))
+            return
+        task = Task(
+            name, None if checkout is None else str(checkout), self.model.name, list(self.views), self.resolution, str(self.device),
+            self.seed, self.repeats,
+        )  # fmt: skip
+        for cell in run_peer(task, left):
+            self._record(cell)
+
+    def _record(self, cell: Cell) -> None:
+        self.report.cells.append(cell)
+        if self.path is not None:
+            self.report.save(self.path)
+        self._log_cell(cell)
 
     def _run_variant(self, variant: Variant) -> None:
         cells = [Cell(variant.name, views, self.resolution) for views in self.views]
@@ -126,10 +154,7 @@ class Bench:
                 cell.status, cell.error = "oom", short(caught)
             except Exception as caught:  # whatever a host raises is a result too
                 cell.status, cell.error = "error", short(caught)
-            self.report.cells.append(cell)
-            if self.path is not None:
-                self.report.save(self.path)
-            self._log_cell(cell)
+            self._record(cell)
             release_memory(self.device)
         if variant.strong and self.compile:
             torch._dynamo.reset()
@@ -212,12 +237,3 @@ class Bench:
             gib = f", {cell.winner.peak_bytes / 2**30:.2f} GiB" if cell.winner.peak_bytes is not None else ""
             what = f"{cell.winner.median_ms:.1f} ms ({cell.best}){gib}, sites {cell.sites}, density {cell.density} | {others}"
         self.log(f"[{time.monotonic() - self._start:6.1f} s] {cell.variant:>13} {cell.views:4d} views: {what}")
-
-
-def weight_bytes(module: nn.Module) -> dict[str, int]:
-    """Bytes of parameters and buffers by dtype."""
-    total: dict[str, int] = {}
-    for tensor in (*module.parameters(), *module.buffers()):
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        total[dtype] = total.get(dtype, 0) + tensor.nbytes
-    return total

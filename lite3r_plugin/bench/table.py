@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.table import Table
 
 from .records import BASELINES, BenchReport, Cell
 
+COLUMNS = (
+    "views", "variant", "run as", "ms", "min-max", *(f"x {name}" for name in BASELINES), "weights GiB", "peak GiB", "reserved GiB",
+    "x memory of stock", "density", "depth error",
+)  # fmt: skip
+CAPTION = "Random weights: the depth error is numerical fidelity to stock, or to the peer's own dense model, not quality."
 FP8 = "in FP8"  # how `describe` begins what runs a Linear in FP8
 
 
@@ -16,24 +23,32 @@ def table(report: BenchReport) -> Table:
         f"{conditions['model']} at {conditions['resolution']} px on {conditions['device']}, torch {conditions['torch']}, "
         f"triton {conditions['triton']}"
     )
-    result = Table(title=title, caption="Random weights: the depth error is numerical fidelity to stock, not quality.")
-    result.add_column("views", justify="right")
-    result.add_column("variant")
-    result.add_column("run as")
-    for name in (
-        "ms",
-        "min-max",
-        *(f"x {name}" for name in BASELINES),
-        "weights GiB",
-        "peak GiB",
-        "x memory of stock",
-        "density",
-        "depth error",
-    ):
-        result.add_column(name, justify="right")
+    result = Table(title=title, caption=CAPTION)
+    for i, name in enumerate(COLUMNS):
+        result.add_column(name, justify="left" if i in (1, 2) else "right")
     for cell in sorted(report.cells, key=lambda cell: cell.views):
         result.add_row(str(cell.views), cell.variant, *_numbers(report, cell))
     return result
+
+
+def markdown(report: BenchReport) -> str:
+    """The same as a page of Markdown, with the line of each variant and all conditions."""
+    conditions = report.conditions
+    lines = [f"# {conditions['model']} at {conditions['resolution']} px on {conditions['device']}", "", CAPTION, ""]
+    lines += [_row(COLUMNS), _row([":---" if i in (1, 2) else "---:" for i in range(len(COLUMNS))])]
+    for cell in sorted(report.cells, key=lambda cell: cell.views):
+        numbers = [str(cell.views), cell.variant, *_numbers(report, cell)]
+        lines.append(_row([*numbers, *[""] * (len(COLUMNS) - len(numbers))]))
+    lines += ["", "| variant | what it is | line |", "|---|---|---|"]
+    typed = {cell.variant: cell.line for cell in report.cells}
+    for name, summary in conditions["variants"].items():
+        lines.append(_row([name, summary, f"`{typed[name]}`" if typed.get(name) else ""]))
+    lines += ["", *(f"- {name}: {value}" for name, value in conditions.items() if name != "variants"), ""]
+    return "\n".join(lines)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 def _numbers(report: BenchReport, cell: Cell) -> list[str]:
@@ -52,6 +67,7 @@ def _numbers(report: BenchReport, cell: Cell) -> list[str]:
         *(_number(report.speedup(cell, name)) for name in BASELINES),
         _number(sum(cell.weight_bytes.values()) / 2**30),
         _number(won.peak_bytes and won.peak_bytes / 2**30),
+        _number(won.reserved_bytes and won.reserved_bytes / 2**30),
         _number(memory),
         _number(cell.density),
         "" if depth is None else f"{depth:.1e}",

@@ -22,9 +22,9 @@ from ..ops.dispatch import SlowPathWarning
 
 PROJ_STD = 0.02
 FP8 = {"precision": "fp8"}
-FAST = {"preset": "fast"}
+FAST: dict[str, Any] = {"preset": "fast"}
 # Dense attention at all sites.
-DENSE = {"keep_ratio": 1.0, "linear_branch": "none"}
+DENSE: dict[str, Any] = {"keep_ratio": 1.0, "linear_branch": "none"}
 
 
 @dataclass(frozen=True)

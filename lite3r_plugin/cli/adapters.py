@@ -15,6 +15,8 @@ from ..errors import InputError, short
 if TYPE_CHECKING:
     from torch import nn
 
+    from ..adapter.models import ModelEntry
+
 adapters = typer.Typer(help="List the installed model adapters, or inspect a model to write one.")
 
 
@@ -23,26 +25,19 @@ def list_installed(context: typer.Context) -> None:
     """List the installed model adapters, and the models that the other commands can build; `inspect` helps to write one."""
     if context.invoked_subcommand is not None:
         return
-    from rich.table import Table
-    from rich.text import Text
-
     from ..adapter.plugins import list_adapters, model_entries
-    from .show import console
+    from .show import listing
 
-    table = Table(title="Model adapters: what apply_lite3r recognises", title_justify="left", title_style="bold")
-    for header in ("adapter", "about", "from"):
-        table.add_column(header, overflow="fold")
-    for info in list_adapters():
-        table.add_row(Text(info.name), Text(info.summary), Text(f"{info.distribution} {info.version}".strip()))
-    console.print(table)
+    adapters = ((info.name, info.summary, f"{info.distribution} {info.version}".strip()) for info in list_adapters())
+    listing("Model adapters: what apply_lite3r recognises", adapters)
+    listing("Models: what other commands take as --model", ((name, *_about(entry)) for name, entry in model_entries().items()))
 
-    table = Table(title="Models: what other commands take as --model", title_justify="left", title_style="bold")
-    for header in ("model", "about", "weights", "library"):
-        table.add_column(header, overflow="fold")
-    for name, entry in model_entries().items():
-        library = "installed" if entry.available else f"missing: {entry.install}"
-        table.add_row(Text(name), Text(entry.summary), Text(entry.default_weights or ""), Text(library))
-    console.print(table)
+
+def _about(entry: ModelEntry) -> tuple[str, ...]:
+    """What is said of a model, line by line."""
+    weights = entry.default_weights
+    where = "none" if weights is None else "come with the package" if Path(weights).is_absolute() else weights
+    return entry.summary, f"weights: {where}", *(() if entry.available else (f"library missing: {entry.install}",))
 
 
 @adapters.command()
@@ -61,7 +56,7 @@ def inspect(
     from ..testing import inspect_model
 
     size = None if shape is None else _shape(shape)
-    model, inputs = _made(factory)
+    model, inputs = made_by(factory)
     typer.echo(str(inspect_model(model, inputs, shape=size)))
 
 
@@ -75,7 +70,7 @@ def _shape(text: str) -> tuple[int, ...]:
     return size
 
 
-def _made(factory: str) -> tuple[nn.Module, Any]:
+def made_by(factory: str) -> tuple[nn.Module, Any]:
     """The model that `factory` makes, and its inputs, or None."""
     from torch import nn
 

@@ -17,9 +17,11 @@ from .calibrate import calibrate
 from .convert_official import convert_official
 from .demo import demo
 from .distill import distill
+from .doctor import doctor
 from .evaluate import evaluate
 from .push import push
 from .reconstruct import reconstruct
+from .reports import ARGUMENTS
 from .view import view
 
 
@@ -38,6 +40,10 @@ class _Group(TyperGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         return super().get_command(ctx, cmd_name) or self.plugin_commands.get(cmd_name)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta[ARGUMENTS] = list(args)  # for reports, which say how to repeat them
+        return super().parse_args(ctx, args)
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         from . import show as _show
@@ -70,7 +76,6 @@ app = typer.Typer(
     name="lite3r",
     cls=_Group,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     help="Make 3D reconstruction transformers faster: sparse-linear attention for VGGT, Depth Anything 3, Pi3 and more.",
 )
@@ -94,6 +99,7 @@ def _options(
 app.command()(demo)
 app.command()(reconstruct)
 app.command()(view)
+app.command()(doctor)
 app.command()(bench)
 app.command("eval")(evaluate)
 app.command()(calibrate)

@@ -7,21 +7,36 @@ from typing import Annotated
 
 import typer
 
-from ..errors import InputError
+from ..errors import InputError, plural
 from .options import LARGEST_SEED, Config, Device, KeepRatio, Model, Repeats, config_fields, numbers
+from .reports import Html, Plots, bench_report, check_reports, write_reports
 
 DEFAULT_VARIANTS = "stock,strong,strong-exact,strong-fp8,lite3r,lite3r-strong,lite3r-fp8"
 TABLE_WIDTH = 165
 
 
 def bench(
+    context: typer.Context,
     model: Model,
     views: Annotated[str, typer.Option(help="Numbers of views, separated by commas.")] = "2,4,8,16,32",
     keep_ratio: KeepRatio = None,
     config: Config = None,
     resolution: Annotated[int, typer.Option(min=1, help="Height and width of the images.")] = 518,
     variants: Annotated[str, typer.Option(help=f"Some of {DEFAULT_VARIANTS}, in the order in which they are to run.")] = DEFAULT_VARIANTS,
+    peers: Annotated[
+        str | None,
+        typer.Option(
+            help="Others to measure beside, each in a process of its own: strided-keys, torchao-float8, fastvggt=PATH, saf3r=PATH, the "
+            "path of a checkout; separated by commas.",
+            show_default=False,
+        ),
+    ] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the report here, after every cell.", show_default=False)] = None,
+    markdown_path: Annotated[
+        Path | None, typer.Option("--markdown", help="Write the table and the conditions here, as text.", show_default=False)
+    ] = None,
+    html: Html = None,
+    plots: Plots = None,
     device: Device = "auto",
     compile_: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the blocks where the preset is.")] = True,
     graphs: Annotated[bool, typer.Option(help="Record CUDA graphs where the preset is.")] = True,
@@ -37,9 +52,10 @@ def bench(
 
     from ..adapter.plugins import find_model
     from ..bench import Bench, BenchModel
-    from ..bench.table import table
+    from ..bench.peers import chosen
+    from ..bench.table import markdown, table
     from ..evaluation import choose_device
-    from ..files import check_output
+    from ..files import check_output, write_atomically
 
     entry = find_model(model)
     entry.require_library()
@@ -54,6 +70,7 @@ def bench(
         graphs=graphs,
         repeats=repeats,
         time_budget=time_budget,
+        peers={} if peers is None else chosen(peers, entry.name),
         path=json_path,
         commit=commit,
         seed=seed,
@@ -61,6 +78,9 @@ def bench(
     )
     if json_path is not None:
         check_output(json_path, ".json")
+    if markdown_path is not None:
+        check_output(markdown_path, ".md")
+    check_reports(html, plots)
     report = run.run()
     console = Console()
     console.width = max(console.width, TABLE_WIDTH)
@@ -71,4 +91,9 @@ def bench(
         console.print(f"  {key}: {value}", markup=False, highlight=False)
     if all(cell.status != "ok" for cell in report.cells):
         first = report.cells[0]
-        raise InputError(f"nothing was measured: no cell ran; {first.variant} at {first.views} views: {first.status}, {first.error}")
+        where = f"{first.variant} at {plural(first.views, 'view')}"
+        raise InputError(f"nothing was measured: no cell ran; {where}: {first.status}, {first.error}")
+    if markdown_path is not None:
+        write_atomically(markdown_path, markdown(report))
+    if html is not None or plots is not None:
+        write_reports(html, plots, bench_report(context, report))

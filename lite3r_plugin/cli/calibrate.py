@@ -65,13 +65,13 @@ def calibrate(
                 Predicting(entry, net),
                 [x.to(where) for x in pixels.split(len(inputs[0]))],
                 outputs=as_outputs,
-                progress=lambda what, done, total: bar.update(task, description=what.capitalize(), completed=done, total=total or 1),
+                progress=lambda what, done, total: bar.stage(task, what.capitalize(), done, total),
             )
         save_lite3r(net, out)
     if weights == RANDOM:
         warn("the weights are random: what was fitted means nothing")
     if left := len(paths) - sum(map(len, inputs)):
-        say(f"{left} of {len(paths)} photographs were not used: inputs have {len(inputs[0])} each")
+        say(f"{left} of {len(paths)} photographs not used: inputs have {len(inputs[0])} each")
     say(str(result))
     say(f"wrote {out} (load_lite3r(model, {str(out)!r}))")
 

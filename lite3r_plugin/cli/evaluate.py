@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import enum
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .options import LARGEST_SEED, Config, Device, Dtype, Json, KeepRatio, MaxBytes, MaxPixels, Model, Weights, file_limits, lite3r_config
+from .reports import Html, Plots, check_reports, eval_report, write_reports
 
 
 class Rule(str, enum.Enum):
@@ -33,6 +35,7 @@ class Split(str, enum.Enum):
 
 
 def evaluate(
+    context: typer.Context,
     model: Model,
     data: Annotated[
         str, typer.Option(help="LAYOUT:PATH, for example blendedmvs:~/BlendedMVS, 7scenes:~/7scenes or procedural:scenes=8.")
@@ -58,6 +61,12 @@ def evaluate(
         typer.Option(help="A folder that save_lite3r wrote, or a Hub id: what is measured instead of --config.", show_default=False),
     ] = None,
     json_path: Json = None,
+    html: Html = None,
+    plots: Plots = None,
+    beside: Annotated[
+        list[Path] | None,
+        typer.Option(help="What --json of an earlier run wrote, to be drawn beside this one; may be repeated.", show_default=False),
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     max_points: Annotated[
@@ -77,6 +86,7 @@ def evaluate(
     from ..apply.source import find_checkpoint
     from ..errors import InputError
     from ..evaluation import ModelPair, choose_device, choose_dtype, compare, find_protocol
+    from ..evaluation.plots import read_evaluation
     from ..files import check_output, to_json, write_atomically
     from ..scene.data import open_scenes
     from .show import console, progress, say, warn, what_ran
@@ -92,6 +102,10 @@ def evaluate(
     number = choose_dtype(dtype, where)
     if json_path is not None:
         check_output(json_path, ".json")
+    check_reports(html, plots)
+    if beside and html is None and plots is None:
+        raise InputError("--beside is drawn in --html and --plots; name one of them")
+    others = [read_evaluation(path) for path in beside or ()]
 
     with within, progress() as bar:
         found = open_scenes(data, split.value if split else None)
@@ -101,7 +115,7 @@ def evaluate(
         pair = ModelPair.build(entry, options, weights, where) if folder is None else ModelPair.load(entry, folder, weights, where)
         result = compare(
             pair, found, **wanted, protocol=judged and judged.name, dtype=number,
-            progress=lambda done, total, what: bar.update(task, completed=done, total=total, description=f"{what}, dense and with Lite3R"),
+            progress=lambda done, total, what: bar.stage(task, f"{what}, dense and with Lite3R", done, total),
         )  # fmt: skip
 
     if weights == RANDOM:
@@ -111,12 +125,15 @@ def evaluate(
     of = result.conditions
     sets = f"{len(result.densities)} sets of {of['views']}{'' if judged else ' views'}, {of['rule']}"
     say(f"{entry.name} on {data}: {sets}; density {result.density:.3f}; {where}, {number}")
-    if note := what_ran(result.density, pair.model, where):
-        warn(note)
+    notes = [note] if (note := what_ran(result.density, pair.model, where)) else []
     if result.conditions.get("same_dense_kernel") is False:
-        warn(result.dense_kernels())
+        notes.append(result.dense_kernels())
+    for note in notes:
+        warn(note)
+    record = result.to_dict() | {"data": data, "split": split and split.value, "weights": weights}
+    record |= {} if folder is None else {"checkpoint": fingerprint(folder)}
     if json_path is not None:
-        record = result.to_dict() | {"data": data, "split": split, "weights": weights}
-        record |= {} if folder is None else {"checkpoint": fingerprint(folder)}
         write_atomically(json_path, to_json(record))
         say(f"wrote {json_path}")
+    if html is not None or plots is not None:
+        write_reports(html, plots, eval_report(context, result, record, others, notes))

@@ -3,22 +3,49 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..config import Lite3RConfig
+from ..config import Lite3RConfig, Lite3RFields, parse_amount
 from ..errors import InputError
 
 if TYPE_CHECKING:
     from ..scene.reading import Limits
 
-Model = Annotated[str, typer.Option("--model", help="Name of the model; `lite3r adapters` lists them.", show_default=False)]
+
+def _models(incomplete: str) -> list[tuple[str, str]]:
+    """Models whose names begin so, for the completion of shells."""
+    from ..adapter.plugins import model_entries
+
+    return [(name, entry.summary) for name, entry in model_entries().items() if name.startswith(incomplete)]
+
+
+def _fields(incomplete: str) -> list[str]:
+    """Fields of `Lite3RConfig` that begin so."""
+    return [f"{name}=" for name in Lite3RFields.__annotations__ if name.startswith(incomplete)]
+
+
+def _devices(incomplete: str) -> list[str]:
+    import torch
+
+    devices = ["auto", "cpu", *(["cuda"] if torch.cuda.is_available() else []), *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    return [device for device in devices if device.startswith(incomplete)]
+
+
+def _dtypes(incomplete: str) -> list[str]:
+    from ..evaluation.run import DTYPES
+
+    return [name for name in DTYPES if name.startswith(incomplete)]
+
+
+Model = Annotated[
+    str,
+    typer.Option("--model", help="Name of the model; `lite3r adapters` lists them.", show_default=False, autocompletion=_models),
+]
 Weights = Annotated[
     str | None,
     typer.Option("--weights", help="A file or a Hub id; `random` for timing only. By default the published weights.", show_default=False),
@@ -37,10 +64,14 @@ Config = Annotated[
         "--config",
         help="A field of Lite3RConfig as name=value, the value in JSON, such as dense_below=0; may be repeated.",
         show_default=False,
+        autocompletion=_fields,
     ),
 ]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")]
-Dtype = Annotated[str, typer.Option("--dtype", help="Of the computation: auto (bfloat16 on a GPU), float32, bfloat16, float16.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...", autocompletion=_devices)]
+Dtype = Annotated[
+    str,
+    typer.Option("--dtype", help="Of the computation: auto (bfloat16 on a GPU), float32, bfloat16, float16.", autocompletion=_dtypes),
+]
 Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Timed runs; the median is printed.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write all numbers here.", show_default=False)]
 MaxPixels = Annotated[
@@ -106,10 +137,7 @@ def amount(text: str, option: str) -> int:
     Raises:
         InputError: it is none of these, or less than 1.
     """
-    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?(?:([kmgt])(i?))?b?", text.strip(), re.IGNORECASE)
-    number = 0
-    if match:
-        number = int(Decimal(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index((match[2] or " ").lower()))
-    if number < 1:
+    number = parse_amount(text)
+    if number is None:
         raise InputError(f"{option} takes a number above 0, such as 50000000, 200M or 4GB, got {text[:80]!r}")
     return number

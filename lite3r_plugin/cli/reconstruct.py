@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import InputError
+from ..errors import InputError, plural
 from .options import Config, Device, Dtype, KeepRatio, MaxBytes, MaxPixels, Model, Repeats, Weights, file_limits, lite3r_config
 from .view import Host, Port, require_viewer, serve
 
@@ -103,7 +103,7 @@ def reconstruct(
         told = [note for note in (what_ran(runs[LITE3R].density, net, where) if applied else None,) if note]
         height, width = views.shape[-2:]
         conditions = f"{where}, {_name(number)}" + (f", median of {repeats}" if repeats > 1 else "")
-        title = f"{entry.name}: {len(photos)} views of {width} x {height} pixels, {conditions}"
+        title = f"{entry.name}: {plural(len(photos), 'view')} of {width} x {height} pixels, {conditions}"
         facts = facts_of_runs(title, runs, _compare(runs), [*notes, *told])
         names = tuple(photo.name for photo in photos)
         scenes = {label: Reconstruction(run.prediction, names, drop, max_points) for label, run in labels(runs).items()}

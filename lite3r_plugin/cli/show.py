@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     import torch
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..evaluation import Run
     from ..scene.export import Facts, Panel
     from ..scene.metrics import DepthMetrics
+    from ..training.bar import Bar
 
 NOTHING_SPARSE = "nothing sparse"
 
@@ -23,15 +24,30 @@ console = Console(highlight=False)
 err_console = Console(stderr=True, highlight=False)
 
 
-def progress() -> Progress:
-    """A bar over the stages of a command, on standard error, gone when it is done."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"))
-    return Progress(*columns, TimeElapsedColumn(), console=err_console, transient=True)
+def progress() -> Bar:
+    """A bar over the stages of a command, on standard error, gone when it is done; lines where that is no terminal."""
+    from ..training.bar import Bar
+
+    return Bar(err_console)
 
 
 def say(text: str, style: str = "") -> None:
     """Print a sentence as it is, wrapped by the terminal."""
     console.print(text, style=style, markup=False, soft_wrap=True)
+
+
+def listing(title: str, entries: Iterable[tuple[str, ...]]) -> None:
+    """Print names and, beside each, a line about it and further lines in grey."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, about, *rest in entries:
+        grid.add_row(Text(name, style="bold"), Text(about))
+        for line in rest:
+            grid.add_row("", Text(line, style="dim"))
+    console.print(title, style="bold", markup=False)
+    console.print(grid)
+    console.print()
 
 
 def error(text: str) -> None:

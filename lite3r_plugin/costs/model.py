@@ -31,6 +31,19 @@ class AttentionCosts:
     per_token: float
     per_call: float
 
+    def milliseconds(self, width: int, tokens: int, share: float | None) -> float:
+        """Of one call over N = `tokens`.
+
+        Args:
+            width: Batch times heads times head dimension.
+            tokens: N.
+            share: Of the scores that sparse attention computes; None: dense attention.
+        """
+        scale, scores = width / (16 * 64), self.dense * tokens**2
+        if share is None:
+            return scale * scores
+        return scale * (self.slowdown * share * scores + self.per_token * tokens) + self.per_call
+
 
 class SparseShares(NamedTuple):
     """What share of the scores sparse attention computes at a site.
@@ -55,6 +68,11 @@ class SparseShares(NamedTuple):
     def keep_ratio(self) -> float:
         """Share of the keys, of a query that is not pinned, whose scores are computed one by one."""
         return self.kept / BILLION
+
+    def of_scores(self, tokens: int, pinned: int) -> float:
+        """Share of the scores over `tokens` tokens, `pinned` of which are always kept, that is computed."""
+        free = (tokens - pinned) / tokens
+        return 1 - (1 - self.mean_share) * (1 - self.keep_ratio) * free**2
 
     @property
     def mean_share(self) -> float:

@@ -37,3 +37,7 @@ __all__ = [
     "sample_views",
     "why_dense",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)  # what completion offers

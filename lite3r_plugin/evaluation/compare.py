@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -118,6 +118,7 @@ class Evaluation:
         comparison: Measures of `DENSE`, `LITE3R` and a constant prediction against the reference, a set of views each.
         fidelity: How far Lite3R is from dense, a set of views each.
         densities: Share of the score blocks computed, 1 where every site ran dense, a set of views each.
+        seconds: What each run took, by method, a set of views each.
         protocol: By which it was judged, if by one.
     """
 
@@ -125,6 +126,7 @@ class Evaluation:
     comparison: Comparison
     fidelity: tuple[Fidelity, ...]
     densities: tuple[float, ...]
+    seconds: Mapping[str, tuple[float, ...]]
     protocol: Protocol | None = None
 
     @property
@@ -163,8 +165,16 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON-serialisable data; None where a measure is not defined."""
         means = {method: {row: _plain(self.comparison.mean(method, row)) for row in self.rows} for method in self.comparison.scores}
-        scenes, near = self.comparison.to_dict(), [score.to_dict() for score in self.fidelity]
-        return {**self.conditions, "density": self.density, "means": means, "scenes": scenes, "fidelity": near}
+        found = {row: self.comparison.difference(DENSE, LITE3R, row) for row in self.rows}
+        return {
+            **self.conditions,
+            "density": self.density,
+            "seconds": {method: list(times) for method, times in self.seconds.items()},
+            "means": means,
+            "differences": {row: interval.to_dict() for row, interval in found.items()},
+            "scenes": self.comparison.to_dict(),
+            "fidelity": [score.to_dict() for score in self.fidelity],
+        }
 
 
 def compare(
@@ -213,6 +223,7 @@ def compare(
     comparison, near, densities = Comparison(max_points=max_points), [], []
     kernels = {DENSE: DenseKernels(), LITE3R: DenseKernels()}
     counts, sizes = [], []
+    seconds: dict[str, list[float]] = {DENSE: [], LITE3R: []}
     total = len(scenes) * draws
     for number, scene in enumerate(scenes):
         for draw in range(draws):
@@ -224,10 +235,12 @@ def compare(
             if judged is not None and judged.poses_only:
                 reference = dataclasses.replace(reference, valid=torch.zeros_like(reference.depth, dtype=torch.bool))
             with _kernels(judged, kernels[DENSE]):
-                dense = pair.run(DENSE, images, dtype).prediction.geometry()
+                stock = pair.run(DENSE, images, dtype)
             with _kernels(judged, kernels[LITE3R]):
                 run = pair.run(LITE3R, images, dtype)
-            mine = run.prediction.geometry()
+            dense, mine = stock.prediction.geometry(), run.prediction.geometry()
+            for method, ran in ((DENSE, stock), (LITE3R, run)):
+                seconds[method].append(ran.seconds)
             comparison.add(reference, {DENSE: dense, LITE3R: mine}, scene=number)
             near.append(fidelity(mine, dense))
             densities.append(1.0 if run.density is None else run.density)
@@ -261,7 +274,8 @@ def compare(
             "dense_kernels": {method: ran.names for method, ran in kernels.items()},
             "same_dense_kernel": kernels[LITE3R].agree(kernels[DENSE]),
         }
-    return Evaluation(conditions, comparison, tuple(near), tuple(densities), judged)
+    taken = {method: tuple(times) for method, times in seconds.items()}
+    return Evaluation(conditions, comparison, tuple(near), tuple(densities), taken, judged)
 
 
 def sample_views(entry: ModelEntry, scene: Scene, indices: Sequence[int], shape: tuple[int, int] | None = None) -> Views:

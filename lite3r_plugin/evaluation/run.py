@@ -20,7 +20,7 @@ from ..apply.lookup import lite3r_modules
 from ..attention.module import SparseLinearAttention
 from ..attention.state import CallCounts
 from ..config import Lite3RConfig
-from ..errors import AdapterError, InputError, short
+from ..errors import AdapterError, InputError, plural, short
 from ..runtime.device import synchronize
 from ..scene.prediction import Prediction
 
@@ -180,5 +180,7 @@ def _explained_memory_errors(images: Tensor) -> Iterator[None]:
         yield
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error):
-            raise InputError(f"{len(images)} views do not fit into the memory of {images.device}; use fewer") from error
+            raise InputError(
+                f"{plural(len(images), 'view does', 'views do')} not fit into the memory of {images.device}; use fewer"
+            ) from error
         raise

@@ -34,6 +34,8 @@ class Fp8Block(HostWrapper):
     """
 
     parts: tuple[tuple[nn.Module, str, nn.Module], ...] = ()
+    rows_at_once: int | None = None
+    """Of the MLP, where memory is planned (`lite3r_plugin.runtime.memory`); None: all."""
 
     def __init__(self, host: nn.Module, site: AttentionSite, attention_takes_fp8: bool, passed: frozenset[str]) -> None:
         super().__init__(host)
@@ -90,7 +92,7 @@ class Fp8Block(HostWrapper):
             normed = norm1(x)
         update = attention(normed, **given)
         x, rows = passes(x).residual_norm_quantize(x, update, gain1, norm2.weight, norm2.bias, norm2.eps, up.infinities)
-        update = mlp(rows, up, down, block.activation)
+        update = mlp(rows, up, down, block.activation, self.rows_at_once)
         return x + update if gain2 is None else torch.addcmul(x, update, gain2)
 
 
@@ -120,11 +122,21 @@ def block_forward(host: nn.Module, site: AttentionSite, x: Tensor, **given: Any)
     return x + gains[1] * down(hidden)
 
 
-def mlp(x: Quantized, up: Fp8Linear, down: Fp8Linear, activation: str) -> Tensor:
-    """``down(activation(up(x)))`` with `activation` as in `PreNormBlock`, of rows ``[..., C]`` in FP8.
+def mlp(x: Quantized, up: Fp8Linear, down: Fp8Linear, activation: str, rows_at_once: int | None = None) -> Tensor:
+    """``down(activation(up(x)))`` with `activation` as in `PreNormBlock`, of rows ``[..., C]`` in FP8, so many of them at once.
 
     Making what `up` gives in parts that stay in the L2 cache of an H100 was slower at every size (benchmarks/results/h100_fp8.json).
     """
+    if rows_at_once is not None and x.scale.numel() > rows_at_once:
+        flat = Quantized(x.data.flatten(0, -2), x.scale.flatten(0, -2), x.dtype)
+        out: Tensor | None = None
+        for start in range(0, len(flat.scale), rows_at_once):
+            here = slice(start, start + rows_at_once)
+            part = mlp(Quantized(flat.data[here], flat.scale[here], x.dtype), up, down, activation)
+            out = part.new_empty(len(flat.scale), part.shape[-1]) if out is None else out
+            out[here] = part
+        assert out is not None
+        return out.unflatten(0, x.scale.shape[:-1])
     wide = up(x)
     if activation == "swiglu":
         return down(passes(wide).swiglu_quantize(wide, infinities=down.infinities))

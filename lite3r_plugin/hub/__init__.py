@@ -4,3 +4,7 @@ from .official import OfficialConversion, convert_official
 from .push import push_to_hub
 
 __all__ = ["OfficialConversion", "convert_official", "push_to_hub"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)  # what completion offers

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter.downloads import is_hub_id
-from ..errors import InputError, short
+from ..errors import InputError, plural, short
 from ..scene.metrics.bootstrap import LEAST_SCENES
 from ..version import __version__
 from .metrics import Metrics, Row
@@ -101,7 +101,7 @@ def _holds(record: Mapping[str, Any]) -> str:
     branches = sum(name.endswith(".proj_lin.weight") for name in record["tensors"])
     parts = [f"the linear branches ({branches})"] if branches else []
     if record["fp8"]:
-        parts.append(f"the FP8 weights of {len(record['fp8'])} Linears")
+        parts.append(f"the FP8 weights of {plural(len(record['fp8']), 'Linear')}")
     if record["whole"]:
         parts.append("all other weights of the model")
     return f"It holds {' and '.join(parts) or 'the configuration alone'}."
@@ -109,7 +109,7 @@ def _holds(record: Mapping[str, Any]) -> str:
 
 def _quality(metrics: Metrics) -> str:
     lines = [
-        f"Measured with `lite3r eval` on {_code(metrics.data)}: {metrics.scenes} scenes, {metrics.views}. "
+        f"Measured with `lite3r eval` on {_code(metrics.data)}: {plural(metrics.scenes, 'scene')}, {metrics.views}. "
         f"{_sparse(metrics.density)} "
         + (
             "The very files of this repository were measured."

@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,11 @@ from ..apply.lookup import look_up
 from ..apply.verbs import apply_lite3r
 from ..config import Lite3RConfig, Scope, plain_name
 from ..errors import AlreadyAppliedError, CheckpointError, ConfigError, InputError, ModelTypeError, shown
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ..config import Lite3RFields
 
 KEEP_RATIO = 0.3
 """Share of the keys that the published checkpoints were trained with."""
@@ -94,7 +99,7 @@ def convert_official(
     directory: str | os.PathLike[str],
     *,
     base: str | os.PathLike[str] | None = None,
-    **fields: Any,
+    **fields: Unpack[Lite3RFields],
 ) -> OfficialConversion:
     """Write a published checkpoint of Lite3R as a folder that `load_lite3r` takes.
 

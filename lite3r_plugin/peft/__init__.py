@@ -5,3 +5,7 @@ from .lora import add_lora, lora_disabled, merge_lora
 from .tuner import Lite3RTuner
 
 __all__ = ["Lite3RPeftConfig", "Lite3RTuner", "add_lora", "lora_disabled", "merge_lora"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)  # what completion offers

@@ -74,6 +74,7 @@ class Lite3RPeftConfig(LoraConfig):
     dense_attention: DenseAttention | None = Lite3RConfig.dense_attention
     cuda_graphs: bool | None = Lite3RConfig.cuda_graphs
     graph_shapes: int = Lite3RConfig.graph_shapes
+    max_memory: int | str | None = Lite3RConfig.max_memory
     lora_scopes: tuple[Scope, ...] = ("global", "frame")
     model_adapter: str | None = None
     version: int = CONFIG_VERSION

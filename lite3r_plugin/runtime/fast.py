@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..attention.module import SparseLinearAttention
 from ..attention.state import ModelState
 from ..config import WholeModel
-from ..errors import short
+from ..errors import plural, short
 from ..wrapper import Changes, RewrittenMethod
 from .compile import CompiledBlocks
 from .graphs import IN_TURN, Graphs
@@ -178,8 +178,8 @@ class FastForward(RewrittenMethod):
             changed = f"; {self.half.changed} were changed since, and stay so" if self.half.changed else ""
             lines.append(f"weights in BF16: {len(self.half)} of them; {kept if self.half.kept else gone}{changed}")
         if self.blocks is not None:
-            count = len(self.blocks) or "transformer"
-            lines.append(f"{count} blocks compiled" if self.not_compiled is None else f"blocks not compiled: {self.not_compiled}")
+            count = plural(len(self.blocks), "block") if self.blocks else "transformer blocks"
+            lines.append(f"{count} compiled" if self.not_compiled is None else f"blocks not compiled: {self.not_compiled}")
         if self.parts.dense_attention == "fastest":
             chosen = "chosen in the first forward" if self.choice is None else " by ".join(filter(None, self.choice))
             lines.append(f"dense attention: {chosen}")

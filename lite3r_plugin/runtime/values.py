@@ -61,6 +61,20 @@ def tensors_in(value: Any) -> list[Tensor]:
     return found
 
 
+def images_in(value: Any) -> Tensor | None:
+    """The images inside of `value`: the first tensor ``[B, S, 3, H, W]`` or ``[S, 3, H, W]``; None where there is none."""
+    return next((x for x in tensors_in(value) if x.dim() in (4, 5) and x.is_floating_point() and x.shape[-3] == 3), None)
+
+
+def with_views(value: Any, views: int) -> Any:
+    """`value` with the first `views` views of its images, and of every tensor that has as many in the same place."""
+    images = images_in(value)
+    assert images is not None
+    place = images.dim() - 4
+    count = images.shape[place]
+    return exchanged(value, lambda x: x.narrow(place, 0, views) if x.dim() > place and x.shape[place] == count else x)
+
+
 def layout_of(value: Any) -> Hashable:
     """What of `value` decides which kernels a forward launches: shapes, strides, dtypes and devices of tensors; all else by itself.
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image, UnidentifiedImageError, features
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, plural
 from .reading import MORE_PIXELS, current_limits, entries, is_dir, is_file, listed, say, shown
 
 T = TypeVar("T")
@@ -56,13 +56,19 @@ def find_images(folder: Path) -> list[Path]:
     files = [p for p in held if is_file(p)]
     images = sorted((p for p in files if is_image(p)), key=lambda p: natural(p.name))
     if not images:
-        what = f"its {len(files)} files are of other kinds" if files else "it is empty"
+        what = f"it holds {plural(len(files), 'file')} of other kinds" if files else "it is empty"
         raise InputError(f"{folder} holds no images ({', '.join(SUFFIXES)}): {what}")
     stems = {p.stem.lower() for p in images}
     if other := [p.name for p in files if p.suffix.lower() in OTHER_PICTURES and p.stem.lower() not in stems]:
-        say(f"{folder}: {len(other)} pictures of other kinds are left out: {listed(other)}; save them as JPEG or PNG to use them")
+        say(
+            f"{folder}: {plural(len(other), 'picture of another kind is', 'pictures of other kinds are')} left out: {listed(other)}; "
+            "save them as JPEG or PNG to use them"
+        )
     if below := [p.name for p in held if is_dir(p) and has_images(p)]:
-        say(f"{folder}: {len(below)} subfolders with images are left out: {listed(below)}; put all photographs of a scene into one folder")
+        say(
+            f"{folder}: {plural(len(below), 'subfolder with images is', 'subfolders with images are')} left out: {listed(below)}; "
+            "put all photographs of a scene into one folder"
+        )
     return images
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..errors import InputError
+from ..errors import InputError, plural
 from .images import SUFFIXES, find_images, has_images, is_image, load_image, natural, require_decoders, spread
 from .reading import entries, is_dir, is_file, listed, read_bytes, say, shown
 from .video import SUFFIXES as VIDEOS
@@ -65,14 +65,15 @@ def load_inputs(words: Sequence[str], max_views: int | None = None, every: float
 
 def _require(count: int, at_least: int, words: Sequence[str]) -> None:
     if count < at_least:
-        raise InputError(f"at least {at_least} images are needed, {listed(words)} gives {count}")
+        raise InputError(f"at least {plural(at_least, 'image is', 'images are')} needed, {listed(words)} gives {count}")
 
 
 def _distinct(paths: list[Path]) -> list[Path]:
     found = {path.resolve(): path for path in reversed(paths)}
     if len(found) < len(paths):
         twice = [path for path, count in Counter(path.resolve() for path in paths).items() if count > 1]
-        say(f"{len(paths) - len(found)} files are named more than once and taken once: {listed(path.name for path in twice)}")
+        files = plural(len(paths) - len(found), "file is", "files are")
+        say(f"{files} named more than once and taken once: {listed(path.name for path in twice)}")
     return list(reversed(found.values()))
 
 
@@ -119,10 +120,11 @@ def _pattern(pattern: str) -> list[Path]:
     files = [p for p in found if is_file(p)]
     taken = [p for p in files if is_image(p) or is_video(p)]
     if not taken:
-        what = f"{len(files)} files of other kinds" if files else "nothing"
+        what = f"{plural(len(files), 'file')} of other kinds" if files else "nothing"
         raise InputError(f"the pattern {shown(pattern, 200)} finds {what}; ** stands for any folders, * for any name")
     if rest := [p.name for p in files if p not in set(taken)]:
-        say(f"{shown(pattern, 200)}: {len(rest)} files of other kinds are left out: {listed(rest)}")
+        files = plural(len(rest), "file of another kind is", "files of other kinds are")
+        say(f"{shown(pattern, 200)}: {files} left out: {listed(rest)}")
     return taken
 
 

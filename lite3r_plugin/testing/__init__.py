@@ -20,3 +20,7 @@ __all__ = [
     "largest_difference",
     "named_tensors",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)  # what completion offers

@@ -31,7 +31,7 @@ from ..apply.ranks import is_sharded
 from ..attention.branch import branch_weight, why_not_written, write_branch
 from ..attention.module import SparseLinearAttention
 from ..config import plain_name
-from ..errors import ConfigError, InputError, WeightsError, shown
+from ..errors import ConfigError, InputError, WeightsError, plural, shown
 from ..ops.options import is_int
 from ..wrapper import Changes
 from .judge import Errors, Judge, Weights
@@ -89,12 +89,12 @@ class Calibration:
 
     def __str__(self) -> str:
         fitted = sum(bool(site.share) for site in self.sites)
-        few = f"; {self.judged} are few to judge by, give {FEW} or more" if self.judged < FEW else ""
-        lines = [f"calibrated {fitted} of {len(self.sites)} sites on {self.inputs} inputs{few}"]
+        few = f"; {plural(self.judged, 'is', 'are')} few to judge by, give {FEW} or more" if self.judged < FEW else ""
+        lines = [f"calibrated {fitted} of {plural(len(self.sites), 'site')} on {plural(self.inputs, 'input')}{few}"]
         if self.after == self.before:
             lines.append("left as it came: nothing brought the outputs of held-out inputs closer to those with dense attention")
         else:
-            lines.append(f"outputs against dense attention, on {self.judged} inputs, each held out in turn:")
+            lines.append(f"outputs against dense attention, on {plural(self.judged, 'input')}, each held out in turn:")
             lines += [f"  {kind}  {before:.4g} -> {self.after[kind]:.4g}" for kind, before in self.before.items()]
         lines.append("relative error of attention:")
         for site in self.sites:
@@ -137,8 +137,8 @@ def calibrate(
         outputs: From what the model returns to `lite3r_plugin.adapter.ModelOutputs`; by default what its adapter says, and where it says
             nothing, all floating-point tensors of the output count alike.
         judged: How many of the first inputs to judge by, at most 8. On each of them the model runs at most a dozen times more.
-        progress: A bar on standard error, if that is a terminal; or no bar; or a function of what is done, how often it was done, and how
-            often it will be, None where that is not known.
+        progress: A bar on standard error, or lines now and then if that is no terminal; or nothing; or a function of what is done, how
+            often it was done, and how often it will be, None where that is not known.
 
     Returns:
         The errors before and after, of the outputs and by site.
@@ -151,6 +151,12 @@ def calibrate(
         AdapterError: what the model returns cannot be compared.
         NotAppliedError: `apply_lite3r` was not called.
         WeightsError: a branch cannot be written: it has an adapter around it, or is offloaded, quantised or sharded by another than FSDP2.
+
+    Examples:
+        >>> model = apply_lite3r(model, keep_ratio=0.25)
+        >>> result = calibrate(model, inputs)  # a list of what the model takes
+        >>> result.inputs
+        2
     """
     sites = {fqn: site for fqn, site in require_lite3r(model).items() if site.sparse and site.keep_ratio < 1}
     if not sites:

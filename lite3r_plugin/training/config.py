@@ -7,11 +7,14 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 from ..config import Scope
 from ..errors import ConfigError, shown
 from ..ops.options import check_choice, is_int, is_number
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # of the type checker
 
 Trainable = Literal["proj", "proj+lora", "proj+norms", "blocks"]
 Mode = Literal["end_to_end", "local"]
@@ -26,6 +29,45 @@ DEFAULT_STEPS = 500
 LARGEST_SEED = 2**63 - 1  # torch takes no more than 64 bits, and each process adds its number
 LOCAL_LOSSES = ("attention", "blocks", "cameras")
 LOSSES = (*LOCAL_LOSSES, "predictions", "task")
+
+
+class DistillFields(TypedDict, total=False):
+    """All fields of `DistillConfig`, as keywords."""
+
+    trainable: Trainable
+    lora_rank: int
+    lora_alpha: float | None
+    lora_scopes: tuple[Scope, ...]
+    mode: Mode
+    attention: Weight
+    blocks: Weight
+    cameras: Weight
+    predictions: Weight
+    task: Weight
+    attention_loss: AttentionLoss
+    steps: int | None
+    epochs: int | None
+    minutes: float | None
+    learning_rate: float
+    weight_decay: float
+    warmup_steps: int | None
+    schedule: Schedule
+    final_learning_rate: float
+    clip: float | None
+    accumulate: int
+    ema: float | None
+    checkpointing: bool
+    mixed_precision: Precision | None
+    seed: int
+    batch_size: int
+    workers: int
+    validate_every: int | None
+    patience: int | None
+    output_dir: str | None
+    save_every: int | None
+    resume: bool
+    trackers: tuple[Tracker, ...]
+    log_every: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +118,11 @@ class DistillConfig:
 
     Raises:
         ConfigError: a field has a value that it does not take, or two contradict each other.
+
+    Examples:
+        >>> config = DistillConfig(trainable="proj", minutes=3)
+        >>> config.replace(learning_rate=1e-3).minutes
+        3
     """
 
     trainable: Trainable = "proj+lora"
@@ -173,7 +220,7 @@ class DistillConfig:
         value = getattr(self, name)
         return value if isinstance(value, tuple) else (value, value)
 
-    def replace(self, **fields: Any) -> DistillConfig:
+    def replace(self, **fields: Unpack[DistillFields]) -> DistillConfig:
         """A copy with other values. Unknown names raise `ConfigError`, which lists the known ones."""
         known = [field.name for field in dataclasses.fields(self)]
         if unknown := sorted(set(fields) - set(known)):
@@ -185,18 +232,18 @@ class DistillConfig:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()}
 
     @classmethod
-    def published(cls, **fields: Any) -> DistillConfig:
+    def published(cls, **fields: Unpack[DistillFields]) -> DistillConfig:
         """The recipe of the Lite3R repository (arXiv 2605.11354): `proj_lin` alone, one epoch, the squared error of attention beside the
         task loss, with a weight that falls from 0.1 to 0.01; `fields` are set on top."""
-        recipe: dict[str, Any] = {
+        recipe: DistillFields = {
             "trainable": "proj", "attention": (0.1, 0.01), "attention_loss": "mse", "blocks": 0.0, "cameras": 0.0, "predictions": 0.0,
             "task": 1.0, "learning_rate": 1e-3, "warmup_steps": 30, "schedule": "linear", "final_learning_rate": 0.5,
         }  # fmt: skip
-        length = {} if {"steps", "epochs", "minutes"} & set(fields) else {"epochs": 1}
-        return cls().replace(**(recipe | length | fields))
+        length: DistillFields = {} if {"steps", "epochs", "minutes"} & set(fields) else {"epochs": 1}
+        return cls().replace(**{**recipe, **length, **fields})
 
     @classmethod
-    def from_toml(cls, path: str | os.PathLike[str], **fields: Any) -> DistillConfig:
+    def from_toml(cls, path: str | os.PathLike[str], **fields: Unpack[DistillFields]) -> DistillConfig:
         """The table ``[distill]`` of a TOML file, or the whole file where it has no tables; `fields` are set on top.
 
         Raises:
@@ -210,7 +257,8 @@ class DistillConfig:
         if units & set(fields):  # which say how long instead
             table = {name: value for name, value in table.items() if name not in units}
         try:
-            return cls().replace(**{**table, **fields})
+            given: dict[str, Any] = {**table, **fields}
+            return cls().replace(**given)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
 

@@ -20,18 +20,22 @@ from torch.utils.checkpoint import checkpoint
 from ..adapter.outputs import OutputsFunction
 from ..apply import ranks
 from ..apply.lookup import Inventory, look_up
-from ..errors import ConfigError, ConvertedError, InputError, NoSitesError, WeightsError, shown
+from ..errors import ConfigError, ConvertedError, InputError, NoSitesError, WeightsError, plural, shown
 from ..wrapper import Changes, host_of, is_lora, is_tuner_layer, keeps_copies
 from .checkpoint import check_folder
 from .config import DistillConfig
 from .data import Feed, gives_items
 from .loop import Run, Validation
 from .objective import Objective
-from .progress import Progress, duration, peak_bytes, size
+from .progress import Progress, peak_bytes
 from .trainable import Trainable, added_parameters, check_branches, choose
+from .units import duration, size
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from typing_extensions import Unpack
+
+    from .config import DistillFields
 
 TINY_SECONDS = 1e-9
 PLAIN_MACHINES = ("NO", "MULTI_CPU", "MULTI_GPU")
@@ -76,8 +80,9 @@ class Distillation:
 
     def __str__(self) -> str:
         lines = [
-            f"distilled {self.trainable}, {self.learned:,} of {self.parameters:,} parameters: {self.steps} steps, {self.samples} samples "
-            f"in {duration(self.seconds)} ({self.samples_per_second:.3g} a second), peak memory {size(self.peak_bytes)}; {self.stopped}"
+            f"distilled {self.trainable}, {self.learned:,} of {self.parameters:,} parameters: {plural(self.steps, 'step')}, "
+            f"{plural(self.samples, 'sample')} in {duration(self.seconds)} ({self.samples_per_second:.3g} a second), "
+            f"peak memory {size(self.peak_bytes)}; {self.stopped}"
         ]
         if self.first_loss is not None and self.last_loss is not None:
             parts = ", ".join(f"{name} {value:.4g}" for name, value in self.losses.items())
@@ -98,7 +103,7 @@ def distill(
     *,
     validation: Validation | None = None,
     outputs: OutputsFunction | None = None,
-    **fields: Any,
+    **fields: Unpack[DistillFields],
 ) -> Distillation:
     """Train what Lite3R added to `model`, and what `trainable` names besides, in place, to give what the model gave before.
 
@@ -132,6 +137,12 @@ def distill(
         TrainingError: the loss is not finite, or a parameter gets no gradient.
         CheckpointError: what is in `output_dir` is of another run, or nothing more can be written there.
         AdapterError: the outputs are not what the adapter, or `outputs`, says.
+
+    Examples:
+        >>> model = apply_lite3r(model, keep_ratio=0.25)
+        >>> result = distill(model, inputs, trainable="proj", steps=2)
+        >>> result.steps
+        2
     """
     if config is not None and not isinstance(config, DistillConfig):
         raise ConfigError(f"config is a DistillConfig, got {shown(config)}; single fields are keywords: distill(model, data, steps=1000)")
@@ -363,7 +374,7 @@ def _check_lora(found: Inventory, layers: dict[str, Any], config: DistillConfig,
     differing += ["lora_scopes"] if around != set(layers.values()) else []
     if not differing:
         return
-    there = f"rank {_numbers(ranks_of)} and alpha {_numbers(alphas)} around {len(set(layers.values()))} Linears"
+    there = f"rank {_numbers(ranks_of)} and alpha {_numbers(alphas)} around {plural(len(set(layers.values())), 'Linear')}"
     said = ", ".join(f"{name}={getattr(config, name)!r}" for name in differing)
     if asked := given.intersection(differing):
         raise ConfigError(
@@ -420,10 +431,11 @@ def _first_line(
     found: Inventory, trainable: Trainable, run: Run, objective: Objective, device: torch.device, precision: torch.dtype | None
 ) -> str:
     config, processes = run.config, run.accelerator.num_processes
-    length = f"{run.steps} steps" if run.steps is not None else f"{config.minutes:g} minutes"
+    length = plural(run.steps, "step") if run.steps is not None else f"{config.minutes:g} min"
     where = f"{processes} processes on {device.type}" if processes > 1 else str(device)
     number = "bfloat16 autocast" if precision is not None else str(next(found.model.parameters()).dtype).removeprefix("torch.")
     return (
         f"distilling {found.name}: {config.trainable}, {trainable.count:,} of {trainable.of:,} parameters learn "
-        f"({trainable.count / trainable.of:.2%}); {length} of {run.samples_a_step} samples, {where}, {number}; {objective.describe()}"
+        f"({trainable.count / trainable.of:.2%}); {length} of {plural(run.samples_a_step, 'sample')}, {where}, {number}; "
+        f"{objective.describe()}"
     )

@@ -27,8 +27,9 @@ from .copies import Average, Copy
 from .data import Feed, Sample, share_of
 from .draws import drawing
 from .objective import Losses, Objective
-from .progress import METRICS_NAME, JsonLines, Pace, Progress, duration, peak_bytes, size, start_peak
+from .progress import METRICS_NAME, JsonLines, Pace, Progress, peak_bytes, start_peak
 from .trainable import Trainable, sparse_sites
+from .units import duration, size
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

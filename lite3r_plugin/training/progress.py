@@ -18,7 +18,7 @@ METRICS_NAME = "metrics.jsonl"
 
 
 class Progress:
-    """Lines and a bar on standard error; a bar only on a terminal. One that is not `shown` says nothing.
+    """Lines and a bar on standard error. One that is not `shown` says nothing.
 
     Args:
         shown: Whether this is the process that speaks.
@@ -42,15 +42,13 @@ class Progress:
     @contextlib.contextmanager
     def bar(self) -> Iterator[None]:
         """Show a bar inside the context."""
-        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
+        from .bar import Bar
 
-        if not self._console.is_terminal or self._console.quiet:
+        if self._console.quiet:
             yield
             return
-        columns = (TextColumn("distilling"), BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeRemainingColumn())
-        self._bar = Bar(*columns, TextColumn("{task.description}"), console=self._console, transient=True)
-        self._task = self._bar.add_task("", total=1.0)
+        self._bar = Bar(self._console, percent=True)
+        self._task = self._bar.add_task("distilling", total=1.0)
         try:
             with self._bar:
                 yield
@@ -60,7 +58,7 @@ class Progress:
     def update(self, share: float, text: str) -> None:
         """Move the bar to `share` of the run."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=share, description=text)
+            self._bar.update(self._task, completed=share, description=f"distilling, {text}")
 
 
 class Pace:
@@ -144,16 +142,3 @@ def peak_bytes(device: torch.device) -> int | None:
     except ImportError:  # Windows
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def duration(seconds: float) -> str:
-    """``1 h 02 min``, ``3 min 20 s``, ``4.2 s``."""
-    if seconds < 60:
-        return f"{seconds:.3g} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def size(count: int | None) -> str:
-    """Bytes for people."""
-    return "not measured" if count is None else f"{count / 2**30:.2f} GiB"

@@ -1,8 +1,9 @@
-"""Progress of a function that a library calls: a bar where somebody watches, or whatever the caller makes of it."""
+"""Progress of a function that a library calls: a bar, lines in a log, or whatever the caller makes of it."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -37,26 +38,16 @@ class Report:
 
 @contextlib.contextmanager
 def reporting(progress: bool | Listener) -> Iterator[Report]:
-    """A report to `progress`, if that is a function; if it is true, to a bar on standard error, if that is a terminal; else to nobody."""
+    """A report to `progress`, if that is a function; if it is true, to a bar or lines on standard error; else to nobody."""
     if callable(progress):
         yield Report(progress)
         return
     if progress:
         from rich.console import Console
 
-        console = Console(stderr=True, highlight=False)
-        if console.is_terminal:
-            with _bar(console) as listener:
-                yield Report(listener)
-            return
+        from .bar import Bar
+
+        with Bar(Console(stderr=True, highlight=False)) as bar:
+            yield Report(functools.partial(bar.stage, bar.add_task("calibrating", total=None)))
+        return
     yield Report(lambda what, done, total: None)
-
-
-@contextlib.contextmanager
-def _bar(console: Any) -> Iterator[Listener]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("calibrating", total=None)
-        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)

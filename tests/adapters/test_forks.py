@@ -181,7 +181,7 @@ def test_a_fork_is_exact_or_left_to_the_host(family: Family, what: str, monkeypa
     described = any(type(site.projections).__name__ != "Routed" for site in find_sites(model)[1])
     if what not in BLOCKS and described:
         assert f"{family.block}.{family.attention}" in report.routed
-        assert "sites have q, k and v made by the host's own code: it differs from the host's own forward by" in str(report)
+        assert "with q, k and v of the host's own code: it differs from the host's own forward by" in str(report)
     else:
         assert not report.routed
 
@@ -190,7 +190,7 @@ def test_a_fork_is_exact_or_left_to_the_host(family: Family, what: str, monkeypa
     assert has_blocks == any(site.block is not None for site in find_sites(model)[1])
     if has_blocks and what in BLOCKS:
         assert not isinstance(fused.get_submodule(family.block), Fp8Block)
-        assert "1 blocks run their own forward on FP8 Linears: it differs from the block's own forward" in str(describe(fused))
+        assert "1 block runs its own forward on FP8 Linears: it differs from the block's own forward" in str(describe(fused))
     monkeypatch.setattr(convert, "why_not_fused", lambda *_: "for comparison")
     single = apply_lite3r(copy.deepcopy(model), TEST_CONFIG, keep_ratio=1.0, precision="fp8")
     error, where = largest_difference(outputs(single, family.run), outputs(fused, family.run))

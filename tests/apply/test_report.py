@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import xml.etree.ElementTree as ET
 from typing import Any
 
 import pytest
@@ -65,8 +67,8 @@ def test_the_text() -> None:
     model(images())
     lines = str(describe(model)).splitlines()
     assert lines[0] == "Lite3R on Toy (adapter 'toy')"
-    assert "  1 global sites sparse-linear: keep_ratio 0.3, blocks 16 x 16, linear branch marginal (softmax), block means on" in lines
-    assert "  1 global sites sparse-linear: keep_ratio 0.5, blocks 16 x 16, linear branch marginal (softmax), block means on" in lines
+    assert "  1 global site sparse-linear: keep_ratio 0.3, blocks 16 x 16, linear branch marginal (softmax), block means on" in lines
+    assert "  1 global site sparse-linear: keep_ratio 0.5, blocks 16 x 16, linear branch marginal (softmax), block means on" in lines
     assert "  always kept: special tokens; backend naive" in lines
     assert "  2 sites untouched: scope 'frame' stays dense" in lines
     assert "calls so far: 2 sparse, 0 dense (where sparse does not pay), density of the last 0.5" in str(describe(model))
@@ -104,10 +106,28 @@ def test_sites_that_never_ran() -> None:
     model = apply_lite3r(Toy(), SPARSE)
     model.embed(images()[0])  # shows the grid
     model.cross[1](torch.randn(1, 246, 32))
-    assert "  1 global sites not seen to run so far, which compiled code does not show" in str(describe(model)).splitlines()
+    assert "  1 global site not seen to run so far, which compiled code does not show" in str(describe(model)).splitlines()
 
 
 def test_what_is_left_alone_and_why() -> None:
     report = describe(apply_lite3r(Toy(), SPARSE, exclude=("cross.1", "frame.0")))
     assert report.skipped == {"frame.0": "excluded", "frame.1": "scope 'frame' stays dense", "cross.1": "excluded"}
     assert "  2 sites untouched: excluded" in str(report).splitlines()
+
+
+def test_a_notebook_shows_the_text_and_every_site() -> None:
+    model = apply_lite3r(Toy(), SPARSE, keep_ratio={"cross.1": 1.0, "*": 0.3})
+    model(images())
+    report = describe(model)
+    assert repr(report) == "<Lite3R on Toy: 1 sparse site of 2, full, calls 1 sparse and 1 dense; print() tells all>"
+    page = report._repr_html_()
+    ET.fromstring(page)  # well-formed
+    assert [html.escape(line.strip()) in page for line in str(report).splitlines()] == [True] * len(str(report).splitlines())
+    assert "<td>cross.0</td><td>global</td><td>sparse-linear</td><td>0.3</td><td>1</td><td>0</td>" in page
+    assert "<td>cross.1</td><td>global</td><td>dense</td><td>1</td><td>0</td><td>1</td><td></td>" in page
+
+
+def test_numbers_and_words_agree() -> None:
+    text = str(describe(apply_lite3r(Toy(), SPARSE, keep_ratio={"cross.1": 1.0, "*": 0.3})))
+    assert "  1 global site sparse-linear: keep_ratio 0.3" in text
+    assert "  1 global site dense: keep_ratio 1" in text.splitlines()

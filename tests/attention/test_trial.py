@@ -160,7 +160,7 @@ def test_a_fork_that_calls_no_attention_function_is_left_to_the_host(adapter: Ad
     report = describe(model)
     assert [site.left for site in report.sites] == [None, "it calls scaled_dot_product_attention 0 times, not once"]
     assert set(report.routed) == {"cross.1"}
-    assert "1 global sites dense, in the host's own code: it calls scaled_dot_product_attention 0 times, not once" in str(report)
+    assert "1 global site dense, in the host's own code: it calls scaled_dot_product_attention 0 times, not once" in str(report)
     with lite3r_disabled(model):
         assert torch.equal(model(images()), expected)
 
@@ -174,7 +174,7 @@ def test_a_fork_is_sparse_in_its_own_code(adapter: Adapter) -> None:
     expected = model(images())
     report = describe(apply_lite3r(model, SPARSE))
     assert [type(site.projections) for site in model.cross[0].state.sites if site.scope == "global"] == [Routed, Routed]
-    assert "2 sites have q, k and v made by the host's own code: it differs from the host's own forward by" in str(report)
+    assert "2 sites with q, k and v of the host's own code: it differs from the host's own forward by" in str(report)
     assert not torch.allclose(model(images()), expected)
     assert [site.calls.sparse for site in describe(model).sites] == [1, 1]
 

@@ -19,7 +19,7 @@ SMALL = ["--device", "cpu", "--heads", "2", "--head-dim", "32", "--dtype", "floa
 
 @pytest.fixture(autouse=True)
 def _scripts() -> Iterator[None]:
-    folders = [str(BENCHMARKS), str(BENCHMARKS / "operators"), str(BENCHMARKS / "training")]
+    folders = [str(BENCHMARKS), str(BENCHMARKS / "operators"), str(BENCHMARKS / "models"), str(BENCHMARKS / "training")]
     sys.path[:0] = folders
     yield
     for folder in folders:
@@ -329,3 +329,53 @@ def test_what_a_step_and_calibration_cost(tmp_path: Path, monkeypatch: pytest.Mo
     rows = json.loads(path.read_text())["rows"]
     assert [row["way"] for row in rows] == ["plain", "distill", "calibrate"]
     assert all(row["seconds"] > 0 for row in rows)
+
+
+def test_the_predicted_peak_is_compared_with_what_is_held(tmp_path: Path) -> None:
+    import memory_plan
+
+    path = tmp_path / "r.json"
+    options = [
+        "--model",
+        "testbed",
+        "--views",
+        "2",
+        "--resolution",
+        "32",
+        "--max-memory",
+        "1MB,1GB",
+        "--variants",
+        "default",
+        "--device",
+        "cpu",
+    ]
+    refused, ran = memory_plan.main([*options, "--json", str(path)])
+    assert refused["refused"]
+    assert ran["error_percent"] == 0
+    assert json.loads(path.read_text())["rows"] == [refused, ran]
+
+
+def test_pairs_run_in_turns_and_are_judged(tmp_path: Path) -> None:
+    import never_slower
+
+    path = tmp_path / "r.json"
+    options = ["--model", "testbed", "--views", "1,2", "--keep", "0.3", "--resolution", "16", "--runs", "3", "--device", "cpu"]
+    report = never_slower.main([*options, "--config", "compile_blocks=false", "--json", str(path)])
+    assert json.loads(path.read_text()) == json.loads(json.dumps(report))
+    assert [(row["pair"], row["views"], row["against"]) for row in report["rows"]] == [
+        (pair, views, against) for pair, against in (("default", "stock"), ("preset", "strong")) for views in (1, 2)
+    ]
+    for row in report["rows"]:
+        assert row["ratio_min"] <= row["ratio"] <= row["ratio_max"]
+        assert row["ok"] == (row["ratio"] <= 1.03)
+    assert report["rows"][0]["line"] == "apply_lite3r(model, compile_blocks=False, keep_ratio=0.3)"
+    assert report["rows"][0]["line_against"] is None
+
+
+def test_the_two_of_a_pair_run_alternately() -> None:
+    import never_slower
+
+    order: list[str] = []
+    ours, theirs = never_slower.in_turns(lambda: order.append("ours"), lambda: order.append("theirs"), torch.device("cpu"), 3)
+    assert order == ["theirs", "ours", "ours", "theirs", "theirs", "ours"]
+    assert len(ours) == len(theirs) == 3

@@ -28,6 +28,15 @@ def test_texts_of_adapters_are_shown_as_they_are(monkeypatch: pytest.MonkeyPatch
         assert expected in out
 
 
+def test_eighty_columns_hold_names_ids_and_words_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lite3r_plugin.cli.show.console.width", 80)
+    lines = lite3r("adapters").stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    text = "\n".join(lines)
+    for expected in ("da3nested-giant-large  ", "weights: depth-anything/DA3NESTED-GIANT-LARGE", "weights: come with the package"):
+        assert expected in text
+
+
 FILE = """
 import torch
 from lite3r_plugin.testbed import Testbed, TestbedConfig

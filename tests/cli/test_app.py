@@ -13,10 +13,12 @@ from types import SimpleNamespace
 import pytest
 import typer
 from commands import fails, lite3r
+from typer.testing import CliRunner
 
 import lite3r_plugin
 from lite3r_plugin import hookimpl
 from lite3r_plugin.adapter.plugins import AdapterWarning, get_manager
+from lite3r_plugin.cli.app import app
 from lite3r_plugin.errors import InputError
 
 Add = Callable[[str, Callable[[typer.Typer], None]], None]
@@ -132,3 +134,27 @@ def test_names_that_are_taken_stay_what_they_are(add: Add) -> None:
     assert "'greet' of the plugin" in result.stderr
     assert "'demo' of the plugin 'third' (of no distribution) was skipped" in result.stderr
     assert "--repeats" in lite3r("demo", "--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("lite3r recon", ["reconstruct"]),
+        ("lite3r bench --model vg", ["vggt"]),
+        ("lite3r eval --config keep_", ["keep_ratio=", "keep_originals="]),
+        ("lite3r calibrate --dtype bf", []),
+        ("lite3r calibrate --dtype b", ["bfloat16"]),
+        ("lite3r demo --device c", ["cpu"]),
+        ("lite3r bench --time", ["--time-budget"]),
+    ],
+)
+def test_shells_complete(typed: str, offered: list[str]) -> None:
+    words = typed.split()
+    environment = {"_LITE3R_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(len(words) - 1)}
+    said = CliRunner().invoke(app, [], prog_name="lite3r", env=environment).stdout.split()
+    assert set(offered) <= set(said)
+    assert all(word.startswith(words[-1]) for word in said)
+
+
+def test_how_to_complete_is_in_the_help() -> None:
+    assert "--install-completion" in lite3r("--help").stdout

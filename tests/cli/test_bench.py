@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from commands import fails, lite3r
+from PIL import Image
 
 from lite3r_plugin.bench import VARIANTS
 from lite3r_plugin.cli.bench import DEFAULT_VARIANTS
@@ -15,21 +16,42 @@ from lite3r_plugin.cli.bench import DEFAULT_VARIANTS
 def test_report_and_table(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     options = ("--views", "1,2", "--variants", "stock,lite3r", "--resolution", 16, "--device", "cpu", "--repeats", 1)
-    result = lite3r("bench", "--model", "tiny", *options, "--json", path, "--config", "linear_branch=none")
+    reports = ("--html", tmp_path / "r.html", "--plots", tmp_path / "plots")
+    result = lite3r("bench", "--model", "tiny", *options, "--json", path, "--config", "linear_branch=none", *reports)
     stored = json.loads(path.read_text())
     assert stored["conditions"]["lite3r_options"] == {"linear_branch": "none"}
     assert [cell["status"] for cell in stored["cells"]] == ["ok"] * 4
     assert "x strong" in result.stdout
     assert "lite3r_options: {'linear_branch': 'none'}" in result.stdout
+    page = (tmp_path / "r.html").read_text()
+    for expected in (
+        "lite3r bench --model tiny --views 1,2 --variants stock,lite3r",
+        "apply_lite3r(model, linear_branch",
+        "Memory was not",
+    ):
+        assert expected in page
+    assert [file.name for file in (tmp_path / "plots").iterdir()] == ["time_over_views.png"]
+    with Image.open(tmp_path / "plots" / "time_over_views.png") as picture:
+        assert picture.width > 2000
+
+
+def test_page_and_plots(tmp_path: Path) -> None:
+    page, plots = tmp_path / "r.md", tmp_path / "plots"
+    options = ("--views", "1,2", "--variants", "stock", "--resolution", 16, "--device", "cpu", "--repeats", 1)
+    lite3r("bench", "--model", "tiny", *options, "--markdown", page, "--plots", plots)
+    lines = page.read_text().splitlines()
+    assert lines[0].startswith("# tiny at 16 px on CPU")
+    assert sum(line.startswith(("| 1 | stock | eager |", "| 2 | stock | eager |")) for line in lines) == 2
+    assert [path.name for path in plots.iterdir()] == ["time_over_views.png"]  # a CPU tells of no memory
 
 
 def test_a_run_without_any_measurement_fails(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     common = ("bench", "--model", "tiny", "--device", "cpu", "--views", 1)
     line = fails(*common, "--variants", "stock,lite3r", "--resolution", 17, "--json", path)
-    assert "nothing was measured: no cell ran; stock at 1 views: error, " in line
+    assert "nothing was measured: no cell ran; stock at 1 view: error, " in line
     assert [cell["status"] for cell in json.loads(path.read_text())["cells"]] == ["error"] * 2
-    assert "stock at 1 views: skipped, the time budget of 0 s was spent" in fails(*common, "--time-budget", 0)
+    assert "stock at 1 view: skipped, the time budget of 0 s was spent" in fails(*common, "--time-budget", 0)
 
 
 def test_default_variants_are_all() -> None:
@@ -41,4 +63,8 @@ def test_wrong_options_are_refused() -> None:
     assert "unknown variant(s) ['fast']" in fails("bench", "--model", "tiny", "--variants", "fast")
     if importlib.util.find_spec("pi3") is None:
         assert "needs the library 'pi3', which is not installed" in fails("bench", "--model", "pi3")
+    assert "must end in .md" in fails("bench", "--model", "tiny", "--markdown", "r.txt")
+    assert "unknown peer 'others'" in fails("bench", "--model", "tiny", "--peers", "others")
     assert "must end in .json" in fails("bench", "--model", "tiny", "--json", "r.txt")
+    assert "must end in .html" in fails("bench", "--model", "tiny", "--html", "r.json")
+    assert "cannot be made: File exists" in fails("bench", "--model", "tiny", "--plots", __file__)

@@ -19,8 +19,8 @@ def test_calibrate(photos: Path, tmp_path: Path) -> None:
         shutil.copy(photos / f"{i % 3}.jpg", photos / f"{i + 3}.jpg")
     out = tmp_path / "new" / "fitted"
     result = lite3r("calibrate", photos, "--out", out, "--views", 2, "--keep-ratio", 0.2, *OPTIONS)
-    assert "of 1 sites on 3 inputs" in result.stdout
-    assert "1 of 7 photographs were not used" in result.stdout
+    assert "of 1 site on 3 inputs" in result.stdout
+    assert "1 of 7 photographs not used" in result.stdout
     assert "means nothing" in result.stderr
     loaded = load_lite3r(Testbed(TestbedConfig(dim=64, depth=1)), out)
     assert describe(loaded).config.keep_ratio == 0.2

@@ -49,9 +49,14 @@ def test_a_short_sequence_says_that_it_ran_dense() -> None:
 def test_one_scene_has_no_interval_and_json_without_nan(tmp_path: Path) -> None:
     """Two views without a common point: poses are compared over one pair, and ATE is not defined."""
     data, path = "procedural:scenes=1,views=2,size=64", tmp_path / "report.json"
-    code, output = run("--model", "tiny", "--weights", "random", "--data", data, "--views", "2", "--json", str(path))
+    files = ("--json", str(path), "--html", f"{path}.html")
+    code, output = run("--model", "tiny", "--weights", "random", "--data", data, "--views", "2", *files)
     assert code == 0, output
     assert "nan" not in output
+    page = Path(f"{path}.html").read_text()
+    for expected in ('alt="quality over speed"', f"lite3r eval --device cpu --max-points 2000 --model tiny --weights random --data {data}"):
+        assert expected in page
+    assert "Nothing was sparse" in page
     assert "*" not in output.replace("* the 95 %", "")
     assert "there is none where fewer than 6 scenes" in output
     report = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
@@ -96,6 +101,7 @@ def test_options_that_contradict_a_protocol_are_refused_before_any_work(argument
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--model", "testbed", "--beside", "e.json"), "--beside is drawn in --html and --plots"),
         (("--model", "nosuch"), "no installed adapter can build 'nosuch'"),
         (("--model", "testbed", "--data", "nosuch:here"), "data is named LAYOUT:PATH"),
         (("--model", "testbed", "--data", "blendedmvs:/no/such/folder"), "is no folder"),

@@ -74,7 +74,7 @@ def test_dense_options(photos: Path, tmp_path: Path) -> None:
     common = ("reconstruct", photos, "--model", "tiny", "--weights", "random", "--out", tmp_path / "a.ply")
     result = lite3r(*common, "--dense", "--max-views", 1, "--max-points", 100, "--dtype", "bfloat16", "--repeats", 2)
     title = " ".join(result.stdout.split())  # the table, and so the line breaks of its title, is as wide as the times are long
-    assert "1 views of" in title
+    assert "1 view of" in title
     assert "bfloat16, median of 2" in title
     assert "Lite3R on" not in result.stdout
     assert len(trimesh.load(tmp_path / "a.ply").vertices) == 100

@@ -329,7 +329,7 @@ class TestWholes:
         linear = next(m for m in model.cross[0].modules() if isinstance(m, nn.Linear))
         torch.nn.utils.parametrizations.weight_norm(linear)
         notes = describe(apply_lite3r(model, **SPARSE, precision="fp8")).notes
-        assert notes == ("1 Linears left as they are: of class ParametrizedLinear",)
+        assert notes == ("1 Linear left as it is: of class ParametrizedLinear",)
 
     def test_a_part_is_refused(self) -> None:
         model = apply_lite3r(Toy().eval(), **SPARSE, precision="fp8_qat")

@@ -31,7 +31,7 @@ def test_folders_without_images(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="it is empty"):
         find_images(tmp_path)
     (tmp_path / "a.txt").write_text("a")
-    with pytest.raises(InputError, match="1 files are of other kinds"):
+    with pytest.raises(InputError, match="it holds 1 file of other kinds"):
         find_images(tmp_path)
     with pytest.raises(InputError, match="is a file"):
         find_images(tmp_path / "a.txt")

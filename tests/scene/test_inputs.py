@@ -71,7 +71,7 @@ def test_what_is_left_out_is_named(here: Path) -> None:
         assert names("photos/2.jpg", "photos/10.jpg", "photos/b.png", "photos/*.jpg", "photos/b.png") == ["2.jpg", "10.jpg", "b.png"]
     with pytest.warns(DataWarning, match=r"2 files of other kinds are left out: c\.cr2, notes\.doc"):
         names("photos/*")
-    with pytest.warns(DataWarning, match=r"1 pictures of other kinds are left out: c\.cr2"):
+    with pytest.warns(DataWarning, match=r"1 picture of another kind is left out: c\.cr2"):
         names("photos")
 
 
@@ -83,8 +83,8 @@ def test_what_cannot_be_taken_is_said(here: Path) -> None:
         (["none"], {}, "none does not exist; name photographs of one scene"),
         (["videos"], {}, r"videos holds no photographs, but 1 videos: a\.mov; name one of them"),
         (["notes.doc"], {}, r"notes\.doc is of no kind that is read here"),
-        (["*.doc"], {}, "finds 1 files of other kinds"),
-        (["no*"], {}, r"finds 1 files of other kinds"),
+        (["*.doc"], {}, "finds 1 file of other kinds"),
+        (["no*"], {}, r"finds 1 file of other kinds"),
         (["x*"], {}, r"finds nothing; \*\* stands for"),
         (["photos"], {"every": 1.0}, "--every is for videos"),
         (["photos/2.jpg"], {"at_least": 2}, r"at least 2 images are needed, photos/2\.jpg gives 1"),

@@ -11,6 +11,7 @@ import pytest
 
 from lite3r_plugin import DistillConfig
 from lite3r_plugin.errors import ConfigError
+from lite3r_plugin.training.config import DistillFields
 
 
 @pytest.mark.parametrize(
@@ -108,3 +109,8 @@ def test_wrong_files_are_named(text: str | None, says: str, tmp_path: Path) -> N
         file.write_text(text)
     with pytest.raises(ConfigError, match=f"config.toml.*{says}"):
         DistillConfig.from_toml(file)
+
+
+def test_keywords_are_the_fields_with_their_types() -> None:
+    kinds = {name: kind.__forward_arg__ for name, kind in DistillFields.__annotations__.items()}
+    assert kinds == {field.name: field.type for field in dataclasses.fields(DistillConfig)}

@@ -716,7 +716,7 @@ def test_other_settings_are_said_when_a_run_goes_on(tmp_path: Path, capsys: pyte
 def test_the_first_line_says_what_trains_and_the_second_what_it_costs(capsys: pytest.CaptureFixture) -> None:
     result = distill(sparse_toy(), inputs(), trainable="proj", steps=4)
     first, second, last = capsys.readouterr().err.splitlines()
-    assert "proj, 512 of 19,073 parameters learn (2.68%); 4 steps of 1 samples, cpu, float32; loss: normalised error" in first
+    assert "proj, 512 of 19,073 parameters learn (2.68%); 4 steps of 1 sample, cpu, float32; loss: normalised error" in first
     assert "a step takes" in second
     assert "to go" in second
     assert last == str(result).splitlines()[0]

@@ -118,7 +118,7 @@ def _say_unregistered(pictures: Path, used: set[Path]) -> None:
     rest = [path for place in sorted(places) for path in entries(place) if is_image(path) and path not in used]
     if rest:
         names = listed(path.relative_to(pictures).as_posix() if path.is_relative_to(pictures) else path for path in rest)
-        say(f"{pictures}: {len(rest)} of {len(rest) + len(used)} images are not in the COLMAP model and are left out: {names}")
+        say(f"{pictures}: {len(rest)} of {len(rest) + len(used)} images not in the COLMAP model, left out: {names}")
 
 
 def _depth_file(depths: Path, image: str) -> Path | None:

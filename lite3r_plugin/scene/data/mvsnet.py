@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ...errors import InputError
+from ...errors import InputError, plural
 from ..images import is_image
 from ..reading import entries, is_dir, is_file, listed, say, shown
 from .cameras import camera_matrix, rigid, world_to_camera
@@ -141,7 +141,7 @@ def _dtu_training(path: Path, name: str) -> Scene:
     photographs = numbered(entries(pictures), rf"rect_([0-9]{{1,9}})_{DTU_LIGHT}_r5000\.png", "view")
     lights = (re.fullmatch(r"rect_([0-9]{1,9})_(?:max|[0-9])_r5000\.png", p.name) for p in entries(pictures))
     if dark := sorted({int(match[1]) for match in lights if match} - photographs.keys()):
-        say(f"{pictures}: {len(dark)} views are left out, which have no image of light {DTU_LIGHT}: {listed(dark)}")
+        say(f"{pictures}: {plural(len(dark), 'view is', 'views are')} left out, without an image of light {DTU_LIGHT}: {listed(dark)}")
     if not photographs:
         raise InputError(f"{pictures} holds no image rect_*_{DTU_LIGHT}_r5000.png")
     views = [number - 1 for number in photographs]
@@ -179,7 +179,7 @@ def _say_rest(folder: Path, used: Iterable[Path], but: str | None = None) -> Non
         and not (but and path.stem.lower().endswith(but))
     ]
     if rest:
-        say(f"{folder}: {len(rest)} files are left out, which are no views by their names: {listed(rest)}")
+        say(f"{folder}: {plural(len(rest), 'file is', 'files are')} left out, no view by name: {listed(rest)}")
 
 
 def _more(lost: list[int]) -> str:

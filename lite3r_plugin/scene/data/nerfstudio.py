@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import InputError
+from ...errors import InputError, plural
 from ..images import is_image
 from ..reading import entries, is_dir, is_file, listed, only, say, shown
 from .cameras import camera_matrix, inverse_pose, rigid
@@ -66,7 +66,7 @@ def _load(root: Path, name: str) -> Scene:
     rest = [p for place in sorted({p.parent for p in used} - {folder}) for p in entries(place) if is_image(p) and p not in used]
     masks_and_depth = _beside(frames)
     if rest := [p.name for p in rest if p not in masks_and_depth]:
-        say(f"{folder}: {len(rest)} images are not in {FILE} and are left out: {listed(rest)}")
+        say(f"{folder}: {plural(len(rest), 'image is', 'images are')} not in {FILE} and left out: {listed(rest)}")
     return make_scene(name, frames, folder)
 
 

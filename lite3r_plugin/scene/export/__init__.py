@@ -10,6 +10,7 @@ from .page import save_page
 from .pictures import Panel, save_picture
 from .point_cloud import PointCloud, point_cloud, render, save_ply, with_lines
 from .reconstruction import Facts, Reconstruction
+from .report import Report, facts_of_table, save_report
 from .transforms import transforms
 
 __all__ = [
@@ -20,8 +21,10 @@ __all__ = [
     "Panel",
     "PointCloud",
     "Reconstruction",
+    "Report",
     "check_out",
     "extent",
+    "facts_of_table",
     "has_viewer",
     "live_page",
     "load",
@@ -37,6 +40,7 @@ __all__ = [
     "save_page",
     "save_picture",
     "save_ply",
+    "save_report",
     "transforms",
     "with_lines",
     "write_colmap",

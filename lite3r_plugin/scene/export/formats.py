@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...errors import InputError
+from ...errors import InputError, plural
 from ...files import check_output, check_output_folder, filling, to_json, write_atomically
 from ..reading import entries, is_dir, is_file, read_bytes, say, shown
 from .arrays import load_npz, save_npz
@@ -105,7 +105,7 @@ def save(out: Path, runs: Mapping[str, Reconstruction], facts: Facts) -> dict[Pa
                 save_ply(scene.cloud, folder / "points.ply")
             beside = _beside(path).name
             _write_json(path, transforms(scene, f"{beside}/images", f"{beside}/points.ply"))
-            what = f"{len(scene.names)} cameras; images in {beside}"
+            what = f"{plural(len(scene.names), 'camera')}; images in {beside}"
         else:
             what = _save_file(scene, path, suffix)
         written[path] = f"{what}, {name}"
@@ -120,7 +120,7 @@ def load(path: Path) -> tuple[dict[str, Reconstruction], Facts]:
     """
     if not is_dir(path):
         scene = load_npz(path)
-        return {path.stem: scene}, Facts(f"{path.name}: {len(scene.names)} views")
+        return {path.stem: scene}, Facts(f"{path.name}: {plural(len(scene.names), 'view')}")
     places = [*sorted(p for p in entries(path) if p.name.endswith("_run")), path]
     if not is_file(path / RECORD) or not is_file(path / "scene.npz"):
         raise InputError(f"{path} is no folder that `lite3r reconstruct --out {path}` wrote: it has no {RECORD} and scene.npz")
@@ -153,7 +153,7 @@ def _save_file(scene: Reconstruction, path: Path, suffix: str) -> str:
         save_glb(scene, path)
     else:
         save_ply(scene.cloud, path)
-    return f"{len(scene.cloud.points):,} points"
+    return plural(len(scene.cloud.points), "point")
 
 
 def _fill(folder: Path, name: str, scene: Reconstruction, facts: Facts) -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ...errors import InputError
+from ...errors import InputError, plural
 from ..geometry import Geometry
 from .bootstrap import LEAST_SCENES, Interval, paired_bootstrap
 from .scene import SceneMetrics, constant_geometry, scene_metrics
@@ -109,7 +109,7 @@ class Comparison:
         undefined = sum(score.pose.undefined for score in self.scores[dense])
         pairs = sum(score.pose.pairs for score in self.scores[dense])
         rows = self.rows(among)
-        title = f"Means over {scenes} scenes" + (f", {sets} sets of views" if sets != scenes else "")
+        title = f"Means over {plural(scenes, 'scene')}" + (f", {plural(sets, 'set')} of views" if sets != scenes else "")
         fitted = "One scale per scene for depth, Sim(3) for points and ATE; lengths in the unit of the reference. "
         table = Table(
             title=f"{heading}. {title}" if heading else title,

@@ -136,18 +136,18 @@ def extra(path: Path) -> Callable[[Path], None]:
 
 
 LEFT_OUT = [
-    ("blendedmvs", extra(Path("scene/blended_images/extra.png")), r"1 files are left out.*extra\.png"),
-    ("dtu", lambda root: (root / "scan1/cams/notes.txt").write_text(""), r"1 files are left out.*notes\.txt"),
-    ("dtu-training", extra(Path("Rectified/scan2_train/rect_009_5_r5000.png")), "1 views are left out, which have no image of light 3: 9"),
-    ("colmap", extra(Path("images/unplaced.png")), r"1 of 5 images are not in the COLMAP model and are left out: unplaced\.png"),
-    ("nerfstudio", extra(Path("images/frame_9.png")), r"1 images are not in transforms\.json and are left out: frame_9\.png"),
+    ("blendedmvs", extra(Path("scene/blended_images/extra.png")), r"1 file is left out.*extra\.png"),
+    ("dtu", lambda root: (root / "scan1/cams/notes.txt").write_text(""), r"1 file is left out.*notes\.txt"),
+    ("dtu-training", extra(Path("Rectified/scan2_train/rect_009_5_r5000.png")), "1 view is left out, without an image of light 3: 9"),
+    ("colmap", extra(Path("images/unplaced.png")), r"1 of 5 images not in the COLMAP model, left out: unplaced\.png"),
+    ("nerfstudio", extra(Path("images/frame_9.png")), r"1 image is not in transforms\.json and left out: frame_9\.png"),
     ("blendedmvs", lambda root: (root / "empty").mkdir(), "1 of 2 folders are left out.*: empty"),
     ("dtu-idr", lambda root: (root / "scan25").mkdir(), "1 of 2 folders are left out.*: scan25"),
     ("7scenes", lambda root: (root / "kitchen/seq-02").mkdir(), "1 of 2 folders are left out.*: seq-02"),
     ("7scenes", lambda root: (root / "kitchen/TestSplit.txt").write_text("sequence1\nsequence4\n"), "1 of 2 test sequences are not there"),
     ("colmap", lambda root: (root / "stereo/depth_maps/view 2.png.geometric.bin").unlink(), r"1 of 4 views have no depth: view 2\.png"),
     ("dtu-training", lambda root: (root / "Depths/scan2_train/depth_visual_0002.png").unlink(), "1 of 4 views have no mask: 00000002"),
-    ("images", lambda root: (root / "4.cr2").write_bytes(b""), r"1 pictures of other kinds are left out: 4\.cr2"),
+    ("images", lambda root: (root / "4.cr2").write_bytes(b""), r"1 picture of another kind is left out: 4\.cr2"),
     ("blendedmvs", lambda root: (root / "scene/cams/pair.txt").write_text("1\n0\n1 1 9.5\n"), "not 3 of 4 of the scene: 1, 2, 3"),
 ]  # fmt: skip
 
@@ -166,7 +166,7 @@ def test_subfolders_with_photographs_are_named(sample: Sample, tmp_path: Path) -
     write_layout(sample, "images", tmp_path)
     write_layout(sample, "images", tmp_path / "more")
     (tmp_path / "notes").mkdir()
-    with pytest.warns(DataWarning, match="1 subfolders with images are left out: more"):
+    with pytest.warns(DataWarning, match="1 subfolder with images is left out: more"):
         assert len(read("images", tmp_path)) == 4
 
 

@@ -1,0 +1,152 @@
+"""Whether a line of Lite3R is ever slower than what it starts from: pairs of models that run in turns.
+
+    python benchmarks/models/never_slower.py --model vggt --json benchmarks/results/NAME.json
+
+For each number of views and keep ratio the two models of a pair run alternately on the same images, after a warm-up of each, and the
+ratio of each run to its neighbour's counts: clocks and temperature are the same for both. Pairs: the default line against the stock model,
+the preset against the variant `strong` of `lite3r bench`. The GPU bounds where it needs longer than Python takes to launch, measured on
+the model that is the baseline. The file is written anew after every row. Exits with 1 where a median ratio is worse than what is allowed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lite3r_plugin.adapter.plugins import find_model
+from lite3r_plugin.bench import VARIANTS, BenchModel
+from lite3r_plugin.bench.models import build, make_images
+from lite3r_plugin.bench.records import machine
+from lite3r_plugin.bench.variants import Variant, prepare
+from lite3r_plugin.cli.options import config_fields, numbers
+from lite3r_plugin.errors import short
+from lite3r_plugin.files import to_json, write_atomically
+from lite3r_plugin.ops.dispatch import SlowPathWarning
+from lite3r_plugin.runtime.device import release_memory, synchronize, timed
+
+ALLOWED = {"gpu": 1.03, "host": 1.08}
+PAIRS = {"default": ("lite3r", "stock"), "preset": ("lite3r-strong", "strong")}  # ours, and what it must not be slower than
+
+
+@dataclass
+class Side:
+    """One of a pair: its variant, its model, and a forward on the images at hand."""
+
+    variant: Variant
+    module: nn.Module
+    line: str | None
+
+    def forward(self, model: BenchModel, images: torch.Tensor) -> Callable[[], Any]:
+        """A forward as the variant runs."""
+
+        def call() -> Any:
+            cast = contextlib.nullcontext() if self.variant.strong else torch.autocast(images.device.type, torch.bfloat16)
+            with torch.no_grad(), cast:
+                return model.run(self.module, images)
+
+        return call
+
+
+def made(name: str, model: BenchModel, options: dict[str, Any], device: torch.device) -> Side:
+    """The model as the variant `name`."""
+    variant, module = VARIANTS[name], build(model, device, seed=0)
+    prepare(module, variant, options)
+    return Side(variant, module, variant.line(options))
+
+
+def bound_by(call: Callable[[], Any], device: torch.device) -> str:
+    """``"host"`` where Python takes nine tenths of a forward to launch it, or more; ``"gpu"`` elsewhere, and on a CPU."""
+    if device.type != "cuda":
+        return "gpu"
+    shares = []
+    for _ in range(3):
+        synchronize(device)
+        start = time.perf_counter()
+        call()
+        launched = time.perf_counter() - start
+        synchronize(device)
+        shares.append(launched / (time.perf_counter() - start))
+    return "host" if statistics.median(shares) > 0.9 else "gpu"
+
+
+def in_turns(ours: Callable[[], Any], theirs: Callable[[], Any], device: torch.device, runs: int) -> tuple[list[float], list[float]]:
+    """Milliseconds of `runs` runs of both, alternately, whoever comes first changing."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for i in range(runs):
+        for which in (0, 1) if i % 2 else (1, 0):
+            times[which].append(timed((ours, theirs)[which], device) * 1e3)
+    return times
+
+
+def row(pair: str, ours: Side, theirs: Side, model: BenchModel, images: torch.Tensor, runs: int) -> dict[str, Any]:
+    """A row of the report."""
+    device = images.device
+    calls = [side.forward(model, images) for side in (ours, theirs)]
+    for call in calls:
+        for _ in range(3):  # compiles, records, and replays once
+            call()
+    bound = bound_by(calls[1], device)
+    mine, others = in_turns(calls[0], calls[1], device, runs)
+    ratios = [a / b for a, b in zip(mine, others, strict=True)]
+    ratio = statistics.median(ratios)
+    return {
+        "pair": pair, "against": theirs.variant.name, "line": ours.line, "line_against": theirs.line, "ms": statistics.median(mine),
+        "ms_against": statistics.median(others), "ratio": ratio, "ratio_min": min(ratios), "ratio_max": max(ratios), "runs": runs,
+        "bound_by": bound, "allowed": ALLOWED[bound], "ok": ratio <= ALLOWED[bound],
+    }  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Measure all rows, print them, and store them after each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="vggt")
+    parser.add_argument("--views", default="1,2,3,4,8,16,32")
+    parser.add_argument("--keep", default="0.1,0.3")
+    parser.add_argument("--pairs", default=",".join(PAIRS))
+    parser.add_argument("--resolution", type=int, default=518)
+    parser.add_argument("--runs", type=int, default=15)
+    parser.add_argument("--config", action="append", help="a field of Lite3RConfig for all, as name=value")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--commit", help="where the package is not in its repository")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments)
+    device, model, asked = torch.device(options.device), BenchModel.of(find_model(options.model)), config_fields(options.config)
+    report: dict[str, Any] = {
+        "model": model.name, "resolution": options.resolution, "weights": "random: time alone", "allowed": ALLOWED,
+        **machine(device, options.commit), "rows": [],
+    }  # fmt: skip
+    warnings.simplefilter("ignore", SlowPathWarning)  # what does not run fast is what is measured
+    for pair in options.pairs.split(","):
+        for keep in map(float, options.keep.split(",")):
+            ours, theirs = (made(name, model, {**asked, "keep_ratio": keep}, device) for name in PAIRS[pair])
+            for views in numbers(options.views, "--views"):
+                images = make_images(views, options.resolution, device, seed=0)
+                found: dict[str, Any] = {"views": views, "keep_ratio": keep}
+                try:
+                    found |= row(pair, ours, theirs, model, images, options.runs)
+                except torch.cuda.OutOfMemoryError as error:
+                    found |= {"pair": pair, "error": short(error)}
+                report["rows"].append(found)
+                print(json.dumps(found), flush=True)
+                if options.json is not None:
+                    write_atomically(options.json, to_json(report))
+            del ours, theirs
+            torch._dynamo.reset()
+            release_memory(device)
+    return report
+
+
+if __name__ == "__main__":
+    sys.exit(0 if all(found.get("ok") for found in main()["rows"]) else 1)
