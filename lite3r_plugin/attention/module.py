@@ -89,7 +89,7 @@ class SparseLinearAttention(HostWrapper):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the host's forward. What has no sparse form (masks, causal order, dropout of weights) runs in the host's own code."""
         if not self.enabled or self.left is not None:
-            self._count("host" if self.enabled else "disabled")
+            self.count("host" if self.enabled else "disabled")
             if self._tracker is not None:
                 self._tracker.ran(self.site.fqn)
             return self.run_host(*args, **kwargs)
@@ -99,7 +99,7 @@ class SparseLinearAttention(HostWrapper):
         """Take note that a call runs dense in the host's own code, and why; warn of each reason once."""
         if torch.compiler.is_compiling():
             return
-        self._count("host")
+        self.count("host")
         self.calls.reason = reason
         if reason not in self.state.warned:
             self.state.warned.add(reason)
@@ -125,7 +125,7 @@ class SparseLinearAttention(HostWrapper):
 
     def round_projection(self, changes: Changes) -> None:
         """Put into `proj_lin`, for good, the weight that training for FP8 used."""
-        if "proj_lin" in self._modules and (rounded := self._projection(self.proj_lin.weight)) is not None:
+        if "proj_lin" in self._modules and (rounded := self.projection(self.proj_lin.weight)) is not None:
             write_branch(self.proj_lin, rounded, changes)
 
     def attend(self, inputs: AttentionInputs, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -198,7 +198,7 @@ class SparseLinearAttention(HostWrapper):
         Returns ``[B, H, N, D]``.
         """
         require_one_device(inputs.v, queries=inputs.q, keys=inputs.k)
-        q, k = self._finished(inputs)
+        q, k = self.finished(inputs)
         out = F.scaled_dot_product_attention(q, k, inputs.v, scale=inputs.scale)
         if proj is not None:
             out = out + linear_attention(q, k, inputs.v, proj=proj, feature_map=self.state.config.feature_map)
@@ -254,26 +254,27 @@ class SparseLinearAttention(HostWrapper):
         if self.sparse and self.state.config.attention_backend == "triton":
             use_triton("triton", inputs.v)  # raises also where this length runs dense
         config, tokens = self.state.config, inputs.v.shape[-2]
-        proj, pinned = self._projection(inputs.v), self._pinned(inputs.layout)
+        proj, pinned = self.projection(inputs.v), self._pinned(inputs.layout)
         if not self.pays(inputs.v, pinned):
-            self._count("dense")
+            self.count("dense")
             return self.dense(inputs, proj if self.keep_ratio == 1 and config.linear_branch == "all" else None)
         if not torch.compiler.is_compiling():
-            self._count("sparse", density(tokens, self.keep_ratio, pinned, config.block_q, config.block_k))
-        if self._trains_in_te():
+            self.count("sparse", density(tokens, self.keep_ratio, pinned, config.block_q, config.block_k))
+        if self.trains_in_te():
             return self.sparse_linear(inputs, None) + self._branch_in_te(inputs)
         return self.sparse_linear(inputs, proj)
 
-    def _trains_in_te(self) -> bool:
+    def trains_in_te(self) -> bool:
+        """Whether TransformerEngine runs `proj_lin` in this call."""
         return self.te_projection is not None and torch.is_grad_enabled() and may_be_read(self.proj_lin)
 
     def _branch_in_te(self, inputs: AttentionInputs) -> Tensor:
-        q, k = self._finished(inputs)
+        q, k = self.finished(inputs)
         identity = torch.eye(q.shape[-1], device=q.device)
         branch = linear_attention(q, k, inputs.v, proj=identity, feature_map=self.state.config.feature_map)
         return self.te_projection(branch, self.proj_lin.weight)
 
-    def _projection(self, like: Tensor) -> Tensor | None:
+    def projection(self, like: Tensor) -> Tensor | None:
         """The weight of the linear branch, on the device of `like` ``[..., D]``. While training for FP8 it is rounded to FP8; its
         input, which the attention kernels make and use at once, is not."""
         if not self.sparse or self.state.config.linear_branch == "none":
@@ -291,7 +292,8 @@ class SparseLinearAttention(HostWrapper):
         config = self.state.config
         return pinned_tokens(layout, config.pin) if layout is not None else 0
 
-    def _finished(self, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+    def finished(self, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+        """Queries and keys ``[B, H, N, D]``, normed and rotated, in the dtype of values."""
         dtype = inputs.v.dtype
         if inputs.q_norm is None and inputs.k_norm is None and inputs.rope_base is None:
             return inputs.q.to(dtype), inputs.k.to(dtype)
@@ -304,7 +306,8 @@ class SparseLinearAttention(HostWrapper):
         )  # fmt: skip
         return q.to(dtype), k.to(dtype)
 
-    def _count(self, what: str, share: float | None = None) -> None:
+    def count(self, what: str, share: float | None = None) -> None:
+        """Count a call in `calls` as `what`, with its density."""
         if not torch.compiler.is_compiling():  # a changing int attribute would recompile the caller on every call
             setattr(self.calls, what, getattr(self.calls, what) + 1)
             self.calls.density = self.calls.density if share is None else share
