@@ -8,11 +8,13 @@ To be read in this order:
     attention.py     attention of one site: sparse over gathered keys, dense along a ring
     trial.py         what else of a model lets views meet, found by running it
     model.py         `parallelize_views`
+    launch.py        the processes of `torchrun`, for commands
 
 What travels and what it costs: `lite3r_plugin.costs.views`, docs/parallel.md.
 """
 
+from .launch import Place, launched
 from .model import ViewParallel, parallelize_views
 from .spread import view_counts
 
-__all__ = ["ViewParallel", "parallelize_views", "view_counts"]
+__all__ = ["Place", "ViewParallel", "launched", "parallelize_views", "view_counts"]

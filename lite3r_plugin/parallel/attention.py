@@ -1,11 +1,11 @@
 """Attention of one site whose tokens are spread over processes.
 
-    sparse    keys and values of all processes are gathered, already normed and rotated; each process computes some of the query blocks
-              (`rows`) with the operator for keys that are other tokens. It sees the keys that one process sees, in the same order,
-              so blocks, means and states are the same, and so is the choice.
-    dense     keys and values go round a ring: while a process attends to those of one part, the next part comes in. Parts are merged by
-              their log-sum-exps. The state of a linear branch over all tokens is the sum of those of the processes.
-    few       one token a view, as in heads of cameras: keys and values are gathered, attention is what the host calls.
+sparse    keys and values of all processes are gathered, already normed and rotated; each process computes some of the query blocks
+          (`rows`) with the operator for keys that are other tokens. It sees the keys that one process sees, in the same order,
+          so blocks, means and states are the same, and so is the choice.
+dense     keys and values go round a ring: while a process attends to those of one part, the next part comes in. Parts are merged by
+          their log-sum-exps. The state of a linear branch over all tokens is the sum of those of the processes.
+few       one token a view, as in heads of cameras: keys and values are gathered, attention is what the host calls.
 """
 
 from __future__ import annotations
@@ -68,26 +68,26 @@ class SpreadAttention:
             return module.pays(v[:, :, :1].expand(-1, -1, tokens, -1), pinned)
 
         key = ("pays", module.keep_ratio, v.shape[:2], v.shape[-1], tokens, pinned, id(module.state))
-        own = tuple(spread.without_stand_in(x.unflatten(-2, (spread.held, -1)), 2).flatten(2, 3) for x in (q, k, v))
+        own_q, own_k, own_v = (_without_stand_in(x, spread) for x in (q, k, v))
         if not self.group.agree(key, pays, v.device):
             module.count("dense")
             branch = (proj, config.feature_map) if module.keep_ratio == 1 and config.linear_branch == "all" and proj is not None else None
-            out = self.along_ring(*own, sizes, inputs.scale, config.attention_backend, branch)
+            out = self.along_ring(own_q, own_k, own_v, sizes, inputs.scale, config.attention_backend, branch)
         else:
             module.count("sparse", density(tokens, module.keep_ratio, pinned, config.block_q, config.block_k))
-            out = self._sparse(module, own, rows, sizes, inputs.scale, proj)
-        return self._with_stand_in(out, spread)
+            out = self._sparse(module, (own_q, own_k, own_v), rows, sizes, inputs.scale, proj)
+        return _with_stand_in(out, spread)
 
     def of_host(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, spread: Spread, few: bool) -> Tensor:
         """Dense attention that a host calls for, of ``[B, H, n, D]`` each, of the tokens of this process; `few`: one token a view."""
         sizes = spread.tokens(v.shape[-2])
-        own = [spread.without_stand_in(x.unflatten(-2, (spread.held, -1)), 2).flatten(2, 3) for x in (q, k, v)]
+        q, k, v = (_without_stand_in(x, spread) for x in (q, k, v))
         if few:
-            keys, values = self._gathered(own[1], own[2], sizes)
-            out = F.scaled_dot_product_attention(own[0], keys, values, scale=scale)
+            keys, values = self._gathered(k, v, sizes)
+            out = F.scaled_dot_product_attention(q, keys, values, scale=scale)
         else:
-            out = self.along_ring(own[0], own[1], own[2], sizes, scale, "auto")
-        return self._with_stand_in(out, spread)
+            out = self.along_ring(q, k, v, sizes, scale, "auto")
+        return _with_stand_in(out, spread)
 
     def along_ring(
         self, q: Tensor, k: Tensor, v: Tensor, sizes: tuple[int, ...], scale: float | None, backend: Backend,
@@ -112,7 +112,9 @@ class SpreadAttention:
             last = step == group.size - 1
             coming, wait = (part, None) if last else group.pass_on(part, sizes[(group.rank - step - 1) % group.size])
             keys, values = part.permute(1, 2, 3, 0, 4).unbind(0)
-            found = sparse_linear_attention(q, keys, values, keys=KeyTokens(), keep_ratio=1.0, scale=scale, backend=backend, return_lse=True)
+            found = sparse_linear_attention(
+                q, keys, values, keys=KeyTokens(), keep_ratio=1.0, scale=scale, backend=backend, return_lse=True
+            )
             out, lse = found if out is None or lse is None else merge((out, found[0]), (lse, found[1]))
             if wait is not None:
                 wait()
@@ -130,7 +132,7 @@ class SpreadAttention:
             return (features @ (state @ proj.to(wide).mT) / (features @ total)).to(v.dtype)
 
     def _sparse(
-        self, module: SparseLinearAttention, own: tuple[Tensor, ...], rows: Rows, sizes: tuple[int, ...], scale: float | None,
+        self, module: SparseLinearAttention, own: tuple[Tensor, Tensor, Tensor], rows: Rows, sizes: tuple[int, ...], scale: float | None,
         proj: Tensor | None,
     ) -> Tensor:  # fmt: skip
         config, (q, k, v) = module.state.config, own
@@ -163,11 +165,16 @@ class SpreadAttention:
         self._plans.move_to_end(key)
         return self._plans[key]
 
-    @staticmethod
-    def _with_stand_in(out: Tensor, spread: Spread) -> Tensor:
-        """``[B, H, n, D]`` with zeros for the tokens of the stand-in."""
-        per_view = out.shape[-2] // spread.counts[spread.rank] * spread.skipped
-        return torch.cat((out.new_zeros(*out.shape[:2], per_view, out.shape[-1]), out), -2) if per_view else out
+
+def _without_stand_in(x: Tensor, spread: Spread) -> Tensor:
+    """``[B, H, n, D]`` without the tokens of the stand-in."""
+    return spread.without_stand_in(x.unflatten(-2, (spread.held, -1)), 2).flatten(2, 3)
+
+
+def _with_stand_in(out: Tensor, spread: Spread) -> Tensor:
+    """``[B, H, n, D]`` with zeros for the tokens of the stand-in."""
+    per_view = out.shape[-2] // spread.counts[spread.rank] * spread.skipped
+    return torch.cat((out.new_zeros(*out.shape[:2], per_view, out.shape[-1]), out), -2) if per_view else out
 
 
 def _whole(layout: TokenLayout, fqn: str, spread: Spread) -> TokenLayout:

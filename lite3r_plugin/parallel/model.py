@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.overrides import TorchFunctionMode
 
 from ..adapter.layouts import TokenSource
@@ -35,7 +36,7 @@ Outputs = Literal["gathered", "sharded"]
 
 def parallelize_views(
     model: nn.Module,
-    mesh: dist.DeviceMesh | dist.ProcessGroup | None = None,
+    mesh: DeviceMesh | dist.ProcessGroup | None = None,
     *,
     inputs: Inputs = "full",
     outputs: Outputs = "gathered",
@@ -102,6 +103,11 @@ class ViewParallel:
             raise ParallelError("this model is spread over processes already: take that back first (remove() of what it returned)")
         among = _group_of(mesh)
         described = [site for state in found.states for site in state.sites] or (find_sites(model)[1] if sites is None else sites)
+        if missing := [site.fqn for site in described if site.fqn not in found.modules]:
+            raise ParallelError(
+                f"this {found.name} has no module {missing[0]!r}, where attention is to be: if Lite3R was applied to a part of it, take "
+                "that out and apply it to the whole"
+            )
         self._gathered = {name: _module(found.modules, name) for name in (*(find_gathered(model) or ()), *gather)}
         met = [site for site in described if site.scope in ("global", "camera") and not _inside(site.fqn, self._gathered)]
         if not any(site.scope == "global" for site in met):
@@ -125,11 +131,8 @@ class ViewParallel:
             for module in self._gathered.values():
                 _Gathered(module, self).put_in(self._changes)
             _Forward(model, self).put_in(self._changes)
-            hooks = model._forward_pre_hooks
-            self._changes.make(
-                lambda: model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True),
-                lambda: [(hooks.pop(key), model._forward_pre_hooks_with_kwargs.pop(key, None)) for key in list(hooks) if hooks[key] == self._begin],
-            )
+            register = functools.partial(model.register_forward_pre_hook, self._begin, with_kwargs=True, prepend=True)
+            self._changes.make(register, self._unhook)
 
     def __enter__(self) -> ViewParallel:
         return self
@@ -143,6 +146,12 @@ class ViewParallel:
         """Let the model be as it was, in this process. Twice does no harm."""
         self._changes.undo()
         self.group.close()
+
+    def _unhook(self) -> None:
+        hooks, flags = self.model._forward_pre_hooks, self.model._forward_pre_hooks_with_kwargs
+        for key in [key for key, hook in hooks.items() if hook == self._begin]:
+            flags.pop(key, None)
+            del hooks[key]
 
     def add_gradients(self) -> None:
         """Let the gradients of all parameters be the sums over processes. All of them call it, after each backward pass."""
@@ -199,9 +208,10 @@ class ViewParallel:
         same = [[*one[1:3], *(one[3:4] if self.inputs == "full" else ()), *one[4:]] for one in told]
         if odd := [rank for rank, one in enumerate(same) if one != same[0]]:
             what = "the same images" if self.inputs == "full" else "images of one size, in batches of one size"
+            shapes = [one[2:7] for one in (told[0], told[odd[0]])]
             raise ParallelError(
                 f"inputs={self.inputs!r} means that all processes give {what}, and all or none want gradients, but rank {odd[0]} gives "
-                f"[B, S, C, H, W] = {told[odd[0]][2:7]}, rank 0 {told[0][2:7]}" + (" with other values" if told[odd[0]][2:7] == told[0][2:7] else "")
+                f"[B, S, C, H, W] = {shapes[1]}, rank 0 {shapes[0]}{' with other values' if shapes[0] == shapes[1] else ''}"
             )
         stand_in = self._verdict(args, kwargs, images, device).reference or learns
         if self.inputs == "full":
@@ -431,13 +441,13 @@ def _gathered(group: Group, x: Tensor, dim: int, counts: tuple[int, ...], summed
 
 
 def _group_of(mesh: Any) -> dist.ProcessGroup:
-    if not dist.is_available() or not dist.is_initialized():
+    if not dist.is_initialized():
         raise ParallelError(
             "there are no other processes: start with torchrun --nproc-per-node=N, and call torch.distributed.init_process_group before"
         )
     if mesh is None:
         return dist.distributed_c10d._get_default_group()
-    if isinstance(mesh, dist.DeviceMesh):
+    if isinstance(mesh, DeviceMesh):
         if mesh.ndim != 1:
             raise ParallelError(f"a mesh of one dimension is needed, got {mesh.mesh_dim_names or mesh.ndim}: pass a part of it, mesh[name]")
         return mesh.get_group()
@@ -448,7 +458,7 @@ def _group_of(mesh: Any) -> dist.ProcessGroup:
 
 def _module(modules: Mapping[str, nn.Module], name: str) -> nn.Module:
     if not isinstance(name, str) or name not in modules:
-        raise ParallelError(f"this model has no module {shown(name)}, which is to see all views")
+        raise ParallelError(f"this model has no module {shown(name)}, which is to run on all views")
     return modules[name]
 
 
