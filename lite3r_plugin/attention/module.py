@@ -93,7 +93,7 @@ class SparseLinearAttention(HostWrapper):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the host's forward. What has no sparse form (masks, causal order, dropout of weights) runs in the host's own code."""
         if not self.enabled or self.left is not None:
-            self._count("host" if self.enabled else "disabled")
+            self.count("host" if self.enabled else "disabled")
             if self._tracker is not None:
                 self._tracker.ran(self.site.fqn)
             return self.run_host(*args, **kwargs)
@@ -103,7 +103,7 @@ class SparseLinearAttention(HostWrapper):
         """Take note that a call runs dense in the host's own code, and why; warn of each reason once."""
         if torch.compiler.is_compiling():
             return
-        self._count("host")
+        self.count("host")
         self.calls.reason = reason
         if reason not in self.state.warned:
             self.state.warned.add(reason)
@@ -348,7 +348,7 @@ class SparseLinearAttention(HostWrapper):
         if not (self.pays(inputs.v, pinned) if keys is None else self.pays(inputs.v, keys[1], queries, pinned)):
             return self.dense(inputs, proj if self.begin_dense() else None)
         self.begin_sparse(queries, pinned, keys)
-        if self._trains_in_te():
+        if self.trains_in_te():
             return self.sparse_linear(inputs, None) + self._branch_in_te(inputs)
         return self.sparse_linear(inputs, proj)
 
@@ -426,16 +426,17 @@ class SparseLinearAttention(HostWrapper):
 
     def begin_dense(self) -> bool:
         """Count a call that runs dense. Whether the linear branch over all tokens is to be added."""
-        self._count("dense")
+        self.count("dense")
         return self.keep_ratio == 1 and self.state.config.linear_branch == "all"
 
     def begin_sparse(self, queries: int, pinned: int, keys: tuple[int, int] | None) -> None:
         """Count a call that runs sparse, of so many queries and pinned ones, and keys and pinned ones where they are other tokens."""
         config = self.state.config
         if not torch.compiler.is_compiling():
-            self._count("sparse", density(queries, self.keep_ratio, pinned, config.block_q, config.block_k, keys=keys))
+            self.count("sparse", density(queries, self.keep_ratio, pinned, config.block_q, config.block_k, keys=keys))
 
-    def _trains_in_te(self) -> bool:
+    def trains_in_te(self) -> bool:
+        """Whether TransformerEngine runs `proj_lin` in this call."""
         return self.te_projection is not None and torch.is_grad_enabled() and may_be_read(self.proj_lin)
 
     def _branch_in_te(self, inputs: AttentionInputs) -> Tensor:
@@ -491,7 +492,8 @@ class SparseLinearAttention(HostWrapper):
         )  # fmt: skip
         return q.to(dtype), k.to(dtype)
 
-    def _count(self, what: str, share: float | None = None) -> None:
+    def count(self, what: str, share: float | None = None) -> None:
+        """Count a call in `calls` as `what`, with its density."""
         if not torch.compiler.is_compiling():  # a changing int attribute would recompile the caller on every call
             setattr(self.calls, what, getattr(self.calls, what) + 1)
             self.calls.density = self.calls.density if share is None else share
