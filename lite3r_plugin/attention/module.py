@@ -190,7 +190,8 @@ class SparseLinearAttention(HostWrapper):
         """
         tokens = inputs.v.shape[2]
         layout, config = self.layout(tokens, args, kwargs), self.state.config
-        if self._substitutes or torch.compiler.is_compiling() or not _without_gradients(inputs, past):
+        recorded = torch.compiler.is_compiling() or (inputs.v.is_cuda and torch.cuda.is_current_stream_capturing())
+        if self._substitutes or recorded or not _without_gradients(inputs, past):  # a recording is replayed with other caches
             return self._attend_to_all_of(inputs, past, cache, layout, args, kwargs)
         positions = None if inputs.positions is None else self.state.positions.of(inputs.positions)
         shared = None if cache.finished else positions

@@ -95,8 +95,7 @@ class Positions:
     """
 
     def __init__(self) -> None:
-        self._shared: Tensor | None = None
-        self._last: tuple[Any, int] | None = None
+        self._seen: tuple[Any, int, Tensor] | None = None  # the last tensor, its version, the first one with its values; as one: threads
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Positions, ()
@@ -104,13 +103,12 @@ class Positions:
     def of(self, positions: Tensor) -> Tensor:
         """The first tensor that had these values, if none with others came in between; else `positions`."""
         version = 0 if positions.is_inference() else positions._version
-        if self._last is not None and self._last[0]() is positions and self._last[1] == version and self._shared is not None:
-            return self._shared
-        if not _same(self._shared, positions):
-            self._shared = positions.clone()
-        self._last = weakref.ref(positions), version
-        assert self._shared is not None
-        return self._shared
+        seen = self._seen
+        if seen is not None and seen[0]() is positions and seen[1] == version:
+            return seen[2]
+        shared = seen[2] if seen is not None and _same(seen[2], positions) else positions.clone()
+        self._seen = weakref.ref(positions), version, shared
+        return shared
 
 
 def in_calls(x: Tensor, cache: KeyValueCache, tokens: int) -> Tensor:

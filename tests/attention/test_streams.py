@@ -198,13 +198,15 @@ def test_gradients_flow_through_the_cache(kind: type[Any]) -> None:
     assert grads[0][:, 0].abs().max() > 0
 
 
-def test_in_inference_mode_and_then_outside() -> None:
+def test_in_inference_mode_and_then_outside(prepared: list[int]) -> None:
     dense, model = exact(RawCache)
     past, expected = [None] * 2, [None] * 2
+    prepared.clear()
     with torch.inference_mode():
         model.stream(frames(2), past)
     dense.stream(frames(2), expected)
     torch.testing.assert_close(model.stream(frames(4)[:, 2:], past), dense.stream(frames(4)[:, 2:], expected), atol=1e-5, rtol=1e-5)
+    assert prepared == [TOKENS] * 8
 
 
 @pytest.mark.parametrize("linear", ["all", "marginal", "none"])
