@@ -34,7 +34,7 @@ from .branch import branch_weight, make_branch, write_branch
 from .inputs import AttentionInputs
 from .masks import frame_causal
 from .state import CallCounts, ModelState
-from .streams import Stream, Streams, in_a_row, in_calls, of_calls, pinned_keys
+from .streams import Stream, Streams, in_a_row, in_calls, norm_as_it_is, of_calls, pinned_keys
 from .styles.registry import style_of
 
 MARGINAL_SHARE = 4
@@ -188,15 +188,21 @@ class SparseLinearAttention(HostWrapper):
         Raises:
             LayoutError, BackendError, WeightsError: As `attend`.
         """
-        tokens = inputs.v.shape[2]
-        layout, config = self.layout(tokens, args, kwargs), self.state.config
-        if self._substitutes or torch.compiler.is_compiling() or not _without_gradients(inputs, past):
+        tokens, config = inputs.v.shape[2], self.state.config
+        try:
+            layout = self.layout(tokens, args, kwargs)
+        except LayoutError:
+            if getattr(self.site.tokens, "strict", True):
+                raise
+            return self._attend_to_all_of(inputs, past, cache, None, args, kwargs)
+        recorded = torch.compiler.is_compiling() or (inputs.v.is_cuda and torch.cuda.is_current_stream_capturing())
+        if self._substitutes or recorded or not _without_gradients(inputs, past):  # a recording is replayed with other caches
             return self._attend_to_all_of(inputs, past, cache, layout, args, kwargs)
         positions = None if inputs.positions is None else self.state.positions.of(inputs.positions)
-        shared = None if cache.finished else positions
-        stream = None if past is None else self._streams.find(past, layout, shared)
+        shared, norm = (None, None) if cache.finished else (positions, norm_as_it_is(inputs.k_norm))
+        stream = None if past is None else self._streams.find(past, inputs.v, layout, shared, norm)
         if stream is None:
-            stream = Stream(KeyCache(config.block_q, config.block_k), layout, shared)
+            stream = Stream(KeyCache(config.block_q, config.block_k), layout, shared, norm)
             if past is not None and not self._take_over(stream, inputs, past, cache):
                 return self._attend_to_all_of(inputs, past, cache, layout, args, kwargs)
         before, first = stream.keys.tokens, past is None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..adapter.layouts import TokenLayout
 from ..adapter.sites import KeyValueCache
 from ..config import Pin
+from ..ops.qk_norm_rope import HeadNorm
 from ..ops.sla import KeyCache
 from ..tokens.layout import pinned_tokens
 
@@ -33,12 +35,14 @@ class Stream:
         keys: Prepared keys and values.
         layout: Of the tokens of each call.
         positions: Of the tokens of each call, where keys are cached before norm and rotary embedding.
+        norm: What tells the norm of the keys, there (`norm_as_it_is`).
         buffers: k and v as the host caches them, ``[B, H, room, D]``.
     """
 
     keys: KeyCache
     layout: TokenLayout | None
     positions: Tensor | None
+    norm: Hashable
     buffers: tuple[Tensor, ...] = ()
     _version: int = 0
 
@@ -72,14 +76,21 @@ class Streams:
     def __reduce__(self) -> tuple[Any, ...]:
         return Streams, ()
 
-    def find(self, past: tuple[Tensor, Tensor], layout: TokenLayout | None, positions: Tensor | None) -> Stream | None:
-        """The stream whose end `past` is, if calls with this layout and these positions go on with it; None: it is another one."""
+    def find(
+        self, past: tuple[Tensor, Tensor], v: Tensor, layout: TokenLayout | None, positions: Tensor | None, norm: Hashable
+    ) -> Stream | None:
+        """The stream whose end `past` is, if a call with values `v` and with what else `Stream` is about goes on with it.
+
+        None: it has to begin anew, from what `past` holds.
+        """
         known = self._known.get(past[0])
         if known is None:
             return None
-        stream, v = known
+        stream, last = known
         ends_here = stream.keys.tokens == past[0].shape[2:-1].numel()
-        if v is not past[1] or not ends_here or not stream.is_untouched or stream.layout != layout:
+        if last is not past[1] or not ends_here or not stream.is_untouched or not stream.keys.takes(v):
+            return None
+        if (stream.layout, stream.norm) != (layout, norm):
             return None
         return stream if _same(stream.positions, positions) else None
 
@@ -95,8 +106,7 @@ class Positions:
     """
 
     def __init__(self) -> None:
-        self._shared: Tensor | None = None
-        self._last: tuple[Any, int] | None = None
+        self._seen: tuple[Any, int, Tensor] | None = None  # the last tensor, its version, the first one with its values; as one: threads
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Positions, ()
@@ -104,13 +114,20 @@ class Positions:
     def of(self, positions: Tensor) -> Tensor:
         """The first tensor that had these values, if none with others came in between; else `positions`."""
         version = 0 if positions.is_inference() else positions._version
-        if self._last is not None and self._last[0]() is positions and self._last[1] == version and self._shared is not None:
-            return self._shared
-        if not _same(self._shared, positions):
-            self._shared = positions.clone()
-        self._last = weakref.ref(positions), version
-        assert self._shared is not None
-        return self._shared
+        seen = self._seen
+        if seen is not None and seen[0]() is positions and seen[1] == version:
+            return seen[2]
+        shared = seen[2] if seen is not None and _same(seen[2], positions) else positions.clone()
+        self._seen = weakref.ref(positions), version, shared
+        return shared
+
+
+def norm_as_it_is(norm: HeadNorm | None) -> Hashable:
+    """What changes whenever the norm does: its kind, and which weights it has, written how often."""
+    if norm is None:
+        return None
+    weights = ((id(x), 0 if x is None or x.is_inference() else x._version) for x in (norm.weight, norm.bias))
+    return norm.kind, norm.eps, *weights
 
 
 def in_calls(x: Tensor, cache: KeyValueCache, tokens: int) -> Tensor:

@@ -179,3 +179,15 @@ def test_outputs_of_stream3r() -> None:
     function = find_outputs(real_models.small_stream3r())
     assert function is not None
     assert function.__module__ == "lite3r_adapters.vggt.outputs"
+
+
+def test_the_real_code_in_fp8() -> None:
+    torch.manual_seed(0)
+    model = real_models.small_streamvggt()
+    with torch.no_grad():
+        dense = streamed(model)[-1]["depth"]
+        apply_lite3r(model, TEST_CONFIG, keep_ratio=1.0)
+        convert(model, fp8_backend="emulated")
+        assert (streamed(model)[-1]["depth"] - dense).norm() < 0.01 * dense.norm()
+    assert "Linears: 40 in FP8" in str(describe(model))
+    assert "run their own forward" not in str(describe(model))

@@ -198,13 +198,15 @@ def test_gradients_flow_through_the_cache(kind: type[Any]) -> None:
     assert grads[0][:, 0].abs().max() > 0
 
 
-def test_in_inference_mode_and_then_outside() -> None:
+def test_in_inference_mode_and_then_outside(prepared: list[int]) -> None:
     dense, model = exact(RawCache)
     past, expected = [None] * 2, [None] * 2
+    prepared.clear()
     with torch.inference_mode():
         model.stream(frames(2), past)
     dense.stream(frames(2), expected)
     torch.testing.assert_close(model.stream(frames(4)[:, 2:], past), dense.stream(frames(4)[:, 2:], expected), atol=1e-5, rtol=1e-5)
+    assert prepared == [TOKENS] * 8
 
 
 @pytest.mark.parametrize("linear", ["all", "marginal", "none"])
@@ -274,3 +276,26 @@ def test_a_bias_is_no_mask() -> None:
     assert frame_causal(mask, LAYOUT) is None
     assert frame_causal(torch.zeros(7, 7), TokenLayout((Views((2, 3), 1, 1),))) is None
     assert frame_causal(APART >= 0, None) is None
+
+
+def test_a_norm_that_changes_in_the_middle_is_that_of_all_keys(prepared: list[int]) -> None:
+    """As in the dense model, which norms the whole cache in every call."""
+    dense, model = exact(RawCache)
+    past, expected = [None] * 2, [None] * 2
+    for one, cache in ((model, past), (dense, expected)):
+        one.stream(frames(3), cache)
+        one.global_blocks[0].attn.k_norm.weight.mul_(torch.linspace(0.5, 2, 16))
+    prepared.clear()
+    torch.testing.assert_close(model.stream(frames(5)[:, 3:], past), dense.stream(frames(5)[:, 3:], expected), atol=1e-5, rtol=1e-5)
+    assert prepared == [3 * TOKENS, *[TOKENS] * 4]
+
+
+def test_another_dtype_begins_anew() -> None:
+    dense, model = exact(FinishedCache)
+    past, expected = [None] * 2, [None] * 2
+    for one, cache in ((model, past), (dense, expected)):
+        one.stream(frames(2), cache)
+        with torch.autocast("cpu", torch.bfloat16):
+            one.stream(frames(3)[:, 2:], cache)
+    found, wanted = model.stream(frames(4)[:, 3:], past), dense.stream(frames(4)[:, 3:], expected)
+    assert (found - wanted).norm() < 0.02 * wanted.norm()
