@@ -4,8 +4,8 @@
 
 For each number of views and keep ratio the two models of a pair run alternately on the same images, after a warm-up of each, and the
 ratio of each run to its neighbour's counts: clocks and temperature are the same for both. Pairs: the default line against the stock model,
-the preset against the variant `strong` of `lite3r bench`. The GPU bounds where it needs longer than Python takes to launch, measured on the model
-that is the baseline. The file is written anew after every row. Exits with 1 where a median ratio is worse than what is allowed.
+the preset against the variant `strong` of `lite3r bench`. The GPU bounds where it needs longer than Python takes to launch, measured on
+the model that is the baseline. The file is written anew after every row. Exits with 1 where a median ratio is worse than what is allowed.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def row(pair: str, ours: Side, theirs: Side, model: BenchModel, images: torch.Te
         for _ in range(3):  # compiles, records, and replays once
             call()
     bound = bound_by(calls[1], device)
-    mine, others = in_turns(*calls, device, runs)
+    mine, others = in_turns(calls[0], calls[1], device, runs)
     ratios = [a / b for a, b in zip(mine, others, strict=True)]
     ratio = statistics.median(ratios)
     return {

@@ -152,7 +152,8 @@ def run(task: Task, timeout: float | None = None) -> Iterator[Cell]:
             late.cancel()
             process.kill()
             process.wait()
-            process.stdout and process.stdout.close()
+            if process.stdout is not None:
+                process.stdout.close()
         said.seek(0)
         words = " ".join(said.read().split())[-300:] or "no word"
     reason = f"its process ended with {ended}: {words}"

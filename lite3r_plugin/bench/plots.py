@@ -107,7 +107,7 @@ def _lines(
 
 
 def _why(cell: Mapping[str, Any]) -> str:
-    return {"ok": "not measured", "oom": "out of memory"}.get(cell["status"], cell["status"])
+    return {"ok": "not measured", "oom": "out of memory"}.get(cell["status"], str(cell["status"]))
 
 
 def _won(cell: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -11,8 +11,9 @@ import copy
 import dataclasses
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -246,7 +247,7 @@ class MemoryPlanner(RewrittenMethod):
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         assert self.places is not None
-        memo: dict[int, Any] = {id(x): x for x in (*self.module.parameters(), *self.module.buffers())}
+        memo: dict[int, Any] = {id(x): x for x in _all_tensors(self.module)}
         twin = copy.deepcopy(self.module, memo)
         planner: MemoryPlanner = memo[id(self)]
         try:
@@ -271,6 +272,25 @@ class MemoryPlanner(RewrittenMethod):
         return f"{plan}. No smaller chunks are left: give fewer views or smaller images, a larger max_memory" + "".join(
             f", or {item}" for item in helps
         )
+
+
+def _all_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Every tensor that can be reached from a model: weights, what its modules and their caches keep, originals of weights."""
+    seen: set[int] = set()
+    todo: list[Any] = [model]
+    while todo:
+        value = todo.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, Mapping):
+            todo += value.values()
+        elif isinstance(value, (list, tuple, set)):
+            todo += value
+        elif not isinstance(value, (type, FunctionType, ModuleType)):
+            todo += getattr(value, "__dict__", {}).values()
 
 
 class _Transients:

@@ -87,7 +87,7 @@ class Trace:
         work: By module, operator and dtype of the output.
         attention: Calls of attention, in order.
         rows: Of each Linear by name, how many rows its input has, over all calls.
-        waits: Operators that wait for a GPU, with their number, by module.
+        waits: Operators that wait for the device, or would if it were a GPU, with their number, by module.
         peak: Most bytes that it held at once, weights and inputs not included.
         peak_at: When.
     """
@@ -136,7 +136,8 @@ def traced(model: nn.Module, transients: Transients = lambda func, args, kwargs:
     def leave(*_: Any) -> None:
         stack.pop()
 
-    operators = _Operators(trace, stack, transients)
+    on = next((x.device.type for x in model.parameters()), "cpu")
+    operators = _Operators(trace, stack, transients, on)
     try:
         for name, module in model.named_modules():
             handles.append(module.register_forward_pre_hook(enters(name)))
@@ -152,8 +153,9 @@ def traced(model: nn.Module, transients: Transients = lambda func, args, kwargs:
 class _Operators(TorchDispatchMode):
     """Notes every operator."""
 
-    def __init__(self, trace: Trace, stack: list[str], transients: Transients) -> None:
+    def __init__(self, trace: Trace, stack: list[str], transients: Transients, on: str) -> None:
         super().__init__()
+        self.on = on
         self.trace, self.stack, self.transients = trace, stack, transients
         self.kernel: str | None = None
         self.done = False
@@ -169,7 +171,8 @@ class _Operators(TorchDispatchMode):
             self.kernel = next((key for key in BACKENDS if f"_{key}_" in name), name.removeprefix("aten::"))
         given = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
         made = [x for x in tree_iter(out) if isinstance(x, Tensor)]
-        if name in WAITS or (name in ("aten::_to_copy", "aten::copy_") and _leaves_gpu(given, made)):
+        reads = name in WAITS and any(x.device.type == self.on for x in given)  # of a model on a GPU, what is on the CPU need not wait
+        if reads or (name in ("aten::_to_copy", "aten::copy_") and _leaves_gpu(given, made)):
             self.trace.waits[part] = self.trace.waits.get(part, 0) + 1
         if _is_view(func):
             return out

@@ -191,6 +191,23 @@ def test_what_cannot_fit_is_refused_with_the_reason_and_does_not_run() -> None:
     assert "calls so far: 0 sparse, 0 dense" in str(describe(model))
 
 
+def test_a_plan_copies_no_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = apply_lite3r(small(), max_memory="1GB", **FAST)
+    plan_memory(model, images(2))
+    copied: list[Tensor] = []
+    monkeypatch.setattr(Tensor, "__deepcopy__", lambda self, memo: copied.append(self))
+    plan_memory(model, images(3))
+    assert copied == []
+
+
+def test_images_of_inference_mode_are_planned_too() -> None:
+    model = apply_lite3r(small(), max_memory="1GB")
+    with torch.inference_mode():
+        x = images(2)
+        assert plan_memory(model, x).fits
+        model(x)
+
+
 def test_each_layout_has_its_plan_and_is_planned_once() -> None:
     model = apply_lite3r(small(), max_memory="1GB")
     plans = [plan_memory(model, images(views)) for views in (2, 5, 2)]
