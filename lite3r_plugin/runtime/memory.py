@@ -27,6 +27,7 @@ from ..fp8.block import Fp8Block
 from ..ops.dispatch import SlowPathWarning
 from ..wrapper import Changes, RewrittenMethod
 from .chunks import Chunks, Places, finding_places, in_chunks
+from .device import memory_of
 from .trace import Trace, traced
 from .values import exchanged, images_in, layout_of, tensors_in, with_views
 
@@ -41,6 +42,7 @@ STEPS = (
 """What is tried, in this order: the first that fits costs least time."""
 
 MOST_PLANS = 64
+RESERVE = 0.06  # of what a device has: for what kernels and the allocator take besides
 GIB = 2**30
 ONE_AT_A_TIME = threading.RLock()
 """Held while something is planned, or runs in chunks, for which modules are called in another way."""
@@ -89,7 +91,7 @@ class MemoryPlanner(RewrittenMethod):
     Args:
         module: The model, with everything else of Lite3R in it.
         state: What its sites share.
-        limit: Bytes.
+        limit: Bytes; None: what the device has, but for `RESERVE`.
 
     Attributes:
         plans: By layout of the inputs, those made last.
@@ -97,7 +99,7 @@ class MemoryPlanner(RewrittenMethod):
         unplanned: Why forwards ran without a plan.
     """
 
-    def __init__(self, module: nn.Module, state: ModelState, limit: int) -> None:
+    def __init__(self, module: nn.Module, state: ModelState, limit: int | None) -> None:
         super().__init__(module, "forward")
         self.state, self.limit = state, limit
         self.plans: dict[Any, MemoryPlan] = {}
@@ -157,7 +159,7 @@ class MemoryPlanner(RewrittenMethod):
         with ONE_AT_A_TIME:
             known = self.plans.get(key)
             on_gpu = device.type == "cuda"  # where others may have come since
-            if known is not None and on_gpu and torch.cuda.memory_allocated(device) - known.standing + known.peak > self.limit:
+            if known is not None and on_gpu and torch.cuda.memory_allocated(device) - known.standing + known.peak > known.limit:
                 del self.plans[key]
             if key not in self.plans:
                 if len(self.plans) >= MOST_PLANS:
@@ -168,7 +170,8 @@ class MemoryPlanner(RewrittenMethod):
 
     def report(self) -> list[str]:
         """The plans, in lines."""
-        lines = [f"memory at most {self.limit / GIB:.3f} GiB; planned in the first forward of each layout of inputs"]
+        most = "what the device has" if self.limit is None else f"{self.limit / GIB:.3f} GiB"
+        lines = [f"memory at most {most}; planned in the first forward of each layout of inputs"]
         lines += [str(plan) for plan in self.plans.values()]
         return lines + [f"memory not planned in {count} forwards: {reason}" for reason, count in self.unplanned.items()]
 
@@ -190,7 +193,7 @@ class MemoryPlanner(RewrittenMethod):
         given = (args, kwargs)
         if self.places is None:
             self.places = self._find_places(given)
-        tensors = tensors_in(given)
+        tensors, limit = tensors_in(given), self._limit(device)
         if device.type == "cuda":
             standing = torch.cuda.memory_allocated(device)
         else:
@@ -201,7 +204,7 @@ class MemoryPlanner(RewrittenMethod):
         def fits(step: int) -> bool:
             if step not in traces:
                 traces[step] = self._imagined(given, steps[step])
-            return standing + traces[step].peak <= self.limit
+            return standing + traces[step].peak <= limit
 
         low, high = 0, len(steps) - 1
         if fits(0) or not fits(high):
@@ -215,7 +218,15 @@ class MemoryPlanner(RewrittenMethod):
             held[item.part] = held.get(item.part, 0) + item.size
         held = dict(sorted(held.items(), key=lambda item: -item[1]))
         shapes = tuple(tuple(x.shape) for x in tensors)
-        return MemoryPlan(shapes, self.limit, standing, standing + whole, standing + trace.peak, chunks, held)
+        return MemoryPlan(shapes, limit, standing, standing + whole, standing + trace.peak, chunks, held)
+
+    def _limit(self, device: torch.device) -> int:
+        if self.limit is not None:
+            return self.limit
+        size = memory_of(device)
+        if size is None:
+            raise InputError(f"how much memory {device} has is not known: say max_memory")
+        return int((1 - RESERVE) * size)
 
     def _steps(self) -> list[Chunks]:
         """`STEPS`, as far as there is something to cut."""

@@ -269,6 +269,20 @@ def test_the_limit_is_checked_and_stored() -> None:
             Lite3RConfig(max_memory=wrong)  # pyright: ignore[reportArgumentType]
 
 
+def test_the_preset_for_small_cards_plans_for_what_the_device_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = apply_lite3r(small(), preset="small"), images()
+    assert {str(p.dtype) for p in model.aggregator.parameters()} >= {"torch.bfloat16"}
+    monkeypatch.setattr("lite3r_plugin.runtime.memory.memory_of", lambda device: 10**9)
+    plan = plan_memory(model, x)
+    assert plan.fits
+    assert plan.limit == 94 * 10**7
+    assert "memory at most what the device has" in str(describe(model))
+    assert plan_memory(apply_lite3r(small(), preset="small", max_memory="2GB"), x).limit == 2 * 10**9
+    monkeypatch.setattr("lite3r_plugin.runtime.memory.memory_of", lambda device: None)
+    with pytest.raises(InputError, match="how much memory cpu has is not known: say max_memory"):
+        plan_memory(apply_lite3r(small(), preset="small"), x)
+
+
 def test_without_a_limit_there_is_nothing_to_plan() -> None:
     with pytest.raises(NotAppliedError, match="has no limit to plan for"):
         plan_memory(apply_lite3r(small()), images(1))
