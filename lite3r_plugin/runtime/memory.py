@@ -258,7 +258,7 @@ class MemoryPlanner(RewrittenMethod):
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         assert self.places is not None
-        memo: dict[int, Any] = {id(x): x for x in _all_tensors(self.module)}
+        memo: dict[int, Any] = {id(x): _no_view(x) for x in _all_tensors(self.module)}
         twin = copy.deepcopy(self.module, memo)
         planner: MemoryPlanner = memo[id(self)]
         try:
@@ -302,6 +302,13 @@ def _all_tensors(model: nn.Module) -> Iterator[Tensor]:
             todo += value
         elif not isinstance(value, (type, FunctionType, ModuleType)):
             todo += getattr(value, "__dict__", {}).values()
+
+
+def _no_view(x: Tensor) -> Tensor:
+    """The same memory: a view of what had another dtype when it was made has no form without data."""
+    if not x._is_view():
+        return x
+    return nn.Parameter(x.data, requires_grad=False) if isinstance(x, nn.Parameter) else x.data
 
 
 class _Transients:

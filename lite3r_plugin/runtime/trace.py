@@ -123,31 +123,46 @@ def traced(model: nn.Module, transients: Transients = lambda func, args, kwargs:
         model: The model.
         transients: ``(operator, args, kwargs)`` to the bytes that it holds only while it runs, beside its results.
     """
-    trace, stack, handles = Trace(), [""], []
-
-    def enters(name: str) -> Callable[..., None]:
-        def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
-            stack.append(name)
-            if isinstance(module, nn.Linear) and args and isinstance(args[0], Tensor):
-                trace.rows[name] = trace.rows.get(name, 0) + args[0].numel() // max(1, module.in_features)
-
-        return enter
-
-    def leave(*_: Any) -> None:
-        stack.pop()
-
-    on = next((x.device.type for x in model.parameters()), "cpu")
-    operators = _Operators(trace, stack, transients, on)
+    trace, on = Trace(), next((x.device.type for x in model.parameters()), "cpu")
+    calls = _Calls(model, trace)
+    operators = _Operators(trace, calls.stack, transients, on)
     try:
-        for name, module in model.named_modules():
-            handles.append(module.register_forward_pre_hook(enters(name)))
-            handles.append(module.register_forward_hook(leave, always_call=True))
-        with _Attention(trace, stack, operators), operators:
+        calls.attach()
+        with _Attention(trace, calls.stack, operators), operators:
             yield trace
     finally:
         operators.done = True
-        for handle in handles:
+        calls.detach()
+
+
+class _Calls:
+    """Knows which module runs. What looks for hooks that read results passes over these, so that everything runs as without them."""
+
+    reads_arguments_only = True
+
+    def __init__(self, model: nn.Module, trace: Trace) -> None:
+        self.trace = trace
+        self.names = {module: name for name, module in model.named_modules()}
+        self.stack = [""]
+        self._handles: list[Any] = []
+
+    def attach(self) -> None:
+        for module in self.names:
+            self._handles.append(module.register_forward_pre_hook(self.enter))
+            self._handles.append(module.register_forward_hook(self.leave, always_call=True))
+
+    def detach(self) -> None:
+        for handle in self._handles:
             handle.remove()
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        name = self.names[module]
+        self.stack.append(name)
+        if isinstance(module, nn.Linear) and args and isinstance(args[0], Tensor):
+            self.trace.rows[name] = self.trace.rows.get(name, 0) + args[0].numel() // max(1, module.in_features)
+
+    def leave(self, *_: Any) -> None:
+        self.stack.pop()
 
 
 class _Operators(TorchDispatchMode):

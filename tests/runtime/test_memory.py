@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from real_models import small_da3, small_vggt
 from torch import Tensor, nn
 
 from lite3r_plugin import Lite3RConfig, apply_lite3r, describe, lite3r_disabled, plan_memory, remove_lite3r
@@ -158,6 +160,38 @@ def test_the_predicted_peak_is_what_is_held(fields: dict[str, Any]) -> None:
         model(x)
     assert plan.peak - plan.standing == trace.peak
     assert plan.standing == sum(p.nbytes for p in (*model.parameters(), *model.buffers())) + x.nbytes
+
+
+@pytest.mark.parametrize("make", [small_vggt, small_da3])
+def test_the_published_families_are_foreseen_and_cut_exactly(make: Callable[[], nn.Module]) -> None:
+    model, x = make().requires_grad_(False), images(3, 112)
+    apply_lite3r(model, max_memory="2GB", **FAST)
+    plan = plan_memory(model, x)
+    with torch.no_grad(), traced(model) as trace:
+        model(x)
+    assert plan.peak - plan.standing == trace.peak
+    assert set(model.forward.places.heads.values()) <= {"frames_chunk_size", "chunk_size"}
+    with torch.no_grad():
+        expected = model(x)["depth"]
+        with in_chunks(model, model.forward.places, Chunks(heads=1, views=1, rows=50)):
+            cut = model(x)["depth"]
+    torch.testing.assert_close(cut, expected, rtol=2e-2, atol=2e-2)
+
+
+def test_hooks_that_watch_do_not_change_what_is_held() -> None:
+    model = small_vggt().requires_grad_(False)
+    apply_lite3r(model)
+    with torch.no_grad(), traced(model) as trace:
+        model(images(2, 112))
+    layers = [item for item in trace.held if item.part == "aggregator" and item.shape == (1, 2, 69, 128)]
+    assert len(layers) == 4, "of five layers the heads read four"
+
+
+def test_buffers_that_are_views_are_planned() -> None:
+    model = small()
+    model.register_buffer("mean", torch.rand(3).view(1, 1, 3, 1, 1))
+    assert model.mean._is_view()
+    assert plan_memory(apply_lite3r(model, max_memory="1GB", **FAST), images(2)).fits
 
 
 def test_a_forward_that_is_too_large_runs_in_chunks() -> None:
