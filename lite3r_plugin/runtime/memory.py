@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..adapter.layouts import LayoutFunction
 from ..attention.module import SparseLinearAttention
 from ..attention.state import ModelState
+from ..costs.attention import TABLE
 from ..errors import InputError, MemoryLimitError, short
 from ..fp8.block import Fp8Block
 from ..ops.dispatch import SlowPathWarning
@@ -133,6 +134,8 @@ class MemoryPlanner(RewrittenMethod):
             reason = "the model is in training mode"
         elif torch.is_grad_enabled() and any(x.requires_grad for x in (*self.module.parameters(), *tensors_in((args, kwargs)))):
             reason = "gradients are wanted: call the model under torch.inference_mode() or torch.no_grad()"
+        elif torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            reason = "the caller captures a graph himself"
         if reason is not None:
             if not self.module.training and reason not in self.unplanned:
                 warnings.warn(f"Lite3R: max_memory is not kept: {reason}", SlowPathWarning, stacklevel=2)
@@ -191,6 +194,7 @@ class MemoryPlanner(RewrittenMethod):
 
     def _made(self, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device) -> MemoryPlan:
         given = (args, kwargs)
+        TABLE.of(device)  # when sparse attention pays is measured before anything is watched
         if self.places is None:
             self.places = self._find_places(given)
         tensors, limit = tensors_in(given), self._limit(device)
@@ -318,9 +322,7 @@ class _Transients:
         self._known: dict[Any, int] = {}
 
     def __call__(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        if not func.__module__.startswith("torch._ops.lite3r") and not str(func).startswith("lite3r."):
-            return 0
-        if not any(x.is_cuda for x in tensors_in((args, kwargs))):
+        if not str(func).startswith("lite3r.") or not any(x.is_cuda for x in tensors_in((args, kwargs))):
             return 0
         key = str(func), layout_of(exchanged((args, kwargs), lambda x: (tuple(x.shape), x.dtype, str(x.device))))
         if key not in self._known:
@@ -336,7 +338,10 @@ class _Transients:
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
-            out = func(*real_args, **real_kwargs)
+            try:
+                out = func(*real_args, **real_kwargs)
+            except torch.cuda.OutOfMemoryError:  # so much that nothing fits
+                return torch.cuda.get_device_properties(device).total_memory
             torch.cuda.synchronize(device)
             return max(0, torch.cuda.max_memory_allocated(device) - before - sum(x.nbytes for x in tensors_in(out)))
 
