@@ -29,8 +29,9 @@ ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 DOCS = tuple(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))
 RUN = ("README.md", *DOCS, "adapters/README.md")  # their blocks of Python are run
+TUTORIALS = tuple(f"docs/tutorials/{path.name}" for path in sorted((ROOT / "docs/tutorials").glob("*.md")))  # run by test_tutorials.py
 PAGES = (
-    *RUN, "CONTRIBUTING.md", "CHANGELOG.md", *(f"benchmarks/{path.name}" for path in sorted(BENCHMARKS.glob("*.md"))),
+    *RUN, *TUTORIALS, "CONTRIBUTING.md", "CHANGELOG.md", *(f"benchmarks/{path.name}" for path in sorted(BENCHMARKS.glob("*.md"))),
     "examples/README.md", "examples/custom_adapter/README.md", "examples/lightglue/README.md",
 )  # fmt: skip
 BLOCK = re.compile(r"(<!-- not run: [^>]+ -->\n)?```python\n(.*?)```", re.DOTALL)

@@ -34,6 +34,14 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     return zipfile.ZipFile(file)
 
 
+def test_an_index_takes_it(wheel: zipfile.ZipFile) -> None:
+    pytest.importorskip("twine")
+    command = [sys.executable, "-m", "twine", "check", "--strict", str(wheel.filename)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "PASSED" in result.stdout
+
+
 def read_metadata(wheel: zipfile.ZipFile, name: str) -> str:
     (path,) = (n for n in wheel.namelist() if n.endswith(f".dist-info/{name}"))
     return wheel.read(path).decode()
