@@ -105,15 +105,9 @@ def traffic(scene: Scene, devices: int, output_bytes_per_view: int = 0) -> Traff
 
 
 def plan(
-    scene: Scene,
-    devices: int,
-    *,
-    seconds: float,
-    attention_share: float,
-    link: float,
-    stand_in: bool = True,
+    scene: Scene, devices: int, *, seconds: float, attention_share: float, link: float, stand_in: bool = True,
     output_bytes_per_view: int = 0,
-) -> Plan:
+) -> Plan:  # fmt: skip
     """What to expect of `devices` devices, nothing of what travels hidden behind work.
 
     Args:

@@ -24,7 +24,7 @@ from ..attention.module import SparseLinearAttention
 from ..errors import ParallelError, shown
 from ..runtime.values import exchanged
 from ..tokens.pending import NO_BACKWARD, backward_pass
-from ..wrapper import Changes, RewrittenMethod
+from ..wrapper import Changes, RewrittenMethod, is_plain_tensor
 from .attention import SpreadAttention
 from .group import Group
 from .spread import Spread, along_views, images_in, view_counts
@@ -73,7 +73,8 @@ def parallelize_views(
         What takes it back: `ViewParallel.remove`, or the end of a ``with`` over it.
 
     Raises:
-        ParallelError: there is no process group, or no attention over views, or the model is spread already, or an option is wrong.
+        ParallelError: there is no process group, or no attention over views, or the model is spread already, weights differ between
+            processes, or an option is wrong.
         ModelTypeError, UnknownModelError, AdapterError: as of `apply_lite3r`.
     """
     return ViewParallel(model, mesh, inputs, outputs, sites, gather, timeout)
@@ -124,6 +125,7 @@ class ViewParallel:
         self.group = Group(among, timeout)
         self.rank, self.size = self.group.rank, self.group.size
         self.attention = SpreadAttention(self.group)
+        self._require_same_weights()
         self._changes = Changes()
         with self._changes:
             for site in met:
@@ -146,6 +148,19 @@ class ViewParallel:
         """Let the model be as it was, in this process. Twice does no harm."""
         self._changes.undo()
         self.group.close()
+
+    def _require_same_weights(self) -> None:
+        """Raise `ParallelError` in all processes where their weights differ."""
+        read = [p.detach() for p in self.model.parameters() if p.is_floating_point() and not p.is_meta and is_plain_tensor(p)]
+        device = read[0].device if read else torch.device("cpu")
+        total = torch.stack([p.double().sum().to(device) for p in read]).sum() if read else torch.zeros((), dtype=torch.float64)
+        told = self.group.numbers([int(total.view(torch.int64))], device)
+        if odd := [rank for rank, one in enumerate(told) if one != told[0]]:
+            self.group.close()
+            raise ParallelError(
+                f"the weights of rank {odd[0]} are others than those of rank 0: load the same ones in all processes, or make them random "
+                "after the same torch.manual_seed"
+            )
 
     def _unhook(self) -> None:
         hooks, flags = self.model._forward_pre_hooks, self.model._forward_pre_hooks_with_kwargs

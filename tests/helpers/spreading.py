@@ -7,6 +7,7 @@ import functools
 import importlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ from distilling import divide
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lite3r_plugin import apply_lite3r, convert, remove_lite3r
+from lite3r_plugin import apply_lite3r, convert, hookimpl, remove_lite3r
 from lite3r_plugin.apply.lookup import lite3r_modules
 from lite3r_plugin.errors import ParallelError
 from lite3r_plugin.parallel import ViewParallel, parallelize_views
@@ -217,6 +218,70 @@ def sharded() -> Any:
     return {"difference": difference(expected, got), "again": difference(got, again), "own": torch.equal(kept, x[:, own])}
 
 
+@case(2)
+def other_weights() -> Any:
+    model = testbed()
+    with torch.no_grad():
+        model.depth_head.norm.weight.add_(dist.get_rank())
+    with refused() as said:
+        parallelize_views(model)
+    return said
+
+
+# Commands
+
+
+def register() -> None:
+    """A small model by the name ``small``."""
+    import dataclasses
+
+    from lite3r_adapters.testbed.model import ENTRIES
+    from lite3r_plugin.adapter import plugins
+
+    class Plugin:
+        @hookimpl
+        def lite3r_models(self) -> Any:
+            return {"small": dataclasses.replace(ENTRIES["testbed"], name="small", create=testbed, default_weights=None)}
+
+    plugins.get_manager().register(Plugin(), name="small")
+
+
+def reconstruct(folder: Path, name: str, *options: str) -> None:
+    """``lite3r reconstruct`` in this process, of photographs of `folder`, which are made where there are none."""
+    from PIL import Image
+
+    from lite3r_plugin.cli.app import app
+
+    photos = folder / "photos"
+    if not photos.exists():
+        photos.mkdir()
+        for number, picture in enumerate(images(3, size=(96, 128))[0]):
+            Image.fromarray((picture.permute(1, 2, 0) * 255).byte().numpy()).save(photos / f"{number}.png")
+    what = ("reconstruct", str(photos), "--model", "small", "--weights", "random", "--device", "cpu", "--config", "dense_below=0")
+    app([*what, "--out", str(folder / name), *options], standalone_mode=False)
+
+
+def command(folder: Path) -> Any:
+    """In all processes, before any of them has a process group."""
+    import contextlib as contexts
+    import io
+
+    said = io.StringIO()
+    with contexts.redirect_stdout(said), contexts.redirect_stderr(io.StringIO()):
+        reconstruct(folder, "several.npz", "--parallel", "views")
+    return {"initialized": dist.is_initialized(), "said": said.getvalue()}
+
+
+def benchmark(folder: Path) -> Any:
+    """benchmarks/parallel/views.py in all processes."""
+    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "parallel"))
+    import views
+
+    fields = [word for name, value in SPARSE.items() for word in ("--config", f"{name}={value}")]
+    small = ("--resolution", "64", "--repeats", "1", "--link-megabytes", "1", "--device", "cpu")
+    return views.main(["--model", "small", "--views", "4", *small, *fields, "--json", str(folder / "views.json")])
+
+
 # Gradients
 
 
@@ -393,10 +458,18 @@ def start(folder: Path) -> subprocess.Popen[str]:
 
 def run_cases(folder: Path, processes: int) -> NoReturn:
     """All cases for so many processes, this one among them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
     others = divide(processes)
-    dist.init_process_group("gloo")
+    cases: dict[str, Case] = dict(CASES[processes])
     found: dict[str, Any] = {}
-    for name, run in CASES[processes].items():
+    if processes == 2:
+        result = command(folder)
+        os.environ["MASTER_PORT"] = port  # the store of the first group may still have the other one
+        cases = {**cases, "command": lambda: result, "benchmark": lambda: {"exit": benchmark(folder)}}
+    dist.init_process_group("gloo")
+    for name, run in cases.items():
         try:
             one: Any = run()
         except Exception as error:
@@ -424,6 +497,8 @@ def main(folder: Path) -> None:
     if (child := os.fork()) == 0:
         run_cases(folder, 3)
     real_da3()
+    register()
+    reconstruct(folder, "one.npz")
     if (second := os.fork()) == 0:
         run_cases(folder, 2)
     for process in (child, second):

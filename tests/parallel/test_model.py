@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import spreading
 import torch
@@ -15,7 +17,13 @@ import torch
 from lite3r_plugin.errors import ParallelError
 from lite3r_plugin.parallel import parallelize_views
 
-Found = dict[int, dict[str, list[Any]]]
+
+@dataclass(frozen=True)
+class Found:
+    """What cases found, by the number of processes and their name, and files that they wrote."""
+
+    cases: dict[int, dict[str, list[Any]]]
+    folder: Path
 
 
 @pytest.fixture(scope="module")
@@ -25,18 +33,18 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     folder: Path = tmp_path_factory.mktemp("spread")
     process = spreading.start(folder)
     try:
-        said, _ = process.communicate(timeout=240)
+        said, _ = process.communicate(timeout=300)
     except BaseException:
         os.killpg(process.pid, signal.SIGKILL)
         raise
     results = {number: folder / f"{number}.json" for number in (2, 3)}
     assert all(path.exists() for path in results.values()), said[-3000:]
-    return {number: json.loads(path.read_text()) for number, path in results.items()}
+    return Found({number: json.loads(path.read_text()) for number, path in results.items()}, folder)
 
 
 def ranks(found: Found, processes: int, name: str) -> list[Any]:
     """What each process found; no case may have failed."""
-    one = found[processes][name]
+    one = found.cases[processes][name]
     assert not [rank for rank in one if "error" in rank], one
     return one
 
@@ -151,3 +159,37 @@ def test_without_processes_it_says_how_to_start_them() -> None:
 def test_wrong_options_are_named(field: str, value: Any) -> None:
     with pytest.raises(ParallelError, match=field):
         parallelize_views(torch.nn.Identity(), **{field: value})
+
+
+def test_weights_must_be_the_same(found: Found) -> None:
+    for said in ranks(found, 2, "other_weights"):
+        assert "the weights of rank 1 are others" in said[0]
+
+
+def test_the_command_line_writes_what_one_process_writes(found: Found) -> None:
+    first, second = ranks(found, 2, "command")
+    assert not first["initialized"]
+    assert "in 2 processes" in first["said"].replace("\n", " ")
+    assert "wrote" in first["said"]
+    assert second["said"] == ""  # one speaks for all
+    one, several = (np.load(found.folder / name, allow_pickle=False) for name in ("one.npz", "several.npz"))
+    assert sorted(one.files) == sorted(several.files)
+    numeric = [name for name in one.files if one[name].dtype.kind == "f"]
+    assert numeric
+    for name in numeric:
+        np.testing.assert_allclose(several[name], one[name], rtol=1e-4, atol=1e-4)
+
+
+def test_the_benchmark_measures_and_plans(found: Found) -> None:
+    assert [one["exit"] for one in ranks(found, 2, "benchmark")] == [0, 0]
+    written = json.loads((found.folder / "views.json").read_text())
+    assert written["devices"] == 2
+    assert written["link_bytes_per_second"] > 0
+    (record,) = written["records"]
+    assert record["views"] == 4
+    assert record["seconds"]["one"] > 0
+    assert record["seconds"]["several"] > 0
+    assert 0 < record["density"] < 1
+    assert max(record["differences"].values()) < 1e-4
+    assert set(record["planned"]) == {"2", "4"}
+    assert record["travelled_bytes"] == pytest.approx(record["planned_bytes"], rel=0.2)
