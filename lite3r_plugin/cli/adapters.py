@@ -84,7 +84,7 @@ def made_by(factory: str) -> tuple[nn.Module, Any]:
         made = function()
     except InputError:
         raise
-    except Exception as error:  # of the user's file
+    except (Exception, SystemExit) as error:  # of the user's file, which may be a script
         raise InputError(f"{factory} failed: {short(error)}") from error
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):

@@ -51,8 +51,9 @@ class _Weight:
         """Whether `tensor`, one of the current ones, holds something else than what was made of the original."""
         if self.lost or tensor is not self.tensor or _version(tensor) != self.version:
             return True
-        counts = self.version is not None or self.original is None or tensor.dtype != self.given
-        return not counts and not torch.equal(tensor.cpu(), self.original.to(self.given).cpu())
+        if self.version is not None or self.original is None or tensor.dtype != self.given:
+            return False
+        return not torch.equal(tensor.cpu(), self.original.to(self.given).cpu())
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"lost": self.is_new(self.tensor)}

@@ -47,6 +47,9 @@ def model():
 def nothing():
     return 3
 
+def exits():
+    raise SystemExit(0)
+
 def broken():
     raise KeyError("no weights")
 """
@@ -67,6 +70,7 @@ def test_inspect_writes_an_adapter(tmp_path: Path) -> None:
         (["{}/mine.py:other"], "has no function 'other'"),
         (["{}/mine.py:nothing"], "returned int: let it return a torch.nn.Module"),
         (["{}/mine.py:broken"], "failed: KeyError: 'no weights'"),
+        (["{}/mine.py:exits"], "failed: SystemExit: 0"),
         (["no_such_package.here:model"], "failed: ModuleNotFoundError"),
         (["{}/mine.py:model", "--shape", "1,two"], "--shape is integers such as 1,2,3,224,224, got '1,two'"),
     ],
