@@ -104,7 +104,7 @@ def pre_norm_block(fqn: str, block: Any, positions: str) -> PreNormBlock | None:
         {"norm1", "attn", "norm2", "mlp"} <= parts.keys() <= _BLOCK_CHILDREN
         and not list(block.parameters(recurse=False))
         and arguments is not None
-        and arguments.keys() <= {"x", "x_or_x_list", "attn_bias", "attn_mask", positions} | _names(cache_of(block.attn))
+        and arguments.keys() <= {"x", "x_or_x_list", "attn_bias", "attn_mask", positions}
     )
     if not plain:
         return None

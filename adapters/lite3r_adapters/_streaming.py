@@ -37,7 +37,6 @@ def _aggregator_sites(prefix: str, aggregator: Any) -> list[AttentionSite]:
     for scope in ("frame", "global"):
         for i, block in enumerate(getattr(aggregator, f"{scope}_blocks")):
             name, projections = f"{prefix}{scope}_blocks.{i}", _blocks.projections(block.attn, "pos")
-            whole = _blocks.pre_norm_block(name, block, "pos")  # calls with a cache run its own forward
             keys = tokens if scope == "global" else None  # of a fork, whose own code keeps the cache
-            sites.append(AttentionSite(f"{name}.attn", scope, _blocks.head_dim(block.attn), projections, tokens, whole, keys))
+            sites.append(AttentionSite(f"{name}.attn", scope, _blocks.head_dim(block.attn), projections, tokens, keys=keys))
     return sites + encoder_sites(f"{prefix}patch_embed.", aggregator.patch_embed)
