@@ -29,6 +29,7 @@ from .variants import DENSE, FAST
 
 STRIDE = 4
 STRONG: dict[str, Any] = {**DENSE, **FAST}  # the variant strong-exact
+EAGER: dict[str, Any] = {**STRONG, "compile_blocks": False, "cuda_graphs": False}
 FORK = ("vggt",)  # models that the forks of VGGT are forks of
 
 
@@ -159,7 +160,7 @@ def _strided_keys(model: str, checkout: Path | None, device: torch.device, seed:
             raise NoSitesError(f"the model {model} has no global attention, whose frames could have a stride")
         names = [site.fqn for site in sites]
         # Eager, since Python must see the calls; with everything else that makes a dense model fast.
-        apply_lite3r(module, **{**STRONG, "compile_blocks": False, "cuda_graphs": False})
+        apply_lite3r(module, **EAGER)
         with Changes() as changes:
             for name in names:
                 StridedKeys(module.get_submodule(name), lambda: views[0], STRIDE).put_in(changes)

@@ -107,7 +107,7 @@ def test_a_peer_from_a_checkout_runs_in_a_process_of_its_own(fork: Path) -> None
 
 def test_code_of_others_that_fails_is_a_result(fork: Path) -> None:
     broken = dataclasses.replace(TASK, peer="saf3r", checkout=str(fork), model="vggt")
-    cells = list(processes.cells(broken))
+    cells = list(processes.run(broken))  # in a process of its own: it imports from the checkout
     assert [cell.status for cell in cells] == ["skipped"] * 2
     assert "saf3r.models.official_vggt.models.vggt cannot be imported" in cells[0].error
 
