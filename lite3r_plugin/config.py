@@ -20,7 +20,7 @@ Scope = Literal["global", "frame", "encoder", "camera"]
 Pin = Literal["none", "special", "reference"]
 Precision = Literal["full", "fp8_qat", "fp8"]
 Fp8Backend = Literal["auto", "scaled_mm", "te", "weight_only", "emulated"]
-Preset = Literal["fast"]
+Preset = Literal["fast", "small"]
 Weights = Literal["host", "bf16", "bf16_everywhere"]
 DenseAttention = Literal["host", "fastest"]
 Fp8Filter = tuple[str, ...] | Callable[["nn.Module", str], bool]
@@ -107,7 +107,10 @@ class WholeModel:
 
 
 WHOLE_MODEL_FIELDS = frozenset(WholeModelFields.__annotations__)
-PRESETS: Mapping[Preset, WholeModel] = {"fast": WholeModel("bf16", True, "fastest", True)}
+PRESETS: Mapping[Preset, WholeModel] = {
+    "fast": WholeModel("bf16", True, "fastest", True),
+    "small": WholeModel("bf16", False, "fastest", False),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +158,9 @@ class Lite3RConfig:
             one of which must match, or a function ``(module, fqn) -> bool``, as torchao's ``module_filter_fn``. It is asked once, by
             `apply_lite3r`; the configuration of the model holds the names that it chose. Of a Linear with several names, one
             is enough.
-        preset: ``"fast"``: the four fields below as they make a model fastest; each may be set besides. None: none of them.
+        preset: ``"fast"``: the fields below as they make a model fastest; each may be set besides. ``"small"``: for cards of 8 to 12 GB:
+            weights in BF16, no recorded forward beside the running one, and memory planned for what the device has, if ``max_memory``
+            says nothing else. None: none of them.
         weights: ``"bf16"``: weights in BF16 for as long as Lite3R is in the model, but for what its adapter says needs FP32, such as the
             camera head; images come in, and outputs go out, as without it. ``"bf16_everywhere"``: all that can be. ``"host"``: as they are.
         keep_originals: Keep the weights that became BF16, in main memory, so that `remove_lite3r` gives them back bit for bit. False
@@ -168,7 +173,7 @@ class Lite3RConfig:
         graph_shapes: How many recordings are kept, those used last. Each holds memory.
         max_memory: Bytes that a forward may hold on the device of the model, weights included, or text such as ``"8GB"``. Each new
             layout of inputs is planned before it runs: which heads, blocks and MLPs run in chunks, with the same result up to rounding;
-            `describe` shows the plan, and what cannot fit is refused. None: nothing is planned.
+            `describe` shows the plan, and what cannot fit is refused. None: nothing is planned, but with ``preset="small"``.
 
     Raises:
         ConfigError: a field has a value that it does not take.
@@ -291,6 +296,11 @@ class Lite3RConfig:
         preset = WholeModel() if self.preset is None else PRESETS[self.preset]
         names = [field.name for field in dataclasses.fields(preset)]
         return dataclasses.replace(preset, **{name: getattr(self, name) for name in names if getattr(self, name) is not None})
+
+    @property
+    def plans_memory(self) -> bool:
+        """Whether forwards are kept within a limit: ``max_memory``, or else what the device has."""
+        return self.max_memory is not None or self.preset == "small"
 
     @property
     def patterns(self) -> tuple[str, ...]:

@@ -53,7 +53,7 @@ class Unhashable:
         ({"pin": True}, "pin must be one of ('none', 'special', 'reference'), got True"),
         ({"fp8_filter": (1,)}, "fp8_filter holds patterns of names of Linears"),
         ({"fp8_filter": 3}, "fp8_filter is a tuple of patterns or a function"),
-        ({"preset": "fastest"}, "preset must be one of ('fast',), got 'fastest'"),
+        ({"preset": "fastest"}, "preset must be one of ('fast', 'small'), got 'fastest'"),
         ({"weights": "fp16"}, "weights must be one of ('host', 'bf16', 'bf16_everywhere'), got 'fp16'"),
         ({"weights": True}, "weights must be one of"),
         ({"dense_attention": "cudnn"}, "dense_attention must be one of ('host', 'fastest'), got 'cudnn'"),

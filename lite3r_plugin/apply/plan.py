@@ -164,7 +164,7 @@ def plan_application(
 def _plan_whole(found: Inventory, config: Lite3RConfig, adapter: str) -> tuple[FastPlan, Rewrites]:
     """How the whole model is to run, and the exact rewrites: those for weights in BF16 come with these, or these are left out."""
     fast = plan_fast(found.innermost, config.whole_model)
-    if config.max_memory is not None and not isinstance(vars(found.innermost).get("forward"), (RewrittenMethod, type(None))):
+    if config.plans_memory and not isinstance(vars(found.innermost).get("forward"), (RewrittenMethod, type(None))):
         raise ConfigError(
             "max_memory cannot be kept: the forward of the model was exchanged by somebody else, such as for CPU offload, and may bring in "
             "what it likes; call apply_lite3r first, or leave max_memory out"

@@ -68,8 +68,9 @@ def run_fast(plan: ApplyPlan, state: ModelState, changes: Changes) -> None:
         changes.put(vars(state), "fast", fast)
         changes.put(vars(state), "rewrites", (*state.rewrites, fast))
         fast.put_in(changes)
-    if isinstance(plan.config.max_memory, int):
-        planner = MemoryPlanner(plan.fast.module, state, plan.config.max_memory)
+    if plan.config.plans_memory:
+        limit = plan.config.max_memory
+        planner = MemoryPlanner(plan.fast.module, state, limit if isinstance(limit, int) else None)
         changes.put(vars(state), "planner", planner)
         changes.put(vars(state), "rewrites", (*state.rewrites, planner))
         planner.put_in(changes)

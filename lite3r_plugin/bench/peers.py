@@ -28,6 +28,7 @@ from .models import BenchModel, build
 from .variants import DENSE, FAST
 
 STRIDE = 4
+STRONG: dict[str, Any] = {**DENSE, **FAST}  # the variant strong-exact
 FORK = ("vggt",)  # models that the forks of VGGT are forks of
 
 
@@ -158,7 +159,8 @@ def _strided_keys(model: str, checkout: Path | None, device: torch.device, seed:
             raise NoSitesError(f"the model {model} has no global attention, whose frames could have a stride")
         names = [site.fqn for site in sites]
         # Eager, since Python must see the calls; with everything else that makes a dense model fast.
-        apply_lite3r(module, **DENSE, **FAST, compile_blocks=False, cuda_graphs=False)
+        eager: dict[str, Any] = {**STRONG, "compile_blocks": False, "cuda_graphs": False}
+        apply_lite3r(module, **eager)
         with Changes() as changes:
             for name in names:
                 StridedKeys(module.get_submodule(name), lambda: views[0], STRIDE).put_in(changes)
@@ -183,7 +185,7 @@ def _torchao(model: str, checkout: Path | None, device: torch.device, seed: int)
     def change(module: nn.Module) -> nn.Module:
         from ..apply.lookup import block_linears
 
-        apply_lite3r(module, **DENSE, **FAST)
+        apply_lite3r(module, **STRONG)
         inside = {id(linear) for linear in block_linears(module)}
         config = quantization.Float8DynamicActivationFloat8WeightConfig(granularity=quantization.PerRow())
         quantization.quantize_(module, config, filter_fn=lambda linear, name: id(linear) in inside)

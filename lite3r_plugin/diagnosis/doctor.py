@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import statistics
 import time
@@ -18,7 +17,7 @@ from ..adapter.sites import AttentionSite
 from ..apply.lookup import look_up
 from ..config import Lite3RConfig, parse_amount
 from ..errors import AlreadyAppliedError, InputError, UnknownModelError, short
-from ..runtime.device import peak, release_memory, synchronize, timed
+from ..runtime.device import memory_of, peak, release_memory, synchronize, timed
 from ..runtime.trace import Held, Trace, traced
 from ..runtime.values import exchanged, images_in, tensors_in, with_views
 from .report import Diagnosis, Leak, Site, Timing, Unread, ViewGrowth
@@ -336,10 +335,4 @@ def _memory(memory: int | str | None, device: torch.device) -> int | None:
         if given is None:
             raise InputError(f"memory is a number of bytes above 0, or text such as 8GB or 7.5GiB, got {str(memory)[:80]!r}")
         return given
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device)
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return None
+    return memory_of(device)

@@ -72,45 +72,58 @@ def finding_places(model: nn.Module, views: int, whole: Collection[nn.Module | N
     Yields:
         What gives the places when the forward is over.
     """
-    heads = {name: argument for name, module in model.named_modules() if name and (argument := _head_argument(module)) is not None}
-    found: dict[str, str] = {}
-    stack: list[str] = []
-    handles: list[Any] = []
-    trying = False
-
-    def whole_inside(module: nn.Module) -> bool:
-        return bool(whole) and any(inside in whole for inside in module.modules())
-
-    def enters(name: str) -> Callable[..., None]:
-        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            nonlocal trying
-            stack.append(name)
-            inside = whole_inside(module) or any(outer in found or outer in heads for outer in stack[:-1])
-            if trying or inside or name in found or name in heads or next(module.parameters(), None) is None:
-                return
-            trying = True
-            try:
-                if _counts_views(args, kwargs, views) and _is_viewwise(module, args, kwargs, views):
-                    found[name] = "views"
-                elif _is_rowwise(module, args, kwargs):
-                    found[name] = "rows"
-            finally:
-                trying = False
-
-        return enter
-
-    def leave(*_: Any) -> None:
-        stack.pop()
-
+    search = _Search(model, views, whole)
     try:
-        for name, module in model.named_modules():
-            if name:  # the model itself is what is planned
-                handles.append(module.register_forward_pre_hook(enters(name), with_kwargs=True))
-                handles.append(module.register_forward_hook(leave, always_call=True))
-        yield lambda: Places(heads, *(tuple(name for name, kind in found.items() if kind == which) for which in ("views", "rows")))
+        search.attach()
+        yield search.places
     finally:
-        for handle in handles:
+        search.detach()
+
+
+class _Search:
+    """Tries modules when they are called. What looks for hooks that read results passes over these, so that everything runs as without."""
+
+    reads_arguments_only = True
+
+    def __init__(self, model: nn.Module, views: int, whole: Collection[nn.Module | None]) -> None:
+        self.views, self.whole = views, whole
+        self.names = {module: name for name, module in model.named_modules() if name}  # the model itself is what is planned
+        self.heads = {name: argument for module, name in self.names.items() if (argument := _head_argument(module)) is not None}
+        self.found: dict[str, str] = {}
+        self._stack: list[str] = []
+        self._handles: list[Any] = []
+        self._trying = False
+
+    def attach(self) -> None:
+        for module in self.names:
+            self._handles.append(module.register_forward_pre_hook(self.enter, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(self.leave, always_call=True))
+
+    def detach(self) -> None:
+        for handle in self._handles:
             handle.remove()
+
+    def places(self) -> Places:
+        """What was found."""
+        return Places(self.heads, *(tuple(name for name, kind in self.found.items() if kind == which) for which in ("views", "rows")))
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        name = self.names[module]
+        self._stack.append(name)
+        inside = any(outer in self.found or outer in self.heads for outer in self._stack)
+        if self._trying or inside or next(module.parameters(), None) is None or any(part in self.whole for part in module.modules()):
+            return
+        self._trying = True
+        try:
+            if _counts_views(args, kwargs, self.views) and _is_viewwise(module, args, kwargs, self.views):
+                self.found[name] = "views"
+            elif _is_rowwise(module, args, kwargs):
+                self.found[name] = "rows"
+        finally:
+            self._trying = False
+
+    def leave(self, *_: Any) -> None:
+        self._stack.pop()
 
 
 @contextlib.contextmanager

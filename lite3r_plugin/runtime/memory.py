@@ -11,8 +11,9 @@ import copy
 import dataclasses
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -21,11 +22,13 @@ from torch import Tensor, nn
 from ..adapter.layouts import LayoutFunction
 from ..attention.module import SparseLinearAttention
 from ..attention.state import ModelState
+from ..costs.attention import TABLE
 from ..errors import InputError, MemoryLimitError, short
 from ..fp8.block import Fp8Block
 from ..ops.dispatch import SlowPathWarning
 from ..wrapper import Changes, RewrittenMethod
 from .chunks import Chunks, Places, finding_places, in_chunks
+from .device import memory_of
 from .trace import Trace, traced
 from .values import exchanged, images_in, layout_of, tensors_in, with_views
 
@@ -40,6 +43,7 @@ STEPS = (
 """What is tried, in this order: the first that fits costs least time."""
 
 MOST_PLANS = 64
+RESERVE = 0.06  # of what a device has: for what kernels and the allocator take besides
 GIB = 2**30
 ONE_AT_A_TIME = threading.RLock()
 """Held while something is planned, or runs in chunks, for which modules are called in another way."""
@@ -88,7 +92,7 @@ class MemoryPlanner(RewrittenMethod):
     Args:
         module: The model, with everything else of Lite3R in it.
         state: What its sites share.
-        limit: Bytes.
+        limit: Bytes; None: what the device has, but for `RESERVE`.
 
     Attributes:
         plans: By layout of the inputs, those made last.
@@ -96,7 +100,7 @@ class MemoryPlanner(RewrittenMethod):
         unplanned: Why forwards ran without a plan.
     """
 
-    def __init__(self, module: nn.Module, state: ModelState, limit: int) -> None:
+    def __init__(self, module: nn.Module, state: ModelState, limit: int | None) -> None:
         super().__init__(module, "forward")
         self.state, self.limit = state, limit
         self.plans: dict[Any, MemoryPlan] = {}
@@ -130,6 +134,8 @@ class MemoryPlanner(RewrittenMethod):
             reason = "the model is in training mode"
         elif torch.is_grad_enabled() and any(x.requires_grad for x in (*self.module.parameters(), *tensors_in((args, kwargs)))):
             reason = "gradients are wanted: call the model under torch.inference_mode() or torch.no_grad()"
+        elif torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            reason = "the caller captures a graph himself"
         if reason is not None:
             if not self.module.training and reason not in self.unplanned:
                 warnings.warn(f"Lite3R: max_memory is not kept: {reason}", SlowPathWarning, stacklevel=2)
@@ -156,7 +162,7 @@ class MemoryPlanner(RewrittenMethod):
         with ONE_AT_A_TIME:
             known = self.plans.get(key)
             on_gpu = device.type == "cuda"  # where others may have come since
-            if known is not None and on_gpu and torch.cuda.memory_allocated(device) - known.standing + known.peak > self.limit:
+            if known is not None and on_gpu and torch.cuda.memory_allocated(device) - known.standing + known.peak > known.limit:
                 del self.plans[key]
             if key not in self.plans:
                 if len(self.plans) >= MOST_PLANS:
@@ -167,7 +173,8 @@ class MemoryPlanner(RewrittenMethod):
 
     def report(self) -> list[str]:
         """The plans, in lines."""
-        lines = [f"memory at most {self.limit / GIB:.3f} GiB; planned in the first forward of each layout of inputs"]
+        most = "what the device has" if self.limit is None else f"{self.limit / GIB:.3f} GiB"
+        lines = [f"memory at most {most}; planned in the first forward of each layout of inputs"]
         lines += [str(plan) for plan in self.plans.values()]
         return lines + [f"memory not planned in {count} forwards: {reason}" for reason, count in self.unplanned.items()]
 
@@ -187,9 +194,10 @@ class MemoryPlanner(RewrittenMethod):
 
     def _made(self, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device) -> MemoryPlan:
         given = (args, kwargs)
+        TABLE.of(device)  # when sparse attention pays is measured before anything is watched
         if self.places is None:
             self.places = self._find_places(given)
-        tensors = tensors_in(given)
+        tensors, limit = tensors_in(given), self._limit(device)
         if device.type == "cuda":
             standing = torch.cuda.memory_allocated(device)
         else:
@@ -200,7 +208,7 @@ class MemoryPlanner(RewrittenMethod):
         def fits(step: int) -> bool:
             if step not in traces:
                 traces[step] = self._imagined(given, steps[step])
-            return standing + traces[step].peak <= self.limit
+            return standing + traces[step].peak <= limit
 
         low, high = 0, len(steps) - 1
         if fits(0) or not fits(high):
@@ -214,7 +222,15 @@ class MemoryPlanner(RewrittenMethod):
             held[item.part] = held.get(item.part, 0) + item.size
         held = dict(sorted(held.items(), key=lambda item: -item[1]))
         shapes = tuple(tuple(x.shape) for x in tensors)
-        return MemoryPlan(shapes, self.limit, standing, standing + whole, standing + trace.peak, chunks, held)
+        return MemoryPlan(shapes, limit, standing, standing + whole, standing + trace.peak, chunks, held)
+
+    def _limit(self, device: torch.device) -> int:
+        if self.limit is not None:
+            return self.limit
+        size = memory_of(device)
+        if size is None:
+            raise InputError(f"how much memory {device} has is not known: say max_memory")
+        return int((1 - RESERVE) * size)
 
     def _steps(self) -> list[Chunks]:
         """`STEPS`, as far as there is something to cut."""
@@ -246,7 +262,7 @@ class MemoryPlanner(RewrittenMethod):
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         assert self.places is not None
-        memo: dict[int, Any] = {id(x): x for x in (*self.module.parameters(), *self.module.buffers())}
+        memo: dict[int, Any] = {id(x): _no_view(x) for x in _all_tensors(self.module)}
         twin = copy.deepcopy(self.module, memo)
         planner: MemoryPlanner = memo[id(self)]
         try:
@@ -273,6 +289,32 @@ class MemoryPlanner(RewrittenMethod):
         )
 
 
+def _all_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Every tensor that can be reached from a model: weights, what its modules and their caches keep, originals of weights."""
+    seen: set[int] = set()
+    todo: list[Any] = [model]
+    while todo:
+        value = todo.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, Mapping):
+            todo += value.values()
+        elif isinstance(value, (list, tuple, set)):
+            todo += value
+        elif not isinstance(value, (type, FunctionType, ModuleType)):
+            todo += getattr(value, "__dict__", {}).values()
+
+
+def _no_view(x: Tensor) -> Tensor:
+    """The same memory: a view of what had another dtype when it was made has no form without data."""
+    if not x._is_view():
+        return x
+    return nn.Parameter(x.data, requires_grad=False) if isinstance(x, nn.Parameter) else x.data
+
+
 class _Transients:
     """Bytes that operators of this package hold only while they run, measured on a GPU with tensors of the same kind, once for each."""
 
@@ -280,9 +322,7 @@ class _Transients:
         self._known: dict[Any, int] = {}
 
     def __call__(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        if not func.__module__.startswith("torch._ops.lite3r") and not str(func).startswith("lite3r."):
-            return 0
-        if not any(x.is_cuda for x in tensors_in((args, kwargs))):
+        if not str(func).startswith("lite3r.") or not any(x.is_cuda for x in tensors_in((args, kwargs))):
             return 0
         key = str(func), layout_of(exchanged((args, kwargs), lambda x: (tuple(x.shape), x.dtype, str(x.device))))
         if key not in self._known:
@@ -298,7 +338,10 @@ class _Transients:
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
-            out = func(*real_args, **real_kwargs)
+            try:
+                out = func(*real_args, **real_kwargs)
+            except torch.cuda.OutOfMemoryError:  # so much that nothing fits
+                return torch.cuda.get_device_properties(device).total_memory
             torch.cuda.synchronize(device)
             return max(0, torch.cuda.max_memory_allocated(device) - before - sum(x.nbytes for x in tensors_in(out)))
 

@@ -87,7 +87,7 @@ class Trace:
         work: By module, operator and dtype of the output.
         attention: Calls of attention, in order.
         rows: Of each Linear by name, how many rows its input has, over all calls.
-        waits: Operators that wait for a GPU, with their number, by module.
+        waits: Operators that wait for the device, or would if it were a GPU, with their number, by module.
         peak: Most bytes that it held at once, weights and inputs not included.
         peak_at: When.
     """
@@ -123,37 +123,54 @@ def traced(model: nn.Module, transients: Transients = lambda func, args, kwargs:
         model: The model.
         transients: ``(operator, args, kwargs)`` to the bytes that it holds only while it runs, beside its results.
     """
-    trace, stack, handles = Trace(), [""], []
-
-    def enters(name: str) -> Callable[..., None]:
-        def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
-            stack.append(name)
-            if isinstance(module, nn.Linear) and args and isinstance(args[0], Tensor):
-                trace.rows[name] = trace.rows.get(name, 0) + args[0].numel() // max(1, module.in_features)
-
-        return enter
-
-    def leave(*_: Any) -> None:
-        stack.pop()
-
-    operators = _Operators(trace, stack, transients)
+    trace, on = Trace(), next((x.device.type for x in model.parameters()), "cpu")
+    calls = _Calls(model, trace)
+    operators = _Operators(trace, calls.stack, transients, on)
     try:
-        for name, module in model.named_modules():
-            handles.append(module.register_forward_pre_hook(enters(name)))
-            handles.append(module.register_forward_hook(leave, always_call=True))
-        with _Attention(trace, stack, operators), operators:
+        calls.attach()
+        with _Attention(trace, calls.stack, operators), operators:
             yield trace
     finally:
         operators.done = True
-        for handle in handles:
+        calls.detach()
+
+
+class _Calls:
+    """Knows which module runs. What looks for hooks that read results passes over these, so that everything runs as without them."""
+
+    reads_arguments_only = True
+
+    def __init__(self, model: nn.Module, trace: Trace) -> None:
+        self.trace = trace
+        self.names = {module: name for name, module in model.named_modules()}
+        self.stack = [""]
+        self._handles: list[Any] = []
+
+    def attach(self) -> None:
+        for module in self.names:
+            self._handles.append(module.register_forward_pre_hook(self.enter))
+            self._handles.append(module.register_forward_hook(self.leave, always_call=True))
+
+    def detach(self) -> None:
+        for handle in self._handles:
             handle.remove()
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        name = self.names[module]
+        self.stack.append(name)
+        if isinstance(module, nn.Linear) and args and isinstance(args[0], Tensor):
+            self.trace.rows[name] = self.trace.rows.get(name, 0) + args[0].numel() // max(1, module.in_features)
+
+    def leave(self, *_: Any) -> None:
+        self.stack.pop()
 
 
 class _Operators(TorchDispatchMode):
     """Notes every operator."""
 
-    def __init__(self, trace: Trace, stack: list[str], transients: Transients) -> None:
+    def __init__(self, trace: Trace, stack: list[str], transients: Transients, on: str) -> None:
         super().__init__()
+        self.on = on
         self.trace, self.stack, self.transients = trace, stack, transients
         self.kernel: str | None = None
         self.done = False
@@ -169,7 +186,8 @@ class _Operators(TorchDispatchMode):
             self.kernel = next((key for key in BACKENDS if f"_{key}_" in name), name.removeprefix("aten::"))
         given = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
         made = [x for x in tree_iter(out) if isinstance(x, Tensor)]
-        if name in WAITS or (name in ("aten::_to_copy", "aten::copy_") and _leaves_gpu(given, made)):
+        reads = name in WAITS and any(x.device.type == self.on for x in given)  # of a model on a GPU, what is on the CPU need not wait
+        if reads or (name in ("aten::_to_copy", "aten::copy_") and _leaves_gpu(given, made)):
             self.trace.waits[part] = self.trace.waits.get(part, 0) + 1
         if _is_view(func):
             return out

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from real_models import small_da3, small_vggt
 from torch import Tensor, nn
 
 from lite3r_plugin import Lite3RConfig, apply_lite3r, describe, lite3r_disabled, plan_memory, remove_lite3r
@@ -160,6 +162,38 @@ def test_the_predicted_peak_is_what_is_held(fields: dict[str, Any]) -> None:
     assert plan.standing == sum(p.nbytes for p in (*model.parameters(), *model.buffers())) + x.nbytes
 
 
+@pytest.mark.parametrize("make", [small_vggt, small_da3])
+def test_the_published_families_are_foreseen_and_cut_exactly(make: Callable[[], nn.Module]) -> None:
+    model, x = make().requires_grad_(False), images(3, 112)
+    apply_lite3r(model, max_memory="2GB", **FAST)
+    plan = plan_memory(model, x)
+    with torch.no_grad(), traced(model) as trace:
+        model(x)
+    assert plan.peak - plan.standing == trace.peak
+    assert set(model.forward.places.heads.values()) <= {"frames_chunk_size", "chunk_size"}
+    with torch.no_grad():
+        expected = model(x)["depth"]
+        with in_chunks(model, model.forward.places, Chunks(heads=1, views=1, rows=50)):
+            cut = model(x)["depth"]
+    torch.testing.assert_close(cut, expected, rtol=2e-2, atol=2e-2)
+
+
+def test_hooks_that_watch_do_not_change_what_is_held() -> None:
+    model = small_vggt().requires_grad_(False)
+    apply_lite3r(model)
+    with torch.no_grad(), traced(model) as trace:
+        model(images(2, 112))
+    layers = [item for item in trace.held if item.part == "aggregator" and item.shape == (1, 2, 69, 128)]
+    assert len(layers) == 4, "of five layers the heads read four"
+
+
+def test_buffers_that_are_views_are_planned() -> None:
+    model = small()
+    model.register_buffer("mean", torch.rand(3).view(1, 1, 3, 1, 1))
+    assert model.mean._is_view()
+    assert plan_memory(apply_lite3r(model, max_memory="1GB", **FAST), images(2)).fits
+
+
 def test_a_forward_that_is_too_large_runs_in_chunks() -> None:
     model, x = small(), images()
     expected = model(x)
@@ -189,6 +223,23 @@ def test_what_cannot_fit_is_refused_with_the_reason_and_does_not_run() -> None:
     assert not plan_memory(model, x).fits
     assert all(site.calls.dense == site.calls.sparse == 0 for site in describe(model).sites)
     assert "calls so far: 0 sparse, 0 dense" in str(describe(model))
+
+
+def test_a_plan_copies_no_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = apply_lite3r(small(), max_memory="1GB", **FAST)
+    plan_memory(model, images(2))
+    copied: list[Tensor] = []
+    monkeypatch.setattr(Tensor, "__deepcopy__", lambda self, memo: copied.append(self))
+    plan_memory(model, images(3))
+    assert copied == []
+
+
+def test_images_of_inference_mode_are_planned_too() -> None:
+    model = apply_lite3r(small(), max_memory="1GB")
+    with torch.inference_mode():
+        x = images(2)
+        assert plan_memory(model, x).fits
+        model(x)
 
 
 def test_each_layout_has_its_plan_and_is_planned_once() -> None:
@@ -250,6 +301,20 @@ def test_the_limit_is_checked_and_stored() -> None:
     for wrong in ("much", 0, -1, True, 1.5):
         with pytest.raises(ConfigError, match="max_memory is a number of bytes above 0"):
             Lite3RConfig(max_memory=wrong)  # pyright: ignore[reportArgumentType]
+
+
+def test_the_preset_for_small_cards_plans_for_what_the_device_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = apply_lite3r(small(), preset="small"), images()
+    assert {str(p.dtype) for p in model.aggregator.parameters()} >= {"torch.bfloat16"}
+    monkeypatch.setattr("lite3r_plugin.runtime.memory.memory_of", lambda device: 10**9)
+    plan = plan_memory(model, x)
+    assert plan.fits
+    assert plan.limit == 94 * 10**7
+    assert "memory at most what the device has" in str(describe(model))
+    assert plan_memory(apply_lite3r(small(), preset="small", max_memory="2GB"), x).limit == 2 * 10**9
+    monkeypatch.setattr("lite3r_plugin.runtime.memory.memory_of", lambda device: None)
+    with pytest.raises(InputError, match="how much memory cpu has is not known: say max_memory"):
+        plan_memory(apply_lite3r(small(), preset="small"), x)
 
 
 def test_without_a_limit_there_is_nothing_to_plan() -> None:
