@@ -25,6 +25,7 @@ from lite3r_plugin.ops.dispatch import SlowPathWarning
 from lite3r_plugin.testing import TEST_CONFIG
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
+HEADING = "## Families of transformers"
 MOST_PARAMETERS = 40_000_000
 
 SMALL = {
@@ -242,11 +243,11 @@ def walk(names: list[str]) -> tuple[list[Row], dict[str, str]]:
 
 
 def page(rows: list[Row], missing: dict[str, str]) -> str:
-    """The page for the documentation."""
+    """The part of the page that begins with `HEADING`. What is above it is written by hand."""
     import transformers
 
     lines = [
-        "# Families of transformers",
+        HEADING,
         "",
         f"What Lite3R does to the vision models of transformers {transformers.__version__} that attend through SDPA: one small model of",
         "each, with random weights, was built, applied to, converted to FP8 and run by `python benchmarks/families.py`. *Left to the host*",
@@ -281,7 +282,7 @@ def main() -> None:
     if failed := [row for row in rows if row.failed]:
         raise SystemExit(f"{len(failed)} families failed: {', '.join(row.family for row in failed)}")
     if not sys.argv[1:]:
-        PAGE.write_text(page(rows, missing))
+        PAGE.write_text(PAGE.read_text().partition(HEADING)[0] + page(rows, missing))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ ELSEWHERE = {
     "examples/custom_adapter/README.md": "examples_custom_adapter.md",
     "examples/lightglue/README.md": "examples_lightglue.md",
 }
+PICTURE = re.compile(r"!\[([^\]]+)\]\(([^)\s:]+)\)")
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)\s:]+)\)")
 
 
@@ -53,4 +54,9 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
             return match[0]  # MkDocs says what is wrong with it
         return words if words.strip("`") == source else f"{words} (`{source}`)"
 
-    return LINK.sub(link, markdown)
+    def picture(match: re.Match[str]) -> str:
+        words, target = match.groups()
+        source = posixpath.normpath(posixpath.join(folder, target))
+        return f"![{words}]({posixpath.relpath(source.removeprefix('docs/'), posixpath.dirname(page.file.src_uri) or '.')})"
+
+    return PICTURE.sub(picture, LINK.sub(link, markdown))

@@ -2,7 +2,7 @@
 
 from .adapter.hookspecs import hookimpl
 from .adapter.layouts import LayoutFunction, TokenLayout, TokenSource, Views
-from .adapter.sites import AttentionSite, FusedQKV, PreNormBlock, Rope2D, Routed, SeparateQKV
+from .adapter.sites import AttentionSite, FusedQKV, KeyValueCache, PreNormBlock, Rope2D, Routed, SeparateQKV
 from .apply.checkpoint import load_lite3r, save_lite3r
 from .apply.memory import plan_memory
 from .apply.report import describe
@@ -19,6 +19,7 @@ __all__ = [
     "AttentionSite",
     "DistillConfig",
     "FusedQKV",
+    "KeyValueCache",
     "LayoutFunction",
     "Lite3RConfig",
     "Lite3RError",

@@ -138,7 +138,7 @@ class Lite3RConfig:
         pin: Which tokens attend to all tokens while all attend to them, whatever ``keep_ratio`` says. ``"special"``: camera, register
             and class tokens; ``"reference"``: those, and the patches of the first view, which defines the coordinate frame;
             ``"none"``.
-        dense_below: Sites with fewer tokens than this run dense, because sparse attention does not pay there.
+        dense_below: Sites with fewer tokens than this run dense, because sparse attention does not pay there; keys, where those are others.
             ``None``: where measurements say so for the length and density at hand (`lite3r_plugin.costs.attention.break_even`);
             without a CUDA GPU all sites do.
         fuse: Replace QK norm and rotary embedding of known sites by one exact kernel, also at sites that stay dense.

@@ -72,6 +72,10 @@ class TrainingError(Lite3RError):
     """Training cannot go on: the loss is not finite, or what is to learn gets no gradient."""
 
 
+class ParallelError(Lite3RError):
+    """Several processes cannot run this model on one scene, or one of them failed while they did."""
+
+
 class InputError(Lite3RError, ValueError):
     """User input outside the model, such as an image folder or a weights file, cannot be used."""
 

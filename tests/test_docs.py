@@ -15,6 +15,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import screenshots
+import torch
+from PIL import Image, ImageStat
 from typer.testing import CliRunner
 
 import lite3r_plugin
@@ -202,6 +205,28 @@ def test_links_within_the_repository_lead_somewhere(page: str) -> None:
         if not linked.exists() or (section and section not in sections(linked)):
             broken.append(target)
     assert broken == []
+
+
+# Pictures
+
+
+def test_pictures_show_something() -> None:
+    """What `tests/helpers/screenshots.py` took, for the page whose commands it runs."""
+    shown = {f"docs/{path}" for path in re.findall(r"!\[[^\]]+\]\((images/[^)]+)\)", read("docs/first_steps.md"))}
+    shown |= set(re.findall(r"!\[[^\]]+\]\(([^)]+)\)", read("README.md")))
+    assert shown == {str(path.relative_to(ROOT)) for path in (ROOT / "docs" / "images").iterdir()}
+    for path in shown:
+        with Image.open(ROOT / path) as picture:
+            assert picture.width >= 700
+            assert ImageStat.Stat(picture.convert("L")).stddev[0] > 20
+        assert (ROOT / path).stat().st_size < 400_000
+    assert list(screenshots.commands()) == ["demo", "reconstruct", "view"]
+
+
+def test_a_walk_goes_from_each_camera_to_one_nearby() -> None:
+    cameras = torch.eye(3, 4).repeat(4, 1, 1)
+    cameras[:, 0, 3] = torch.tensor([0.0, 3.0, 1.0, 2.0])
+    assert screenshots.walk(cameras) == [0, 2, 3, 1]
 
 
 # Numbers

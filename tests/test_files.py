@@ -69,7 +69,7 @@ def test_threads_do_not_meet_in_one_file(tmp_path: Path) -> None:
     threads = [threading.Thread(target=write, args=(letter,)) for letter in "abc"]
     for thread in threads:
         thread.start()
-    while any(thread.is_alive() for thread in threads):
+    while not seen or any(thread.is_alive() for thread in threads):
         content = path.read_bytes()
         seen["whole" if len(content) == size and len(set(content)) == 1 else "torn"] += 1
     assert set(seen) == {"whole"}

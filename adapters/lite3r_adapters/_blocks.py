@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from lite3r_plugin.adapter import FusedQKV, PreNormBlock, Rope2D, Routed, forward_parameters
+from lite3r_plugin.adapter import FusedQKV, KeyValueCache, PreNormBlock, Rope2D, Routed, forward_parameters
 
-_BLOCK_CHILDREN = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
+_BLOCK_CHILDREN = {"norm1", "attn", "ls1", "drop_path", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
 _CHILDREN = {"qkv", "q_norm", "k_norm", "attn_drop", "proj", "proj_drop", "rope"}
 
 
@@ -36,10 +36,27 @@ def head_dim(attn: Any) -> int:
     return attn.proj.in_features // attn.num_heads
 
 
+_CACHES = (
+    KeyValueCache("past_key_values", "use_cache", by_calls=True, finished=False),  # StreamVGGT
+    KeyValueCache("kv_cache"),  # STream3R
+)
+
+
+def cache_of(attn: Any) -> KeyValueCache | None:
+    """How `attn` takes the keys and values of the frames before, as models that stream do; None where it takes none."""
+    arguments = forward_parameters(attn)
+    named = (cache for cache in _CACHES if arguments is not None and _names(cache) <= arguments.keys())
+    return next(named, None)
+
+
+def _names(cache: KeyValueCache | None) -> set[str]:
+    return set() if cache is None else {name for name in (cache.past, cache.wanted) if name is not None}
+
+
 def projections(attn: Any, positions: str) -> FusedQKV | Routed:
     """How `attn` makes q, k and v; `positions` names its argument with the token coordinates.
 
-    A fork's attention may do more (a cache, token merging, a gate). Then it has other arguments, children or
+    A fork's attention may do more (token merging, a gate). Then it has other arguments, children or
     parameters, and its own forward must run: `Routed`.
     """
     rope = getattr(attn, "rope", None)
@@ -47,10 +64,11 @@ def projections(attn: Any, positions: str) -> FusedQKV | Routed:
     arguments = forward_parameters(attn)
     if arguments is None:
         return Routed(attn.num_heads)
+    cache = cache_of(attn)
     plain = (
         {name for name, _ in attn.named_children()} <= _CHILDREN
         and not list(attn.parameters(recurse=False))
-        and arguments.keys() <= {"x", "attn_bias", "attn_mask", positions}
+        and arguments.keys() <= {"x", "attn_bias", "attn_mask", positions} | _names(cache)
         and (rope is None or isinstance(base, (int, float)))
         and getattr(rope, "F0", 1.0) == 1.0
     )
@@ -68,6 +86,8 @@ def projections(attn: Any, positions: str) -> FusedQKV | Routed:
         out_drop=present("proj_drop"),
         rope=None if base is None else Rope2D(float(base)),
         positions=positions if positions in arguments else None,
+        mask="attn_mask" if cache is not None and "attn_mask" in arguments else None,
+        cache=cache,
     )
 
 
@@ -84,7 +104,7 @@ def pre_norm_block(fqn: str, block: Any, positions: str) -> PreNormBlock | None:
         {"norm1", "attn", "norm2", "mlp"} <= parts.keys() <= _BLOCK_CHILDREN
         and not list(block.parameters(recurse=False))
         and arguments is not None
-        and arguments.keys() <= {"x", "x_or_x_list", "attn_bias", "attn_mask", positions}
+        and arguments.keys() <= {"x", "x_or_x_list", "attn_bias", "attn_mask", positions} | _names(cache_of(block.attn))
     )
     if not plain:
         return None

@@ -150,7 +150,7 @@ def ours(p: Problem) -> Iterator[Contestant]:
 
     def decide() -> Tensor:
         with _backend(p, SDPBackend.CUDNN_ATTENTION):
-            return site.attend(AttentionInputs(p.q, p.k, p.v))
+            return site.attend(AttentionInputs(p.q, p.k, p.v), (), {})
 
     yield Contestant("ours, by policy (cuDNN)", decide, work)
 

@@ -7,7 +7,7 @@ from .models import ModelEntry
 from .outputs import ModelOutputs, OutputsFunction
 from .plugins import AdapterInfo, AdapterWarning, find_outputs, find_rewrites, find_sites, get_manager, list_adapters, model_entries
 from .rewrites import ExactRewrite, Trial
-from .sites import AttentionSite, FusedQKV, PreNormBlock, Projections, Rope2D, Routed, SeparateQKV
+from .sites import AttentionSite, FusedQKV, KeyValueCache, PreNormBlock, Projections, Rope2D, Routed, SeparateQKV
 from .trials import like
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "AttentionSite",
     "ExactRewrite",
     "FusedQKV",
+    "KeyValueCache",
     "LayoutFunction",
     "ModelEntry",
     "ModelOutputs",

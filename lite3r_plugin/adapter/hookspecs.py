@@ -100,6 +100,23 @@ def lite3r_outputs(model: nn.Module) -> OutputsFunction | None:
     """
 
 
+@hookspec(firstresult=True)
+def lite3r_gathered_modules(model: nn.Module) -> Sequence[str] | None:
+    """Modules in which views meet besides the attention sites of `model`, as in a head that reads the reference view's token for each.
+
+    Where one scene runs on several processes (`lite3r_plugin.parallel.parallelize_views`), each of which holds some of the views, these
+    run on all views in every process. So they should be small: their tensors, ``[B, S, ...]``, travel whole. Sites inside of them
+    need no more. The first adapter that answers wins, in the order of `lite3r_attention_sites`.
+
+    Args:
+        model: Any module; the family's own may be inside it.
+
+    Returns:
+        Their names in `model`; None where this adapter has nothing to say. After an exception an `AdapterWarning` remains, and the next
+        adapter is asked.
+    """
+
+
 @hookspec
 def lite3r_commands(app: typer.Typer) -> None:
     """Add commands to the command line: ``@app.command()`` before a function makes ``lite3r NAME``.

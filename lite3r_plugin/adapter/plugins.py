@@ -182,6 +182,20 @@ def find_rewrites(model: nn.Module) -> tuple[ExactRewrite, ...] | None:
     return None
 
 
+def find_gathered(model: nn.Module) -> tuple[str, ...] | None:
+    """Names of the modules in which views meet besides the attention sites, of the first adapter that names some; None where none does.
+
+    An adapter that fails, or that answers with anything but names, is named in an `AdapterWarning` and the next one is asked.
+    """
+    for implementation in implementations("lite3r_gathered_modules"):
+        found: tuple[str, ...] | None = None
+        with skipping(implementation):
+            found = _checked_list(call(implementation, model=model), str)
+        if found is not None:
+            return found
+    return None
+
+
 def model_entries() -> dict[str, ModelEntry]:
     """Models that the command line can build, by the name that users type.
 

@@ -41,6 +41,31 @@ class Rope2D:
 
 
 @dataclass(frozen=True)
+class KeyValueCache:
+    """How the forward of an attention module takes and returns the keys and values of the tokens that came before (streaming).
+
+    Where a cache is wanted, the tokens of the call attend to those of the cache and to each other, and ``(output, (k, v))`` is returned,
+    with k and v of all of them: a list in the place of the pair where a list came in. The site keeps what it prepared of them, too, by
+    the tensors that it returned: each frame is prepared once. Tensors that it did not return, or that were written to, are prepared anew.
+
+    Attributes:
+        past: Name of the argument that holds ``(k, v)``; None, or a pair of None, at the beginning.
+        wanted: Name of the argument that says whether a cache is wanted; None: it is where `past` is given, be it a pair of None.
+        by_calls: k and v are ``[B, H, T, n, D]``, T calls with n tokens each; else ``[B, H, N, D]``.
+        finished: Keys are cached after norm and rotary embedding. Else before, and all calls have the positions of the last one, repeated.
+    """
+
+    past: str
+    wanted: str | None = None
+    by_calls: bool = False
+    finished: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.past, str) or not isinstance(self.wanted, (str, type(None))):
+            raise AdapterError(f"past and wanted of a KeyValueCache are names of arguments, got {shown((self.past, self.wanted))}")
+
+
+@dataclass(frozen=True)
 class FusedQKV:
     """One Linear makes q, k and v: ``qkv(x).view(B, N, 3, H, D)``. Names are children of the attention module.
 
@@ -56,6 +81,9 @@ class FusedQKV:
         out_drop: Dropout after ``out``, or None.
         rope: The rotary embedding, or None.
         positions: Name of the forward argument with the token coordinates ``[B, N, 2]``; None where there are none.
+        mask: Name of the forward argument with a mask ``[N, N]`` as `scaled_dot_product_attention` takes it, or None. A frame-causal one
+            has a sparse form, any other is attended to densely.
+        cache: How keys and values of tokens that came before are given and returned, or None.
 
     Examples:
         >>> projections = FusedQKV(num_heads=16, q_norm="q_norm", k_norm="k_norm")
@@ -70,11 +98,16 @@ class FusedQKV:
     out_drop: str | None = None
     rope: Rope2D | None = None
     positions: str | None = None
+    mask: str | None = None
+    cache: KeyValueCache | None = None
 
 
 @dataclass(frozen=True)
 class SeparateQKV:
     """Three Linears make q, k and v. Names are children of the attention module.
+
+    In cross-attention keys and values are made of other tokens than queries: `key` and `value` name the arguments of the forward that
+    hold them, ``[B, M, C]`` each, and `keys` of the site says how they are laid out.
 
     Attributes:
         num_heads: H.
@@ -82,6 +115,8 @@ class SeparateQKV:
         out: The output Linear, H * D to C.
         q_norm, k_norm, attn_drop, out_drop, rope, positions: As in `FusedQKV`.
         returns_weights: The host returns ``(output, attention weights)``; the site returns ``(output, None)``.
+        key, value: Names of the arguments that keys and values are made of; None: the first one, of which queries are made.
+        key_positions: Name of the argument with the coordinates of keys ``[B, M, 2]``, in cross-attention.
 
     Examples:
         >>> projections = SeparateQKV(num_heads=12, q="query", k="key", v="value", out="dense")
@@ -99,14 +134,22 @@ class SeparateQKV:
     rope: Rope2D | None = None
     positions: str | None = None
     returns_weights: bool = False
+    key: str | None = None
+    value: str | None = None
+    key_positions: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.key is None) != (self.value is None) or (self.key_positions is not None and self.key is None):
+            raise AdapterError("SeparateQKV of cross-attention names key and value, and may name key_positions; of self-attention none")
 
 
 @dataclass(frozen=True)
 class Routed:
     """Anything else: the host's own forward runs, and its one call of `scaled_dot_product_attention` is redirected.
 
-    The call's q, k and v are ``[B, H, N, D]``. With several calls or none in one forward the host's own code runs, dense; so do calls
-    with a mask or in causal order, of other queries than keys, and with dropout.
+    The call's q, k and v are ``[B, H, N, D]``; k and v are of other tokens where the site has `keys`. With several calls or none in one
+    forward the host's own code runs, dense; so do calls in causal order, of other queries than keys where the site has none, with dropout,
+    and with a mask, unless that is frame-causal in a sequence of views.
 
     Attributes:
         num_heads: H, which may be found out only from a forward: then None.
@@ -172,6 +215,8 @@ class AttentionSite:
         projections: How q, k and v are made.
         tokens: How the sequence is laid out: `TokenSource` where all views are alike, `LayoutFunction` elsewhere; None where it has no
             image grid (then token order is kept, and no token is exempt from dropping).
+        keys: The same of keys and values, where they are of other tokens than queries: those of another view, or of a cache that the
+            host's own code keeps. None: they are of the same tokens, or nothing is known of them.
         block: The transformer block around the module, where it has the usual structure; None: its Linears are found,
             but it runs as it is.
 
@@ -189,6 +234,7 @@ class AttentionSite:
     projections: Projections
     tokens: TokenSource | LayoutFunction | None = None
     block: PreNormBlock | None = None
+    keys: TokenSource | LayoutFunction | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.fqn, str):
@@ -197,6 +243,7 @@ class AttentionSite:
             raise AdapterError(f"site {self.fqn!r}: scope is one of {get_args(Scope)}, got {self.scope!r}")
         if type(self.head_dim) is not int or self.head_dim <= 0:
             raise AdapterError(f"site {self.fqn!r}: head_dim is a positive integer, got {self.head_dim!r}")
-        for name, kind in (("projections", Projections), ("tokens", TokenSource | LayoutFunction | None), ("block", PreNormBlock | None)):
+        layouts = TokenSource | LayoutFunction | None
+        for name, kind in (("projections", Projections), ("tokens", layouts), ("block", PreNormBlock | None), ("keys", layouts)):
             if not isinstance(getattr(self, name), kind):
                 raise AdapterError(f"site {self.fqn!r}: {name} is an instance of {kind}, got {getattr(self, name)!r}")

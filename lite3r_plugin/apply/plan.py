@@ -144,8 +144,9 @@ def plan_application(
     sites = [_routed(site) if site.fqn in chosen.routed else site for site in sites]
     sources: dict[Source, list[str]] = {}  # the sites of each
     for swap in swaps.values():
-        if swap.sparse and swap.site.tokens is not None:
-            sources.setdefault(swap.site.tokens, []).append(swap.site.fqn)
+        for source in (swap.site.tokens, swap.site.keys):
+            if swap.sparse and source is not None:
+                sources.setdefault(source, []).append(swap.site.fqn)
     watched = _find_watched(found, adapter, sources)
     blocks = find_blocks(found.modules, [site for site in sites if site.scope != "camera" or "camera" in scopes])
     linears = find_linears(found.modules, {name: [name] for name in blocks})

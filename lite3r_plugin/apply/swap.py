@@ -116,6 +116,8 @@ def take_out(found: Inventory) -> None:
             if tracker.module is not None and tracker.model is not None:
                 changes.make(tracker.detach, functools.partial(tracker.attach, tracker.module, tracker.model))
         take_out_rewrites(changes, found.modules, [item for state in found.states for item in state.rewrites])
+        for state in found.states:
+            changes.put(vars(state), "fast", None)
         replace_modules(changes, found.modules, {m: m.release() for m in wrappers if not isinstance(m, SparseLinearAttention)})
         replace_modules(changes, found.modules, {module: module.release() for module in found.attention.values()})
 

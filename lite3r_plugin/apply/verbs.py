@@ -15,6 +15,7 @@ from torch import nn
 
 from ..adapter.sites import AttentionSite
 from ..attention.module import SparseLinearAttention
+from ..attention.state import ModelState
 from ..config import Fp8Backend, Lite3RConfig
 from ..errors import ConfigError, ConvertedError, WeightsError
 from ..fp8.qat import FakeQuantLinear
@@ -198,14 +199,21 @@ def run_dense(modules: Iterable[nn.Module]) -> Iterator[None]:
         try:
             for module in ours:
                 changes.put(vars(module), "enabled", False)
-            for fast in filter(None, map(fast_of, states.values())):
-                if fast.half is not None:
-                    fast.half.put_back(changes)
+            for state in states.values():
+                _put_weights_back(state, changes)
             yield
         finally:
             changes.undo()
     finally:
         changes.undo()  # an interruption may come before the first, too
+
+
+def _put_weights_back(state: ModelState, changes: Changes) -> None:
+    """Let the host have the weights that it came with; undone unless Lite3R is taken out meanwhile."""
+    fast = fast_of(state)
+    if fast is not None and (half := fast.half) is not None:
+        inner = Changes()
+        changes.make(lambda: half.put_back(inner), lambda: inner.undo() if state.fast is fast else None)
 
 
 def _require_original_weights(found: Inventory, verb: str) -> None:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapter.layouts import LayoutFunction, TokenLayout
-from ..adapter.sites import AttentionSite
+from ..adapter.sites import AttentionSite, KeyValueCache
 from ..costs.attention import break_even
 from ..costs.model import SparseShares
 from ..errors import LayoutError
@@ -26,15 +26,19 @@ from ..ops.block_map import density
 from ..ops.dispatch import SlowPathWarning, require_one_device, use_triton
 from ..ops.fp8 import fake_quantize
 from ..ops.qk_norm_rope import norm_rope
-from ..ops.sla import linear_attention, sparse_linear_attention
+from ..ops.sla import KeyCache, KeyTokens, SegmentMask, linear_attention, sparse_linear_attention
 from ..tokens.layout import pinned_tokens
-from ..tokens.tracker import call, checked
+from ..tokens.tracker import LayoutTracker, Source, call, checked
 from ..wrapper import Changes, HostWrapper, may_be_read
 from .branch import branch_weight, make_branch, write_branch
 from .inputs import AttentionInputs
+from .masks import frame_causal
 from .state import CallCounts, ModelState
+from .streams import Stream, Streams, in_a_row, in_calls, norm_as_it_is, of_calls, pinned_keys
 from .styles.registry import style_of
 
+MARGINAL_SHARE = 4
+"""The branch over marginal blocks is not kept from call to call of a stream: it costs about a quarter of what preparing its keys does."""
 Observer = Callable[["SparseLinearAttention", AttentionInputs, Tensor], None]
 """Sees the inputs and the output of an attention, ``[B, H, N, D]``; it must change neither."""
 Substitute = Callable[["SparseLinearAttention", AttentionInputs], Tensor]
@@ -81,15 +85,15 @@ class SparseLinearAttention(HostWrapper):
         if sparse and left is None and not self.style.replaces and self.keep_ratio == 1 and state.config.patterns:
             self.left = None if state.config.linear_branch == "all" else "keep_ratio 1"
         self.te_projection: Any = None
-        self._own_function = _function_of(site) if sparse else None
-        self._tracker = state.trackers.get(site.tokens) if sparse and site.tokens is not None else None
+        self._streams = Streams()
+        self._tokens, self._keys = (_LayoutOf.source(state, source if sparse else None) for source in (site.tokens, site.keys))
         if sparse and state.config.linear_branch != "none":
             self.proj_lin = make_branch(host, site.head_dim)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the host's forward. What has no sparse form (masks, causal order, dropout of weights) runs in the host's own code."""
         if not self.enabled or self.left is not None:
-            self._count("host" if self.enabled else "disabled")
+            self.count("host" if self.enabled else "disabled")
             if self._tracker is not None:
                 self._tracker.ran(self.site.fqn)
             return self.run_host(*args, **kwargs)
@@ -99,7 +103,7 @@ class SparseLinearAttention(HostWrapper):
         """Take note that a call runs dense in the host's own code, and why; warn of each reason once."""
         if torch.compiler.is_compiling():
             return
-        self._count("host")
+        self.count("host")
         self.calls.reason = reason
         if reason not in self.state.warned:
             self.state.warned.add(reason)
@@ -121,11 +125,11 @@ class SparseLinearAttention(HostWrapper):
     @property
     def takes_fp8(self) -> bool:
         """Whether its input may be in FP8 already, a `Quantized` instead of a tensor: nothing but its FP8 Linears reads it."""
-        return self.left is None and self._own_function is None and self.style.takes_fp8(self.child)
+        return self.left is None and self._tokens.function is None and self.style.takes_fp8(self.child)
 
     def round_projection(self, changes: Changes) -> None:
         """Put into `proj_lin`, for good, the weight that training for FP8 used."""
-        if "proj_lin" in self._modules and (rounded := self._projection(self.proj_lin.weight)) is not None:
+        if "proj_lin" in self._modules and (rounded := self.projection(self.proj_lin.weight)) is not None:
             write_branch(self.proj_lin, rounded, changes)
 
     def attend(self, inputs: AttentionInputs, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -144,20 +148,89 @@ class SparseLinearAttention(HostWrapper):
             WeightsError: weights are on the meta device, and inputs are not.
         """
         try:
-            layout = self._layout(inputs.v.shape[-2], args, kwargs)
+            layout = self._tokens.layout(self.site.fqn, inputs.q.shape[-2], args, kwargs)
+            keys = self._keys.layout(self.site.fqn, inputs.v.shape[-2], args, kwargs) if inputs.key_layout is None else inputs.key_layout
         except LayoutError:
             if getattr(self.site.tokens, "strict", True):
                 raise
             self.note("its tokens are not those of whole images")
             return self.dense(inputs)
-        if layout is not None:
-            inputs = dataclasses.replace(inputs, layout=layout)
+        if layout is not None or keys is not None:
+            inputs = dataclasses.replace(inputs, layout=layout, key_layout=keys)
         out = self._substitutes[-1][0](self, inputs) if self._substitutes else self._attend(inputs)
         if self._tracker is not None:
             self._tracker.watch(out)
         for (observer,) in self._observers:
             observer(self, inputs, out)
         return out
+
+    def attend_to_past(
+        self,
+        inputs: AttentionInputs,
+        past: tuple[Tensor, Tensor] | None,
+        cache: KeyValueCache,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Attention of a call's tokens to those of earlier calls and to each other, sparse or dense as `pays` says.
+
+        What is computed once for each call is kept (`streams`); what somebody observes, or learns from, is computed as a whole.
+
+        Args:
+            inputs: Of the tokens of this call; keys not normed and rotated yet.
+            past: k and v of the tokens before, as `cache` says; None at the beginning.
+            cache: How they are given.
+            args, kwargs: As of `attend`.
+
+        Returns:
+            ``[B, H, N, D]``, and k and v of all tokens so far, as `cache` says.
+
+        Raises:
+            LayoutError, BackendError, WeightsError: As `attend`.
+        """
+        tokens, config = inputs.v.shape[2], self.state.config
+        try:
+            layout = self.layout(tokens, args, kwargs)
+        except LayoutError:
+            if getattr(self.site.tokens, "strict", True):
+                raise
+            return self._attend_to_all_of(inputs, past, cache, None, args, kwargs)
+        recorded = torch.compiler.is_compiling() or (inputs.v.is_cuda and torch.cuda.is_current_stream_capturing())
+        if self._substitutes or recorded or not _without_gradients(inputs, past):  # a recording is replayed with other caches
+            return self._attend_to_all_of(inputs, past, cache, layout, args, kwargs)
+        positions = None if inputs.positions is None else self.state.positions.of(inputs.positions)
+        shared, norm = (None, None) if cache.finished else (positions, norm_as_it_is(inputs.k_norm))
+        stream = None if past is None else self._streams.find(past, inputs.v, layout, shared, norm)
+        if stream is None:
+            stream = Stream(KeyCache(config.block_q, config.block_k), layout, shared, norm)
+            if past is not None and not self._take_over(stream, inputs, past, cache):
+                return self._attend_to_all_of(inputs, past, cache, layout, args, kwargs)
+        before, first = stream.keys.tokens, past is None
+        queries = stream.keys.extend(
+            inputs.q, inputs.k, inputs.v, order=self.order(layout, inputs.v), pinned_tokens=pinned_keys(layout, config.pin, first),
+            q_norm=inputs.q_norm, k_norm=inputs.k_norm, positions=positions, rope_base=inputs.rope_base, backend=self._preparing,
+        )  # fmt: skip
+        k, v = stream.cached(queries.keys if cache.finished else inputs.k, inputs.v, before)
+        k, v = in_calls(k, cache, tokens), in_calls(v, cache, tokens)
+        self._streams.keep(stream, k, v)
+        proj, all_tokens = self.projection(inputs.v), stream.keys.tokens
+        pinned = self.pinned(layout) if first or layout is None else min(self.pinned(layout), layout.special_tokens)
+        prepared = tokens + (all_tokens // MARGINAL_SHARE if proj is not None and config.linear_branch == "marginal" else 0)
+        options: dict[str, Any] = dict(scale=inputs.scale, backend=config.attention_backend)
+        if self.pays(stream.keys.v, stream.keys.pinned_tokens, tokens, pinned, prepared):
+            self.begin_sparse(tokens, 0, (all_tokens, stream.keys.pinned_tokens))
+            out = stream.keys.attend(
+                queries, keep_ratio=self.keep_ratio, negligible_ratio=config.negligible_ratio, pinned_tokens=pinned, proj=proj,
+                linear="none" if proj is None else config.linear_branch, feature_map=config.feature_map, block_means=config.block_means,
+                **options,
+            )  # fmt: skip
+        elif self.begin_dense():
+            out = stream.keys.attend(queries, keep_ratio=1.0, linear="all", feature_map=config.feature_map, proj=proj, **options)
+        else:
+            out = stream.keys.attend_to_all(queries, scale=inputs.scale)
+        for (observer,) in self._observers:
+            observer(self, self._everything(inputs, past, cache, layout)[0], out)
+        return out, k, v
 
     @contextlib.contextmanager
     def observe(self, observer: Observer) -> Iterator[None]:
@@ -197,9 +270,10 @@ class SparseLinearAttention(HostWrapper):
 
         Returns ``[B, H, N, D]``.
         """
-        require_one_device(inputs.v, queries=inputs.q, keys=inputs.k)
-        q, k = self._finished(inputs)
-        out = F.scaled_dot_product_attention(q, k, inputs.v, scale=inputs.scale)
+        require_one_device(inputs.v, queries=inputs.q, keys=inputs.k, mask=inputs.mask)
+        q, k = self.finished(inputs)
+        mask = inputs.mask if inputs.mask is None or inputs.mask.dtype == torch.bool else inputs.mask.to(q.dtype)
+        out = F.scaled_dot_product_attention(q, k, inputs.v, attn_mask=mask, scale=inputs.scale)
         if proj is not None:
             out = out + linear_attention(q, k, inputs.v, proj=proj, feature_map=self.state.config.feature_map)
         return out
@@ -207,15 +281,23 @@ class SparseLinearAttention(HostWrapper):
     def sparse_linear(self, inputs: AttentionInputs, proj: Tensor | None) -> Tensor:
         """Sparse attention as configured, plus the linear branch through `proj` ``[D, D]``, if there is one, whatever pays.
 
-        Returns ``[B, H, N, D]``.
+        With a mask that has no sparse form it is attention as the mask has it, without a branch. Returns ``[B, H, N, D]``.
         """
+        mask = None
+        if inputs.mask is not None and (mask := frame_causal(inputs.mask, inputs.layout)) is None:
+            return self.dense(inputs)
+        return self._sparse_linear(inputs, proj, mask, self.keep_ratio)
+
+    def _sparse_linear(self, inputs: AttentionInputs, proj: Tensor | None, mask: SegmentMask | None, keep_ratio: float) -> Tensor:
         config, layout = self.state.config, inputs.layout
-        order = None if layout is None else self.state.orders.get(layout, inputs.v.device)
+        keys = None
+        if inputs.crossed:
+            keys = KeyTokens(self.order(inputs.key_layout, inputs.v), self.pinned(inputs.key_layout), inputs.key_positions)
         return sparse_linear_attention(
             inputs.q, inputs.k, inputs.v,
             q_norm=inputs.q_norm, k_norm=inputs.k_norm, positions=inputs.positions, rope_base=inputs.rope_base, scale=inputs.scale,
-            keep_ratio=self.keep_ratio, negligible_ratio=config.negligible_ratio, order=order,
-            pinned_tokens=self._pinned(layout), linear="none" if proj is None else config.linear_branch, proj=proj,
+            keep_ratio=keep_ratio, negligible_ratio=config.negligible_ratio, order=self.order(layout, inputs.v),
+            pinned_tokens=self.pinned(layout), keys=keys, mask=mask, linear="none" if proj is None else config.linear_branch, proj=proj,
             feature_map=config.feature_map, block_means=config.block_means,
             block_q=config.block_q, block_k=config.block_k, backend=config.attention_backend,
         )  # fmt: skip
@@ -235,11 +317,17 @@ class SparseLinearAttention(HostWrapper):
             f"backend={config.attention_backend}"
         )
 
-    def pays(self, v: Tensor, pinned: int) -> bool:
+    def pays(self, v: Tensor, pinned: int, queries: int | None = None, pinned_queries: int = 0, prepared: int | None = None) -> bool:
         """Whether this site is to run sparse for values `v` ``[B, H, N, D]``, `pinned` of whose N tokens are always kept.
 
         Never where nothing is to be dropped, from `Lite3RConfig.dense_below` tokens on where that is set, and else where it is expected
         to be faster (`lite3r_plugin.costs.attention`): never on a CPU. An unknown GPU may be measured for that, some seconds, once.
+
+        Args:
+            v: The values.
+            pinned: Of them.
+            queries, pinned_queries: How many queries there are, and how many attend to all keys, where they are other tokens.
+            prepared: Tokens whose queries, keys and values are prepared in this call; None: all.
         """
         config, (batch, num_heads, tokens, dim) = self.state.config, v.shape
         if self.keep_ratio == 1:
@@ -248,32 +336,122 @@ class SparseLinearAttention(HostWrapper):
             return tokens >= config.dense_below
         compiling = torch.compiler.is_compiling()
         may_measure = not compiling and not (v.is_cuda and torch.cuda.is_current_stream_capturing())
-        return break_even(v.device, *self.shares, may_measure).pays(batch * num_heads * dim, tokens, pinned)
+        if queries is None:
+            return break_even(v.device, *self.shares, may_measure).pays(batch * num_heads * dim, tokens, pinned)
+        prepared = (queries + 2 * tokens) // 3 if prepared is None else prepared
+        rule = break_even(v.device, *self.shares, may_measure)
+        return rule.pays_across(batch * num_heads * dim, queries, pinned_queries, tokens, pinned, prepared)
 
     def _attend(self, inputs: AttentionInputs) -> Tensor:
         if self.sparse and self.state.config.attention_backend == "triton":
             use_triton("triton", inputs.v)  # raises also where this length runs dense
-        config, tokens = self.state.config, inputs.v.shape[-2]
-        proj, pinned = self._projection(inputs.v), self._pinned(inputs.layout)
-        if not self.pays(inputs.v, pinned):
-            self._count("dense")
-            return self.dense(inputs, proj if self.keep_ratio == 1 and config.linear_branch == "all" else None)
-        if not torch.compiler.is_compiling():
-            self._count("sparse", density(tokens, self.keep_ratio, pinned, config.block_q, config.block_k))
-        if self._trains_in_te():
+        proj, pinned = self.projection(inputs.v), self.pinned(inputs.layout)
+        if inputs.mask is not None:
+            return self._attend_masked(inputs, proj)
+        queries, keys = inputs.q.shape[-2], None
+        if inputs.crossed:
+            keys = inputs.v.shape[-2], self.pinned(inputs.key_layout)
+        if not (self.pays(inputs.v, pinned) if keys is None else self.pays(inputs.v, keys[1], queries, pinned)):
+            return self.dense(inputs, proj if self.begin_dense() else None)
+        self.begin_sparse(queries, pinned, keys)
+        if self.trains_in_te():
             return self.sparse_linear(inputs, None) + self._branch_in_te(inputs)
         return self.sparse_linear(inputs, proj)
 
-    def _trains_in_te(self) -> bool:
+    @property
+    def _preparing(self) -> str:
+        """The backend of norm and rotary embedding."""
+        return self.state.config.attention_backend if self.sparse else "auto"
+
+    def _take_over(self, stream: Stream, inputs: AttentionInputs, past: tuple[Tensor, Tensor], cache: KeyValueCache) -> bool:
+        """Prepare what came before, of which nothing is known but the tensors; whether it is of calls like this one."""
+        k, v = (in_a_row(x, cache) for x in past)
+        calls, rest = divmod(v.shape[2], inputs.v.shape[2])
+        like_these = (*v.shape[:2], v.shape[3], v.dtype) == (*inputs.v.shape[:2], inputs.v.shape[3], inputs.v.dtype)
+        if rest or not calls or k.shape != v.shape or not like_these:
+            return False
+        layout, pin = stream.layout, self.state.config.pin
+        positions = stream.positions if stream.positions is None else stream.positions.repeat(1, calls, 1)
+        stream.keys.extend(
+            k, k, v, order=self.order(of_calls(layout, calls), v), positions=positions, rope_base=inputs.rope_base, backend=self._preparing,
+            pinned_tokens=pinned_keys(layout, pin, first=True) + (calls - 1) * pinned_keys(layout, pin, first=False),
+            k_norm=None if cache.finished else inputs.k_norm,
+        )  # fmt: skip
+        stream.cached(k, v, 0)
+        return True
+
+    def _attend_to_all_of(
+        self,
+        inputs: AttentionInputs,
+        past: tuple[Tensor, Tensor] | None,
+        cache: KeyValueCache,
+        layout: TokenLayout | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `attend_to_past` of tokens with that layout, with nothing kept."""
+        everything, k, v = self._everything(inputs, past, cache, layout)
+        tokens = inputs.v.shape[2]
+        return self.attend(everything, args, kwargs), in_calls(k, cache, tokens), in_calls(v, cache, tokens)
+
+    def _everything(
+        self, inputs: AttentionInputs, past: tuple[Tensor, Tensor] | None, cache: KeyValueCache, layout: TokenLayout | None
+    ) -> tuple[AttentionInputs, Tensor, Tensor]:
+        """The inputs with the keys and values of all tokens so far, and these as they are cached, ``[B, H, N, D]``."""
+        tokens = inputs.v.shape[2]
+        if cache.finished:
+            q, k = self.finished(inputs)
+            inputs = dataclasses.replace(inputs, q=q, k=k, q_norm=None, k_norm=None, positions=None, rope_base=None)
+        k, v = inputs.k, inputs.v
+        if past is not None:
+            k, v = (torch.cat((in_a_row(x, cache), new), 2) for x, new in zip(past, (k, v), strict=True))
+        calls = v.shape[2] // tokens
+        positions = None if inputs.positions is None else inputs.positions.repeat(1, calls, 1)
+        whole = of_calls(layout, calls) if calls * tokens == v.shape[2] else None
+        everything = dataclasses.replace(
+            inputs, k=k.to(v.dtype), v=v, crossed=True, key_positions=positions, layout=layout, key_layout=whole
+        )
+        return everything, k, v
+
+    def _attend_masked(self, inputs: AttentionInputs, proj: Tensor | None) -> Tensor:
+        """Attention with a mask. Torch operators do it where it is sparse, which pays only where somebody says so."""
+        branch = self.keep_ratio == 1 and self.state.config.linear_branch == "all"
+        sparse = self.state.config.dense_below is not None and self.pays(inputs.v, 0)
+        if not sparse and not branch:
+            self.begin_dense()
+            return self.dense(inputs)
+        mask = None if inputs.mask is None else frame_causal(inputs.mask, inputs.layout)
+        if mask is None:
+            self.note("its attention has a mask that is not frame-causal")
+            return self.dense(inputs)
+        if sparse:
+            self.begin_sparse(inputs.q.shape[-2], self.pinned(inputs.layout), None)
+        else:
+            self.begin_dense()
+        return self._sparse_linear(inputs, proj, mask, self.keep_ratio)
+
+    def begin_dense(self) -> bool:
+        """Count a call that runs dense. Whether the linear branch over all tokens is to be added."""
+        self.count("dense")
+        return self.keep_ratio == 1 and self.state.config.linear_branch == "all"
+
+    def begin_sparse(self, queries: int, pinned: int, keys: tuple[int, int] | None) -> None:
+        """Count a call that runs sparse, of so many queries and pinned ones, and keys and pinned ones where they are other tokens."""
+        config = self.state.config
+        if not torch.compiler.is_compiling():
+            self.count("sparse", density(queries, self.keep_ratio, pinned, config.block_q, config.block_k, keys=keys))
+
+    def trains_in_te(self) -> bool:
+        """Whether TransformerEngine runs `proj_lin` in this call."""
         return self.te_projection is not None and torch.is_grad_enabled() and may_be_read(self.proj_lin)
 
     def _branch_in_te(self, inputs: AttentionInputs) -> Tensor:
-        q, k = self._finished(inputs)
+        q, k = self.finished(inputs)
         identity = torch.eye(q.shape[-1], device=q.device)
         branch = linear_attention(q, k, inputs.v, proj=identity, feature_map=self.state.config.feature_map)
         return self.te_projection(branch, self.proj_lin.weight)
 
-    def _projection(self, like: Tensor) -> Tensor | None:
+    def projection(self, like: Tensor) -> Tensor | None:
         """The weight of the linear branch, on the device of `like` ``[..., D]``. While training for FP8 it is rounded to FP8; its
         input, which the attention kernels make and use at once, is not."""
         if not self.sparse or self.state.config.linear_branch == "none":
@@ -281,20 +459,36 @@ class SparseLinearAttention(HostWrapper):
         weight = branch_weight(self.proj_lin, like, self.site)
         return fake_quantize(weight) if self.state.phase == "fp8_qat" else weight
 
-    def _layout(self, tokens: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TokenLayout | None:
-        """The layout of the running forward's sequence of `tokens` tokens. Raises `LayoutError`."""
-        if self._own_function is not None:
-            return checked(call(self._own_function, args, kwargs), self.site.fqn, tokens)
-        return None if self._tracker is None else self._tracker.layout(self.site.fqn, tokens)
+    def layout(self, tokens: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TokenLayout | None:
+        """The layout of the running forward's sequence of `tokens` tokens, which are queries. Raises `LayoutError`."""
+        return self._tokens.layout(self.site.fqn, tokens, args, kwargs)
 
-    def _pinned(self, layout: TokenLayout | None) -> int:
-        config = self.state.config
-        return pinned_tokens(layout, config.pin) if layout is not None else 0
+    def pinned(self, layout: TokenLayout | None) -> int:
+        """How many tokens of a sequence, the first in `order`, are always kept."""
+        return pinned_tokens(layout, self.state.config.pin) if layout is not None else 0
 
-    def _finished(self, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+    def order(self, layout: TokenLayout | None, like: Tensor) -> Tensor | None:
+        """The order ``[N]`` of the tokens of a sequence, on the device of `like`."""
+        return None if layout is None else self.state.orders.get(layout, like.device)
+
+    @property
+    def _tracker(self) -> LayoutTracker | None:
+        return self._tokens.tracker
+
+    def finished(self, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+        """Queries and keys, normed and rotated, in the dtype of values."""
         dtype = inputs.v.dtype
         if inputs.q_norm is None and inputs.k_norm is None and inputs.rope_base is None:
             return inputs.q.to(dtype), inputs.k.to(dtype)
+        if inputs.crossed:  # the kernel takes queries and keys of the same tokens
+            q, k = (
+                norm_rope(x, x, q_norm=norm, k_norm=None, positions=positions, rope_base=inputs.rope_base, triton=False)[0]
+                for x, norm, positions in (
+                    (inputs.q, inputs.q_norm, inputs.positions),
+                    (inputs.k, inputs.k_norm, inputs.key_positions),
+                )
+            )
+            return q.to(dtype), k.to(dtype)
         norms = (x for norm in (inputs.q_norm, inputs.k_norm) if norm is not None for x in (norm.weight, norm.bias))
         learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (inputs.q, inputs.k, *norms))
         backend = "naive" if learns else self.state.config.attention_backend if self.sparse else "auto"  # torch has gradients of this
@@ -304,16 +498,36 @@ class SparseLinearAttention(HostWrapper):
         )  # fmt: skip
         return q.to(dtype), k.to(dtype)
 
-    def _count(self, what: str, share: float | None = None) -> None:
+    def count(self, what: str, share: float | None = None) -> None:
+        """Count a call in `calls` as `what`, with its density."""
         if not torch.compiler.is_compiling():  # a changing int attribute would recompile the caller on every call
             setattr(self.calls, what, getattr(self.calls, what) + 1)
             self.calls.density = self.calls.density if share is None else share
 
 
-def _function_of(site: AttentionSite) -> LayoutFunction | None:
-    """What reads the layout from the arguments of the site's own forward, if that is where it comes from."""
-    source = site.tokens
-    return source if isinstance(source, LayoutFunction) and source.module is None else None
+def _without_gradients(inputs: AttentionInputs, past: tuple[Tensor, Tensor] | None) -> bool:
+    """Whether autograd follows nothing of this."""
+    return not torch.is_grad_enabled() or not any(x.requires_grad for x in (inputs.q, inputs.k, inputs.v, *(past or ())))
+
+
+@dataclasses.dataclass(frozen=True)
+class _LayoutOf:
+    """Where the layout of tokens comes from: from the arguments of the site's own forward, or from a module that is watched."""
+
+    function: LayoutFunction | None
+    tracker: LayoutTracker | None
+
+    @classmethod
+    def source(cls, state: ModelState, source: Source | None) -> _LayoutOf:
+        if isinstance(source, LayoutFunction) and source.module is None:
+            return cls(source, None)
+        return cls(None, None if source is None else state.trackers.get(source))
+
+    def layout(self, fqn: str, tokens: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TokenLayout | None:
+        """The layout of a sequence of `tokens` tokens, None where nothing says. Raises `LayoutError`."""
+        if self.function is not None:
+            return checked(call(self.function, args, kwargs), fqn, tokens)
+        return None if self.tracker is None else self.tracker.layout(fqn, tokens)
 
 
 def _without(items: tuple[Any, ...], item: Any) -> tuple[Any, ...]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -20,6 +21,7 @@ from .state import ModelState
 from .styles.projected import ProjectedStyle
 from .styles.registry import style_of
 
+BATCH, TOKENS, KEYS = 2, 5, 7
 _DENSE = Lite3RConfig(keep_ratio=1.0, linear_branch="none", attention_backend="naive")
 
 
@@ -63,23 +65,51 @@ class Trials:
         first: Any = host.get_submodule(next(iter(style.input_linears)))
         width = getattr(first, "in_features", math.prod(style.shape))
         failed, calls = "", None
-        for batch, tokens, given in dict.fromkeys(((2, 5, style.spec.positions), (2, 5, None))):
-            arguments: dict[str, Any] = {} if given is None else {given: self._copies.positions(batch, tokens, 2)}
-            x = self._copies.tokens(batch, tokens, width)
-            with _Counted() as counted:
+        for series in self._calls(style, host):
+            pasts: tuple[Any, Any] = None, None
+            for given in series:
+                x = self._copies.tokens(BATCH, TOKENS, width)
+                of_host, of_ours = (given if past is None or style.cache is None else given | {style.cache.past: past} for past in pasts)
+                with _Counted() as counted:
+                    try:
+                        expected = host.forward(x.clone(), **of_host)
+                    except Exception as error:  # whatever a fork's own code raises
+                        failed = failed or f"its forward cannot be tried ({short(error)})"
+                        break
+                calls = counted.calls
                 try:
-                    expected = host.forward(x.clone(), **arguments)
-                except Exception as error:  # whatever a fork's own code raises
-                    failed = failed or f"its forward cannot be tried ({short(error)})"
-                    continue
-            calls = counted.calls
-            try:
-                require_equal(style.compared(expected), style.compared(ours(x, **arguments)), "the host's own forward")
-            except AdapterError as error:
-                return Verdict(str(error), calls)
-            except Exception as error:
-                return Verdict(f"it cannot take the place of the host's own forward ({short(error)})", calls)
+                    found = ours(x, **of_ours)
+                    require_equal(style.compared(expected), style.compared(found), "the host's own forward")
+                except AdapterError as error:
+                    return Verdict(str(error), calls)
+                except Exception as error:
+                    return Verdict(f"it cannot take the place of the host's own forward ({short(error)})", calls)
+                if len(series) > 1:
+                    pasts = expected[1], found[1]
         return Verdict(failed if calls is None else None, calls)
+
+    def _calls(self, style: ProjectedStyle, host: nn.Module) -> Iterator[tuple[dict[str, Any], ...]]:
+        """Arguments besides the hidden states to try the forward with, call by call; in a series a call goes on with the cache."""
+        names = style.names
+        keys: dict[str, Any] = {}
+        for linear, part in zip(list(style.input_linears)[1:], ("key", "value"), strict=False):
+            if part in names:
+                keys[names[part]] = self._copies.tokens(BATCH, KEYS, getattr(host.get_submodule(linear), "in_features", 1))
+        positions = {
+            names[part]: self._copies.positions(BATCH, tokens, 2)
+            for part, tokens in (("positions", TOKENS), ("key_positions", KEYS))
+            if part in names
+        }
+        yield (keys | positions,)
+        if positions:
+            yield (keys | dict.fromkeys(positions) if keys else keys,)
+        if "mask" in names:
+            least = torch.finfo(torch.float32).min
+            yield (positions | {names["mask"]: torch.full((TOKENS, TOKENS), least).triu(1)},)
+        if (cache := style.cache) is not None:
+            begin: dict[str, Any] = {cache.past: [None, None]} if cache.wanted is None else {cache.wanted: True}
+            others = {name: self._copies.positions(BATCH, TOKENS, 2) for name in positions}
+            yield begin | positions, begin | others, begin | others
 
 
 def _has_sizes(module: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -60,6 +61,13 @@ def reconstruct(
     repeats: Repeats = 1,
     max_pixels: MaxPixels = None,
     max_bytes: MaxBytes = None,
+    parallel: Annotated[
+        str | None,
+        typer.Option(
+            help="`views`: spread the photographs over the processes, and GPUs, of `torchrun --nproc-per-node=N -m lite3r_plugin ...`.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Reconstruct a scene from photographs: a coloured point cloud and a picture of views and depth."""
     from ..adapter.plugins import find_model
@@ -68,7 +76,8 @@ def reconstruct(
     from ..evaluation import DENSE, LITE3R, choose_device, choose_dtype, quiet, run_model
     from ..scene.export import Reconstruction, check_out
     from ..scene.inputs import load_inputs
-    from .show import console, facts_of_runs, labels, progress, say, table, warn, what_ran
+    from ..scene.reading import listed
+    from .show import console, err_console, facts_of_runs, labels, progress, say, table, warn, what_ran
 
     if dense and compare:
         raise InputError("--dense and --compare exclude each other; --compare runs the dense model too")
@@ -76,52 +85,68 @@ def reconstruct(
     if view:
         require_viewer()
     check_out(out, (DENSE, LITE3R) if compare else (DENSE,) if dense else (LITE3R,))
-    where = choose_device(device)
-    number = choose_dtype(dtype, where)
+    if parallel not in (None, "views"):
+        raise InputError(f"--parallel takes views, got {parallel[:40]!r}")
+    with contextlib.ExitStack() as processes:
+        first, spread, over = True, contextlib.nullcontext, ""
+        if parallel is None:
+            where = choose_device(device)
+        else:
+            from ..parallel import launched, parallelize_views
 
-    runs: dict[str, Run] = {}
-    applied = None
-    with within:
-        photos = load_inputs(inputs, max_views, every, entry.min_views)
-    pictures = [photo.image for photo in photos]
-    with progress() as bar:
-        task = bar.add_task(f"Building {entry.name}", total=3 + compare)
-        views = entry.inputs(pictures).to(where)
-        with quiet():
-            net = entry.build(weights, where)
-        warm_up = repeats > 1 or where.type == "cuda"
-        if dense or compare:
-            bar.update(task, advance=1, description=f"Running {entry.name}, dense")
-            runs[DENSE] = run_model(entry, net, views, number, repeats, warm_up)
-        if not dense:
-            bar.update(task, advance=1, description=f"Running {entry.name} with Lite3R")
-            apply_lite3r(net, options)
-            runs[LITE3R] = run_model(entry, net, views, number, repeats, warm_up)
-            applied = str(describe(net))
-        bar.update(task, advance=1, description="Writing")
-        notes = _describe_inputs(entry, pictures, weights)
-        told = [note for note in (what_ran(runs[LITE3R].density, net, where) if applied else None,) if note]
-        height, width = views.shape[-2:]
-        conditions = f"{where}, {_name(number)}" + (f", median of {repeats}" if repeats > 1 else "")
-        title = f"{entry.name}: {plural(len(photos), 'view')} of {width} x {height} pixels, {conditions}"
-        facts = facts_of_runs(title, runs, _compare(runs), [*notes, *told])
-        names = tuple(photo.name for photo in photos)
-        scenes = {label: Reconstruction(run.prediction, names, drop, max_points) for label, run in labels(runs).items()}
-        files = _write(out, facts, runs, scenes)
+            place = processes.enter_context(launched(device))
+            where, first, spread, over = place.device, place.rank == 0, parallelize_views, f" in {place.size} processes"
+            for one in (console, err_console):  # one speaks for all
+                processes.callback(setattr, one, "quiet", one.quiet)
+                one.quiet = not first
+        number = choose_dtype(dtype, where)
 
-    for note in notes:
-        warn(note)
-    if applied:
-        say(applied)
-    for note in told:
-        warn(note)
-    console.print(table(facts))
-    if compare and where.type == "cpu" and runs[LITE3R].density != 1:
-        say("On a CPU the sparse path runs in plain PyTorch operators; its time says nothing about a GPU.")
-    for file, what in files.items():
-        say(f"wrote {file} ({what})")
-    if view:
-        serve(scenes, facts, host, port)
+        runs: dict[str, Run] = {}
+        applied = None
+        with within:
+            photos = load_inputs(inputs, max_views, every, entry.min_views)
+        pictures = [photo.image for photo in photos]
+        say(f"{plural(len(photos), 'view')}: {listed(photo.name for photo in photos)}")
+        with progress() as bar:
+            task = bar.add_task(f"Building {entry.name}", total=3 + compare)
+            views = entry.inputs(pictures).to(where)
+            with quiet():
+                net = entry.build(weights, where)
+            warm_up = repeats > 1 or where.type == "cuda"
+            if dense or compare:
+                bar.update(task, advance=1, description=f"Running {entry.name}, dense")
+                with spread(net):
+                    runs[DENSE] = run_model(entry, net, views, number, repeats, warm_up)
+            if not dense:
+                bar.update(task, advance=1, description=f"Running {entry.name} with Lite3R")
+                apply_lite3r(net, options)
+                with spread(net):
+                    runs[LITE3R] = run_model(entry, net, views, number, repeats, warm_up)
+                applied = str(describe(net))
+            bar.update(task, advance=1, description="Writing")
+            notes = _describe_inputs(entry, pictures, weights)
+            told = [note for note in (what_ran(runs[LITE3R].density, net, where) if applied else None,) if note]
+            height, width = views.shape[-2:]
+            conditions = f"{where}, {_name(number)}{over}" + (f", median of {repeats}" if repeats > 1 else "")
+            title = f"{entry.name}: {plural(len(photos), 'view')} of {width} x {height} pixels, {conditions}"
+            facts = facts_of_runs(title, runs, _compare(runs), [*notes, *told])
+            names = tuple(photo.name for photo in photos)
+            scenes = {label: Reconstruction(run.prediction, names, drop, max_points) for label, run in labels(runs).items()}
+            files = _write(out, facts, runs, scenes) if first else {}
+
+        for note in notes:
+            warn(note)
+        if applied:
+            say(applied)
+        for note in told:
+            warn(note)
+        console.print(table(facts))
+        if compare and where.type == "cpu" and runs[LITE3R].density != 1:
+            say("On a CPU the sparse path runs in plain PyTorch operators; its time says nothing about a GPU.")
+        for file, what in files.items():
+            say(f"wrote {file} ({what})")
+        if view and first:
+            serve(scenes, facts, host, port)
 
 
 def _describe_inputs(entry: ModelEntry, pictures: list[Image.Image], weights: str | None) -> list[str]:

@@ -83,6 +83,8 @@ class SparseShares(NamedTuple):
 class BreakEven(NamedTuple):
     """Sparse attention pays where ``width * (gain * free**2 - loss * N**2 - tokens * N) > call``, `free` of N tokens not pinned.
 
+    Where keys are other tokens than queries, squares are products of both numbers.
+
     The numbers are whole and know no size of a tensor, so that a graph of `torch.compile` is guarded by arithmetic on sizes alone.
     All count thousandths of what a dense score costs (`AttentionCosts.dense`); width is batch times heads times head dimension.
     """
@@ -96,6 +98,14 @@ class BreakEven(NamedTuple):
         """Whether it does for `tokens` tokens, `pinned` of which are always kept."""
         free = tokens - pinned
         return width * (self.gain * free * free - self.loss * tokens * tokens - self.tokens * tokens) > self.call
+
+    def pays_across(self, width: int, queries: int, pinned_queries: int, keys: int, pinned_keys: int, prepared: int) -> bool:
+        """Whether it does for queries and keys of other tokens, of which some are pinned.
+
+        Linear costs are of `prepared` tokens, a third each for queries, keys and values: fewer where some were prepared in other calls.
+        """
+        free = (queries - pinned_queries) * (keys - pinned_keys)
+        return width * (self.gain * free - self.loss * queries * keys - self.tokens * prepared) > self.call
 
 
 @functools.lru_cache(maxsize=256)

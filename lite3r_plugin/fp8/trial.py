@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..adapter.sites import AttentionSite
 from ..adapter.trials import RandomCopies, require_equal, structure, trial
 from ..errors import AdapterError, short
-from ..wrapper import argument_names
+from ..wrapper import argument_names, forward_parameters
 from .block import block_forward
 
 
@@ -60,11 +60,14 @@ class BlockTrials:
         block = site.block
         assert block is not None
         width = host.get_submodule(block.up).in_features
-        if reason := self._differs(site, host, stand_in, width, {}):
+        parameters = list((forward_parameters(host) or {}).values())[1:]
+        needed = {p.name: self._copies.positions(2, 3, 2) for p in parameters if p.default is p.empty and p.name in stand_in.names[1:]}
+        if reason := self._differs(site, host, stand_in, width, needed):
             return BlockVerdict(reason)
-        passed = []
+        passed = list(needed)
         for name in (argument_names(host) or ())[1:]:
-            if name in stand_in.names[1:] and self._differs(site, host, stand_in, width, {name: self._copies.positions(2, 3, 2)}) is None:
+            given = needed | {name: self._copies.positions(2, 3, 2)}
+            if name in stand_in.names[1:] and name not in needed and self._differs(site, host, stand_in, width, given) is None:
                 passed.append(name)
         return BlockVerdict(None, frozenset(passed))
 

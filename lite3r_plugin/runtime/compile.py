@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -50,7 +51,7 @@ class CompiledBlocks:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Blocks run compiled inside the context, which is for one thread at a time: it changes limits of the compiler meanwhile.
+        """Blocks run compiled inside the context, and in its thread. It is for one thread at a time: it changes limits of the compiler.
 
         Raises (inside):
             torch._dynamo.exc.FailOnRecompileLimitHit: a block is compiled for more than `RECOMPILE_LIMIT` cases.
@@ -63,7 +64,7 @@ class CompiledBlocks:
             for site in sites:
                 site.forward = torch.compiler.disable(site.forward)
             for block, call in running.items():
-                block._compiled_call_impl = call
+                block._compiled_call_impl = _in_this_thread(call, block)
             with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT, fail_on_recompile_limit_hit=True):
                 yield
         finally:
@@ -77,6 +78,16 @@ class CompiledBlocks:
     def _compiled(self, block: nn.Module) -> Any:
         """As `nn.Module.compile`, which keeps it."""
         return torch.compile(block._call_impl, dynamic=True, backend=self.backend)
+
+
+def _in_this_thread(call: Callable[..., Any], block: nn.Module) -> Callable[..., Any]:
+    """`call` in this thread; in others, which may run the block meanwhile, what the block does without it."""
+    own = threading.get_ident()
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return (call if threading.get_ident() == own else block._call_impl)(*args, **kwargs)
+
+    return run
 
 
 def _sparse_sites(module: nn.Module) -> list[SparseLinearAttention]:

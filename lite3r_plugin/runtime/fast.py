@@ -110,6 +110,8 @@ class FastForward(RewrittenMethod):
             warn, reason = True, "gradients are wanted: call the model under torch.inference_mode() or torch.no_grad()"
         elif torch._C._len_torch_dispatch_stack() or _sees_functions():
             reason = WATCHED
+        elif nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
+            reason = "a hook for all modules sees each call"
         elif any(site.is_watched for site in self.sites):
             reason = "attention is observed, as in calibration"
         elif torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
@@ -189,7 +191,7 @@ class FastForward(RewrittenMethod):
                 f"CUDA graphs: {len(graphs)} layouts of inputs, at most {graphs.most}; {graphs.replays} replays; "
                 f"{graphs.held_bytes / 2**20:.1f} MiB{forgotten}"
             )
-            lines += [f"no CUDA graph in {count} forwards: {reason}" for reason, count in graphs.passed.items()]
+            lines += [f"no CUDA graph in {count} forwards: {reason}" for reason, count in list(graphs.passed.items())]
         return lines
 
 

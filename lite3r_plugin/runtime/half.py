@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,22 +16,50 @@ from ..wrapper import Changes, is_plain_tensor
 from .exact import KeptInFp32
 
 HALF = torch.bfloat16
+Place = tuple[dict[str, Any], str]
+"""A table of a module, and a name in it."""
 
 
 @dataclass
 class _Weight:
-    """A parameter or buffer: its dtypes before and since, what it held, if that is kept, and which version of it was made of that."""
+    """A parameter or buffer.
 
+    Attributes:
+        places: Where it is.
+        tensor: It.
+        dtype, given: Its dtypes before and since.
+        original: What it held, if that is kept.
+        version: Which version of it was made of that; None where nobody counts, as of tensors made for inference alone.
+        lost: Whether something else was written to it before this was copied: a copy counts versions of its own.
+    """
+
+    places: list[Place]
     tensor: Tensor
     dtype: torch.dtype
     given: torch.dtype
     original: Tensor | None
     version: int | None
+    lost: bool = False
 
     @property
-    def changed(self) -> bool:
-        """Whether something else was written to it since."""
-        return _version(self.tensor) != self.version
+    def current(self) -> list[Tensor]:
+        """What is there now: another tensor where somebody has put one, as `to_empty` and ``load_state_dict(assign=True)`` do."""
+        there = {id(tensor): tensor for table, name in self.places if (tensor := table.get(name)) is not None}
+        return list(there.values()) or [self.tensor]
+
+    def is_new(self, tensor: Tensor) -> bool:
+        """Whether `tensor`, one of the current ones, holds something else than what was made of the original."""
+        if self.lost or tensor is not self.tensor or _version(tensor) != self.version:
+            return True
+        counts = self.version is not None or self.original is None or tensor.dtype != self.given
+        return not counts and not torch.equal(tensor.cpu(), self.original.to(self.given).cpu())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"lost": self.is_new(self.tensor)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.version = _version(self.tensor)
 
 
 class HalfWeights:
@@ -52,7 +80,7 @@ class HalfWeights:
         self._weights: list[_Weight] = []
         self._linears: list[tuple[Fp8Linear, torch.dtype]] = []
         self._model = model
-        self._sample: Tensor | None = None
+        self._sample: tuple[Place, Tensor] | None = None
 
     @property
     def original_bytes(self) -> int:
@@ -62,12 +90,16 @@ class HalfWeights:
     @property
     def changed(self) -> int:
         """How many weights have had something else written to them since."""
-        return sum(weight.changed for weight in self._weights)
+        return sum(any(map(weight.is_new, weight.current)) for weight in self._weights)
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that those in BF16 have now: who moved the model may have changed it."""
-        return HALF if self._sample is None else self._sample.dtype
+        if self._sample is None:
+            return HALF
+        (table, name), tensor = self._sample
+        there = table.get(name)
+        return (tensor if there is None else there).dtype
 
     def __len__(self) -> int:
         return len(self._weights)
@@ -75,22 +107,23 @@ class HalfWeights:
     def originals(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Weights as they are now, each with what it was; of one that was written to since, what was written, in the dtype that it had."""
         for weight in self._weights:
-            now = weight.tensor.detach()
-            dtype = weight.dtype if now.dtype == weight.given else now.dtype  # of who has made the model another since
-            original = now if weight.original is None or weight.changed else weight.original
-            yield weight.tensor, original.to(dtype)
+            for tensor in weight.current:
+                now = tensor.detach()
+                dtype = weight.dtype if now.dtype == weight.given else now.dtype  # of who has made the model another since
+                original = now if weight.original is None or weight.is_new(tensor) else weight.original
+                yield tensor, original.to(dtype)
 
     def put_in(self, changes: Changes) -> None:
         """Make them BF16."""
-        for tensor, dtype in _wanted(self._model):
+        for tensor, dtype, places in _wanted(self._model):
             if self._sample is None and dtype == HALF:
-                self._sample = tensor
+                self._sample = places[0], tensor
             if tensor.dtype == dtype:
                 continue
             before = tensor.data
             original = _in_main_memory(before) if self.kept else None
             _exchange(changes, tensor, before.to(dtype))
-            self._weights.append(_Weight(tensor, before.dtype, dtype, original, _version(tensor)))
+            self._weights.append(_Weight(places, tensor, before.dtype, dtype, original, _version(tensor)))
         for module in self._model.modules():
             if isinstance(module, Fp8Linear) and module.dtype != HALF:
                 self._linears.append((module, module.dtype))
@@ -125,29 +158,35 @@ def weight_dtype(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.dim() > 1 and p.is_floating_point()), torch.get_default_dtype())
 
 
-def _wanted(model: nn.Module) -> Iterator[tuple[Tensor, torch.dtype]]:
-    """Each floating-point tensor of the host once, with the dtype that it is to have."""
-    in_fp32 = {id(x) for module in model.modules() if isinstance(module, KeptInFp32) for x in _tensors(module.modules())}
+def _wanted(model: nn.Module) -> Iterator[tuple[Tensor, torch.dtype, list[Place]]]:
+    """Each floating-point tensor of the host once, with the dtype that it is to have and its places."""
+    in_fp32 = {id(x) for module in model.modules() if isinstance(module, KeptInFp32) for x, _ in _tensors(module.modules())}
     own: set[int] = set()
     for module in model.modules():
         if isinstance(module, SparseLinearAttention) and "proj_lin" in module._modules:
-            own |= {id(x) for x in _tensors(module.proj_lin.modules())}
+            own |= {id(x) for x, _ in _tensors(module.proj_lin.modules())}
         if isinstance(module, Fp8Linear):
             own |= {id(module.weight_data), id(module.weight_scale)}
-    for tensor in {id(x): x for x in _tensors(model.modules())}.values():
+    found: dict[int, tuple[Tensor, list[Place]]] = {}
+    for tensor, place in _tensors(model.modules()):
+        found.setdefault(id(tensor), (tensor, []))[1].append(place)
+    for tensor, places in found.values():
         if tensor.is_floating_point() and id(tensor) not in own:
-            yield tensor, torch.float32 if id(tensor) in in_fp32 else HALF
+            yield tensor, torch.float32 if id(tensor) in in_fp32 else HALF, places
 
 
-def _tensors(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
+def _tensors(modules: Iterable[nn.Module]) -> Iterator[tuple[Tensor, Place]]:
     for module in modules:
-        tables: tuple[Mapping[str, Any], ...] = (module._parameters, module._buffers)
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for table in tables:
-            yield from (tensor for tensor in table.values() if tensor is not None)
+            yield from ((tensor, (table, name)) for name, tensor in table.items() if tensor is not None)
 
 
 def _exchange(changes: Changes, tensor: Tensor, data: Tensor) -> None:
     before = tensor.data
+    if tensor.is_inference() != data.is_inference():  # a mixture of both can do nothing
+        with torch.inference_mode(tensor.is_inference()):
+            data = data.clone()
     changes.make(lambda: setattr(tensor, "data", data), lambda: setattr(tensor, "data", before))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
-from operator import attrgetter
+from operator import attrgetter, is_
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ _DEPTH = 3  # of containers in attributes of modules, in which hosts keep tensor
 
 
 class Watch:
-    """A model as it was when this was made: its modules, tensors and hooks, where its tensors lie, what is trained and what evaluated.
+    """A model as it was when this was made: its modules, their code, tensors and hooks, where tensors lie, what is trained and what not.
 
     It is asked in every replay, a thousand modules in half a millisecond, so everything is compared by addresses and by the identity of
     objects, which this keeps alive. Values that are written into a tensor are read by a replay as they are.
@@ -36,6 +36,7 @@ class Watch:
         self._tensors = [item for item in self._contents if isinstance(item, Tensor)]
         self._addresses = list(map(Tensor.data_ptr, self._tensors))
         self._trained = list(map(attrgetter("training"), modules))
+        self._forwards = self._code()
         self._kept = list(_tensors_in_attributes(modules))
 
     def in_place(self) -> bool:
@@ -43,12 +44,17 @@ class Watch:
         return list(map(Tensor.data_ptr, self._tensors)) == self._addresses
 
     def unchanged(self) -> bool:
-        """Whether the model holds the same modules, tensors and hooks, and is trained and evaluated as it was."""
+        """Whether the model holds the same modules, tensors, hooks and forwards, and is trained and evaluated as it was."""
         return (
             list(map(len, self._tables)) == self._sizes
             and list(map(id, chain.from_iterable(map(dict.values, self._filled)))) == self._identities
             and list(map(attrgetter("training"), self._modules)) == self._trained
+            and all(map(is_, self._code(), self._forwards))
         )
+
+    def _code(self) -> list[Any]:
+        """What runs: the classes of the modules, and the forwards that were laid on them."""
+        return [*map(type, self._modules), *(vars(module).get("forward") for module in self._modules)]
 
 
 def watched_by_others(model: nn.Module, own: Iterable[Any]) -> str | None:

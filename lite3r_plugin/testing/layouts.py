@@ -47,9 +47,9 @@ class _Call:
 
     Attributes:
         fqn: The site.
-        number: Which of the site's calls.
+        number: Which of the site's calls. In cross-attention queries are one, keys the next.
         layout: Of its sequence.
-        values: v, ``[B, N, H * D]``.
+        values: v, ``[B, N, H * D]``; q where those are of other tokens.
     """
 
     def __init__(self, fqn: str, number: int, layout: TokenLayout, values: Tensor) -> None:
@@ -271,10 +271,14 @@ def _calls(sites: Mapping[str, SparseLinearAttention], run: Callable[[], Any]) -
     calls: list[_Call] = []
     numbers = {fqn: itertools.count() for fqn in sites}
 
-    def see(fqn: str, _: SparseLinearAttention, inputs: AttentionInputs, out: Tensor) -> None:
-        number = next(numbers[fqn])
-        if inputs.layout is not None:
-            calls.append(_Call(fqn, number, inputs.layout, inputs.v.transpose(1, 2).flatten(2).detach().cpu()))
+    def see(fqn: str, site: SparseLinearAttention, inputs: AttentionInputs, out: Tensor) -> None:
+        tokens = [(inputs.layout, inputs.q if inputs.crossed else inputs.v)]
+        if inputs.crossed and site.site.keys != site.site.tokens:  # else they are of the same source: tokens of earlier calls, seen there
+            tokens.append((inputs.key_layout, inputs.v))
+        for layout, made in tokens:
+            number = next(numbers[fqn])
+            if layout is not None:
+                calls.append(_Call(fqn, number, layout, made.transpose(1, 2).flatten(2).detach().cpu()))
 
     with contextlib.ExitStack() as stack:
         for fqn, site in sites.items():

@@ -22,6 +22,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -45,21 +46,24 @@ class _Here(threading.local):
     Attributes:
         images_in: The backward pass in which images were last seen.
         new: Whether the last images are not those of a remembered forward yet.
+        forward: The forward that was remembered last.
     """
 
     def __init__(self) -> None:
         self.images_in = NO_BACKWARD
         self.new = False
+        self.forward: _Forward | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Here, ()
 
 
 class PendingForwards:
-    """See the module. Its methods must not be called in code that a compiler traces."""
+    """See the module. Its methods must not be called in code that a compiler traces. Threads may share it."""
 
     def __init__(self) -> None:
-        self._forwards: tuple[_Forward, ...] = ()  # replaced, never changed: hooks run in autograd's threads
+        # Read as a whole, and changed one entry at a time, which no other thread sees half done: hooks run in autograd's threads.
+        self._forwards: dict[_Forward, None] = {}
         self._here = _Here()
         self._recomputed = False  # whether a site was recomputed since the last images
 
@@ -68,7 +72,8 @@ class PendingForwards:
         self._here.images_in = backward_pass()
         self._here.new = True
         if self._recomputed and self._here.images_in == NO_BACKWARD:
-            self._forwards = tuple(forward for forward in self._forwards if forward.watched)
+            for forward in [forward for forward in list(self._forwards) if not forward.watched and forward.thread == get_ident()]:
+                self._forwards.pop(forward, None)
             self._recomputed = False
         if torch.is_grad_enabled():
             self._remember(seen)
@@ -78,9 +83,10 @@ class PendingForwards:
         if not out.requires_grad or self._here.images_in != NO_BACKWARD or backward_pass() != NO_BACKWARD:
             return
         self._remember(seen)
-        if self._forwards and not self._forwards[-1].watched:
-            self._forwards[-1].watched = True
-            out.register_hook(functools.partial(self._ended, self._forwards[-1]))
+        forward = self._here.forward
+        if forward in self._forwards and not forward.watched:
+            forward.watched = True
+            out.register_hook(functools.partial(self._ended, forward))
 
     def recomputed(self, last: tuple[Seen, ...], fits: Callable[[Seen], bool], fqn: str) -> tuple[Seen, ...]:
         """What was seen of the forward that is recomputed now, in a tuple, which is empty where that is nothing.
@@ -96,9 +102,9 @@ class PendingForwards:
         if self._here.images_in == backward_pass():
             return last
         self._recomputed = True
-        fitting = {forward.seen for forward in self._forwards if fits(forward.seen)}
+        fitting = {forward.seen for forward in list(self._forwards) if fits(forward.seen)}
         if len(fitting) > 1:
-            self._forwards = ()
+            self._forwards.clear()
             raise LayoutError(
                 f"site {fqn!r} is recomputed by gradient checkpointing, but forwards on {', '.join(sorted(map(_words, fitting)))} came "
                 "before this backward pass, and it cannot be told which is meant: call backward() after each forward, run those that "
@@ -108,19 +114,22 @@ class PendingForwards:
 
     def _remember(self, seen: Seen) -> None:
         if self._here.new and self._here.images_in == NO_BACKWARD:
-            self._forwards = (*self._forwards[1 - MAX_PENDING :], _Forward(seen))
-            self._here.new = False
+            self._here.forward, self._here.new = _Forward(seen), False
+            self._forwards[self._here.forward] = None
+            for forward in list(self._forwards)[:-MAX_PENDING]:
+                self._forwards.pop(forward, None)
 
     def _ended(self, forward: _Forward, grad: Tensor) -> None:
-        self._forwards = tuple(other for other in self._forwards if other is not forward)
+        self._forwards.pop(forward, None)
 
 
 class _Forward:
-    """One forward of a model with gradients."""
+    """One forward of a model with gradients, and the thread that runs it."""
 
     def __init__(self, seen: Seen) -> None:
         self.seen = seen
         self.watched = False
+        self.thread = get_ident()
 
 
 def _words(seen: Seen) -> str:

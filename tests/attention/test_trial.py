@@ -189,6 +189,6 @@ def test_trials_of_a_large_model_take_less_than_a_second() -> None:
     for block in blocks:
         block.rope = shared
     site = AttentionSite("a", "global", 64, FusedQKV(16, q_norm="q_norm", k_norm="k_norm", rope=Rope2D(100.0), positions="pos"))
-    trials, started = Trials(), time.perf_counter()
+    trials, started = Trials(), time.process_time()
     assert {trials.of(site, block).refused for block in blocks} == {None}
-    assert time.perf_counter() - started < 10
+    assert time.process_time() - started < 10

@@ -19,7 +19,7 @@ SMALL = ["--device", "cpu", "--heads", "2", "--head-dim", "32", "--dtype", "floa
 
 @pytest.fixture(autouse=True)
 def _scripts() -> Iterator[None]:
-    folders = [str(BENCHMARKS), str(BENCHMARKS / "operators"), str(BENCHMARKS / "models"), str(BENCHMARKS / "training")]
+    folders = [str(BENCHMARKS / folder) for folder in ("", "operators", "training", "models")]
     sys.path[:0] = folders
     yield
     for folder in folders:
@@ -379,3 +379,26 @@ def test_the_two_of_a_pair_run_alternately() -> None:
     ours, theirs = never_slower.in_turns(lambda: order.append("ours"), lambda: order.append("theirs"), torch.device("cpu"), 3)
     assert order == ["theirs", "ours", "ours", "theirs", "theirs", "ours"]
     assert len(ours) == len(theirs) == 3
+
+
+def test_the_benchmark_of_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """On the double of StreamVGGT."""
+    import streaming
+    import streaming_hosts
+
+    monkeypatch.setattr(streaming, "build", lambda device: streaming_hosts.make())
+    monkeypatch.setattr(streaming, "begin", lambda model: [None] * len(model.global_blocks))
+    monkeypatch.setattr(streaming, "step", lambda model, frame, past, index: model(frame, past))
+    path = tmp_path / "records.json"
+    small = ["--frames", "6", "--repeats", "2", "--height", "112", "--width", "168", "--device", "cpu", "--dense-below", "0"]
+    records = streaming.main([*small, "--json", str(path)])
+    assert json.loads(path.read_text())["records"] == records
+    host, dense, sparse = records
+    assert [record["arm"] for record in records] == ["host", "dense", "sparse"]
+    assert host["difference"] == 0
+    assert host["ms"] > 0
+    assert 0 <= dense["difference"] < 0.02  # BF16
+    assert sparse["difference"] != dense["difference"]
+    assert (dense["sparse"], dense["dense"], dense["host"]) == (0, 16, 0)
+    assert (sparse["sparse"], sparse["dense"], sparse["host"]) == (16, 0, 0)
+    assert capsys.readouterr().out.count("ms a frame") == 3

@@ -124,9 +124,10 @@ def test_reconstruct_with_depth_anything_3(photos: Path, tmp_path: Path) -> None
     assert len(cloud.vertices) > 100_000
     assert np.isfinite(cloud.vertices).all()
     assert cloud.colors[:, :3].std() > 10
-    # What other programs read are the same cameras.
+    # What other programs read are the same cameras, which see as cameras do although the weights are random.
     with np.load(out / "scene.npz") as archive:
         poses, intrinsics = archive["world_to_camera"], archive["intrinsics"]
+    np.testing.assert_allclose(2 * np.arctan(504 / 2 / intrinsics[:, 0, 0]), 1, rtol=1e-5)
     model = pycolmap.Reconstruction(str(out / "sparse" / "0"))
     frames = json.loads((out / "transforms.json").read_text())["frames"]
     for i, frame in enumerate(frames):
@@ -134,7 +135,6 @@ def test_reconstruct_with_depth_anything_3(photos: Path, tmp_path: Path) -> None
         pose = np.linalg.inv(np.array(frame["transform_matrix"]) @ np.diag([1, -1, -1, 1]))[:3]
         for found in (image.cam_from_world().matrix(), pose):
             np.testing.assert_allclose(found, poses[i], atol=1e-4)
-        # Random weights see through a keyhole: the focal length is no camera's, and as it is.
         np.testing.assert_allclose(camera, intrinsics[i], rtol=1e-6)
         np.testing.assert_allclose([frame[key] for key in ("fl_x", "fl_y", "cx", "cy")], intrinsics[i][[0, 1, 0, 1], [0, 1, 2, 2]])
 

@@ -52,6 +52,22 @@ def test_where_it_never_pays_it_never_does(tokens: int, pinned: int) -> None:
     assert not NEVER.pays(1024, tokens, pinned)
 
 
+@pytest.mark.parametrize("tokens", [2748, 10992, 43968])
+@pytest.mark.parametrize("pinned", [0, 1374])
+def test_keys_of_other_tokens_are_judged_as_the_tokens_themselves(tokens: int, pinned: int) -> None:
+    rule = break_even_of(H100, SparseShares(BILLION // 10, 64))
+    assert rule.pays_across(1024, tokens, pinned, tokens, pinned, tokens) == rule.pays(1024, tokens, pinned)
+
+
+def test_a_frame_of_a_stream_pays_from_some_frames_on_since_others_are_prepared() -> None:
+    rule = break_even_of(H100, SparseShares(BILLION // 10, 64))
+    frame = 1041
+    prepared = [rule.pays_across(1024, frame, 5, frames * frame, 5 * frames + 1036, frame) for frames in (1, 10, 100, 1000)]
+    assert prepared == [False, False, True, True]
+    anew = [rule.pays_across(1024, frame, 5, frames * frame, 5 * frames + 1036, frames * frame) for frames in (1, 10, 100, 1000)]
+    assert not any(anew)  # linear costs grow as what attention saves
+
+
 def test_an_h100_is_judged_as_it_was_measured() -> None:
     decided = set()
     report = json.loads((RESULTS / "h100_operator_keep0.1.json").read_text())

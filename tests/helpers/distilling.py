@@ -71,7 +71,11 @@ def start(folder: Path, processes: int, *runs: dict[str, Any]) -> subprocess.Pop
 
 def finish(process: subprocess.Popen[str]) -> str:
     """Wait for what `start` started; its standard error."""
-    _, error = process.communicate(timeout=180)
+    try:
+        _, error = process.communicate(timeout=300)
+    except BaseException:
+        kill(process)  # nothing else would end it
+        raise
     assert process.returncode == 0, error[-3000:]
     return error
 
@@ -109,19 +113,25 @@ def run(folder: Path, *, shard: bool = False, lora: bool = False, **fields: Any)
     return distill(model, Slow(inputs()), **logged(folder, **fields))
 
 
-def divide(processes: int) -> list[int]:
-    """Become so many processes, as a launcher would start them. Returns the others' numbers in the first one, nothing in these."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(processes)}
+def divide(processes: int) -> tuple[list[int], Any]:
+    """Become so many processes, as a launcher would start them: where they meet is open from the start, lest others be given its port.
+
+    Returns the others' numbers in the first one, nothing in these; and what the first one must keep as long as there are others.
+    """
+    door = socket.create_server(("127.0.0.1", 0))
+    port = door.getsockname()[1]
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     others = []
     for rank in range(1, processes):
         if (child := os.fork()) == 0:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            return []
+            door.close()
+            return [], None
         others.append(child)
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0"}
-    return others
+    options: dict[str, Any] = {"is_master": True, "wait_for_workers": False, "master_listen_fd": door.detach(), "use_libuv": False}
+    return others, torch.distributed.TCPStore("127.0.0.1", port, processes, **options)
 
 
 def leave(others: list[int]) -> NoReturn:
@@ -137,7 +147,7 @@ if __name__ == "__main__":
     importlib.import_module("torch._dynamo")  # the first step of an optimizer imports it
     if any(one.get("lora") for one in todo):
         importlib.import_module("lite3r_plugin.peft")
-    children = divide(int(sys.argv[2])) if int(sys.argv[2]) > 1 else []
+    children, kept = divide(int(sys.argv[2])) if int(sys.argv[2]) > 1 else ([], None)
     plugins.get_manager().register(Adapter(toy_answer), name="toy")
     for number, one in enumerate(todo):
         run(Path(sys.argv[1]) / str(number), **one)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from torch import nn
 
@@ -23,6 +25,45 @@ def small_vggt() -> nn.Module:
     for name, parameter in model.named_parameters():
         if name.endswith("gamma"):
             nn.init.ones_(parameter)
+    return model.eval()
+
+
+def small_streamvggt() -> nn.Module:
+    """StreamVGGT with two of its heads, as `small_vggt`."""
+    pytest.importorskip("streamvggt")
+    from streamvggt.heads.camera_head import CameraHead
+    from streamvggt.heads.dpt_head import DPTHead
+    from streamvggt.models.aggregator import Aggregator
+    from streamvggt.models.streamvggt import StreamVGGT
+
+    return _small_stream(StreamVGGT, Aggregator, CameraHead, DPTHead)
+
+
+def small_stream3r() -> nn.Module:
+    """STream3R in the same size."""
+    pytest.importorskip("stream3r")
+    from stream3r.models.components.aggregator.streamaggregator import STreamAggregator
+    from stream3r.models.components.heads.camera_head import CameraHead
+    from stream3r.models.components.heads.dpt_head import DPTHead
+    from stream3r.models.stream3r import STream3R
+
+    return _small_stream(STream3R, STreamAggregator, CameraHead, DPTHead)
+
+
+def _small_stream(model_class: Any, aggregator: Any, camera_head: Any, dpt_head: Any) -> nn.Module:
+    model = model_class.__new__(model_class)  # its constructor has no depth
+    nn.Module.__init__(model)
+    model.aggregator = aggregator(img_size=112, embed_dim=64, depth=5, num_heads=2, patch_embed="conv")
+    model.camera_head = camera_head(dim_in=128, num_heads=2, trunk_depth=1)
+    sizes: dict[str, Any] = dict(features=16, out_channels=[8] * 4, intermediate_layer_idx=[0, 1, 3, 4])
+    model.depth_head = dpt_head(128, output_dim=2, activation="exp", conf_activation="expp1", **sizes)
+    model.point_head = dpt_head(128, output_dim=4, activation="inv_log", conf_activation="expp1", **sizes)
+    model.track_head = None
+    for name, parameter in model.named_parameters():
+        if name.endswith("gamma"):
+            nn.init.ones_(parameter)
+        elif name.endswith("_token"):
+            nn.init.normal_(parameter)
     return model.eval()
 
 
@@ -52,3 +93,41 @@ def small_pi3() -> nn.Module:
     for head in (model.point_decoder, model.conf_decoder, model.camera_decoder):
         head.blocks = head.blocks[:1]
     return model
+
+
+CROCO: dict[str, Any] = dict(
+    img_size=(96, 160), patch_size=16, enc_embed_dim=64, enc_depth=1, enc_num_heads=2, dec_embed_dim=64, dec_depth=2, dec_num_heads=2,
+    pos_embed="RoPE100", head_type="linear", landscape_only=False,
+)  # fmt: skip
+
+
+def small_dust3r() -> nn.Module:
+    """DUSt3R with an encoder of one block, linear heads."""
+    pytest.importorskip("dust3r")
+    model = pytest.importorskip("dust3r.model")
+    if not hasattr(model, "AsymmetricCroCo3DStereo"):
+        pytest.skip("this dust3r is another one, as CUT3R's")
+    return model.AsymmetricCroCo3DStereo(output_mode="pts3d", **CROCO).eval()
+
+
+def small_mast3r() -> nn.Module:
+    """MASt3R in the same size, whose heads are convolutions with descriptors: they want more layers."""
+    pytest.importorskip("mast3r")
+    model = pytest.importorskip("mast3r.model")
+    sizes = CROCO | dict(head_type="catmlp+dpt", dec_depth=12)
+    return model.AsymmetricMASt3R(
+        output_mode="pts3d+desc24", depth_mode=("exp", float("-inf"), float("inf")), conf_mode=("exp", 1, float("inf")), two_confs=True,
+        desc_conf_mode=("exp", 0, float("inf")), **sizes,
+    ).eval()  # fmt: skip
+
+
+def small_cut3r() -> nn.Module:
+    """CUT3R with an encoder of one block."""
+    code = pytest.importorskip("dust3r.model")
+    inf = float("inf")
+    sizes = CROCO | dict(dec_depth=4, head_type="dpt")
+    config = code.ARCroco3DStereoConfig(
+        state_size=64, rgb_head=True, pose_head=True, output_mode="pts3d+pose", depth_mode=("exp", -inf, inf), conf_mode=("exp", 1, inf),
+        pose_mode=("exp", -inf, inf), state_dec_num_heads=2, ray_enc_depth=1, **sizes,
+    )  # fmt: skip
+    return code.ARCroco3DStereo(config).eval()

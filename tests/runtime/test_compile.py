@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -56,6 +57,18 @@ def test_blocks_run_compiled_inside_only() -> None:
     assert 0 < compiled <= BLOCKS
     torch.testing.assert_close(made(images(5))["depth"].shape, torch.Size((1, 5, 64, 96)))
     assert counter.frame_count == compiled
+
+
+@torch.no_grad()
+def test_another_thread_is_not_compiled_for() -> None:
+    """It may want gradients, for which nothing is compiled, and what a compiler raises is caught in the other one alone."""
+    made, counter = model(), CompileCounterWithBackend("eager")
+    expected = made(images(2))["depth"]
+    with CompiledBlocks(made, backend=counter).running(), ThreadPoolExecutor(1) as pool:
+        assert torch.equal(pool.submit(torch.no_grad()(made), images(2)).result()["depth"], expected)
+        assert counter.frame_count == 0
+        made(images(2))
+    assert counter.frame_count > 0
 
 
 @torch.no_grad()

@@ -15,4 +15,4 @@ def test_the_cpu_is_timed_and_tells_no_memory() -> None:
     synchronize(CPU)
     release_memory(CPU)
     assert peak(CPU) == (None, None)
-    assert 0.01 <= timed(lambda: time.sleep(0.01), CPU) < 1
+    assert 0.01 <= timed(lambda: time.sleep(0.01), CPU) < 5  # seconds, not milliseconds

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import io
 import pickle
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -138,6 +140,53 @@ def test_weights_that_were_loaded_since_stay() -> None:
     assert torch.equal(model.depth_head.out.weight, other.depth_head.out.weight.bfloat16().float())
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+def test_a_copy_has_the_way_back_too(copied: Callable[[nn.Module], Any]) -> None:
+    model, dense = apply_lite3r(small(), **HALF), small()
+    with torch.no_grad():
+        model.depth_head.out.weight.add_(1)
+    twin = copied(model)
+    assert "1 were changed since" in str(describe(twin))
+    with lite3r_disabled(twin):
+        pass
+    remove_lite3r(twin)
+    differing = [name for name, x in twin.state_dict().items() if not torch.equal(x, dense.state_dict()[name])]
+    assert differing == ["depth_head.out.weight"]
+    assert model.depth_head.out.weight.dtype == torch.bfloat16
+
+
+def test_weights_that_others_took_the_place_of_get_their_dtype_back() -> None:
+    """Memory for a model that had none makes all of them anew."""
+    with torch.device("meta"):
+        model = Testbed(SIZES).eval()
+    dtypes = {name: x.dtype for name, x in model.state_dict().items()}
+    apply_lite3r(model, **HALF).to_empty(device="cpu").load_state_dict(small().state_dict(), strict=False)
+    assert close(run(model), run(apply_lite3r(small(), **SPARSE)))
+    remove_lite3r(model)
+    assert {name: x.dtype for name, x in model.state_dict().items()} == dtypes
+
+
+def test_removing_inside_of_lite3r_disabled_is_removing() -> None:
+    model, dense = apply_lite3r(small(), **HALF), small()
+    with lite3r_disabled(model):
+        remove_lite3r(model)
+    assert same(run(model), run(dense))
+    assert all(torch.equal(x, dense.state_dict()[name]) for name, x in model.state_dict().items())
+
+
+def test_a_model_that_was_made_for_inference_alone() -> None:
+    """Nobody counts what is written to its weights."""
+    with torch.inference_mode():
+        model = small()
+    apply_lite3r(model, **HALF)
+    assert close(run(model), run(apply_lite3r(small(), **SPARSE)))
+    with torch.inference_mode():
+        model.depth_head.out.weight.add_(1)
+    remove_lite3r(model)
+    differing = [name for name, x in model.state_dict().items() if not torch.equal(x, small().state_dict()[name])]
+    assert differing == ["depth_head.out.weight"]
+
+
 def test_a_model_in_bf16_keeps_its_dtype() -> None:
     model = small().bfloat16()
     weights = {name: x.clone() for name, x in model.state_dict().items()}
@@ -255,6 +304,39 @@ def test_who_watches_sees_everything(tapes: list[Tape]) -> None:
         run(model)
     assert seen == [1]
     assert tapes[0].recorded == 1
+
+
+def test_who_watches_all_modules_sees_everything(tapes: list[Tape]) -> None:
+    model, seen = apply_lite3r(small(), **GRAPHS), []
+    run(model)
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.append(module))
+    try:
+        run(model)
+    finally:
+        handle.remove()
+    assert model.depth_head.out in seen
+    assert "no CUDA graph in 1 forwards: a hook for all modules sees each call" in str(describe(model))
+
+
+class Twice(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+@pytest.mark.parametrize("by", ["forward", "class"])
+def test_code_that_is_exchanged_later_runs(by: str, tapes: list[Tape]) -> None:
+    model, plain = apply_lite3r(small(), **GRAPHS), apply_lite3r(small(), **SPARSE)
+    before = run(model)
+    for each in (model, plain):
+        out = each.get_submodule("depth_head.project")
+        if by == "class":
+            out.__class__ = Twice
+        else:
+            out.forward = lambda input, own=out.forward: 2 * own(input)
+    with pytest.warns(SlowPathWarning, match="was exchanged by somebody else") if by == "forward" else contextlib.nullcontext():
+        after = run(model)
+    assert same(after, run(plain))
+    assert not same(after, before)
 
 
 def test_threads_share_a_model(tapes: list[Tape]) -> None:

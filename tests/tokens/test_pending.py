@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -110,3 +112,23 @@ def test_the_oldest_of_too_many_is_forgotten() -> None:
     for _ in range(MAX_PENDING):
         pending.saw_images((2, 3))
     assert recomputed(pending) == (2, 3)
+
+
+def elsewhere(call: Callable[[], None]) -> None:
+    """Run it in another thread."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(call).result()
+
+
+def test_a_thread_ends_its_own_forwards() -> None:
+    pending = PendingForwards()
+    pending.saw_images((2, 3))
+    elsewhere(lambda: pending.saw_images((3, 2)))
+    out = torch.zeros(1, requires_grad=True) * 1
+    pending.saw_output(out, (2, 3))
+    out.sum().backward()
+    assert recomputed(pending) == (3, 2)  # and nothing came after it in that thread
+    elsewhere(lambda: pending.saw_images((3, 2)))
+    pending.saw_images((4, 4))
+    with pytest.raises(LayoutError, match="forwards on 3 x 2 patches, 4 x 4 patches came"):
+        recomputed(pending)

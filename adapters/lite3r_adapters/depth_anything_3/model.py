@@ -14,6 +14,8 @@ from lite3r_plugin.scene.geometry import unproject
 from lite3r_plugin.scene.images import crop_centre, to_tensor
 from lite3r_plugin.scene.prediction import Prediction
 
+from .._cameras import set_field_of_view
+
 LONGEST_SIDE = 504
 PATCH = 14
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
@@ -30,9 +32,14 @@ MODELS = {
 def _create(name: str) -> nn.Module:
     """The bare network: the library's own wrapper would pull in video and viewer packages."""
     from depth_anything_3.cfg import create_object, load_config
+    from depth_anything_3.model.cam_dec import CameraDec
     from depth_anything_3.registry import MODEL_REGISTRY
 
-    return create_object(load_config(MODEL_REGISTRY[name]))  # pyright: ignore[reportArgumentType]
+    model = create_object(load_config(MODEL_REGISTRY[name]))  # pyright: ignore[reportArgumentType]
+    for module in model.modules():
+        if isinstance(module, CameraDec):
+            set_field_of_view(module.fc_fov[0], 1.0)  # pyright: ignore[reportArgumentType]
+    return model
 
 
 def _rename(name: str) -> str:

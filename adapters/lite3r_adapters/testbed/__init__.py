@@ -21,6 +21,12 @@ def lite3r_outputs(model: nn.Module) -> OutputsFunction | None:
 
 
 @hookimpl
+def lite3r_gathered_modules(model: nn.Module) -> list[str] | None:
+    """Heads of cameras of the testbed, which give every view the token of the reference view."""
+    return [name for name, module in model.named_modules() if hasattr(module, "trunk") and hasattr(module, "first_view")] or None
+
+
+@hookimpl
 def lite3r_models() -> dict[str, ModelEntry]:
     """``testbed``."""
     from .model import ENTRIES  # needs Pillow, which applying does not

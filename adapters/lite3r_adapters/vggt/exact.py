@@ -25,7 +25,7 @@ from lite3r_plugin.runtime.exact import (
 )
 
 from .. import _blocks
-from .sites import is_aggregator
+from .sites import is_aggregator, streams
 
 _OWN = ("camera_token", "register_token", "_resnet_mean", "_resnet_std", "aa_order", "rope")
 
@@ -42,7 +42,7 @@ def rewrites(model: nn.Module) -> list[ExactRewrite] | None:
         if isinstance(rope, nn.Module) and hasattr(rope, "base_frequency"):
             found.append(table_rope(_join(fqn, "rope"), _blocks.head_dim(aggregator.frame_blocks[0].attn)))
         owner, _, name = fqn.rpartition(".")
-        if not fqn or not all(hasattr(aggregator, attribute) for attribute in _OWN):
+        if not fqn or streams(aggregator) or not all(hasattr(aggregator, attribute) for attribute in _OWN):
             continue
         found.append(
             ExactRewrite(fqn, "special tokens joined at once, token positions kept; layers that nobody reads are not", Aggregate, _trial)

@@ -12,6 +12,8 @@ from lite3r_plugin.scene.geometry import unproject
 from lite3r_plugin.scene.images import crop_centre, pad_centre, to_tensor
 from lite3r_plugin.scene.prediction import Prediction
 
+from .._cameras import set_field_of_view
+
 WIDTH = 518
 PATCH = 14
 
@@ -20,7 +22,9 @@ def _create() -> nn.Module:
     """VGGT without the point and track heads: points come from depth and cameras, as its authors recommend."""
     from vggt.models.vggt import VGGT  # pyright: ignore[reportMissingImports]
 
-    return VGGT(enable_point=False, enable_track=False)
+    model = VGGT(enable_point=False, enable_track=False)
+    set_field_of_view(model.camera_head.pose_branch.fc2, 0.25)  # added up in four iterations
+    return model
 
 
 def _rename(name: str) -> str | None:

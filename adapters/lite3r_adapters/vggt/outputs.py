@@ -10,7 +10,7 @@ from torch import nn
 from lite3r_plugin.adapter import ModelOutputs, OutputsFunction
 from lite3r_plugin.testbed.cameras import decode_pose
 
-from .sites import is_aggregator
+from .sites import is_aggregator, streams
 
 
 def outputs_of(model: nn.Module) -> OutputsFunction | None:
@@ -19,7 +19,8 @@ def outputs_of(model: nn.Module) -> OutputsFunction | None:
     marks = {"camera_head": "trunk", "depth_head": "intermediate_layer_idx", "point_head": "intermediate_layer_idx"}
     present = {name: head for name, head in heads.items() if head is not None}
     known = present and all(hasattr(head, marks[name]) for name, head in present.items())
-    return to_outputs if known and is_aggregator(getattr(model, "aggregator", None)) else None
+    aggregator = getattr(model, "aggregator", None)
+    return to_outputs if known and is_aggregator(aggregator) and not streams(aggregator) else None
 
 
 def to_outputs(output: Mapping[str, Any]) -> ModelOutputs:

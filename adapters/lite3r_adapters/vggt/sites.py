@@ -14,10 +14,10 @@ from .._dinov2 import encoder_sites
 
 
 def attention_sites(model: nn.Module) -> list[AttentionSite] | None:
-    """Sites of every VGGT aggregator inside `model`, and of the camera heads beside them."""
+    """Sites of every VGGT aggregator inside `model`, and of the camera heads beside them. Those that stream have adapters of their own."""
     sites = []
     for prefix, module in model.named_modules():
-        if is_aggregator(module):
+        if is_aggregator(module) and not streams(module):
             sites += _aggregator_sites(f"{prefix}." if prefix else "", module)
     return sites + camera_sites(model) if sites else None
 
@@ -31,6 +31,11 @@ def is_aggregator(module: Any) -> bool:
         and isinstance(getattr(module, "patch_start_idx", None), int)
         and hasattr(module, "patch_size")
     )
+
+
+def streams(aggregator: Any) -> bool:
+    """Whether its global attention takes a cache of earlier frames, as those of StreamVGGT and STream3R."""
+    return _blocks.cache_of(aggregator.global_blocks[0].attn) is not None
 
 
 def _aggregator_sites(prefix: str, aggregator: Any) -> list[AttentionSite]:

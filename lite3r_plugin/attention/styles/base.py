@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from ...adapter.sites import AttentionSite
+from ...adapter.sites import AttentionSite, KeyValueCache
 from ...errors import AdapterError
 from ...wrapper import argument_names
 from ..inputs import AttentionInputs
@@ -34,6 +34,17 @@ class SiteModule(Protocol):
 
     def attend(self, inputs: AttentionInputs, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Attention over the tokens of the site, ``[B, H, N, D]``, in a forward that was given `args` and `kwargs`."""
+        ...
+
+    def attend_to_past(
+        self,
+        inputs: AttentionInputs,
+        past: tuple[Tensor, Tensor] | None,
+        cache: KeyValueCache,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Attention over the tokens of the site and those that came before: ``[B, H, N, D]``, and k and v to be cached."""
         ...
 
     def run_host(self, *args: Any, **kwargs: Any) -> Any:

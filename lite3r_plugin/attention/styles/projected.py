@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...adapter.sites import AttentionSite, FusedQKV, SeparateQKV
+from ...adapter.sites import AttentionSite, FusedQKV, KeyValueCache, SeparateQKV
 from ...errors import AdapterError
 from ...fp8.linear import Fp8Linear
 from ...ops.qk_norm_rope import HeadNorm
@@ -17,12 +18,56 @@ from ...wrapper import may_be_read
 from ..inputs import AttentionInputs
 from .base import ProjectionStyle, SiteModule
 
+PARTS = ("positions", "mask", "key", "value", "key_positions")
+"""What a site may name of what its forward is given, as `Given` calls it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Past:
+    """What a call that wants a cache is given of the tokens before: k and v, or None at the beginning; and whether in a list."""
+
+    tensors: tuple[Tensor, Tensor] | None
+    in_list: bool
+
+    @classmethod
+    def of(cls, past: Any) -> Past:
+        k, v = (None, None) if past is None else past
+        return cls(None if k is None or v is None else (k, v), isinstance(past, list))
+
+    def packed(self, cached: Sequence[Tensor]) -> Any:
+        """k and v as they came."""
+        return list(cached) if self.in_list else tuple(cached)
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """What the forward of a site is given.
+
+    Attributes:
+        x: Hidden states that queries are made of, ``[B, N, C]``.
+        key, value: Those that keys and values are made of, ``[B, M, C]``.
+        positions, key_positions: Coordinates of the tokens.
+        mask: A mask ``[N, N]``.
+        cached: The tokens before, where a cache is wanted.
+    """
+
+    x: Tensor
+    key: Tensor
+    value: Tensor
+    positions: Tensor | None
+    key_positions: Tensor | None
+    mask: Tensor | None
+    cached: Past | None
+
 
 class ProjectedStyle(ProjectionStyle):
     """Projects, attends and projects out. A subclass says which Linears there are and what they make.
 
     Attributes:
         shape: ``(H, D)``.
+        names: The arguments of the forward that the site knows, by what they are in `Given`.
+        crossed: Whether keys and values are of other tokens than queries.
+        cache: How what came before is given and returned, or None.
     """
 
     replaces = True
@@ -32,6 +77,9 @@ class ProjectedStyle(ProjectionStyle):
         self.spec = spec
         self.shape = (spec.num_heads, site.head_dim)
         self.fuses = spec.rope is not None
+        self.names = {part: name for part in PARTS if (name := getattr(spec, part, None)) is not None}
+        self.crossed = "key" in self.names
+        self.cache: KeyValueCache | None = getattr(spec, "cache", None)
 
     @property
     @abc.abstractmethod
@@ -41,6 +89,10 @@ class ProjectedStyle(ProjectionStyle):
     @abc.abstractmethod
     def project(self, module: SiteModule, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v ``[B, H, N, D]`` of hidden states ``[B, N, C]``."""
+
+    def project_across(self, module: SiteModule, x: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same where keys and values are of other tokens, which only some styles know."""
+        return self.project(module, x)
 
     def returned(self, out: Tensor) -> Any:
         """What the host's forward returns where its output is `out`, ``[B, N, C]``."""
@@ -59,46 +111,84 @@ class ProjectedStyle(ProjectionStyle):
         for name in (spec.q_norm, spec.k_norm, spec.out_drop, spec.attn_drop):
             if name is not None:
                 _child(host, name, fqn)
-        if spec.positions is not None and spec.positions not in self.argument_names:
-            raise AdapterError(f"site {fqn!r}: the host's forward has no argument {spec.positions!r}")
+        names = [*self.names.values(), *([] if self.cache is None else (self.cache.past, self.cache.wanted))]
+        if unknown := [name for name in names if name is not None and name not in self.argument_names]:
+            raise AdapterError(f"site {fqn!r}: the host's forward has no argument {unknown[0]!r}")
         if spec.rope is not None and self.shape[1] % 4:
             raise AdapterError(f"site {fqn!r}: an axial rotary embedding needs a head_dim that is a multiple of 4, not {self.shape[1]}")
 
     def takes_fp8(self, child: Callable[[str], Any]) -> bool:
+        if self.crossed:
+            return False  # which it is given in full precision
         linears = [child(name) for name in self.input_linears]
         return all(isinstance(linear, Fp8Linear) and linear.takes_fp8 for linear in linears)
 
     def run(self, module: SiteModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         spec = self.spec
-        x, positions, refused = self._arguments(args, kwargs)
+        given, refused = self._arguments(args, kwargs)
         if refused is None and module.training and spec.attn_drop is not None and module.child(spec.attn_drop).p > 0:
             refused = "it drops attention weights by chance"
         if refused is not None:
             if module.sparse:
                 module.note(refused)
             return module.run_host(*args, **kwargs)
-        q, k, v = self.project(module, x)
+        q, k, v = self.project_across(module, given.x, given.key, given.value)
         q, q_norm = _norm(module, spec.q_norm, q)
+        as_made = k
         k, k_norm = _norm(module, spec.k_norm, k)
-        base = spec.rope.base if spec.rope is not None and positions is not None else None
-        out = module.attend(AttentionInputs(q, k, v, q_norm, k_norm, positions, base), args, kwargs)
+        if given.cached is not None and k is not as_made and self.cache is not None and not self.cache.finished:
+            module.note("its keys are cached before a norm that is not known")
+            return module.run_host(*args, **kwargs)
+        rotated = given.positions is not None or given.key_positions is not None
+        base = spec.rope.base if spec.rope is not None and rotated else None
+        inputs = AttentionInputs(
+            q, k, v, q_norm, k_norm, given.positions, base, crossed=self.crossed, key_positions=given.key_positions,
+            mask=given.mask,
+        )  # fmt: skip
+        cached = None
+        if given.cached is None:
+            out = module.attend(inputs, args, kwargs)
+        else:
+            assert self.cache is not None
+            out, *cached = module.attend_to_past(inputs, given.cached.tensors, self.cache, args, kwargs)
         linear = module.child(spec.out)
         out = linear.of_heads(out) if isinstance(linear, Fp8Linear) else linear(out.transpose(1, 2).flatten(2))
         if spec.out_drop is not None:
             out = module.child(spec.out_drop)(out)
+        if given.cached is not None and cached is not None:
+            return out, given.cached.packed(cached)
         return self.returned(out)
 
-    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None, str | None]:
-        """The hidden states, the positions, and what else was given that sparse attention cannot honour (or None)."""
-        names, positions = self.argument_names, self.spec.positions
+    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Given, str | None]:
+        """What the site is given, and why sparse attention cannot honour it (or None)."""
+        names = self.argument_names
         given = dict(zip(names, args, strict=False)) | kwargs
         if names[0] not in given:
             raise AdapterError(f"site {self.site.fqn!r} was called without {names[0]!r}, its first argument: describe it as Routed()")
         x = given.pop(names[0])
         given |= {f"number {i + 1}": value for i, value in enumerate(args) if i >= len(names)}  # of a host with *args
-        where = given.pop(positions, None) if positions is not None else None
+        named = {part: given.pop(name, None) for part, name in self.names.items()}
+        cached = None
+        if self.cache is not None:
+            past, wanted = given.pop(self.cache.past, None), given.pop(self.cache.wanted or "", None)
+            if bool(wanted) if self.cache.wanted is not None else past is not None:
+                cached = Past.of(past)
         refused = [name for name, value in given.items() if value is not None and value is not False]
-        return x, where, f"it is given {', '.join(refused)}" if refused else None
+        if cached is not None and named.get("mask") is not None:
+            refused.append(f"a cache and {self.names['mask']}")
+        key, value = named.get("key"), named.get("value")
+        result = Given(
+            x,
+            x if key is None else key,
+            x if value is None else value,
+            named.get("positions"),
+            named.get("key_positions"),
+            named.get("mask"),
+            cached,
+        )
+        if self.crossed and (key is None or value is None):
+            refused.append("no keys or values")
+        return result, f"it is given {', '.join(refused)}" if refused else None
 
     def _check_size(self, host: nn.Module, name: str, what: str, expected: int) -> None:
         found = getattr(_child(host, name, self.site.fqn), what, None)

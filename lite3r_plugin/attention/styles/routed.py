@@ -21,12 +21,16 @@ class RoutedStyle(ProjectionStyle):
 
     Attributes:
         same_tokens: As in `Routed`.
+        crossed: Whether keys and values are of other tokens than queries, which the site knows.
+        sees_views: Whether a sequence may be of several views, so that a mask may be frame-causal.
         attended_to_itself: Whether a call with several arguments was seen to be no cross-attention, which a compiler cannot see.
     """
 
     def __init__(self, site: AttentionSite, host: nn.Module, spec: Routed) -> None:
         super().__init__(site, host)
         self.same_tokens = spec.same_tokens
+        self.crossed = site.keys is not None
+        self.sees_views = site.scope == "global" and site.tokens is not None
         self.attended_to_itself = False
 
     def run(self, module: SiteModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -41,7 +45,7 @@ class RoutedStyle(ProjectionStyle):
         """
         if not module.sparse:
             return module.run_host(*args, **kwargs)
-        families = [] if self.same_tokens else _families((args, kwargs))
+        families = [] if self.same_tokens or self.crossed else _families((args, kwargs))
         calls = 0
         learns = torch.is_grad_enabled()
 
@@ -51,7 +55,7 @@ class RoutedStyle(ProjectionStyle):
             if calls > 1:
                 raise _SeveralCallsError
             refused = None
-            if attn_mask is not None:
+            if attn_mask is not None and not (self.sees_views and attn_mask.shape[-2:] == (query.shape[-2], key.shape[-2])):
                 refused = "its attention has a mask or a bias"
             elif is_causal:
                 refused = "its attention is causal"
@@ -62,14 +66,15 @@ class RoutedStyle(ProjectionStyle):
             if refused is None and learns and not torch.is_grad_enabled():
                 refused = "it attends without gradients in a forward with them, as of reentrant gradient checkpointing inside the module, "
                 refused += "and would be dense when it is run again (checkpoint the module as a whole)"
-            if refused is None and families:
+            if refused is None and families and not self.crossed:
                 refused = self._crossing(families, query, value)
             if refused is not None:
                 module.note(refused)
                 options: dict[str, Any] = dict(attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale)
                 return F.scaled_dot_product_attention(query, key, value, enable_gqa=enable_gqa, **options)
             query, key, value = (_as_autocast_has_it(x) for x in (query, key, value))
-            return module.attend(AttentionInputs(query, key, value, scale=scale), args, kwargs)
+            inputs = AttentionInputs(query, key, value, scale=scale, crossed=self.crossed and attn_mask is None, mask=attn_mask)
+            return module.attend(inputs, args, kwargs)
 
         try:
             with _Redirect(attend, families):
@@ -90,7 +95,7 @@ class RoutedStyle(ProjectionStyle):
     def _wrong_heads(self, query: Tensor, key: Tensor, value: Tensor) -> str | None:
         """What to refuse because of the shapes, or None."""
         dim = self.site.head_dim
-        if query.shape[-2] != key.shape[-2]:
+        if query.shape[-2] != key.shape[-2] and not self.crossed:
             return "it is cross-attention, of queries to another number of keys"
         if query.shape[:-2] != key.shape[:-2] or query.shape[:-2] != value.shape[:-2]:
             return "several heads of queries share one of keys"

@@ -16,15 +16,20 @@ class SeparateStyle(ProjectedStyle):
 
     def __init__(self, site: AttentionSite, host: nn.Module, spec: SeparateQKV) -> None:
         super().__init__(site, host, spec)
-        self.names = (spec.q, spec.k, spec.v)
+        self.linears = (spec.q, spec.k, spec.v)
         self.returns_weights = spec.returns_weights
 
     @property
     def input_linears(self) -> dict[str, int]:
-        return dict.fromkeys(self.names, 1)
+        return dict.fromkeys(self.linears, 1)
 
     def project(self, module: SiteModule, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (module.child(name)(x).unflatten(-1, self.shape).transpose(1, 2) for name in self.names)
+        return self.project_across(module, x, x, x)
+
+    def project_across(self, module: SiteModule, x: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q ``[B, H, N, D]``, k and v ``[B, H, M, D]`` of hidden states ``[B, N, C]``, and of ``[B, M, C]`` for each of keys and values."""
+        made = zip(self.linears, (x, key, value), strict=True)
+        q, k, v = (module.child(name)(tokens).unflatten(-1, self.shape).transpose(1, 2) for name, tokens in made)
         return q, k, v
 
     def returned(self, out: Tensor) -> Any:

@@ -7,6 +7,7 @@ To be read in this order; a call goes down through it:
     operators.py   the operators of `torch.library` that compilers see
     forward.py     the forward pass, in torch operators or in Triton, without and with what a backward pass needs
     saved.py       what is kept for a backward pass, by name
+    cache.py       keys that come part by part, for streams of frames
     backward.py    the backward pass, and the function of eager autograd
     naive.py       the definition, in plain torch, over ordered tokens; wrong numbers are judged here
     kernels/       its Triton twin, over ordered and padded tokens; its `__init__` says which file holds which kernel
@@ -16,6 +17,7 @@ The pass before attention is `ops.qk_norm_rope`, the choice of blocks `ops.block
 
 from ..block_map import SegmentMask
 from .api import KeyTokens, linear_attention, sparse_linear_attention
+from .cache import KeyCache
 from .naive import merge
 
-__all__ = ["KeyTokens", "SegmentMask", "linear_attention", "merge", "sparse_linear_attention"]
+__all__ = ["KeyCache", "KeyTokens", "SegmentMask", "linear_attention", "merge", "sparse_linear_attention"]

@@ -13,17 +13,19 @@ from torch import Tensor
 
 from ..block_map import block_map, masked_block_map
 from ..dispatch import on_device_of, use_triton, without_autocast
+from ..qk_norm_rope import Prepared
 from . import naive, saved
 from .saved import Saved
 from .signature import Arguments, Needed
 
 
-def run(arguments: Arguments, *, needs_grad: bool = False) -> tuple[Tensor, Tensor | None]:
+def run(arguments: Arguments, *, needs_grad: bool = False, prepared: Prepared | None = None) -> tuple[Tensor, Tensor | None]:
     """The whole operator.
 
     Args:
         arguments: See `api.sparse_linear_attention`, which checks them.
         needs_grad: Whether autograd follows what is done here, which needs more of a GPU.
+        prepared: What `Arguments.prepared` would give, where it was made before; keys may be padded by more.
 
     Returns:
         ``[B, H, M, D]`` in v's dtype, in host order; and the log-sum-exp ``[B, H, M]`` FP32 (FP64 for FP64 input) of each query, if
@@ -37,7 +39,9 @@ def run(arguments: Arguments, *, needs_grad: bool = False) -> tuple[Tensor, Tens
     arguments = arguments.contiguous()
     # Autocast would run the pooled scores and the linear state in half precision.
     with without_autocast(arguments.v), on_device_of(arguments.v):
-        return _on_triton(arguments) if on_triton(arguments, needs_grad) else _on_torch(arguments)
+        triton = on_triton(arguments, needs_grad)
+        prepared = arguments.prepared(triton) if prepared is None else prepared
+        return _on_triton(arguments, prepared) if triton else _on_torch(arguments, prepared)
 
 
 def on_triton(arguments: Arguments, needs_grad: bool = False) -> bool:
@@ -69,8 +73,7 @@ def in_host_order(x: Tensor, order: Tensor | None, dim: int) -> Tensor:
     return x if order is None else torch.empty_like(x).index_copy(dim, order.long(), x)
 
 
-def _on_torch(arguments: Arguments) -> tuple[Tensor, Tensor | None]:
-    prepared = arguments.prepared(triton=False)
+def _on_torch(arguments: Arguments, prepared: Prepared) -> tuple[Tensor, Tensor | None]:
     means = prepared.q_mean.detach(), prepared.k_mean.detach()
     mask = None if arguments.mask is None else arguments.mask.ordered(arguments.order, arguments.keys.order)
     if mask is None:
@@ -88,12 +91,11 @@ def _on_torch(arguments: Arguments) -> tuple[Tensor, Tensor | None]:
     return in_host_order(out, arguments.order, -2), None if lse is None else in_host_order(lse, arguments.order, -1)
 
 
-def _on_triton(arguments: Arguments) -> tuple[Tensor, Tensor | None]:
+def _on_triton(arguments: Arguments, prepared: Prepared) -> tuple[Tensor, Tensor | None]:
     from ..block_map.kernels import block_map_with_bits
     from .kernels.forward import forward
     from .kernels.operands import Operands
 
-    prepared = arguments.prepared(triton=True)
     counts = arguments.block_counts()
     chosen = block_map_with_bits(
         prepared.q_mean, prepared.k_mean, kept=counts.kept, pinned=counts.pinned, negligible=counts.negligible,

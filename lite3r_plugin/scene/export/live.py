@@ -117,8 +117,9 @@ def _add_cameras(server: Any, name: str, scene: Reconstruction) -> list[Any]:
         angle = float(2 * torch.atan(height / 2 / intrinsics[i, 1, 1]))
         pixels = (image * 255).round().clamp(0, 255).to(torch.uint8).numpy()[:: max(1, height // 160), :: max(1, height // 160)]
         frustum = server.scene.add_camera_frustum(
-            f"/{name}/cameras/{i:04d}", fov=angle, aspect=width / height, scale=scale, image=pixels, wxyz=(w, x, y, z), position=position
-        )
+            f"/{name}/cameras/{i:04d}", fov=angle, aspect=width / height, scale=scale, thickness=scale / 40, image=pixels,
+            wxyz=(w, x, y, z), position=position,
+        )  # fmt: skip
         frustum.on_click(lambda event, h=frustum: _stand(event.client, h))
         found.append(frustum)
     return found

@@ -1,0 +1,89 @@
+"""Which process computes which query blocks.
+
+In one process, tokens are put in order (`tokens.layout.token_order`: special tokens of all views first, then the reference view, then
+view by view), and blocks are cut from that order, wherever views end. For the same choice of key blocks they have to be the same
+blocks, so processes share whole blocks of the order: pinned ones, which attend to everything, and the others, each kind evenly. A
+process that holds the views 50 to 99 computes about the blocks of their patches, so that few queries but the special tokens travel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..adapter.layouts import TokenLayout
+from ..config import Pin
+from ..tokens.layout import pinned_tokens, token_order
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The query blocks of one process, and how their tokens come and go.
+
+    Attributes:
+        sent: How many of its own tokens this process sends to each, itself included.
+        received: How many tokens it gets from each, whose blocks it computes.
+        leaving: ``[n]`` int64, its own tokens in the order in which they are sent.
+        returning: ``[n]`` int64, the inverse.
+        places: ``[m]`` int64, where among its queries each received token belongs.
+        arranged: ``[m]`` int64, the inverse.
+        pinned: Of its m queries the first so many are of pinned blocks.
+        pinned_keys: How many keys all queries attend to.
+        order: ``[N]`` int32, the order of the keys of all processes.
+    """
+
+    sent: tuple[int, ...]
+    received: tuple[int, ...]
+    leaving: Tensor
+    returning: Tensor
+    places: Tensor
+    arranged: Tensor
+    pinned: int
+    pinned_keys: int
+    order: Tensor
+
+
+def plan_rows(layout: TokenLayout, held: tuple[int, ...], pin: Pin, block_q: int, rank: int, device: torch.device) -> Rows:
+    """The rows of process `rank`.
+
+    Args:
+        layout: Of the whole sequence.
+        held: How many tokens of it each process holds, one after the other.
+        pin: As in `Lite3RConfig`.
+        block_q: Tokens of a query block.
+        rank: The process.
+        device: Where tensors go.
+    """
+    order = token_order(layout)
+    tokens, ranks, pinned = len(order), len(held), pinned_tokens(layout, pin)
+    rows = -(-tokens // block_q)
+    pinned_rows = min(-(-pinned // block_q), rows)
+    shares, pinned_shares = [], []
+    for one in range(ranks):
+        bounds = [
+            torch.arange(*(min(tokens, (start + count * part // ranks) * block_q) for part in (one, one + 1)))
+            for start, count in ((0, pinned_rows), (pinned_rows, rows - pinned_rows))
+        ]
+        pinned_shares.append(len(bounds[0]))
+        shares.append(torch.cat(bounds))
+    ends = torch.tensor(held).cumsum(0)
+    start = int(ends[rank]) - held[rank]
+    every = order[torch.cat(shares)].long()  # tokens by who computes them
+    holder = torch.bucketize(every, ends, right=True)
+    computer = torch.repeat_interleave(torch.arange(ranks), torch.tensor([len(share) for share in shares]))
+    own = holder == rank
+    leaving = every[own] - start
+    places = holder[computer == rank].argsort(stable=True)
+    return Rows(
+        sent=tuple(torch.bincount(computer[own], minlength=ranks).tolist()),
+        received=tuple(torch.bincount(holder[computer == rank], minlength=ranks).tolist()),
+        leaving=leaving.to(device),
+        returning=leaving.argsort().to(device),
+        places=places.to(device),
+        arranged=places.argsort().to(device),
+        pinned=pinned_shares[rank],
+        pinned_keys=pinned,
+        order=order.to(device),
+    )

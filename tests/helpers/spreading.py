@@ -1,0 +1,509 @@
+"""Cases of one scene on several processes: what they find, as numbers and messages, in processes of their own that run all of them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from distilling import divide
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lite3r_plugin import apply_lite3r, convert, hookimpl, remove_lite3r
+from lite3r_plugin.apply.lookup import lite3r_modules
+from lite3r_plugin.errors import ParallelError
+from lite3r_plugin.parallel import ViewParallel, parallelize_views
+from lite3r_plugin.runtime.values import exchanged, tensors_in
+from lite3r_plugin.testbed import Testbed, TestbedConfig
+
+SPARSE: dict[str, Any] = {"keep_ratio": 0.25, "block_q": 16, "block_k": 16, "dense_below": 0}
+VIEWS = 5  # do not divide by two or three
+Case = Callable[[], Any]
+CASES: dict[int, dict[str, Case]] = {2: {}, 3: {}}
+
+
+def case(*processes: int) -> Callable[[Case], Case]:
+    """Register a case under the name of its function, for so many processes."""
+
+    def registered(function: Case) -> Case:
+        for number in processes:
+            CASES[number][function.__name__] = function
+        return function
+
+    return registered
+
+
+# What cases are made of
+
+
+def testbed(**fields: Any) -> Testbed:
+    """Small, with weights by which all parts matter, the reference view too; with Lite3R if there are `fields`."""
+    torch.manual_seed(0)
+    model = Testbed(TestbedConfig(dim=64, depth=2, head_dim=32, stem=8)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(2)
+        model.camera_head.first_view.normal_()
+    return sparse(model, **fields) if fields else model
+
+
+def sparse(model: Any, **fields: Any) -> Any:
+    """`model` with Lite3R and linear branches that count."""
+    apply_lite3r(model, **fields)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("proj_lin.weight"):
+                parameter.normal_(generator=generator).mul_(0.2)
+    return model
+
+
+def images(views: int = VIEWS, batch: int = 1, size: tuple[int, int] = (32, 40)) -> Tensor:
+    return torch.rand(batch, views, 3, *size, generator=torch.Generator().manual_seed(1))
+
+
+def difference(expected: Any, got: Any) -> float:
+    """The largest of all tensors, in parts of the largest value of each; shapes must be the same."""
+    pairs = list(zip(tensors_in(expected), tensors_in(got), strict=True))
+    assert pairs
+    assert all(a.shape == b.shape for a, b in pairs), [(a.shape, b.shape) for a, b in pairs]
+    return max(float((a.double() - b.double()).abs().max() / a.double().abs().max()) for a, b in pairs)
+
+
+def ran(model: nn.Module) -> dict[str, int]:
+    """How often the global sites of Lite3R ran sparse and dense."""
+    sites = [site for site in lite3r_modules(model).values() if site.sparse]
+    return {"sparse": sum(site.calls.sparse for site in sites), "dense": sum(site.calls.dense for site in sites)}
+
+
+@torch.no_grad()
+def compared(model: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """One forward in one process, one on all."""
+    expected = model(x, *args, **kwargs)
+    before = ran(model)
+    with parallelize_views(model) as parallel:
+        got = model(x, *args, **kwargs)
+        assert parallel.spread is not None
+        counts, stand_in = parallel.spread.counts, parallel.spread.stand_in
+    calls = {kind: count - before[kind] for kind, count in ran(model).items()}
+    return {"difference": difference(expected, got), "counts": counts, "stand_in": stand_in, **calls}
+
+
+@contextlib.contextmanager
+def refused() -> Iterator[list[str]]:
+    """The message of the `ParallelError` that the context ends with."""
+    said: list[str] = []
+    try:
+        yield said
+    except ParallelError as error:
+        said.append(str(error))
+
+
+# Outputs
+
+
+@case(2, 3)
+def sparse_with_marginal_branch() -> Any:
+    return compared(testbed(**SPARSE), images(batch=2))
+
+
+@case(2)
+def sparse_without_branch_or_means() -> Any:
+    return compared(testbed(**SPARSE, linear_branch="none", block_means=False, pin="special"), images())
+
+
+@case(2)
+def sparse_with_branch_over_all() -> Any:
+    return compared(testbed(**SPARSE, linear_branch="all", pin="none", negligible_ratio=0.2), images(batch=2))
+
+
+@case(2, 3)
+def dense_with_branch_over_all() -> Any:
+    return compared(testbed(**{**SPARSE, "keep_ratio": 1.0}, linear_branch="all"), images(batch=2))
+
+
+@case(2)
+def dense_without_lite3r() -> Any:
+    return compared(testbed(), images())
+
+
+@case(2)
+def fp8_emulated() -> Any:
+    return compared(convert(testbed(**SPARSE), fp8_backend="emulated"), images())
+
+
+class WithoutBatch(nn.Module):
+    """A testbed that takes images ``[S, 3, H, W]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = testbed()
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [value[0] for value in self.inner(x[None]).values()]
+
+
+@case(2)
+def images_without_a_batch() -> Any:
+    return compared(sparse(WithoutBatch().eval(), **SPARSE), images()[0])
+
+
+@case(2)
+def hosts_that_make_their_own_attention() -> Any:
+    """One site is left to the host, which attends densely, at the other its call is redirected."""
+    return compared(testbed(**{**SPARSE, "keep_ratio": {"*global_blocks.0.*": 1.0, "*": 0.25}}, fuse=False), images())
+
+
+@case(2)
+def camera_head_of_vggt() -> Any:
+    from official import SmallVGGT
+
+    torch.manual_seed(0)
+    return compared(sparse(SmallVGGT(2, 2).eval(), **SPARSE), images(size=(56, 70)))
+
+
+@case(2)
+def depth_anything_3() -> Any:
+    model = sparse(real_da3(), **SPARSE)
+    x = images(4, size=(56, 70))
+    found = compared(model, x, ref_view_strategy="first")
+    with refused() as said, parallelize_views(model), torch.no_grad():
+        model(x)
+    return {**found, "refused": said}
+
+
+@functools.cache
+def real_da3() -> Any:
+    """The real package, which takes its time for the first forward; once for all processes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from real_models import small_da3
+
+        torch.manual_seed(0)
+        model: Any = small_da3()
+        model.backbone.pretrained.blocks = model.backbone.pretrained.blocks[:6]
+        model.backbone.out_layers = [2, 3, 4, 5]
+        with torch.no_grad():
+            model(images(2, size=(56, 70)))
+    return model
+
+
+@case(2, 3)
+def sharded() -> Any:
+    """Rank 0 has one view, the next two, the next three; each keeps the results of its own."""
+    model, rank = testbed(**SPARSE), dist.get_rank()
+    views = [number + 1 for number in range(dist.get_world_size())]
+    x = images(sum(views))
+    own = slice(sum(views[:rank]), sum(views[: rank + 1]))
+    with torch.no_grad():
+        expected = exchanged(model(x), lambda value: value[:, own])
+        with parallelize_views(model, inputs="sharded", outputs="sharded") as parallel:
+            got = model(x[:, own])
+            again = model(x[:, own])
+            kept = parallel.own(x)
+    return {"difference": difference(expected, got), "again": difference(got, again), "own": torch.equal(kept, x[:, own])}
+
+
+@case(2)
+def other_weights() -> Any:
+    model = testbed()
+    with torch.no_grad():
+        model.depth_head.norm.weight.add_(dist.get_rank())
+    with refused() as said:
+        parallelize_views(model)
+    return said
+
+
+# Commands
+
+
+def register() -> None:
+    """A small model by the name ``small``."""
+    import dataclasses
+
+    from lite3r_adapters.testbed.model import ENTRIES
+    from lite3r_plugin.adapter import plugins
+
+    class Plugin:
+        @hookimpl
+        def lite3r_models(self) -> Any:
+            return {"small": dataclasses.replace(ENTRIES["testbed"], name="small", create=testbed, default_weights=None)}
+
+    plugins.get_manager().register(Plugin(), name="small")
+
+
+def reconstruct(folder: Path, name: str, *options: str) -> None:
+    """``lite3r reconstruct`` in this process, of photographs of `folder`, which are made where there are none."""
+    from PIL import Image
+
+    from lite3r_plugin.cli.app import app
+
+    photos = folder / "photos"
+    if not photos.exists():
+        photos.mkdir()
+        for number, picture in enumerate(images(3, size=(96, 128))[0]):
+            Image.fromarray((picture.permute(1, 2, 0) * 255).byte().numpy()).save(photos / f"{number}.png")
+    what = ("reconstruct", str(photos), "--model", "small", "--weights", "random", "--device", "cpu", "--config", "dense_below=0")
+    app([*what, "--out", str(folder / name), *options], standalone_mode=False)
+
+
+def command(folder: Path) -> Any:
+    """In all processes, before any of them has a process group."""
+    import contextlib as contexts
+    import io
+
+    said = io.StringIO()
+    with contexts.redirect_stdout(said), contexts.redirect_stderr(io.StringIO()):
+        reconstruct(folder, "several.npz", "--parallel", "views")
+    return {"initialized": dist.is_initialized(), "said": said.getvalue()}
+
+
+def benchmark(folder: Path) -> Any:
+    """benchmarks/parallel/views.py in all processes."""
+    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "parallel"))
+    import views
+
+    fields = [word for name, value in SPARSE.items() for word in ("--config", f"{name}={value}")]
+    small = ("--resolution", "64", "--repeats", "1", "--link-megabytes", "1", "--device", "cpu")
+    return views.main(["--model", "small", "--views", "4", *small, *fields, "--json", str(folder / "views.json")])
+
+
+# Gradients
+
+
+def gradients(model: nn.Module, x: Tensor, outputs: Any, checkpointed: bool = False) -> dict[str, Any]:
+    """Of all parameters, in one process and of all, in FP64; what is zero but for rounding counts as zero."""
+    model, x = model.double(), x.double()
+
+    def loss(result: Any) -> Tensor:
+        return torch.stack([(value * torch.linspace(0.5, 1.5, value.shape[-1])).square().sum() for value in tensors_in(result)]).sum()
+
+    def backward() -> dict[str, Tensor]:
+        found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+        model.zero_grad()
+        return found
+
+    if checkpointed:
+        for block in model.aggregator.global_blocks:  # type: ignore[union-attr]
+            vars(block)["forward"] = Checkpointed(block)
+    loss(model(x)).backward()
+    expected = backward()
+    with parallelize_views(model, outputs=outputs) as parallel:
+        loss(model(x)).backward()
+        parallel.add_gradients()
+    got = backward()
+    assert expected.keys() == got.keys()
+    largest = max(float(value.abs().max()) for value in expected.values())
+    known = [name for name, value in expected.items() if value.abs().max() > 1e-12 * largest]
+    return {
+        "difference": max(difference(expected[name], got[name]) for name in known), "known": len(known), "count": len(expected),
+        "others": max((float(got[name].abs().max()) / largest for name in expected.keys() - known), default=0.0),
+    }  # fmt: skip
+
+
+class Checkpointed:
+    """The forward of a block, run again in the backward pass."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block = block
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        forward = type(self.block).forward
+        return checkpoint(forward, self.block, *args, use_reentrant=False, **kwargs)
+
+
+@case(2, 3)
+def gradients_of_gathered_outputs() -> Any:
+    return gradients(testbed(**SPARSE), images(batch=2), "gathered")
+
+
+@case(2, 3)
+def gradients_of_sharded_outputs() -> Any:
+    return gradients(testbed(**{**SPARSE, "keep_ratio": 1.0}, linear_branch="all"), images(), "sharded")
+
+
+@case(2)
+def gradients_with_checkpointing() -> Any:
+    return gradients(testbed(**SPARSE), images(), "gathered", checkpointed=True)
+
+
+# What is put back, and what is refused
+
+
+@case(2)
+def undone() -> Any:
+    model = testbed(**SPARSE)
+    x = images()
+    with torch.no_grad():
+        expected, before = model(x), {name: set(vars(module)) for name, module in model.named_modules()}
+        hooks = len(model._forward_pre_hooks)
+        parallel = parallelize_views(model)
+        keys = list(model.state_dict())
+        model(x)
+        with refused() as twice:
+            parallelize_views(model)
+        with refused() as part:
+            model.aggregator(x)
+        parallel.remove()
+        parallel.remove()
+        after = {name: set(vars(module)) for name, module in model.named_modules()}
+        same = all(torch.equal(a, b) for a, b in zip(tensors_in(expected), tensors_in(model(x)), strict=True))
+        remove_lite3r(model)
+    return {
+        "same": same, "tables": before == after, "hooks": len(model._forward_pre_hooks) <= hooks, "twice": twice, "part": part,
+        "keys": keys == list(testbed(**SPARSE).state_dict()),
+    }  # fmt: skip
+
+
+class Mixing(nn.Module):
+    """A testbed whose depth is divided by its mean over all views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = testbed()
+
+    def forward(self, x: Tensor) -> Tensor:
+        depth = self.inner(x)["depth"]
+        return depth / depth.mean()
+
+
+@case(2)
+def views_that_meet() -> Any:
+    model = Mixing().eval()
+    said: dict[str, Any] = {}
+    with torch.no_grad():
+        with refused() as said["mean"], parallelize_views(model):
+            model(images())
+        model = testbed()
+        with refused() as said["few"], parallelize_views(model):
+            model(images(1))
+        with refused() as said["module"]:
+            parallelize_views(model, gather=("head",))
+        with refused() as said["single"]:
+            parallelize_views(model.aggregator.patch_embed, sites=[])
+    return said
+
+
+@case(2)
+def one_rank_has_other_images() -> Any:
+    model, rank = testbed(), dist.get_rank()
+    with torch.no_grad(), parallelize_views(model) as parallel:
+        with refused() as other:
+            model(images() + rank)
+        with refused() as wrong:
+            model(images() if rank else torch.zeros(3))
+        well = model(images())
+        size = parallel.size
+    return {"other": other, "wrong": wrong, "views": well["depth"].shape[1], "size": size}
+
+
+@case(2, 3)
+def one_rank_fails() -> Any:
+    model, rank = testbed(), dist.get_rank()
+    start, other = time.monotonic(), ""
+    with torch.no_grad():
+        parallel = parallelize_views(model)
+        model(images())
+        if rank == 1:
+            model.depth_head.register_forward_pre_hook(fail)
+        with refused() as said:
+            try:
+                model(images())
+            except OSError as error:
+                other = str(error)
+        with refused() as later:
+            model(images())
+        parallel.remove()
+    return {"said": said, "own": other, "later": later, "seconds": time.monotonic() - start}
+
+
+def fail(module: nn.Module, args: Any) -> None:
+    raise OSError("the disk is full")
+
+
+def one_rank_dies(parallel: ViewParallel, model: nn.Module) -> Any:
+    """The last: afterwards there is one less."""
+    if dist.get_rank() == 1:
+        model.depth_head.register_forward_pre_hook(lambda *_: os._exit(9))  # type: ignore[union-attr]
+    start = time.monotonic()
+    with refused() as said, torch.no_grad():
+        model(images())
+        model(images())
+    return {"said": said, "seconds": time.monotonic() - start}
+
+
+# Processes
+
+
+def start(folder: Path) -> subprocess.Popen[str]:
+    """Run all cases in processes of their own; what the first of so many finds goes to ``<number>.json`` of `folder`."""
+    command = [sys.executable, "-W", "error", __file__, str(folder)]
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
+def run_cases(folder: Path, processes: int) -> NoReturn:
+    """All cases for so many processes, this one among them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    others = divide(processes)
+    cases: dict[str, Case] = dict(CASES[processes])
+    found: dict[str, Any] = {}
+    if processes == 2:
+        result = command(folder)
+        os.environ["MASTER_PORT"] = port  # the store of the first group may still have the other one
+        cases = {**cases, "command": lambda: result, "benchmark": lambda: {"exit": benchmark(folder)}}
+    dist.init_process_group("gloo")
+    for name, run in cases.items():
+        try:
+            one: Any = run()
+        except Exception as error:
+            one = {"error": repr(error)}
+        found[name] = [None] * processes
+        dist.all_gather_object(found[name], one)
+    model = testbed()
+    parallel = parallelize_views(model)
+    with torch.no_grad():
+        model(images())
+    found["one_rank_dies"] = [one_rank_dies(parallel, model)]
+    if dist.get_rank() == 0:
+        (folder / f"{processes}.json").write_text(json.dumps(found))
+        for other in others:
+            os.waitpid(other, 0)
+    os._exit(0)  # destroying a group that has lost a process would wait for it
+
+
+def main(folder: Path) -> None:
+    """As `start` says."""
+    torch.set_num_threads(1)  # threads do not come along into a fork
+    importlib.import_module("torch._dynamo")  # as gradient checkpointing does; what is imported here is imported once
+    with torch.no_grad():  # whose threads do not come along either
+        testbed(**SPARSE)(images())
+    if (child := os.fork()) == 0:
+        run_cases(folder, 3)
+    real_da3()
+    register()
+    reconstruct(folder, "one.npz")
+    if (second := os.fork()) == 0:
+        run_cases(folder, 2)
+    for process in (child, second):
+        os.waitpid(process, 0)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
