@@ -53,6 +53,9 @@ class KeyValueCache:
         wanted: Name of the argument that says whether a cache is wanted; None: it is where `past` is given, be it a pair of None.
         by_calls: k and v are ``[B, H, T, n, D]``, T calls with n tokens each; else ``[B, H, N, D]``.
         finished: Keys are cached after norm and rotary embedding. Else before, and all calls have the positions of the last one, repeated.
+
+    Examples:
+        >>> projections = FusedQKV(num_heads=16, cache=KeyValueCache("past_key_values", wanted="use_cache"))
     """
 
     past: str

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from ..errors import InputError
+from ..errors import InputError, short
 
 HOW = "torchrun --nproc-per-node=N -m lite3r_plugin ..."
 
@@ -40,8 +39,8 @@ def launched(device: str) -> Iterator[Place]:
     Raises:
         InputError: `torchrun` did not start this process, or the device is none of these, or there are fewer GPUs than processes.
     """
-    local = os.environ.get("LOCAL_RANK")  # how torchrun tells a process what it is
-    if local is None or "RANK" not in os.environ:
+    local = dist.get_node_local_rank(-1)
+    if local < 0:
         raise InputError(f"views are spread over processes, which torchrun starts: {HOW}")
     if device not in ("auto", "cpu", "cuda"):
         raise InputError(f"with several processes --device is auto, cpu or cuda, each process has a GPU of its own, got {device[:40]!r}")
@@ -49,11 +48,14 @@ def launched(device: str) -> Iterator[Place]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     where = torch.device("cpu")
     if device == "cuda":
-        if int(local) >= torch.cuda.device_count():
+        if local >= torch.cuda.device_count():
             raise InputError(f"process {local} of this host has no GPU, there are {torch.cuda.device_count()}: start as many as there are")
-        where = torch.device("cuda", int(local))
+        where = torch.device("cuda", local)
         torch.cuda.set_device(where)
-    dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+    try:
+        dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+    except ValueError as error:  # not all is there that a launcher tells
+        raise InputError(f"views are spread over processes, which torchrun starts: {HOW} ({short(error)})") from error
     try:
         yield Place(dist.get_rank(), dist.get_world_size(), where)
     finally:
