@@ -108,8 +108,7 @@ def _lines(
 
 
 def _why(cell: Mapping[str, Any]) -> str:
-    status: str = cell["status"]
-    return {"ok": "not measured", "oom": "out of memory"}.get(status, status)
+    return {"ok": "not measured", "oom": "out of memory"}.get(cell["status"], str(cell["status"]))
 
 
 def _won(cell: Mapping[str, Any]) -> Mapping[str, Any]:
