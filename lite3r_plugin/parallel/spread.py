@@ -32,8 +32,8 @@ def view_counts(views: int, ranks: int, stand_in: bool = True) -> tuple[int, ...
         raise ParallelError(f"{views} views cannot be spread over {ranks} processes: each needs one; start fewer")
     counts = [1] * ranks
     for _ in range(views - ranks):
-        slots = [count + (stand_in and rank > 0) for rank, count in enumerate(counts)]
-        counts[slots.index(min(slots))] += 1
+        runs = [(count + (stand_in and rank > 0), count) for rank, count in enumerate(counts)]
+        counts[runs.index(min(runs))] += 1
     return tuple(counts)
 
 

@@ -179,7 +179,7 @@ def camera_head_of_vggt() -> Any:
 @case(2)
 def depth_anything_3() -> Any:
     model = sparse(real_da3(), **SPARSE)
-    x = images(4, size=(56, 70))
+    x = images(3, size=(56, 70))
     found = compared(model, x, ref_view_strategy="first")
     with refused() as said, parallelize_views(model), torch.no_grad():
         model(x)

@@ -14,6 +14,7 @@ import pytest
 import spreading
 import torch
 
+from lite3r_plugin.adapter.plugins import find_gathered
 from lite3r_plugin.errors import ParallelError
 from lite3r_plugin.parallel import parallelize_views
 
@@ -193,3 +194,8 @@ def test_the_benchmark_measures_and_plans(found: Found) -> None:
     assert max(record["differences"].values()) < 1e-4
     assert set(record["planned"]) == {"2", "4"}
     assert record["travelled_bytes"] == pytest.approx(record["planned_bytes"], rel=0.2)
+
+
+def test_adapters_name_what_runs_on_all_views() -> None:
+    assert find_gathered(spreading.testbed()) == ("camera_head",)
+    assert find_gathered(torch.nn.Identity()) is None
