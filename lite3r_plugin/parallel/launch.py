@@ -39,7 +39,7 @@ def launched(device: str) -> Iterator[Place]:
     Raises:
         InputError: `torchrun` did not start this process, or the device is none of these, or there are fewer GPUs than processes.
     """
-    local = dist.get_node_local_rank(-1)
+    local = dist.get_node_local_rank(-1)  # pyright: ignore[reportPrivateImportUsage]
     if local < 0:
         raise InputError(f"views are spread over processes, which torchrun starts: {HOW}")
     if device not in ("auto", "cpu", "cuda"):
