@@ -7,7 +7,6 @@ import functools
 import importlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -458,17 +457,16 @@ def start(folder: Path) -> subprocess.Popen[str]:
 
 def run_cases(folder: Path, processes: int) -> NoReturn:
     """All cases for so many processes, this one among them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    others = divide(processes)
+    others, _kept = divide(processes)
     cases: dict[str, Case] = dict(CASES[processes])
     found: dict[str, Any] = {}
     if processes == 2:
         result = command(folder)
-        os.environ["MASTER_PORT"] = port  # the store of the first group may still have the other one
         cases = {**cases, "command": lambda: result, "benchmark": lambda: {"exit": benchmark(folder)}}
-    dist.init_process_group("gloo")
+    # Names of its own in the store: the command has had a group there, too.
+    met = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), processes, is_master=False)
+    store = dist.PrefixStore("cases", met)
+    dist.init_process_group("gloo", store=store, rank=int(os.environ["RANK"]), world_size=processes)
     for name, run in cases.items():
         try:
             one: Any = run()
