@@ -12,6 +12,7 @@ import shutil
 import socket
 import stat
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,10 @@ def write_atomically(path: Path, data: bytes | str) -> None:
         raise InputError(f"{path} cannot be written: {error.strerror}") from error
 
 
+class _Held:
+    """Lives as long as who holds a lock."""
+
+
 @contextlib.contextmanager
 def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
     """Wait until nobody else has locked `folder`, thread or process, then have it for oneself, or with others that read.
@@ -127,7 +132,8 @@ def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
     except ImportError:  # Windows
         yield
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    held, descriptor = _Held(), os.open(folder, os.O_RDONLY)
+    close = weakref.finalize(held, os.close, descriptor)  # also where an interruption on the way out passes over what follows
     try:
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
@@ -135,7 +141,7 @@ def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing does not, where a process was forked meanwhile
-        os.close(descriptor)
+        close()
 
 
 def to_json(data: Any) -> str:

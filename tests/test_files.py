@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -15,10 +16,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from interruptions import interrupted, lines_of
 from safetensors.torch import save_file
 
 from lite3r_plugin.errors import InputError
-from lite3r_plugin.files import check_output, replacing, to_json, write_atomically
+from lite3r_plugin.files import check_output, locked, replacing, to_json, write_atomically
 
 
 def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -96,6 +98,18 @@ with replacing(pathlib.Path({str(path)!r})) as beside:
     process.stdout.close()
     write_atomically(path, "new")
     assert os.listdir(tmp_path) == ["x"]
+
+
+def test_an_interruption_anywhere_leaves_no_lock(tmp_path: Path) -> None:
+    def lock() -> None:
+        with locked(tmp_path):
+            pass
+
+    for line in range(1, lines_of(lock) + 1):
+        interrupted(lock, line)
+        descriptor = os.open(tmp_path, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises where somebody else has it
+        os.close(descriptor)
 
 
 def test_what_another_host_left_is_kept_for_a_day(tmp_path: Path) -> None:

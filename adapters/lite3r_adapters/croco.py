@@ -146,7 +146,11 @@ def _read(positions: Tensor) -> TokenLayout | None:
     if not len(patches) or bool((patches < 0).any()):
         return None
     rows, columns = (int(n) + 1 for n in patches.amax(0))
-    grid = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)) if rows * columns == len(patches) else None
+    grid = (
+        torch.cartesian_prod(*(torch.arange(n, device=positions.device) for n in (rows, columns)))
+        if rows * columns == len(patches)
+        else None
+    )
     if grid is None or not torch.equal(patches.long(), grid):
         return None
     return TokenLayout((Views((rows, columns), special_tokens=special),))

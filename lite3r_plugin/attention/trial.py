@@ -105,7 +105,7 @@ class Trials:
             yield (keys | dict.fromkeys(positions) if keys else keys,)
         if "mask" in names:
             least = torch.finfo(torch.float32).min
-            yield (positions | {names["mask"]: torch.full((TOKENS, TOKENS), least).triu(1)},)
+            yield (positions | {names["mask"]: torch.full((TOKENS, TOKENS), least, device="cpu").triu(1)},)
         if (cache := style.cache) is not None:
             begin: dict[str, Any] = {cache.past: [None, None]} if cache.wanted is None else {cache.wanted: True}
             others = {name: self._copies.positions(BATCH, TOKENS, 2) for name in positions}

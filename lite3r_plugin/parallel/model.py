@@ -153,7 +153,9 @@ class ViewParallel:
         """Raise `ParallelError` in all processes where their weights differ."""
         read = [p.detach() for p in self.model.parameters() if p.is_floating_point() and not p.is_meta and is_plain_tensor(p)]
         device = read[0].device if read else torch.device("cpu")
-        total = torch.stack([p.double().sum().to(device) for p in read]).sum() if read else torch.zeros((), dtype=torch.float64)
+        total = (
+            torch.stack([p.double().sum().to(device) for p in read]).sum() if read else torch.zeros((), dtype=torch.float64, device=device)
+        )
         told = self.group.numbers([int(total.view(torch.int64))], device)
         if odd := [rank for rank, one in enumerate(told) if one != told[0]]:
             self.group.close()

@@ -63,16 +63,16 @@ def plan_rows(layout: TokenLayout, held: tuple[int, ...], pin: Pin, block_q: int
     shares, pinned_shares = [], []
     for one in range(ranks):
         bounds = [
-            torch.arange(*(min(tokens, (start + count * part // ranks) * block_q) for part in (one, one + 1)))
+            torch.arange(*(min(tokens, (start + count * part // ranks) * block_q) for part in (one, one + 1)), device="cpu")
             for start, count in ((0, pinned_rows), (pinned_rows, rows - pinned_rows))
         ]
         pinned_shares.append(len(bounds[0]))
         shares.append(torch.cat(bounds))
-    ends = torch.tensor(held).cumsum(0)
+    ends = torch.tensor(held, device="cpu").cumsum(0)
     start = int(ends[rank]) - held[rank]
     every = order[torch.cat(shares)].long()  # tokens by who computes them
     holder = torch.bucketize(every, ends, right=True)
-    computer = torch.repeat_interleave(torch.arange(ranks), torch.tensor([len(share) for share in shares]))
+    computer = torch.repeat_interleave(torch.arange(ranks, device="cpu"), torch.tensor([len(share) for share in shares], device="cpu"))
     own = holder == rank
     leaving = every[own] - start
     places = holder[computer == rank].argsort(stable=True)

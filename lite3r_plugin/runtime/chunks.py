@@ -285,7 +285,7 @@ def _close(a: Any, b: Any, tolerance: float) -> bool:
     for x, y in zip(tensors_in(a), tensors_in(b), strict=True):
         if x.shape != y.shape or x.dtype != y.dtype:
             return False
-        largest = x.float().abs().max() if x.numel() else torch.zeros(())
+        largest = x.float().abs().max() if x.numel() else torch.zeros((), device=x.device)
         if not bool((x.float() - y.float()).abs().max() <= tolerance * largest):
             return False
     return True

@@ -23,7 +23,7 @@ def test_reconstruct(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "scene.ply"
     result = lite3r("reconstruct", photos, "--model", "tiny", "--weights", "random", "--out", out, "--config", "dense_below=0", "--drop", 0)
     assert "geometry and its differences are meaningless" in result.stderr
-    assert "global sites sparse-linear" in result.stdout
+    assert "global site sparse-linear" in result.stdout
     cloud = trimesh.load(out)
     assert len(cloud.vertices) == 3 * 152 * 224
     colors = testbed.preprocess([Image.open(p) for p in sorted(photos.iterdir())]).permute(0, 2, 3, 1)

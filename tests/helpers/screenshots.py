@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from browser import browser_page
 from PIL import Image
@@ -56,9 +57,10 @@ def walk(world_to_camera: Tensor) -> list[int]:
 def run(command: str, folder: Path) -> str:
     """What a command prints into a terminal of `COLUMNS`, after it."""
     words = [sys.executable, "-m", "lite3r_plugin", *command.split()[1:]]
-    result = subprocess.run(words, cwd=folder, env=os.environ | {"COLUMNS": str(COLUMNS)}, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return f"$ {command}\n{result.stderr}{result.stdout}".replace(str(folder), "/home/you")
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}  # in the order in which they are shown
+    result = subprocess.run(words, cwd=folder, env=os.environ | {"COLUMNS": str(COLUMNS)}, text=True, check=False, **streams)
+    assert result.returncode == 0, result.stdout
+    return f"$ {command}\n{result.stdout}".replace(str(folder), "/home/you")
 
 
 def photograph_terminal(text: str, path: Path) -> None:

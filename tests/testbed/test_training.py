@@ -35,7 +35,7 @@ import torch._dynamo  # which the first step of an optimizer imports
 from distilling import divide, leave
 from lite3r_plugin.testbed.train import main
 
-others = divide(2)
+others, kept = divide(2)
 main(sys.argv[1:])
 leave(others)
 """
