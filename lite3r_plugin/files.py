@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError
+from .errors import InputError, short
 
 LONGEST_NAME = 150  # bytes; of the 255 that file systems take, the name while it is written needs the rest
 LEFTOVER_SECONDS = 24 * 3600
@@ -142,6 +142,16 @@ def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing does not, where a process was forked meanwhile
         close()
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises `InputError` where it cannot be read, or is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is no JSON: {short(error)}") from error
 
 
 def to_json(data: Any) -> str:

@@ -7,17 +7,16 @@ from typing import Any
 
 from torch import nn
 
-from lite3r_plugin.adapter import AttentionSite, TokenSource
+from lite3r_plugin.adapter import AttentionSite
 
 from . import _blocks
 from ._cameras import camera_sites
-from ._dinov2 import encoder_sites
-from .vggt.sites import is_aggregator
+from .vggt.sites import aggregator_sites, is_aggregator
 
 
 def attention_sites(model: nn.Module, past: str) -> list[AttentionSite] | None:
     """Sites of every aggregator inside `model` whose attention takes a cache as its argument `past`, and of camera heads beside them."""
-    sites = [site for prefix, aggregator in aggregators(model, past) for site in _aggregator_sites(prefix, aggregator)]
+    sites = [site for prefix, aggregator in aggregators(model, past) for site in aggregator_sites(prefix, aggregator)]
     return sites + camera_sites(model) if sites else None
 
 
@@ -29,14 +28,3 @@ def aggregators(model: nn.Module, past: str) -> Iterator[tuple[str, Any]]:
             cache = _blocks.cache_of(module.global_blocks[0].attn)
             if cache is not None and cache.past == past:
                 yield f"{name}." if name else "", module
-
-
-def _aggregator_sites(prefix: str, aggregator: Any) -> list[AttentionSite]:
-    tokens = TokenSource(f"{prefix}patch_embed", _blocks.patch_size(aggregator), aggregator.patch_start_idx)
-    sites = []
-    for scope in ("frame", "global"):
-        for i, block in enumerate(getattr(aggregator, f"{scope}_blocks")):
-            name, projections = f"{prefix}{scope}_blocks.{i}", _blocks.projections(block.attn, "pos")
-            keys = tokens if scope == "global" else None  # of a fork, whose own code keeps the cache
-            sites.append(AttentionSite(f"{name}.attn", scope, _blocks.head_dim(block.attn), projections, tokens, keys=keys))
-    return sites + encoder_sites(f"{prefix}patch_embed.", aggregator.patch_embed)

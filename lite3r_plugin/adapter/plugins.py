@@ -173,13 +173,7 @@ def find_rewrites(model: nn.Module) -> tuple[ExactRewrite, ...] | None:
 
     An adapter that fails, or that answers with anything but rewrites, is named in an `AdapterWarning` and the next one is asked.
     """
-    for implementation in implementations("lite3r_exact_rewrites"):
-        found: tuple[ExactRewrite, ...] | None = None
-        with skipping(implementation):
-            found = _checked_list(call(implementation, model=model), ExactRewrite)
-        if found is not None:
-            return found
-    return None
+    return _first_list("lite3r_exact_rewrites", ExactRewrite, model)
 
 
 def find_gathered(model: nn.Module) -> tuple[str, ...] | None:
@@ -187,13 +181,7 @@ def find_gathered(model: nn.Module) -> tuple[str, ...] | None:
 
     An adapter that fails, or that answers with anything but names, is named in an `AdapterWarning` and the next one is asked.
     """
-    for implementation in implementations("lite3r_gathered_modules"):
-        found: tuple[str, ...] | None = None
-        with skipping(implementation):
-            found = _checked_list(call(implementation, model=model), str)
-        if found is not None:
-            return found
-    return None
+    return _first_list("lite3r_gathered_modules", str, model)
 
 
 def model_entries() -> dict[str, ModelEntry]:
@@ -266,6 +254,17 @@ def _checked_entries(answer: Any) -> dict[str, ModelEntry]:
         if not isinstance(name, str) or not isinstance(entry, ModelEntry):
             raise TypeError(f"it returned {type(entry).__name__} for {name!r}, not a ModelEntry for a name")
     return dict(answer)
+
+
+def _first_list(hook: str, kind: type[Item], model: nn.Module) -> tuple[Item, ...] | None:
+    """The first answer to `hook`, which is a list of `kind`; None where there is none."""
+    for implementation in implementations(hook):
+        found: tuple[Item, ...] | None = None
+        with skipping(implementation):
+            found = _checked_list(call(implementation, model=model), kind)
+        if found is not None:
+            return found
+    return None
 
 
 def _checked_list(answer: Any, kind: type[Item]) -> tuple[Item, ...] | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
 import platform
 import subprocess
 from pathlib import Path
@@ -13,8 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..errors import InputError, short
-from ..files import to_json, write_atomically
+from ..errors import InputError
+from ..files import read_json, to_json, write_atomically
 from ..ops.dispatch import triton_installed
 from ..version import __version__
 
@@ -139,12 +138,7 @@ def read_report(path: Path) -> dict[str, Any]:
     Raises:
         InputError: the file is not there, or no report of this version.
     """
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is no JSON: {short(error)}") from error
+    stored = read_json(path)
     version = stored.get("version") if isinstance(stored, dict) else None
     if version != REPORT_VERSION or not isinstance(stored.get("conditions"), dict) or not isinstance(stored.get("cells"), list):
         raise InputError(f"{path} is no report of lite3r bench of version {REPORT_VERSION}; measure again with --json")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError, short
+from ..errors import InputError
+from ..files import read_json
 from ..scene.metrics.comparison import ROWS
 from .compare import DENSE, LITE3R
 
@@ -21,12 +21,7 @@ SAME = ("model", "data", "split", "views", "rule", "draws", "seed", "protocol", 
 
 def read_evaluation(path: Path) -> dict[str, Any]:
     """What ``lite3r eval --json`` wrote. Raises `InputError` where it is something else."""
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is no JSON: {short(error)}") from error
+    stored = read_json(path)
     if not isinstance(stored, dict) or not all(isinstance(stored.get(key), dict) for key in ("config", "means", "differences", "seconds")):
         raise InputError(f"{path} is no result of lite3r eval with times; measure again with --json")
     return stored

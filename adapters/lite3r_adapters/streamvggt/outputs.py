@@ -8,26 +8,20 @@ import torch
 from torch import Tensor
 
 from lite3r_plugin.adapter import ModelOutputs
-from lite3r_plugin.testbed.cameras import decode_pose
+
+from ..vggt import outputs as vggt
+
+# What a frame calls what VGGT has under another name.
+NAMES = {
+    "depth": "depth", "world_points": "pts3d_in_other_view", "pose_enc": "camera_pose", "depth_conf": "depth_conf",
+    "world_points_conf": "conf",
+}  # fmt: skip
 
 
 def to_outputs(output: Any) -> ModelOutputs:
-    """From what its forward, or its `inference`, returns: a mapping for each frame. Confidences are above 1, and count by logarithms."""
-    depth, points, camera = _stacked(output, "depth"), _stacked(output, "pts3d_in_other_view"), _stacked(output, "camera_pose")
-    pose = intrinsics = None
-    if camera is not None:
-        sizes = next((tuple(x.shape[2:4]) for x in (depth, points) if x is not None), None)
-        pose, intrinsics = decode_pose(camera, *(sizes or (1, 1)))
-        intrinsics = intrinsics if sizes else None  # in pixels, of which nothing tells how many there are
-    confidences = (_stacked(output, name) for name in ("depth_conf", "conf"))
-    return ModelOutputs(
-        depth=None if depth is None else depth[..., 0],
-        points=points,
-        world_to_camera=pose,
-        intrinsics=intrinsics,
-        camera=camera,
-        other=tuple(confidence.log() for confidence in confidences if confidence is not None),
-    )
+    """From what its forward, or its `inference`, returns: a mapping for each frame, of what VGGT returns for all."""
+    stacked = {name: _stacked(output, theirs) for name, theirs in NAMES.items()}
+    return vggt.to_outputs({name: found for name, found in stacked.items() if found is not None})
 
 
 def _stacked(output: Any, name: str) -> Tensor | None:

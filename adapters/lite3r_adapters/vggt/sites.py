@@ -18,7 +18,7 @@ def attention_sites(model: nn.Module) -> list[AttentionSite] | None:
     sites = []
     for prefix, module in model.named_modules():
         if is_aggregator(module) and not streams(module):
-            sites += _aggregator_sites(f"{prefix}." if prefix else "", module)
+            sites += aggregator_sites(f"{prefix}." if prefix else "", module)
     return sites + camera_sites(model) if sites else None
 
 
@@ -38,12 +38,16 @@ def streams(aggregator: Any) -> bool:
     return _blocks.cache_of(aggregator.global_blocks[0].attn) is not None
 
 
-def _aggregator_sites(prefix: str, aggregator: Any) -> list[AttentionSite]:
+def aggregator_sites(prefix: str, aggregator: Any) -> list[AttentionSite]:
+    """Sites of an aggregator whose name is `prefix`, which ends in a dot unless it is empty. Blocks that stream are not described whole:
+    they return a cache, too."""
+    streaming = streams(aggregator)
     tokens = TokenSource(f"{prefix}patch_embed", _blocks.patch_size(aggregator), aggregator.patch_start_idx)
     sites = []
     for scope in ("frame", "global"):
         for i, block in enumerate(getattr(aggregator, f"{scope}_blocks")):
             name, projections = f"{prefix}{scope}_blocks.{i}", _blocks.projections(block.attn, "pos")
-            whole = _blocks.pre_norm_block(name, block, "pos")
-            sites.append(AttentionSite(f"{name}.attn", scope, _blocks.head_dim(block.attn), projections, tokens, whole))
+            whole = None if streaming else _blocks.pre_norm_block(name, block, "pos")
+            keys = tokens if streaming and scope == "global" else None  # of a fork, whose own code keeps the cache
+            sites.append(AttentionSite(f"{name}.attn", scope, _blocks.head_dim(block.attn), projections, tokens, whole, keys=keys))
     return sites + encoder_sites(f"{prefix}patch_embed.", aggregator.patch_embed)
