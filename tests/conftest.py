@@ -76,7 +76,7 @@ NOT_BY_TORCH = (
 def last_line(code: CodeType) -> int:
     """Of a function, with the functions inside of it."""
     inner = (last_line(constant) for constant in code.co_consts if isinstance(constant, CodeType))
-    return max(*(line or 0 for _, _, line in code.co_lines()), *inner)
+    return max(0, *(line or 0 for _, _, line in code.co_lines()), *inner)
 
 
 @functools.cache
