@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import on_device_of, register
+from ..dispatch import on_device_of, register, under_trace
 from .naive import E4M3, Quantized, sum_dtype
 
 ACTIVATIONS = {None: 0, "none": 1, "tanh": 2, "swiglu": 3}
@@ -165,7 +165,7 @@ def _pass(
     """The quantised rows, and the sum that they were made of; where there is no residual, nothing of use."""
     weight, bias, eps = norm or (None, None, 0.0)
     arguments = (x, *residual, weight, bias, infinities, norm is not None, eps, activation, heads)
-    data, scale, total = rows_operator(*arguments) if torch.compiler.is_compiling() else _rows(*arguments)
+    data, scale, total = rows_operator(*arguments) if under_trace() else _rows(*arguments)
     return Quantized(data, scale, x.dtype), total
 
 
