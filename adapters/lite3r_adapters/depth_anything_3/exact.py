@@ -11,6 +11,7 @@ from lite3r_plugin.adapter import ExactRewrite, RewrittenMethod, Trial, like
 from lite3r_plugin.runtime.exact import in_fp32, kept_embedding, output_in_fp32, table_rope, token_positions
 
 from .. import _blocks
+from .._heads import head_kernels
 
 
 def rewrites(model: nn.Module) -> list[ExactRewrite] | None:
@@ -32,7 +33,7 @@ def rewrites(model: nn.Module) -> list[ExactRewrite] | None:
                 found.append(output_in_fp32(_join(fqn, f"scratch.output_conv2_aux.{len(module.scratch.output_conv2_aux) - 1}")))
         if isinstance(getattr(module, "cam_dec", None), nn.Module):
             found += in_fp32(_join(fqn, "cam_dec"))  # its last Linears are given FP32 by the host whatever the weights are
-    return found or None
+    return found + head_kernels(model) if found else None
 
 
 class KeptPositions(RewrittenMethod):

@@ -12,6 +12,7 @@ from lite3r_plugin.adapter import ExactRewrite, RewrittenMethod, Trial, like
 from lite3r_plugin.runtime.exact import in_fp32, not_in_bf16, table_rope, token_positions
 
 from .. import _blocks
+from .._heads import head_kernels
 from .sites import is_pi3
 
 SQUARINGS = 24  # the largest of four eigenvalues stands out by 2^24 powers of its ratio to the next
@@ -35,7 +36,7 @@ def rewrites(model: nn.Module) -> list[ExactRewrite] | None:
             found += in_fp32(join(name))  # the host gives them FP32 whatever the weights are
         if hasattr(pi3, "metric_head") or not heads:
             found.append(not_in_bf16(fqn, "Pi3X, and what has other heads than Pi3, was not tried with weights in BF16"))
-    return found or None
+    return found + head_kernels(model) if found else None
 
 
 class Decode(RewrittenMethod):

@@ -25,6 +25,7 @@ from lite3r_plugin.runtime.exact import (
 )
 
 from .. import _blocks
+from .._heads import head_kernels
 from .sites import is_aggregator, streams
 
 _OWN = ("camera_token", "register_token", "_resnet_mean", "_resnet_std", "aa_order", "rope")
@@ -62,7 +63,7 @@ def rewrites(model: nn.Module) -> list[ExactRewrite] | None:
             found += in_fp32(fqn, "norm", for_precision=True)  # of the testbed
         elif hasattr(head, "tracker") and hasattr(head, "feature_extractor"):
             found += in_fp32(fqn)  # its points are given in pixels
-    return found or None
+    return found + head_kernels(model) if found else None
 
 
 class Aggregate(RewrittenModule):

@@ -53,4 +53,5 @@ def add_bias_(x: Tensor, bias: Tensor) -> Tensor:
 def add_embedding(x: Tensor, across: Tensor, down: Tensor) -> Tensor:
     """`x` ``[N, C, H, W]`` plus `across` ``[W, C / 2]`` and `down` ``[H, C / 2]``, in the dtype to which theirs promote."""
     height, width = x.shape[2:]
-    return x + torch.cat((across.T[:, None].expand(-1, height, -1), down.T[:, :, None].expand(-1, -1, width)))
+    embedding = torch.cat((across.expand(height, -1, -1), down[:, None].expand(-1, width, -1)), -1)
+    return x + embedding.permute(2, 0, 1)
