@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lite3r_plugin.adapter import ExactRewrite
 from lite3r_plugin.runtime.maps import map_kernels
 
-SIZES = ((1, 2, 3), (2, 3, 2))  # views, rows and columns of patches
+VIEWS, ROWS, COLUMNS = 2, 2, 3  # of patches, in the small call of a trial
 
 
 def head_kernels(model: nn.Module) -> list[ExactRewrite]:
@@ -27,34 +27,27 @@ def head_kernels(model: nn.Module) -> list[ExactRewrite]:
     return found
 
 
-def _vggt(head: Any) -> list[tuple[Any, ...]]:
+def _vggt(head: Any) -> tuple[Any, ...]:
     """``(layers [B, S, P, C], images [B, S, 3, H, W], special tokens)``"""
-    read, width, patch = head.intermediate_layer_idx, head.projects[0].in_channels, head.patch_size
-    calls = []
-    for views, rows, columns in SIZES:
-        layers = [_random(1, views, 1 + rows * columns, width) for _ in range(max(*read, -min(read)) + 1)]
-        calls.append((layers, _random(1, views, 3, rows * patch, columns * patch), 1))
-    return calls
+    read, width = head.intermediate_layer_idx, head.projects[0].in_channels
+    layers = [_random(1, VIEWS, 1 + ROWS * COLUMNS, width) for _ in range(max(*read, -min(read)) + 1)]
+    return layers, _random(1, VIEWS, 3, ROWS * head.patch_size, COLUMNS * head.patch_size), 1
 
 
-def _depth_anything(head: Any) -> list[tuple[Any, ...]]:
+def _depth_anything(head: Any) -> tuple[Any, ...]:
     """``(layers [S, P, C], H, W, special tokens)``, and images ``[S, 3, H, W]`` where Gaussians are predicted."""
-    width, patch = head.projects[0].in_channels, head.patch_size
-    calls = []
-    for views, rows, columns in SIZES:
-        height, wide = rows * patch, columns * patch
-        layers = [_random(views, 1 + rows * columns, width) for _ in head.projects]
-        images = (_random(views, 3, height, wide),) if "images" in _arguments(head, "_forward_impl") else ()
-        calls.append((layers, height, wide, 1, *images))
-    return calls
+    width, size = head.projects[0].in_channels, (ROWS * head.patch_size, COLUMNS * head.patch_size)
+    layers = [_random(VIEWS, 1 + ROWS * COLUMNS, width) for _ in head.projects]
+    images = (_random(VIEWS, 3, *size),) if "images" in _arguments(head, "_forward_impl") else ()
+    return layers, *size, 1, *images
 
 
-def _moge(head: Any) -> list[tuple[Any, ...]]:
+def _moge(head: Any) -> tuple[Any, ...]:
     """``(tokens [S, P, C], no image, rows, columns)``"""
     project = next((part for part in head.projects.modules() if isinstance(part, nn.Linear)), None)
     first: Any = head.upsample_blocks[0][0][0]
     width = project.in_features if project is not None else first.in_channels - (2 if head.using_uv else 0)
-    return [(_random(views, rows * columns, width), None, rows, columns) for views, rows, columns in SIZES]
+    return _random(VIEWS, ROWS * COLUMNS, width), None, ROWS, COLUMNS
 
 
 def _arguments(module: nn.Module, method: str) -> list[str]:
@@ -73,4 +66,4 @@ _INPUTS = {
     ("_forward_impl", "feats", "H", "W", "patch_start_idx"): _depth_anything,
     ("forward", "hidden_states", "image", "patch_h", "patch_w"): _moge,
 }
-"""By a method and its first arguments, those of small calls."""
+"""By a method and its first arguments, all arguments of a small call."""

@@ -7,7 +7,7 @@ of the head is the host's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,19 +43,23 @@ class MapKernels(RewrittenMethod):
             return self.run_host(*args, **kwargs)
 
 
-def map_kernels(fqn: str, inputs: Callable[[Any], Sequence[tuple[Any, ...]]], method: str = "forward") -> ExactRewrite:
+def map_kernels(fqn: str, inputs: Callable[[Any], tuple[Any, ...]], method: str = "forward") -> ExactRewrite:
     """`MapKernels` of a `method` of the head `fqn`.
 
     In the trial a copy with random weights runs with the definitions of the kernels, since these need a GPU.
 
     Args:
         fqn: Its name.
-        inputs: From the head to the arguments of its method in small calls: FP32, on the CPU.
+        inputs: From the head to the arguments of its method in a small call: FP32, on the CPU.
         method: The method, in which all of its feature maps are made.
     """
 
     def trial(head: nn.Module) -> Trial:
-        return Trial(RandomCopies().of(head, {}), inputs(head))
+        copied = RandomCopies().of(head, {})
+        for parameter in copied.parameters():
+            if parameter.dim() == 1:
+                parameter.mul_(0.1)  # lest exponentials at the end of a head enlarge what was rounding
+        return Trial(copied, [inputs(head)])
 
     words = "up-sampling and biases of its feature maps by kernels of one pass, where channels lie side by side on a GPU"
     return ExactRewrite(fqn, words, lambda head: MapKernels(head, method), trial, method, kernels=True)
