@@ -99,12 +99,17 @@ def _interpolate(
 def _convolution(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`function`, a convolution, with the bias in a pass of ours."""
 
-    def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-        if bias is None or not _are_plain(x, weight, bias) or (bias.dtype, bias.device) != (weight.dtype, x.device) or not _pays(x, LEAST):
-            return function(x, weight, bias, *args, **kwargs)
-        out = function(x, weight, None, *args, **kwargs)
+    def convolve(input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        if (
+            bias is None
+            or not _are_plain(input, weight, bias)
+            or (bias.dtype, bias.device) != (weight.dtype, input.device)
+            or not _pays(input, LEAST)
+        ):
+            return function(input, weight, bias, *args, **kwargs)
+        out = function(input, weight, None, *args, **kwargs)
         if bias.shape != out.shape[1:2]:
-            return function(x, weight, bias, *args, **kwargs)  # which says what is wrong
+            return function(input, weight, bias, *args, **kwargs)  # which says what is wrong
         return (feature_maps if _pays(out, out.numel()) else naive).add_bias_(out, bias)
 
     return convolve
