@@ -12,7 +12,7 @@ import hosts
 import pytest
 import torch
 from interruptions import contents, interrupted, lines_of
-from numerics import relative_error
+from numerics import assert_as_accurate, relative_error
 from real_models import small_da3, small_vggt
 from rewriting import rewrite_exactly
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lite3r_plugin import Lite3RConfig, apply_lite3r, describe, lite3r_disabled, load_lite3r, remove_lite3r, save_lite3r
 from lite3r_plugin.apply.lookup import lite3r_modules
 from lite3r_plugin.errors import NotAppliedError
+from lite3r_plugin.runtime import maps
 from lite3r_plugin.testing import TEST_CONFIG, named_tensors
 
 pytestmark = [
@@ -119,6 +120,46 @@ def test_they_can_be_left_out() -> None:
     apply_lite3r(model, DENSE, exact_rewrites=False)
     assert describe(model).rewritten == ()
     assert before == (type(model.aggregator), type(model.aggregator.rope), vars(model).keys() - {"training"})
+
+
+def heads_of(model: nn.Module) -> list[str]:
+    return [words for words in describe(model).rewritten if "feature maps" in words]
+
+
+@pytest.mark.parametrize("build", [small_vggt, small_da3])
+@pytest.mark.parametrize("preset", [{}, {"preset": "fast", "cuda_graphs": False, "compile_blocks": False}])
+def test_heads_get_kernels_unless_nothing_is_to_be_fused(build: Callable[[], nn.Module], preset: dict[str, Any]) -> None:
+    model = build()
+    apply_lite3r(model, DENSE, **preset)
+    assert len(heads_of(model)) == 1
+    remove_lite3r(model)
+    apply_lite3r(model, DENSE, **preset, fuse=False)
+    assert heads_of(model) == []
+    assert any("position embedding" in words for words in describe(model).rewritten)
+    remove_lite3r(model)
+    apply_lite3r(model, DENSE, **preset, exact_rewrites=False)
+    assert heads_of(model) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("build", [small_vggt, small_da3])
+@pytest.mark.parametrize("preset", [{}, {"preset": "fast"}])
+@torch.inference_mode()
+def test_heads_on_a_gpu_are_as_exact_as_the_stock_model(
+    build: Callable[[], nn.Module], preset: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With kernels for their maps as exact as without: in FP32, and in BF16 from a CUDA graph."""
+    monkeypatch.setattr(maps, "LEAST", 1)  # the model is small
+    stock, images = build(), torch.rand(1, 3, 3, 224, 280)
+    exact = named_tensors(stock(images))
+    results: dict[bool, dict[str, Tensor]] = {}
+    for fuse in (True, False):
+        model = copy.deepcopy(stock).cuda()
+        apply_lite3r(model, DENSE, **preset, fuse=fuse)
+        for _ in range(3):  # the last is a replay, where there are graphs
+            results[fuse] = {path: x.cpu() for path, x in named_tensors(model(images.cuda())).items()}
+    for path in ("['depth']", "['depth_conf']"):
+        assert_as_accurate(results[True][path], results[False][path], exact[path])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
