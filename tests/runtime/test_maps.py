@@ -27,7 +27,7 @@ from lite3r_plugin.adapter import ExactRewrite, get_manager
 from lite3r_plugin.ops import feature_maps
 from lite3r_plugin.runtime import maps
 from lite3r_plugin.runtime.exact import InFp32, KeptEmbedding, in_fp32
-from lite3r_plugin.runtime.graphs import capture
+from lite3r_plugin.runtime.graphs import capture, warm_up
 from lite3r_plugin.runtime.maps import MapKernels, map_kernels
 from lite3r_plugin.runtime.rewrites import take_out
 from lite3r_plugin.wrapper import Changes, RewrittenMethod
@@ -435,9 +435,10 @@ class LargeHead(Head):
 @torch.no_grad()
 def test_a_graph_replays_them(dtype: torch.dtype) -> None:
     head = LargeHead(256).to(DEVICE, dtype).eval()
-    x = torch.randn(8, 37 * 37, 8, device=DEVICE).to(dtype)
+    x = torch.randn(4, 37 * 37, 8, device=DEVICE).to(dtype)
     other = rewritten(head)
     eager = other(x)
+    warm_up(lambda: other(x), torch.device(DEVICE))
     graph, replayed = capture(lambda: other(x), torch.device(DEVICE))
     x.copy_(torch.randn_like(x))
     graph.replay()
@@ -450,7 +451,7 @@ def test_a_graph_replays_them(dtype: torch.dtype) -> None:
 @torch.no_grad()
 def test_large_maps_run_in_the_kernels() -> None:
     head = LargeHead(256).to(DEVICE, torch.bfloat16).eval()
-    x = torch.randn(8, 37 * 37, 8, device=DEVICE, dtype=torch.bfloat16)
+    x = torch.randn(4, 37 * 37, 8, device=DEVICE, dtype=torch.bfloat16)
     other = rewritten(head)
     other(x)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
