@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 
@@ -135,8 +136,8 @@ def _are_plain(*tensors: Tensor) -> bool:
         and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
         and forward_ad._current_level < 0
         and not torch._C._len_torch_dispatch_stack()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and not torch.jit.is_tracing()
+        and peek_interpreter_stack() is None
+        and not torch._C._is_tracing()
     )
 
 
