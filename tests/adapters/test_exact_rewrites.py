@@ -13,7 +13,7 @@ import pytest
 import torch
 from interruptions import contents, interrupted, lines_of
 from numerics import assert_as_accurate, relative_error
-from real_models import small_da3, small_vggt
+from real_models import small_da3, small_pi3, small_vggt
 from rewriting import rewrite_exactly
 from torch import Tensor, nn
 
@@ -139,6 +139,29 @@ def test_heads_get_kernels_unless_nothing_is_to_be_fused(build: Callable[[], nn.
     remove_lite3r(model)
     apply_lite3r(model, DENSE, **preset, exact_rewrites=False)
     assert heads_of(model) == []
+
+
+def test_a_head_for_gaussians_gets_kernels_too() -> None:
+    """It is given images besides."""
+    gaussians = pytest.importorskip("depth_anything_3.model.gsdpt").GSDPT
+    model: Any = small_da3()
+    model.gs_head = gaussians(64, output_dim=5, features=16, out_channels=(8, 8, 8, 8)).eval()
+    apply_lite3r(model, DENSE)
+    assert [words.partition(":")[0] for words in heads_of(model)] == ["head", "gs_head"]
+    assert describe(model).not_rewritten == {}
+
+
+def test_a_head_of_pi3x_gets_kernels_and_stays_in_fp32() -> None:
+    convolutions = pytest.importorskip("pi3.models.layers.conv_head").ConvHead
+    model: Any = small_pi3()
+    model.point_head = convolutions(num_features=4, dim_in=16, projects=nn.Identity(), dim_out=[2, 1], dim_proj=16, dim_upsample=[32] * 3)
+    apply_lite3r(model.eval(), DENSE, preset="fast", cuda_graphs=False, compile_blocks=False)
+    assert len(heads_of(model)) == 1
+    assert "point_head: in FP32 whatever the other weights are" in describe(model).rewritten
+    before = model.point_head
+    remove_lite3r(model)
+    assert model.point_head is before.host
+    assert "forward" not in vars(model.point_head)
 
 
 @pytest.mark.gpu
