@@ -12,9 +12,11 @@ import hosts
 import pytest
 import torch
 from interruptions import contents, interrupted, lines_of
+from map_kernels import count_map_kernels
 from numerics import assert_as_accurate, relative_error
 from real_models import small_da3, small_pi3, small_vggt
 from rewriting import rewrite_exactly
+from sla_cases import DEVICE
 from torch import Tensor, nn
 
 from lite3r_plugin import Lite3RConfig, apply_lite3r, describe, lite3r_disabled, load_lite3r, remove_lite3r, save_lite3r
@@ -139,6 +141,23 @@ def test_heads_get_kernels_unless_nothing_is_to_be_fused(build: Callable[[], nn.
     remove_lite3r(model)
     apply_lite3r(model, DENSE, **preset, exact_rewrites=False)
     assert heads_of(model) == []
+
+
+@pytest.mark.parametrize("build", [small_vggt, small_da3])
+@torch.no_grad()
+def test_heads_give_with_kernels_what_they_gave(build: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    model, images = build().to(DEVICE), torch.rand(1, 2, 3, 28, 42, device=DEVICE)
+    apply_lite3r(model, DENSE)
+    expected = named_tensors(model(images))
+    ran = count_map_kernels(monkeypatch)
+    found = named_tensors(model(images))
+    levels = 1 if build is small_vggt else 2  # a second pyramid for rays
+    assert ran["upsample"] == 4 * levels + 1
+    assert ran["add_embedding"] == 4 + levels
+    assert ran["add_bias_"] > 20
+    for path, x in expected.items():
+        torch.testing.assert_close(found[path], x, atol=1e-4, rtol=1e-4)
 
 
 def test_a_head_for_gaussians_gets_kernels_too() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from interruptions import contents
+from map_kernels import count_map_kernels
 from numerics import assert_as_accurate
 from rewriting import rewrite_exactly
 from sla_cases import DEVICE, DTYPES
@@ -32,7 +33,6 @@ from lite3r_plugin.runtime.maps import MapKernels, map_kernels
 from lite3r_plugin.runtime.rewrites import take_out
 from lite3r_plugin.wrapper import Changes, RewrittenMethod
 
-kernels = pytest.importorskip("lite3r_plugin.ops.feature_maps.kernels")
 ALL = {"upsample": 2, "add_bias_": 3, "add_embedding": 1}
 TOLERANCE: Any = dict(rtol=1e-4, atol=1e-4)
 
@@ -86,24 +86,15 @@ def modes() -> int:
     return len(_get_current_function_mode_stack())
 
 
+@pytest.fixture(autouse=True)
+def _convolutions_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Which kernels ran, which take small maps, too; in Triton's interpreter where there is no GPU."""
-    count = Counter[str]()
-
-    def counting(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            count[name] += 1
-            return own(*args, **kwargs)
-
-        return run
-
-    for name in ALL:
-        monkeypatch.setattr(kernels, name, counting(name, getattr(kernels, name)))
-    monkeypatch.setattr(maps, "LEAST", 1)
-    if DEVICE == "cpu":
-        monkeypatch.setattr(feature_maps, "why_no_kernels", lambda device: None)
-    return count
+    """Which kernels ran."""
+    return count_map_kernels(monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
