@@ -68,13 +68,13 @@ def plan_rewrites(
     found = find_rewrites(model)
     if found is None:
         return None
-    places = {(rewrite.fqn, rewrite.method): rewrite for rewrite in filter(wanted, found)}
+    places = {(rewrite.fqn, rewrite.method, rewrite.kernels): rewrite for rewrite in filter(wanted, found)}
     made: dict[ExactRewrite, Rewritten] = {}
     refused: dict[ExactRewrite, str] = {}
     for rewrite in places.values():
         module = modules.get(rewrite.fqn)
         if isinstance(module, RewrittenModule):
-            if rewrite.method == "forward":
+            if rewrite.method == "forward" and not rewrite.kernels:
                 continue
             module = module.host  # which calls the method
         if module is not None and isinstance(vars(module).get(rewrite.method), RewrittenMethod):
@@ -84,7 +84,7 @@ def plan_rewrites(
         except Exception as error:  # whatever a fork's own code raises
             refused[rewrite] = str(error) if isinstance(error, Lite3RError) else short(error)
     for rewrite in list(made):
-        running = {other.fqn for other in made if other.method == "forward"}
+        running = {other.fqn for other in made if other.method == "forward" and not other.kernels}
         if missing := next((fqn for fqn in rewrite.needs if fqn not in running), None):
             del made[rewrite]
             refused[rewrite] = f"the forward of {missing} is the host's own"
