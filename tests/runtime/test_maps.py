@@ -445,7 +445,7 @@ def test_large_maps_run_in_the_kernels() -> None:
     x = torch.randn(4, 37 * 37, 8, device=DEVICE, dtype=torch.bfloat16)
     other = rewritten(head)
     other(x)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         other(x)
     names = {event.key for event in profile.key_averages()}
     assert {"_upsample_kernel", "_bias_kernel", "_embedding_kernel"} <= names

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import TRITON_DTYPES, constant_in_graphs, on_device_of, register, require_one_device, triton_installed
+from ..dispatch import TRITON_DTYPES, constant_in_graphs, on_device_of, register, require_one_device, triton_installed, under_trace
 from . import naive
 from .naive import Scales, output_size
 
@@ -61,7 +61,7 @@ def upsample(x: Tensor, size: tuple[int, int], *, align_corners: bool, scales: S
         ``[N, C, *size]`` in x's dtype and memory format; arithmetic is FP32.
     """
     arguments = (x, *size, align_corners, *scales)
-    return upsample_operator(*arguments) if torch.compiler.is_compiling() else _upsample(*arguments)
+    return upsample_operator(*arguments) if under_trace() else _upsample(*arguments)
 
 
 def add_bias_(x: Tensor, bias: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def add_bias_(x: Tensor, bias: Tensor) -> Tensor:
         ConfigError, WeightsError: the tensors are on several devices, or one is on the meta device.
     """
     require_one_device(x, bias=bias)
-    (add_bias_operator if torch.compiler.is_compiling() else _add_bias)(x, bias)
+    (add_bias_operator if under_trace() else _add_bias)(x, bias)
     return x
 
 
@@ -94,7 +94,7 @@ def add_embedding(x: Tensor, across: Tensor, down: Tensor) -> Tensor:
         ConfigError, WeightsError: the tensors are on several devices, or one is on the meta device.
     """
     require_one_device(x, across=across, down=down)
-    return (add_embedding_operator if torch.compiler.is_compiling() else _add_embedding)(x, across, down)
+    return (add_embedding_operator if under_trace() else _add_embedding)(x, across, down)
 
 
 def _upsample(x: Tensor, height: int, width: int, align_corners: bool, scale_y: float | None, scale_x: float | None) -> Tensor:
