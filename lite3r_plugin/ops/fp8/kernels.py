@@ -216,3 +216,69 @@ rows_operator = register(
     _rows,
     _empty,
 )
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _scale_kernel(
+    Out, RowScale, ColumnScale, Bias, rows, N, ROWS: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr
+):  # fmt: skip
+    """ROWS rows and BLOCK columns of Out [rows, N] FP32, contiguous, times RowScale [rows] and ColumnScale [N], plus Bias [N] (BIAS);
+    in place, programs [row blocks, column blocks]."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    live = (row < rows)[:, None] & (column < N)[None, :]
+    at = Out + row[:, None] * N + column[None, :]
+    out = tl.load(at, mask=live, other=0.0)
+    out = out * tl.load(RowScale + row, mask=row < rows, other=0.0)[:, None]
+    out = out * tl.load(ColumnScale + column, mask=column < N, other=0.0)[None, :]
+    if BIAS:
+        out += tl.load(Bias + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
+    tl.store(at, out, mask=live)
+
+
+def scale_products(out: Tensor, row_scale: Tensor, column_scale: Tensor, bias: Tensor | None, block: tuple[int, int, int] = (2, 1024, 4)) -> Tensor:
+    """As `naive.scale_products`, in place."""
+    rows, columns = out.shape
+    height, width, warps = block
+    with on_device_of(out):
+        _scale_kernel[(triton.cdiv(rows, height), triton.cdiv(columns, width))](
+            out, row_scale, column_scale, out if bias is None else bias, rows, columns,
+            ROWS=height, BLOCK=width, BIAS=bias is not None, num_warps=warps,
+        )  # fmt: skip
+    return out
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _residual_kernel(
+    X, Update, Gain, Total, rows, x_stride, update_stride,
+    C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, GAIN: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows of X + Gain * Update, summed in FP32; a program for each.
+
+        X, Update         [rows, C] of strides x_stride, update_stride and 1
+        Gain              [C] (GAIN)
+        Total             [rows, C] contiguous, in any dtype
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    lane = tl.arange(0, BLOCK)[None, :]
+    live = (row < rows) & (lane < C)
+    total = tl.load(Update + row * update_stride + lane, mask=live, other=0.0).to(tl.float32)
+    if GAIN:
+        total *= tl.load(Gain + lane, mask=lane < C, other=0.0).to(tl.float32)
+    total += tl.load(X + row * x_stride + lane, mask=live, other=0.0).to(tl.float32)
+    tl.store(Total + row * C + lane, total.to(Total.dtype.element_ty), mask=live)
+
+
+def residual(x: Tensor, update: Tensor, gain: Tensor | None, block: tuple[int, int] = (1, 1)) -> Tensor:
+    """As `naive.residual`."""
+    width = x.shape[-1]
+    total = x.new_empty(x.shape, dtype=sum_dtype(x, update, gain))
+    x, update = (t.reshape(-1, width) for t in (x, update))
+    x, update = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, update))
+    height, warp_count = block
+    with on_device_of(x):
+        _residual_kernel[(triton.cdiv(len(x), height),)](
+            x, update, x if gain is None else gain, total, len(x), x.stride(0), update.stride(0),
+            C=width, ROWS=height, BLOCK=triton.next_power_of_2(width), GAIN=gain is not None, num_warps=warp_count,
+        )  # fmt: skip
+    return total

@@ -78,13 +78,39 @@ def _store_halves(
 
 
 @triton.jit
-def rotation(place, p_stride_c, live, lane, log2_base, D: tl.constexpr):
+def cos_sin(x):
+    """cos and sin of x (FP32), of which |x| is below 1e5, from one reduction to [-pi/4, pi/4]: both to about 1 ulp of 1."""
+    turns = tl.floor(x * 0.63661977 + 0.5)
+    r = tl.fma(turns, -1.57079601287841796875, x)
+    r = tl.fma(turns, -3.1391647326017846e-07, r)
+    r = tl.fma(turns, -5.390302529957765e-15, r)
+    square = r * r
+    sine = r + r * square * (-0.16666654611 + square * (8.3321608736e-3 + square * -1.9515295891e-4))
+    cosine = 1.0 - 0.5 * square + square * square * (4.166664568298827e-2 + square * (-1.388731625493765e-3 + square * 2.443315711809948e-5))
+    quarter = turns.to(tl.int32)
+    swapped = (quarter & 1) != 0
+    c = tl.where(swapped, sine, cosine)
+    s = tl.where(swapped, cosine, sine)
+    return tl.where(((quarter + 1) & 2) != 0, -c, c), tl.where((quarter & 2) != 0, -s, s)
+
+
+@triton.jit
+def rotation(place, p_stride_c, live, lane, log2_base, D: tl.constexpr, TRIG: tl.constexpr = 0):
     """cos and sin of the angles of tokens whose two coordinates are at `place` and `p_stride_c` after it, by half lane."""
     first = tl.load(place, mask=live, other=0).to(tl.float32)
     second = tl.load(place + p_stride_c, mask=live, other=0).to(tl.float32)
     frequency = tl.exp2(-log2_base * (lane % (D // 4)).to(tl.float32) / (D // 4))
     angle = tl.where((lane < D // 4)[None, :], first[:, None], second[:, None]) * frequency[None, :]
-    return tl.cos(angle), tl.sin(angle)
+    if TRIG == 0:
+        return tl.cos(angle), tl.sin(angle)
+    if TRIG == 2:
+        return 1.0 - angle, angle
+    cos, sin = cos_sin(angle)
+    if TRIG == 1:
+        if tl.max(tl.max(tl.abs(angle), 1), 0) > 1e5:
+            cos = tl.cos(angle)
+            sin = tl.sin(angle)
+    return cos, sin
 
 
 @triton.jit(do_not_specialize=["N", "out_rows", "q_blocks", "k_blocks", "p_stride_b", "p_stride_n", "p_stride_c"])
@@ -95,6 +121,7 @@ def _prepare_kernel(
     N, H, out_rows, q_blocks, k_blocks, log2_base, q_eps, k_eps,
     D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
     Q_NORM: tl.constexpr, K_NORM: tl.constexpr, ROPE: tl.constexpr, ORDERED: tl.constexpr, POOL: tl.constexpr, PART: tl.constexpr,
+    HEADS: tl.constexpr = 1, TRIG: tl.constexpr = 0,
 ):  # fmt: skip
     """Norm, rotate, reorder and pool ROWS tokens of one head of q, k and v; programs [token blocks, H, B].
 
@@ -126,28 +153,29 @@ def _prepare_kernel(
     cos = tl.zeros([ROWS, HALF], tl.float32)
     sin = cos
     if ROPE:
-        cos, sin = rotation(Positions + batch * p_stride_b + source * p_stride_n, p_stride_c, live, lane, log2_base, D)
-    head = tl.program_id(1).to(tl.int64)
-    base = batch * H + head
-    to = (base * out_rows + rows)[:, None] * D
-    if PART != 2:
-        at = Q + batch * q_stride_b + head * q_stride_h + source[:, None] * q_stride_n
-        x1, x2 = _load_halves(at, lanes1, lanes2, inside)
-        x1, x2 = _norm_rotate(x1, x2, QW, QB, lanes1, lanes2, live_lane, cos, sin, q_eps, D, Q_NORM, ROPE)
-        _store_halves(x1, x2, QOut, QMean, base, to, lanes1, lanes2, live, live_lane, written, first_row, N, q_blocks, D, ROWS, ROWS, POOL)
-    if PART != 1:
-        at = K + batch * k_stride_b + head * k_stride_h + source[:, None] * k_stride_n
-        x1, x2 = _load_halves(at, lanes1, lanes2, inside)
-        x1, x2 = _norm_rotate(x1, x2, KW, KB, lanes1, lanes2, live_lane, cos, sin, k_eps, D, K_NORM, ROPE)
-        _store_halves(
-            x1, x2, KOut, KMean, base, to, lanes1, lanes2, live, live_lane, written, first_row, N, k_blocks, D, ROWS, BLOCK_K, POOL
-        )
-    if POOL and PART != 1:
-        at = V + batch * v_stride_b + head * v_stride_h + source[:, None] * v_stride_n
-        x1, x2 = _load_halves(at, lanes1, lanes2, inside)
-        _store_halves(
-            x1, x2, VOut, VMean, base, to, lanes1, lanes2, live, live_lane, written, first_row, N, k_blocks, D, ROWS, BLOCK_K, POOL
-        )
+        cos, sin = rotation(Positions + batch * p_stride_b + source * p_stride_n, p_stride_c, live, lane, log2_base, D, TRIG)
+    for part in tl.static_range(HEADS):
+        head = tl.program_id(1).to(tl.int64) * HEADS + part
+        base = batch * H + head
+        to = (base * out_rows + rows)[:, None] * D
+        if PART != 2:
+            at = Q + batch * q_stride_b + head * q_stride_h + source[:, None] * q_stride_n
+            x1, x2 = _load_halves(at, lanes1, lanes2, inside)
+            x1, x2 = _norm_rotate(x1, x2, QW, QB, lanes1, lanes2, live_lane, cos, sin, q_eps, D, Q_NORM, ROPE)
+            _store_halves(x1, x2, QOut, QMean, base, to, lanes1, lanes2, live, live_lane, written, first_row, N, q_blocks, D, ROWS, ROWS, POOL)
+        if PART != 1:
+            at = K + batch * k_stride_b + head * k_stride_h + source[:, None] * k_stride_n
+            x1, x2 = _load_halves(at, lanes1, lanes2, inside)
+            x1, x2 = _norm_rotate(x1, x2, KW, KB, lanes1, lanes2, live_lane, cos, sin, k_eps, D, K_NORM, ROPE)
+            _store_halves(
+                x1, x2, KOut, KMean, base, to, lanes1, lanes2, live, live_lane, written, first_row, N, k_blocks, D, ROWS, BLOCK_K, POOL
+            )
+        if POOL and PART != 1:
+            at = V + batch * v_stride_b + head * v_stride_h + source[:, None] * v_stride_n
+            x1, x2 = _load_halves(at, lanes1, lanes2, inside)
+            _store_halves(
+                x1, x2, VOut, VMean, base, to, lanes1, lanes2, live, live_lane, written, first_row, N, k_blocks, D, ROWS, BLOCK_K, POOL
+            )
 
 
 def prepare_qkv(
@@ -189,7 +217,7 @@ def norm_rope(
     return out[0], out[1]
 
 
-def _launch(q, k, v, order, q_norm, k_norm, positions, rope_base, out, means, rows, block_k, part=ALL) -> None:
+def _launch(q, k, v, order, q_norm, k_norm, positions, rope_base, out, means, rows, block_k, part=ALL, tried=None) -> None:
     q, k, v = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     pool = means is not None
     v, v_out = (v, out[2]) if pool else (k, out[1])
@@ -199,7 +227,7 @@ def _launch(q, k, v, order, q_norm, k_norm, positions, rope_base, out, means, ro
     nothing = out[0]
     q_norm, k_norm = q_norm or HeadNorm(None, None, None, 0.0), k_norm or HeadNorm(None, None, None, 0.0)
     weights = [w for norm in (q_norm, k_norm) for w in norm_affine(norm, dim, q.device)]
-    _prepare_kernel[(blocks, heads, batch)](
+    _prepare_kernel[(blocks, heads // (tried or {}).get('HEADS', 1), batch)](
         q, k, v, nothing if order is None else order, positions if rope else nothing,
         *(nothing if w is None else w for w in weights), out[0], out[1], v_out, *(means if pool else (nothing,) * 3),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
@@ -209,7 +237,7 @@ def _launch(q, k, v, order, q_norm, k_norm, positions, rope_base, out, means, ro
         math.log2(rope_base) if rope else 0.0, q_norm.eps, k_norm.eps,
         D=dim, HALF=triton.next_power_of_2(dim // 2), ROWS=rows, BLOCK_K=block_k,
         Q_NORM=NORMS[q_norm.kind], K_NORM=NORMS[k_norm.kind], ROPE=rope, ORDERED=order is not None, POOL=pool, PART=part,
-        num_warps=8 if rows * dim >= 8192 and (rope or q_norm.kind or k_norm.kind) else 4,  # a mere copy wants fewer threads
+        **({"num_warps": 8 if rows * dim >= 8192 and (rope or q_norm.kind or k_norm.kind) else 4} | (tried or {})),  # a mere copy: few
     )  # fmt: skip
 
 
