@@ -85,30 +85,46 @@ def measure_skinny(rows: int, device: str) -> dict[str, Any]:
             tried[f"lanes n{n} warps{warps}"] = skinny.Launch(n, 128 * warps, warps)
     if rows >= 8:
         block_m = min(64, max(16, 1 << (rows - 1).bit_length()))
-        for n, k, warps, stages in ((32, 32, 2, 3), (64, 32, 2, 3), (64, 32, 4, 3), (64, 16, 4, 4), (64, 32, 4, 4), (128, 16, 4, 4), (128, 32, 8, 3)):
+        for n, k, warps, stages in (
+            (32, 32, 2, 3),
+            (64, 32, 2, 3),
+            (64, 32, 4, 3),
+            (64, 16, 4, 4),
+            (64, 32, 4, 4),
+            (128, 16, 4, 4),
+            (128, 32, 8, 3),
+        ):
             for parts in (4, 8, 16):
-                tried[f"blocks m{block_m} n{n} k{k} warps{warps} stages{stages} parts{parts}"] = skinny.Launch(n, k, warps, block_m, parts, stages)
+                tried[f"blocks m{block_m} n{n} k{k} warps{warps} stages{stages} parts{parts}"] = skinny.Launch(
+                    n, k, warps, block_m, parts, stages
+                )
     for name, launch in tried.items():
         runs[name] = all_of(lambda x, w, b, launch=launch: skinny.linear(x, w, b, launch))
     found = times(runs)
     weight, bias = weights[3]
     expected = F.linear(xs[8192].double(), weight.double(), bias.double())
     errors = {name: error_of(skinny.linear(xs[8192], weight, bias, launch), expected) for name, launch in tried.items() if name in found}
-    errors |= {"cublas": error_of(F.linear(xs[8192], weight, bias), expected), "ours": error_of(skinny.linear(xs[8192], weight, bias), expected)}
+    errors |= {
+        "cublas": error_of(F.linear(xs[8192], weight, bias), expected),
+        "ours": error_of(skinny.linear(xs[8192], weight, bias), expected),
+    }
     return report(f"A. FP32 Linears of a camera head, one iteration, {rows} rows", found, errors)
 
 
 def measure_scale(tokens: int, outputs: int, device: str) -> dict[str, Any]:
-    products, row, column, bias = (torch.randn(*shape, device=device) for shape in ((tokens, outputs), (tokens, 1), (outputs, 1), (outputs,)))
+    products, row, column, bias = (
+        torch.randn(*shape, device=device) for shape in ((tokens, outputs), (tokens, 1), (outputs, 1), (outputs,))
+    )
     runs: Runs = {"torch": lambda: products.mul_(row).mul_(column.t()).add_(bias)}
-    for block in ((1, 1024, 4), (2, 1024, 4), (4, 1024, 4), (4, 1024, 8), (8, 512, 4), (1, 512, 2)):
-        runs[f"ours {block}"] = lambda block=block: fp8.scale_products(products, row, column, bias, block)
+    launches = {f"ours {block}": block for block in ((1, 1024, 4), (2, 1024, 4), (4, 1024, 4), (4, 1024, 8), (8, 512, 4), (1, 512, 2))}
+    for name, block in launches.items():
+        runs[name] = lambda block=block: fp8._scale_products(products, row, column, bias, block)
     found = times(runs)
     given = torch.randn(tokens, outputs, device=device)
     expected = given.double() * row * column.t() + bias
     errors = {"torch": error_of(given * row * column.t() + bias, expected)}
     for name in list(runs)[1:]:
-        errors[name] = error_of(fp8.scale_products(given.clone(), row, column, bias, eval(name[5:])), expected)
+        errors[name] = error_of(fp8._scale_products(given.clone(), row, column, bias, launches[name]), expected)
     return report(f"B. scales of FP32 products [{tokens}, {outputs}]", found, errors)
 
 
@@ -119,7 +135,7 @@ def measure_residual(tokens: int, dtype: torch.dtype, device: str) -> dict[str, 
     expected = torch.addcmul(x.double(), update.double(), gain.double())
     runs: Runs = {"torch": lambda: torch.addcmul(x, update, gain)}
     for block in ((1, 1), (1, 2), (1, 4), (2, 2), (2, 4), (4, 4), (4, 8)):
-        runs[f"ours {block}"] = lambda block=block: fp8.residual(x, update, gain, block)
+        runs[f"ours {block}"] = lambda block=block: fp8._residual(x, update, gain, block)
     runs["copy of as many bytes"] = lambda: x.clone().add_(1)
     found = times(runs)
     errors = {name: error_of(run(), expected) for name, run in runs.items() if name != "copy of as many bytes"}

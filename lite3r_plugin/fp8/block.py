@@ -70,9 +70,13 @@ class Fp8Block(HostWrapper):
     def _untouched(self, attention: nn.Module) -> bool:
         if has_forward_hooks(attention):
             return False
-        return all(
-            parent._modules.get(name) is child and (child is attention or not must_be_called(child)) for parent, name, child in self.parts
-        )
+        for parent, name, child in self.parts:  # of every call of every block: a plain loop, and no call for what has no hooks
+            if parent._modules.get(name) is not child:
+                return False
+            watched = child._forward_hooks or child._forward_pre_hooks or "forward" in child.__dict__
+            if watched and child is not attention and must_be_called(child):
+                return False
+        return True
 
     def _forward(self, x: Tensor, attention: nn.Module, given: dict[str, Any]) -> Tensor:
         block = self.block
@@ -93,7 +97,7 @@ class Fp8Block(HostWrapper):
         update = attention(normed, **given)
         x, rows = passes(x).residual_norm_quantize(x, update, gain1, norm2.weight, norm2.bias, norm2.eps, up.infinities)
         update = mlp(rows, up, down, block.activation, self.rows_at_once)
-        return x + update if gain2 is None else torch.addcmul(x, update, gain2)
+        return passes(x).residual(x, update, gain2)
 
 
 def block_forward(host: nn.Module, site: AttentionSite, x: Tensor, **given: Any) -> Tensor:

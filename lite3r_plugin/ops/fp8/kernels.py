@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import on_device_of, register
+from . import naive
 from .naive import E4M3, Quantized, sum_dtype
 
 ACTIVATIONS = {None: 0, "none": 1, "tanh": 2, "swiglu": 3}
@@ -236,16 +237,25 @@ def _scale_kernel(
     tl.store(at, out, mask=live)
 
 
-def scale_products(out: Tensor, row_scale: Tensor, column_scale: Tensor, bias: Tensor | None, block: tuple[int, int, int] = (2, 1024, 4)) -> Tensor:
-    """As `naive.scale_products`, in place."""
-    rows, columns = out.shape
-    height, width, warps = block
-    with on_device_of(out):
-        _scale_kernel[(triton.cdiv(rows, height), triton.cdiv(columns, width))](
-            out, row_scale, column_scale, out if bias is None else bias, rows, columns,
-            ROWS=height, BLOCK=width, BIAS=bias is not None, num_warps=warps,
+def scale_products(products: Tensor, rows: Tensor, columns: Tensor, bias: Tensor | None) -> Tensor:
+    """As `naive.scale_products`, into `products` itself where nothing is compiled."""
+    if torch.compiler.is_compiling():  # one fused pass of the compiler's own
+        return naive.scale_products(products, rows, columns, bias)
+    return _scale_products(products, rows, columns, bias)
+
+
+def _scale_products(
+    products: Tensor, rows: Tensor, columns: Tensor, bias: Tensor | None, launch: tuple[int, int, int] = (2, 1024, 4)
+) -> Tensor:
+    """`launch`: rows and columns of a program, and its warps."""
+    count, width = products.shape
+    height, block, warp_count = launch
+    with on_device_of(products):
+        _scale_kernel[(triton.cdiv(count, height), triton.cdiv(width, block))](
+            products, rows, columns, products if bias is None else bias, count, width,
+            ROWS=height, BLOCK=block, BIAS=bias is not None, num_warps=warp_count,
         )  # fmt: skip
-    return out
+    return products
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -255,9 +265,9 @@ def _residual_kernel(
 ):  # fmt: skip
     """ROWS rows of X + Gain * Update, summed in FP32; a program for each.
 
-        X, Update         [rows, C] of strides x_stride, update_stride and 1
-        Gain              [C] (GAIN)
-        Total             [rows, C] contiguous, in any dtype
+    X, Update         [rows, C] of strides x_stride, update_stride and 1
+    Gain              [C] (GAIN)
+    Total             [rows, C] contiguous, in any dtype
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     lane = tl.arange(0, BLOCK)[None, :]
@@ -269,13 +279,20 @@ def _residual_kernel(
     tl.store(Total + row * C + lane, total.to(Total.dtype.element_ty), mask=live)
 
 
-def residual(x: Tensor, update: Tensor, gain: Tensor | None, block: tuple[int, int] = (1, 1)) -> Tensor:
+def residual(x: Tensor, update: Tensor, gain: Tensor | None) -> Tensor:
     """As `naive.residual`."""
+    if torch.compiler.is_compiling():  # one fused pass of the compiler's own
+        return naive.residual(x, update, gain)
+    return _residual(x, update, gain)
+
+
+def _residual(x: Tensor, update: Tensor, gain: Tensor | None, launch: tuple[int, int] = (1, 1)) -> Tensor:
+    """`launch`: rows of a program, and its warps."""
     width = x.shape[-1]
+    height, warp_count = launch
     total = x.new_empty(x.shape, dtype=sum_dtype(x, update, gain))
     x, update = (t.reshape(-1, width) for t in (x, update))
     x, update = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, update))
-    height, warp_count = block
     with on_device_of(x):
         _residual_kernel[(triton.cdiv(len(x), height),)](
             x, update, x if gain is None else gain, total, len(x), x.stride(0), update.stride(0),

@@ -86,7 +86,9 @@ def cos_sin(x):
     r = tl.fma(turns, -5.390302529957765e-15, r)
     square = r * r
     sine = r + r * square * (-0.16666654611 + square * (8.3321608736e-3 + square * -1.9515295891e-4))
-    cosine = 1.0 - 0.5 * square + square * square * (4.166664568298827e-2 + square * (-1.388731625493765e-3 + square * 2.443315711809948e-5))
+    cosine = (
+        1.0 - 0.5 * square + square * square * (4.166664568298827e-2 + square * (-1.388731625493765e-3 + square * 2.443315711809948e-5))
+    )
     quarter = turns.to(tl.int32)
     swapped = (quarter & 1) != 0
     c = tl.where(swapped, sine, cosine)
@@ -106,7 +108,7 @@ def rotation(place, p_stride_c, live, lane, log2_base, D: tl.constexpr, TRIG: tl
     if TRIG == 2:
         return 1.0 - angle, angle
     cos, sin = cos_sin(angle)
-    if TRIG == 1:
+    if TRIG == 1:  # noqa: SIM102  # what is compiled in, and what is asked when it runs
         if tl.max(tl.max(tl.abs(angle), 1), 0) > 1e5:
             cos = tl.cos(angle)
             sin = tl.sin(angle)
@@ -162,7 +164,9 @@ def _prepare_kernel(
             at = Q + batch * q_stride_b + head * q_stride_h + source[:, None] * q_stride_n
             x1, x2 = _load_halves(at, lanes1, lanes2, inside)
             x1, x2 = _norm_rotate(x1, x2, QW, QB, lanes1, lanes2, live_lane, cos, sin, q_eps, D, Q_NORM, ROPE)
-            _store_halves(x1, x2, QOut, QMean, base, to, lanes1, lanes2, live, live_lane, written, first_row, N, q_blocks, D, ROWS, ROWS, POOL)
+            _store_halves(
+                x1, x2, QOut, QMean, base, to, lanes1, lanes2, live, live_lane, written, first_row, N, q_blocks, D, ROWS, ROWS, POOL
+            )
         if PART != 1:
             at = K + batch * k_stride_b + head * k_stride_h + source[:, None] * k_stride_n
             x1, x2 = _load_halves(at, lanes1, lanes2, inside)

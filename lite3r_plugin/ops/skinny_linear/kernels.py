@@ -25,10 +25,10 @@ def _lanes_kernel(
 ):  # fmt: skip
     """BLOCK_N outputs of all M <= ROWS rows; a program for each.
 
-        X         [M, K] of strides x_stride and 1
-        W         [N, K] of strides w_stride and 1
-        Bias      [N] (BIAS)
-        Out       [M, N] contiguous
+    X         [M, K] of strides x_stride and 1
+    W         [N, K] of strides w_stride and 1
+    Bias      [N] (BIAS)
+    Out       [M, N] contiguous
     """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :, None]
     m = tl.arange(0, ROWS)[:, None, None]
@@ -58,9 +58,9 @@ def _blocks_kernel(
 ):  # fmt: skip
     """The sum over PART inputs of BLOCK_N outputs of BLOCK_M rows; programs [output blocks, parts, row blocks].
 
-        X         [M, K] of strides x_stride and 1
-        W         [N, K] of strides w_stride and 1
-        Parts     [parts, M, N] contiguous
+    X         [M, K] of strides x_stride and 1
+    W         [N, K] of strides w_stride and 1
+    Parts     [parts, M, N] contiguous
     """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)

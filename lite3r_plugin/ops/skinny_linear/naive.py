@@ -1,6 +1,6 @@
 """Definition of a Linear in FP32 on few rows, such as one camera token for each view.
 
-    Y = X W^T + bias        products and sums in FP32: nothing is rounded to TF32 or less
+Y = X W^T + bias        products and sums in FP32: nothing is rounded to TF32 or less
 """
 
 from __future__ import annotations

@@ -1,0 +1,36 @@
+"""FP32 Linears on few rows: the kernels against the definition, on a GPU as compiled, elsewhere interpreted at small sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from numerics import assert_as_accurate
+from pairs import grid
+
+from lite3r_plugin.ops.skinny_linear import naive
+
+kernels = pytest.importorskip("lite3r_plugin.ops.skinny_linear.kernels")
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+SIZES = [(5, 16), (130, 600), *([(2048, 8192)] if GPU else [])]  # outputs, inputs
+
+if GPU and torch.cuda.get_device_capability() < (8, 0):
+    pytest.skip("the kernels need compute capability 8.0", allow_module_level=True)
+
+
+@pytest.mark.parametrize(("rows", "sizes", "bias"), grid((1, 3, 8, 9, 64, 70), SIZES, (True, False)), ids=str)
+def test_linear(rows: int, sizes: tuple[int, int], bias: bool) -> None:
+    outputs, inputs = sizes
+    x, weight = torch.randn(1, rows, inputs, device=DEVICE), torch.randn(outputs, inputs, device=DEVICE)
+    b = torch.randn(outputs, device=DEVICE) if bias else None
+    found = kernels.linear(x, weight, b)
+    reference = naive.linear(x.double(), weight.double(), None if b is None else b.double())
+    assert found.shape == reference.shape
+    assert_as_accurate(found, naive.linear(x, weight, b), reference)
+    assert torch.equal(found, kernels.linear(x, weight, b))
+
+
+def test_rows_with_strides() -> None:
+    x, weight = torch.randn(4, 3, 40, device=DEVICE)[:, 0], torch.randn(20, 80, device=DEVICE)[:, ::2]
+    torch.testing.assert_close(kernels.linear(x, weight, None), naive.linear(x, weight, None))
