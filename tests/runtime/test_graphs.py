@@ -357,7 +357,8 @@ def test_a_forward_that_waits_is_said_with_its_line() -> None:
     model = Odd(lambda x: x * x.sum().item()).eval()
     with pytest.warns(SlowPathWarning, match=r"the forward waits for the GPU.*\(at test_graphs.py:\d+\)"):
         assert torch.equal(call(model, graphs, x), expected(model, x))
-    assert torch.equal(call(Model().eval().cuda(), graphs, x)["x"], x)  # others are recorded as before
+    other = torch.rand(3, 4, device="cuda")  # of this layout nothing was refused
+    assert torch.equal(call(Model().eval().cuda(), graphs, other)["x"], other)  # others are recorded as before
     assert len(graphs) == 1
 
 
