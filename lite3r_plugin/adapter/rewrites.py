@@ -41,6 +41,8 @@ class ExactRewrite:
         keeps_dtype: Whether its results have the host's dtypes, whatever the model runs in. Others serve models in BF16.
         for_precision: Whether it costs time for the sake of precision: ``weights="bf16_everywhere"`` leaves it out.
         needs: Names of modules whose forward must be rewritten for this to have a point.
+        kernels: Whether it lets kernels of Lite3R run inside of the host's method, which `Lite3RConfig.fuse` allows. It goes with another
+            rewrite of the same method, which then runs around it.
     """
 
     fqn: str
@@ -51,3 +53,4 @@ class ExactRewrite:
     keeps_dtype: bool = True
     for_precision: bool = False
     needs: tuple[str, ...] = ()
+    kernels: bool = False

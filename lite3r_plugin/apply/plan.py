@@ -170,11 +170,15 @@ def _plan_whole(found: Inventory, config: Lite3RConfig, adapter: str) -> tuple[F
             "max_memory cannot be kept: the forward of the model was exchanged by somebody else, such as for CPU offload, and may bring in "
             "what it likes; call apply_lite3r first, or leave max_memory out"
         )
+
+    def keeps(rewrite: ExactRewrite) -> bool:
+        return config.exact_rewrites and rewrite.keeps_dtype and (config.fuse or not rewrite.kernels)
+
     if fast.parts.weights != "host":
         everywhere = fast.parts.weights == "bf16_everywhere"
 
         def wanted(rewrite: ExactRewrite) -> bool:
-            return config.exact_rewrites if rewrite.keeps_dtype else not (everywhere and rewrite.for_precision)
+            return keeps(rewrite) if rewrite.keeps_dtype else not (everywhere and rewrite.for_precision)
 
         rewrites = plan_rewrites(found.model, found.modules, wanted)
         if rewrites is None:
@@ -184,7 +188,7 @@ def _plan_whole(found: Inventory, config: Lite3RConfig, adapter: str) -> tuple[F
         if rewrites is not None and reason is None:
             return fast, rewrites
         fast = fast.without("weights in BF16", str(reason), weights="host")
-    return fast, (plan_rewrites(found.model, found.modules) if config.exact_rewrites else None) or NO_REWRITES
+    return fast, (plan_rewrites(found.model, found.modules, keeps) if config.exact_rewrites else None) or NO_REWRITES
 
 
 def plan_training(linears: Sequence[BlockLinear], config: Lite3RConfig) -> list[nn.Linear]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -39,12 +39,13 @@ class Rewrites:
     @property
     def done(self) -> tuple[str, ...]:
         """What is rewritten, in words."""
-        return tuple(map(_words, self.made))
+        return tuple(_words(self.made))
 
     @property
     def left(self) -> dict[str, str]:
         """What is left as it is, in words, with the reason."""
-        return {_words(rewrite): why for rewrite, why in self.refused.items()}
+        reasons = dict.fromkeys(self.refused.values())
+        return {words: why for why in reasons for words in _words(r for r, reason in self.refused.items() if reason == why)}
 
 
 NO_REWRITES = Rewrites({}, {})
@@ -68,13 +69,13 @@ def plan_rewrites(
     found = find_rewrites(model)
     if found is None:
         return None
-    places = {(rewrite.fqn, rewrite.method): rewrite for rewrite in filter(wanted, found)}
+    places = {(rewrite.fqn, rewrite.method, rewrite.kernels): rewrite for rewrite in filter(wanted, found)}
     made: dict[ExactRewrite, Rewritten] = {}
     refused: dict[ExactRewrite, str] = {}
     for rewrite in places.values():
         module = modules.get(rewrite.fqn)
         if isinstance(module, RewrittenModule):
-            if rewrite.method == "forward":
+            if rewrite.method == "forward" and not rewrite.kernels:
                 continue
             module = module.host  # which calls the method
         if module is not None and isinstance(vars(module).get(rewrite.method), RewrittenMethod):
@@ -84,7 +85,7 @@ def plan_rewrites(
         except Exception as error:  # whatever a fork's own code raises
             refused[rewrite] = str(error) if isinstance(error, Lite3RError) else short(error)
     for rewrite in list(made):
-        running = {other.fqn for other in made if other.method == "forward"}
+        running = {other.fqn for other in made if other.method == "forward" and not other.kernels}
         if missing := next((fqn for fqn in rewrite.needs if fqn not in running), None):
             del made[rewrite]
             refused[rewrite] = f"the forward of {missing} is the host's own"
@@ -108,8 +109,14 @@ def lies_outside(item: Rewritten, modules: Mapping[str, nn.Module]) -> bool:
     return modules[""] is item or not {item, item.host} & set(modules.values())
 
 
-def _words(rewrite: ExactRewrite) -> str:
-    return f"{rewrite.fqn or 'the model'}: {rewrite.sentence}"
+def _words(rewrites: Iterable[ExactRewrite]) -> Iterator[str]:
+    """What each of them does, and of more than three that do the same, how many there are."""
+    places: dict[str, list[str]] = {}
+    for rewrite in rewrites:
+        places.setdefault(rewrite.sentence, []).append(rewrite.fqn or "the model")
+    for sentence, names in places.items():
+        shown = names if len(names) <= 3 else [f"{names[0]} and {len(names) - 1} more"]
+        yield from (f"{name}: {sentence}" for name in shown)
 
 
 def _make(rewrite: ExactRewrite, module: nn.Module | None) -> Rewritten:
