@@ -7,12 +7,15 @@ relative error (1.6e-3 in the negative tail, 3e-4 above zero) is far below the 6
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import on_device_of, register
+from ..sizes import cover, power_of_2
 from . import naive
 from .naive import E4M3, Quantized, sum_dtype
 
@@ -151,7 +154,7 @@ def heads_quantize(x: Tensor, infinities: Tensor | None = None) -> Quantized:
 
 def warps(width: int) -> int:
     """Warps for a row of `width` entries: 32 entries a thread keep enough bytes in flight without a long reduction."""
-    return min(16, max(1, triton.next_power_of_2(width) // 1024))
+    return min(16, max(1, power_of_2(width) // 1024))
 
 
 def _pass(
@@ -166,16 +169,17 @@ def _pass(
     """The quantised rows, and the sum that they were made of; where there is no residual, nothing of use."""
     weight, bias, eps = norm or (None, None, 0.0)
     arguments = (x, *residual, weight, bias, infinities, norm is not None, eps, activation, heads)
-    data, scale, total = rows_operator(*arguments) if torch.compiler.is_compiling() else _rows(*arguments)
-    return Quantized(data, scale, x.dtype), total
+    data, scale, total = rows_operator(*arguments) if torch.compiler.is_compiling() else _launch_rows(*arguments)
+    return Quantized(data, scale, x.dtype), x if total is None else total
 
 
-def _rows(
+def _launch_rows(
     x: Tensor, update: Tensor | None, gain: Tensor | None, weight: Tensor | None, bias: Tensor | None, infinities: Tensor | None,
     norm: bool, eps: float, activation: str | None, heads: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Data, scales and, with an `update`, the sum; else an empty tensor in its place."""
-    data, scale, total = _empty(x, update, gain, weight, bias, infinities, norm, eps, activation, heads)
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Data, scales and, with an `update`, the sum."""
+    data, scale = _empty_rows(x, activation, heads)
+    total = None if update is None else x.new_empty(x.shape, dtype=sum_dtype(x, update, gain))
     x = x if x.stride(-1) == 1 else x.contiguous()
     if heads:
         tokens, dim, strides = x.shape[2], x.shape[3], x.stride()[:3]
@@ -188,26 +192,36 @@ def _rows(
         update = update if update.stride(-1) == 1 else update.contiguous()
     with on_device_of(x):
         _rows_kernel[(scale.numel(),)](
-            x, *(x if p is None else p for p in (update, gain, weight, bias)), x if update is None else total,
+            x, *(x if p is None else p for p in (update, gain, weight, bias)), x if total is None else total,
             data, scale, scale if infinities is None else infinities,
             tokens, *strides, 0 if update is None else update.stride(0), eps,
-            C=width, BLOCK=triton.next_power_of_2(width), HEAD_DIM=dim, RESIDUAL=update is not None, GAIN=gain is not None,
+            C=width, BLOCK=power_of_2(width), HEAD_DIM=dim, RESIDUAL=update is not None, GAIN=gain is not None,
             NORM=norm, WEIGHT=weight is not None, BIAS=bias is not None, ACTIVATION=ACTIVATIONS[activation],
             COUNT=infinities is not None, INTERPRETED=not x.is_cuda, num_warps=warps(width),
         )  # fmt: skip
     return data, scale, total
 
 
-def _empty(x: Tensor, update: Tensor | None, gain: Tensor | None, *others: object) -> tuple[Tensor, Tensor, Tensor]:
-    """What `_rows` fills."""
-    activation, heads = others[-2:]
+def _empty_rows(x: Tensor, activation: str | None, heads: bool) -> tuple[Tensor, Tensor]:
+    """Data and scales, to be filled."""
     if heads:
         batch, count, tokens, dim = x.shape
         shape = (batch, tokens, count * dim)
     else:
         shape = (*x.shape[:-1], x.shape[-1] // (2 if activation == "swiglu" else 1))
+    return x.new_empty(shape, dtype=E4M3), x.new_empty(*shape[:-1], 1, dtype=torch.float32)
+
+
+def _rows(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_launch_rows`, with an empty tensor in the place of no sum."""
+    data, scale, total = _launch_rows(x, *others)
+    return data, scale, x.new_empty(0) if total is None else total
+
+
+def _empty(x: Tensor, update: Tensor | None, gain: Tensor | None, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Tensors like those of `_rows`."""
     total = x.new_empty(0) if update is None else x.new_empty(x.shape, dtype=sum_dtype(x, update, gain))
-    return x.new_empty(shape, dtype=E4M3), x.new_empty(*shape[:-1], 1, dtype=torch.float32), total
+    return *_empty_rows(x, *others[-2:]), total
 
 
 rows_operator = register(
@@ -251,7 +265,7 @@ def _scale_products(
     count, width = products.shape
     height, block, warp_count = launch
     with on_device_of(products):
-        _scale_kernel[(triton.cdiv(count, height), triton.cdiv(width, block))](
+        _scale_kernel[(cover(count, height), cover(width, block))](
             products, rows, columns, products if bias is None else bias, count, width,
             ROWS=height, BLOCK=block, BIAS=bias is not None, num_warps=warp_count,
         )  # fmt: skip
@@ -294,8 +308,8 @@ def _residual(x: Tensor, update: Tensor, gain: Tensor | None, launch: tuple[int,
     x, update = (t.reshape(-1, width) for t in (x, update))
     x, update = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, update))
     with on_device_of(x):
-        _residual_kernel[(triton.cdiv(len(x), height),)](
+        _residual_kernel[(cover(len(x), height),)](
             x, update, x if gain is None else gain, total, len(x), x.stride(0), update.stride(0),
-            C=width, ROWS=height, BLOCK=triton.next_power_of_2(width), GAIN=gain is not None, num_warps=warp_count,
+            C=width, ROWS=height, BLOCK=power_of_2(width), GAIN=gain is not None, num_warps=warp_count,
         )  # fmt: skip
     return total

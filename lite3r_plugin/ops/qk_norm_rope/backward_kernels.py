@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..sizes import power_of_2
 from .kernels import NORMS, broadcast_stride, norm_affine, octaves_of, rotation
 from .naive import HeadNorm
 
@@ -151,7 +152,7 @@ def input_gradient(
         x, grad, out, out if weight is None else weight, daffine, out if order is None else order, positions if rope else out,
         *x.stride()[:3], *grad.stride()[:3], *((broadcast_stride(positions, batch), *positions.stride()[1:]) if rope else (0, 0, 0)),
         tokens, heads, *octaves_of(rope_base if rope else None, dim), norm.eps,
-        D=dim, HALF=triton.next_power_of_2(dim // 2), ROWS=rows, HEADS=per_program,
+        D=dim, HALF=power_of_2(dim // 2), ROWS=rows, HEADS=per_program,
         NORM=NORMS[norm.kind], ROPE=rope, ORDERED=order is not None, AFFINE=affine, num_warps=4,
     )  # fmt: skip
     dweight, dbias = daffine.sum(0) if affine else (None, None)

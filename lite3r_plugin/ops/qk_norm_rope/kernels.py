@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..sizes import power_of_2
 from .naive import HeadNorm, Prepared, Tokens
 
 NORMS = {None: 0, "layer": 1, "rms": 2}
@@ -234,7 +235,7 @@ def _launch(q, k, v, order, q_norm, k_norm, positions, rope_base, out, means, ro
         tokens, heads, out[1 if part == KEYS else 0].shape[2],
         means[0].shape[2] if pool else 0, means[1].shape[2] if pool else 0,
         *octaves_of(rope_base if rope else None, dim), q_norm.eps, k_norm.eps,
-        D=dim, HALF=triton.next_power_of_2(dim // 2), ROWS=rows, BLOCK_K=block_k,
+        D=dim, HALF=power_of_2(dim // 2), ROWS=rows, BLOCK_K=block_k,
         Q_NORM=NORMS[q_norm.kind], K_NORM=NORMS[k_norm.kind], ROPE=rope, ORDERED=order is not None, POOL=pool, PART=part,
         HEADS=together, num_warps=8 if rows * dim >= 8192 and (rope or q_norm.kind or k_norm.kind) else 4,  # a mere copy: fewer
     )  # fmt: skip

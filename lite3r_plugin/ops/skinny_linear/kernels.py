@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..sizes import cover, power_of_2
+
 LANES_ROWS = 8
 
 
@@ -120,8 +122,8 @@ def launch_of(rows: int, outputs: int, inputs: int) -> Launch:
     """What is fastest on an H200 for these sizes (benchmarks/operators/bench_small.py)."""
     if rows <= LANES_ROWS:
         return Launch(block_n=4, block_k=512, warps=4)
-    block_m = min(64, max(16, triton.next_power_of_2(rows)))
-    parts = max(1, min(inputs // 128, 512 // triton.cdiv(outputs, 64)))
+    block_m = min(64, max(16, power_of_2(rows)))
+    parts = max(1, min(inputs // 128, 512 // cover(outputs, 64)))
     return Launch(block_n=64, block_k=32, warps=4, block_m=block_m, parts=parts)
 
 
@@ -135,22 +137,22 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, launch: Launch | None
     launch = launch or launch_of(count, outputs, inputs)
     out = torch.empty(*x.shape[:-1], outputs, device=x.device, dtype=torch.float32)
     nothing = out if bias is None else bias
-    blocks = triton.cdiv(outputs, launch.block_n)
+    blocks = cover(outputs, launch.block_n)
     if not launch.block_m:
         _lanes_kernel[(blocks,)](
             rows, weight, nothing, out, count, outputs, rows.stride(0), weight.stride(0),
-            K=inputs, ROWS=triton.next_power_of_2(count), BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, BIAS=bias is not None,
+            K=inputs, ROWS=power_of_2(count), BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, BIAS=bias is not None,
             num_warps=launch.warps,
         )  # fmt: skip
         return out
-    part = triton.cdiv(triton.cdiv(inputs, launch.parts), launch.block_k) * launch.block_k
-    parts = triton.cdiv(inputs, part)
+    part = cover(cover(inputs, launch.parts), launch.block_k) * launch.block_k
+    parts = cover(inputs, part)
     sums = torch.empty(parts, count, outputs, device=x.device, dtype=torch.float32)
-    _blocks_kernel[(blocks, parts, triton.cdiv(count, launch.block_m))](
+    _blocks_kernel[(blocks, parts, cover(count, launch.block_m))](
         rows, weight, sums, count, outputs, rows.stride(0), weight.stride(0),
         K=inputs, PART=part, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, STAGES=launch.stages,
         num_warps=launch.warps,
     )  # fmt: skip
     size = count * outputs
-    _sum_kernel[(triton.cdiv(size, 512),)](sums, nothing, out, size, outputs, PARTS=parts, BLOCK=512, BIAS=bias is not None, num_warps=4)
+    _sum_kernel[(cover(size, 512),)](sums, nothing, out, size, outputs, PARTS=parts, BLOCK=512, BIAS=bias is not None, num_warps=4)
     return out
