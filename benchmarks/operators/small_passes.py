@@ -1,13 +1,20 @@
-"""Times the small passes around attention and FP8 products on a GPU, each against what torch does instead, and candidates of launches.
+"""Times the small passes around attention and FP8 products on a GPU, each against what torch does instead, and other launches of them.
 
-    python benchmarks/operators/bench_small.py [--json FILE] [--quick]
+    python benchmarks/operators/small_passes.py --only A --json out.json
 
-CUDA graphs, in turns, medians in microseconds; each result is compared with its definition in the same run.
+    A   FP32 Linears of a camera head on few rows
+    B   the scales of FP32 products of FP8 matrices
+    C   the last residual of a block
+    D   norm and rotary embedding ahead of attention
+
+CUDA graphs, in turns, medians in microseconds; each result is compared with its definition in FP64 in the same run. Each letter is done
+within a minute.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 from collections.abc import Callable
@@ -19,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lite3r_plugin.ops.fp8 import kernels as fp8
-from lite3r_plugin.ops.qk_norm_rope import HeadNorm
+from lite3r_plugin.ops.qk_norm_rope import HeadNorm, naive
 from lite3r_plugin.ops.qk_norm_rope import kernels as prepare
 from lite3r_plugin.ops.skinny_linear import kernels as skinny
 
@@ -80,24 +87,8 @@ def measure_skinny(rows: int, device: str) -> dict[str, Any]:
 
     runs: Runs = {"cublas": all_of(F.linear), "ours": all_of(skinny.linear)}
     tried: dict[str, skinny.Launch] = {}
-    if rows <= 8:
-        for n, warps in ((1, 4), (2, 2), (2, 4), (2, 8), (4, 2), (4, 4), (4, 8), (8, 4)):
-            tried[f"lanes n{n} warps{warps}"] = skinny.Launch(n, 128 * warps, warps)
-    if rows >= 8:
-        block_m = min(64, max(16, 1 << (rows - 1).bit_length()))
-        for n, k, warps, stages in (
-            (32, 32, 2, 3),
-            (64, 32, 2, 3),
-            (64, 32, 4, 3),
-            (64, 16, 4, 4),
-            (64, 32, 4, 4),
-            (128, 16, 4, 4),
-            (128, 32, 8, 3),
-        ):
-            for parts in (4, 8, 16):
-                tried[f"blocks m{block_m} n{n} k{k} warps{warps} stages{stages} parts{parts}"] = skinny.Launch(
-                    n, k, warps, block_m, parts, stages
-                )
+    for n, warps in ((1, 4), (2, 2), (2, 4), (2, 8), (4, 2), (4, 8), (8, 4)):
+        tried[f"ours n{n} warps{warps}"] = skinny.Launch(n, 128 * warps, warps)
     for name, launch in tried.items():
         runs[name] = all_of(lambda x, w, b, launch=launch: skinny.linear(x, w, b, launch))
     found = times(runs)
@@ -150,53 +141,49 @@ def measure_prepare(views: int, across: bool, dtype: torch.dtype, device: str) -
     positions = torch.randint(0, 38, (batch, tokens, 2), device=device)
     norm = HeadNorm("layer", torch.randn(dim, device=device), torch.randn(dim, device=device), 1e-5)
     order = torch.randperm(tokens, device=device) if across else None
-    block = 128 if across else 64
-    blocks = -(-tokens // block)
 
-    def made(tried: dict[str, Any] | None) -> Any:
-        if not across:
-            out = [torch.empty_like(q, memory_format=torch.contiguous_format) for _ in range(2)]
-            prepare._launch(q, k, None, None, norm, norm, positions, 100.0, out, None, block, 64, tried=tried)
-            return out
-        out = [torch.empty(batch, heads, blocks * block, dim, device=device, dtype=dtype) for _ in range(3)]
-        means = [torch.empty(batch, heads, count, dim, device=device) for count in (blocks, -(-tokens // 64), -(-tokens // 64))]
-        prepare._launch(q, k, v, order, norm, norm, positions, 100.0, out, means, block, 64, tried=tried)
-        return out
+    def ours() -> Any:
+        if across:
+            return prepare.prepare_qkv(q, k, v, order=order, q_norm=norm, k_norm=norm, positions=positions, rope_base=100.0)
+        return prepare.norm_rope(q, k, q_norm=norm, k_norm=norm, positions=positions, rope_base=100.0)
 
-    tried: dict[str, dict[str, Any] | None] = {"before": None}
-    for trig in (1, 3, 2):
-        for part in (1, 2, 4):
-            for warps in (4, 8):
-                tried[f"trig{trig} heads{part} warps{warps}"] = dict(TRIG=trig, HEADS=part, num_warps=warps)
-    tried["trig0 heads2 warps8"] = dict(HEADS=2, num_warps=8)
-    runs: Runs = {name: (lambda options=options: made(options)) for name, options in tried.items()}
+    def torchs(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        if across:
+            return naive.prepare_qkv(q, k, v, order=order, q_norm=norm, k_norm=norm, positions=positions, rope_base=100.0)
+        return [naive.norm_rope(x, norm=norm, positions=positions, rope_base=100.0).to(v.dtype) for x in (q, k)]
+
     source = torch.empty((2 + across) * q.numel(), device=device, dtype=dtype)
     target = torch.empty_like(source)
-    runs["copy of as many bytes"] = lambda: target.copy_(source)
-    found = times(runs)
-    expected = torch.cat([x.flatten() for x in made(None)])
-    errors = {name: error_of(torch.cat([x.flatten() for x in made(options)]), expected) for name, options in tried.items()}
-    return report(f"D. prepare at {views} views, {'global' if across else 'frame'} {dtype}", found, errors)
+    found = times({"ours": ours, "torch": lambda: torchs(q, k, v), "copy of as many bytes": lambda: target.copy_(source)})
+    exact = torchs(q.double(), k.double(), v.double())
+    errors = {
+        name: max(error_of(x[:, :, : y.shape[2]], y) for x, y in zip(made, exact, strict=True))
+        for name, made in (("ours", ours()), ("torch", torchs(q, k, v)))
+    }
+    return report(f"D. norm and rotation at {views} views, {'global' if across else 'frame'} {dtype}", found, errors)
 
 
 def main() -> None:
-    """Measure all, print, store."""
+    """Measure what is asked for, print, store."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=list("ABCD"), default=list("ABCD"))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.manual_seed(0)
+    bf16, fp32 = torch.bfloat16, torch.float32
+    passes: dict[str, list[Callable[[], dict[str, Any]]]] = {
+        "A": [functools.partial(measure_skinny, rows, "cuda") for rows in (2, 1, 4, 8)],
+        "B": [functools.partial(measure_scale, 2748, outputs, "cuda") for outputs in (3072, 1024)],
+        "C": [functools.partial(measure_residual, tokens, dtype, "cuda") for tokens, dtype in ((43968, bf16), (2748, fp32))],
+        "D": [functools.partial(measure_prepare, views, across, bf16, "cuda") for across in (False, True) for views in (2, 32)],
+    }
     records = []
     with torch.no_grad():
-        for dtype in (torch.bfloat16, torch.float32):
-            records.append(measure_residual(43968 if dtype == torch.bfloat16 else 2748, dtype, "cuda"))
-        records.append(measure_scale(2748, 3072, "cuda"))
-        records.append(measure_scale(2748, 1024, "cuda"))
-        for across in (False, True):
-            records.append(measure_prepare(32, across, torch.bfloat16, "cuda"))
-        for rows in (2, 1, 4, 8, 16, 32, 64):
-            records.append(measure_skinny(rows, "cuda"))
-            if args.json:
-                args.json.write_text(json.dumps(records, indent=1) + "\n")
+        for letter in args.only:
+            for measure in passes[letter]:
+                records.append(measure())
+                if args.json:
+                    args.json.write_text(json.dumps(records, indent=1) + "\n")
 
 
 if __name__ == "__main__":
