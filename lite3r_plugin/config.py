@@ -142,7 +142,7 @@ class Lite3RConfig:
             ``None``: where measurements say so for the length and density at hand (`lite3r_plugin.costs.attention.break_even`);
             without a CUDA GPU all sites do.
         fuse: Replace QK norm and rotary embedding of known sites by one exact kernel, also at sites that stay dense; and, of exact
-            rewrites, take those that run kernels on the feature maps of dense heads.
+            rewrites, take those that run kernels inside of the model's own code.
         exact_rewrites: Write parts of the model so that they are faster and give the same numbers up to rounding, in the same dtypes, as
             its adapter describes them; what differs from the model's own code in a trial is left as it is, and `describe` says why.
         attention_backend: What runs sparse attention: ``"triton"`` kernels, the ``"naive"`` definition in plain torch, which is slow,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -47,53 +47,75 @@ class Fp8Block(HostWrapper):
         # Whoever wraps or watches a module inside is to see it called, with tensors.
         self.parts = tuple((parent, name, child) for parent in host.modules() for name, child in parent.named_children())
         self.passed = passed
+        self.inside = self._find()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the host's forward."""
         given = dict(zip(self.argument_names, args, strict=False)) | kwargs
         x = given.pop(self.argument_names[0])
         given = {name: value for name, value in given.items() if value is not None and value is not False}
-        attention = self.get_submodule(self.attention)
         if not isinstance(x, Tensor) or self.training or not given.keys() <= self.passed:
             return self.run_host(*args, **kwargs)
+        compiling = torch.compiler.is_compiling()
+        inside = self._find() if compiling else self.inside  # what is in its place, as `_untouched` asks
         wants_grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
-        if wants_grad or not self._readable() or not (torch.compiler.is_compiling() or self._untouched(attention)):
+        if wants_grad or not (compiling or self._untouched(inside.attention)) or not all(map(may_be_read, inside.owners)):
             return self.run_host(*args, **kwargs)
-        return self._forward(x, attention, given)
+        return self._forward(x, inside, given)
 
-    def _readable(self) -> bool:
+    def _find(self) -> _Inside:
         block = self.block
-        gains = (name.rpartition(".")[0] for name in (block.gain1, block.gain2) if name is not None)
-        owners = [self.get_submodule(name) for name in (block.norm1, block.norm2, *filter(None, gains))]
-        return all(may_be_read(owner) for owner in owners)
+        norm1, norm2, up, down = (self.get_submodule(name) for name in (block.norm1, block.norm2, block.up, block.down))
+        gains: list[tuple[nn.Module, str] | None] = []
+        for name in (block.gain1, block.gain2):
+            owner, _, own = (name or "").rpartition(".")
+            gains.append(None if name is None else (self.get_submodule(owner), own))
+        owners = (norm1, norm2, *(gain[0] for gain in gains if gain is not None and gain[0] is not self))
+        return _Inside(self.get_submodule(self.attention), norm1, norm2, up, down, gains[0], gains[1], owners)
 
     def _untouched(self, attention: nn.Module) -> bool:
         if has_forward_hooks(attention):
             return False
-        return all(
-            parent._modules.get(name) is child and (child is attention or not must_be_called(child)) for parent, name, child in self.parts
-        )
+        for parent, name, child in self.parts:  # of every call of every block: a plain loop, and no call for what has no hooks
+            if parent._modules.get(name) is not child:
+                return False
+            watched = child._forward_hooks or child._forward_pre_hooks or "forward" in child.__dict__
+            if watched and child is not attention and must_be_called(child):
+                return False
+        return True
 
-    def _forward(self, x: Tensor, attention: nn.Module, given: dict[str, Any]) -> Tensor:
-        block = self.block
-        norm1, norm2 = (self.get_submodule(name) for name in (block.norm1, block.norm2))
-        gain1, gain2 = (None if name is None else self.get_parameter(name) for name in (block.gain1, block.gain2))
-        up, down = self.get_submodule(block.up), self.get_submodule(block.down)
-        require_one_device(
-            x, **{f"{block.norm1}.weight": norm1.weight, f"{block.norm2}.weight": norm2.weight, "gain1": gain1, "gain2": gain2}
-        )
+    def _forward(self, x: Tensor, inside: _Inside, given: dict[str, Any]) -> Tensor:
+        norm1, norm2, up, down = inside.norm1, inside.norm2, inside.up, inside.down
+        gain1, gain2 = (None if gain is None else getattr(*gain) for gain in (inside.gain1, inside.gain2))
+        read = (norm1.weight, norm2.weight, gain1, gain2)
+        if any(weight is not None and weight.device != x.device for weight in read):
+            names = (f"{self.block.norm1}.weight", f"{self.block.norm2}.weight", "gain1", "gain2")
+            require_one_device(x, **dict(zip(names, read, strict=True)))
         assert isinstance(norm2, nn.LayerNorm)
         assert isinstance(up, Fp8Linear)
         assert isinstance(down, Fp8Linear)
         if self.attention_takes_fp8:
             assert isinstance(norm1, nn.LayerNorm)
-            normed = passes(x).layer_norm_quantize(x, norm1.weight, norm1.bias, norm1.eps, _counter(attention))
+            normed = passes(x).layer_norm_quantize(x, norm1.weight, norm1.bias, norm1.eps, _counter(inside.attention))
         else:
             normed = norm1(x)
-        update = attention(normed, **given)
+        update = inside.attention(normed, **given)
         x, rows = passes(x).residual_norm_quantize(x, update, gain1, norm2.weight, norm2.bias, norm2.eps, up.infinities)
-        update = mlp(rows, up, down, block.activation, self.rows_at_once)
-        return x + update if gain2 is None else torch.addcmul(x, update, gain2)
+        update = mlp(rows, up, down, self.block.activation, self.rows_at_once)
+        return passes(x).residual(x, update, gain2)
+
+
+class _Inside(NamedTuple):
+    """Modules inside of a block; each gain as who has it and its name there, and all modules whose parameters are read."""
+
+    attention: nn.Module
+    norm1: nn.Module
+    norm2: nn.Module
+    up: nn.Module
+    down: nn.Module
+    gain1: tuple[nn.Module, str] | None
+    gain2: tuple[nn.Module, str] | None
+    owners: tuple[nn.Module, ...]
 
 
 def block_forward(host: nn.Module, site: AttentionSite, x: Tensor, **given: Any) -> Tensor:

@@ -18,12 +18,15 @@ from torch import Tensor, nn
 from ..adapter.rewrites import ExactRewrite, Trial
 from ..adapter.trials import like
 from ..errors import AdapterError, InputError
+from ..ops import skinny_linear
 from ..wrapper import TABLES, RewrittenMethod, RewrittenModule, has_forward_hooks, host_of, is_plain_tensor
 from .maps import add_embedding
+from .modes import operators_are_seen
 from .values import exchanged
 
 MAX_POSITIONS = 4096  # rows and columns of the rotary tables; token coordinates are below it
 MOST_SIZES = 512  # of features whose position embeddings are kept
+LEAST_WEIGHTS = 1 << 20  # of a Linear that runs by another kernel where it has few rows
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -169,6 +172,48 @@ def kept_embedding(fqn: str, method: str, channels: int) -> list[ExactRewrite]:
     return [
         ExactRewrite(fqn, words, made(True), trial, method),
         ExactRewrite(fqn, f"{words}, in the dtype of the features", made(False), trial, method, keeps_dtype=False),
+    ]
+
+
+class FewRows(RewrittenMethod):
+    """The forward of a Linear that is often given few rows in FP32, such as one token for each view: a GPU then reads its weight once.
+
+    Torch's own product runs for what `skinny_linear.takes` leaves to it, in code that is compiled, traced or transformed (`torch.func`),
+    where a mode of torch sees all operators, and on tensors of other classes.
+
+    Raises:
+        AdapterError: the module is no `torch.nn.Linear`.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        if type(module) is not nn.Linear:
+            raise AdapterError(f"it is a {type(module).__name__}, not a torch.nn.Linear")
+        super().__init__(module, "forward")
+
+    def rewritten(self, input: Tensor) -> Tensor:
+        """As the host's forward."""
+        module: Any = self.module
+        if type(module) is nn.Linear and not torch.compiler.is_compiling():
+            weight, bias = module.weight, module.bias
+            plain = is_plain_tensor(input) and is_plain_tensor(weight) and (bias is None or is_plain_tensor(bias))
+            if plain and skinny_linear.takes(input, weight, bias) and not operators_are_seen():
+                return skinny_linear.linear(input, weight, bias)
+        return self.run_host(input)
+
+
+def few_rows(fqn: str, module: nn.Module) -> list[ExactRewrite]:
+    """`FewRows` of the Linears in the module `fqn` that are so large that reading their weight takes longer than a launch."""
+
+    def trial(linear: nn.Module) -> Trial:
+        generator = torch.Generator("cpu").manual_seed(0)
+        small = nn.Linear(24, 10, bias=getattr(linear, "bias", None) is not None)  # of the host's class, as `FewRows` asked
+        return Trial(small, [(torch.randn(1, rows, 24, generator=generator, device="cpu"),) for rows in (1, skinny_linear.MAX_ROWS, 40)])
+
+    words = "few rows in FP32 by a kernel that reads the weight once"
+    return [
+        ExactRewrite(f"{fqn}.{name}" if fqn else name, words, FewRows, trial, kernels=True)
+        for name, inside in module.named_modules()
+        if isinstance(inside, nn.Linear) and inside.in_features * inside.out_features >= LEAST_WEIGHTS
     ]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from ..wrapper import Changes, RewrittenMethod
 from .compile import CompiledBlocks
 from .graphs import IN_TURN, Graphs
 from .half import HalfWeights, weight_dtype, why_not_half
+from .modes import functions_are_seen
 from .sdpa import LargestDense, fastest_sdpa, sdpa_backend
 from .values import exchanged, tensors_in
 
@@ -108,7 +108,7 @@ class FastForward(RewrittenMethod):
             reason = "the model is in training mode"
         elif torch.is_grad_enabled() and _wants_gradients(self.module, args, kwargs):
             warn, reason = True, "gradients are wanted: call the model under torch.inference_mode() or torch.no_grad()"
-        elif torch._C._len_torch_dispatch_stack() or _sees_functions():
+        elif torch._C._len_torch_dispatch_stack() or functions_are_seen():
             reason = WATCHED
         elif nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
             reason = "a hook for all modules sees each call"
@@ -243,19 +243,3 @@ def _with_images(
 
 def _wants_gradients(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return any(p.requires_grad for p in module.parameters()) or any(x.requires_grad for x in tensors_in((args, kwargs)))
-
-
-@functools.cache
-def _device_context() -> type:
-    from torch.utils._device import DeviceContext
-
-    return DeviceContext
-
-
-def _sees_functions() -> bool:
-    """Whether a mode sees the functions of torch, other than that of a default device."""
-    if not torch._C._len_torch_function_stack():
-        return False
-    from torch.overrides import _get_current_function_mode_stack
-
-    return any(not isinstance(mode, _device_context()) for mode in _get_current_function_mode_stack())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -39,12 +39,13 @@ class Rewrites:
     @property
     def done(self) -> tuple[str, ...]:
         """What is rewritten, in words."""
-        return tuple(map(_words, self.made))
+        return tuple(_words(self.made))
 
     @property
     def left(self) -> dict[str, str]:
         """What is left as it is, in words, with the reason."""
-        return {_words(rewrite): why for rewrite, why in self.refused.items()}
+        reasons = dict.fromkeys(self.refused.values())
+        return {words: why for why in reasons for words in _words(r for r, reason in self.refused.items() if reason == why)}
 
 
 NO_REWRITES = Rewrites({}, {})
@@ -108,8 +109,14 @@ def lies_outside(item: Rewritten, modules: Mapping[str, nn.Module]) -> bool:
     return modules[""] is item or not {item, item.host} & set(modules.values())
 
 
-def _words(rewrite: ExactRewrite) -> str:
-    return f"{rewrite.fqn or 'the model'}: {rewrite.sentence}"
+def _words(rewrites: Iterable[ExactRewrite]) -> Iterator[str]:
+    """What each of them does, and of more than three that do the same, how many there are."""
+    places: dict[str, list[str]] = {}
+    for rewrite in rewrites:
+        places.setdefault(rewrite.sentence, []).append(rewrite.fqn or "the model")
+    for sentence, names in places.items():
+        shown = names if len(names) <= 3 else [f"{names[0]} and {len(names) - 1} more"]
+        yield from (f"{name}: {sentence}" for name in shown)
 
 
 def _make(rewrite: ExactRewrite, module: nn.Module | None) -> Rewritten:

@@ -31,6 +31,8 @@ def has_forward_hooks(module: nn.Module) -> bool:
 
     Hooks of an object that says of itself that it `reads_arguments_only` do not count: they see no result.
     """
+    if not module._forward_hooks and not module._forward_pre_hooks:
+        return False
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     return any(not getattr(getattr(hook, "__self__", None), "reads_arguments_only", False) for hook in hooks)
 

@@ -19,7 +19,7 @@ from rewriting import rewrite_exactly
 from sla_cases import DEVICE
 from torch import Tensor, nn
 
-from lite3r_plugin import Lite3RConfig, apply_lite3r, describe, lite3r_disabled, load_lite3r, remove_lite3r, save_lite3r
+from lite3r_plugin import Lite3RConfig, apply_lite3r, convert, describe, lite3r_disabled, load_lite3r, remove_lite3r, save_lite3r
 from lite3r_plugin.apply.lookup import lite3r_modules
 from lite3r_plugin.errors import NotAppliedError
 from lite3r_plugin.runtime import maps
@@ -114,6 +114,28 @@ def test_they_come_with_lite3r_and_go_with_it(build: Callable[[], nn.Module], tm
     remove_lite3r(model)
     assert contents(model) == before
     assert all(torch.equal(found, expected[path]) for path, found in named_tensors(model(images)).items())
+
+
+@torch.no_grad()
+def test_large_linears_of_the_camera_head_take_few_rows_by_themselves() -> None:
+    from vggt.heads.camera_head import CameraHead
+
+    model = small_vggt()
+    model.camera_head = CameraHead(dim_in=1024, num_heads=8, trunk_depth=1).eval()
+    layers = [torch.randn(1, 3, 2, 1024)]
+    expected, forwards = model.camera_head(layers), [m for m in model.modules() if "forward" in vars(m)]
+    apply_lite3r(model, DENSE, fuse=False)
+    assert not any("few rows" in words for words in describe(model).rewritten)
+    remove_lite3r(model)
+    apply_lite3r(model, DENSE)
+    words = "camera_head.trunk.0.attn.qkv and 4 more: few rows in FP32 by a kernel that reads the weight once"
+    assert words in describe(model).rewritten
+    torch.testing.assert_close(model.camera_head(layers), expected)
+    remove_lite3r(model)
+    assert [m for m in model.modules() if "forward" in vars(m)] == forwards
+    convert(apply_lite3r(model, DENSE), fp8_backend="emulated")  # which leaves the head as it is
+    assert words in describe(model).rewritten
+    torch.testing.assert_close(model.camera_head(layers), expected)
 
 
 def test_they_can_be_left_out() -> None:

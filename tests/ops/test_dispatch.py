@@ -103,10 +103,13 @@ def _launches() -> dict[str, Any]:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     q, weight = torch.randn(1, 2, 16, 32, device=device), fp8.quantize(torch.randn(24, 32, device=device))
+    column = torch.rand(32, 1, device=device)
     norm = dict(q_norm=qk_norm_rope.HeadNorm("layer", None, None, 1e-6), k_norm=None, positions=None, rope_base=None)
     calls: dict[str, Any] = {
         "norm_rope": lambda: qk_norm_rope.norm_rope(q, q, triton=True, **norm)[0],
         "fp8_rows": lambda: kernels.quantize(q).data.float(),
+        "residual": lambda: kernels.residual(q, q, None),
+        "fp8_scale_products_": lambda: kernels.scale_products(q[0, 0].clone(), q[0, 0, :, 0].clone(), column, None),
         "weight_only_linear": lambda: weight_only.linear(q, weight, None, triton=True),
     }
     if device == "cuda":

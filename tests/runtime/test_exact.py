@@ -5,24 +5,29 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+from typing import Any
 
 import hosts
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from lite3r_plugin.adapter import ExactRewrite
 from lite3r_plugin.errors import AdapterError, InputError
+from lite3r_plugin.ops import skinny_linear
 from lite3r_plugin.ops.qk_norm_rope.naive import rotate
 from lite3r_plugin.runtime.exact import (
     MAX_POSITIONS,
     MOST_SIZES,
+    FewRows,
     InFp32,
     KeptEmbedding,
     NotKept,
     OutputInFp32,
     ReadLayers,
     TableRope,
+    few_rows,
     layers_read,
     token_positions,
     without_weights,
@@ -126,6 +131,81 @@ def test_the_last_activation_gets_fp32() -> None:
 def test_a_module_can_stay_in_fp32() -> None:
     made = InFp32(nn.Linear(4, 4))
     assert made(torch.rand(2, 4).bfloat16()).dtype == torch.float32
+
+
+class CameraHead(nn.Module):
+    """A head with Linears of three sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.small, self.up, self.down = nn.Linear(9, 512), nn.Linear(512, 2048), nn.Linear(2048, 512, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(self.small(x)).relu())
+
+
+def rows_of(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of what runs by `skinny_linear` from now on."""
+    seen: list[int] = []
+    run = skinny_linear.linear
+
+    def counted(x: Tensor, *args: Any) -> Tensor:
+        seen.append(x.numel() // x.shape[-1])
+        return run(x, *args)
+
+    monkeypatch.setattr(skinny_linear, "linear", counted)
+    return seen
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@torch.no_grad()
+def test_large_linears_run_few_rows_by_their_own_kernel(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    head, seen = CameraHead().to(device), rows_of(monkeypatch)
+    expected = {rows: head(torch.ones(1, rows, 9, device=device)) for rows in (1, 8, 9)}
+    found = few_rows("head", head)
+    assert [rewrite.fqn for rewrite in found] == ["head.up", "head.down"]
+    assert all(rewrite.kernels and rewrite.keeps_dtype for rewrite in found)
+    for rewrite in found:
+        put(rewrite.make(head.get_submodule(rewrite.fqn.partition(".")[2])))  # pyright: ignore[reportArgumentType]
+    for rows, x in expected.items():
+        torch.testing.assert_close(head(torch.ones(1, rows, 9, device=device)), x)
+    assert seen == [1, 1, 8, 8]
+    head.up.weight.zero_()  # what is written since, is seen
+    head.up.bias.zero_()
+    assert not head(torch.ones(1, 9, device=device)).any()
+
+
+def test_whoever_watches_or_transforms_operators_sees_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear, seen = nn.Linear(4, 3), rows_of(monkeypatch)
+    put(FewRows(linear))
+    x = torch.rand(2, 4)
+    with torch.no_grad(), FlopCounterMode(display=False) as flops:
+        linear(x)
+    assert flops.get_total_flops() == 2 * 2 * 4 * 3
+    with torch.no_grad():
+        torch.func.vmap(linear)(x)
+        torch.func.jvp(linear, (x,), (x,))
+    linear(x).sum().backward()
+    assert linear.weight.grad is not None
+    assert seen == []
+    with torch.no_grad():
+        linear(input=x)
+    assert seen == [2]
+
+
+def test_other_classes_of_linears_are_left() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    with pytest.raises(AdapterError, match=r"it is a Scaled, not a torch.nn.Linear"):
+        FewRows(Scaled(2, 2))
+    linear, x = nn.Linear(4, 3), torch.ones(1, 4)
+    expected = 2 * linear(x)
+    put(FewRows(linear))
+    linear.__class__ = Scaled  # as parametrisations do
+    with torch.no_grad():
+        torch.testing.assert_close(linear(x), expected)
 
 
 class Backbone(RewrittenModule):

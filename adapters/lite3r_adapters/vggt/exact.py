@@ -15,6 +15,7 @@ from lite3r_plugin.errors import AdapterError
 from lite3r_plugin.runtime.exact import (
     NotKept,
     ReadLayers,
+    few_rows,
     in_fp32,
     kept_embedding,
     layers_read,
@@ -59,6 +60,7 @@ def rewrites(model: nn.Module) -> list[ExactRewrite] | None:
             found.append(output_in_fp32(fqn))
             if isinstance(getattr(head, "token_norm", None), nn.Module):
                 found += in_fp32(fqn, "token_norm", for_precision=True)
+            found += few_rows(fqn, head)
         elif hasattr(head, "trunk") and hasattr(head, "first_view") and isinstance(getattr(head, "norm", None), nn.Module):
             found += in_fp32(fqn, "norm", for_precision=True)  # of the testbed
         elif hasattr(head, "tracker") and hasattr(head, "feature_extractor"):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...config import Fp8Backend
-from ...ops.fp8 import Quantized
+from ...ops.fp8 import Quantized, passes
 from ..cache import TensorCache
 from .base import Backend, StoredLinear, in_fp8, why_no_fp8_units
 
@@ -54,14 +54,29 @@ def scaled_mm(x: Quantized, weight: Quantized, bias: Tensor | None, dtype: torch
     if not x.data.numel():
         return x.scale.new_empty(shape, dtype=dtype)
     if dtype == torch.float32:
-        one = torch.ones((), device=x.scale.device)
+        one = _one(x.scale.device)
         out = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
             x.data.reshape(-1, inputs), weight.data.t(), scale_a=one, scale_b=one, out_dtype=torch.float32, use_fast_accum=False
         )
-        out = out.mul_(x.scale.reshape(-1, 1)).mul_(weight.scale.t())
-        return (out if bias is None else out.add_(bias)).view(shape)
+        return passes(out).scale_products(out, x.scale, weight.scale, bias).view(shape)
     out = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
         x.data.reshape(-1, inputs), weight.data.t(), scale_a=x.scale.reshape(-1, 1), scale_b=weight.scale.t(),
         bias=None if bias is None else bias.to(torch.bfloat16), out_dtype=torch.bfloat16, use_fast_accum=True,
     )  # fmt: skip
     return out.view(shape).to(dtype)
+
+
+_ones: dict[torch.device, Tensor] = {}
+
+
+def _one(device: torch.device) -> Tensor:
+    """A scale of 1, FP32, kept for each device; not what is made inside of a graph, whose memory is the graph's."""
+    if torch.compiler.is_compiling():
+        return torch.ones((), device=device)
+    found = _ones.get(device)
+    if found is None:
+        with torch.inference_mode(False):
+            found = torch.ones((), device=device)
+        if not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            _ones[device] = found
+    return found

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...errors import BackendError
+from ..sizes import power_of_2
 
 MAX_COLUMNS = 32768  # key blocks that a program can hold
 SLAB_BYTES = 256 << 20
@@ -118,7 +119,7 @@ def block_map_with_bits(
     counts = (kept,) if skipped is chosen else (kept, columns - negligible)
     keys = k_mean.transpose(-1, -2)
     slab = max(1, SLAB_BYTES // (4 * columns * batch * heads), -(-rows // MAX_SLABS))
-    width = max(32, triton.next_power_of_2(columns))
+    width = max(32, power_of_2(columns))
     for start in range(0, rows, slab):
         scores = q_mean[..., start : start + slab, :] @ keys
         for i, count in enumerate(counts):

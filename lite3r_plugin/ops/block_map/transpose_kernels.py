@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..sizes import power_of_2
+
 ROWS = 128
 COLUMNS = 1024
 
@@ -113,7 +115,7 @@ def indices_of(bits: Tensor, kept: int) -> Tensor:
     """The map as indices ``[B, H, query blocks, kept]`` int32, from its bit set, which has `kept` bits in each row."""
     *rows, words = bits.shape
     indices = torch.empty(*rows, kept, device=bits.device, dtype=torch.int32)
-    _indices_kernel[(bits.numel() // words,)](bits, indices, kept, words, WIDTH=triton.next_power_of_2(words), num_warps=4)
+    _indices_kernel[(bits.numel() // words,)](bits, indices, kept, words, WIDTH=power_of_2(words), num_warps=4)
     return indices
 
 

@@ -7,12 +7,16 @@ relative error (1.6e-3 in the negative tail, 3e-4 above zero) is far below the 6
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import on_device_of, register, under_trace
+from ..sizes import cover, power_of_2
+from . import naive
 from .naive import E4M3, Quantized, sum_dtype
 
 ACTIVATIONS = {None: 0, "none": 1, "tanh": 2, "swiglu": 3}
@@ -150,7 +154,7 @@ def heads_quantize(x: Tensor, infinities: Tensor | None = None) -> Quantized:
 
 def warps(width: int) -> int:
     """Warps for a row of `width` entries: 32 entries a thread keep enough bytes in flight without a long reduction."""
-    return min(16, max(1, triton.next_power_of_2(width) // 1024))
+    return min(16, max(1, power_of_2(width) // 1024))
 
 
 def _pass(
@@ -165,16 +169,17 @@ def _pass(
     """The quantised rows, and the sum that they were made of; where there is no residual, nothing of use."""
     weight, bias, eps = norm or (None, None, 0.0)
     arguments = (x, *residual, weight, bias, infinities, norm is not None, eps, activation, heads)
-    data, scale, total = rows_operator(*arguments) if under_trace() else _rows(*arguments)
-    return Quantized(data, scale, x.dtype), total
+    data, scale, total = rows_operator(*arguments) if under_trace() else _launch_rows(*arguments)
+    return Quantized(data, scale, x.dtype), x if total is None else total
 
 
-def _rows(
+def _launch_rows(
     x: Tensor, update: Tensor | None, gain: Tensor | None, weight: Tensor | None, bias: Tensor | None, infinities: Tensor | None,
     norm: bool, eps: float, activation: str | None, heads: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Data, scales and, with an `update`, the sum; else an empty tensor in its place."""
-    data, scale, total = _empty(x, update, gain, weight, bias, infinities, norm, eps, activation, heads)
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Data, scales and, with an `update`, the sum."""
+    data, scale = _empty_rows(x, activation, heads)
+    total = None if update is None else x.new_empty(x.shape, dtype=sum_dtype(x, update, gain))
     x = x if x.stride(-1) == 1 else x.contiguous()
     if heads:
         tokens, dim, strides = x.shape[2], x.shape[3], x.stride()[:3]
@@ -187,26 +192,36 @@ def _rows(
         update = update if update.stride(-1) == 1 else update.contiguous()
     with on_device_of(x):
         _rows_kernel[(scale.numel(),)](
-            x, *(x if p is None else p for p in (update, gain, weight, bias)), x if update is None else total,
+            x, *(x if p is None else p for p in (update, gain, weight, bias)), x if total is None else total,
             data, scale, scale if infinities is None else infinities,
             tokens, *strides, 0 if update is None else update.stride(0), eps,
-            C=width, BLOCK=triton.next_power_of_2(width), HEAD_DIM=dim, RESIDUAL=update is not None, GAIN=gain is not None,
+            C=width, BLOCK=power_of_2(width), HEAD_DIM=dim, RESIDUAL=update is not None, GAIN=gain is not None,
             NORM=norm, WEIGHT=weight is not None, BIAS=bias is not None, ACTIVATION=ACTIVATIONS[activation],
             COUNT=infinities is not None, INTERPRETED=not x.is_cuda, num_warps=warps(width),
         )  # fmt: skip
     return data, scale, total
 
 
-def _empty(x: Tensor, update: Tensor | None, gain: Tensor | None, *others: object) -> tuple[Tensor, Tensor, Tensor]:
-    """What `_rows` fills."""
-    activation, heads = others[-2:]
+def _empty_rows(x: Tensor, activation: str | None, heads: bool) -> tuple[Tensor, Tensor]:
+    """Data and scales, to be filled."""
     if heads:
         batch, count, tokens, dim = x.shape
         shape = (batch, tokens, count * dim)
     else:
         shape = (*x.shape[:-1], x.shape[-1] // (2 if activation == "swiglu" else 1))
+    return x.new_empty(shape, dtype=E4M3), x.new_empty(*shape[:-1], 1, dtype=torch.float32)
+
+
+def _rows(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_launch_rows`, with an empty tensor in the place of no sum."""
+    data, scale, total = _launch_rows(x, *others)
+    return data, scale, x.new_empty(0) if total is None else total
+
+
+def _empty(x: Tensor, update: Tensor | None, gain: Tensor | None, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Tensors like those of `_rows`."""
     total = x.new_empty(0) if update is None else x.new_empty(x.shape, dtype=sum_dtype(x, update, gain))
-    return x.new_empty(shape, dtype=E4M3), x.new_empty(*shape[:-1], 1, dtype=torch.float32), total
+    return *_empty_rows(x, *others[-2:]), total
 
 
 rows_operator = register(
@@ -215,4 +230,104 @@ rows_operator = register(
     "str? activation, bool heads) -> (Tensor, Tensor, Tensor)",
     _rows,
     _empty,
+)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _scale_kernel(
+    Out, RowScale, ColumnScale, Bias, rows, N, ROWS: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr
+):  # fmt: skip
+    """ROWS rows and BLOCK columns of Out [rows, N] FP32, contiguous, times RowScale [rows] and ColumnScale [N], plus Bias [N] (BIAS);
+    in place, programs [row blocks, column blocks]."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    live = (row < rows)[:, None] & (column < N)[None, :]
+    at = Out + row[:, None] * N + column[None, :]
+    out = tl.load(at, mask=live, other=0.0)
+    out = out * tl.load(RowScale + row, mask=row < rows, other=0.0)[:, None]
+    out = out * tl.load(ColumnScale + column, mask=column < N, other=0.0)[None, :]
+    if BIAS:
+        out += tl.load(Bias + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
+    tl.store(at, out, mask=live)
+
+
+def scale_products(products: Tensor, rows: Tensor, columns: Tensor, bias: Tensor | None) -> Tensor:
+    """As `naive.scale_products`, into `products` itself where nothing is compiled."""
+    if torch.compiler.is_compiling():  # one fused pass of the compiler's own
+        return naive.scale_products(products, rows, columns, bias)
+    (scale_operator if under_trace() else _scale)(products, rows, columns, bias)
+    return products
+
+
+def _scale(products: Tensor, rows: Tensor, columns: Tensor, bias: Tensor | None) -> None:
+    _scale_products(products, rows, columns, bias)
+
+
+scale_operator = register(
+    "fp8_scale_products_", "(Tensor(a!) products, Tensor rows, Tensor columns, Tensor? bias) -> ()", _scale, lambda *_: None
+)
+
+
+def _scale_products(
+    products: Tensor, rows: Tensor, columns: Tensor, bias: Tensor | None, launch: tuple[int, int, int] = (2, 1024, 4)
+) -> Tensor:
+    """`launch`: rows and columns of a program, and its warps."""
+    count, width = products.shape
+    height, block, warp_count = launch
+    with on_device_of(products):
+        _scale_kernel[(cover(count, height), cover(width, block))](
+            products, rows, columns, products if bias is None else bias, count, width,
+            ROWS=height, BLOCK=block, BIAS=bias is not None, num_warps=warp_count,
+        )  # fmt: skip
+    return products
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _residual_kernel(
+    X, Update, Gain, Total, rows, x_stride, update_stride,
+    C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, GAIN: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows of X + Gain * Update, summed in FP32; a program for each.
+
+    X, Update         [rows, C] of strides x_stride, update_stride and 1
+    Gain              [C] (GAIN)
+    Total             [rows, C] contiguous, in any dtype
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    lane = tl.arange(0, BLOCK)[None, :]
+    live = (row < rows) & (lane < C)
+    total = tl.load(Update + row * update_stride + lane, mask=live, other=0.0).to(tl.float32)
+    if GAIN:
+        total *= tl.load(Gain + lane, mask=lane < C, other=0.0).to(tl.float32)
+    total += tl.load(X + row * x_stride + lane, mask=live, other=0.0).to(tl.float32)
+    tl.store(Total + row * C + lane, total.to(Total.dtype.element_ty), mask=live)
+
+
+def residual(x: Tensor, update: Tensor, gain: Tensor | None) -> Tensor:
+    """As `naive.residual`."""
+    if torch.compiler.is_compiling():  # one fused pass of the compiler's own
+        return naive.residual(x, update, gain)
+    return (residual_operator if under_trace() else _residual)(x, update, gain)
+
+
+def _residual(x: Tensor, update: Tensor, gain: Tensor | None, launch: tuple[int, int] = (1, 1)) -> Tensor:
+    """`launch`: rows of a program, and its warps."""
+    width = x.shape[-1]
+    height, warp_count = launch
+    total = x.new_empty(x.shape, dtype=sum_dtype(x, update, gain))
+    x, update = (t.reshape(-1, width) for t in (x, update))
+    x, update = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, update))
+    with on_device_of(x):
+        _residual_kernel[(cover(len(x), height),)](
+            x, update, x if gain is None else gain, total, len(x), x.stride(0), update.stride(0),
+            C=width, ROWS=height, BLOCK=power_of_2(width), GAIN=gain is not None, num_warps=warp_count,
+        )  # fmt: skip
+    return total
+
+
+residual_operator = register(
+    "residual",
+    "(Tensor x, Tensor update, Tensor? gain) -> Tensor",
+    lambda x, update, gain: _residual(x, update, gain),
+    lambda x, update, gain: x.new_empty(x.shape, dtype=sum_dtype(x, update, gain)),
 )

@@ -138,9 +138,30 @@ def residual_norm_quantize(
         The sum, in the dtype to which x, update and gain promote, and the norm of that rounded sum in FP8: a norm that
         the host computed afterwards would see the rounded sum too.
     """
-    scaled = _wide(update) if gain is None else _wide(update) * gain
-    total = (_wide(x) + scaled).to(sum_dtype(x, update, gain))
+    total = residual(x, update, gain)
     return total, layer_norm_quantize(total, weight, bias, eps, infinities)
+
+
+def residual(x: Tensor, update: Tensor, gain: Tensor | None) -> Tensor:
+    """The residual sum of `residual_norm_quantize` alone: ``x + gain * update``, rounded once."""
+    scaled = _wide(update) if gain is None else _wide(update) * gain
+    return (_wide(x) + scaled).to(sum_dtype(x, update, gain))
+
+
+def scale_products(products: Tensor, rows: Tensor, columns: Tensor, bias: Tensor | None) -> Tensor:
+    """``products * rows * columns^T + bias``, what a product of FP8 rows without their scales lacks; it may be written into `products`.
+
+    Args:
+        products: ``[M, N]`` FP32, contiguous.
+        rows: Scales of x ``[M]`` or ``[M, 1]``, FP32, contiguous.
+        columns: Scales of the weight ``[N, 1]``, likewise.
+        bias: ``[N]`` or None.
+
+    Returns:
+        ``[M, N]`` FP32.
+    """
+    out = products * rows.reshape(-1, 1) * columns.reshape(1, -1)
+    return out if bias is None else out + bias.float()
 
 
 def sum_dtype(x: Tensor, update: Tensor, gain: Tensor | None) -> torch.dtype:

@@ -42,8 +42,13 @@ def prepare_qkv(q: Tensor, k: Tensor, v: Tensor, *, triton: bool, **options: Any
 
 def norm_tensors(q_norm: HeadNorm | None, k_norm: HeadNorm | None) -> dict[str, Tensor | None]:
     """The weights and biases of two norms, by what they are called in messages."""
-    norms = {"the norm of queries": q_norm or NO_NORM, "the norm of keys": k_norm or NO_NORM}
-    return {f"the {part} of {name}": getattr(norm, part) for name, norm in norms.items() for part in ("weight", "bias")}
+    q_norm, k_norm = q_norm or NO_NORM, k_norm or NO_NORM
+    return {
+        "the weight of the norm of queries": q_norm.weight,
+        "the bias of the norm of queries": q_norm.bias,
+        "the weight of the norm of keys": k_norm.weight,
+        "the bias of the norm of keys": k_norm.bias,
+    }
 
 
 def norm_rope(

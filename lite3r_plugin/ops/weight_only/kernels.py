@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..fp8 import Quantized
+from ..sizes import cover, power_of_2
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -56,7 +57,7 @@ def _linear_kernel(
 
 def launch_options(rows: int, dtype: torch.dtype) -> dict[str, int]:
     """Block sizes for `rows` rows of x; few rows need narrow tiles, FP32 needs short ones to fit into shared memory."""
-    block_m = min(128, max(16, triton.next_power_of_2(rows)))
+    block_m = min(128, max(16, power_of_2(rows)))
     block_k = 32 if dtype == torch.float32 else 64
     return dict(BLOCK_M=block_m, BLOCK_N=128, BLOCK_K=block_k, GROUP=8, num_warps=8 if block_m == 128 else 4, num_stages=3)
 
@@ -68,7 +69,7 @@ def linear(x: Tensor, weight: Quantized, bias: Tensor | None) -> Tensor:
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     out = torch.empty(*x.shape[:-1], outputs, device=x.device, dtype=x.dtype)
     options = launch_options(len(rows), x.dtype)
-    grid = (triton.cdiv(len(rows), options["BLOCK_M"]) * triton.cdiv(outputs, options["BLOCK_N"]),)
+    grid = (cover(len(rows), options["BLOCK_M"]) * cover(outputs, options["BLOCK_N"]),)
     _linear_kernel[grid](
         rows, weight.data.view(torch.uint8), weight.scale, weight.scale if bias is None else bias, out,
         len(rows), outputs, inputs, rows.stride(0), BIAS=bias is not None, PRECISION="tf32" if x.is_cuda else "ieee", **options,

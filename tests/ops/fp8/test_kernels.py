@@ -76,6 +76,24 @@ class TestPasses:
         for x in (together[:, :, 0].transpose(1, 2), together[:, :, 0].transpose(1, 2).contiguous()):
             assert_quantizes(kernels.heads_quantize(x), x.double().transpose(1, 2).flatten(2))
 
+    @pytest.mark.parametrize("gain", [True, False])
+    def test_residual(self, rows: int, width: int, dtype: torch.dtype, gain: bool) -> None:
+        x, update = (
+            random(2, rows, width, dtype=dtype),
+            random(2, rows, width, dtype=DTYPES[0]).transpose(0, 1).contiguous().transpose(0, 1),
+        )
+        g = random(width) if gain else None
+        found, same = kernels.residual(x, update, g), naive.residual(x, update, g)
+        assert found.dtype == same.dtype
+        torch.testing.assert_close(found, same, rtol=2 * torch.finfo(found.dtype).eps, atol=1e-6)
+
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_scales_of_products(self, rows: int, width: int, dtype: torch.dtype, bias: bool) -> None:
+        products, row, column = random(rows, width), random(rows, 1), random(width, 1)
+        b = random(width, dtype=dtype) if bias else None
+        expected = naive.scale_products(products.double(), row, column, b)
+        torch.testing.assert_close(kernels.scale_products(products, row, column, b), expected.float(), rtol=1e-6, atol=1e-6)
+
 
 def test_gelu_everywhere() -> None:
     x = torch.linspace(-12, 12, 4096 if GPU else 512, device=DEVICE)[:, None].expand(-1, 2).contiguous()

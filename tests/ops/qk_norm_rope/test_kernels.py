@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from numerics import assert_as_accurate
+from numerics import assert_as_accurate, relative_error
 from pairs import grid
 from sla_cases import BLOCKS, DEVICE, GPU, LENGTHS, norms, random_order, random_qkv
 
@@ -41,3 +41,16 @@ def test_prepare_qkv(tokens: int, dim: int, rope: bool, norm: str) -> None:
     plain = naive.norm_rope(q.double(), norm=head_norm, positions=options.get("positions"), rope_base=options.get("rope_base"))
     assert_as_accurate(q2, plain.to(dtype), plain)
     assert k2.shape == k.shape
+
+
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("largest", [8, 1000, 10**6, 2**30])
+def test_angles_of_any_position(dim: int, largest: int) -> None:
+    """In FP32, with frequencies good to 2^-22, as exp2 is on a GPU: no angle is so large that another error comes to that."""
+    q, k, _ = random_qkv(64, dim, torch.float32)
+    where: dict[str, Any] = dict(positions=torch.randint(largest // 2, largest, (2, 64, 2), device=DEVICE), rope_base=100.0)
+    found, _ = kernels.norm_rope(q, k, q_norm=None, k_norm=None, **where)
+    reference = naive.norm_rope(q.double(), **where)
+    error = relative_error(found, reference)
+    assert error <= 2 * relative_error(naive.norm_rope(q, **where), reference) + largest * 2**-22
+    torch.testing.assert_close(found.norm(), q.norm(), rtol=1e-4, atol=0)  # it turns, whatever it can know of the angle

@@ -24,7 +24,7 @@ INDEX_POINTERS = {
 FP32_POINTERS = {
     "QMean", "KMean", "VMean", "Scores", "State", "Total", "Totals", "OutTotals", "Mu", "Lse", "QW", "QB", "KW", "KB", "Proj",
 }  # fmt: skip
-FP32_SCALARS = {"log2_base", "q_eps", "k_eps", "scale", "scale_log2"}
+FP32_SCALARS = {"octaves", "more_octaves", "q_eps", "k_eps", "scale", "scale_log2"}
 
 
 def signature(kernel: Any, dtype: str, constants: dict[str, Any], label: str) -> dict[str, str]:
@@ -59,7 +59,7 @@ def variants() -> list[tuple[str, Any, str, dict[str, Any], dict[str, int]]]:
             for rope, norm, pool in ((True, 1, True), (True, 2, False)):
                 constants = dict(
                     D=dim, HALF=half, ROWS=128 if pool else 64, BLOCK_K=64, Q_NORM=norm, K_NORM=norm, ROPE=rope,
-                    ORDERED=pool, POOL=pool, PART=0 if norm == 1 else 1,
+                    ORDERED=pool, POOL=pool, PART=0 if norm == 1 else 1, HEADS=2,
                 )  # fmt: skip
                 found.append(("prepare", qk_norm_rope._prepare_kernel, dtype, constants, dict(num_warps=8)))
             forms = (("all", True, True, False), ("marginal", False, False, False), ("all", True, True, True))

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...sizes import power_of_2
 from .linear import LINEAR, LOG2_E, linear_state, phi, precision
 from .marginal import marginal_states
 from .operands import Operands
@@ -235,7 +236,7 @@ def forward(operands: Operands, *, save_lse: bool = False, save_linear: bool = F
             q, k, v, operands.kv_indices, everything, nothing if means is None else bits, *(padded_mean or (nothing, nothing)), *source,
             *(nothing if x is None else x for x in (mu, proj, order, out, lse, branch, failed)),
             queries, tokens, k.shape[2], heads, rows, columns, kept, mean_rows, words, pinned, operands.scale * LOG2_E.value,
-            D=dim, DP=triton.next_power_of_2(dim), BLOCK_Q=block_q, BLOCK_K=block_k, LINEAR=LINEAR[linear],
+            D=dim, DP=power_of_2(dim), BLOCK_Q=block_q, BLOCK_K=block_k, LINEAR=LINEAR[linear],
             SOFTMAX=operands.feature_map == "softmax", CENTRED=mu is not None, MEANS=means is not None, ORDERED=order is not None,
             SAVE_LSE=save_lse, SAVE_LINEAR=save_linear, FIXED=fixed and not retry, RETRY=retry, PRECISION=precision(q), **options,
         )  # fmt: skip

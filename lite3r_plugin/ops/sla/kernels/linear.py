@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...sizes import power_of_2
+
 LINEAR = {"none": 0, "all": 1, "marginal": 2}  # what kernels call the branches
 LARGEST_TILE = 64  # keys that the linear-state kernel holds at once
 LOG2_E = tl.constexpr(1.4426950408889634)  # powers of two take half the instructions of `tl.exp`
@@ -110,7 +112,7 @@ def _launch(
     tile = min(block_k, LARGEST_TILE)
     _linear_state_kernel[(total.shape[-2], k.numel() // (padded * dim))](
         k, v, k if mu is None else mu, k if proj is None else proj, state, total, tokens, padded, per_split * block_k // tile, scale,
-        D=dim, DP=triton.next_power_of_2(dim), TILE=tile, SOFTMAX=feature_map == "softmax",
+        D=dim, DP=power_of_2(dim), TILE=tile, SOFTMAX=feature_map == "softmax",
         CENTRED=mu is not None, FOLDED=proj is not None, PRECISION=precision(k), **state_options(k.dtype),
     )  # fmt: skip
 

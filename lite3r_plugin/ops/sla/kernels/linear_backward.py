@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...sizes import power_of_2
 from .backward_options import rows_options
 from .forward import Residuals
 from .linear import phi, precision
@@ -167,7 +168,7 @@ def proj_backward(grad: Tensor, linear: Tensor) -> Tensor:
     out = torch.empty(batch * heads * splits, dim, dim, device=grad.device, dtype=torch.float32)
     _dproj_kernel[(splits, batch * heads)](
         grad, linear, out, tokens, heads, per_split, *grad.stride()[:3],
-        D=dim, DP=triton.next_power_of_2(dim), TILE=tile, PRECISION=precision(grad),
+        D=dim, DP=power_of_2(dim), TILE=tile, PRECISION=precision(grad),
         num_warps=4 if dim <= 64 else 8, num_stages=1 if grad.dtype == torch.float32 else 3,
     )  # fmt: skip
     return out.sum(0)
@@ -225,7 +226,7 @@ def by_rows(operands: Operands, residuals: Residuals, out: Tensor, grad: Tensor,
         state, total, mu, operands.proj if branch else do,
         do, stats, dq, e, dtotal, dsum,
         operands.queries, padded, heads, rows, operands.pinned, per_split, *grad.stride()[:3],
-        D=dim, DP=triton.next_power_of_2(dim), BLOCK_Q=operands.block_q, ORDERED=operands.order is not None,
+        D=dim, DP=power_of_2(dim), BLOCK_Q=operands.block_q, ORDERED=operands.order is not None,
         OF_LSE=grad_lse is not None, **operands.branch,
         **rows_options(operands),
     )  # fmt: skip

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import triton
 from torch import Tensor
 
 from ...block_map.kernels import BlockMap
+from ...sizes import power_of_2
 from ..signature import Arguments
 from .linear import LINEAR, precision
 
@@ -102,7 +102,7 @@ class Operands(NamedTuple):
     def sizes(self) -> dict[str, object]:
         """Constants of all backward kernels."""
         dim = self.q.shape[-1]
-        return dict(D=dim, DP=triton.next_power_of_2(dim), BLOCK_Q=self.block_q, BLOCK_K=self.block_k)
+        return dict(D=dim, DP=power_of_2(dim), BLOCK_Q=self.block_q, BLOCK_K=self.block_k)
 
     @property
     def branch(self) -> dict[str, object]:

@@ -1,0 +1,190 @@
+"""Times the small passes around attention and FP8 products on a GPU, each against what torch does instead, and other launches of them.
+
+    python benchmarks/operators/small_passes.py --only A --json out.json
+
+    A   FP32 Linears of a camera head on few rows
+    B   the scales of FP32 products of FP8 matrices
+    C   the last residual of a block
+    D   norm and rotary embedding ahead of attention
+
+CUDA graphs, in turns, medians in microseconds; each result is compared with its definition in FP64 in the same run. Each letter is done
+within a minute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lite3r_plugin.ops.fp8 import kernels as fp8
+from lite3r_plugin.ops.qk_norm_rope import HeadNorm, naive
+from lite3r_plugin.ops.qk_norm_rope import kernels as prepare
+from lite3r_plugin.ops.skinny_linear import kernels as skinny
+
+Runs = dict[str, Callable[[], Any]]
+
+
+def times(runs: Runs, rounds: int = 9) -> dict[str, float]:
+    """Median microseconds of each, replayed in turns."""
+    graphs: dict[str, torch.cuda.CUDAGraph] = {}
+    found: dict[str, list[float]] = {}
+    for name, run in runs.items():
+        try:
+            for _ in range(2):
+                run()
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                run()
+            graphs[name], found[name] = graph, []
+        except Exception as error:
+            print(f"  {name} did not run: {type(error).__name__}: {str(error).splitlines()[:1]}")
+    for turn in range(rounds + 2):
+        for name, graph in graphs.items():
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            stop.record()
+            stop.synchronize()
+            if turn > 1:
+                found[name].append(start.elapsed_time(stop) * 1000)
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def report(title: str, found: dict[str, float], errors: dict[str, float] | None = None) -> dict[str, Any]:
+    print(f"\n{title}", flush=True)
+    for name, value in sorted(found.items(), key=lambda item: item[1]):
+        error = "" if errors is None or name not in errors else f"   error {errors[name]:.2e}"
+        print(f"  {value:9.1f} us  {name}{error}", flush=True)
+    return {"title": title, "us": found, "errors": errors or {}}
+
+
+def error_of(found: Tensor, expected: Tensor) -> float:
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def measure_skinny(rows: int, device: str) -> dict[str, Any]:
+    """One iteration of a camera head: four blocks of width 2048, 805 MB of weights."""
+    sizes = [(6144, 2048), (2048, 2048), (8192, 2048), (2048, 8192)]
+    weights = [(torch.randn(n, k, device=device) / k**0.5, torch.randn(n, device=device)) for _ in range(4) for n, k in sizes]
+    xs = {k: torch.randn(rows, k, device=device) for k in (2048, 8192)}
+
+    def all_of(one: Callable[..., Tensor]) -> Callable[[], None]:
+        def run() -> None:
+            for weight, bias in weights:
+                one(xs[weight.shape[1]], weight, bias)
+
+        return run
+
+    runs: Runs = {"cublas": all_of(F.linear), "ours": all_of(skinny.linear)}
+    tried: dict[str, skinny.Launch] = {}
+    for n, warps in ((1, 4), (2, 2), (2, 4), (2, 8), (4, 2), (4, 8), (8, 4)):
+        tried[f"ours n{n} warps{warps}"] = skinny.Launch(n, 128 * warps, warps)
+    for name, launch in tried.items():
+        runs[name] = all_of(lambda x, w, b, launch=launch: skinny.linear(x, w, b, launch))
+    found = times(runs)
+    weight, bias = weights[3]
+    expected = F.linear(xs[8192].double(), weight.double(), bias.double())
+    errors = {name: error_of(skinny.linear(xs[8192], weight, bias, launch), expected) for name, launch in tried.items() if name in found}
+    errors |= {
+        "cublas": error_of(F.linear(xs[8192], weight, bias), expected),
+        "ours": error_of(skinny.linear(xs[8192], weight, bias), expected),
+    }
+    return report(f"A. FP32 Linears of a camera head, one iteration, {rows} rows", found, errors)
+
+
+def measure_scale(tokens: int, outputs: int, device: str) -> dict[str, Any]:
+    products, row, column, bias = (
+        torch.randn(*shape, device=device) for shape in ((tokens, outputs), (tokens, 1), (outputs, 1), (outputs,))
+    )
+    runs: Runs = {"torch": lambda: products.mul_(row).mul_(column.t()).add_(bias)}
+    launches = {f"ours {block}": block for block in ((1, 1024, 4), (2, 1024, 4), (4, 1024, 4), (4, 1024, 8), (8, 512, 4), (1, 512, 2))}
+    for name, block in launches.items():
+        runs[name] = lambda block=block: fp8._scale_products(products, row, column, bias, block)
+    found = times(runs)
+    given = torch.randn(tokens, outputs, device=device)
+    expected = given.double() * row * column.t() + bias
+    errors = {"torch": error_of(given * row * column.t() + bias, expected)}
+    for name in list(runs)[1:]:
+        errors[name] = error_of(fp8._scale_products(given.clone(), row, column, bias, launches[name]), expected)
+    return report(f"B. scales of FP32 products [{tokens}, {outputs}]", found, errors)
+
+
+def measure_residual(tokens: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    x, gain = torch.randn(1, tokens, 1024, device=device), torch.randn(1024, device=device)
+    update = torch.randn(1, tokens, 1024, device=device, dtype=dtype)
+    x, gain = (x, gain) if dtype == torch.float32 else (x.to(dtype), gain.to(dtype))
+    expected = torch.addcmul(x.double(), update.double(), gain.double())
+    runs: Runs = {"torch": lambda: torch.addcmul(x, update, gain)}
+    for block in ((1, 1), (1, 2), (1, 4), (2, 2), (2, 4), (4, 4), (4, 8)):
+        runs[f"ours {block}"] = lambda block=block: fp8._residual(x, update, gain, block)
+    runs["copy of as many bytes"] = lambda: x.clone().add_(1)
+    found = times(runs)
+    errors = {name: error_of(run(), expected) for name, run in runs.items() if name != "copy of as many bytes"}
+    return report(f"C. last residual [{tokens}, 1024] {dtype}", found, errors)
+
+
+def measure_prepare(views: int, across: bool, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    tokens, heads, dim = 1374, 16, 64
+    batch, tokens = (1, views * tokens) if across else (views, tokens)
+    qkv = torch.randn(batch, tokens, 3, heads, dim, device=device, dtype=dtype)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    positions = torch.randint(0, 38, (batch, tokens, 2), device=device)
+    norm = HeadNorm("layer", torch.randn(dim, device=device), torch.randn(dim, device=device), 1e-5)
+    order = torch.randperm(tokens, device=device) if across else None
+
+    def ours() -> Any:
+        if across:
+            return prepare.prepare_qkv(q, k, v, order=order, q_norm=norm, k_norm=norm, positions=positions, rope_base=100.0)
+        return prepare.norm_rope(q, k, q_norm=norm, k_norm=norm, positions=positions, rope_base=100.0)
+
+    def torchs(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        if across:
+            return naive.prepare_qkv(q, k, v, order=order, q_norm=norm, k_norm=norm, positions=positions, rope_base=100.0)
+        return [naive.norm_rope(x, norm=norm, positions=positions, rope_base=100.0).to(v.dtype) for x in (q, k)]
+
+    source = torch.empty((2 + across) * q.numel(), device=device, dtype=dtype)
+    target = torch.empty_like(source)
+    found = times({"ours": ours, "torch": lambda: torchs(q, k, v), "copy of as many bytes": lambda: target.copy_(source)})
+    exact = torchs(q.double(), k.double(), v.double())
+    errors = {
+        name: max(error_of(x[:, :, : y.shape[2]], y) for x, y in zip(made, exact, strict=True))
+        for name, made in (("ours", ours()), ("torch", torchs(q, k, v)))
+    }
+    return report(f"D. norm and rotation at {views} views, {'global' if across else 'frame'} {dtype}", found, errors)
+
+
+def main() -> None:
+    """Measure what is asked for, print, store."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=list("ABCD"), default=list("ABCD"))
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    bf16, fp32 = torch.bfloat16, torch.float32
+    passes: dict[str, list[Callable[[], dict[str, Any]]]] = {
+        "A": [functools.partial(measure_skinny, rows, "cuda") for rows in (2, 1, 4, 8)],
+        "B": [functools.partial(measure_scale, 2748, outputs, "cuda") for outputs in (3072, 1024)],
+        "C": [functools.partial(measure_residual, tokens, dtype, "cuda") for tokens, dtype in ((43968, bf16), (2748, fp32))],
+        "D": [functools.partial(measure_prepare, views, across, bf16, "cuda") for across in (False, True) for views in (2, 32)],
+    }
+    records = []
+    with torch.no_grad():
+        for letter in args.only:
+            for measure in passes[letter]:
+                records.append(measure())
+                if args.json:
+                    args.json.write_text(json.dumps(records, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""FP32 Linears on few rows: the kernels against the definition, on a GPU as compiled, elsewhere interpreted at small sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from numerics import assert_as_accurate
+from pairs import grid
+
+from lite3r_plugin.ops import skinny_linear
+from lite3r_plugin.ops.skinny_linear import MAX_ROWS, naive
+
+kernels = pytest.importorskip("lite3r_plugin.ops.skinny_linear.kernels")
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+SIZES = [(5, 16), (130, 600), *([(2048, 8192)] if GPU else [])]  # outputs, inputs
+
+if GPU and torch.cuda.get_device_capability() < (8, 0):
+    pytest.skip("the kernels need compute capability 8.0", allow_module_level=True)
+
+
+@pytest.mark.parametrize(("rows", "sizes", "bias"), grid((1, 3, MAX_ROWS), SIZES, (True, False)), ids=str)
+def test_linear(rows: int, sizes: tuple[int, int], bias: bool) -> None:
+    outputs, inputs = sizes
+    x, weight = torch.randn(1, rows, inputs, device=DEVICE), torch.randn(outputs, inputs, device=DEVICE)
+    b = torch.randn(outputs, device=DEVICE) if bias else None
+    found = kernels.linear(x, weight, b)
+    reference = naive.linear(x.double(), weight.double(), None if b is None else b.double())
+    assert found.shape == reference.shape
+    assert_as_accurate(found, naive.linear(x, weight, b), reference)
+    assert torch.equal(found, kernels.linear(x, weight, b))
+
+
+def test_rows_with_strides() -> None:
+    x, weight = torch.randn(4, 3, 40, device=DEVICE)[:, 0], torch.randn(20, 80, device=DEVICE)[:, ::2]
+    torch.testing.assert_close(kernels.linear(x, weight, None), naive.linear(x, weight, None))
+
+
+def test_it_takes_few_rows_in_fp32_alone() -> None:
+    x, weight, bias = torch.randn(2, 4, 16, device=DEVICE), torch.randn(5, 16, device=DEVICE), torch.randn(5, device=DEVICE)
+    assert skinny_linear.takes(x, weight, bias)
+    assert skinny_linear.takes(x[0, 0], weight, None)
+    torch.testing.assert_close(skinny_linear.linear(x, weight, bias), naive.linear(x, weight, bias))
+    assert not skinny_linear.takes(torch.randn(MAX_ROWS + 1, 16, device=DEVICE), weight, bias)
+    assert not skinny_linear.takes(x[:0], weight, bias)
+    assert not skinny_linear.takes(x[..., :8], weight, bias)  # torch says what is wrong
+    assert not skinny_linear.takes(x.bfloat16(), weight.bfloat16(), bias.bfloat16())
+    assert not skinny_linear.takes(x, weight, bias.double())
+    assert not skinny_linear.takes(x.to("meta"), weight.to("meta"), None)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert not skinny_linear.takes(x, weight, bias)
+    weight.requires_grad_()
+    assert not skinny_linear.takes(x, weight, bias)
+    with torch.no_grad():
+        assert skinny_linear.takes(x, weight, bias)
+
+
+@pytest.mark.gpu
+def test_what_a_user_lets_round_stays_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = torch.randn(2, 16, device="cuda"), torch.randn(5, 16, device="cuda")
+    assert skinny_linear.takes(x, weight, None)
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):
+        monkeypatch.setattr(matmul, "fp32_precision", "tf32")
+    else:
+        monkeypatch.setattr(matmul, "allow_tf32", True)
+    assert not skinny_linear.takes(x, weight, None)
