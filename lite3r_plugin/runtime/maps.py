@@ -24,7 +24,7 @@ from ..ops.feature_maps import naive
 from ..wrapper import RewrittenMethod, is_plain_tensor
 
 LEAST = 1 << 20
-"""Elements of a map: a pass over fewer takes no longer in torch's kernels than Python takes to start another one."""
+"""Elements of a map: over fewer, a pass of torch's is expected to be over before Python has started another kernel. Not measured."""
 
 
 class MapKernels(RewrittenMethod):
