@@ -75,7 +75,7 @@ def sdpa_backend(name: str) -> Iterator[None]:
 def _let_torch_choose() -> None:
     """The first choice on a GPU sets the order that torch prefers there, over the one asked for; and the end of the context over that."""
     q = torch.empty(1, 1, 16, 64, device="cuda", dtype=torch.bfloat16)
-    torch._fused_sdp_choice(q, q, q)
+    torch._fused_sdp_choice(q, q, q)  # pyright: ignore[reportPrivateImportUsage]
 
 
 class DenseKernels(TorchFunctionMode):
