@@ -58,7 +58,7 @@ def measure(model: BenchModel, fields: dict[str, Any], limit: int, views: int, r
                 model.run(module, images)
                 torch.cuda.synchronize(device)
             except (MemoryLimitError, torch.cuda.OutOfMemoryError) as error:
-                return row | {"error": type(error).__name__}
+                return row | {"error": f"{type(error).__name__}: {error}"}
             finally:
                 torch.cuda.set_per_process_memory_fraction(1.0, device)
             measured = torch.cuda.max_memory_allocated(device)
@@ -90,6 +90,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     device, asked = torch.device(options.device), config_fields(options.config)
+    if device.type == "cuda" and device.index is None:  # the cap wants to know which
+        device = torch.device("cuda", torch.cuda.current_device())
     model = BenchModel.of(find_model(options.model))
     report: dict[str, Any] = {"model": model.name, "resolution": options.resolution, **machine(device, None), "rows": []}
     for name in options.variants.split(","):

@@ -7,6 +7,7 @@ fork does in another way shows whatever its weights are, and whether they are he
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import copy
 import math
 from collections import Counter
@@ -27,11 +28,23 @@ READ = 4096  # elements of a buffer whose values tell modules apart; of larger o
 _AROUND = ("forward", "_compiled_call_impl", "_hf_hook", "_old_forward")
 
 
+_running = contextvars.ContextVar("whether a trial runs", default=False)
+
+
 @contextlib.contextmanager
 def trial() -> Iterator[None]:
     """Where trials run: on the CPU, without gradients and autocast."""
-    with torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
-        yield
+    token = _running.set(True)
+    try:
+        with torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        _running.reset(token)
+
+
+def in_trial() -> bool:
+    """Whether a trial runs: what has a kernel for GPUs runs by its definition then, to be compared."""
+    return _running.get()
 
 
 def require_equal(expected: Any, found: Any, own: str) -> None:

@@ -5,6 +5,7 @@
     sla             sparse-linear attention, the whole operator; uses the two above
     fp8             rows in FP8, and the operations that end in them
     weight_only     a Linear whose weight alone is in FP8
+    feature_maps    passes over the feature maps of dense heads
 
 Triton is in `kernels.py` and other files and folders whose names end with that word, with the signatures of the definition; they are
 imported when they are to run. `dispatch.py` decides that, and registers operators for compilers; `options.py` holds the words and

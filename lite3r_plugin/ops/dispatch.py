@@ -163,8 +163,16 @@ def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.autocast(x.device.type, enabled=False)
 
 
+def under_trace() -> bool:
+    """Whether something looks at the operators that run: a compiler, or a dispatch mode (tensors without data, what memory is held).
+
+    The launch of a kernel would be hidden from it, and cannot be given tensors without data: registered operators run instead.
+    """
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
 def register(name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Define the operator ``lite3r::name`` of `torch.library`, which compilers keep as it is, and return it.
+    """Define the operator ``lite3r::name`` of `torch.library`, which compilers keep as it is, and return it; for what is `under_trace`.
 
     Args:
         name, schema: Its name, its arguments and results.

@@ -20,6 +20,7 @@ from ..adapter.trials import like
 from ..errors import AdapterError, InputError
 from ..ops import skinny_linear
 from ..wrapper import TABLES, RewrittenMethod, RewrittenModule, has_forward_hooks, host_of, is_plain_tensor
+from .maps import add_embedding
 from .modes import operators_are_seen
 from .values import exchanged
 
@@ -125,7 +126,7 @@ class KeptEmbedding(RewrittenMethod):
     """The method ``(features [B, C, h, w], width, height, ratio)`` of a DPT head that adds a position embedding, which is kept.
 
     The host computes it in FP64 in every call. Its first C / 2 channels depend on the column and the others on the row, so a row and a
-    column of it are kept for each size of the features and of the image, dtype and device.
+    column of it are kept for each size of the features and of the image, dtype and device, with channels side by side.
 
     Args:
         module: The head.
@@ -149,10 +150,10 @@ class KeptEmbedding(RewrittenMethod):
             dtype = x.dtype if self.keeps_dtype else torch.promote_types(x.dtype, torch.float32)
             whole = self.run_host(torch.zeros((1, *x.shape[1:]), dtype=dtype, device=x.device), width, height, ratio)[0]
             whole, half = whole if self.keeps_dtype else whole.to(x.dtype), whole.shape[0] // 2
-            return whole[:half, :1].clone(), whole[half:, :, :1].clone()
+            return whole[:half, 0].T.contiguous(), whole[half:, :, 0].T.contiguous()
 
         across, down = keep(self._kept, key, make)
-        return x + torch.cat((across.expand(-1, x.shape[-2], -1), down.expand(-1, -1, x.shape[-1])))
+        return add_embedding(x, across, down)
 
 
 def kept_embedding(fqn: str, method: str, channels: int) -> list[ExactRewrite]:

@@ -73,6 +73,7 @@ def warm_up(call: Callable[[], Any], device: torch.device) -> float:
         call()
         seconds = timed(call, device)
     torch.cuda.current_stream(device).wait_stream(stream)
+    torch.cuda.empty_cache()  # what is kept for the side stream serves no other: the next forward would take it anew
     return seconds
 
 

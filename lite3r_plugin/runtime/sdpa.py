@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -63,9 +64,18 @@ def sdpa_backend(name: str) -> Iterator[None]:
     if name == "default":
         yield
         return
+    if torch.cuda.is_available() and not torch._C._len_torch_dispatch_stack():
+        _let_torch_choose()
     others = [backend for key, backend in BACKENDS.items() if key != name]
     with sdpa_kernel([BACKENDS[name], *others, SDPBackend.MATH], set_priority=True):
         yield
+
+
+@functools.cache
+def _let_torch_choose() -> None:
+    """The first choice on a GPU sets the order that torch prefers there, over the one asked for; and the end of the context over that."""
+    q = torch.empty(1, 1, 16, 64, device="cuda", dtype=torch.bfloat16)
+    torch._fused_sdp_choice(q, q, q)
 
 
 class DenseKernels(TorchFunctionMode):

@@ -12,14 +12,17 @@ import hosts
 import pytest
 import torch
 from interruptions import contents, interrupted, lines_of
-from numerics import relative_error
-from real_models import small_da3, small_vggt
+from map_kernels import count_map_kernels
+from numerics import assert_as_accurate, relative_error
+from real_models import small_da3, small_pi3, small_vggt
 from rewriting import rewrite_exactly
+from sla_cases import DEVICE
 from torch import Tensor, nn
 
 from lite3r_plugin import Lite3RConfig, apply_lite3r, convert, describe, lite3r_disabled, load_lite3r, remove_lite3r, save_lite3r
 from lite3r_plugin.apply.lookup import lite3r_modules
 from lite3r_plugin.errors import NotAppliedError
+from lite3r_plugin.runtime import maps
 from lite3r_plugin.testing import TEST_CONFIG, named_tensors
 
 pytestmark = [
@@ -95,7 +98,7 @@ def test_they_come_with_lite3r_and_go_with_it(build: Callable[[], nn.Module], tm
     before, expected = contents(model), named_tensors(model(images))
     apply_lite3r(model, DENSE)
     report = describe(model)
-    assert len(report.rewritten) == (4 if build is small_vggt else 3)
+    assert len(report.rewritten) == (5 if build is small_vggt else 4)
     assert report.not_rewritten == {}
     assert all(f"rewritten exactly: {words}" in str(report) for words in report.rewritten)
     assert list(model.state_dict()) == before["keys"]
@@ -141,6 +144,86 @@ def test_they_can_be_left_out() -> None:
     apply_lite3r(model, DENSE, exact_rewrites=False)
     assert describe(model).rewritten == ()
     assert before == (type(model.aggregator), type(model.aggregator.rope), vars(model).keys() - {"training"})
+
+
+def heads_of(model: nn.Module) -> list[str]:
+    return [words for words in describe(model).rewritten if "feature maps" in words]
+
+
+@pytest.mark.parametrize("build", [small_vggt, small_da3])
+@pytest.mark.parametrize("preset", [{}, {"preset": "fast", "cuda_graphs": False, "compile_blocks": False}])
+def test_heads_get_kernels_unless_nothing_is_to_be_fused(build: Callable[[], nn.Module], preset: dict[str, Any]) -> None:
+    model = build()
+    apply_lite3r(model, DENSE, **preset)
+    assert len(heads_of(model)) == 1
+    remove_lite3r(model)
+    apply_lite3r(model, DENSE, **preset, fuse=False)
+    assert heads_of(model) == []
+    assert any("position embedding" in words for words in describe(model).rewritten)
+    remove_lite3r(model)
+    apply_lite3r(model, DENSE, **preset, exact_rewrites=False)
+    assert heads_of(model) == []
+
+
+@pytest.mark.parametrize("build", [small_vggt, small_da3])
+@torch.no_grad()
+def test_heads_give_with_kernels_what_they_gave(build: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    model, images = build().to(DEVICE), torch.rand(1, 2, 3, 28, 42, device=DEVICE)
+    apply_lite3r(model, DENSE)
+    expected = named_tensors(model(images))
+    ran = count_map_kernels(monkeypatch)
+    found = named_tensors(model(images))
+    levels = 1 if build is small_vggt else 2  # a second pyramid for rays
+    assert ran["upsample"] == 4 * levels + 1
+    assert ran["add_embedding"] == 4 + levels
+    assert ran["add_bias_"] > 20
+    for path, x in expected.items():
+        torch.testing.assert_close(found[path], x, atol=1e-4, rtol=1e-4)
+
+
+def test_a_head_for_gaussians_gets_kernels_too() -> None:
+    """It is given images besides."""
+    gaussians = pytest.importorskip("depth_anything_3.model.gsdpt").GSDPT
+    model: Any = small_da3()
+    model.gs_head = gaussians(64, output_dim=5, features=16, out_channels=(8, 8, 8, 8)).eval()
+    apply_lite3r(model, DENSE)
+    assert [words.partition(":")[0] for words in heads_of(model)] == ["head", "gs_head"]
+    assert describe(model).not_rewritten == {}
+
+
+def test_a_head_of_pi3x_gets_kernels_and_stays_in_fp32() -> None:
+    convolutions = pytest.importorskip("pi3.models.layers.conv_head").ConvHead
+    model: Any = small_pi3()
+    model.point_head = convolutions(num_features=4, dim_in=16, projects=nn.Identity(), dim_out=[2, 1], dim_proj=16, dim_upsample=[32] * 3)
+    apply_lite3r(model.eval(), DENSE, preset="fast", cuda_graphs=False, compile_blocks=False)
+    assert len(heads_of(model)) == 1
+    assert "point_head: in FP32 whatever the other weights are" in describe(model).rewritten
+    before = model.point_head
+    remove_lite3r(model)
+    assert model.point_head is before.host
+    assert "forward" not in vars(model.point_head)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("build", [small_vggt, small_da3])
+@pytest.mark.parametrize("preset", [{}, {"preset": "fast"}])
+@torch.inference_mode()
+def test_heads_on_a_gpu_are_as_exact_as_the_stock_model(
+    build: Callable[[], nn.Module], preset: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With kernels for their maps as exact as without: in FP32, and in BF16 from a CUDA graph."""
+    monkeypatch.setattr(maps, "LEAST", 1)  # the model is small
+    stock, images = build(), torch.rand(1, 3, 3, 224, 280)
+    exact = named_tensors(stock(images))
+    results: dict[bool, dict[str, Tensor]] = {}
+    for fuse in (True, False):
+        model = copy.deepcopy(stock).cuda()
+        apply_lite3r(model, DENSE, **preset, fuse=fuse)
+        for _ in range(3):  # the last is a replay, where there are graphs
+            results[fuse] = {path: x.cpu() for path, x in named_tensors(model(images.cuda())).items()}
+    for path in ("['depth']", "['depth_conf']"):
+        assert_as_accurate(results[True][path], results[False][path], exact[path])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -240,7 +323,7 @@ def test_a_fork_of_vggt_that_differs_runs_its_own_code(change: Callable[[Any], s
     assert len(report.not_rewritten) == left
     assert any(reason in why for why in report.not_rewritten.values()), report.not_rewritten
     assert all(f"not rewritten: {words}, because {why}" in str(report) for words, why in report.not_rewritten.items())
-    assert len(report.rewritten) == 4 - left
+    assert len(report.rewritten) == 5 - left
     remove_lite3r(model)
     assert contents(model) == before
 
@@ -290,7 +373,7 @@ def test_an_interruption_of_the_removal_loses_nothing(request: pytest.FixtureReq
         apply_lite3r(model, DENSE)
         assert interrupted(remove, line)
         if lite3r_modules(model):
-            assert len(describe(model).rewritten) == 4
+            assert len(describe(model).rewritten) == 5
             remove_lite3r(model)
         assert contents(model) == before
         assert "forward" not in vars(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -74,6 +75,54 @@ def test_no_method_is_begun_after_the_time_budget() -> None:
 
     records = bench_attention.main([*SMALL, "--tokens", "300", "--methods", "dense,ours", "--time-budget", "0"])
     assert {r["reason"] for r in records} == {"the time budget is used up"}
+
+
+def test_the_bench_of_heads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import bench_heads
+
+    path, small = tmp_path / "heads.json", ["--device", "cpu", "--dtype", "float32", "--patches", "2"]
+    records = bench_heads.main([*small, "--views", "1,2", "--out", str(path)])
+    assert json.loads(path.read_text())["records"] == records
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()][1:] == records
+    for views in (1, 2):
+        *single, head = [record for record in records if record["views"] == views]
+        assert {record["kind"] for record in single} == {"upsample", "bias", "embedding"}
+        for name in ("torch", "ours"):
+            assert head[f"{name}_ms"] == pytest.approx(sum(r["times"] * r[f"{name}_us"] for r in single) / 1e3)
+        assert head["left_out"] == 0
+    (late,) = bench_heads.main([*small, "--views", "1", "--time-budget", "0"])
+    assert late["left_out"] == len(bench_heads.passes())
+
+
+def test_the_bench_of_heads_times_what_a_head_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    import bench_heads
+    import torch.nn.functional as F
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.overrides import TorchFunctionMode
+
+    module = pytest.importorskip("vggt.heads.dpt_head")
+    seen, embed = Counter[tuple[str, int, int, int]](), module.DPTHead._apply_pos_embed
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if func in (F.conv2d, F.conv_transpose2d) and args[2] is not None:
+                seen["bias", out.shape[1], out.shape[2], 0] += 1
+            if func is F.interpolate:
+                seen["upsample", out.shape[1], args[0].shape[2], out.shape[2]] += 1
+            return out
+
+    def watched(self: Any, x: torch.Tensor, *args: Any) -> torch.Tensor:
+        seen["embedding", x.shape[1], x.shape[2], 0] += 1
+        return embed(self, x, *args)
+
+    monkeypatch.setattr(module.DPTHead, "_apply_pos_embed", watched)
+    with FakeTensorMode(), torch.no_grad(), Watch():
+        module.DPTHead(2048, output_dim=2)([torch.zeros(1, 1, 1370, 2048)] * 24, torch.zeros(1, 1, 3, 518, 518), 1)
+    timed = Counter[tuple[str, int, int, int]]()
+    for work in bench_heads.passes():
+        timed[work.kind, work.channels, work.size, work.to] += work.times
+    assert timed == seen
 
 
 def test_flex_attention_gets_our_blocks() -> None:

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lite3r_plugin.errors import BackendError
-from lite3r_plugin.ops.dispatch import SlowPathWarning, use_triton, why_not_on, why_not_triton
+from lite3r_plugin.ops import fp8, qk_norm_rope, weight_only
+from lite3r_plugin.ops.dispatch import SlowPathWarning, triton_installed, use_triton, why_not_on, why_not_triton
 from lite3r_plugin.ops.sla import sparse_linear_attention
 
 
@@ -80,3 +82,52 @@ def test_tensors_on_another_gpu() -> None:
         for device in ("cuda:0", "cuda:1")
     )
     assert torch.equal(first.cpu(), second.cpu())
+
+
+class Seen(TorchDispatchMode):
+    """The operators of this package that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name().startswith("lite3r::"):
+            self.names.append(func.name().removeprefix("lite3r::"))
+        return func(*args, **(kwargs or {}))
+
+
+def _launches() -> dict[str, Any]:
+    """Calls that launch a kernel, interpreted on a CPU, by the operator that they are under a mode."""
+    from lite3r_plugin.ops.fp8 import kernels
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    q, weight = torch.randn(1, 2, 16, 32, device=device), fp8.quantize(torch.randn(24, 32, device=device))
+    column = torch.rand(32, 1, device=device)
+    norm = dict(q_norm=qk_norm_rope.HeadNorm("layer", None, None, 1e-6), k_norm=None, positions=None, rope_base=None)
+    calls: dict[str, Any] = {
+        "norm_rope": lambda: qk_norm_rope.norm_rope(q, q, triton=True, **norm)[0],
+        "fp8_rows": lambda: kernels.quantize(q).data.float(),
+        "residual": lambda: kernels.residual(q, q, None),
+        "fp8_scale_products_": lambda: kernels.scale_products(q[0, 0].clone(), q[0, 0, :, 0].clone(), column, None),
+        "weight_only_linear": lambda: weight_only.linear(q, weight, None, triton=True),
+    }
+    if device == "cuda":
+        calls["sparse_linear_attention"] = lambda: sparse_linear_attention(q, q, q, keep_ratio=1.0)
+    return calls
+
+
+@pytest.mark.skipif(not triton_installed(), reason="needs triton")
+def test_a_launch_is_an_operator_for_what_looks_at_operators() -> None:
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    for name, call in _launches().items():
+        expected, seen = call(), Seen()
+        with seen:
+            found = call()
+        assert name in seen.names
+        assert torch.equal(found, expected)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            imagined = call()
+        assert isinstance(imagined, FakeTensor)
+        assert (imagined.shape, imagined.dtype, imagined.device) == (found.shape, found.dtype, found.device)

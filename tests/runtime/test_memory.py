@@ -26,6 +26,7 @@ from lite3r_plugin.testbed import Testbed, TestbedConfig
 VIEWS = 5
 SPARSE = {"dense_below": 0, "pin": "special", "block_q": 16, "block_k": 16}
 FAST = {"preset": "fast", "compile_blocks": False}
+EAGER = {**FAST, "cuda_graphs": False}  # a recording holds what it needs before the next forward
 
 
 def small() -> Testbed:
@@ -176,6 +177,29 @@ def test_the_published_families_are_foreseen_and_cut_exactly(make: Callable[[], 
         with in_chunks(model, model.forward.places, Chunks(heads=1, views=1, rows=50)):
             cut = model(x)["depth"]
     torch.testing.assert_close(cut, expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("make", [small_vggt, small_da3])
+@pytest.mark.parametrize(
+    "fields",
+    [{"dense_below": 0, "keep_ratio": 0.3}, {**EAGER, "dense_below": 0}, {**EAGER, "precision": "fp8"}, {"preset": "small"}],
+    ids=str,
+)
+def test_what_kernels_hold_on_a_gpu_is_foreseen(make: Callable[[], nn.Module], fields: dict[str, Any]) -> None:
+    model, x = make().requires_grad_(False).cuda(), images(3, 224).cuda()
+    apply_lite3r(model, **{"max_memory": "8GB", **fields})
+    with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled="preset" not in fields):
+        model(x)  # libraries take what they keep: a workspace of cuBLAS
+        model.forward.plans.clear()
+        plan = plan_memory(model, x)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        model(x)
+    held = torch.cuda.max_memory_allocated() - before
+    assert plan.fits
+    assert plan.standing == before
+    assert plan.peak - plan.standing == pytest.approx(held, rel=0.05)
 
 
 def test_hooks_that_watch_do_not_change_what_is_held() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -54,6 +57,26 @@ def test_the_preferred_kernel_runs(name: str) -> None:
     with sdpa_backend(name), kernels, torch.no_grad():
         F.scaled_dot_product_attention(q, q, q)
     assert kernels.names == [f"{name} bfloat16"]
+
+
+FIRST = """
+import sys, torch, torch.nn.functional as F
+from lite3r_plugin.runtime.sdpa import DenseKernels, sdpa_backend
+
+q = torch.randn(1, 8, 256, 64, device="cuda", dtype=torch.bfloat16)
+for backend in sys.argv[1:]:
+    with torch.no_grad(), sdpa_backend(backend), DenseKernels() as kernels:
+        F.scaled_dot_product_attention(q, q, q)
+    print(*kernels.names)
+"""
+
+
+@pytest.mark.gpu
+def test_the_first_attention_of_a_process_runs_as_preferred_and_leaves_torch_its_order() -> None:
+    def ran(*backends: str) -> list[str]:
+        return subprocess.run([sys.executable, "-c", FIRST, *backends], capture_output=True, text=True, check=True).stdout.splitlines()
+
+    assert ran("efficient", "default") == ["efficient bfloat16", *ran("default")]
 
 
 @pytest.mark.gpu

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lite3r_plugin.adapter import ExactRewrite, RewrittenMethod, Trial, like
 from lite3r_plugin.runtime.exact import in_fp32, kept_embedding, output_in_fp32, table_rope, token_positions
+from lite3r_plugin.runtime.maps import map_kernels
 
 from .. import _blocks
 
@@ -26,7 +27,7 @@ def rewrites(model: nn.Module) -> list[ExactRewrite] | None:
             found.append(ExactRewrite(fqn, "token positions kept", KeptPositions, _trial, "_prepare_rope"))
     for fqn, module in modules.items():
         if hasattr(module, "_add_pos_embed") and hasattr(module, "scratch"):
-            found += kept_embedding(fqn, "_add_pos_embed", 8)
+            found += [*kept_embedding(fqn, "_add_pos_embed", 8), map_kernels(fqn, _head_call, "_forward_impl")]
             found.append(output_in_fp32(_join(fqn, "scratch.output_conv2")))
             if hasattr(module.scratch, "output_conv2_aux"):
                 found.append(output_in_fp32(_join(fqn, f"scratch.output_conv2_aux.{len(module.scratch.output_conv2_aux) - 1}")))
@@ -53,6 +54,15 @@ def _trial(encoder: nn.Module) -> Trial:
     cpu = torch.device("cpu")
     small = like(encoder, rope=nn.Identity())
     return Trial(small, [(1, 1, 2 * patch, 2 * patch, cpu), (2, 3, 2 * patch, 3 * patch, cpu), (1, 2, 4 * patch, patch, cpu)])
+
+
+def _head_call(head: Any) -> tuple[Any, ...]:
+    """``(layers [S, P, C], H, W, special tokens)`` of two small views, and images ``[S, 3, H, W]`` where Gaussians are predicted."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    size = 2 * head.patch_size, 3 * head.patch_size
+    layers = torch.randn(len(head.projects), 2, 1 + 2 * 3, head.projects[0].in_channels, generator=generator, device="cpu")
+    images = (torch.rand(2, 3, *size, generator=generator, device="cpu"),) if hasattr(head, "images_merger") else ()
+    return list(layers), *size, 1, *images
 
 
 def _join(fqn: str, name: str) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lite3r_plugin.adapter import ExactRewrite, RewrittenMethod, Trial, like
 from lite3r_plugin.runtime.exact import in_fp32, not_in_bf16, table_rope, token_positions
+from lite3r_plugin.runtime.maps import map_kernels
 
 from .. import _blocks
 from .sites import is_pi3
@@ -32,6 +33,8 @@ def rewrites(model: nn.Module) -> list[ExactRewrite] | None:
             found.append(ExactRewrite(join("camera_head"), words, NearestRotation, _rotation_trial, "svd_orthogonalize"))
         heads = [name for name in ("point_head", "conf_head", "camera_head") if isinstance(getattr(pi3, name, None), nn.Module)]
         for name in heads:
+            if hasattr(getattr(pi3, name), "upsample_blocks"):  # Pi3X's; those of Pi3 are Linears
+                found.append(map_kernels(join(name), _head_call))
             found += in_fp32(join(name))  # the host gives them FP32 whatever the weights are
         if hasattr(pi3, "metric_head") or not heads:
             found.append(not_in_bf16(fqn, "Pi3X, and what has other heads than Pi3, was not tried with weights in BF16"))
@@ -104,6 +107,13 @@ def _trial(module: nn.Module) -> Trial:
 
 def _rotation_trial(head: nn.Module) -> Trial:
     return Trial(like(head), [(torch.randn(16, 9, generator=torch.Generator("cpu").manual_seed(0), device="cpu"),)])
+
+
+def _head_call(head: Any) -> tuple[Any, ...]:
+    """``(tokens [S, P, C], no image, rows, columns)`` of two small views."""
+    project = next((part for part in head.projects.modules() if isinstance(part, nn.Linear)), None)
+    width = project.in_features if project is not None else head.upsample_blocks[0][0][0].in_channels - (2 if head.using_uv else 0)
+    return torch.randn(2, 2 * 3, width, generator=torch.Generator("cpu").manual_seed(0), device="cpu"), None, 2, 3
 
 
 class _SmallBlock(nn.Module):

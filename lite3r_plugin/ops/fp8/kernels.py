@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import on_device_of, register
+from ..dispatch import on_device_of, register, under_trace
 from ..sizes import cover, power_of_2
 from . import naive
 from .naive import E4M3, Quantized, sum_dtype
@@ -169,7 +169,7 @@ def _pass(
     """The quantised rows, and the sum that they were made of; where there is no residual, nothing of use."""
     weight, bias, eps = norm or (None, None, 0.0)
     arguments = (x, *residual, weight, bias, infinities, norm is not None, eps, activation, heads)
-    data, scale, total = rows_operator(*arguments) if torch.compiler.is_compiling() else _launch_rows(*arguments)
+    data, scale, total = rows_operator(*arguments) if under_trace() else _launch_rows(*arguments)
     return Quantized(data, scale, x.dtype), x if total is None else total
 
 
@@ -255,7 +255,17 @@ def scale_products(products: Tensor, rows: Tensor, columns: Tensor, bias: Tensor
     """As `naive.scale_products`, into `products` itself where nothing is compiled."""
     if torch.compiler.is_compiling():  # one fused pass of the compiler's own
         return naive.scale_products(products, rows, columns, bias)
-    return _scale_products(products, rows, columns, bias)
+    (scale_operator if under_trace() else _scale)(products, rows, columns, bias)
+    return products
+
+
+def _scale(products: Tensor, rows: Tensor, columns: Tensor, bias: Tensor | None) -> None:
+    _scale_products(products, rows, columns, bias)
+
+
+scale_operator = register(
+    "fp8_scale_products_", "(Tensor(a!) products, Tensor rows, Tensor columns, Tensor? bias) -> ()", _scale, lambda *_: None
+)
 
 
 def _scale_products(
@@ -297,7 +307,7 @@ def residual(x: Tensor, update: Tensor, gain: Tensor | None) -> Tensor:
     """As `naive.residual`."""
     if torch.compiler.is_compiling():  # one fused pass of the compiler's own
         return naive.residual(x, update, gain)
-    return _residual(x, update, gain)
+    return (residual_operator if under_trace() else _residual)(x, update, gain)
 
 
 def _residual(x: Tensor, update: Tensor, gain: Tensor | None, launch: tuple[int, int] = (1, 1)) -> Tensor:
@@ -313,3 +323,11 @@ def _residual(x: Tensor, update: Tensor, gain: Tensor | None, launch: tuple[int,
             C=width, ROWS=height, BLOCK=power_of_2(width), GAIN=gain is not None, num_warps=warp_count,
         )  # fmt: skip
     return total
+
+
+residual_operator = register(
+    "residual",
+    "(Tensor x, Tensor update, Tensor? gain) -> Tensor",
+    lambda x, update, gain: _residual(x, update, gain),
+    lambda x, update, gain: x.new_empty(x.shape, dtype=sum_dtype(x, update, gain)),
+)

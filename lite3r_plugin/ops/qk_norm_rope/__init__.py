@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..dispatch import on_device_of, register, require_one_device
+from ..dispatch import on_device_of, register, require_one_device, under_trace
 from ..options import check_rope_base
 from . import naive
 from .naive import HeadNorm, Prepared, Tokens
@@ -89,7 +88,7 @@ def norm_rope(
         q, k, q_norm.weight, q_norm.bias, k_norm.weight, k_norm.bias, positions,
         q_norm.kind, q_norm.eps, k_norm.kind, k_norm.eps, rope_base,
     )  # fmt: skip
-    return norm_rope_operator(*arguments) if torch.compiler.is_compiling() else _norm_rope(*arguments)
+    return norm_rope_operator(*arguments) if under_trace() else _norm_rope(*arguments)
 
 
 def _norm_rope(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...errors import BackendError, ConfigError, shown
 from ..block_map import SegmentMask
-from ..dispatch import require_one_device, use_triton, without_autocast
+from ..dispatch import require_one_device, under_trace, use_triton, without_autocast
 from ..options import Backend, FeatureMap, LinearBranch, check_choice, check_ratio, check_rope_base, check_share, is_int, is_number
 from ..qk_norm_rope import NO_NORM, HeadNorm, norm_tensors
 from . import forward, naive, operators
@@ -166,7 +166,8 @@ def sparse_linear_attention(
 def _run(arguments: Arguments) -> tuple[Tensor, Tensor | None]:
     """The output and, if it is wanted, the log-sum-exp: in a graph as an operator, else with or without a function of autograd."""
     needed = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in arguments.inputs]
-    if torch.compiler.is_compiling():
+    # torch operators can be seen as they are; a compiler gets one node for them too
+    if torch.compiler.is_compiling() or (under_trace() and forward.on_triton(arguments, needs_grad=any(needed))):
         if any(needed):
             out, lse, _ = operators.train(needed, *arguments)
         elif arguments.return_lse:

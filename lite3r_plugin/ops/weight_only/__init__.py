@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..dispatch import on_device_of
+from ..dispatch import on_device_of, register, under_trace
 from ..fp8 import Quantized
 from . import naive
 
@@ -24,8 +24,20 @@ def linear(x: Tensor, weight: Quantized, bias: Tensor | None, *, triton: bool) -
         ``[..., C_out]``.
     """
     if triton and x.numel():
-        from . import kernels
-
-        with on_device_of(x):
-            return kernels.linear(x, weight, bias)
+        return (linear_operator if under_trace() else _linear)(x, weight.data, weight.scale, bias)
     return naive.linear(x, weight, bias)
+
+
+def _linear(x: Tensor, data: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    from . import kernels
+
+    with on_device_of(x):
+        return kernels.linear(x, Quantized(data, scale, x.dtype), bias)
+
+
+linear_operator = register(
+    "weight_only_linear",
+    "(Tensor x, Tensor data, Tensor scale, Tensor? bias) -> Tensor",
+    _linear,
+    lambda x, data, scale, bias: x.new_empty(*x.shape[:-1], data.shape[0]),
+)
