@@ -109,8 +109,8 @@ class _Inside(NamedTuple):
     """Modules inside of a block; each gain as who has it and its name there, and all modules whose parameters are read."""
 
     attention: nn.Module
-    norm1: nn.Module
-    norm2: nn.Module
+    norm1: Any
+    norm2: Any
     up: nn.Module
     down: nn.Module
     gain1: tuple[nn.Module, str] | None

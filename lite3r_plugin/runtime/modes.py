@@ -22,9 +22,9 @@ def operators_are_seen() -> bool:
     return bool(
         torch._C._len_torch_dispatch_stack()
         or functions_are_seen()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
         or forward_ad._current_level >= 0
-        or torch.jit.is_tracing()
+        or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
     )
 
 

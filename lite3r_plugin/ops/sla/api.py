@@ -17,6 +17,7 @@ from . import forward, naive, operators
 from .signature import Arguments
 
 LARGEST_BLOCK = 2**15
+_CHOICES = {"linear": get_args(LinearBranch), "feature_map": get_args(FeatureMap), "backend": get_args(Backend)}
 
 
 class KeyTokens(NamedTuple):
@@ -193,8 +194,8 @@ def check_options(
     check_rope_base(rope_base)
     if scale is not None and (not is_number(scale) or not 0 <= scale < math.inf):
         raise ConfigError(f"scale is {shown(scale)}; it must be a finite number and not negative: negate the queries instead")
-    for name, value, choices in (("linear", linear, LinearBranch), ("feature_map", feature_map, FeatureMap), ("backend", backend, Backend)):
-        check_choice(name, value, get_args(choices))
+    for name, value in (("linear", linear), ("feature_map", feature_map), ("backend", backend)):
+        check_choice(name, value, _CHOICES[name])
 
 
 def check_blocks(block_q: int, block_k: int) -> None:

@@ -231,15 +231,18 @@ def forward(operands: Operands, *, save_lse: bool = False, save_linear: bool = F
     programs = rows * batch * heads * (block_q // options["TILE_Q"])
     fixed = q.dtype != torch.float16
     failed = torch.empty(programs, device=q.device, dtype=torch.int32) if fixed else nothing
+    arguments = (
+        q, k, v, operands.kv_indices, everything, nothing if means is None else bits, *(padded_mean or (nothing, nothing)), *source,
+        *(nothing if x is None else x for x in (mu, proj, order, out, lse, branch, failed)),
+        queries, tokens, k.shape[2], heads, rows, columns, kept, mean_rows, words, pinned, operands.scale * LOG2_E.value,
+    )  # fmt: skip
+    constants = dict(
+        D=dim, DP=power_of_2(dim), BLOCK_Q=block_q, BLOCK_K=block_k, LINEAR=LINEAR[linear], SOFTMAX=operands.feature_map == "softmax",
+        CENTRED=mu is not None, MEANS=means is not None, ORDERED=order is not None, SAVE_LSE=save_lse, SAVE_LINEAR=save_linear,
+        PRECISION=precision(q), **options,
+    )  # fmt: skip
     for retry in (False, True) if fixed else (False,):
-        _sparse_linear_kernel[(programs,)](
-            q, k, v, operands.kv_indices, everything, nothing if means is None else bits, *(padded_mean or (nothing, nothing)), *source,
-            *(nothing if x is None else x for x in (mu, proj, order, out, lse, branch, failed)),
-            queries, tokens, k.shape[2], heads, rows, columns, kept, mean_rows, words, pinned, operands.scale * LOG2_E.value,
-            D=dim, DP=power_of_2(dim), BLOCK_Q=block_q, BLOCK_K=block_k, LINEAR=LINEAR[linear],
-            SOFTMAX=operands.feature_map == "softmax", CENTRED=mu is not None, MEANS=means is not None, ORDERED=order is not None,
-            SAVE_LSE=save_lse, SAVE_LINEAR=save_linear, FIXED=fixed and not retry, RETRY=retry, PRECISION=precision(q), **options,
-        )  # fmt: skip
+        _sparse_linear_kernel[(programs,)](*arguments, FIXED=fixed and not retry, RETRY=retry, **constants)
     return out.transpose(1, 2), Residuals(lse, branch, state, total, mu)
 
 
