@@ -9,6 +9,7 @@ where the RMS norm has no mean(g w). Programs and halves of a head are as in `ke
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..sizes import power_of_2
-from .kernels import NORMS, broadcast_stride, norm_affine, octaves_of, rotation
+from .kernels import NORMS, broadcast_stride, norm_affine, rotation
 from .naive import HeadNorm
 
 
@@ -33,7 +34,7 @@ class InputGradient(NamedTuple):
 def _undo_kernel(
     X, G, DX, W, DAffine, Order, Positions,
     x_stride_b, x_stride_h, x_stride_n, g_stride_b, g_stride_h, g_stride_n, p_stride_b, p_stride_n, p_stride_c,
-    N, H, octaves, more_octaves, eps,
+    N, H, log2_base, eps,
     D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
     NORM: tl.constexpr, ROPE: tl.constexpr, ORDERED: tl.constexpr, AFFINE: tl.constexpr,
 ):  # fmt: skip
@@ -47,7 +48,7 @@ def _undo_kernel(
         Order            [N]: the host row of each token (ORDERED)
         Positions        [B, N, 2] of strides p_stride_b, p_stride_n, p_stride_c (ROPE)
 
-    `octaves` and `more_octaves` are those of `octaves_of`; HALF is D / 2 up to a power of two; NORM: 0 none, 1 layer, 2 RMS.
+    `log2_base` is log2 of the base of the rotary frequencies; HALF is D / 2 up to a power of two; NORM: 0 none, 1 layer, 2 RMS.
     """
     batch = tl.program_id(2).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -62,7 +63,7 @@ def _undo_kernel(
     lanes2 = lanes1 + D // 4
     inside = live[:, None] & live_lane[None, :]
     if ROPE:
-        cos, sin = rotation(Positions + batch * p_stride_b + source * p_stride_n, p_stride_c, live, lane, octaves, more_octaves, D)
+        cos, sin = rotation(Positions + batch * p_stride_b + source * p_stride_n, p_stride_c, live, lane, log2_base, D)
     if AFFINE:
         dw1 = tl.zeros([HALF], tl.float32)
         dw2 = dw1
@@ -151,7 +152,7 @@ def input_gradient(
     _undo_kernel[(blocks, heads // per_program, batch)](
         x, grad, out, out if weight is None else weight, daffine, out if order is None else order, positions if rope else out,
         *x.stride()[:3], *grad.stride()[:3], *((broadcast_stride(positions, batch), *positions.stride()[1:]) if rope else (0, 0, 0)),
-        tokens, heads, *octaves_of(rope_base if rope else None, dim), norm.eps,
+        tokens, heads, math.log2(rope_base) if rope else 0.0, norm.eps,
         D=dim, HALF=power_of_2(dim // 2), ROWS=rows, HEADS=per_program,
         NORM=NORMS[norm.kind], ROPE=rope, ORDERED=order is not None, AFFINE=affine, num_warps=4,
     )  # fmt: skip

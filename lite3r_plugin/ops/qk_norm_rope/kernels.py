@@ -78,27 +78,20 @@ def _store_halves(
 
 
 @triton.jit
-def rotation(place, p_stride_c, live, lane, octaves, more_octaves, D: tl.constexpr):
+def rotation(place, p_stride_c, live, lane, log2_base, D: tl.constexpr):
     """cos and sin of the angles of tokens whose two coordinates are at `place` and `p_stride_c` after it, by half lane.
 
-    An angle is a position times a frequency, which is 2 ^ -lane (octaves + more_octaves). With the frequency in quarter turns, to twice
-    the digits of FP32, whole quarters come off the product without a division by pi and before it is rounded: one reduction serves both
-    functions, and large positions need no other path. What is left is in [-pi/4, pi/4], where short polynomials (Cephes, sinf and cosf)
-    are within 1e-7.
+    An angle is a position times a frequency. With the frequency in quarter turns, whole quarters come off the product without a division
+    by pi, and before it is rounded: one reduction serves both functions, and large positions need no other path. What is left is in
+    [-pi/4, pi/4], where short polynomials (Cephes, sinf and cosf) are within 1e-7.
     """
     first = tl.load(place, mask=live, other=0).to(tl.float32)
     second = tl.load(place + p_stride_c, mask=live, other=0).to(tl.float32)
     position = tl.where((lane < D // 4)[None, :], first[:, None], second[:, None])
-    pair = (lane % (D // 4)).to(tl.float32)
-    frequency = tl.exp2(-pair * octaves)
-    high = frequency * 0.6366197466850281  # 2 / pi, and below what that leaves
-    low = tl.fma(frequency, 0.6366197466850281, -high) + frequency * 2.5682553306261013e-08
-    low -= high * pair * (more_octaves * 0.6931471805599453)
-    turn = high + low
-    low = tl.broadcast_to((low - (turn - high))[None, :], position.shape)
-    turn = tl.broadcast_to(turn[None, :], position.shape)
-    quarters = tl.floor(position * turn + 0.5)
-    rest = tl.fma(position, low, tl.fma(position, turn, -quarters))
+    frequency = tl.exp2(-log2_base * (lane % (D // 4)).to(tl.float32) / (D // 4)) * 0.6366197723675814  # 2 / pi
+    frequency = tl.broadcast_to(frequency[None, :], position.shape)
+    quarters = tl.floor(position * frequency + 0.5)
+    rest = tl.fma(position, frequency, -quarters)
     x = tl.clamp(rest, -1.0, 1.0) * 1.5707963267948966  # more than one: FP32 does not tell quarters of such angles apart
     square = x * x
     sine = x + x * square * (-1.6666654611e-1 + square * (8.3321608736e-3 + square * -1.9515295891e-4))
@@ -115,7 +108,7 @@ def _prepare_kernel(
     Q, K, V, Order, Positions, QW, QB, KW, KB, QOut, KOut, VOut, QMean, KMean, VMean,
     q_stride_b, q_stride_h, q_stride_n, k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n,
     p_stride_b, p_stride_n, p_stride_c,
-    N, H, out_rows, q_blocks, k_blocks, octaves, more_octaves, q_eps, k_eps,
+    N, H, out_rows, q_blocks, k_blocks, log2_base, q_eps, k_eps,
     D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
     Q_NORM: tl.constexpr, K_NORM: tl.constexpr, ROPE: tl.constexpr, ORDERED: tl.constexpr, POOL: tl.constexpr, PART: tl.constexpr,
     HEADS: tl.constexpr,
@@ -130,8 +123,8 @@ def _prepare_kernel(
         QMean                   [B * H, q_blocks, D] FP32 contiguous: means over ROWS tokens (POOL)
         KMean, VMean            [B * H, k_blocks, D] FP32 contiguous: means over BLOCK_K tokens (POOL)
 
-    PART: 0 all, 1 Q alone, 2 K and V alone, where those are other tokens. Without POOL, V is left alone. `octaves` and
-    `more_octaves` are those of `octaves_of`; HALF is D / 2 up to a power of two.
+    PART: 0 all, 1 Q alone, 2 K and V alone, where those are other tokens. Without POOL, V is left alone. `log2_base` is log2 of the base
+    of the rotary frequencies; HALF is D / 2 up to a power of two.
     """
     first_row = tl.program_id(0) * ROWS
     batch = tl.program_id(2).to(tl.int64)
@@ -150,7 +143,7 @@ def _prepare_kernel(
     cos = tl.zeros([ROWS, HALF], tl.float32)
     sin = cos
     if ROPE:
-        cos, sin = rotation(Positions + batch * p_stride_b + source * p_stride_n, p_stride_c, live, lane, octaves, more_octaves, D)
+        cos, sin = rotation(Positions + batch * p_stride_b + source * p_stride_n, p_stride_c, live, lane, log2_base, D)
     for i in tl.static_range(HEADS):
         head = tl.program_id(1).to(tl.int64) * HEADS + i
         base = batch * H + head
@@ -234,21 +227,11 @@ def _launch(q, k, v, order, q_norm, k_norm, positions, rope_base, out, means, ro
         *((broadcast_stride(positions, batch), *positions.stride()[1:]) if rope else (0, 0, 0)),
         tokens, heads, out[1 if part == KEYS else 0].shape[2],
         means[0].shape[2] if pool else 0, means[1].shape[2] if pool else 0,
-        *octaves_of(rope_base if rope else None, dim), q_norm.eps, k_norm.eps,
+        math.log2(rope_base) if rope else 0.0, q_norm.eps, k_norm.eps,
         D=dim, HALF=power_of_2(dim // 2), ROWS=rows, BLOCK_K=block_k,
         Q_NORM=NORMS[q_norm.kind], K_NORM=NORMS[k_norm.kind], ROPE=rope, ORDERED=order is not None, POOL=pool, PART=part,
         HEADS=together, num_warps=8 if rows * dim >= 8192 and (rope or q_norm.kind or k_norm.kind) else 4,  # a mere copy: fewer
     )  # fmt: skip
-
-
-def octaves_of(rope_base: float | None, dim: int) -> tuple[float, float]:
-    """By how much log2 of the rotary frequency falls from one pair of elements to the next, in two parts.
-
-    Multiples of the first, up to the number of pairs, are exact in FP32, and the second is small.
-    """
-    step = math.log2(rope_base) / (dim // 4) if rope_base else 0.0
-    octaves = round(step * 2**17) / 2**17
-    return octaves, step - octaves
 
 
 def broadcast_stride(positions: Tensor, batch: int) -> int:

@@ -24,7 +24,7 @@ INDEX_POINTERS = {
 FP32_POINTERS = {
     "QMean", "KMean", "VMean", "Scores", "State", "Total", "Totals", "OutTotals", "Mu", "Lse", "QW", "QB", "KW", "KB", "Proj",
 }  # fmt: skip
-FP32_SCALARS = {"octaves", "more_octaves", "q_eps", "k_eps", "scale", "scale_log2"}
+FP32_SCALARS = {"log2_base", "q_eps", "k_eps", "scale", "scale_log2"}
 
 
 def signature(kernel: Any, dtype: str, constants: dict[str, Any], label: str) -> dict[str, str]:
