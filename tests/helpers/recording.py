@@ -13,6 +13,10 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
+class Waits(Exception):
+    """As CUDA graphs have none, there is no value yet."""
+
+
 class Operators(TorchDispatchMode):
     """Takes note of every operator that runs, with its arguments and results, which stay alive: tensors are told apart by identity."""
 
@@ -22,7 +26,7 @@ class Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
-            raise RuntimeError("the Python of the model waits for a value")
+            raise Waits("the Python of the model waits for a value")
         out = func(*args, **(kwargs or {}))
         self.calls.append((func, (args, kwargs or {}), out))
         return out
@@ -72,8 +76,16 @@ class Tape:
         return self.waits
 
     def record(self, call: Callable[[], Any], device: torch.device) -> tuple[Callable[[], object], Any]:
-        with Operators() as operators:
-            outputs = call()
+        try:
+            with Operators() as operators:
+                outputs = call()
+        except Waits as error:
+            there = error.__traceback__
+            while there is not None and there.tb_next is not None and there.tb_next.tb_frame.f_code.co_filename != __file__:
+                there = there.tb_next
+            if there is not None:
+                there.tb_next = None  # it comes from where the model asks, as an error of torch does
+            raise
         made = tensors(outputs)
         self.recorded += 1
 
