@@ -198,6 +198,7 @@ print(json.dumps(seen))
 """
 
 
+@pytest.mark.slow
 def test_kill(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """At random moments of saves, one after the other: one of the two checkpoints is there, or is refused and its weights make it whole."""
     kills = 24

@@ -43,7 +43,7 @@ from lite3r_plugin.wrapper import Changes
 
 __all__ = ["toy_adapter"]  # the fixture
 SPARSE: dict[str, Any] = dict(keep_ratio=0.3, dense_below=0, block_q=16, block_k=16)
-STEP = 127
+STEP = 317
 Lines = Callable[..., Iterator[int]]
 
 

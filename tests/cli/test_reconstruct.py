@@ -113,6 +113,7 @@ def test_weights_that_do_not_fit(photos: Path, tmp_path: Path) -> None:
     assert "holds the weights of another model than Testbed" in fails(*common, tmp_path / "other")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("depth_anything_3") is None, reason="needs depth-anything-3")
 def test_reconstruct_with_depth_anything_3(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "scene"
