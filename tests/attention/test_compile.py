@@ -189,7 +189,15 @@ def triton(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> b
 @pytest.mark.filterwarnings("ignore::lite3r_plugin.ops.dispatch.SlowPathWarning")  # on a GPU
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # opcheck's own
 @pytest.mark.filterwarnings("ignore:.*deterministic")
-@pytest.mark.parametrize(("linear", "learns"), [("all", "all"), ("all", "proj"), ("none", "all")])
+@pytest.mark.parametrize(
+    ("linear", "learns", "triton"),
+    [
+        pytest.param(linear, learns, path, marks=[pytest.mark.slow] * (path == "triton" and (linear, learns) != ("all", "all")))
+        for linear, learns in (("all", "all"), ("all", "proj"), ("none", "all"))
+        for path in ("naive", "triton")
+    ],
+    indirect=["triton"],
+)
 def test_the_operators_keep_their_contracts(linear: str, learns: str, triton: bool) -> None:
     arguments = flat_arguments(linear, learns)
     torch.library.opcheck(operators.infer, [x.detach() if isinstance(x, Tensor) else x for x in arguments])

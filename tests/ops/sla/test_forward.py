@@ -133,7 +133,7 @@ def test_sums_over_marginal_pairs(sizes: tuple[int, int, int], dtype: torch.dtyp
         assert_as_accurate(got, exact.to(got.dtype), exact)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [DTYPES[0], *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in DTYPES[1:])], ids=str)
 def test_states_of_marginal_blocks_in_groups_of_heads(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Any grouping gives the same bits."""
     q, k, v = random_qkv(LENGTHS[-1] if GPU else 49, 32, dtype, heads=3)
