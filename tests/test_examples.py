@@ -109,6 +109,7 @@ def calibrated(workspace: Path) -> nn.Module:
     return example("calibrate_photographs", "--subsets", "2", "--views", "2", "--keep-ratio", "0.1", "--dense-below", "0")
 
 
+@pytest.mark.slow
 def test_calibrating_on_photographs_and_loading_it_elsewhere(workspace: Path, calibrated: nn.Module) -> None:
     assert names(workspace / "calibrated") == ["lite3r.safetensors", "lite3r_config.json"]
     fitted = [site.proj_lin.weight for site in lite3r_modules(calibrated).values() if site.sparse]
