@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from pairs import costly
 from PIL import Image
 from torch import Tensor, nn
 from written_scenes import render as rendered
@@ -78,9 +79,13 @@ def dense(model: nn.Module) -> Tensor:
     return torch.cat((out, depth(remove_lite3r(model))))
 
 
-@pytest.mark.parametrize("run", [depth, trained, calibrated, converted, dense])
 @pytest.mark.parametrize(
-    "fields", [{}, {"linear_branch": "marginal", "block_means": True}, {"fuse": False}, {"precision": "fp8_qat"}], ids=str
+    ("run", "fields"),
+    costly(
+        [depth, trained, calibrated, converted, dense],
+        [{}, {"linear_branch": "marginal", "block_means": True}, {"fuse": False}, {"precision": "fp8_qat"}],
+    ),
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_models(run: Callable[[nn.Module], Tensor], fields: dict[str, Any]) -> None:
     expected, model = run(sparse(**fields)), sparse(**fields)

@@ -19,6 +19,7 @@ BLOCK = re.compile(r"(<!-- not run: [^>]+ -->\n)?```(python|bash|toml|yaml)\n(.*
 FILE = re.compile(r"# ([\w./]+\.\w+)\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 @pytest.mark.filterwarnings("ignore::lite3r_plugin.ops.dispatch.SlowPathWarning")
 def test_it_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

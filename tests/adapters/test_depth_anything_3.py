@@ -99,12 +99,14 @@ def test_conformance(small: nn.Module) -> None:
     assert report.dense_error <= 1e-5
 
 
+@pytest.mark.slow
 def test_conformance_of_the_backbone_in_all_scopes(small: nn.Module) -> None:
     report = check_adapter(small.backbone, (torch.rand(IMAGES),), scopes=("global", "frame"))
     assert report.scopes == {"frame": 8, "global": 4}
     assert report.dense_error <= 1e-5
 
 
+@pytest.mark.slow
 def test_conformance_with_cameras(small: nn.Module) -> None:
     """Given poses, no reference view is chosen and camera tokens come from the poses."""
     cameras = {"extrinsics": torch.eye(4).repeat(1, 3, 1, 1), "intrinsics": torch.diag(torch.tensor([50.0, 50.0, 1.0])).repeat(1, 3, 1, 1)}
@@ -125,6 +127,7 @@ def test_bf16(small: nn.Module) -> None:
     assert_bf16_is_as_exact_as_dense(small.backbone, torch.rand(IMAGES))
 
 
+@pytest.mark.slow
 def test_compile(small: nn.Module) -> None:
     """In parts: it prints while it runs."""
     assert_compiled_equals_eager(small.backbone, lambda m, x: m(x), [torch.rand(IMAGES)], fullgraph=False)

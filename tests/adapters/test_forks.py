@@ -135,8 +135,8 @@ def line_in_front(line: str, source: str) -> str:
 def cases() -> list[Any]:
     attention = [*IN_FRONT, *BIAS]
     return [
-        pytest.param(family, what, id=f"{name}-{what}")
-        for name, family in FAMILIES.items()
+        pytest.param(family, what, id=f"{name}-{what}", marks=[pytest.mark.slow] * (number > 0 and what in [*attention[1:], *BLOCKS]))
+        for number, (name, family) in enumerate(FAMILIES.items())
         for what in (*attention, *(["rotary pairing"] if family.rope else []), *BLOCKS)
     ]
 

@@ -53,6 +53,7 @@ def test_bf16() -> None:
     assert_bf16_is_as_exact_as_dense(hosts.Pi3().eval(), torch.rand(IMAGES))
 
 
+@pytest.mark.slow
 def test_compile() -> None:
     images = [torch.rand(1, views, *IMAGES[2:]) for views in (3, 2, 5)]
     assert_compiled_equals_eager(hosts.Pi3().eval(), lambda m, x: m(x), images)

@@ -187,6 +187,7 @@ def test_what_the_hub_refuses(error: Callable[[], Exception], message: str, monk
 # Machines with less
 
 
+@pytest.mark.slow
 def test_without_triton(tmp_path: Path) -> None:
     """In a process in which it cannot be imported: sites run dense, or in plain torch, and that is said."""
     for name, below in (("dense", None), ("sparse", 0)):

@@ -92,8 +92,17 @@ def finite(model: Toy) -> bool:
     return bool(model(images()).isfinite().all())
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-@pytest.mark.parametrize("precision", ["full", "fp8_qat", "fp8"])
+@pytest.mark.parametrize(
+    ("precision", "device"),
+    [
+        ("full", "cpu"),
+        ("fp8", "meta"),
+        *(
+            pytest.param(*form, marks=pytest.mark.slow)
+            for form in (("full", "meta"), ("fp8_qat", "cpu"), ("fp8_qat", "meta"), ("fp8", "cpu"))
+        ),
+    ],
+)
 def test_loading(precision: Any, device: str, tmp_path: Path, pytestconfig: pytest.Config, capsys: pytest.CaptureFixture[str]) -> None:
     """The model is what it was to the bit. After the last change it may be the loaded one, whole."""
     saved = branches(precision, 0.5)
@@ -198,6 +207,7 @@ print(json.dumps(seen))
 """
 
 
+@pytest.mark.slow
 def test_kill(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """At random moments of saves, one after the other: one of the two checkpoints is there, or is refused and its weights make it whole."""
     kills = 24

@@ -43,7 +43,7 @@ from lite3r_plugin.wrapper import Changes
 
 __all__ = ["toy_adapter"]  # the fixture
 SPARSE: dict[str, Any] = dict(keep_ratio=0.3, dense_below=0, block_q=16, block_k=16)
-STEP = 127
+STEP = 317
 Lines = Callable[..., Iterator[int]]
 
 
@@ -175,7 +175,7 @@ def test_remove(lines: Lines, x: Tensor, precision: str) -> None:
     assert set(seen) <= {"dense", "with Lite3R"}
 
 
-@pytest.mark.parametrize("precision", ["full", "fp8_qat"])
+@pytest.mark.parametrize("precision", [pytest.param("full", marks=pytest.mark.slow), "fp8_qat"])
 def test_convert(lines: Lines, x: Tensor, precision: str) -> None:
     """Before the first Linear is in FP8 nothing has changed, the linear branches and the output included."""
 
@@ -213,7 +213,7 @@ def test_converting_again(lines: Lines, x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("precision", ["full", "fp8_qat"])
-@pytest.mark.parametrize("gap", [1, 2, 3, 5])
+@pytest.mark.parametrize("gap", [1, *(pytest.param(gap, marks=pytest.mark.slow) for gap in (2, 3, 5))])
 def test_interrupted_again_and_again(lines: Lines, precision: str, gap: int) -> None:
     """Also while changes are undone, so that something may stay half in: remove_lite3r takes that out."""
     model = vit()

@@ -42,7 +42,7 @@ def fresh() -> Any:
     torch._dynamo.reset()
 
 
-@pytest.fixture(params=MAKES)
+@pytest.fixture(params=["fused", *(pytest.param(name, marks=pytest.mark.slow) for name in MAKES if name != "fused")])
 def toy(request: pytest.FixtureRequest, adapter: Any) -> Toy:
     return Toy(depth=1, make=MAKES[request.param]).eval()
 
@@ -53,25 +53,25 @@ def some_views(views: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return x
 
 
-@pytest.mark.parametrize("options", [{}, {"keep_ratio": 1.0}, {"dense_below": 10**6}], ids=["sparse", "all kept", "dense"])
-def test_one_graph_serves_all_views(toy: Toy, options: dict[str, Any]) -> None:
-    model = apply_lite3r(toy, TEST_CONFIG, **options)
+OPTIONS: dict[str, dict[str, Any]] = {"sparse": {}, "all kept": {"keep_ratio": 1.0}, "dense": {"dense_below": 10**6}}
+NODES = {"sparse": 1, "all kept": 0, "dense": 0}
+
+
+@pytest.mark.usefixtures("adapter")
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [pytest.param(make, name, marks=[pytest.mark.slow] * (make != "fused" and name != "sparse")) for make in MAKES for name in OPTIONS],
+)
+def test_one_graph_serves_all_views(make: str, name: str) -> None:
+    """It has one node for the attention of a site that runs sparse."""
+    model = apply_lite3r(Toy(depth=1, make=MAKES[make]).eval(), TEST_CONFIG, **OPTIONS[name])
     graphs = CompileCounterWithBackend("eager")
     compiled = torch.compile(model, backend=graphs, fullgraph=True)
     with torch.no_grad():
         for views in (3, 2, 7):
             torch.testing.assert_close(compiled(some_views(views)), model(images(views)))
     assert graphs.frame_count == 1
-
-
-@pytest.mark.usefixtures("adapter")
-@pytest.mark.parametrize("make", MAKES)
-def test_a_graph_has_one_node_for_each_site(make: str) -> None:
-    model = apply_lite3r(Toy(depth=2, make=MAKES[make]).eval(), TEST_CONFIG)
-    graphs = CompileCounterWithBackend("eager")
-    with torch.no_grad():
-        torch.compile(model, backend=graphs, fullgraph=True)(images())
-    assert sum(node.target is operators.infer for node in graphs.graphs[0].graph.nodes) == 2
+    assert sum(node.target is operators.infer for node in graphs.graphs[0].graph.nodes) == NODES[name]
 
 
 def costs_are(monkeypatch: pytest.MonkeyPatch, found: AttentionCosts) -> None:
@@ -122,7 +122,7 @@ def test_training(toy: Toy) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects:UserWarning")  # the tracker of the grid
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_export_with_any_number_of_views(toy: Toy, strict: bool) -> None:
     model = apply_lite3r(toy, TEST_CONFIG)
     with torch.no_grad():
@@ -131,6 +131,7 @@ def test_export_with_any_number_of_views(toy: Toy, strict: bool) -> None:
             torch.testing.assert_close(program.module()(images(views)), model(images(views)))
 
 
+@pytest.mark.slow
 def test_the_testbed() -> None:
     model = apply_lite3r(Testbed(TestbedConfig(dim=64, head_dim=32, depth=1, stem=8)).eval(), TEST_CONFIG)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -188,7 +189,15 @@ def triton(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> b
 @pytest.mark.filterwarnings("ignore::lite3r_plugin.ops.dispatch.SlowPathWarning")  # on a GPU
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # opcheck's own
 @pytest.mark.filterwarnings("ignore:.*deterministic")
-@pytest.mark.parametrize(("linear", "learns"), [("all", "all"), ("all", "proj"), ("none", "all")])
+@pytest.mark.parametrize(
+    ("linear", "learns", "triton"),
+    [
+        pytest.param(linear, learns, path, marks=[pytest.mark.slow] * (path == "triton" and (linear, learns) != ("all", "all")))
+        for linear, learns in (("all", "all"), ("all", "proj"), ("none", "all"))
+        for path in ("naive", "triton")
+    ],
+    indirect=["triton"],
+)
 def test_the_operators_keep_their_contracts(linear: str, learns: str, triton: bool) -> None:
     arguments = flat_arguments(linear, learns)
     torch.library.opcheck(operators.infer, [x.detach() if isinstance(x, Tensor) else x for x in arguments])
@@ -271,7 +280,7 @@ def test_compiled_on_a_gpu(mode: str, adapter: Any) -> None:
 
 
 @pytest.mark.usefixtures("adapter")
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("dynamic", [pytest.param(None, marks=pytest.mark.slow), True])
 @torch.no_grad()
 def test_sites_that_share_code_have_their_own_policy(monkeypatch: pytest.MonkeyPatch, dynamic: bool | None) -> None:
     """Where code is compiled module by module, a graph for one keep ratio is none for another."""
@@ -293,7 +302,7 @@ def test_sites_that_share_code_have_their_own_policy(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"keep_ratio": 1.0}, {"precision": "fp8"}, {"dense_below": None}],
+    [{}, *(pytest.param(fields, marks=pytest.mark.slow) for fields in ({"keep_ratio": 1.0}, {"precision": "fp8"}, {"dense_below": None}))],
     ids=["sparse", "dense", "fp8", "policy"],
 )
 @torch.no_grad()

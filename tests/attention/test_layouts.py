@@ -32,7 +32,9 @@ def applied(name: str, describe_as: Describe, tokens: tuple[Tokens, Tokens] | No
     return apply_lite3r(make().eval(), TEST_CONFIG), inputs
 
 
-@pytest.mark.parametrize("name", RIGHT)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in ("trailing", "mixed grids", "packed"))) for name in RIGHT]
+)
 def test_compiled_it_is_the_same(name: str, describe_as: Describe) -> None:
     model, inputs = applied(name, describe_as)
     with torch.no_grad():
@@ -43,8 +45,15 @@ def test_compiled_it_is_the_same(name: str, describe_as: Describe) -> None:
             torch.testing.assert_close(compiled(*inputs), expected)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("name", ["mixed grids", "a grid for each layer"])
+@pytest.mark.parametrize(
+    ("name", "compiled"),
+    [
+        ("mixed grids", False),
+        ("mixed grids", True),
+        ("a grid for each layer", False),
+        pytest.param("a grid for each layer", True, marks=pytest.mark.slow),
+    ],
+)
 def test_mixed_grids_raise(name: str, compiled: bool, describe_as: Describe) -> None:
     model, inputs = applied(name, describe_as, (SOURCE, SOURCE))
     run = torch.compile(model, backend="eager") if compiled else model

@@ -380,6 +380,7 @@ def test_what_a_step_and_calibration_cost(tmp_path: Path, monkeypatch: pytest.Mo
     assert all(row["seconds"] > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_the_predicted_peak_is_compared_with_what_is_held(tmp_path: Path) -> None:
     import memory_plan
 

@@ -80,6 +80,7 @@ def test_table_without_depth_or_scenes(load) -> None:
     assert "no scene has so many views" in report.table("strecha/32", {"sets": 0, "rows": {}})
 
 
+@pytest.mark.slow
 def test_run(small: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The whole command on one scene; started again, it measures nothing twice."""
     quality = small

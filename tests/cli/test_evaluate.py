@@ -20,6 +20,7 @@ def run(*arguments: str) -> tuple[int, str]:
     return result.exit_code, " ".join(result.output.split())
 
 
+@pytest.mark.slow
 def test_the_testbed_is_as_good_as_stated(tmp_path: Path) -> None:
     """The shipped weights on the held-out scene of this spec, dense and at keep_ratio 0.25."""
     path = tmp_path / "report.json"

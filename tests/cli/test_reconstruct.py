@@ -113,6 +113,7 @@ def test_weights_that_do_not_fit(photos: Path, tmp_path: Path) -> None:
     assert "holds the weights of another model than Testbed" in fails(*common, tmp_path / "other")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("depth_anything_3") is None, reason="needs depth-anything-3")
 def test_reconstruct_with_depth_anything_3(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "scene"
@@ -151,6 +152,7 @@ def test_reconstruct_a_video_and_a_photograph(photos: Path, tmp_path: Path) -> N
         assert archive["names"][-1] == "0.jpg"
 
 
+@pytest.mark.slow
 def test_memory_is_planned_and_what_cannot_fit_is_refused(photos: Path, tmp_path: Path) -> None:
     common = ("reconstruct", photos, "--model", "tiny", "--weights", "random", "--device", "cpu", "--out", tmp_path / "a.ply", "--config")
     assert "memory for [1, 3, 3, 152, 224]: predicted peak" in lite3r(*common, "max_memory=1GB").stdout

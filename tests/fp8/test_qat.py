@@ -191,6 +191,7 @@ class TestModel:
                 assert not torch.equal(other(images()), expected)
             assert torch.equal(model(images()), expected)
 
+    @pytest.mark.slow
     def test_compiled_equals_eager(self) -> None:
         model = apply_lite3r(Toy().eval().requires_grad_(False), **QAT)
         expected = model(images())

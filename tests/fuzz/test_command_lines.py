@@ -25,7 +25,7 @@ from lite3r_plugin.adapter.plugins import get_manager
 from lite3r_plugin.cli.app import app
 from lite3r_plugin.testbed import Testbed, TestbedConfig
 
-TRIES = 12
+TRIES = 6
 DIGITS = "9" * 5000
 WORDS = [
     "",
@@ -147,9 +147,10 @@ def command_line(r: random.Random) -> list[str]:
 
 
 @pytest.mark.usefixtures("folder")
-def test_command_lines(pytestconfig: pytest.Config, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_command_lines(seed: int, pytestconfig: pytest.Config, capsys: pytest.CaptureFixture[str]) -> None:
     seconds = pytestconfig.getoption("--fuzz-seconds")
-    r, end = random.Random(0 if seconds is None else None), time.monotonic() + (seconds or 0)
+    r, end = random.Random(seed if seconds is None else None), time.monotonic() + (seconds or 0)
     found: Counter[int] = Counter()
     while found.total() < TRIES or time.monotonic() < end:
         line = command_line(r)

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 
 
@@ -19,6 +20,14 @@ def each(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
     if torch.cuda.is_available():
         return list(itertools.product(*axes))
     return [tuple(axis[i % len(axis)] for axis in axes) for i in range(max(map(len, axes)))]
+
+
+def costly(*axes: Sequence[Any]) -> list[Any]:
+    """As `grid`, for what takes a second each: on a CPU `each`, and marked slow what it leaves of all pairs."""
+    if torch.cuda.is_available():
+        return grid(*axes)
+    few = each(*axes)
+    return [*few, *(pytest.param(*row, marks=pytest.mark.slow) for row in all_pairs(*axes) if row not in few)]
 
 
 def all_pairs(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:

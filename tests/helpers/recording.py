@@ -8,8 +8,45 @@ from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch import Tensor
 from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Waits(Exception):
+    """As CUDA graphs have none, there is no value yet."""
+
+
+class Operators(TorchDispatchMode):
+    """Takes note of every operator that runs, with its arguments and results, which stay alive: tensors are told apart by identity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise Waits("the Python of the model waits for a value")
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, (args, kwargs or {}), out))
+        return out
+
+    def replay(self, wanted: list[Tensor]) -> list[Tensor]:
+        """What `wanted` are now, of the tensors that are not made by these operators."""
+        now: dict[int, Tensor] = {}
+
+        def value(x: Tensor) -> Tensor:
+            return now.get(id(x), x)
+
+        for func, given, out in self.calls:
+            args, kwargs = _pytree.tree_map_only(Tensor, value, given)
+            found = func(*args, **kwargs)
+            now.update((id(x), y) for x, y in zip(tensors(out), tensors(found), strict=True) if y is not x)
+        return [value(x) for x in wanted]
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in _pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 class Tape:
@@ -39,20 +76,24 @@ class Tape:
         return self.waits
 
     def record(self, call: Callable[[], Any], device: torch.device) -> tuple[Callable[[], object], Any]:
-        outputs = call()
-        leaves, _ = _pytree.tree_flatten(outputs)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-
-        def flat() -> list[Any]:
-            return [leaf for leaf in _pytree.tree_flatten(call())[0] if isinstance(leaf, torch.Tensor)]
-
-        tape = make_fx(flat)()
+        try:
+            with Operators() as operators:
+                outputs = call()
+        except Waits as error:
+            there = error.__traceback__
+            while there is not None and there.tb_next is not None and there.tb_next.tb_frame.f_code.co_filename != __file__:
+                there = there.tb_next
+            if there is not None:
+                there.tb_next = None  # it comes from where the model asks, as an error of torch does
+            raise
+        made = tensors(outputs)
         self.recorded += 1
 
         def replay() -> None:
             with torch.no_grad():
-                for there, now in zip(tensors, tape(), strict=True):
-                    there.copy_(now)
+                for there, now in zip(made, operators.replay(made), strict=True):
+                    if now is not there:
+                        there.copy_(now)
 
         return replay, outputs
 

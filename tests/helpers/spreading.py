@@ -31,15 +31,16 @@ from lite3r_plugin.testbed import Testbed, TestbedConfig
 SPARSE: dict[str, Any] = {"keep_ratio": 0.25, "block_q": 16, "block_k": 16, "dense_below": 0}
 VIEWS = 5  # do not divide by two or three
 Case = Callable[[], Any]
-CASES: dict[int, dict[str, Case]] = {2: {}, 3: {}}
+PROCESSES = {"two": 2, "three": 3, "packages": 2}  # by the name of the run
+CASES: dict[str, dict[str, Case]] = {run: {} for run in PROCESSES}
 
 
-def case(*processes: int) -> Callable[[Case], Case]:
-    """Register a case under the name of its function, for so many processes."""
+def case(*runs: str) -> Callable[[Case], Case]:
+    """Register a case under the name of its function, for these runs."""
 
     def registered(function: Case) -> Case:
-        for number in processes:
-            CASES[number][function.__name__] = function
+        for run in runs:
+            CASES[run][function.__name__] = function
         return function
 
     return registered
@@ -115,32 +116,32 @@ def refused() -> Iterator[list[str]]:
 # Outputs
 
 
-@case(2, 3)
+@case("two", "three")
 def sparse_with_marginal_branch() -> Any:
     return compared(testbed(**SPARSE), images(batch=2))
 
 
-@case(2)
+@case("two")
 def sparse_without_branch_or_means() -> Any:
     return compared(testbed(**SPARSE, linear_branch="none", block_means=False, pin="special"), images())
 
 
-@case(2)
+@case("two")
 def sparse_with_branch_over_all() -> Any:
     return compared(testbed(**SPARSE, linear_branch="all", pin="none", negligible_ratio=0.2), images(batch=2))
 
 
-@case(2, 3)
+@case("two", "three")
 def dense_with_branch_over_all() -> Any:
     return compared(testbed(**{**SPARSE, "keep_ratio": 1.0}, linear_branch="all"), images(batch=2))
 
 
-@case(2)
+@case("two")
 def dense_without_lite3r() -> Any:
     return compared(testbed(), images())
 
 
-@case(2)
+@case("two")
 def fp8_emulated() -> Any:
     return compared(convert(testbed(**SPARSE), fp8_backend="emulated"), images())
 
@@ -156,18 +157,18 @@ class WithoutBatch(nn.Module):
         return [value[0] for value in self.inner(x[None]).values()]
 
 
-@case(2)
+@case("two")
 def images_without_a_batch() -> Any:
     return compared(sparse(WithoutBatch().eval(), **SPARSE), images()[0])
 
 
-@case(2)
+@case("two")
 def hosts_that_make_their_own_attention() -> Any:
     """One site is left to the host, which attends densely, at the other its call is redirected."""
     return compared(testbed(**{**SPARSE, "keep_ratio": {"*global_blocks.0.*": 1.0, "*": 0.25}}, fuse=False), images())
 
 
-@case(2)
+@case("two")
 def camera_head_of_vggt() -> Any:
     from official import SmallVGGT
 
@@ -175,7 +176,7 @@ def camera_head_of_vggt() -> Any:
     return compared(sparse(SmallVGGT(2, 2).eval(), **SPARSE), images(size=(56, 70)))
 
 
-@case(2)
+@case("packages")
 def depth_anything_3() -> Any:
     model = sparse(real_da3(), **SPARSE)
     x = images(3, size=(56, 70))
@@ -201,7 +202,7 @@ def real_da3() -> Any:
     return model
 
 
-@case(2, 3)
+@case("two", "three")
 def sharded() -> Any:
     """Rank 0 has one view, the next two, the next three; each keeps the results of its own."""
     model, rank = testbed(**SPARSE), dist.get_rank()
@@ -217,7 +218,7 @@ def sharded() -> Any:
     return {"difference": difference(expected, got), "again": difference(got, again), "own": torch.equal(kept, x[:, own])}
 
 
-@case(2)
+@case("two")
 def other_weights() -> Any:
     model = testbed()
     with torch.no_grad():
@@ -325,17 +326,17 @@ class Checkpointed:
         return checkpoint(forward, self.block, *args, use_reentrant=False, **kwargs)
 
 
-@case(2, 3)
+@case("two", "three")
 def gradients_of_gathered_outputs() -> Any:
     return gradients(testbed(**SPARSE), images(batch=2), "gathered")
 
 
-@case(2, 3)
+@case("two", "three")
 def gradients_of_sharded_outputs() -> Any:
     return gradients(testbed(**{**SPARSE, "keep_ratio": 1.0}, linear_branch="all"), images(), "sharded")
 
 
-@case(2)
+@case("two")
 def gradients_with_checkpointing() -> Any:
     return gradients(testbed(**SPARSE), images(), "gathered", checkpointed=True)
 
@@ -343,7 +344,7 @@ def gradients_with_checkpointing() -> Any:
 # What is put back, and what is refused
 
 
-@case(2)
+@case("two")
 def undone() -> Any:
     model = testbed(**SPARSE)
     x = images()
@@ -380,7 +381,7 @@ class Mixing(nn.Module):
         return depth / depth.mean()
 
 
-@case(2)
+@case("two")
 def views_that_meet() -> Any:
     model = Mixing().eval()
     said: dict[str, Any] = {}
@@ -397,7 +398,7 @@ def views_that_meet() -> Any:
     return said
 
 
-@case(2)
+@case("two")
 def one_rank_has_other_images() -> Any:
     model, rank = testbed(), dist.get_rank()
     with torch.no_grad(), parallelize_views(model) as parallel:
@@ -410,7 +411,7 @@ def one_rank_has_other_images() -> Any:
     return {"other": other, "wrong": wrong, "views": well["depth"].shape[1], "size": size}
 
 
-@case(2, 3)
+@case("two", "three")
 def one_rank_fails() -> Any:
     model, rank = testbed(), dist.get_rank()
     start, other = time.monotonic(), ""
@@ -448,28 +449,29 @@ def one_rank_dies(parallel: ViewParallel, model: nn.Module) -> Any:
 # Processes
 
 
-def start(folder: Path) -> subprocess.Popen[str]:
-    """Run all cases in processes of their own; what the first of so many finds goes to ``<number>.json`` of `folder`."""
-    command = [sys.executable, "-W", "error", __file__, str(folder)]
+def start(folder: Path, *runs: str) -> subprocess.Popen[str]:
+    """Run all cases of these runs in processes of their own; what they find goes to ``<run>.json`` of `folder`."""
+    command = [sys.executable, "-W", "error", __file__, str(folder), *runs]
     environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 
-def run_cases(folder: Path, processes: int) -> NoReturn:
-    """All cases for so many processes, this one among them."""
+def run_cases(folder: Path, run: str) -> NoReturn:
+    """All cases of a run in its processes, this one among them."""
+    processes = PROCESSES[run]
     others, _kept = divide(processes)
-    cases: dict[str, Case] = dict(CASES[processes])
+    cases: dict[str, Case] = dict(CASES[run])
     found: dict[str, Any] = {}
-    if processes == 2:
+    if run == "packages":
         result = command(folder)
         cases = {**cases, "command": lambda: result, "benchmark": lambda: {"exit": benchmark(folder)}}
     # Names of its own in the store: the command has had a group there, too.
     met = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), processes, is_master=False)
     store = dist.PrefixStore("cases", met)
     dist.init_process_group("gloo", store=store, rank=int(os.environ["RANK"]), world_size=processes)
-    for name, run in cases.items():
+    for name, one_case in cases.items():
         try:
-            one: Any = run()
+            one: Any = one_case()
         except Exception as error:
             one = {"error": repr(error)}
         found[name] = [None] * processes
@@ -480,28 +482,30 @@ def run_cases(folder: Path, processes: int) -> NoReturn:
         model(images())
     found["one_rank_dies"] = [one_rank_dies(parallel, model)]
     if dist.get_rank() == 0:
-        (folder / f"{processes}.json").write_text(json.dumps(found))
+        (folder / f"{run}.json").write_text(json.dumps(found))
         for other in others:
             os.waitpid(other, 0)
     os._exit(0)  # destroying a group that has lost a process would wait for it
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, *runs: str) -> None:
     """As `start` says."""
     torch.set_num_threads(1)  # threads do not come along into a fork
     importlib.import_module("torch._dynamo")  # as gradient checkpointing does; what is imported here is imported once
     with torch.no_grad():  # whose threads do not come along either
         testbed(**SPARSE)(images())
-    if (child := os.fork()) == 0:
-        run_cases(folder, 3)
-    real_da3()
-    register()
-    reconstruct(folder, "one.npz")
-    if (second := os.fork()) == 0:
-        run_cases(folder, 2)
-    for process in (child, second):
-        os.waitpid(process, 0)
+    children = []
+    for run in sorted(runs, key="packages".__eq__):  # whose libraries the others need not have
+        if run == "packages":
+            real_da3()
+            register()
+            reconstruct(folder, "one.npz")
+        if (child := os.fork()) == 0:
+            run_cases(folder, run)
+        children.append(child)
+    for child in children:
+        os.waitpid(child, 0)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

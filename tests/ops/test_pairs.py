@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from pairs import all_pairs, each
+from pairs import all_pairs, costly, each
 
 
 @pytest.mark.parametrize("sizes", [(3,), (2, 3), (3, 2, 6), (5, 2, 2, 3, 2, 2), (2, 2, 2, 2, 2, 2, 2)], ids=str)
@@ -24,3 +24,13 @@ def test_every_two_values_of_two_parameters_meet(sizes: tuple[int, ...]) -> None
 def test_each_value_has_its_turn() -> None:
     rows = each("abc", "xy", [1])
     assert rows == [("a", "x", 1), ("b", "y", 1), ("c", "x", 1)]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU takes all combinations")
+def test_costly_pairs_are_slow_but_for_each_value() -> None:
+    axes = ((1, 2, 3), "ab", (True, False))
+    rows = costly(*axes)
+    few, rest = rows[:3], rows[3:]
+    assert few == each(*axes)
+    assert set(all_pairs(*axes)) <= {*few, *(row.values for row in rest)}
+    assert {mark.name for row in rest for mark in row.marks} == {"slow"}

@@ -21,88 +21,107 @@ from lite3r_plugin.parallel import parallelize_views
 
 @dataclass(frozen=True)
 class Found:
-    """What cases found, by the number of processes and their name, and files that they wrote."""
+    """What cases found, by the run and their name, and files that they wrote."""
 
-    cases: dict[int, dict[str, list[Any]]]
+    cases: dict[str, dict[str, list[Any]]]
     folder: Path
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    """What all processes found in all cases: they are started once."""
-    pytest.importorskip("depth_anything_3")
-    folder: Path = tmp_path_factory.mktemp("spread")
-    process = spreading.start(folder)
+def found_by(folder: Path, *runs: str) -> Found:
+    """What all processes found in all cases."""
+    process = spreading.start(folder, *runs)
     try:
         said, _ = process.communicate(timeout=300)
     except BaseException:
         os.killpg(process.pid, signal.SIGKILL)
         raise
-    results = {number: folder / f"{number}.json" for number in (2, 3)}
+    results = {run: folder / f"{run}.json" for run in runs}
     assert all(path.exists() for path in results.values()), said[-3000:]
-    return Found({number: json.loads(path.read_text()) for number, path in results.items()}, folder)
+    return Found({run: json.loads(path.read_text()) for run, path in results.items()}, folder)
 
 
-def ranks(found: Found, processes: int, name: str) -> list[Any]:
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """Started once."""
+    return found_by(tmp_path_factory.mktemp("two"), "two")
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """The same on three processes, and on two with other packages, which is slow."""
+    pytest.importorskip("depth_anything_3")
+    return found_by(tmp_path_factory.mktemp("others"), "three", "packages")
+
+
+@pytest.fixture
+def found(run: str, request: pytest.FixtureRequest) -> Found:
+    """What `run` found."""
+    return request.getfixturevalue("two" if run == "two" else "others")
+
+
+THREE = pytest.param("three", marks=pytest.mark.slow)
+
+
+def ranks(found: Found, run: str, name: str) -> list[Any]:
     """What each process found; no case may have failed."""
-    one = found.cases[processes][name]
+    one = found.cases[run][name]
     assert not [rank for rank in one if "error" in rank], one
     return one
 
 
 @pytest.mark.parametrize(
-    ("processes", "name", "sparse", "dense"),
+    ("run", "name", "sparse", "dense"),
     [
-        (2, "sparse_with_marginal_branch", 2, 0),
-        (3, "sparse_with_marginal_branch", 2, 0),
-        (2, "sparse_without_branch_or_means", 2, 0),
-        (2, "sparse_with_branch_over_all", 2, 0),
-        (2, "dense_with_branch_over_all", 0, 2),
-        (3, "dense_with_branch_over_all", 0, 2),
-        (2, "dense_without_lite3r", 0, 0),
-        (2, "fp8_emulated", 2, 0),
-        (2, "images_without_a_batch", 2, 0),
-        (2, "hosts_that_make_their_own_attention", 1, 0),
-        (2, "camera_head_of_vggt", 2, 0),
-        (2, "depth_anything_3", 1, 0),
+        ("two", "sparse_with_marginal_branch", 2, 0),
+        pytest.param("three", "sparse_with_marginal_branch", 2, 0, marks=pytest.mark.slow),
+        ("two", "sparse_without_branch_or_means", 2, 0),
+        ("two", "sparse_with_branch_over_all", 2, 0),
+        ("two", "dense_with_branch_over_all", 0, 2),
+        pytest.param("three", "dense_with_branch_over_all", 0, 2, marks=pytest.mark.slow),
+        ("two", "dense_without_lite3r", 0, 0),
+        ("two", "fp8_emulated", 2, 0),
+        ("two", "images_without_a_batch", 2, 0),
+        ("two", "hosts_that_make_their_own_attention", 1, 0),
+        ("two", "camera_head_of_vggt", 2, 0),
+        pytest.param("packages", "depth_anything_3", 1, 0, marks=pytest.mark.slow),
     ],
 )
-def test_outputs_are_those_of_one_process(found: Found, processes: int, name: str, sparse: int, dense: int) -> None:
-    for one in ranks(found, processes, name):
+def test_outputs_are_those_of_one_process(found: Found, run: str, name: str, sparse: int, dense: int) -> None:
+    for one in ranks(found, run, name):
         assert one["difference"] < 1e-5
         assert (one["sparse"], one["dense"]) == (sparse, dense)
         assert one["stand_in"]
-        assert len(one["counts"]) == processes
+        assert len(one["counts"]) == spreading.PROCESSES[run]
         assert len(set(one["counts"])) > 1  # uneven
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_each_process_may_give_and_keep_its_own_views(found: Found, processes: int) -> None:
-    for one in ranks(found, processes, "sharded"):
+@pytest.mark.parametrize("run", ["two", THREE])
+def test_each_process_may_give_and_keep_its_own_views(found: Found, run: str) -> None:
+    for one in ranks(found, run, "sharded"):
         assert one["difference"] < 1e-5
         assert one["again"] == 0
         assert one["own"]
 
 
 @pytest.mark.parametrize(
-    ("processes", "name"),
+    ("run", "name"),
     [
-        (2, "gradients_of_gathered_outputs"),
-        (3, "gradients_of_gathered_outputs"),
-        (2, "gradients_of_sharded_outputs"),
-        (3, "gradients_of_sharded_outputs"),
-        (2, "gradients_with_checkpointing"),
+        ("two", "gradients_of_gathered_outputs"),
+        pytest.param("three", "gradients_of_gathered_outputs", marks=pytest.mark.slow),
+        ("two", "gradients_of_sharded_outputs"),
+        pytest.param("three", "gradients_of_sharded_outputs", marks=pytest.mark.slow),
+        ("two", "gradients_with_checkpointing"),
     ],
 )
-def test_gradients_add_up_to_those_of_one_process(found: Found, processes: int, name: str) -> None:
-    for one in ranks(found, processes, name):
+def test_gradients_add_up_to_those_of_one_process(found: Found, run: str, name: str) -> None:
+    for one in ranks(found, run, name):
         assert one["difference"] < 1e-12
         assert one["others"] < 1e-12
         assert one["known"] > 0.9 * one["count"] > 100
 
 
-def test_the_model_is_as_it_was_afterwards(found: Found) -> None:
-    for one in ranks(found, 2, "undone"):
+def test_the_model_is_as_it_was_afterwards(two: Found) -> None:
+    for one in ranks(two, "two", "undone"):
         assert one["same"]
         assert one["tables"]
         assert one["keys"]
@@ -111,21 +130,22 @@ def test_the_model_is_as_it_was_afterwards(found: Found) -> None:
         assert "called by itself" in one["part"][0]
 
 
-def test_what_cannot_be_spread_is_refused_everywhere(found: Found) -> None:
-    for one in ranks(found, 2, "views_that_meet"):
+def test_what_cannot_be_spread_is_refused_everywhere(two: Found) -> None:
+    for one in ranks(two, "two", "views_that_meet"):
         assert "views meet outside of the attention sites" in one["mean"][0]
         assert "1 views cannot be spread over 2 processes" in one["few"][0]
         assert "no module 'head'" in one["module"][0]
         assert "attends over views" in one["single"][0]
 
 
-def test_a_reference_view_that_is_chosen_by_what_is_in_it_is_refused(found: Found) -> None:
-    for one in ranks(found, 2, "depth_anything_3"):
+@pytest.mark.slow
+def test_a_reference_view_that_is_chosen_by_what_is_in_it_is_refused(others: Found) -> None:
+    for one in ranks(others, "packages", "depth_anything_3"):
         assert 'ref_view_strategy="first"' in one["refused"][0]
 
 
-def test_processes_that_are_given_something_else_say_so_and_go_on(found: Found) -> None:
-    first, second = ranks(found, 2, "one_rank_has_other_images")
+def test_processes_that_are_given_something_else_say_so_and_go_on(two: Found) -> None:
+    first, second = ranks(two, "two", "one_rank_has_other_images")
     for one in (first, second):
         assert "rank 1 gives" in one["other"][0]
         assert one["views"] == spreading.VIEWS
@@ -133,9 +153,9 @@ def test_processes_that_are_given_something_else_say_so_and_go_on(found: Found) 
     assert "rank 0 refused" in second["wrong"][0]
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_a_forward_that_fails_ends_the_others_with_its_reason(found: Found, processes: int) -> None:
-    for rank, one in enumerate(ranks(found, processes, "one_rank_fails")):
+@pytest.mark.parametrize("run", ["two", THREE])
+def test_a_forward_that_fails_ends_the_others_with_its_reason(found: Found, run: str) -> None:
+    for rank, one in enumerate(ranks(found, run, "one_rank_fails")):
         if rank == 1:
             assert one["own"] == "the disk is full"
         else:
@@ -144,9 +164,9 @@ def test_a_forward_that_fails_ends_the_others_with_its_reason(found: Found, proc
         assert one["seconds"] < 60
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_a_process_that_dies_ends_the_others(found: Found, processes: int) -> None:
-    (one,) = ranks(found, processes, "one_rank_dies")
+@pytest.mark.parametrize("run", ["two", THREE])
+def test_a_process_that_dies_ends_the_others(found: Found, run: str) -> None:
+    (one,) = ranks(found, run, "one_rank_dies")
     assert "died" in one["said"][0]
     assert one["seconds"] < 60
 
@@ -162,18 +182,19 @@ def test_wrong_options_are_named(field: str, value: Any) -> None:
         parallelize_views(torch.nn.Identity(), **{field: value})
 
 
-def test_weights_must_be_the_same(found: Found) -> None:
-    for said in ranks(found, 2, "other_weights"):
+def test_weights_must_be_the_same(two: Found) -> None:
+    for said in ranks(two, "two", "other_weights"):
         assert "the weights of rank 1 are others" in said[0]
 
 
-def test_the_command_line_writes_what_one_process_writes(found: Found) -> None:
-    first, second = ranks(found, 2, "command")
+@pytest.mark.slow
+def test_the_command_line_writes_what_one_process_writes(others: Found) -> None:
+    first, second = ranks(others, "packages", "command")
     assert not first["initialized"]
     assert "in 2 processes" in first["said"].replace("\n", " ")
     assert "wrote" in first["said"]
     assert second["said"] == ""  # one speaks for all
-    one, several = (np.load(found.folder / name, allow_pickle=False) for name in ("one.npz", "several.npz"))
+    one, several = (np.load(others.folder / name, allow_pickle=False) for name in ("one.npz", "several.npz"))
     assert sorted(one.files) == sorted(several.files)
     numeric = [name for name in one.files if one[name].dtype.kind == "f"]
     assert numeric
@@ -181,9 +202,10 @@ def test_the_command_line_writes_what_one_process_writes(found: Found) -> None:
         np.testing.assert_allclose(several[name], one[name], rtol=1e-4, atol=1e-4)
 
 
-def test_the_benchmark_measures_and_plans(found: Found) -> None:
-    assert [one["exit"] for one in ranks(found, 2, "benchmark")] == [0, 0]
-    written = json.loads((found.folder / "views.json").read_text())
+@pytest.mark.slow
+def test_the_benchmark_measures_and_plans(others: Found) -> None:
+    assert [one["exit"] for one in ranks(others, "packages", "benchmark")] == [0, 0]
+    written = json.loads((others.folder / "views.json").read_text())
     assert written["devices"] == 2
     assert written["link_bytes_per_second"] > 0
     (record,) = written["records"]

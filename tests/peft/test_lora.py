@@ -164,7 +164,7 @@ def test_the_sum_of_both_matrices_reaches_q_k_and_v(alpha: float | None, scale: 
     torch.testing.assert_close(model(images()), other(images()), rtol=1e-4, atol=1e-5)
 
 
-@precisions
+@pytest.mark.parametrize("precision", [pytest.param("full", marks=pytest.mark.slow), "fp8_qat"])
 def test_compiled_equals_eager_with_gradients(precision: Any) -> None:
     model = with_lora(precision)
     model.requires_grad_(False)
@@ -470,7 +470,7 @@ def test_a_broken_sum_changes_nothing() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-@precisions
+@pytest.mark.parametrize("precision", [pytest.param("full", marks=pytest.mark.slow), "fp8_qat"])
 @pytest.mark.parametrize("verb", ["add_lora", "merge_lora", "remove_lite3r"])
 def test_an_interruption_changes_nothing(verb: str, precision: Any, request: pytest.FixtureRequest) -> None:
     """Anywhere: before its last lines, when all is done, the model is as it was."""

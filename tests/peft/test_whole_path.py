@@ -59,6 +59,7 @@ def trained(images: list[Tensor]) -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 def test_the_whole_path(images: list[Tensor], tmp_path: Path) -> None:
     model = trained(images)
     dense = Testbed.from_pretrained()

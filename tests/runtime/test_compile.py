@@ -26,9 +26,9 @@ def _fresh() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def model() -> Testbed:
+def model(depth: int = DEPTH) -> Testbed:
     torch.manual_seed(0)
-    return Testbed(TestbedConfig(dim=64, head_dim=32, depth=DEPTH, stem=8)).eval()
+    return Testbed(TestbedConfig(dim=64, head_dim=32, depth=depth, stem=8)).eval()
 
 
 def images(views: int) -> Tensor:
@@ -62,7 +62,7 @@ def test_blocks_run_compiled_inside_only() -> None:
 @torch.no_grad()
 def test_another_thread_is_not_compiled_for() -> None:
     """It may want gradients, for which nothing is compiled, and what a compiler raises is caught in the other one alone."""
-    made, counter = model(), CompileCounterWithBackend("eager")
+    made, counter = model(1), CompileCounterWithBackend("eager")
     expected = made(images(2))["depth"]
     with CompiledBlocks(made, backend=counter).running(), ThreadPoolExecutor(1) as pool:
         assert torch.equal(pool.submit(torch.no_grad()(made), images(2)).result()["depth"], expected)
@@ -74,7 +74,7 @@ def test_another_thread_is_not_compiled_for() -> None:
 @torch.no_grad()
 def test_attention_that_may_be_sparse_stays_eager() -> None:
     """And works afterwards, also where a failure ends the context."""
-    made = apply_lite3r(model(), keep_ratio=0.5, dense_below=0, block_q=16, block_k=16)
+    made = apply_lite3r(model(1), keep_ratio=0.5, dense_below=0, block_q=16, block_k=16)
     forwards = {name: module.forward for name, module in made.named_modules()}
     expected = made(images(2))["depth"]
     blocks = CompiledBlocks(made, backend="eager")

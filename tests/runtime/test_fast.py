@@ -384,6 +384,7 @@ def fast_of(model: nn.Module) -> Any:
     return next(iter(lite3r_modules(model).values())).state.fast
 
 
+@pytest.mark.slow
 def test_the_whole_preset_under_the_users_own_compile(tapes: list[Tape]) -> None:
     torch._dynamo.reset()
     model = apply_lite3r(small(), **FAST)

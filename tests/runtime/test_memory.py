@@ -150,7 +150,15 @@ def test_the_mlp_of_an_fp8_block_in_chunks_is_bit_for_bit_the_same() -> None:
 # Plans
 
 
-@pytest.mark.parametrize("fields", [{}, SPARSE, FAST, {**FAST, "precision": "fp8", "fp8_backend": "emulated"}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        pytest.param(SPARSE, marks=pytest.mark.slow),
+        FAST,
+        pytest.param({**FAST, "precision": "fp8", "fp8_backend": "emulated"}, marks=pytest.mark.slow),
+    ],
+)
 def test_the_predicted_peak_is_what_is_held(fields: dict[str, Any]) -> None:
     model = apply_lite3r(small(), max_memory="1GB", **fields)
     x = images()
@@ -163,7 +171,7 @@ def test_the_predicted_peak_is_what_is_held(fields: dict[str, Any]) -> None:
     assert plan.standing == sum(p.nbytes for p in (*model.parameters(), *model.buffers())) + x.nbytes
 
 
-@pytest.mark.parametrize("make", [small_vggt, small_da3])
+@pytest.mark.parametrize("make", [small_vggt, pytest.param(small_da3, marks=pytest.mark.slow)])
 def test_the_published_families_are_foreseen_and_cut_exactly(make: Callable[[], nn.Module]) -> None:
     model, x = make().requires_grad_(False), images(3, 112)
     apply_lite3r(model, max_memory="2GB", **FAST)

@@ -72,7 +72,7 @@ def distance(model: nn.Module, images: list[Tensor]) -> float:
     return (sparse - dense).abs().mean().item()
 
 
-@pytest.mark.parametrize("linear", ["all", "marginal"])
+@pytest.mark.parametrize("linear", [pytest.param("all", marks=pytest.mark.slow), "marginal"])
 def test_comes_closer_to_dense_on_other_scenes(images: list[Tensor], linear: str) -> None:
     model = sparse_testbed(linear_branch=linear, block_means=False)
     before = distance(model, images[8:])
@@ -263,6 +263,7 @@ def test_keeps_what_it_came_with_where_outputs_get_no_better(came: float) -> Non
             assert "left as it came" in str(report)
 
 
+@pytest.mark.slow
 def test_few_small_inputs_do_no_harm_to_depth() -> None:
     """Three inputs, and all of what was fitted to their attention: depth of unseen views a tenth further away than without."""
     scenes = list(ProcScenes(TextureBank.procedural(24, 32, seed=5), seed=5)(6, 3, 64, 64)["rgb"][:, None])

@@ -94,7 +94,15 @@ def error_against_dense(model: nn.Module) -> float:
             return (sparse - torch.stack([model(x) for x in others])).square().mean().item()
 
 
-@pytest.mark.parametrize("fields", [{"trainable": "proj"}, {}, {"mode": "local", "attention": 1.0}, {"attention": (1.0, 0.1), "ema": 0.5}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"trainable": "proj"},
+        pytest.param({}, marks=pytest.mark.slow),
+        {"mode": "local", "attention": 1.0},
+        pytest.param({"attention": (1.0, 0.1), "ema": 0.5}, marks=pytest.mark.slow),
+    ],
+)
 def test_comes_closer_to_dense_on_other_inputs(fields: dict[str, Any]) -> None:
     model = sparse_toy()
     before = error_against_dense(model)
@@ -621,7 +629,12 @@ def test_a_full_disk_is_named_and_nothing_is_lost(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"trainable": "blocks", "accumulate": 2}, {"ema": 0.9, "batch_size": 2, "trainable": "proj"}, {"mixed_precision": "bf16"}],
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"trainable": "blocks", "accumulate": 2}, marks=pytest.mark.slow),
+        {"ema": 0.9, "batch_size": 2, "trainable": "proj"},
+        pytest.param({"mixed_precision": "bf16"}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_stopped_run_goes_on_to_the_same_losses_and_weights(fields: dict[str, Any], tmp_path: Path) -> None:
     whole, model = sparse_toy(), sparse_toy()

@@ -141,7 +141,7 @@ def test_gradients_are_those_of_two_separate_models(kind: Any) -> None:
     assert_same(gradients(model), of_weights)
 
 
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("autocast", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_nothing_but_rounding_depends_on_where_losses_are_computed(autocast: bool) -> None:
     """With every loss alone, where no order of summation can differ, gradients are equal bit for bit."""
     for name in ("attention", "blocks", "cameras", "predictions"):

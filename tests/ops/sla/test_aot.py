@@ -49,6 +49,7 @@ LAUNCHES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("capability", "cases", "others"), [(89, 7, 7), (90, 11, 5)])
 def test_the_operator_compiles_and_fits(capability: int, cases: int, others: int) -> None:
     """With the arguments of real launches; as many of them for a long sequence as for a short one.

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from numerics import assert_as_accurate, relative_error
-from pairs import all_pairs, each, grid
+from pairs import costly, each, grid
 from sla_cases import BLOCK_K, BLOCKS, BRANCHES, DEVICE, GPU, HALF, LENGTHS, Branch, random_order, random_proj, random_qkv
 from torch import Tensor
 
@@ -175,7 +175,7 @@ def assert_gradients(arguments: Arguments, needed: Needed | None = None) -> None
             assert error <= 8 * torch.finfo(q.dtype).eps, f"{name}: relative error {error:.1e}"
 
 
-@pytest.mark.parametrize(("tokens", "dtype", "branch"), grid(LENGTHS, (HALF, torch.float32), BRANCHES), ids=str)
+@pytest.mark.parametrize(("tokens", "dtype", "branch"), costly(LENGTHS, (HALF, torch.float32), BRANCHES), ids=str)
 def test_gradients(tokens: int, dtype: torch.dtype, branch: Branch) -> None:
     many = 2 if GPU or tokens < 97 else 1  # interpreted, the programs of all blocks and of all heads are too many
     assert_gradients(some_arguments(tokens, 64 if GPU else 32, dtype, branch, batch=2, heads=many))
@@ -185,12 +185,12 @@ def test_gradients(tokens: int, dtype: torch.dtype, branch: Branch) -> None:
     ("dim", "norm", "branch"), each((80, 128) if GPU else (80,), ("layer", "rms"), [BRANCHES[2], BRANCHES[5]]), ids=str
 )
 def test_gradients_through_norms_and_rotary_embedding(dim: int, norm: str, branch: Branch) -> None:
-    assert_gradients(some_arguments(LONG, dim, HALF, branch, norm=norm, batch=2, heads=2))
+    assert_gradients(some_arguments(LONG if GPU else 41, dim, HALF, branch, norm=norm, batch=2, heads=2))
 
 
 @pytest.mark.parametrize(
     ("tokens", "keys", "dtype", "branch"),
-    grid((1, 257, 1374), (1, 63, 300, 1374), (HALF, torch.float32), BRANCHES) if GPU else all_pairs(
+    grid((1, 257, 1374), (1, 63, 300, 1374), (HALF, torch.float32), BRANCHES) if GPU else costly(
         (1, 41), (1, 30, 81), (HALF, torch.float32), BRANCHES
     ), ids=str,
 )  # fmt: skip
@@ -201,7 +201,9 @@ def test_queries_and_keys_of_other_tokens(tokens: int, keys: int, dtype: torch.d
     assert_gradients(arguments)
 
 
-@pytest.mark.parametrize("branch", BRANCHES, ids=str)
+@pytest.mark.parametrize(
+    "branch", [pytest.param(b, marks=[pytest.mark.slow] * (b not in (BRANCHES[2], BRANCHES[5]))) for b in BRANCHES], ids=str
+)
 def test_the_log_sum_exp_and_its_gradients(branch: Branch) -> None:
     arguments = some_arguments(LONG, 32, torch.float32, branch, negligible_ratio=0.3, return_lse=True)
     assert_forward(arguments)
@@ -251,7 +253,7 @@ def test_gradients_with_negligible_blocks(negligible_ratio: float, branch: Branc
 
 
 @pytest.mark.parametrize("learns", [("proj",), ("q",), ("v", "k_weight"), ("q_weight",), ("k", "proj")], ids=str)
-@pytest.mark.parametrize("branch", [BRANCHES[2], BRANCHES[4]], ids=str)
+@pytest.mark.parametrize("branch", [pytest.param(BRANCHES[2], marks=pytest.mark.slow), BRANCHES[4]], ids=str)
 def test_only_what_is_asked_for(learns: tuple[str, ...], branch: Branch) -> None:
     arguments = some_arguments(LONG, 32, torch.float32, branch, norm="layer")
     assert_gradients(arguments, Needed(*(name in learns for name in INPUTS)))

@@ -76,7 +76,15 @@ def the_same_at_once(stream: Stream, queries: Any, **options: Any) -> Tensor:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("branch", BRANCHES)
+@pytest.mark.parametrize(
+    ("backend", "branch"),
+    [
+        pytest.param(backend, branch, marks=[pytest.mark.slow] * (backend == "triton" and branch not in (BRANCHES[2], BRANCHES[5])))
+        for backend in BACKENDS
+        for branch in BRANCHES
+    ],
+    indirect=["backend"],
+)
 def test_a_stream_is_the_operator_on_all_keys(backend: str, branch: Branch) -> None:
     linear, feature_map, means = branch
     stream, queries = grown(backend, SIZES, k_norm=norms(DIM)["layer"])

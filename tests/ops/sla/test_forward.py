@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from numerics import assert_as_accurate
-from pairs import grid
+from pairs import costly
 from sla_cases import BLOCKS, BRANCHES, DEVICE, DTYPES, GPU, LENGTHS, Branch, random_order, random_proj, random_qkv
 from torch import Tensor
 
@@ -56,7 +56,7 @@ def run_both(
     return got, by_definition(False), by_definition(True)
 
 
-@pytest.mark.parametrize(("tokens", "dim", "dtype", "branch"), grid(LENGTHS, (64, 96) if GPU else (32,), DTYPES, BRANCHES), ids=str)
+@pytest.mark.parametrize(("tokens", "dim", "dtype", "branch"), costly(LENGTHS, (64, 96) if GPU else (32,), DTYPES, BRANCHES), ids=str)
 def test_sparse_linear_attention(tokens: int, dim: int, dtype: torch.dtype, branch: Branch) -> None:
     q, k, v = random_qkv(tokens, dim, dtype)
     if GPU and why_not_triton(q) is not None:
@@ -65,7 +65,7 @@ def test_sparse_linear_attention(tokens: int, dim: int, dtype: torch.dtype, bran
 
 
 @pytest.mark.parametrize(
-    ("dtype", "negligible_ratio", "branch"), grid(DTYPES, (0.3, 1.0), [BRANCHES[1], BRANCHES[3], *BRANCHES[4:]]), ids=str
+    ("dtype", "negligible_ratio", "branch"), costly(DTYPES, (0.3, 1.0), [BRANCHES[1], BRANCHES[3], *BRANCHES[4:]]), ids=str
 )
 def test_negligible_blocks(dtype: torch.dtype, negligible_ratio: float, branch: Branch) -> None:
     """Some, and all that are not critical."""
@@ -74,7 +74,7 @@ def test_negligible_blocks(dtype: torch.dtype, negligible_ratio: float, branch: 
     assert_as_accurate(*run_both(q, k, v, order, 20, 0.2, branch, proj, negligible_ratio))
 
 
-@pytest.mark.parametrize(("tokens", "branch"), grid(LENGTHS[:3], BRANCHES), ids=str)
+@pytest.mark.parametrize(("tokens", "branch"), costly(LENGTHS[:3], BRANCHES), ids=str)
 def test_blocks_in_several_tiles(tokens: int, branch: Branch, monkeypatch: pytest.MonkeyPatch) -> None:
     """As for wide FP32 heads: the last, partial block then ends in tiles without a single key."""
     monkeypatch.setitem(BLOCKS, "block_k", BLOCKS["block_q"])
@@ -116,7 +116,7 @@ def test_scores_far_above_the_reference(dtype: torch.dtype, bits: float) -> None
 
 
 @pytest.mark.parametrize(
-    ("sizes", "dtype", "transposed"), grid([(1, 1, 32), (3, 33, 80), (130, 31, 32), (37, 170, 64)], DTYPES, (False, True)), ids=str
+    ("sizes", "dtype", "transposed"), costly([(1, 1, 32), (3, 33, 80), (130, 31, 32), (37, 170, 64)], DTYPES, (False, True)), ids=str
 )
 def test_sums_over_marginal_pairs(sizes: tuple[int, int, int], dtype: torch.dtype, transposed: bool) -> None:
     """Whatever the unused bits of the last word are."""
@@ -133,7 +133,7 @@ def test_sums_over_marginal_pairs(sizes: tuple[int, int, int], dtype: torch.dtyp
         assert_as_accurate(got, exact.to(got.dtype), exact)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [DTYPES[0], *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in DTYPES[1:])], ids=str)
 def test_states_of_marginal_blocks_in_groups_of_heads(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Any grouping gives the same bits."""
     q, k, v = random_qkv(LENGTHS[-1] if GPU else 49, 32, dtype, heads=3)

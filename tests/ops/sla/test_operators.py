@@ -42,7 +42,11 @@ def a_call(queries: int, keys: int, backend: str, learns: bool = True) -> dict[s
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize(
+    ("backend", "learns"),
+    [("naive", False), ("naive", True), pytest.param("triton", False, marks=pytest.mark.slow), ("triton", True)],
+    indirect=["backend"],
+)
 def test_a_graph_gives_what_the_eager_call_gives(backend: str, learns: bool) -> None:
     """One graph for any number of queries and of keys, with gradients by way of output and log-sum-exp."""
     graphs = CompileCounterWithBackend("aot_eager")
@@ -61,6 +65,7 @@ def test_a_graph_gives_what_the_eager_call_gives(backend: str, learns: bool) -> 
     assert len(set(compilations)) == 1
 
 
+@pytest.mark.parametrize("backend", ["naive", pytest.param("triton", marks=pytest.mark.slow)], indirect=True)
 def test_the_operators_keep_their_contracts(backend: str) -> None:
     call = a_call(33, 40, backend)
     keys, mask = call.pop("keys"), call.pop("mask") or SegmentMask(None, None, None, None)  # type: ignore[arg-type]
