@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
+from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 
@@ -31,9 +32,9 @@ class MapKernels(RewrittenMethod):
     """The forward of a dense head, or a method with all that is in it, with `lite3r_plugin.ops.feature_maps` for large maps.
 
     They run on a GPU, for maps in BF16, FP16 or FP32 whose channels lie side by side, as those of DPT heads do. Torch's own functions run
-    where gradients are wanted, in code that is compiled, traced or transformed (`torch.func`), under dispatch modes, and on tensors of
-    other classes. Dtypes stay. A bias is added as torch adds it after cuDNN, to the bit; interpolation sums in FP32, as torch does, and
-    differs by the last rounding.
+    where gradients are wanted, in code that is compiled, traced or transformed (`torch.func`), under dispatch modes (but for tensors
+    without data), and on tensors of other classes. Dtypes stay. A bias is added as torch adds it after cuDNN, to the bit; interpolation
+    sums in FP32, as torch does, and differs by the last rounding.
     """
 
     def rewritten(self, *args: Any, **kwargs: Any) -> Any:
@@ -130,12 +131,16 @@ _INSTEAD: dict[Any, Callable[..., Tensor]] = {
 
 
 def _are_plain(*tensors: Tensor) -> bool:
-    """Whether these are numbers and nothing more: no other class, no gradients, nobody who records or transforms what becomes of them."""
+    """Whether these are numbers and nothing more: no other class, no gradients, nobody who records or transforms what becomes of them.
+
+    Tensors without data take the way of those with data, as operators: what a forward will hold is told by them.
+    """
+    imagined = isinstance(tensors[0], FakeTensor)  # the map; weights may have data
     return (
-        all(map(is_plain_tensor, tensors))
+        all(is_plain_tensor(x) or (imagined and isinstance(x, FakeTensor)) for x in tensors)
+        and (imagined or not torch._C._len_torch_dispatch_stack())
         and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
         and forward_ad._current_level < 0
-        and not torch._C._len_torch_dispatch_stack()
         and peek_interpreter_stack() is None
         and not torch._C._is_tracing()
     )

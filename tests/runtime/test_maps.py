@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lite3r_plugin import hookimpl
@@ -216,6 +217,27 @@ def of_another_class(head: Any, x: Tensor) -> Any:
     out = head(x.as_subclass(Other))
     assert type(out) is Other
     return out.as_subclass(Tensor)
+
+
+class Seen(TorchDispatchMode):
+    """The operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_tensors_without_data_take_the_way_of_those_with_data(ran: Counter[str]) -> None:
+    head, x = rewritten(make()), tokens()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, Seen() as seen:
+        head(mode.from_tensor(x))
+    assert {"lite3r::upsample", "lite3r::add_bias_", "lite3r::add_embedding"} <= seen.names
+    assert not ran
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning", "ignore:`torch.jit.trace:FutureWarning")

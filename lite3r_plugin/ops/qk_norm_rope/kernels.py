@@ -230,7 +230,7 @@ def _launch(q, k, v, order, q_norm, k_norm, positions, rope_base, out, means, ro
         math.log2(rope_base) if rope else 0.0, q_norm.eps, k_norm.eps,
         D=dim, HALF=power_of_2(dim // 2), ROWS=rows, BLOCK_K=block_k,
         Q_NORM=NORMS[q_norm.kind], K_NORM=NORMS[k_norm.kind], ROPE=rope, ORDERED=order is not None, POOL=pool, PART=part,
-        HEADS=together, num_warps=8 if rows * dim >= 8192 and (rope or q_norm.kind or k_norm.kind) else 4,  # a mere copy: fewer
+        HEADS=together, num_warps=8 if rows * dim > 8192 else 4,
     )  # fmt: skip
 
 
