@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...config import Fp8Backend
+from ...ops.dispatch import under_trace
 from ...ops.fp8 import Quantized, passes
 from ..cache import TensorCache
 from .base import Backend, StoredLinear, in_fp8, why_no_fp8_units
@@ -70,8 +71,8 @@ _ones: dict[torch.device, Tensor] = {}
 
 
 def _one(device: torch.device) -> Tensor:
-    """A scale of 1, FP32, kept for each device; not what is made inside of a graph, whose memory is the graph's."""
-    if torch.compiler.is_compiling():
+    """A scale of 1, FP32, kept for each device; not what is made inside of a graph, whose memory is the graph's, or under a mode."""
+    if under_trace():
         return torch.ones((), device=device)
     found = _ones.get(device)
     if found is None:
