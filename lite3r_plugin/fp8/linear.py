@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -136,6 +137,13 @@ class Fp8Linear(nn.Module):
         return self
 
     # Plain pickle brings back no FP8 tensor (torch.save does).
+    def __deepcopy__(self, memo: dict[int, Any]) -> Fp8Linear:
+        made = memo[id(self)] = self.__class__.__new__(self.__class__)
+        if id(self.weight_data) not in memo:  # else it is to be shared, or was copied
+            memo[id(self.weight_data)] = self.weight_data.clone()
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return made
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_buffers": {**self._buffers, "weight_data": self.weight_data.view(torch.uint8)}}
 

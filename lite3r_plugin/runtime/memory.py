@@ -347,7 +347,11 @@ class _Transients:
 
 
 def _like(x: Tensor) -> Tensor:
-    """A tensor with data of the same kind: an order of tokens where it is of integers."""
+    """A tensor with data of the same kind, and laid out so where no entry is another's: an order of tokens where it is of integers."""
     if x.is_floating_point():
-        return torch.randn(x.shape, device=x.device).to(x.dtype)
-    return torch.arange(x.numel(), device=x.device, dtype=x.dtype).view(x.shape)
+        values = torch.randn(x.shape, device=x.device).to(x.dtype)
+    else:
+        values = torch.arange(x.numel(), device=x.device, dtype=x.dtype).view(x.shape)
+    if values.stride() == x.stride() or 0 in x.stride():
+        return values
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(values)

@@ -18,7 +18,7 @@ from lite3r_plugin.errors import ConfigError, InputError, MemoryLimitError, NotA
 from lite3r_plugin.fp8.block import mlp
 from lite3r_plugin.fp8.linear import Fp8Linear
 from lite3r_plugin.ops.dispatch import SlowPathWarning
-from lite3r_plugin.ops.fp8 import quantize
+from lite3r_plugin.ops.fp8 import E4M3, quantize
 from lite3r_plugin.runtime.chunks import Chunks, Places, finding_places, in_chunks
 from lite3r_plugin.runtime.trace import traced
 from lite3r_plugin.testbed import Testbed, TestbedConfig
@@ -200,9 +200,10 @@ def test_what_kernels_hold_on_a_gpu_is_foreseen(make: Callable[[], nn.Module], f
     with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled="preset" not in fields):
         model(x)  # libraries take what they keep: a workspace of cuBLAS
         model.forward.plans.clear()
-        plan = plan_memory(model, x)
-        torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
+        plan = plan_memory(model, x)
+        assert torch.cuda.memory_allocated() == before
+        torch.cuda.reset_peak_memory_stats()
         model(x)
     held = torch.cuda.max_memory_allocated() - before
     assert plan.fits
@@ -257,11 +258,20 @@ def test_what_cannot_fit_is_refused_with_the_reason_and_does_not_run() -> None:
     assert "calls so far: 0 sparse, 0 dense" in str(describe(model))
 
 
-def test_a_plan_copies_no_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = apply_lite3r(small(), max_memory="1GB", **FAST)
+@pytest.mark.parametrize("fields", [{}, {"precision": "fp8", "fp8_backend": "emulated"}])
+def test_a_plan_copies_no_tensor(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = apply_lite3r(small(), max_memory="1GB", **FAST, **fields)
     plan_memory(model, images(2))
     copied: list[Tensor] = []
     monkeypatch.setattr(Tensor, "__deepcopy__", lambda self, memo: copied.append(self))
+    clone = Tensor.clone
+
+    def watched(self: Tensor, **options: Any) -> Tensor:
+        if self.dtype == E4M3:  # which torch does not copy by itself
+            copied.append(self)
+        return clone(self, **options)
+
+    monkeypatch.setattr(Tensor, "clone", watched)
     plan_memory(model, images(3))
     assert copied == []
 
