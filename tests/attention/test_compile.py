@@ -313,12 +313,12 @@ def test_sites_that_share_code_have_their_own_policy(monkeypatch: pytest.MonkeyP
 @torch.no_grad()
 def test_blocks_compiled_one_by_one_share_code(options: dict[str, Any]) -> None:
     """However many there are, which the compiler's limit of recompilations needs: the last ones compile nothing anew."""
-    model = Testbed(TestbedConfig(dim=32, head_dim=32, depth=2, stem=8)).eval().requires_grad_(False)
+    model = Testbed(TestbedConfig(dim=32, head_dim=32, depth=3, stem=8)).eval().requires_grad_(False)
     model = apply_lite3r(model, TEST_CONFIG, **options)
     x = torch.rand(1, 3, 3, 64, 96)
     expected = model(x)
     counter, graphs = CompileCounterWithBackend("eager"), []
-    last = (model.aggregator.frame_blocks[1], model.aggregator.global_blocks[1])
+    last = (model.aggregator.frame_blocks[2], model.aggregator.global_blocks[2])
     for blocks in ([block for block in repeated_blocks(model) if block not in last], last):
         for block in blocks:
             block.compile(backend=counter, dynamic=True)

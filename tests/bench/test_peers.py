@@ -106,6 +106,7 @@ def test_a_peer_from_a_checkout_runs_in_a_process_of_its_own(fork: Path) -> None
     assert "| 2 | fastvggt | as it comes |" in markdown(report)
 
 
+@pytest.mark.slow
 def test_code_of_others_that_fails_is_a_result(fork: Path) -> None:
     broken = dataclasses.replace(TASK, peer="saf3r", checkout=str(fork), model="vggt")
     cells = list(processes.run(broken))  # in a process of its own: it imports from the checkout

@@ -407,6 +407,7 @@ def test_the_predicted_peak_is_compared_with_what_is_held(tmp_path: Path) -> Non
     assert json.loads(path.read_text())["rows"] == [refused, ran]
 
 
+@pytest.mark.slow
 def test_pairs_run_in_turns_and_are_judged(tmp_path: Path) -> None:
     import never_slower
 

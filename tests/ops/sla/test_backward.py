@@ -272,6 +272,7 @@ def test_no_other_gradient_is_returned(learns: tuple[str, ...]) -> None:
     assert [x is not None for x in found] == list(needed)
 
 
+@pytest.mark.slow
 def test_gradients_in_groups_of_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any grouping gives the same bits."""
     arguments = some_arguments(3 * BLOCK_K + 1, 32, HALF, ("marginal", "softmax", True), batch=2, heads=2)
