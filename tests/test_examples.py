@@ -44,6 +44,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> str:
     return target
 
 
+@pytest.mark.slow
 def test_the_third_party_adapter_is_found_by_its_entry_point_and_passes_its_own_tests(installed: str) -> None:
     code = (
         "import sys, pytest; from lite3r_plugin.adapter.plugins import list_adapters; "
@@ -134,6 +135,7 @@ TINY = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_distilling_on_one_process(workspace: Path) -> None:
     model = example("distil", *TINY, "--out", "alone")
     loaded = load_lite3r(find_model("testbed").build("random"), workspace / "alone" / "model").to(next(model.parameters()).device)
@@ -164,6 +166,7 @@ def test_distilling_on_two_processes(workspace: Path) -> None:
     assert not torch.allclose(changed, find_model("testbed").build().state_dict()["aggregator.frame_blocks.0.attn.qkv.weight"])
 
 
+@pytest.mark.slow
 def test_an_adapter_of_peft(workspace: Path) -> None:
     losses, difference = example("peft_adapter", "--size", "64")
     assert losses[1] < losses[0]

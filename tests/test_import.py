@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,51 +32,58 @@ ENVIRONMENT = re.compile(r"\bos\.environ|\bgetenv\b|\bfrom os import .*environ|\
 
 PROBE = """
 import sys, time, torch
-before, start = set(sys.modules), time.process_time()
-{statement}
-seconds = time.process_time() - start
+found, known = dict(), set(sys.modules)
+for name, statement in {statements}:
+    start = time.process_time()
+    exec(statement)
+    seconds = time.process_time() - start
+    found[name] = {{"seconds": seconds, "modules": sorted(set(sys.modules) - known), "cuda": torch.cuda.is_initialized()}}
 import json
-print(json.dumps({{"seconds": seconds, "modules": sorted(set(sys.modules) - before), "cuda": torch.cuda.is_initialized()}}))
+print(json.dumps(found))
 """
+STATEMENTS = {
+    "import": "import lite3r_plugin",
+    "apply": "try: lite3r_plugin.apply_lite3r(torch.nn.Linear(2, 2))\nexcept lite3r_plugin.Lite3RError: pass",
+    "typer": "import typer",
+    "help": "from lite3r_plugin.cli.app import app; from typer.testing import CliRunner\n"
+    "assert CliRunner().invoke(app, ['--help']).exit_code == 0",
+}
 
 
-def probe(statement: str) -> dict:
-    import json
-
-    result = subprocess.run([sys.executable, "-c", PROBE.format(statement=statement)], capture_output=True, text=True, check=False)
+@pytest.fixture(scope="module")
+def seen() -> dict[str, Any]:
+    """What the statements, each after those before it, have imported by then, in a process of their own."""
+    code = PROBE.format(statements=list(STATEMENTS.items()))
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     return json.loads(result.stdout)
 
 
-def heavy_ones(modules: list[str]) -> list[str]:
-    return sorted({name.partition(".")[0] for name in modules} & set(HEAVY))
+def heavy_ones(modules: list[str]) -> set[str]:
+    return {name.partition(".")[0] for name in modules} & set(HEAVY)
 
 
-def test_import_is_light() -> None:
-    seen = probe("import lite3r_plugin")
-    assert heavy_ones(seen["modules"]) == []
-    assert not seen["cuda"]
-    assert "lite3r_plugin.apply.verbs" in seen["modules"]
-    assert seen["seconds"] < 1.5  # of the processor; 0.1 s on an idle machine
+def test_import_is_light(seen: dict[str, Any]) -> None:
+    after = seen["import"]
+    assert heavy_ones(after["modules"]) == set()
+    assert not after["cuda"]
+    assert "lite3r_plugin.apply.verbs" in after["modules"]
+    assert after["seconds"] < 1.5  # of the processor; 0.1 s on an idle machine
 
 
-def test_the_probe_sees_heavy_imports() -> None:
-    assert heavy_ones(probe("import lite3r_plugin, typer")["modules"]) == ["typer"]
+def test_the_probe_sees_heavy_imports(seen: dict[str, Any]) -> None:
+    assert heavy_ones(seen["typer"]["modules"]) - heavy_ones(seen["apply"]["modules"]) == {"typer"}
 
 
-def test_applying_to_a_model_imports_no_other_models_library() -> None:
-    statement = (
-        "import lite3r_plugin, torch\ntry: lite3r_plugin.apply_lite3r(torch.nn.Linear(2, 2))\nexcept lite3r_plugin.Lite3RError: pass"
-    )
-    loaded = heavy_ones(probe(statement)["modules"])
-    assert {"timm", "transformers", "peft", "PIL", "triton", "matplotlib", "typer", "trimesh", "accelerate"} & set(loaded) == set()
+def test_applying_to_a_model_imports_no_other_models_library(seen: dict[str, Any]) -> None:
+    loaded = heavy_ones(seen["apply"]["modules"])
+    assert loaded & {"timm", "transformers", "peft", "PIL", "triton", "matplotlib", "typer", "trimesh", "accelerate"} == set()
 
 
-def test_help_is_printed_without_the_models_libraries() -> None:
-    statement = "from lite3r_plugin.cli.app import app; from typer.testing import CliRunner; "
-    statement += "assert CliRunner().invoke(app, ['--help']).exit_code == 0"
-    assert {"timm", "transformers", "peft", "matplotlib", "trimesh", "accelerate"} & set(heavy_ones(probe(statement)["modules"])) == set()
+def test_help_is_printed_without_the_models_libraries(seen: dict[str, Any]) -> None:
+    loaded = heavy_ones(seen["help"]["modules"])
+    assert loaded & {"timm", "transformers", "peft", "matplotlib", "trimesh", "accelerate"} == set()
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,7 @@ def test_both_networks_of_the_nested_model() -> None:
     assert len([site for site in sites if site.scope != "camera"]) == 40 + 24
 
 
+@pytest.mark.slow
 def test_conformance(small: nn.Module) -> None:
     report = check_adapter(small, (torch.rand(IMAGES),))
     assert report.scopes == {"global": 4}
@@ -113,6 +114,7 @@ def test_conformance_with_cameras(small: nn.Module) -> None:
     check_adapter(small, {"x": torch.rand(IMAGES), **cameras})
 
 
+@pytest.mark.slow
 def test_the_encoder_of_cameras_when_it_is_asked_for(small: nn.Module) -> None:
     """Given poses, of so many views that blocks can be dropped."""
     views = 20

@@ -90,7 +90,7 @@ def test_a_rewritten_vggt_takes_lite3r() -> None:
         torch.testing.assert_close(model(images)["depth"], dense)
 
 
-@pytest.mark.parametrize("build", [small_vggt, small_da3])
+@pytest.mark.parametrize("build", [small_vggt, pytest.param(small_da3, marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_they_come_with_lite3r_and_go_with_it(build: Callable[[], nn.Module], tmp_path: Path) -> None:
     model, other, images = build(), build(), torch.rand(IMAGES)

@@ -46,7 +46,7 @@ BUILD: dict[str, Callable[..., nn.Module]] = {
 IMAGES: dict[str, tuple[int, ...]] = {"timm": (2, 3, 64, 64), "transformers": (2, 3, 56, 56)}
 
 
-@pytest.fixture(params=list(BUILD))
+@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.slow] * (name == "da3")) for name in BUILD])
 def family(request: pytest.FixtureRequest) -> tuple[nn.Module, Tensor]:
     size = IMAGES.get(request.param, (1, 2, 3, 56, 70))
     return BUILD[request.param]().eval(), torch.rand(size, generator=torch.Generator().manual_seed(0))

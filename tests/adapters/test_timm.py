@@ -117,6 +117,7 @@ def test_bf16(vit: nn.Module) -> None:
     assert_bf16_is_as_exact_as_dense(vit, torch.rand(1, 3, 128, 96))
 
 
+@pytest.mark.slow
 def test_compile(vit: nn.Module) -> None:
     assert_compiled_equals_eager(vit, lambda m, x: m(x), [torch.rand(batch, 3, 128, 96) for batch in (3, 2, 5)], dynamic=0)
 

@@ -119,9 +119,8 @@ def test_bf16() -> None:
     assert_bf16_is_as_exact_as_dense(build("Dinov2WithRegisters"), torch.rand(1, 3, 98, 126))
 
 
-@pytest.mark.parametrize(
-    "family", [pytest.param("Dinov2", marks=pytest.mark.slow), "DINOv3ViT"]
-)  # the second hands its rotary embedding to attention
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["Dinov2", "DINOv3ViT"])  # the second hands its rotary embedding to attention
 def test_compile(family: str) -> None:
     images = [torch.rand(batch, 3, 96, 128) for batch in (3, 2, 5)]
     assert_compiled_equals_eager(build(family), lambda m, x: m(x).last_hidden_state, images, dynamic=0)

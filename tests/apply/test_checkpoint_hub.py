@@ -79,6 +79,7 @@ def test_only_the_two_files_are_asked_for(cache: Path, monkeypatch: pytest.Monke
     assert (seen["revision"], seen["token"], seen["local_files_only"]) == ("half", "hf_x", True)
 
 
+@pytest.mark.slow
 def test_in_a_process_that_is_told_to_be_offline(cache: Path) -> None:
     program = (
         "import sys; sys.path.insert(0, sys.argv[2])\n"

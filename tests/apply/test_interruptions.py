@@ -138,7 +138,7 @@ def outcome(model: nn.Module, dense: dict[str, Any], x: Tensor, converted: dict[
     return "converted" if finished else "half converted"
 
 
-@pytest.mark.parametrize("precision", ["full", "fp8_qat", "fp8"])
+@pytest.mark.parametrize("precision", ["full", "fp8_qat", pytest.param("fp8", marks=pytest.mark.slow)])
 def test_apply(lines: Lines, x: Tensor, precision: str) -> None:
     def apply() -> None:
         apply_lite3r(model, **SPARSE, precision=precision)
@@ -159,7 +159,7 @@ def test_apply(lines: Lines, x: Tensor, precision: str) -> None:
     assert precision == "fp8" or set(seen) <= {"dense", "with Lite3R"}
 
 
-@pytest.mark.parametrize("precision", ["full", "fp8_qat"])
+@pytest.mark.parametrize("precision", [pytest.param("full", marks=pytest.mark.slow), "fp8_qat"])
 def test_remove(lines: Lines, x: Tensor, precision: str) -> None:
     model = applied(precision)
     steps = lines(lambda: remove_lite3r(model))
@@ -175,15 +175,18 @@ def test_remove(lines: Lines, x: Tensor, precision: str) -> None:
     assert set(seen) <= {"dense", "with Lite3R"}
 
 
-@pytest.mark.parametrize("precision", [pytest.param("full", marks=pytest.mark.slow), "fp8_qat"])
-def test_convert(lines: Lines, x: Tensor, precision: str) -> None:
+@pytest.mark.parametrize(
+    ("precision", "step"),
+    [("fp8_qat", 3 * STEP), *(pytest.param(precision, STEP, marks=pytest.mark.slow) for precision in ("full", "fp8_qat"))],
+)
+def test_convert(lines: Lines, x: Tensor, precision: str, step: int) -> None:
     """Before the first Linear is in FP8 nothing has changed, the linear branches and the output included."""
 
     def run() -> None:
         convert(model)
 
     model = applied(precision)
-    steps = lines(run)
+    steps = lines(run, step)
     converted, seen = summary(model), Counter[str]()
     assert converted["fused"] == 2
     model = applied(precision)
@@ -244,7 +247,7 @@ def test_disabled(lines: Lines, x: Tensor) -> None:
         assert all(module.enabled for module in switched)
 
 
-@pytest.mark.parametrize("precision", ["full", "fp8_qat"])
+@pytest.mark.parametrize("precision", ["full", pytest.param("fp8_qat", marks=pytest.mark.slow)])
 def test_load(lines: Lines, x: Tensor, tmp_path: Path, precision: str) -> None:
     save_lite3r(applied(precision), tmp_path)
     model = vit()
@@ -285,7 +288,8 @@ def test_calibrate(lines: Lines, x: Tensor) -> None:
     assert contents(remove_lite3r(model)) == dense
 
 
-def test_calibrate_writes_all_sites_or_none(request: pytest.FixtureRequest, x: Tensor) -> None:
+@pytest.mark.parametrize("step", [16, pytest.param(4, marks=pytest.mark.slow)])
+def test_calibrate_writes_all_sites_or_none(request: pytest.FixtureRequest, x: Tensor, step: int) -> None:
     """Interrupted from the first write on."""
 
     def run() -> None:
@@ -305,7 +309,7 @@ def test_calibrate_writes_all_sites_or_none(request: pytest.FixtureRequest, x: T
     last = lines_of(run)
     fitted, seen = branches(), Counter[str]()
     assert all(fitted[name] != value for name, value in before.items())
-    step = 1 if request.config.getoption("--every-line") else 4
+    step = 1 if request.config.getoption("--every-line") else step
     for line in range(first, last + 1, step):
         model.load_state_dict(weights)
         assert interrupted(run, line)

@@ -60,7 +60,11 @@ NODES = {"sparse": 1, "all kept": 0, "dense": 0}
 @pytest.mark.usefixtures("adapter")
 @pytest.mark.parametrize(
     ("make", "name"),
-    [pytest.param(make, name, marks=[pytest.mark.slow] * (make != "fused" and name != "sparse")) for make in MAKES for name in OPTIONS],
+    [
+        pytest.param(make, name, marks=[pytest.mark.slow] * (make == "separate" or (make != "fused" and name != "sparse")))
+        for make in MAKES
+        for name in OPTIONS
+    ],
 )
 def test_one_graph_serves_all_views(make: str, name: str) -> None:
     """It has one node for the attention of a site that runs sparse."""
@@ -82,7 +86,7 @@ def costs_are(monkeypatch: pytest.MonkeyPatch, found: AttentionCosts) -> None:
 @pytest.mark.usefixtures("adapter")
 def test_there_is_one_more_graph_where_sparse_attention_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     costs_are(monkeypatch, AttentionCosts(dense=1e-3, slowdown=1.2, per_token=0.0, per_call=5.0))
-    model = apply_lite3r(Toy().eval(), TEST_CONFIG, dense_below=None)
+    model = apply_lite3r(Toy(depth=1).eval(), TEST_CONFIG, dense_below=None)
     graphs = CompileCounterWithBackend("eager")
     compiled = torch.compile(model, backend=graphs, fullgraph=True)
     ran = []
@@ -95,6 +99,7 @@ def test_there_is_one_more_graph_where_sparse_attention_pays(monkeypatch: pytest
     assert graphs.frame_count == 2
 
 
+@pytest.mark.slow
 def test_dynamic_shapes_with_the_policy(toy: Toy) -> None:
     """Heads and head dimension are symbols there as well."""
     model = apply_lite3r(toy, TEST_CONFIG, dense_below=None)
@@ -192,7 +197,7 @@ def triton(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> b
 @pytest.mark.parametrize(
     ("linear", "learns", "triton"),
     [
-        pytest.param(linear, learns, path, marks=[pytest.mark.slow] * (path == "triton" and (linear, learns) != ("all", "all")))
+        pytest.param(linear, learns, path, marks=[pytest.mark.slow] * (path == "triton" or learns == "proj"))
         for linear, learns in (("all", "all"), ("all", "proj"), ("none", "all"))
         for path in ("naive", "triton")
     ],

@@ -32,9 +32,7 @@ def applied(name: str, describe_as: Describe, tokens: tuple[Tokens, Tokens] | No
     return apply_lite3r(make().eval(), TEST_CONFIG), inputs
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in ("trailing", "mixed grids", "packed"))) for name in RIGHT]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in ("mixed grids", "packed"))) for name in RIGHT])
 def test_compiled_it_is_the_same(name: str, describe_as: Describe) -> None:
     model, inputs = applied(name, describe_as)
     with torch.no_grad():
@@ -49,7 +47,7 @@ def test_compiled_it_is_the_same(name: str, describe_as: Describe) -> None:
     ("name", "compiled"),
     [
         ("mixed grids", False),
-        ("mixed grids", True),
+        pytest.param("mixed grids", True, marks=pytest.mark.slow),
         ("a grid for each layer", False),
         pytest.param("a grid for each layer", True, marks=pytest.mark.slow),
     ],

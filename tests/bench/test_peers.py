@@ -89,6 +89,7 @@ def test_a_peer_is_measured_beside_its_own_dense_model() -> None:
         assert "bfloat16" in cell.weight_bytes
 
 
+@pytest.mark.slow
 def test_a_peer_from_a_checkout_runs_in_a_process_of_its_own(fork: Path) -> None:
     bench = Bench(
         BenchModel("vggt", lambda: find_model("testbed").build("random")), [1, 2], [], resolution=28, device="cpu", repeats=1,
@@ -105,6 +106,7 @@ def test_a_peer_from_a_checkout_runs_in_a_process_of_its_own(fork: Path) -> None
     assert "| 2 | fastvggt | as it comes |" in markdown(report)
 
 
+@pytest.mark.slow
 def test_code_of_others_that_fails_is_a_result(fork: Path) -> None:
     broken = dataclasses.replace(TASK, peer="saf3r", checkout=str(fork), model="vggt")
     cells = list(processes.run(broken))  # in a process of its own: it imports from the checkout

@@ -237,6 +237,7 @@ def test_faults_of_memory_are_named() -> None:
         assert len(memory_fp8.wrong({"lite3r-fp8": fine | change})) == 1
 
 
+@pytest.mark.slow
 def test_what_training_wins_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import distillation
     import readme_table
@@ -353,6 +354,7 @@ def test_scenes_are_measured_as_one_by_one(tmp_path: Path) -> None:
     assert sample.labels.depth.isnan().sum() == (sample.labels.depth.nan_to_num() == 0).sum()
 
 
+@pytest.mark.slow
 def test_what_a_step_and_calibration_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import step
 
@@ -405,6 +407,7 @@ def test_the_predicted_peak_is_compared_with_what_is_held(tmp_path: Path) -> Non
     assert json.loads(path.read_text())["rows"] == [refused, ran]
 
 
+@pytest.mark.slow
 def test_pairs_run_in_turns_and_are_judged(tmp_path: Path) -> None:
     import never_slower
 

@@ -106,6 +106,7 @@ def test_run(small: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert "wrote" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_results_of_other_conditions_are_not_gone_on_with(
     small: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:

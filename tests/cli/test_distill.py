@@ -76,6 +76,7 @@ def test_trains_and_writes_what_can_be_loaded(tmp_path: Path) -> None:
     assert saved_step(tmp_path / "out") == 3
 
 
+@pytest.mark.slow
 def test_lora_is_folded_in_and_converted(tmp_path: Path) -> None:
     file = recipe(tmp_path, "proj+lora", "fp8_qat", "true", VALIDATION)
     assert "best validation" in lite3r("distill", file).output

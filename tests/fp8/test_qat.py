@@ -200,6 +200,7 @@ class TestModel:
         torch.testing.assert_close(model(images()), expected, rtol=1e-4, atol=1e-4)
         torch._dynamo.reset()
 
+    @pytest.mark.slow
     def test_compiled_gradients(self) -> None:
         model = apply_lite3r(Toy().eval(), **QAT)
         model(images()).sum().backward()

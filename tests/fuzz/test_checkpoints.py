@@ -45,7 +45,7 @@ DTYPES = (
 )  # fmt: skip
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=[pytest.param(kind, marks=[pytest.mark.slow] * (kind in ("fp8", "whole"))) for kind in KINDS])
 def saved(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     model = apply_lite3r(Toy().eval(), TEST_CONFIG, precision="fp8" if "fp8" in request.param else "full", keep_ratio={"*.0": 0.3})
     for module in lite3r_modules(model).values():

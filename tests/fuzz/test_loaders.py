@@ -64,7 +64,7 @@ def check(views: Views) -> None:
         assert (torch.linalg.det(R) > 0).all()
 
 
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] * (i % 4 > 0)) for i, kind in enumerate(sorted(WRITERS))])
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] * (i % 8 > 0)) for i, kind in enumerate(sorted(WRITERS))])
 def test_damaged_data_sets(
     kind: str, tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config, capsys: pytest.CaptureFixture[str]
 ) -> None:

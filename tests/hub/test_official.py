@@ -309,6 +309,7 @@ def numbers(model: nn.Module) -> State:
     return {name: torch.full((1,) * tensor.dim(), 0.25 + i % 7).expand(tensor.shape) for i, (name, tensor) in enumerate(state.items())}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(r"ignore:register_new_resolver\(\) is deprecated:UserWarning")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
 def test_depth_anything_3_in_full_size(large: nn.Module, tmp_path: Path) -> None:

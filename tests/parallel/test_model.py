@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import spreading
 import torch
+from filelock import FileLock
 
 from lite3r_plugin.adapter.plugins import find_gathered
 from lite3r_plugin.errors import ParallelError
@@ -27,30 +28,40 @@ class Found:
     folder: Path
 
 
-def found_by(folder: Path, *runs: str) -> Found:
-    """What all processes found in all cases."""
-    process = spreading.start(folder, *runs)
+def found_by(factory: pytest.TempPathFactory, name: str, *runs: str) -> Found:
+    """What all processes found in all cases: started once, by the first worker of the tests that asks."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    results = {run: folder / f"{run}.json" for run in runs}
+    with FileLock(folder.with_suffix(".lock")):
+        if not all(path.exists() for path in results.values()):
+            folder.mkdir(exist_ok=True)
+            start(folder, results)
+    return Found({run: json.loads(path.read_text()) for run, path in results.items()}, folder)
+
+
+def start(folder: Path, results: dict[str, Path]) -> None:
+    """Run all cases of these runs to their end, which must leave their results."""
+    process = spreading.start(folder, *results)
     try:
         said, _ = process.communicate(timeout=300)
     except BaseException:
         os.killpg(process.pid, signal.SIGKILL)
         raise
-    results = {run: folder / f"{run}.json" for run in runs}
     assert all(path.exists() for path in results.values()), said[-3000:]
-    return Found({run: json.loads(path.read_text()) for run, path in results.items()}, folder)
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    """Started once."""
-    return found_by(tmp_path_factory.mktemp("two"), "two")
+    """On two processes."""
+    return found_by(tmp_path_factory, "two", "two")
 
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory: pytest.TempPathFactory) -> Found:
     """The same on three processes, and on two with other packages, which is slow."""
     pytest.importorskip("depth_anything_3")
-    return found_by(tmp_path_factory.mktemp("others"), "three", "packages")
+    return found_by(tmp_path_factory, "others", "three", "packages")
 
 
 @pytest.fixture

@@ -229,6 +229,7 @@ def test_forwards_are_recorded(tapes: list[Tape]) -> None:
     assert lite3r_modules(model)["aggregator.global_blocks.0.attn"].calls.dense == before  # no Python runs
 
 
+@pytest.mark.slow
 def test_what_calibration_learns_is_seen(tapes: list[Tape]) -> None:
     model = apply_lite3r(small(), **GRAPHS, **ALWAYS_SPARSE)
     before = run(model)
@@ -254,6 +255,7 @@ def test_weights_that_were_loaded_are_seen(tapes: list[Tape]) -> None:
     assert tapes[0].recorded == 1
 
 
+@pytest.mark.slow
 def test_lora_is_seen(tapes: list[Tape]) -> None:
     pytest.importorskip("peft")
     from lite3r_plugin.peft import add_lora, merge_lora
@@ -323,7 +325,7 @@ class Twice(nn.Linear):
         return 2 * super().forward(input)
 
 
-@pytest.mark.parametrize("by", ["forward", "class"])
+@pytest.mark.parametrize("by", ["forward", pytest.param("class", marks=pytest.mark.slow)])
 def test_code_that_is_exchanged_later_runs(by: str, tapes: list[Tape]) -> None:
     model, plain = apply_lite3r(small(), **GRAPHS), apply_lite3r(small(), **SPARSE)
     before = run(model)
@@ -415,6 +417,7 @@ def test_fp8_and_the_preset(tapes: list[Tape], tmp_path: Path) -> None:
     assert same(run(loaded), run(model))
 
 
+@pytest.mark.slow
 def test_converting_later_quantises_the_weights_as_they_came(tapes: list[Tape]) -> None:
     model, plain = apply_lite3r(small(), **FAST), apply_lite3r(small(), **SPARSE)
     run(model)
@@ -460,16 +463,30 @@ def test_calibration_works_and_distillation_says_what_to_do(tapes: list[Tape]) -
         distill(model, [images()], steps=1)
 
 
-def test_copies_run_by_themselves(tapes: list[Tape]) -> None:
-    model = apply_lite3r(small(), **FAST)
-    expected, file = run(model), io.BytesIO()
+def saved_and_loaded(model: nn.Module) -> Any:
+    """By `torch.save`."""
+    file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
-    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)):
-        assert fast_of(copied).module is copied
-        assert fast_of(copied) is not fast_of(model)
-        assert same(run(copied), expected)
-        remove_lite3r(copied)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [
+        copy.deepcopy,
+        pytest.param(lambda model: pickle.loads(pickle.dumps(model)), marks=pytest.mark.slow),
+        pytest.param(saved_and_loaded, marks=pytest.mark.slow),
+    ],
+    ids=["deepcopy", "pickle", "file"],
+)
+def test_copies_run_by_themselves(copied: Callable[[nn.Module], Any], tapes: list[Tape]) -> None:
+    model = apply_lite3r(small(), **FAST)
+    expected, twin = run(model), copied(model)
+    assert fast_of(twin).module is twin
+    assert fast_of(twin) is not fast_of(model)
+    assert same(run(twin), expected)
+    remove_lite3r(twin)
     assert same(run(model), expected)
 
 

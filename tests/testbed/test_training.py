@@ -42,6 +42,7 @@ leave(others)
 SMOKE = ["--smoke", "--no-compile", "--pool", "4", "--views-per-step", "8", "--max-steps"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*deterministic")  # cuDNN's attention on a GPU
 def test_the_command_trains_and_goes_on_from_weights(tmp_path: Path) -> None:
     main([*SMOKE, "2", "--out", str(tmp_path / "a"), "--window", "0", "0.5"])

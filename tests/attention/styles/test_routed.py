@@ -68,7 +68,7 @@ def test_cross_attention_of_equal_lengths_is_dense(adapter: Adapter) -> None:
     assert apply_lite3r(model, SPARSE)(images(), **two_inputs()).isfinite().all()
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_self_attention_may_be_given_more_than_its_tokens(compiled: bool) -> None:
     model = apply_lite3r(Toy(make=lambda dim, heads: TwoInputs(dim, heads, False)), SPARSE)
     run = torch.compile(model, backend="eager", fullgraph=True) if compiled else model

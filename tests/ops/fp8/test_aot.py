@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 PACKAGE = Path(lite3r_plugin.__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_fp8_kernels_compile_ahead_of_time() -> None:
     # A fresh process: Triton decides at import whether kernels are interpreted, as they are in this one.
     script = Path(__file__).with_name("aot.py")

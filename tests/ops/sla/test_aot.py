@@ -25,6 +25,7 @@ def script(name: str, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_kernels_compile_ahead_of_time() -> None:
     """Every third for the oldest generation, since the next test compiles for the others; on a GPU all, for two of them.
 

@@ -182,8 +182,11 @@ def test_gradients(tokens: int, dtype: torch.dtype, branch: Branch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dim", "norm", "branch"), each((80, 128) if GPU else (80,), ("layer", "rms"), [BRANCHES[2], BRANCHES[5]]), ids=str
-)
+    ("dim", "norm", "branch"),
+    each((80, 128), ("layer", "rms"), [BRANCHES[2], BRANCHES[5]]) if GPU else [
+        (80, "layer", BRANCHES[2]), pytest.param(80, "rms", BRANCHES[5], marks=pytest.mark.slow)
+    ], ids=str,
+)  # fmt: skip
 def test_gradients_through_norms_and_rotary_embedding(dim: int, norm: str, branch: Branch) -> None:
     assert_gradients(some_arguments(LONG if GPU else 41, dim, HALF, branch, norm=norm, batch=2, heads=2))
 
@@ -201,16 +204,14 @@ def test_queries_and_keys_of_other_tokens(tokens: int, keys: int, dtype: torch.d
     assert_gradients(arguments)
 
 
-@pytest.mark.parametrize(
-    "branch", [pytest.param(b, marks=[pytest.mark.slow] * (b not in (BRANCHES[2], BRANCHES[5]))) for b in BRANCHES], ids=str
-)
+@pytest.mark.parametrize("branch", [pytest.param(b, marks=[pytest.mark.slow] * (b != BRANCHES[5])) for b in BRANCHES], ids=str)
 def test_the_log_sum_exp_and_its_gradients(branch: Branch) -> None:
     arguments = some_arguments(LONG, 32, torch.float32, branch, negligible_ratio=0.3, return_lse=True)
     assert_forward(arguments)
     assert_gradients(arguments)
 
 
-@pytest.mark.parametrize(("norm", "branch"), each(("layer", None), [BRANCHES[2], BRANCHES[5]]), ids=str)
+@pytest.mark.parametrize(("norm", "branch"), [("layer", BRANCHES[2]), pytest.param(None, BRANCHES[5], marks=pytest.mark.slow)], ids=str)
 def test_other_tokens_have_positions_and_norms_of_their_own(norm: str | None, branch: Branch) -> None:
     arguments = some_arguments(41, 32, torch.float32, branch, keys=LONG, norm=norm, rotated=True, batch=2)
     assert_forward(arguments)
@@ -235,24 +236,27 @@ def test_gradients_through_a_rotary_embedding_alone(branch: Branch) -> None:
     assert_gradients(some_arguments(LONG, 32, torch.float32, branch, rotated=True))
 
 
-@pytest.mark.parametrize("branch", BRANCHES, ids=str)
-@pytest.mark.parametrize(("pinned_tokens", "keep_ratio"), [(0, 0.01), (10**6, 0.3), (5, 1.0)])
-def test_gradients_at_the_edges(pinned_tokens: int, keep_ratio: float, branch: Branch) -> None:
+@pytest.mark.parametrize(("edge", "branch"), costly([(0, 0.01), (10**6, 0.3), (5, 1.0)], BRANCHES), ids=str)
+def test_gradients_at_the_edges(edge: tuple[int, float], branch: Branch) -> None:
     """One block kept and none pinned; a third of all pinned; all kept; and no order."""
+    pinned_tokens, keep_ratio = edge
     arguments = some_arguments(
         LENGTHS[-2] + 1, 32, torch.float32, branch, pinned_tokens=pinned_tokens, keep_ratio=keep_ratio, ordered=False
     )  # fmt: skip
     assert_gradients(arguments)
 
 
-@pytest.mark.parametrize("branch", [BRANCHES[1], BRANCHES[2], *BRANCHES[4:]], ids=str)
-@pytest.mark.parametrize("negligible_ratio", [0.3, 1.0])
+@pytest.mark.parametrize(("negligible_ratio", "branch"), costly((0.3, 1.0), [BRANCHES[1], BRANCHES[2], *BRANCHES[4:]]), ids=str)
 def test_gradients_with_negligible_blocks(negligible_ratio: float, branch: Branch) -> None:
     """Some, and all that are not critical."""
     assert_gradients(some_arguments(LONG, 32, torch.float32, branch, negligible_ratio=negligible_ratio))
 
 
-@pytest.mark.parametrize("learns", [("proj",), ("q",), ("v", "k_weight"), ("q_weight",), ("k", "proj")], ids=str)
+@pytest.mark.parametrize(
+    "learns",
+    [("proj",), ("v", "k_weight"), *(pytest.param(x, marks=pytest.mark.slow) for x in (("q",), ("q_weight",), ("k", "proj")))],
+    ids=str,
+)
 @pytest.mark.parametrize("branch", [pytest.param(BRANCHES[2], marks=pytest.mark.slow), BRANCHES[4]], ids=str)
 def test_only_what_is_asked_for(learns: tuple[str, ...], branch: Branch) -> None:
     arguments = some_arguments(LONG, 32, torch.float32, branch, norm="layer")
@@ -268,6 +272,7 @@ def test_no_other_gradient_is_returned(learns: tuple[str, ...]) -> None:
     assert [x is not None for x in found] == list(needed)
 
 
+@pytest.mark.slow
 def test_gradients_in_groups_of_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any grouping gives the same bits."""
     arguments = some_arguments(3 * BLOCK_K + 1, 32, HALF, ("marginal", "softmax", True), batch=2, heads=2)
@@ -279,6 +284,7 @@ def test_gradients_in_groups_of_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same_bits(whole, grouped)
 
 
+@pytest.mark.slow
 def test_gradients_are_deterministic() -> None:
     arguments = some_arguments(LONG, 32, HALF, ("marginal", "softmax", True))
     grad = random_grad(arguments)
@@ -287,7 +293,13 @@ def test_gradients_are_deterministic() -> None:
 
 
 @pytest.mark.parametrize(
-    ("branch", "norm", "keys"), each([BRANCHES[2], BRANCHES[4], BRANCHES[5]], ["layer", None], [None, 35, 100]), ids=str
+    ("branch", "norm", "keys"),
+    [
+        (BRANCHES[5], "layer", 100),
+        pytest.param(BRANCHES[2], "layer", None, marks=pytest.mark.slow),
+        pytest.param(BRANCHES[4], None, 35, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_nothing_is_read_that_was_not_written(branch: Branch, norm: str | None, keys: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """With NaN in all new memory gradients have the same bits."""
@@ -321,7 +333,10 @@ def test_values_are_centred_on_their_mean() -> None:
     torch.testing.assert_close(saved.mu, v.mean(2).flatten(0, 1))
 
 
-@pytest.mark.parametrize(("unpack", "dim", "norm"), [("strides", 32, None), ("strides", 32, "rms"), ("addresses", 64, None)])
+@pytest.mark.parametrize(
+    ("unpack", "dim", "norm"),
+    [("strides", 32, None), *(pytest.param(*row, marks=pytest.mark.slow) for row in (("strides", 32, "rms"), ("addresses", 64, None)))],
+)
 def test_saved_tensors_may_come_back_otherwise(unpack: str, dim: int, norm: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """As from `torch.autograd.graph.save_on_cpu(pin_memory=True)`, and worse."""
     if not GPU:

@@ -44,7 +44,7 @@ def a_call(queries: int, keys: int, backend: str, learns: bool = True) -> dict[s
 
 @pytest.mark.parametrize(
     ("backend", "learns"),
-    [("naive", False), ("naive", True), pytest.param("triton", False, marks=pytest.mark.slow), ("triton", True)],
+    [("naive", False), ("naive", True), *(pytest.param("triton", learns, marks=pytest.mark.slow) for learns in (False, True))],
     indirect=["backend"],
 )
 def test_a_graph_gives_what_the_eager_call_gives(backend: str, learns: bool) -> None:
