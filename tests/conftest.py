@@ -85,7 +85,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--fuzz-seconds", type=float, help="how long each fuzz test goes on, from a seed by chance; else shortly and from one seed"
     )
+    parser.addoption("--bounds", action="store_true", help="fail where an interpreted kernel reads or writes outside of its tensors")
     parser.addoption("--every-line", action="store_true", help="interrupt before every line in tests/apply/test_interruptions.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--bounds") and os.environ.get("TRITON_INTERPRET"):
+        from bounds import keep_to_bounds
+
+        keep_to_bounds()
 
 
 # What compares bit for bit: that must hold with every vector width and number of threads of torch's products and sums.
