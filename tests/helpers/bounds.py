@@ -34,13 +34,13 @@ def keep_to_bounds() -> None:
         if not allowed.all():
             raise IndexError(f"{running[0]} {what} outside of its tensors: {(~allowed).sum()} of {allowed.size} elements")
 
-    def checked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+    def checked_load(self: Any, pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
         check("reads", pointers, mask)
-        return load(self, pointers, mask, *rest)
+        return load(self, pointers, mask, *rest, **named)
 
-    def checked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+    def checked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **named: Any) -> Any:
         check("writes", pointers, mask)
-        return store(self, pointers, value, mask, *rest)
+        return store(self, pointers, value, mask, *rest, **named)
 
     interpreter.GridExecutor._init_args_hst = to_host
     builder.create_masked_load, builder.create_masked_store = checked_load, checked_store
