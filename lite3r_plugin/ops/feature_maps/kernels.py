@@ -60,9 +60,12 @@ def _upsample_kernel(
     tl.store(to + column[:, None] * C + channel[None, :], mixed.to(Out.dtype.element_ty), mask=live)
 
 
-@triton.jit(do_not_specialize=["elements"])
+@triton.jit
 def _bias_kernel(X, Bias, elements, C: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr):
-    """Add Bias [C] to X, ROWS runs of WIDTH numbers, the channels of one pixel or of several; LANES is WIDTH up to a power of two."""
+    """Add Bias [C] to X, ROWS runs of WIDTH numbers, the channels of one pixel or of several; LANES is WIDTH up to a power of two.
+
+    Triton is to see that `elements` is a multiple of 16, where it is: else the end may be anywhere, and each number is loaded by itself.
+    """
     first = tl.program_id(0).to(tl.int64) * (ROWS * WIDTH)
     lane = tl.arange(0, LANES)
     at = tl.arange(0, ROWS)[:, None] * WIDTH + lane[None, :]
