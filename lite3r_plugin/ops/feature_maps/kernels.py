@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..sizes import cover, power_of_2
 from .naive import Scales
 
 TILE = 4096  # numbers of one program: enough loads in flight, few enough registers
@@ -104,8 +105,8 @@ def upsample(x: Tensor, size: tuple[int, int], *, align_corners: bool, scales: S
     out = torch.empty((count, channels, *size), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     steps = [_step(*axis, align_corners) for axis in zip((height, width), size, scales, strict=True)]
     lanes, pixels = _tile(channels)
-    blocks = triton.cdiv(size[1], pixels)
-    _upsample_kernel[(count * size[0] * blocks, triton.cdiv(channels, lanes))](
+    blocks = cover(size[1], pixels)
+    _upsample_kernel[(count * size[0] * blocks, cover(channels, lanes))](
         x, out, height, width, *size, blocks, *steps, C=channels, LANES=lanes, PIXELS=pixels, ALIGNED=align_corners, num_warps=WARPS
     )
     return out
@@ -115,9 +116,9 @@ def add_bias_(x: Tensor, bias: Tensor) -> Tensor:
     """As `naive.add_bias_`, of a map with channels side by side."""
     channels = x.shape[1]
     width = channels * max(1, 64 // channels)  # several pixels of few channels make a run that is worth a vector
-    lanes = triton.next_power_of_2(width)
+    lanes = power_of_2(width)
     rows = max(1, TILE // lanes)
-    _bias_kernel[(triton.cdiv(x.numel(), rows * width),)](
+    _bias_kernel[(cover(x.numel(), rows * width),)](
         x, bias.contiguous(), x.numel(), C=channels, WIDTH=width, LANES=lanes, ROWS=rows, num_warps=WARPS
     )
     return x
@@ -128,8 +129,8 @@ def add_embedding(x: Tensor, across: Tensor, down: Tensor) -> Tensor:
     count, channels, height, width = x.shape
     out = torch.empty_like(x, dtype=torch.promote_types(x.dtype, across.dtype))
     lanes, pixels = _tile(channels)
-    blocks = triton.cdiv(width, pixels)
-    _embedding_kernel[(count * height * blocks, triton.cdiv(channels, lanes))](
+    blocks = cover(width, pixels)
+    _embedding_kernel[(count * height * blocks, cover(channels, lanes))](
         x, across.contiguous(), down.contiguous(), out, height, width, blocks, C=channels, LANES=lanes, PIXELS=pixels, num_warps=WARPS
     )
     return out
@@ -144,5 +145,5 @@ def _step(size: int, out: int, scale: float | None, align_corners: bool) -> floa
 
 def _tile(channels: int) -> tuple[int, int]:
     """Channels and pixels of one program."""
-    lanes = min(MOST_LANES, triton.next_power_of_2(channels))
+    lanes = min(MOST_LANES, power_of_2(channels))
     return lanes, max(1, TILE // lanes)
