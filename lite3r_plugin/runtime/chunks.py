@@ -87,7 +87,8 @@ class _Search:
 
     def __init__(self, model: nn.Module, views: int, whole: Collection[nn.Module | None]) -> None:
         self.views, self.whole = views, whole
-        self.names = {module: name for name, module in model.named_modules() if name}  # the model itself is what is planned
+        hooked = ((module, name) for name, module in model.named_modules() if not isinstance(module, torch.jit.ScriptModule))
+        self.names = {module: name for module, name in hooked if name}  # the model itself is what is planned; TorchScript has no hooks
         self.heads = {name: argument for module, name in self.names.items() if (argument := _head_argument(module)) is not None}
         self.found: dict[str, str] = {}
         self._stack: list[str] = []

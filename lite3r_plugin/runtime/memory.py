@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -266,7 +267,7 @@ class MemoryPlanner(RewrittenMethod):
         twin = copy.deepcopy(self.module, memo)
         planner: MemoryPlanner = memo[id(self)]
         try:
-            with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            with FakeTensorMode(allow_non_fake_inputs=True) as fake, _operator_by_operator(twin):
                 args, kwargs = exchanged(given, fake.from_tensor)
                 with in_chunks(twin, self.places, chunks), traced(twin, _Transients()) as trace:
                     planner.run_host(*args, **kwargs)
@@ -313,6 +314,26 @@ def _no_view(x: Tensor) -> Tensor:
     if not x._is_view():
         return x
     return nn.Parameter(x.data, requires_grad=False) if isinstance(x, nn.Parameter) else x.data
+
+
+@contextlib.contextmanager
+def _operator_by_operator(model: nn.Module) -> Iterator[None]:
+    """TorchScript of the model, and in the packages that its modules are from, runs unfused on this thread.
+
+    After two calls on a GPU it becomes kernels, which would read where tensors without data have none.
+    """
+    packages = {type(module).__module__.partition(".")[0] for module in model.modules()} - {"torch", "lite3r_plugin"}
+    for name, package in list(sys.modules.items()):
+        if name.partition(".")[0] in packages:
+            for value in list(vars(package).values()):
+                if isinstance(value, torch.jit.ScriptFunction):
+                    value._debug_flush_compilation_cache()  # pyright: ignore[reportAttributeAccessIssue]
+    for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            for name in module._c._method_names():
+                module._c._get_method(name)._debug_flush_compilation_cache()
+    with torch.jit.optimized_execution(False):  # pyright: ignore[reportPrivateImportUsage]
+        yield
 
 
 class _Transients:

@@ -142,7 +142,8 @@ class _Calls:
 
     def __init__(self, model: nn.Module, trace: Trace) -> None:
         self.trace = trace
-        self.names = {module: name for name, module in model.named_modules()}
+        named = model.named_modules()
+        self.names = {module: name for name, module in named if not isinstance(module, torch.jit.ScriptModule)}  # that has no hooks
         self.stack = [""]
         self._handles: list[Any] = []
 

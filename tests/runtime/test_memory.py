@@ -336,6 +336,34 @@ def test_a_forward_that_needs_values_cannot_be_planned() -> None:
         model(images(2))
 
 
+@torch.jit.script
+def _scripted(x: Tensor) -> Tensor:
+    return torch.cat([x, -x], dim=-1)[..., : x.shape[-1]]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script")
+def test_torchscript_is_not_fused_on_tensors_without_data() -> None:
+    class Scripted(Testbed):
+        def __init__(self, config: TestbedConfig) -> None:
+            super().__init__(config)
+            self.scripted = torch.jit.script(nn.Sequential(nn.Linear(3, 3), nn.ReLU()))
+
+        def forward(self, images: Tensor) -> dict[str, Tensor]:
+            optimized.append(torch._C._get_graph_executor_optimize())
+            return super().forward(_scripted(images) + 0 * self.scripted(images.mT[..., :3]).mean())
+
+    optimized: list[bool] = []
+    model = Scripted(TestbedConfig(dim=64, head_dim=32, depth=1, stem=8)).eval().requires_grad_(False)
+    with torch.no_grad():
+        expected = [model(images(2))["depth"] for _ in range(3)][-1]
+    apply_lite3r(model, max_memory="1GB")
+    plan_memory(model, images(2))
+    assert optimized.pop() is False
+    assert torch._C._get_graph_executor_optimize() is True
+    with torch.no_grad():
+        torch.testing.assert_close(model(images(2))["depth"], expected)
+
+
 def test_the_limit_is_checked_and_stored() -> None:
     config = Lite3RConfig(max_memory="7.5GiB")
     assert config.max_memory == 15 * 2**29
