@@ -54,3 +54,7 @@ class ExactRewrite:
     for_precision: bool = False
     needs: tuple[str, ...] = ()
     kernels: bool = False
+
+    def keeps_host(self, fuse: bool) -> bool:
+        """Whether it serves a model in the host's dtypes, where kernels inside of the host's code are allowed by `fuse`."""
+        return self.keeps_dtype and (fuse or not self.kernels)

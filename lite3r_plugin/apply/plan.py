@@ -172,7 +172,7 @@ def _plan_whole(found: Inventory, config: Lite3RConfig, adapter: str) -> tuple[F
         )
 
     def keeps(rewrite: ExactRewrite) -> bool:
-        return config.exact_rewrites and rewrite.keeps_dtype and (config.fuse or not rewrite.kernels)
+        return config.exact_rewrites and rewrite.keeps_host(config.fuse)
 
     if fast.parts.weights != "host":
         everywhere = fast.parts.weights == "bf16_everywhere"

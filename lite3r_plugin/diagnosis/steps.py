@@ -71,7 +71,7 @@ def judge(facts: Facts) -> list[Step]:
 
 def _rewrites(facts: Facts) -> Step:
     name, line = "exact rewrites", "apply_lite3r(model)"
-    plan = plan_rewrites(facts.found.model, facts.found.modules, lambda r: r.keeps_dtype and (facts.config.fuse or not r.kernels))
+    plan = plan_rewrites(facts.found.model, facts.found.modules, lambda rewrite: rewrite.keeps_host(facts.config.fuse))
     if plan is None or not (plan.done or plan.left):
         return Step(name, line, False, None, None, "no adapter has any for this model")
     left = "".join(f"; not {what}, because {why}" for what, why in plan.left.items())

@@ -13,9 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._C._functorch import peek_interpreter_stack
 from torch._subclasses import FakeTensor
-from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 
 from ..adapter.rewrites import ExactRewrite, Trial
@@ -23,6 +21,7 @@ from ..adapter.trials import RandomCopies, in_trial
 from ..ops import feature_maps
 from ..ops.feature_maps import naive
 from ..wrapper import RewrittenMethod, is_plain_tensor
+from .modes import operators_are_transformed
 
 LEAST = 1 << 20
 """Elements of a map: over fewer, a pass of torch's is expected to be over before Python has started another kernel. Not measured."""
@@ -140,9 +139,7 @@ def _are_plain(*tensors: Tensor) -> bool:
         all(is_plain_tensor(x) or (imagined and isinstance(x, FakeTensor)) for x in tensors)
         and (imagined or not torch._C._len_torch_dispatch_stack())
         and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
-        and forward_ad._current_level < 0
-        and peek_interpreter_stack() is None
-        and not torch._C._is_tracing()
+        and not operators_are_transformed()
     )
 
 

@@ -168,7 +168,7 @@ class MemoryPlanner(RewrittenMethod):
             if key not in self.plans:
                 if len(self.plans) >= MOST_PLANS:
                     del self.plans[next(iter(self.plans))]
-                with torch.inference_mode(False), torch.no_grad(), self._aside():
+                with torch.inference_mode(False), torch.no_grad(), self._aside(), _operator_by_operator(self.module):
                     self.plans[key] = self._made(args, kwargs, device)
             return self.plans[key]
 
@@ -267,7 +267,7 @@ class MemoryPlanner(RewrittenMethod):
         twin = copy.deepcopy(self.module, memo)
         planner: MemoryPlanner = memo[id(self)]
         try:
-            with FakeTensorMode(allow_non_fake_inputs=True) as fake, _operator_by_operator(twin):
+            with FakeTensorMode(allow_non_fake_inputs=True) as fake:
                 args, kwargs = exchanged(given, fake.from_tensor)
                 with in_chunks(twin, self.places, chunks), traced(twin, _Transients()) as trace:
                     planner.run_host(*args, **kwargs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import torch
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
 
@@ -19,13 +20,12 @@ def functions_are_seen() -> bool:
 
 def operators_are_seen() -> bool:
     """Whether somebody records or transforms the operators that run, and would miss what no operator of torch does."""
-    return bool(
-        torch._C._len_torch_dispatch_stack()
-        or functions_are_seen()
-        or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
-        or forward_ad._current_level >= 0
-        or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-    )
+    return bool(torch._C._len_torch_dispatch_stack() or functions_are_seen() or operators_are_transformed())
+
+
+def operators_are_transformed() -> bool:
+    """Whether another function is made of what runs: by `torch.func`, by forward-mode derivatives, by `torch.jit.trace`."""
+    return bool(peek_interpreter_stack() is not None or forward_ad._current_level >= 0 or torch._C._is_tracing())
 
 
 @functools.cache

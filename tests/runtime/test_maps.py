@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from interruptions import contents
 from map_kernels import count_map_kernels
 from numerics import assert_as_accurate
+from operators import Seen
 from rewriting import rewrite_exactly
 from sla_cases import DEVICE, DTYPES
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lite3r_plugin import hookimpl
@@ -217,18 +217,6 @@ def of_another_class(head: Any, x: Tensor) -> Any:
     out = head(x.as_subclass(Other))
     assert type(out) is Other
     return out.as_subclass(Tensor)
-
-
-class Seen(TorchDispatchMode):
-    """The operators that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.add(func.name())
-        return func(*args, **(kwargs or {}))
 
 
 @torch.no_grad()
