@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...errors import BackendError
+from ..launch import launch
 from ..sizes import power_of_2
 
 MAX_COLUMNS = 32768  # key blocks that a program can hold
@@ -123,7 +124,8 @@ def block_map_with_bits(
     for start in range(0, rows, slab):
         scores = q_mean[..., start : start + slab, :] @ keys
         for i, count in enumerate(counts):
-            _select_kernel[(scores.shape[-2], batch * heads)](
+            launch(
+                _select_kernel, (scores.shape[-2], batch * heads),
                 scores, indices, *(indices if x is None else x for x in (chosen, skipped)),
                 columns, count, pinned, words, start, scores.shape[-2], rows,
                 WIDTH=width, BITS=bits, SKIPPED=i == 1, **launch_options(width),

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launch
 from ..sizes import cover, power_of_2
 from .naive import Scales
 
@@ -106,9 +107,10 @@ def upsample(x: Tensor, size: tuple[int, int], *, align_corners: bool, scales: S
     steps = [_step(*axis, align_corners) for axis in zip((height, width), size, scales, strict=True)]
     lanes, pixels = _tile(channels)
     blocks = cover(size[1], pixels)
-    _upsample_kernel[(count * size[0] * blocks, cover(channels, lanes))](
-        x, out, height, width, *size, blocks, *steps, C=channels, LANES=lanes, PIXELS=pixels, ALIGNED=align_corners, num_warps=WARPS
-    )
+    launch(
+        _upsample_kernel, (count * size[0] * blocks, cover(channels, lanes)), x, out, height, width, *size, blocks, *steps,
+        C=channels, LANES=lanes, PIXELS=pixels, ALIGNED=align_corners, num_warps=WARPS,
+    )  # fmt: skip
     return out
 
 
@@ -118,9 +120,10 @@ def add_bias_(x: Tensor, bias: Tensor) -> Tensor:
     width = channels * max(1, 64 // channels)  # several pixels of few channels make a run that is worth a vector
     lanes = power_of_2(width)
     rows = max(1, TILE // lanes)
-    _bias_kernel[(cover(x.numel(), rows * width),)](
-        x, bias.contiguous(), x.numel(), C=channels, WIDTH=width, LANES=lanes, ROWS=rows, num_warps=WARPS
-    )
+    launch(
+        _bias_kernel, (cover(x.numel(), rows * width),), x, bias.contiguous(), x.numel(),
+        C=channels, WIDTH=width, LANES=lanes, ROWS=rows, num_warps=WARPS,
+    )  # fmt: skip
     return x
 
 
@@ -130,9 +133,10 @@ def add_embedding(x: Tensor, across: Tensor, down: Tensor) -> Tensor:
     out = torch.empty_like(x, dtype=torch.promote_types(x.dtype, across.dtype))
     lanes, pixels = _tile(channels)
     blocks = cover(width, pixels)
-    _embedding_kernel[(count * height * blocks, cover(channels, lanes))](
-        x, across.contiguous(), down.contiguous(), out, height, width, blocks, C=channels, LANES=lanes, PIXELS=pixels, num_warps=WARPS
-    )
+    launch(
+        _embedding_kernel, (count * height * blocks, cover(channels, lanes)), x, across.contiguous(), down.contiguous(), out,
+        height, width, blocks, C=channels, LANES=lanes, PIXELS=pixels, num_warps=WARPS,
+    )  # fmt: skip
     return out
 
 

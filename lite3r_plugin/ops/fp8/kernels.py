@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import on_device_of, register, under_trace
+from ..launch import launch
 from ..sizes import cover, power_of_2
 from . import naive
 from .naive import E4M3, Quantized, sum_dtype
@@ -191,7 +192,8 @@ def _launch_rows(
         update = update.reshape(-1, width)
         update = update if update.stride(-1) == 1 else update.contiguous()
     with on_device_of(x):
-        _rows_kernel[(scale.numel(),)](
+        launch(
+            _rows_kernel, (scale.numel(),),
             x, *(x if p is None else p for p in (update, gain, weight, bias)), x if total is None else total,
             data, scale, scale if infinities is None else infinities,
             tokens, *strides, 0 if update is None else update.stride(0), eps,
@@ -269,13 +271,14 @@ scale_operator = register(
 
 
 def _scale_products(
-    products: Tensor, rows: Tensor, columns: Tensor, bias: Tensor | None, launch: tuple[int, int, int] = (2, 1024, 4)
+    products: Tensor, rows: Tensor, columns: Tensor, bias: Tensor | None, shape: tuple[int, int, int] = (2, 1024, 4)
 ) -> Tensor:
-    """`launch`: rows and columns of a program, and its warps."""
+    """`shape`: rows and columns of a program, and its warps."""
     count, width = products.shape
-    height, block, warp_count = launch
+    height, block, warp_count = shape
     with on_device_of(products):
-        _scale_kernel[(cover(count, height), cover(width, block))](
+        launch(
+            _scale_kernel, (cover(count, height), cover(width, block)),
             products, rows, columns, products if bias is None else bias, count, width,
             ROWS=height, BLOCK=block, BIAS=bias is not None, num_warps=warp_count,
         )  # fmt: skip
@@ -310,15 +313,16 @@ def residual(x: Tensor, update: Tensor, gain: Tensor | None) -> Tensor:
     return (residual_operator if under_trace() else _residual)(x, update, gain)
 
 
-def _residual(x: Tensor, update: Tensor, gain: Tensor | None, launch: tuple[int, int] = (1, 1)) -> Tensor:
-    """`launch`: rows of a program, and its warps."""
+def _residual(x: Tensor, update: Tensor, gain: Tensor | None, shape: tuple[int, int] = (1, 1)) -> Tensor:
+    """`shape`: rows of a program, and its warps."""
     width = x.shape[-1]
-    height, warp_count = launch
+    height, warp_count = shape
     total = x.new_empty(x.shape, dtype=sum_dtype(x, update, gain))
     x, update = (t.reshape(-1, width) for t in (x, update))
     x, update = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, update))
     with on_device_of(x):
-        _residual_kernel[(cover(len(x), height),)](
+        launch(
+            _residual_kernel, (cover(len(x), height),),
             x, update, x if gain is None else gain, total, len(x), x.stride(0), update.stride(0),
             C=width, ROWS=height, BLOCK=power_of_2(width), GAIN=gain is not None, num_warps=warp_count,
         )  # fmt: skip

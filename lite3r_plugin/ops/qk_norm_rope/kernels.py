@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launch
 from ..sizes import power_of_2
 from .naive import HeadNorm, Prepared, Tokens
 
@@ -220,7 +221,8 @@ def _launch(q, k, v, order, q_norm, k_norm, positions, rope_base, out, means, ro
     q_norm, k_norm = q_norm or HeadNorm(None, None, None, 0.0), k_norm or HeadNorm(None, None, None, 0.0)
     weights = [w for norm in (q_norm, k_norm) for w in norm_affine(norm, dim, q.device)]
     together = 2 if rope and heads % 2 == 0 else 1
-    _prepare_kernel[(blocks, heads // together, batch)](
+    launch(
+        _prepare_kernel, (blocks, heads // together, batch),
         q, k, v, nothing if order is None else order, positions if rope else nothing,
         *(nothing if w is None else w for w in weights), out[0], out[1], v_out, *(means if pool else (nothing,) * 3),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launch
 from ..sizes import cover, power_of_2
 
 
@@ -66,16 +67,17 @@ class Launch(NamedTuple):
 LAUNCH = Launch(block_n=4, block_k=512, warps=4)  # benchmarks/operators/small_passes.py tries others
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, launch: Launch = LAUNCH) -> Tensor:
-    """As `naive.linear`, FP32 alone, of a few rows: at least one; `launch`: for benchmarks."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, shape: Launch = LAUNCH) -> Tensor:
+    """As `naive.linear`, FP32 alone, of a few rows: at least one; `shape`: for benchmarks."""
     outputs, inputs = weight.shape
     rows = x.reshape(-1, inputs)
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     weight = weight if weight.stride(-1) == 1 else weight.contiguous()
     count = len(rows)
     out = torch.empty(*x.shape[:-1], outputs, device=x.device, dtype=torch.float32)
-    _linear_kernel[(cover(outputs, launch.block_n),)](
+    launch(
+        _linear_kernel, (cover(outputs, shape.block_n),),
         rows, weight, out if bias is None else bias.contiguous(), out, count, outputs, rows.stride(0), weight.stride(0),
-        K=inputs, ROWS=power_of_2(count), BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, BIAS=bias is not None, num_warps=launch.warps,
+        K=inputs, ROWS=power_of_2(count), BLOCK_N=shape.block_n, BLOCK_K=shape.block_k, BIAS=bias is not None, num_warps=shape.warps,
     )  # fmt: skip
     return out

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...launch import launch
 from ...sizes import power_of_2
 from .linear import LINEAR, LOG2_E, linear_state, phi, precision
 from .marginal import marginal_states
@@ -242,7 +243,7 @@ def forward(operands: Operands, *, save_lse: bool = False, save_linear: bool = F
         PRECISION=precision(q), **options,
     )  # fmt: skip
     for retry in (False, True) if fixed else (False,):
-        _sparse_linear_kernel[(programs,)](*arguments, FIXED=fixed and not retry, RETRY=retry, **constants)
+        launch(_sparse_linear_kernel, (programs,), *arguments, FIXED=fixed and not retry, RETRY=retry, **constants)
     return out.transpose(1, 2), Residuals(lse, branch, state, total, mu)
 
 

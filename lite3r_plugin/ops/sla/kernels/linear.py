@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...launch import launch
 from ...sizes import power_of_2
 
 LINEAR = {"none": 0, "all": 1, "marginal": 2}  # what kernels call the branches
@@ -110,7 +111,8 @@ def _launch(
 ) -> None:  # fmt: skip
     padded, dim = k.shape[-2:]
     tile = min(block_k, LARGEST_TILE)
-    _linear_state_kernel[(total.shape[-2], k.numel() // (padded * dim))](
+    launch(
+        _linear_state_kernel, (total.shape[-2], k.numel() // (padded * dim)),
         k, v, k if mu is None else mu, k if proj is None else proj, state, total, tokens, padded, per_split * block_k // tile, scale,
         D=dim, DP=power_of_2(dim), TILE=tile, SOFTMAX=feature_map == "softmax",
         CENTRED=mu is not None, FOLDED=proj is not None, PRECISION=precision(k), **state_options(k.dtype),

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...launch import launch
 from .linear import block_states, precision
 
 GROUP_BYTES = 1 << 30
@@ -108,7 +109,8 @@ def marginal_sums(
     dim = states.shape[-1]
     options = sums_options(states.dtype)
     grid = (-(-into[0].shape[1] // options["TILE_OUT"]), -(-dim * dim // options["TILE"]) + -(-dim // 32), heads)
-    _marginal_sums_kernel[grid](
+    launch(
+        _marginal_sums_kernel, grid,
         bits, states, totals, *into, rows, columns, words, scale,
         D=dim, TRANSPOSED=transposed, PRECISION=precision(states), **options,
     )  # fmt: skip

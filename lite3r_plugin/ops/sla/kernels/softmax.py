@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...launch import launch
 from ...sizes import cover, power_of_2
 
 LARGEST_SUM = tl.constexpr(2.0**80)  # with values up to 2**47 nothing overflows in FP32 or BF16
@@ -166,7 +167,8 @@ def padded_means(k_mean: Tensor, v_mean: Tensor, tile: int, dtype: torch.dtype) 
     batch, heads, columns, dim = k_mean.shape
     padded = cover(columns, tile) * tile
     k, v = torch.empty(2, batch, heads, padded, dim, device=k_mean.device, dtype=dtype)
-    _padded_means_kernel[(cover(padded, MEAN_ROWS), batch * heads)](
-        k_mean, v_mean, k, v, columns, padded, D=dim, DP=power_of_2(dim), ROWS=MEAN_ROWS, num_warps=4
+    launch(
+        _padded_means_kernel, (cover(padded, MEAN_ROWS), batch * heads), k_mean, v_mean, k, v, columns, padded,
+        D=dim, DP=power_of_2(dim), ROWS=MEAN_ROWS, num_warps=4,
     )  # fmt: skip
     return k, v
