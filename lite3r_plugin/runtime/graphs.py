@@ -7,6 +7,7 @@ recording of a model that has changed since is dropped, and what cannot be recor
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import traceback
 import warnings
@@ -34,16 +35,20 @@ MOST_REMEMBERED = 256  # layouts that were refused, or that were seen once
 Run = Callable[..., Any]
 
 
-def capture(
-    call: Callable[[], Any], device: torch.device, pool: Any = None, stream: torch.cuda.Stream | None = None
-) -> tuple[torch.cuda.CUDAGraph, Any]:
+@functools.cache
+def stream_of(device: int) -> torch.cuda.Stream:
+    """The stream that everything is warmed up and captured on. Graphs share the memory of a pool where they were captured on the same
+    stream, and cuBLAS keeps 32 MiB and more for each stream that it ever ran on."""
+    return torch.cuda.Stream(device)
+
+
+def capture(call: Callable[[], Any], device: torch.device, pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Any]:
     """Capture a call into a CUDA graph. It must have run before, on a side stream too (`warm_up`).
 
     Args:
         call: Reads and writes the same tensors in every call, and never waits for the GPU.
         device: A CUDA device.
         pool: Of memory, from `torch.cuda.graph_pool_handle`; its own by default.
-        stream: Of `device`, to capture on. Graphs share the memory of a pool where they were captured on the same stream.
 
     Returns:
         The graph, and the outputs of `call`, which every ``graph.replay()`` writes.
@@ -52,9 +57,9 @@ def capture(
         Exception: whatever `call` raises; a `RuntimeError` where something inside cannot be captured.
     """
     pool = torch.cuda.graph_pool_handle() if pool is None else pool
-    stream = torch.cuda.Stream(device) if stream is None else stream  # torch's own is of the GPU that captured first
     graph = torch.cuda.CUDAGraph()
     with IN_TURN, torch.cuda.device(device):
+        stream = stream_of(torch.cuda.current_device())  # torch's own is of the GPU that captured first
         try:
             # Other threads may allocate and synchronise meanwhile.
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
@@ -67,7 +72,8 @@ def capture(
 
 def warm_up(call: Callable[[], Any], device: torch.device) -> float:
     """Run `call` twice on a side stream, as `torch.cuda.graphs` asks for before a capture. Returns the seconds of the second time."""
-    stream = torch.cuda.Stream(device)
+    with torch.cuda.device(device):
+        stream = stream_of(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         call()
@@ -122,7 +128,6 @@ class CudaGraphs:
     def __init__(self) -> None:
         self._pools: list[Any] = []
         self._pool: Any = None
-        self._stream: torch.cuda.Stream | None = None
         self._done: torch.cuda.Event | None = None
 
     def why_not(self, device: torch.device) -> str | None:
@@ -138,9 +143,8 @@ class CudaGraphs:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
             self._pools.append(self._pool)
-        self._stream = self._stream or torch.cuda.Stream(device)
         try:
-            graph, outputs = capture(call, device, self._pool, self._stream)
+            graph, outputs = capture(call, device, self._pool)
         except BaseException:
             self._pool = None
             raise
@@ -169,7 +173,7 @@ class CudaGraphs:
         if self._done is not None:
             self._done.synchronize()
         self._pools = []
-        self._pool = self._stream = self._done = None
+        self._pool = self._done = None
 
 
 @dataclass

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import TRITON_DTYPES, constant_in_graphs, on_device_of, register, require_one_device, triton_installed, under_trace
+from ..dispatch import TRITON_DTYPES, constant_in_graphs, register, require_one_device, triton_installed, under_trace
 from . import naive
 from .naive import Scales, output_size
 
@@ -103,8 +103,7 @@ def _upsample(x: Tensor, height: int, width: int, align_corners: bool, scale_y: 
         return naive.upsample(x, size, align_corners=align_corners, scales=scales)
     from . import kernels
 
-    with on_device_of(x):
-        return kernels.upsample(x, size, align_corners=align_corners, scales=scales)
+    return kernels.upsample(x, size, align_corners=align_corners, scales=scales)
 
 
 def _add_bias(x: Tensor, bias: Tensor) -> None:
@@ -113,8 +112,7 @@ def _add_bias(x: Tensor, bias: Tensor) -> None:
         return
     from . import kernels
 
-    with on_device_of(x):
-        kernels.add_bias_(x, bias)
+    kernels.add_bias_(x, bias)
 
 
 def _add_embedding(x: Tensor, across: Tensor, down: Tensor) -> Tensor:
@@ -122,8 +120,7 @@ def _add_embedding(x: Tensor, across: Tensor, down: Tensor) -> Tensor:
         return naive.add_embedding(x, across, down)
     from . import kernels
 
-    with on_device_of(x):
-        return kernels.add_embedding(x, across, down)
+    return kernels.add_embedding(x, across, down)
 
 
 def _empty_upsampled(x: Tensor, height: int, width: int, *_: Any) -> Tensor:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import on_device_of, register, under_trace
+from ..dispatch import register, under_trace
 from ..launch import launch
 from ..sizes import cover, power_of_2
 from . import naive
@@ -191,16 +191,15 @@ def _launch_rows(
     if update is not None:
         update = update.reshape(-1, width)
         update = update if update.stride(-1) == 1 else update.contiguous()
-    with on_device_of(x):
-        launch(
-            _rows_kernel, (scale.numel(),),
-            x, *(x if p is None else p for p in (update, gain, weight, bias)), x if total is None else total,
-            data, scale, scale if infinities is None else infinities,
-            tokens, *strides, 0 if update is None else update.stride(0), eps,
-            C=width, BLOCK=power_of_2(width), HEAD_DIM=dim, RESIDUAL=update is not None, GAIN=gain is not None,
-            NORM=norm, WEIGHT=weight is not None, BIAS=bias is not None, ACTIVATION=ACTIVATIONS[activation],
-            COUNT=infinities is not None, INTERPRETED=not x.is_cuda, num_warps=warps(width),
-        )  # fmt: skip
+    launch(
+        _rows_kernel, (scale.numel(),),
+        x, *(x if p is None else p for p in (update, gain, weight, bias)), x if total is None else total,
+        data, scale, scale if infinities is None else infinities,
+        tokens, *strides, 0 if update is None else update.stride(0), eps,
+        C=width, BLOCK=power_of_2(width), HEAD_DIM=dim, RESIDUAL=update is not None, GAIN=gain is not None,
+        NORM=norm, WEIGHT=weight is not None, BIAS=bias is not None, ACTIVATION=ACTIVATIONS[activation],
+        COUNT=infinities is not None, INTERPRETED=not x.is_cuda, num_warps=warps(width),
+    )  # fmt: skip
     return data, scale, total
 
 
@@ -276,12 +275,11 @@ def _scale_products(
     """`shape`: rows and columns of a program, and its warps."""
     count, width = products.shape
     height, block, warp_count = shape
-    with on_device_of(products):
-        launch(
-            _scale_kernel, (cover(count, height), cover(width, block)),
-            products, rows, columns, products if bias is None else bias, count, width,
-            ROWS=height, BLOCK=block, BIAS=bias is not None, num_warps=warp_count,
-        )  # fmt: skip
+    launch(
+        _scale_kernel, (cover(count, height), cover(width, block)),
+        products, rows, columns, products if bias is None else bias, count, width,
+        ROWS=height, BLOCK=block, BIAS=bias is not None, num_warps=warp_count,
+    )  # fmt: skip
     return products
 
 
@@ -320,12 +318,11 @@ def _residual(x: Tensor, update: Tensor, gain: Tensor | None, shape: tuple[int, 
     total = x.new_empty(x.shape, dtype=sum_dtype(x, update, gain))
     x, update = (t.reshape(-1, width) for t in (x, update))
     x, update = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, update))
-    with on_device_of(x):
-        launch(
-            _residual_kernel, (cover(len(x), height),),
-            x, update, x if gain is None else gain, total, len(x), x.stride(0), update.stride(0),
-            C=width, ROWS=height, BLOCK=power_of_2(width), GAIN=gain is not None, num_warps=warp_count,
-        )  # fmt: skip
+    launch(
+        _residual_kernel, (cover(len(x), height),),
+        x, update, x if gain is None else gain, total, len(x), x.stride(0), update.stride(0),
+        C=width, ROWS=height, BLOCK=power_of_2(width), GAIN=gain is not None, num_warps=warp_count,
+    )  # fmt: skip
     return total
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..dispatch import on_device_of, register, require_one_device, under_trace
+from ..dispatch import register, require_one_device, under_trace
 from ..options import check_rope_base
 from . import naive
 from .naive import HeadNorm, Prepared, Tokens
@@ -98,8 +98,7 @@ def _norm_rope(
     from . import kernels
 
     norms = dict(q_norm=HeadNorm(q_kind, q_weight, q_bias, q_eps), k_norm=HeadNorm(k_kind, k_weight, k_bias, k_eps))
-    with on_device_of(q):
-        return kernels.norm_rope(q, k, positions=positions, rope_base=rope_base, **norms)
+    return kernels.norm_rope(q, k, positions=positions, rope_base=rope_base, **norms)
 
 
 norm_rope_operator = register(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..dispatch import on_device_of, register, under_trace
+from ..dispatch import register, under_trace
 from ..fp8 import Quantized
 from . import naive
 
@@ -31,8 +31,7 @@ def linear(x: Tensor, weight: Quantized, bias: Tensor | None, *, triton: bool) -
 def _linear(x: Tensor, data: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     from . import kernels
 
-    with on_device_of(x):
-        return kernels.linear(x, Quantized(data, scale, x.dtype), bias)
+    return kernels.linear(x, Quantized(data, scale, x.dtype), bias)
 
 
 linear_operator = register(

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..fp8 import Quantized
+from ..launch import launch
 from ..sizes import cover, power_of_2
 
 
@@ -70,7 +71,8 @@ def linear(x: Tensor, weight: Quantized, bias: Tensor | None) -> Tensor:
     out = torch.empty(*x.shape[:-1], outputs, device=x.device, dtype=x.dtype)
     options = launch_options(len(rows), x.dtype)
     grid = (cover(len(rows), options["BLOCK_M"]) * cover(outputs, options["BLOCK_N"]),)
-    _linear_kernel[grid](
+    launch(
+        _linear_kernel, grid,
         rows, weight.data.view(torch.uint8), weight.scale, weight.scale if bias is None else bias, out,
         len(rows), outputs, inputs, rows.stride(0), BIAS=bias is not None, PRECISION="tf32" if x.is_cuda else "ieee", **options,
     )  # fmt: skip
