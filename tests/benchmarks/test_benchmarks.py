@@ -434,6 +434,21 @@ def test_the_two_of_a_pair_run_alternately() -> None:
     assert len(ours) == len(theirs) == 3
 
 
+def test_the_benchmark_of_many_views(tmp_path: Path) -> None:
+    import many_views
+
+    path = tmp_path / "r.json"
+    options = ["--model", "testbed", "--views", "1,2", "--height", "16", "--width", "24", "--keep-ratio", "0.3", "--device", "cpu"]
+    fields = ["--config", "compile_blocks=false", "--config", 'fp8_backend="emulated"']
+    report = many_views.main([*options, *fields, "--json", str(path)])
+    assert json.loads(path.read_text()) == json.loads(json.dumps(report))
+    assert [(row["views"], len(row["times"])) for row in report["rows"]] == [(1, 2), (2, 2)]
+    assert report["fit"] is None  # of a CPU no memory is told
+    assert "precision='fp8'" in report["line"]
+    peaks = [{"views": views, "peak_bytes": 100 + 10 * views} for views in (4, 2)]
+    assert many_views.fit([*peaks, {"views": 9, "error": "out of memory"}], 200) == 10
+
+
 def test_the_benchmark_of_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """On the double of StreamVGGT."""
     import streaming
