@@ -37,15 +37,38 @@ def update(text: str) -> str:
 
 def speed(report: dict[str, Any]) -> str:
     """The README's table: times, and each gain over the column that it is a gain over."""
-    heads = ("views", "stock", "Lite3R", "strong dense", "strong dense, our kernels", "Lite3R, fast, FP8")
+    columns = {  # its head, and what it is a gain over
+        "stock": ("stock", None), "lite3r": ("Lite3R", "stock"), "strong": ("strong dense", None),
+        "strong-exact": ("strong dense, our kernels", "strong"), "lite3r-fp8": ("Lite3R, fast, FP8", "strong"),
+    }  # fmt: skip
+    measured = {cell["variant"] for cell in report["cells"]}
+    columns = {name: column for name, column in columns.items() if name in measured}
     rows = [
-        (
-            str(views), _time(cells("stock")), _time_and_gain(cells("lite3r"), cells("stock")), _time(cells("strong")),
-            _time_and_gain(cells("strong-exact"), cells("strong")), _time_and_gain(cells("lite3r-fp8"), cells("strong")),
-        )
+        (str(views), *(_time_and_gain(cells(name), cells(over)) if over else _time(cells(name)) for name, (_, over) in columns.items()))
         for views, cells in _by_views(report)
-    ]  # fmt: skip
-    return _table(heads, rows) + _note(_conditions(report))
+    ]
+    return _table(("views", *(head for head, _ in columns.values())), rows) + _note(_conditions(report))
+
+
+def never_slower(report: dict[str, Any]) -> str:
+    """Median ratios of runs in turns: Lite3R's time over that of what it starts from."""
+    found = {(row["pair"], row["keep_ratio"], row["views"]): row for row in report["rows"]}
+    pairs = {"default": "default line / stock", "preset": "preset / strong dense"}
+    columns = [(pair, keep) for pair in pairs for keep in sorted({keep for _, keep, _ in found})]
+    rows = [
+        (str(views), *(_ratio(found.get((pair, keep, views))) for pair, keep in columns))
+        for views in sorted({views for _, _, views in found})
+    ]
+    size = f"{report['resolution']} × {report['resolution']} pixels"
+    return _table(("views", *(f"{pairs[pair]}, keep {keep}" for pair, keep in columns)), rows) + _note(
+        f"{report['model']}, {size}, on one {report['device']}, torch {report['torch']}, triton {report['triton']}, "
+        f"{report['date'][:10]}, commit {report['commit'][:7]}; median of {report['rows'][0]['runs']} pairs of runs. Below 1 Lite3R is faster. "
+        f"*: Python bounds, not the GPU. Weights: {report['weights']}."
+    )
+
+
+def _ratio(row: dict[str, Any] | None) -> str:
+    return "" if row is None or "ratio" not in row else f"{row['ratio']:.2f}{'*' if row['bound_by'] == 'host' else ''}"
 
 
 def times(report: dict[str, Any]) -> str:
@@ -352,7 +375,20 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     function.__name__: function
-    for function in (speed, times, times_fp8, memory, launches, operator, backward, mlp, fp8_memory, fp8_quality, distillation)
+    for function in (
+        speed,
+        never_slower,
+        times,
+        times_fp8,
+        memory,
+        launches,
+        operator,
+        backward,
+        mlp,
+        fp8_memory,
+        fp8_quality,
+        distillation,
+    )
 }
 TABLES["quality"] = quality_report.summary
 
