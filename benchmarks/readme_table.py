@@ -62,13 +62,13 @@ def never_slower(report: dict[str, Any]) -> str:
     size = f"{report['resolution']} × {report['resolution']} pixels"
     return _table(("views", *(f"{pairs[pair]}, keep {keep}" for pair, keep in columns)), rows) + _note(
         f"{report['model']}, {size}, on one {report['device']}, torch {report['torch']}, triton {report['triton']}, "
-        f"{report['date'][:10]}, commit {report['commit'][:7]}; median of {report['rows'][0]['runs']} pairs of runs. Below 1 Lite3R is faster. "
-        f"*: Python bounds, not the GPU. Weights: {report['weights']}."
+        f"{report['date'][:10]}, commit {report['commit'][:7]}; median of {report['rows'][0]['runs']} pairs of runs. "
+        f"Below 1 Lite3R is faster. Weights: {report['weights']}."
     )
 
 
 def _ratio(row: dict[str, Any] | None) -> str:
-    return "" if row is None or "ratio" not in row else f"{row['ratio']:.2f}{'*' if row['bound_by'] == 'host' else ''}"
+    return "" if row is None or "ratio" not in row else f"{row['ratio']:.2f}"
 
 
 def times(report: dict[str, Any]) -> str:

@@ -15,7 +15,6 @@ import contextlib
 import json
 import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -67,18 +66,18 @@ def made(name: str, model: BenchModel, options: dict[str, Any], device: torch.de
 
 
 def bound_by(call: Callable[[], Any], device: torch.device) -> str:
-    """``"host"`` where Python takes nine tenths of a forward to launch it, or more; ``"gpu"`` elsewhere, and on a CPU."""
+    """``"gpu"`` where kernels run for nine tenths of a forward, or more, and on a CPU; else ``"host"``.
+
+    How long Python takes to launch a forward does not tell: with a thousand launches waiting, it waits for the GPU.
+    """
     if device.type != "cuda":
         return "gpu"
-    shares = []
-    for _ in range(3):
-        synchronize(device)
-        start = time.perf_counter()
+    seconds = statistics.median(timed(call, device) for _ in range(3))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
-        launched = time.perf_counter() - start
         synchronize(device)
-        shares.append(launched / (time.perf_counter() - start))
-    return "host" if statistics.median(shares) > 0.9 else "gpu"
+    kernels = (event for event in profile.events() or () if event.device_type == torch.autograd.DeviceType.CUDA)
+    return "gpu" if sum(event.device_time_total for event in kernels) / 1e6 > 0.9 * seconds else "host"
 
 
 def in_turns(ours: Callable[[], Any], theirs: Callable[[], Any], device: torch.device, runs: int) -> tuple[list[float], list[float]]:
