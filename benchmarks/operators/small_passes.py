@@ -6,6 +6,7 @@
     B   the scales of FP32 products of FP8 matrices
     C   the last residual of a block
     D   norm and rotary embedding ahead of attention
+    E   rows in FP8, by warps of a row
 
 CUDA graphs, in turns, medians in microseconds; each result is compared with its definition in FP64 in the same run. Each letter is done
 within a minute.
@@ -20,6 +21,7 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -163,10 +165,42 @@ def measure_prepare(views: int, across: bool, dtype: torch.dtype, device: str) -
     return report(f"D. norm and rotation at {views} views, {'global' if across else 'frame'} {dtype}", found, errors)
 
 
+def measure_rows(tokens: int, device: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
+    """The four passes of a block of width 1,024, one after the other as a block has them; each result is that of one warp a row."""
+    x, update = torch.randn(2, 1, tokens, 1024, device=device, dtype=dtype)
+    wide = torch.randn(1, tokens, 4096, device=device, dtype=dtype)
+    heads = torch.randn(1, tokens, 16, 64, device=device, dtype=dtype).transpose(1, 2)
+    weight, bias, gain = torch.randn(3, 1024, device=device)
+    passes: Runs = {
+        "norm": lambda: fp8.layer_norm_quantize(x, weight, bias, 1e-6),
+        "heads": lambda: fp8.heads_quantize(heads),
+        "residual and norm": lambda: fp8.residual_norm_quantize(x, update, gain, weight, bias, 1e-6)[1],
+        "gelu": lambda: fp8.gelu_quantize(wide),
+    }
+    chosen, repeats = fp8.warps, 20  # one alone takes less than it takes to start a graph
+
+    def with_warps(run: Callable[[], Any], factor: int) -> Callable[[], Any]:
+        def call() -> Any:
+            with mock.patch.object(fp8, "warps", lambda width: min(16, factor * chosen(width))):
+                for _ in range(repeats - 1):
+                    run()
+                return run()
+
+        return call
+
+    runs = {f"{name}, {factor} x": with_warps(run, factor) for name, run in passes.items() for factor in (1, 2, 4, 8)}
+    errors = {}
+    for name, run in runs.items():
+        found, expected = run(), passes[name.rsplit(",", 1)[0]]()
+        errors[name] = float(max((a.float() - b.float()).abs().max() for a, b in zip(found[:2], expected[:2], strict=True)))
+    found = {name: value / repeats for name, value in times(runs).items()}
+    return report(f"E. rows in FP8, {tokens} of them, warps times what is chosen, of 20 in turn", found, errors)
+
+
 def main() -> None:
     """Measure what is asked for, print, store."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=list("ABCD"), default=list("ABCD"))
+    parser.add_argument("--only", nargs="+", choices=list("ABCDE"), default=list("ABCDE"))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -176,6 +210,7 @@ def main() -> None:
         "B": [functools.partial(measure_scale, 2748, outputs, "cuda") for outputs in (3072, 1024)],
         "C": [functools.partial(measure_residual, tokens, dtype, "cuda") for tokens, dtype in ((43968, bf16), (2748, fp32))],
         "D": [functools.partial(measure_prepare, views, across, bf16, "cuda") for across in (False, True) for views in (2, 32)],
+        "E": [functools.partial(measure_rows, tokens, "cuda") for tokens in (2748, 10_992, 43_968)],
     }
     records = []
     with torch.no_grad():
