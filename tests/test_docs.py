@@ -264,7 +264,7 @@ def report() -> dict:
 def test_cells_that_failed_say_so(readme_table: ModuleType, report: dict) -> None:
     cell = {"views": 8, "variant": "stock", "status": "oom", "best": None, "candidates": {}, "density": None}
     report["cells"] = [cell, cell | {"variant": "strong", "status": "skipped"}]
-    assert readme_table.speed(report).splitlines()[2] == "| 8 | out of memory |  | – |  |  |"
+    assert readme_table.speed(report).splitlines()[2] == "| 8 | out of memory | – |"
     assert readme_table.times_fp8(report).splitlines()[2] == "| 8 |  |  |  |  |  |"
     assert readme_table.memory(report).splitlines()[2] == "| 8 | – | – |"
 
@@ -294,6 +294,18 @@ def test_whether_training_reaches_its_aim_is_as_measured(readme_table: ModuleTyp
     assert "is not reached with 3 minutes" in " ".join(readme_table.distillation(report).split())
 
 
-def test_a_lost_variant_leaves_its_cells_empty(readme_table: ModuleType, report: dict) -> None:
+def test_a_variant_that_was_not_measured_has_no_column_and_a_lost_cell_is_empty(readme_table: ModuleType, report: dict) -> None:
+    report["cells"] = [cell for cell in report["cells"] if "fp8" not in cell["variant"] or cell["views"] == 2]
+    lines = readme_table.speed(report).splitlines()[2:8]
+    assert [line.endswith("|  |") for line in lines] == [False, *[True] * 5]
     report["cells"] = [cell for cell in report["cells"] if "fp8" not in cell["variant"]]
-    assert all(line.endswith("|  |") for line in readme_table.speed(report).splitlines()[2:8])
+    assert "FP8" not in readme_table.speed(report).splitlines()[0]
+
+
+def test_ratios_are_those_of_the_rows(readme_table: ModuleType) -> None:
+    report = json.loads((BENCHMARKS / "results" / "h200_never_slower_vggt.json").read_text())
+    report["rows"] = [row for row in report["rows"] if (row["views"], row["pair"]) != (2, "preset")]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in readme_table.never_slower(report).splitlines()[2:4]]
+    assert [line[0] for line in lines] == ["1", "2"]
+    assert lines[1][3:] == ["", ""]
+    assert lines[0][1] == f"{report['rows'][0]['ratio']:.2f}"

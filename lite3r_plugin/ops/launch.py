@@ -25,7 +25,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     Args:
         kernel: What `triton.jit` made, of a module. Its constants come last and have no defaults.
         grid: Programs in one to three dimensions.
-        *args: What the kernel takes at run time, all of it: a tensor first, tensors, integers and floats.
+        *args: What the kernel takes at run time, all of it: a tensor first, tensors, integers, floats and None.
         **constants: Its constants, and Triton's options such as ``num_warps``.
     """
     device = args[0].get_device()
@@ -48,5 +48,5 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
 
 
 def _trait(x: Any) -> Any:
-    """What Triton compiles for; None: unknown. It compiles for no value of a float."""
-    return float if isinstance(x, float) else None
+    """What Triton compiles for, which is no value of a float; None: unknown."""
+    return type(x) if x is None or isinstance(x, float) else None

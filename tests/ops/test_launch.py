@@ -16,15 +16,17 @@ from lite3r_plugin.ops.launch import launch  # noqa: E402
 
 
 @triton.jit(do_not_specialize=["shift"])
-def _add_kernel(X, Out, n, stride, shift, FACTOR: tl.constexpr, BLOCK: tl.constexpr):
+def _add_kernel(X, Out, More, n, stride, shift, FACTOR: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(X + at * stride, mask=at < n, other=0.0).to(tl.float32)
+    if More is not None:
+        x += tl.load(More)
     tl.store(Out + at, (x * FACTOR + shift).to(Out.dtype.element_ty), mask=at < n)
 
 
-def add(x: torch.Tensor, factor: int = 2, shift: float = 0.5) -> torch.Tensor:
+def add(x: torch.Tensor, factor: int = 2, shift: float = 0.5, more: torch.Tensor | None = None) -> torch.Tensor:
     out = torch.full_like(x, float("nan"), memory_format=torch.contiguous_format)
-    launch(_add_kernel, (-(-len(x) // 64),), x, out, len(x), x.stride(0), shift, FACTOR=factor, BLOCK=64, num_warps=1)
+    launch(_add_kernel, (-(-len(x) // 64),), x, out, more, len(x), x.stride(0), shift, FACTOR=factor, BLOCK=64, num_warps=1)
     return out
 
 
@@ -39,6 +41,7 @@ CASES: list[Any] = [
     lambda x: (x[:128:2], {}),
     lambda x: (x[:128].bfloat16(), {}),
     lambda x: (x[:128], dict(factor=3)),
+    lambda x: (x[:128], dict(more=x[5:6])),
 ]
 
 
@@ -47,7 +50,7 @@ def check(device: str) -> None:
     for _ in range(3):
         for make in CASES:
             given, options = make(x)
-            wanted = (given.float() * options.get("factor", 2) + options.get("shift", 0.5)).to(given.dtype)
+            wanted = ((given.float() + options.get("more", 0)) * options.get("factor", 2) + options.get("shift", 0.5)).to(given.dtype)
             assert torch.equal(add(given, **options), wanted)
 
 
