@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import logging
+import sys
+from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -131,3 +136,54 @@ def small_cut3r() -> nn.Module:
         pose_mode=("exp", -inf, inf), state_dec_num_heads=2, ray_enc_depth=1, **sizes,
     )  # fmt: skip
     return code.ARCroco3DStereo(config).eval()
+
+
+def small_fast3r(attn_implementation: str = "flash_attention", depth: int = 10, **decoder: Any) -> nn.Module:
+    """Fast3R with an encoder of one block, and as few as its heads take in the decoder."""
+    pytest.importorskip("fast3r")
+    pytest.importorskip("omegaconf")
+    pytest.importorskip("einops")
+    code: Any = _imported(
+        "fast3r.models.fast3r",
+        # Training and data sets, which it imports a logger and the name of a view from.
+        {
+            "fast3r.utils": {},
+            "fast3r.utils.pylogger": {"RankedLogger": lambda *_, **__: logging.getLogger("fast3r")},
+            "fast3r.dust3r.datasets": {},
+            "fast3r.dust3r.datasets.base": {},
+            "fast3r.dust3r.datasets.base.base_stereo_view_dataset": {"view_name": str},
+        },
+    )
+    inf, implementation = float("inf"), {"attn_implementation": attn_implementation}
+    head, small = code.PixelwiseTaskWithDPT, dict(feature_dim=16, last_dim=8, layer_dims=[8] * 4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(code, "PixelwiseTaskWithDPT", lambda **sizes: head(**sizes | small))
+        return code.Fast3R(
+            encoder_args=implementation
+            | dict(
+                encoder_type="croco", img_size=512, patch_size=16, patch_embed_cls="PatchEmbedDust3R", embed_dim=64, num_heads=2, depth=1,
+                mlp_ratio=2, pos_embed="RoPE100",
+            ),
+            decoder_args=implementation
+            | dict(random_image_idx_embedding=True, enc_embed_dim=64, embed_dim=64, num_heads=2, depth=depth, mlp_ratio=2.0)
+            | decoder,
+            head_args=dict(
+                head_type="dpt", output_mode="pts3d", landscape_only=False, depth_mode=["exp", -inf, inf], conf_mode=["exp", 1, inf],
+                patch_size=16, with_local_head=True,
+            ),
+        ).eval()  # fmt: skip
+
+
+def _imported(name: str, stubs: Mapping[str, Mapping[str, Any]]) -> ModuleType:
+    """A module that is imported with others in the place of what a forward does not need."""
+    if name in sys.modules:
+        return sys.modules[name]
+    with pytest.MonkeyPatch.context() as patch:
+        for stub, attributes in stubs.items():
+            module = ModuleType(stub)
+            vars(module).update(attributes)
+            patch.setitem(sys.modules, stub, module)
+            parent, _, child = stub.rpartition(".")
+            if parent in stubs:
+                setattr(sys.modules[parent], child, module)
+        return importlib.import_module(name)
