@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,7 +41,8 @@ HEAD: dict[str, Any] = {
 
 def _create() -> nn.Module:
     """The published ViT-L, by the sizes that its authors' scripts give it."""
-    from fast3r.models.fast3r import Fast3R  # pyright: ignore[reportMissingImports]
+    with contextlib.redirect_stdout(sys.stderr):  # it tells what it does not find
+        from fast3r.models.fast3r import Fast3R  # pyright: ignore[reportMissingImports]
 
     return Fast3R(encoder_args=dict(ENCODER), decoder_args=dict(DECODER), head_args=dict(HEAD))
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lite3r_plugin.adapter import ModelEntry
+from lite3r_plugin.errors import InputError, short
 from lite3r_plugin.scene.geometry import fit_intrinsics
 from lite3r_plugin.scene.images import crop_centre, to_tensor
 from lite3r_plugin.scene.prediction import Prediction
@@ -77,10 +80,21 @@ CONFIGURATION: dict[str, Any] = {
 
 
 def _create() -> nn.Module:
-    """MapAnything 1.1 for images alone, by the sizes of its configuration. The code of its encoder comes from torch.hub."""
-    from mapanything.models.mapanything.model import MapAnything  # pyright: ignore[reportMissingImports]
+    """MapAnything 1.1 for images alone, by the sizes of its configuration. The code of its encoder comes from torch.hub.
 
-    return MapAnything(**copy.deepcopy(CONFIGURATION))  # which writes into it
+    Raises:
+        InputError: it cannot be had there.
+    """
+    with contextlib.redirect_stdout(sys.stderr):  # it tells what it loads
+        from mapanything.models.mapanything.model import MapAnything  # pyright: ignore[reportMissingImports]
+
+        try:
+            return MapAnything(**copy.deepcopy(CONFIGURATION))  # which writes into it
+        except OSError as error:
+            raise InputError(
+                f"MapAnything takes the code of its image encoder from torch.hub, which does not give it ({short(error)}): run "
+                "torch.hub.load('facebookresearch/dinov2', 'dinov2_vitg14', pretrained=False) once where there is a network"
+            ) from error
 
 
 def _size(aspect: float) -> tuple[int, int]:
@@ -136,7 +150,7 @@ def _statistics(like: Tensor) -> tuple[Tensor, Tensor]:
 ENTRIES = {
     "mapanything": ModelEntry(
         name="mapanything",
-        summary="MapAnything 1.1, images alone, depth in metres (weights: CC BY-NC 4.0)",
+        summary="MapAnything 1.1, 1.2 B parameters, images alone, depth in metres (weights: CC BY-NC 4.0)",
         create=_create,
         preprocess=preprocess,
         normalize=normalize,
