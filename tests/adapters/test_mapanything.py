@@ -387,15 +387,21 @@ def test_the_real_modular_dust3r() -> None:
     assert report.scopes == {"global": 6, "frame": 6, "encoder": 1}
 
 
-def test_a_model_that_its_factory_wraps() -> None:
+@pytest.mark.parametrize("name", ["vggt", "pi3"])
+def test_models_that_its_factory_wraps(name: str) -> None:
     """Sites are those of the model inside, outputs those of the wrapper."""
     torch.manual_seed(0)
-    model = real_models.wrapped_vggt()
+    model = {"vggt": real_models.wrapped_vggt, "pi3": real_models.wrapped_pi3}[name]()
     views = [{"img": view(56, 84, i)["img"], "data_norm_type": ["identity"]} for i in range(2)]
-    assert check_adapter(model, (views,)).adapter == "vggt"
     mapped = find_outputs(model)
     assert mapped is not None
-    outputs = mapped(model(views))
-    assert outputs.depth is not None
-    assert outputs.world_to_camera is not None
-    assert (outputs.depth.shape, outputs.world_to_camera.shape) == ((1, 2, 56, 84), (1, 2, 3, 4))
+    with torch.no_grad():
+        dense = mapped(model(views))
+        apply_lite3r(model, TEST_CONFIG, keep_ratio=1.0)
+        found = mapped(model(views))
+    assert describe(model).adapter == name
+    assert {(s.calls.dense, s.calls.host) for s in describe(model).sites if s.sparse} == {(1, 0)}
+    for field in ("depth", "points", "world_to_camera"):
+        torch.testing.assert_close(getattr(found, field), getattr(dense, field), atol=1e-4, rtol=1e-4)
+    assert dense.depth is not None
+    assert dense.depth.shape == (1, 2, 56, 84)

@@ -93,8 +93,10 @@ def small_da3() -> nn.Module:
 def small_pi3() -> nn.Module:
     """Pi3 with a small encoder, four decoder blocks and one block per head."""
     module = pytest.importorskip("pi3.models.pi3")
-    vit = pytest.importorskip("pi3.models.dinov2.models.vision_transformer")
+    return _pi3_of(module, pytest.importorskip("pi3.models.dinov2.models.vision_transformer"))
 
+
+def _pi3_of(module: Any, vit: Any) -> nn.Module:
     def small_encoder(pretrained: bool) -> nn.Module:
         encoder = vit.vit_small(img_size=56, patch_size=14, num_register_tokens=4, block_chunks=0, init_values=1.0)
         encoder.blocks = encoder.blocks[:2]
@@ -247,6 +249,13 @@ def wrapped_vggt() -> nn.Module:
     """VGGT as MapAnything's factory has it, whose constructor wants a GPU."""
     code = _mapanything("mapanything.models.external.vggt")
     return _with_small_dinov2(lambda: _wrapped(code.VGGTWrapper, _vggt_of("mapanything.models.external.vggt", "dinov2_vits14_reg", 384)))
+
+
+def wrapped_pi3() -> nn.Module:
+    """Pi3 in the same way."""
+    code = _mapanything("mapanything.models.external.pi3")
+    vit = importlib.import_module("mapanything.models.external.dinov2.models.vision_transformer")
+    return _wrapped(code.Pi3Wrapper, _pi3_of(importlib.import_module("mapanything.models.external.pi3.models.pi3"), vit))
 
 
 def _wrapped(wrapper: Any, model: nn.Module) -> nn.Module:

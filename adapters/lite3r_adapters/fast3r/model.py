@@ -44,7 +44,16 @@ def _create() -> nn.Module:
     with contextlib.redirect_stdout(sys.stderr):  # it tells what it does not find
         from fast3r.models.fast3r import Fast3R  # pyright: ignore[reportMissingImports]
 
-    return Fast3R(encoder_args=dict(ENCODER), decoder_args=dict(DECODER), head_args=dict(HEAD))
+    model = Fast3R(encoder_args=dict(ENCODER), decoder_args=dict(DECODER), head_args=dict(HEAD))
+    put_in_front(model)
+    return model
+
+
+def put_in_front(model: Any) -> None:
+    """Let fresh heads see points in front of the cameras, as random ones do or not by chance. Weights that are loaded replace this."""
+    with torch.no_grad():
+        for head in (model.downstream_head, model.downstream_head_local):
+            head.dpt.head[-1].bias[2] = 1
 
 
 def preprocess(images: Sequence[Image.Image]) -> Tensor:
@@ -63,6 +72,12 @@ def normalize(pixels: Tensor) -> Tensor:
     return pixels * 2 - 1
 
 
+def arguments(images: Tensor) -> tuple[list[dict[str, Tensor]]]:
+    """Views as its forward takes them, of ``[B, S, 3, H, W]``."""
+    shape = torch.tensor([images.shape[-2:]] * len(images), device="cpu")
+    return ([{"img": view, "true_shape": shape} for view in images.unbind(1)],)
+
+
 def predict(model: nn.Module, images: Tensor) -> Prediction:
     """Points from the model, and what it does not predict from these: where each view's own points lie in the frame of the first one.
 
@@ -70,10 +85,9 @@ def predict(model: nn.Module, images: Tensor) -> Prediction:
     """
     if len(images) > MOST_VIEWS:
         raise InputError(f"Fast3R takes at most {MOST_VIEWS:,} images at once, got {len(images):,}: choose fewer")
-    shape = torch.tensor([images.shape[-2:]], device="cpu")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        output = model([{"img": image[None], "true_shape": shape} for image in images])
+        output = model(*arguments(images[None]))
     points, own, confidence = (
         torch.cat([view[name] for view in output]).float() for name in ("pts3d_in_other_view", "pts3d_local", "conf")
     )
@@ -108,6 +122,7 @@ ENTRIES = {
         preprocess=preprocess,
         normalize=normalize,
         predict=predict,
+        arguments=arguments,
         default_weights="jedyang97/Fast3R_ViT_Large_512",
         library="fast3r",
         install="git clone https://github.com/facebookresearch/fast3r, pip install -r requirements.txt and -e . in it",

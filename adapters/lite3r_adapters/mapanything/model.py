@@ -123,9 +123,14 @@ def normalize(pixels: Tensor) -> Tensor:
     return (pixels - mean) / std
 
 
+def arguments(images: Tensor) -> tuple[list[dict[str, Any]]]:
+    """Views as its forward takes them, of ``[B, S, 3, H, W]``."""
+    return ([{"img": view, "data_norm_type": [NORM]} for view in images.unbind(1)],)
+
+
 def predict(model: nn.Module, images: Tensor) -> Prediction:
     """Points and cameras from the model, in metres; the focal length is fitted to its rays. `images` as `normalize` makes them."""
-    views = [{"img": image[None], "data_norm_type": [NORM]} for image in images]
+    (views,) = arguments(images[None])
     output = model(views, memory_efficient_inference=len(views) > AT_ONCE, minibatch_size=AT_ONCE)
     found = to_outputs(output)
     assert found.depth is not None
@@ -155,6 +160,7 @@ ENTRIES = {
         preprocess=preprocess,
         normalize=normalize,
         predict=predict,
+        arguments=arguments,
         default_weights="facebook/map-anything",
         library="mapanything",
         install="git clone https://github.com/facebookresearch/map-anything and pip install -e . in it",

@@ -57,7 +57,7 @@ def is_transformer(module: Any) -> bool:
         return False
     branches: Any = getattr(module, "multi_view_branches", None)
     if isinstance(branches, nn.ModuleList) and len(branches) > 1:
-        return all(_blocks.has_attention(branch) and all(_crosses(block) for block in branch) for branch in branches)
+        return all(_blocks.has_attention(branch) and all(map(_crosses, branch)) for branch in list[Any](branches))
     blocks: Any = getattr(module, "self_attention_blocks", None)
     return (
         isinstance(getattr(module, "distinguish_ref_and_non_ref_views", None), bool)
