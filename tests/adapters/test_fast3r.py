@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from croco_hosts import view
 from fast3r_hosts import Attention, make
+from properties import assert_threads_do_not_mix
 from torch import Tensor, nn
 
 from lite3r_adapters.fast3r.sites import of_views
@@ -111,6 +112,10 @@ def test_the_first_view_is_the_reference() -> None:
     with site.observe(lambda module, inputs, out: pinned.append(module.pinned(inputs.layout))):
         run(model)
     assert pinned == [60]
+
+
+def test_threads() -> None:
+    assert_threads_do_not_mix(make(), (lambda m: m(MIXED[:2]), lambda m: m(MIXED)), atol=1e-6)
 
 
 def test_fp8_fuses_the_blocks() -> None:

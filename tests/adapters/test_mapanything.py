@@ -9,8 +9,10 @@ import pytest
 import real_models
 import torch
 from mapanything_hosts import CrossTransformer, Features, Transformer, make, view
+from properties import assert_compiled_equals_eager, assert_threads_do_not_mix
 from torch import Tensor, nn
 
+from lite3r_adapters.mapanything.model import arguments
 from lite3r_adapters.mapanything.outputs import world_to_camera
 from lite3r_plugin import (
     FusedQKV,
@@ -126,6 +128,17 @@ def test_fp8_fuses_the_blocks_and_all_goes_back() -> None:
     convert(model, fp8_backend="emulated")
     assert 0 < (run(model) - dense).norm() / dense.norm() < 0.1
     assert "run their own forward" not in str(describe(model))
+
+
+@pytest.mark.slow
+def test_compile() -> None:
+    """A list of as many views as it was compiled for."""
+    assert_compiled_equals_eager(make(), lambda m, x: m(*arguments(x)), [torch.rand(1, 3, 3, 56, 84)])
+
+
+def test_threads() -> None:
+    few, many = VIEWS[:2], [view(70, 98, i) for i in range(3)]
+    assert_threads_do_not_mix(make(), (lambda m: m(few), lambda m: m(many)), atol=1e-6)
 
 
 def test_cross_attention_to_all_other_views() -> None:
