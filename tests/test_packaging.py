@@ -16,7 +16,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 IMPORT = re.compile(r"^\s*(?:from|import) +(\w+)", re.MULTILINE)
 DISTRIBUTIONS = {"PIL": "pillow", "huggingface_hub": "huggingface-hub"}
-MODEL_LIBRARIES = {"depth_anything_3", "vggt", "pi3", "transformers"}  # adapters build their models for the command line, if they are there
+MODEL_LIBRARIES = {
+    "depth_anything_3",
+    "vggt",
+    "pi3",
+    "fast3r",
+    "mapanything",
+    "transformers",
+}  # adapters build their models for the command line, if they are there
 TYPES = {"typing_extensions"}  # imported by type checkers alone, which bring it
 EXTRAS = {"av", "moderngl", "pillow_heif", "pycolmap", "viser"}  # imported where they are needed, and installed with an extra
 

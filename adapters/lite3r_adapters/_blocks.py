@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any
 
 from torch import nn
@@ -91,17 +92,18 @@ def projections(attn: Any, positions: str) -> FusedQKV | Routed:
     )
 
 
-def pre_norm_block(fqn: str, block: Any, positions: str) -> PreNormBlock | None:
+def pre_norm_block(fqn: str, block: Any, positions: str, beside: Set[str] = frozenset()) -> PreNormBlock | None:
     """`block` as the usual transformer block of DINOv2 and its heirs, or None when it does more or something else.
 
     Args:
         fqn: Its fully qualified name.
         block: The module.
         positions: Name of its argument with the token coordinates.
+        beside: Names of children that its own forward does not run.
     """
     parts, arguments = dict(block.named_children()), forward_parameters(block)
     plain = (
-        {"norm1", "attn", "norm2", "mlp"} <= parts.keys() <= _BLOCK_CHILDREN
+        {"norm1", "attn", "norm2", "mlp"} <= parts.keys() <= _BLOCK_CHILDREN | beside
         and not list(block.parameters(recurse=False))
         and arguments is not None
         and arguments.keys() <= {"x", "x_or_x_list", "attn_bias", "attn_mask", positions}

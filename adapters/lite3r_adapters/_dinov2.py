@@ -11,6 +11,12 @@ from lite3r_plugin.adapter import AttentionSite, TokenSource
 from . import _blocks
 
 
+def given_images(fqn: str, embedding: Any) -> str:
+    """The module that is given the images where `embedding` at `fqn` makes patches of them: inside a DINOv2 its own patch embedding, which
+    sees them also where `forward_features` is called and not the encoder."""
+    return f"{fqn}.patch_embed" if isinstance(getattr(embedding, "patch_embed", None), nn.Module) else fqn
+
+
 def encoder_sites(prefix: str, encoder: Any) -> list[AttentionSite]:
     """Encoder sites of the DINOv2 at `prefix`, which ends in a dot; none when the encoder is a plain convolution."""
     registers, patches = getattr(encoder, "num_register_tokens", None), getattr(encoder, "patch_embed", None)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from lite3r_plugin.adapter import (
     AttentionSite,
@@ -22,12 +21,12 @@ from lite3r_plugin.adapter import (
     Routed,
     SeparateQKV,
     TokenLayout,
-    Views,
     forward_parameters,
     hookimpl,
 )
 
 from . import _blocks
+from ._coordinates import layout_of
 
 _ACROSS = ("query", "key", "value", "qpos", "kpos")
 _CHILDREN = {"projq", "projk", "projv", "attn_drop", "proj", "proj_drop", "rope"}
@@ -107,50 +106,14 @@ def _site(fqn: str, scope: Any, attn: Any, block: Any = None) -> AttentionSite:
 
 def of_tokens(x: Tensor, xpos: Tensor | None = None) -> TokenLayout | None:
     """The layout of one view."""
-    return _layout(xpos)
+    return layout_of(xpos)
 
 
 def of_queries(query: Tensor, key: Tensor, value: Tensor, qpos: Tensor | None = None, kpos: Tensor | None = None) -> TokenLayout | None:
     """That of the view that attends."""
-    return _layout(qpos)
+    return layout_of(qpos)
 
 
 def of_keys(query: Tensor, key: Tensor, value: Tensor, qpos: Tensor | None = None, kpos: Tensor | None = None) -> TokenLayout | None:
     """That of the view that it attends to."""
-    return _layout(kpos)
-
-
-_KNOWN: Any = WeakTensorKeyDictionary()
-"""Layouts by coordinates, which all blocks of a forward are given: a GPU waits for their values once for each view."""
-
-
-def _layout(positions: Tensor | None) -> TokenLayout | None:
-    """The layout of the tokens with these coordinates ``[B, N, 2]`` (row, column), special tokens' negative; None where they are no grid.
-
-    Compilers and CUDA graphs see no values: their blocks of tokens are rows and not tiles of an image.
-    """
-    if positions is None or torch.compiler.is_compiling() or positions.is_meta:
-        return None
-    if positions.is_cuda and torch.cuda.is_current_stream_capturing():
-        return None
-    version = 0 if positions.is_inference() else positions._version
-    known = _KNOWN.get(positions)
-    if known is None or known[0] != version:
-        _KNOWN[positions] = known = version, _read(positions[0].cpu())
-    return known[1]
-
-
-def _read(positions: Tensor) -> TokenLayout | None:
-    special = int((positions[:, 0] < 0).sum())
-    patches = positions[special:]
-    if not len(patches) or bool((patches < 0).any()):
-        return None
-    rows, columns = (int(n) + 1 for n in patches.amax(0))
-    grid = (
-        torch.cartesian_prod(*(torch.arange(n, device=positions.device) for n in (rows, columns)))
-        if rows * columns == len(patches)
-        else None
-    )
-    if grid is None or not torch.equal(patches.long(), grid):
-        return None
-    return TokenLayout((Views((rows, columns), special_tokens=special),))
+    return layout_of(kpos)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,8 @@ class ModelEntry:
         rename: As in `lite3r_plugin.adapter.weights.load_weights`.
         min_views: Fewest images it takes.
         normalize: Pixels as `preprocess` gives them to the model's input of the same shape; by default they are the input.
+        arguments: That input, of B scenes ``[B, S, 3, H, W]``, to what the model's forward is called with: a mapping by keyword, a tuple by
+            position, anything else alone; by default as it is.
         mixed_sizes: What `preprocess` does to images of different sizes, as the end of "images of different sizes are ...".
 
     Raises:
@@ -51,13 +53,14 @@ class ModelEntry:
     rename: Callable[[str], str | None] | None = None
     min_views: int = 1
     normalize: Callable[[Tensor], Tensor] = lambda pixels: pixels
+    arguments: Callable[[Tensor], Any] = lambda images: images
     mixed_sizes: str = "resized to the size of the first"
 
     def __post_init__(self) -> None:
         for names, right, kind in (
             (("name", "summary", "install", "mixed_sizes"), lambda x: isinstance(x, str), "a string"),
             (("default_weights", "library"), lambda x: x is None or isinstance(x, str), "a string or None"),
-            (("create", "preprocess", "predict", "normalize"), callable, "a function"),
+            (("create", "preprocess", "predict", "normalize", "arguments"), callable, "a function"),
             (("rename",), lambda x: x is None or callable(x), "a function or None"),
             (("min_views",), lambda x: type(x) is int and x > 0, "a positive integer"),
         ):
@@ -85,6 +88,13 @@ class ModelEntry:
             what = f"{list(pixels.shape)} {pixels.dtype}" if isinstance(pixels, Tensor) else type(pixels).__name__
             raise AdapterError(f"the model {self.name!r} makes {what} of {len(images)} images, not [{len(images)}, 3, H, W] float32")
         return pixels
+
+    def run(self, model: nn.Module, images: Tensor) -> Any:
+        """The outputs of `model` for its input of B scenes ``[B, S, 3, H, W]``."""
+        given = self.arguments(images)
+        if isinstance(given, Mapping):
+            return model(**given)
+        return model(*given) if isinstance(given, tuple) else model(given)
 
     def build(self, weights: str | None = None, device: torch.device | str = "cpu") -> nn.Module:
         """The model in evaluation mode, in FP32, on `device`.

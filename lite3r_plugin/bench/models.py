@@ -36,7 +36,7 @@ class BenchModel:
     @classmethod
     def of(cls, entry: ModelEntry) -> BenchModel:
         """The model of an adapter's entry."""
-        return cls(entry.name, functools.partial(_build_random, entry), entry.summary)
+        return cls(entry.name, functools.partial(_build_random, entry), entry.summary, entry.run)
 
 
 def _build_random(entry: ModelEntry) -> nn.Module:

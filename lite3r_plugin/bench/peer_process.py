@@ -80,6 +80,7 @@ def _reference(running: Running, cell: Cell, task: Task, device: torch.device) -
     """What the dense model gives; None where it does not fit into memory."""
     try:
         images = make_images(cell.views, task.resolution, device, task.seed)
+        torch.manual_seed(task.seed)  # for models that draw numbers
         with torch.autocast(device.type, torch.bfloat16):
             return reference(tensors(running.run(running.dense, images)))
     except torch.cuda.OutOfMemoryError:
@@ -97,6 +98,7 @@ def _measure(
         with _context(running, device):
             return running.run(module, images)
 
+    torch.manual_seed(task.seed)
     outputs = tensors(forward())
     cell.output_dtypes = {name: str(x.dtype).removeprefix("torch.") for name, x in outputs.items() if "." not in name}
     cell.finite = all(bool(x.isfinite().all()) for x in outputs.values())

@@ -176,6 +176,7 @@ class Bench:
             with nullcontext() if variant.strong else torch.autocast(self.device.type, torch.bfloat16):
                 return self.model.run(module, images)
 
+        torch.manual_seed(self.seed)  # for models that draw numbers
         with observe(module) as observed, warnings.catch_warnings():
             warnings.simplefilter("ignore", SlowPathWarning)  # hooks keep it from being recorded: once
             outputs = tensors(forward())

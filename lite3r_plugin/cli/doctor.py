@@ -50,10 +50,10 @@ def doctor(
         module, inputs = made_by(model)
         module = module.to(where)
     else:
-        module, inputs = find_model(model).build(RANDOM, where), None
-    images = make_images(views, resolution, where, seed) if inputs is None else inputs
+        entry = find_model(model)
+        module, inputs = entry.build(RANDOM, where), entry.arguments(make_images(views, resolution, where, seed))
     with torch.autocast(where.type, number, enabled=number != torch.float32):
-        found = examine(module, images, memory=memory, **fields)
+        found = examine(module, inputs, memory=memory, **fields)
     say(str(found))
     if json_path is not None:
         write_atomically(json_path, to_json(found.to_dict()))

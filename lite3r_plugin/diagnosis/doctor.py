@@ -19,7 +19,7 @@ from ..config import Lite3RConfig, parse_amount
 from ..errors import AlreadyAppliedError, InputError, UnknownModelError, short
 from ..runtime.device import memory_of, peak, release_memory, synchronize, timed
 from ..runtime.trace import Held, Trace, traced
-from ..runtime.values import exchanged, images_in, tensors_in, with_views
+from ..runtime.values import exchanged, tensors_in, views_in, with_views
 from .report import Diagnosis, Leak, Site, Timing, Unread, ViewGrowth
 from .steps import Facts, judge
 from .untouched import parameter_versions, tensors_changed, untouched
@@ -175,11 +175,10 @@ def _growth(
     memory: int | None, notes: list[str],
 ) -> tuple[int | None, ViewGrowth | None]:  # fmt: skip
     """How many views the inputs have, and how many would fit."""
-    images = None if callable(inputs) else images_in(inputs)
-    if images is None:
-        notes.append("how many views fit is told of images [B, S, 3, H, W] or [S, 3, H, W] only")
+    views = None if callable(inputs) else views_in(inputs)
+    if views is None:
+        notes.append("how many views fit is told of images [B, S, 3, H, W] or [S, 3, H, W], and of lists of views, only")
         return None, None
-    views = images.shape[images.dim() - 4]
     weights = sum(_weights(model).values())
 
     def total(trace: Trace, peak_bytes: int | None, share: float) -> int:

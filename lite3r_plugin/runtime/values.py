@@ -66,13 +66,40 @@ def images_in(value: Any) -> Tensor | None:
     return next((x for x in tensors_in(value) if x.dim() in (4, 5) and x.is_floating_point() and x.shape[-3] == 3), None)
 
 
+def views_in(value: Any) -> int | None:
+    """How many views `value` holds, in its images or in a list of mappings, each with the images ``[B, 3, H, W]`` of one; None: none."""
+    if (listed := _listed(value)) is not None:
+        return len(listed)
+    images = images_in(value)
+    return None if images is None else images.shape[images.dim() - 4]
+
+
 def with_views(value: Any, views: int) -> Any:
-    """`value` with the first `views` views of its images, and of every tensor that has as many in the same place."""
+    """`value` with the first `views` views of its images, and of every tensor that has as many in the same place, or of its list."""
+    if (listed := _listed(value)) is not None:
+        return _replaced(value, listed, listed[:views])
     images = images_in(value)
     assert images is not None
     place = images.dim() - 4
     count = images.shape[place]
     return exchanged(value, lambda x: x.narrow(place, 0, views) if x.dim() > place and x.shape[place] == count else x)
+
+
+def _listed(value: Any) -> list[Any] | None:
+    """The list of views inside of `value`, if there is one."""
+    if isinstance(value, list) and value and all(isinstance(item, Mapping) and images_in(item) is not None for item in value):
+        return value
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return next((found for item in items if (found := _listed(item)) is not None), None)
+
+
+def _replaced(value: Any, old: list[Any], new: list[Any]) -> Any:
+    """`value` with `new` in the place of `old`."""
+    if value is old:
+        return new
+    if type(value) in (list, tuple):
+        return type(value)(_replaced(item, old, new) for item in value)
+    return {key: _replaced(item, old, new) for key, item in value.items()} if isinstance(value, Mapping) else value
 
 
 def layout_of(value: Any) -> Hashable:

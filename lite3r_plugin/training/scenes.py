@@ -63,7 +63,8 @@ class SceneSamples(Dataset[Sample]):
         scene = self.scenes[number]
         chosen = pick_views(scene, self.views, self.rule, self.seed + DRAW * draw)
         views = scene.sample(chosen, self.size or self._natural_size(scene, chosen[0]))
-        return Sample(self.entry.normalize(views.images)[None], self._labels(scene, views) if self.labels else None)
+        inputs = self.entry.arguments(self.entry.normalize(views.images)[None])
+        return Sample(inputs, self._labels(scene, views) if self.labels else None)
 
     def _natural_size(self, scene: Scene, first: int) -> tuple[int, int]:
         from PIL import Image

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lite3r_adapters.depth_anything_3 import model as da3
+from lite3r_adapters.fast3r import model as fast3r
+from lite3r_adapters.mapanything import model as mapanything
 from lite3r_adapters.pi3 import model as pi3
 from lite3r_adapters.vggt import model as vggt
 from lite3r_plugin.adapter.models import ModelEntry
@@ -26,14 +29,14 @@ def entry(**fields: object) -> ModelEntry:
     return dataclasses.replace(made, **fields)
 
 
-@pytest.mark.parametrize("module", [vggt, da3, pi3])
-def test_preprocess_takes_all_shapes(module: object) -> None:
+@pytest.mark.parametrize("module", [vggt, da3, pi3, mapanything, fast3r])
+def test_preprocess_takes_all_shapes(module: Any) -> None:
     for size in ((640, 480), (480, 640), (5, 3), (900, 2), (2, 300)):
         out = module.preprocess([Image.new("RGB", size, "gray")])
         assert out.dtype == torch.float32
         assert out.shape[:2] == (1, 3)
-        assert out.shape[2] % 14 == 0 < out.shape[2]
-        assert out.shape[3] % 14 == 0 < out.shape[3]
+        assert out.shape[2] % module.PATCH == 0 < out.shape[2]
+        assert out.shape[3] % module.PATCH == 0 < out.shape[3]
     mixed = module.preprocess([Image.new("RGB", (640, 480)), Image.new("RGB", (300, 400))])
     assert mixed.shape[0] == 2
 
@@ -46,6 +49,25 @@ def test_preprocess_sizes() -> None:
     out = da3.ENTRIES["da3-small"].inputs(photo)
     assert out.shape[2:] == (336, 504)
     torch.testing.assert_close(out[0, 0, 0, 0].item(), (1 - 0.485) / 0.229, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("arguments", [lambda x: x, lambda x: (x,), lambda x: {"images": x}])
+def test_a_forward_is_called_as_the_entry_says(arguments: Any) -> None:
+    class Model(nn.Module):
+        def forward(self, images: torch.Tensor, scale: float = 2.0) -> torch.Tensor:
+            return images * scale
+
+    assert torch.equal(entry(arguments=arguments).run(Model(), torch.ones(1, 2)), torch.full((1, 2), 2.0))
+
+
+@pytest.mark.parametrize("name", ["mapanything", "fast3r"])
+def test_models_that_take_a_list_of_views(name: str) -> None:
+    images = torch.rand(2, 3, 3, 8, 12)
+    (views,) = {"mapanything": mapanything, "fast3r": fast3r}[name].arguments(images)
+    assert len(views) == 3
+    assert all(torch.equal(view["img"], images[:, i]) for i, view in enumerate(views))
+    if name == "fast3r":
+        assert views[0]["true_shape"].tolist() == [[8, 12]] * 2
 
 
 # --- weights

@@ -295,10 +295,13 @@ def test_every_family_is_one_adapter_with_all_its_hooks() -> None:
         for e in importlib.metadata.entry_points(group="lite3r.adapters")
         if e.dist is not None and e.dist.name == plugins.DISTRIBUTION
     }
-    assert names == {"vggt", "depth_anything_3", "pi3", "timm", "transformers", "testbed", "vggt_omega", "streamvggt", "stream3r", "croco"}
+    assert names == {
+        "vggt", "depth_anything_3", "pi3", "timm", "transformers", "testbed", "vggt_omega", "streamvggt", "stream3r", "croco", "fast3r",
+        "mapanything",
+    }  # fmt: skip
     models = {a.name: a.models for a in list_adapters() if a.distribution == plugins.DISTRIBUTION}
     assert models.keys() == names
-    assert (models["vggt"], models["pi3"], models["testbed"]) == (("vggt",), ("pi3",), ("testbed",))
+    assert all(models[name] == (name,) for name in ("vggt", "pi3", "testbed", "fast3r", "mapanything"))
     assert "da3-small" in models["depth_anything_3"]
     assert {i.plugin_name for i in get_manager().hook.lite3r_exact_rewrites.get_hookimpls()} == {
         "vggt", "depth_anything_3", "pi3", "timm", "transformers",

@@ -77,7 +77,21 @@ def test_sites(model: nn.Module) -> None:
             assert site.projections.rope == Rope2D(100.0)
             assert site.projections.positions == "pos"
             assert site.tokens is not None
-            assert (site.tokens.image_module, site.tokens.patch_size, site.tokens.special_tokens) == ("aggregator.patch_embed", (14, 14), 5)
+            inside = ".patch_embed" if hasattr(model.get_submodule("aggregator.patch_embed"), "patch_embed") else ""
+            assert site.tokens.image_module == f"aggregator.patch_embed{inside}"
+            assert (site.tokens.patch_size, site.tokens.special_tokens) == ((14, 14), 5)
+
+
+class PassedBy(hosts.Encoder):
+    """Its forward is called as a method, so that no hook of it runs, as in a VGGT that calls `forward_features`."""
+
+    __call__ = hosts.Encoder.forward
+
+
+def test_images_that_reach_the_encoder_by_a_method() -> None:
+    model = double().eval()
+    model.aggregator.patch_embed.__class__ = PassedBy
+    assert check_adapter(model, (torch.rand(1, 2, 3, 56, 70),)).scopes == {"global": 2}
 
 
 def test_the_heads_have_sites_of_cameras_alone(model: nn.Module) -> None:

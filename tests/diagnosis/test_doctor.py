@@ -216,6 +216,24 @@ def test_inputs_may_be_keywords_or_a_function() -> None:
     assert doctor(model, lambda model: model(images(1))).images == ()
 
 
+def test_views_of_a_list_are_counted() -> None:
+    """As MapAnything and Fast3R take them, a dict each."""
+
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = small()
+
+        def forward(self, views: list[dict[str, Any]]) -> Any:
+            return self.model(torch.stack([view["img"] for view in views], 1))
+
+    views = [{"name": [str(i)], "img": image[None]} for i, image in enumerate(images(4)[0])]
+    found = doctor(Listed(), (views,), memory="1GB").views
+    assert found is not None
+    assert list(found.measured) == [1, 2, 4]
+    assert list(found.measured.values()) == sorted(found.measured.values())
+
+
 def test_it_prints_and_goes_to_json(found: Diagnosis) -> None:
     text = str(found)
     for expected in (

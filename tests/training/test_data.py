@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections import namedtuple
 from collections.abc import Callable, Iterator
@@ -175,6 +176,9 @@ def test_scenes_are_samples() -> None:
     assert sample.labels is not None
     assert sample.labels.depth is not None
     assert sample.labels.depth.shape == (1, 2, 16, 24)
+    listed = dataclasses.replace(ENTRIES["testbed"], arguments=lambda images: ([{"img": view} for view in images.unbind(1)],))
+    (views,) = SceneSamples(listed, scenes, 2, (16, 24))[0].inputs
+    assert [view["img"].shape for view in views] == [(1, 3, 16, 24)] * 2
     assert SceneSamples(ENTRIES["testbed"], scenes, 2)[0].labels is None
     with pytest.raises(InputError, match="no scenes"):
         SceneSamples(ENTRIES["testbed"], scenes[:0], 2)

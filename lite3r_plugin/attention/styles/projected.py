@@ -173,7 +173,7 @@ class ProjectedStyle(ProjectionStyle):
             past, wanted = given.pop(self.cache.past, None), given.pop(self.cache.wanted or "", None)
             if bool(wanted) if self.cache.wanted is not None else past is not None:
                 cached = Past.of(past)
-        refused = [name for name, value in given.items() if value is not None and value is not False]
+        refused = [name for name, value in given.items() if not _is_nothing(value)]
         if cached is not None and named.get("mask") is not None:
             refused.append(f"a cache and {self.names['mask']}")
         key, value = named.get("key"), named.get("value")
@@ -215,6 +215,13 @@ def _norm(module: SiteModule, name: str | None, x: Tensor) -> tuple[Tensor, Head
         return x, None
     known = head_norm(norm, x.shape[-1]) if may_be_read(norm) else None
     return (x, known) if known is not None else (norm(x), None)
+
+
+def _is_nothing(value: Any) -> bool:
+    """Whether an argument says nothing: None, False, or a list of None, as of tokens that have no positions."""
+    if isinstance(value, (list, tuple)):
+        return all(item is None for item in value)
+    return value is None or value is False
 
 
 def _child(host: nn.Module, name: str, fqn: str) -> nn.Module:

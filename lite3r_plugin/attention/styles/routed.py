@@ -141,6 +141,8 @@ def _way_out(module: Any) -> str:
     """How the host is brought to call attention as one function."""
     if hasattr(module, "fused_attn"):
         return ": set fused_attn=True on it"
+    if hasattr(module, "attn_implementation"):
+        return ': set attn_implementation="flash_attention" on it'
     if hasattr(getattr(module, "config", None), "_attn_implementation"):
         return ': call model.set_attn_implementation("sdpa")'
     return ""
