@@ -69,7 +69,7 @@ def names(needed: Needed, arguments: Arguments) -> list[str]:
     if not needed.attention:
         return ["linear"]
     fills = dict(
-        lse=True, bits=True, skipped=arguments.leaves_out, state=arguments.linear != "none", mu=arguments.linear == "marginal",
+        lse=True, bits=True, skipped=arguments.skips, state=arguments.linear != "none", mu=arguments.linear == "marginal",
         q=keeps_ordered(arguments),
     )  # fmt: skip
     fills |= dict(total=fills["state"], k=fills["q"], v=fills["q"], k_mean=fills["q"], v_mean=fills["q"])

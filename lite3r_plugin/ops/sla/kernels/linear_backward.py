@@ -36,7 +36,7 @@ PROGRAMS = 512  # of kernels that add up over many query blocks: enough to fill 
 
 @triton.jit(do_not_specialize=["M", "rows", "pinned", "per_split"])
 def _rows_kernel(
-    Q, Out, GradOut, GradLse, Lse, Order, State, Total, Mu, Proj, DO, Stats, DQ, E, DTotal, DSum,
+    Q, Out, GradOut, GradLse, Lse, Order, State, Total, Mu, Proj, DO, Stats, DQ, E, DTotal, DSum, Mask,
     M, padded, H, rows, pinned, per_split, stride_b, stride_h, stride_n,
     D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, TILE_Q: tl.constexpr,
     LINEAR: tl.constexpr, SOFTMAX: tl.constexpr, ORDERED: tl.constexpr, OF_LSE: tl.constexpr, PRECISION: tl.constexpr,
@@ -63,7 +63,7 @@ def _rows_kernel(
                          is 1, those of each query block, divided by BLOCK_Q
         DSum             [B * H, splits, D] FP32: sums of dO
 
-    All but GradOut are contiguous. What follows Order is used with a linear branch alone (LINEAR as in `_sparse_linear_kernel`), but
+    All but GradOut are contiguous; Mask is a `KernelMask`, or None. What follows Order is used with a linear branch alone (LINEAR as in `_sparse_linear_kernel`), but
     for DO and Stats. `rows` query blocks, of which the first `pinned` have no marginal blocks.
     """
     STEPS: tl.constexpr = BLOCK_Q // TILE_Q
@@ -103,6 +103,8 @@ def _rows_kernel(
         sparse = out.to(tl.float32)
         if LINEAR != 0:
             is_pinned = LINEAR == 2 and i // STEPS < pinned  # such a query block has no marginal blocks
+            if Mask is not None:
+                is_pinned = tl.load(Mask.means + i // STEPS) == 0
             sparse -= tl.where(is_pinned, 0.0, mu_proj)[None, :]
         delta = tl.sum(do.to(tl.float32) * sparse, 1)
         if LINEAR != 0:
@@ -119,6 +121,8 @@ def _rows_kernel(
             dtotal += tl.sum(features * dnorm[:, None], 0)
             grad = tl.dot(u, tl.trans(state), input_precision=PRECISION) + dnorm[:, None] * total[None, :]
             tl.store(DQ + at, phi_backward(features, grad, SOFTMAX).to(dtype), mask=live[None, :])
+        if Mask is not None:
+            lse = tl.where(lse == float("-inf"), 0.0, lse)  # of a query that sees nothing, whose scores are all hidden
         tl.store(lse_place(Stats, own), lse)
         if OF_LSE:
             delta -= grad_lse
@@ -224,7 +228,7 @@ def by_rows(operands: Operands, residuals: Residuals, out: Tensor, grad: Tensor,
     _rows_kernel[(splits, batch * heads)](
         operands.q, out, grad, do if grad_lse is None else grad_lse, residuals.lse, do if operands.order is None else operands.order,
         state, total, mu, operands.proj if branch else do,
-        do, stats, dq, e, dtotal, dsum,
+        do, stats, dq, e, dtotal, dsum, operands.mask,
         operands.queries, padded, heads, rows, operands.pinned, per_split, *grad.stride()[:3],
         D=dim, DP=power_of_2(dim), BLOCK_Q=operands.block_q, ORDERED=operands.order is not None,
         OF_LSE=grad_lse is not None, **operands.branch,

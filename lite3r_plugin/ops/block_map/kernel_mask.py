@@ -1,0 +1,63 @@
+"""A mask as kernels read it: the kind of each block, and the bounds of each token for blocks that are partly allowed."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .mask import FREE, PARTLY, WHOLE, Allowed
+from .naive import masked_counts
+
+
+class KernelMask(NamedTuple):
+    """A mask over ordered, padded tokens; of a batch all sequences and heads have the same. Nothing waits for the GPU.
+
+    Attributes:
+        kinds: ``[rows, columns]`` int8, of each query and key block. Of a query block that may see nothing one is partly allowed: each
+            has a critical one.
+        chosen, left_out: ``[rows]`` int32, how many of the free key blocks of each query block are critical, and negligible.
+        near: ``[rows]`` int32, how many key blocks are critical: those, and what is not free.
+        means: ``[3, rows]`` int32: how many key blocks are marginal, and from which to (exclusive) which column they lie.
+        scales: ``[rows]`` FP32, about one over the number of marginal blocks, a power of two.
+        first, last: ``[rows * block_q]`` int32, see `Allowed`; queries after the last see all.
+        low, high: ``[columns * block_k]`` int32; no query sees keys after the last.
+    """
+
+    kinds: Tensor
+    chosen: Tensor
+    left_out: Tensor
+    near: Tensor
+    means: Tensor
+    scales: Tensor
+    first: Tensor
+    last: Tensor
+    low: Tensor
+    high: Tensor
+
+    @classmethod
+    def of(
+        cls, mask: Allowed, *, keep_ratio: float, negligible_ratio: float, pinned_queries: int, pinned_keys: int, block_q: int, block_k: int
+    ) -> KernelMask:  # fmt: skip
+        """For ratios as in `naive.masked_block_map`; pinned query blocks attend to all that they may see, as `pinned_keys` all may."""
+        kinds = mask.in_blocks(block_q, block_k).kinds(slice(None), pinned_keys)
+        kinds[:pinned_queries] = torch.where(kinds[:pinned_queries] == FREE, WHOLE, kinds[:pinned_queries])
+        rows, columns = kinds.shape
+        free = kinds == FREE
+        count = free.sum(-1, dtype=torch.int32)
+        chosen, left_out = masked_counts(count, keep_ratio, negligible_ratio)
+        near = chosen + (kinds >= WHOLE).sum(-1, dtype=torch.int32)
+        kinds[:, 0] = torch.where(near > 0, kinds[:, 0], PARTLY)
+        marginal = count - chosen - left_out
+        column = torch.arange(columns, device=kinds.device, dtype=torch.int32)
+        start, end = torch.where(free, column, columns).amin(-1), torch.where(free, column + 1, 0).amax(-1)
+        means = torch.stack((marginal, torch.where(marginal > 0, start, 0), torch.where(marginal > 0, end, 0)))
+        tokens, keys = len(mask.first), len(mask.low)
+        return cls(
+            kinds.contiguous(), chosen, left_out, near.clamp(min=1), means,
+            scales=torch.exp2(-marginal.clamp(min=1).float().log2().ceil()),
+            first=F.pad(mask.first, (0, rows * block_q - tokens), value=-1), last=F.pad(mask.last, (0, rows * block_q - tokens), value=keys),
+            low=F.pad(mask.low, (0, columns * block_k - keys), value=keys + 1), high=F.pad(mask.high, (0, columns * block_k - keys), value=-2),
+        )  # fmt: skip
