@@ -22,11 +22,11 @@ from ..adapter.sites import AttentionSite, KeyValueCache
 from ..costs.attention import break_even
 from ..costs.model import SparseShares
 from ..errors import LayoutError
-from ..ops.block_map import density
+from ..ops.block_map import density, masked_density
 from ..ops.dispatch import SlowPathWarning, require_one_device, use_triton
 from ..ops.fp8 import fake_quantize
 from ..ops.qk_norm_rope import norm_rope
-from ..ops.sla import KeyCache, KeyTokens, SegmentMask, linear_attention, sparse_linear_attention
+from ..ops.sla import KeyCache, KeyTokens, SegmentMask, linear_attention, sparse_linear_attention, why_not_masked
 from ..tokens.layout import pinned_tokens
 from ..tokens.tracker import LayoutTracker, Source, call, checked
 from ..wrapper import Changes, HostWrapper, may_be_read
@@ -86,6 +86,7 @@ class SparseLinearAttention(HostWrapper):
             self.left = None if state.config.linear_branch == "all" else "keep_ratio 1"
         self.te_projection: Any = None
         self._streams = Streams()
+        self._density: tuple[Any, float] | None = None
         self._tokens, self._keys = (_LayoutOf.source(state, source if sparse else None) for source in (site.tokens, site.keys))
         if sparse and state.config.linear_branch != "none":
             self.proj_lin = make_branch(host, site.head_dim)
@@ -414,9 +415,13 @@ class SparseLinearAttention(HostWrapper):
         return everything, k, v
 
     def _attend_masked(self, inputs: AttentionInputs, proj: Tensor | None) -> Tensor:
-        """Attention with a mask. Torch operators do it where it is sparse, which pays only where somebody says so."""
-        branch = self.keep_ratio == 1 and self.state.config.linear_branch == "all"
-        sparse = self.state.config.dense_below is not None and self.pays(inputs.v, 0)
+        """Attention with a mask. Sparse it pays where it does without one, or more: a mask leaves less to compute, which dense attention
+        does not make use of. Where torch operators would do it, it pays only where somebody says so."""
+        config, branch = self.state.config, self.keep_ratio == 1 and self.state.config.linear_branch == "all"
+        sparse = self.pays(inputs.v, self.pinned(inputs.layout))
+        if sparse and config.dense_below is None and (reason := why_not_masked(True, "none" if proj is None else config.linear_branch)):
+            self.note(f"{reason}; from dense_below tokens on, if it is set, torch operators run it, which is slow")
+            return self.dense(inputs)
         if not sparse and not branch:
             self.begin_dense()
             return self.dense(inputs)
@@ -425,10 +430,22 @@ class SparseLinearAttention(HostWrapper):
             self.note("its attention has a mask that is not frame-causal")
             return self.dense(inputs)
         if sparse:
-            self.begin_sparse(inputs.q.shape[-2], self.pinned(inputs.layout), None)
+            if not torch.compiler.is_compiling():
+                self.count("sparse", self._masked_density(mask, inputs.layout))
         else:
             self.begin_dense()
         return self._sparse_linear(inputs, proj, mask, self.keep_ratio)
+
+    def _masked_density(self, mask: SegmentMask, layout: TokenLayout | None) -> float:
+        """The density of a call with a mask over the views of a sequence with that layout."""
+        config = self.state.config
+        key = (mask.before, mask.after, mask.sink, layout, self.keep_ratio)
+        if self._density is None or self._density[0] != key:
+            on_cpu = mask._replace(queries=mask.queries.cpu(), keys=None)
+            order = self.order(layout, on_cpu.queries)
+            share = masked_density(on_cpu.ordered(order, order), self.keep_ratio, self.pinned(layout), config.block_q, config.block_k)
+            self._density = key, share
+        return self._density[1]
 
     def begin_dense(self) -> bool:
         """Count a call that runs dense. Whether the linear branch over all tokens is to be added."""

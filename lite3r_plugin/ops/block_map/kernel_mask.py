@@ -55,9 +55,10 @@ class KernelMask(NamedTuple):
         start, end = torch.where(free, column, columns).amin(-1), torch.where(free, column + 1, 0).amax(-1)
         means = torch.stack((marginal, torch.where(marginal > 0, start, 0), torch.where(marginal > 0, end, 0)))
         tokens, keys = len(mask.first), len(mask.low)
+        more_queries, more_keys = (0, rows * block_q - tokens), (0, columns * block_k - keys)
         return cls(
             kinds.contiguous(), chosen, left_out, near.clamp(min=1), means,
             scales=torch.exp2(-marginal.clamp(min=1).float().log2().ceil()),
-            first=F.pad(mask.first, (0, rows * block_q - tokens), value=-1), last=F.pad(mask.last, (0, rows * block_q - tokens), value=keys),
-            low=F.pad(mask.low, (0, columns * block_k - keys), value=keys + 1), high=F.pad(mask.high, (0, columns * block_k - keys), value=-2),
+            first=F.pad(mask.first, more_queries, value=-1), last=F.pad(mask.last, more_queries, value=keys),
+            low=F.pad(mask.low, more_keys, value=keys + 1), high=F.pad(mask.high, more_keys, value=-2),
         )  # fmt: skip

@@ -27,8 +27,8 @@ class SegmentMask(NamedTuple):
         after: How many after its own; None: all.
         sink: The last of the first segments that a query sees although they are more than `before` before its own; None: there are none.
 
-    Of frame numbers ``SegmentMask(frames)`` is frame-causal, ``before=w, after=w`` a window over frames and ``before=w`` a causal one, which
-    with ``sink=0`` sees frame 0 as well; of numbers of windows or of packed samples ``before=0`` is block-diagonal.
+    Of frame numbers ``SegmentMask(frames)`` is frame-causal, ``before=w, after=w`` a window over frames and ``before=w`` a causal one,
+    which with ``sink=0`` sees frame 0 as well; of numbers of windows or of packed samples ``before=0`` is block-diagonal.
     """
 
     queries: Tensor
@@ -70,8 +70,9 @@ class Allowed(NamedTuple):
 
     def in_blocks(self, block_q: int, block_k: int) -> AllowedBlocks:
         """What it says of blocks."""
-        least, greatest = zip(*(_extremes(x, block) for x, block in zip(self, (block_q, block_q, block_k, block_k), strict=True)), strict=True)
-        return AllowedBlocks(Allowed(*least), Allowed(*greatest))
+        sizes = (block_q, block_q, block_k, block_k)
+        extremes = [_extremes(x, block) for x, block in zip(self, sizes, strict=True)]
+        return AllowedBlocks(*(Allowed(*of_all) for of_all in zip(*extremes, strict=True)))
 
 
 class AllowedBlocks(NamedTuple):

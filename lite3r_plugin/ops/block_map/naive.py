@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .mask import FREE, WHOLE, AllowedBlocks
+from .mask import FREE, WHOLE, Allowed, AllowedBlocks
 
 SLAB_BYTES = 64 << 20
 
@@ -63,6 +63,16 @@ def density(
     pinned_rows = min(-(-pinned_tokens // block_q), rows)
     kept = kept_blocks(columns, keep_ratio, -(-pinned_keys // block_k))
     return (pinned_rows * columns + (rows - pinned_rows) * kept) / (rows * columns)
+
+
+def masked_density(mask: Allowed, keep_ratio: float, pinned_tokens: int, block_q: int, block_k: int) -> float:
+    """As `density`, of tokens that attend to each other with a mask: of all pairs, those too that may not be seen."""
+    kinds = mask.in_blocks(block_q, block_k).kinds(slice(None), -(-pinned_tokens // block_k))
+    free = (kinds == FREE).sum(-1)
+    kept = masked_counts(free, keep_ratio, 0.0)[0]
+    pinned = -(-pinned_tokens // block_q)
+    kept[:pinned] = free[:pinned]
+    return float(kept.sum() + (kinds >= WHOLE).sum()) / kinds.numel()
 
 
 def block_map(q_mean: Tensor, k_mean: Tensor, *, kept: int, pinned: int = 0, negligible: int = 0) -> tuple[Tensor, Tensor]:

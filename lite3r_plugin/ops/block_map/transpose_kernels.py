@@ -31,14 +31,16 @@ class Columns(NamedTuple):
         starts: ``[B, H, columns + 1]`` int32, where the list of each key block starts in `rows`.
         early_starts: ``[B, H, columns + 1]`` int32, where its early parts start among those of the head.
         early_columns: ``[B, H, slots]`` int32, the key block of each early part; `columns` where there is none.
-        part: Query blocks in an early part; with a mask int32 ``[]`` on the GPU, which alone knows how long lists are.
+        part: Query blocks in an early part.
+        masked_part: The same with a mask, int32 ``[]``, else None: the GPU alone knows then how long lists are, and `part` is 0.
     """
 
     rows: Tensor
     starts: Tensor
     early_starts: Tensor
     early_columns: Tensor
-    part: int | Tensor
+    part: int
+    masked_part: Tensor | None
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "words", "pinned", "total"])
@@ -137,13 +139,14 @@ def by_key_block(bits: Tensor, *, columns: int, kept: int, pinned: int, mask: Ke
     """
     batch, heads, rows, words = bits.shape
     # Parts of twice the mean length: most key blocks stay whole, and the parts of the others take little memory.
+    masked_part = None
     if mask is None:
         total = pinned * columns + (rows - pinned) * kept
         part = max(2 * -(-total // columns), 1)
         slots = total // part if rows > part else 0
     else:
-        pinned, total = 0, rows * columns
-        part = 2 * ((mask.near.sum(dtype=torch.int32) + columns - 1) // columns)
+        pinned, part, total = 0, 0, rows * columns
+        masked_part = 2 * ((mask.near.sum(dtype=torch.int32) + columns - 1) // columns)
         slots = columns // 2 if rows > 2 else 0
 
     def empty(*shape: int) -> Tensor:
@@ -154,8 +157,8 @@ def by_key_block(bits: Tensor, *, columns: int, kept: int, pinned: int, mask: Ke
     grid = (-(-columns // 32), batch * heads)
     _columns_kernel[grid](bits, counts, counts, lists, *sizes, ROWS=ROWS, FILL=False, num_warps=4)
     _starts_kernel[(batch * heads,)](
-        counts, starts, early_starts, early, None if mask is None else part, columns, slots, part if mask is None else 0,
+        counts, starts, early_starts, early, masked_part, columns, slots, part,
         COLUMNS=COLUMNS, num_warps=4,
     )  # fmt: skip
     _columns_kernel[grid](bits, starts, counts, lists, *sizes, ROWS=ROWS, FILL=True, num_warps=4)
-    return Columns(lists, starts, early_starts, early, part)
+    return Columns(lists, starts, early_starts, early, part, masked_part)

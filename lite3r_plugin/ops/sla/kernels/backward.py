@@ -118,7 +118,6 @@ def _key_gradients(operands: Operands, shared: Rows, dk: Tensor, dv: Tensor, in_
     batch, heads, padded, dim = operands.k.shape
     columns, (rows, kept) = operands.columns, operands.kv_indices.shape[-2:]
     work = by_key_block(operands.bits, columns=columns, kept=kept, pinned=operands.pinned, mask=operands.mask)
-    part = work.part
     slots = work.early_columns.shape[-1]
     mean_grads = _mean_gradients(operands, shared) if operands.means is not None else (operands.q, operands.q)
     early = torch.empty(2, batch, heads, slots, operands.block_k, dim, device=operands.q.device, dtype=torch.float32)
@@ -131,8 +130,8 @@ def _key_gradients(operands: Operands, shared: Rows, dk: Tensor, dv: Tensor, in_
         _dkv_kernel[(programs,)](
             q, operands.k, operands.v, do, shared.stats, work.rows, work.starts, work.early_starts, work.early_columns, *early, *mean_grads,
             e, dtotal, shared.mu, *(nothing if x is None else x for x in (operands.proj, operands.key_order)), dk, dv, operands.mask,
-            None if isinstance(part, int) else part,
-            operands.tokens, rows, padded, heads, columns, work.rows.shape[-1], slots, part if isinstance(part, int) else 0, mean_grads[0].shape[1],
+            work.masked_part,
+            operands.tokens, rows, padded, heads, columns, work.rows.shape[-1], slots, work.part, mean_grads[0].shape[1],
             of_heads.start, operands.scale, operands.scale * LOG2_E.value,
             **operands.sizes, EARLY=is_early, MEANS=operands.means is not None, HOST=not in_token_order,
             ORDERED=operands.key_order is not None, TMA=uses_tma(operands), **operands.branch, **options,

@@ -63,8 +63,8 @@ def _rows_kernel(
                          is 1, those of each query block, divided by BLOCK_Q
         DSum             [B * H, splits, D] FP32: sums of dO
 
-    All but GradOut are contiguous; Mask is a `KernelMask`, or None. What follows Order is used with a linear branch alone (LINEAR as in `_sparse_linear_kernel`), but
-    for DO and Stats. `rows` query blocks, of which the first `pinned` have no marginal blocks.
+    All but GradOut are contiguous; Mask is a `KernelMask`, or None. What follows Order is used with a linear branch alone (LINEAR as in
+    `_sparse_linear_kernel`), but for DO, Stats and Mask. `rows` query blocks, of which the first `pinned` have no marginal blocks.
     """
     STEPS: tl.constexpr = BLOCK_Q // TILE_Q
     split = tl.program_id(0)

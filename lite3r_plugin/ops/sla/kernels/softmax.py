@@ -55,6 +55,7 @@ def host_rows(places, head, heads, N):
     return (head // heads * N + places) * heads + head % heads
 
 
+@triton.jit
 def is_partly(Mask, row, column, columns):
     """Whether a mask allows some pairs of a query and a key block alone."""
     return tl.load(Mask.kinds + row.to(tl.int64) * columns + column) == 3
@@ -175,7 +176,7 @@ def attend(
         score = next_score
         key = next_key
     v = load_rows(values, key + lanes, d, D)
-    if MASKED:
+    if MASKED:  # noqa: SIM102 (decided when it is compiled; what follows, on the GPU)
         if partly:
             score = hide(score, Mask, n, key + lanes, False)
     top, weight, acc = accumulate(score, lanes, v, scale_log2, top, weight, acc, False, MASKED, FIXED, PRECISION)

@@ -106,7 +106,7 @@ def _dq_kernel(
         score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 - lse[:, None]
         if key + TILE_K > N:
             score = tl.where((key + lanes < N)[None, :], score, float("-inf"))
-        if Mask is not None:
+        if Mask is not None:  # noqa: SIM102 (decided when it is compiled; what follows, on the GPU)
             if is_partly(Mask, row, key // BLOCK_K, columns):
                 score = hide(score, Mask, row * BLOCK_Q + tile * TILE_Q + own, key + lanes, False)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
@@ -147,8 +147,8 @@ def _dq_kernel(
 
 @triton.jit(do_not_specialize=["N", "rows", "columns", "total", "slots", "part", "splits", "first_head"])
 def _dkv_kernel(
-    QTiles, K, V, DOTiles, Stats, Rows, Starts, EarlyStarts, EarlyColumns, PartK, PartV, MeanDK, MeanDV, E, DTotal, Mu, Proj, Order, DK, DV, Mask, Part,
-    N, rows, padded, H, columns, total, slots, part, splits, first_head, scale, scale_log2,
+    QTiles, K, V, DOTiles, Stats, Rows, Starts, EarlyStarts, EarlyColumns, PartK, PartV, MeanDK, MeanDV, E, DTotal, Mu, Proj, Order, DK, DV,
+    Mask, Part, N, rows, padded, H, columns, total, slots, part, splits, first_head, scale, scale_log2,
     D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
     EARLY: tl.constexpr, LINEAR: tl.constexpr, SOFTMAX: tl.constexpr, MEANS: tl.constexpr,
     HOST: tl.constexpr, ORDERED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
@@ -215,7 +215,7 @@ def _dkv_kernel(
         do = load_tile(DOTiles, at, lanes, d, D, TMA)
         lse, delta = _stats_of(Stats, at, TILE_Q)
         score = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2 - lse[None, :]
-        if Mask is not None:
+        if Mask is not None:  # noqa: SIM102
             if is_partly(Mask, row, column, columns):
                 score = hide(score, Mask, row * BLOCK_Q + i % STEPS * TILE_Q + lanes, key + own, True)
         p = tl.exp2(score)
