@@ -15,6 +15,7 @@ from streaming_hosts import FinishedCache, RawCache, frames, make
 
 from lite3r_plugin import apply_lite3r, describe, lite3r_disabled
 from lite3r_plugin.adapter import TokenLayout, Views
+from lite3r_plugin.attention import masks
 from lite3r_plugin.attention.masks import frame_causal
 from lite3r_plugin.ops.dispatch import SlowPathWarning
 from lite3r_plugin.ops.sla import KeyCache
@@ -237,15 +238,56 @@ def test_a_whole_sequence_is_sparse_with_a_frame_causal_mask() -> None:
     assert again[:, :, 3 * TOKENS :].abs().max() > 1e4
 
 
-def test_a_mask_that_is_not_frame_causal_is_left_dense_and_said() -> None:
+def test_a_window_with_the_first_frame_is_sparse() -> None:
+    """As STream3R's mode "window"; at keep 1, with the branch, it is the dense model."""
+    dense, model = make(FinishedCache)(frames(6), window=2), make(FinishedCache)
+    apply_lite3r(model, TEST_CONFIG, keep_ratio=0.3, pin="none")
+    out = model(frames(6), window=2)
+    assert all((site.calls.sparse, site.calls.host) == (1, 0) for site in describe(model).sites if site.sparse)
+    assert 0.001 < (out - dense).norm() / dense.norm() < 0.3
+    everything = make(FinishedCache)
+    apply_lite3r(everything, TEST_CONFIG, keep_ratio=1.0, linear_branch="all")
+    torch.testing.assert_close(everything(frames(6), window=2), dense, atol=1e-4, rtol=1e-4)
+
+
+def test_the_density_with_a_mask_is_of_all_pairs() -> None:
+    """Less than without one: what may not be seen is not computed."""
+    model = make()
+    apply_lite3r(model, TEST_CONFIG, keep_ratio=0.3, pin="none")
+    densities = []
+    for window in (None, 1):
+        model(frames(12), window=window)
+        densities.append(describe(model).sites[-1].calls.density)
+    assert densities[1] < densities[0] < 0.5
+
+
+def test_a_mask_that_is_not_over_frames_is_left_dense_and_said() -> None:
     dense, model = make(FinishedCache), make(FinishedCache)
     apply_lite3r(model, TEST_CONFIG, keep_ratio=0.3)
+    for one in (dense, model):
+        one.mask = lambda views, tokens, window: torch.ones(views * tokens, views * tokens).tril() > 0
     with pytest.warns(SlowPathWarning, match="its attention has a mask that is not frame-causal"):
-        out = model(frames(5), window=2)
-    torch.testing.assert_close(out, dense(frames(5), window=2), atol=1e-5, rtol=1e-5)
+        out = model(frames(5))
+    torch.testing.assert_close(out, dense(frames(5)), atol=1e-5, rtol=1e-5)
     assert "2 global sites ran calls dense in the host's own code: its attention has a mask that is not frame-causal" in str(
         describe(model)
     )
+
+
+@pytest.mark.parametrize("linear", ["marginal", "all"])
+def test_masks_run_in_kernels_where_they_pay(linear: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where kernels have no such branch the site runs dense, and says so."""
+    pytest.importorskip("triton")
+    model = make()
+    apply_lite3r(model, TEST_CONFIG, keep_ratio=0.3, linear_branch=linear, dense_below=None)
+    monkeypatch.setattr("lite3r_plugin.attention.module.SparseLinearAttention.pays", lambda *_: True)
+    monkeypatch.setattr("lite3r_plugin.ops.dispatch.why_not_triton", lambda *_, **__: None)  # interpreted
+    if linear == "marginal":
+        model(frames(4))
+        assert all((site.calls.sparse, site.calls.host) == (1, 0) for site in describe(model).sites if site.sparse)
+    else:
+        with pytest.warns(SlowPathWarning, match="with a mask the kernels have no linear branch over all tokens"):
+            torch.testing.assert_close(model(frames(4)), make()(frames(4)), atol=1e-5, rtol=1e-5)
 
 
 LAYOUT = TokenLayout((Views((2, 3), 4, special_tokens=1),))
@@ -256,24 +298,32 @@ APART = FRAMES[:, None] - FRAMES
 @pytest.mark.parametrize(
     ("mask", "before"),
     [(APART >= 0, "all"), ((APART >= 0) & (APART <= 1), 1), (APART == 0, 0), (APART <= 0, None), ((APART >= 0) | (FRAMES == 2), None),
-     (torch.ones(28, 28).tril() > 0, None), (torch.ones(28, 28, dtype=torch.bool), None)],
+     (torch.ones(28, 28).tril() > 0, None), (torch.ones(28, 28, dtype=torch.bool), None),
+     ((APART >= 0) & ((APART <= 1) | (FRAMES == 0)), (1, 0)), ((APART >= 0) & ((APART == 0) | (FRAMES == 0)), (0, 0)),
+     ((APART >= 0) & ((APART <= 0) | (FRAMES == 1)), None), ((APART >= 0) & (APART <= 2), 2)],
 )  # fmt: skip
 @pytest.mark.parametrize("added", [False, True])
-def test_masks_are_recognised_by_their_values(mask: torch.Tensor, before: Any, added: bool) -> None:
+def test_masks_are_recognised_by_their_values(mask: torch.Tensor, before: Any, added: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slab at a time."""
+    monkeypatch.setattr(masks, "SLAB_BYTES", 200)
     given = torch.zeros(1, 1, 28, 28).masked_fill(~mask, -torch.inf) if added else mask
     found = frame_causal(given, LAYOUT)
     if before is None:
         assert found is None
     else:
         assert found is not None
-        assert (found.before, found.after) == (None if before == "all" else before, 0)
+        before, sink = before if isinstance(before, tuple) else (before, None)
+        assert (found.before, found.after, found.sink) == (None if before == "all" else before, 0, sink)
         assert torch.equal(found.queries, FRAMES.int())
 
 
 def test_a_bias_is_no_mask() -> None:
     mask = torch.zeros(28, 28).masked_fill(APART < 0, -torch.inf)
-    mask[5, 3] = -0.5
-    assert frame_causal(mask, LAYOUT) is None
+    for place in ((5, 3), (27, 26), (2, 20)):
+        other = mask.clone()
+        other[place] = -0.5
+        assert frame_causal(other, LAYOUT) is None
+    assert frame_causal(mask, LAYOUT) is not None
     assert frame_causal(torch.zeros(7, 7), TokenLayout((Views((2, 3), 1, 1),))) is None
     assert frame_causal(APART >= 0, None) is None
 

@@ -47,11 +47,15 @@ LAUNCHES = {
     "bfloat16 64 all, proj learns": (FORWARD, ["dproj"]),
     "bfloat16 64 none, nothing learns": ([name for name in FORWARD if name != "linear_state"], []),
     "bfloat16 64 all, all learns, other keys": (["prepare", *FORWARD], ["prepare", *BACKWARD]),
+    "float32 128 marginal, nothing learns, masked": (
+        ["prepare", "select_masked", "linear_state", "marginal_sums", "padded_means", "sparse_linear", "sparse_linear"],
+        [],
+    ),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("capability", "cases", "others"), [(89, 7, 7), (90, 11, 5)])
+@pytest.mark.parametrize(("capability", "cases", "others"), [(89, 8, 8), (90, 14, 7)])
 def test_the_operator_compiles_and_fits(capability: int, cases: int, others: int) -> None:
     """With the arguments of real launches; as many of them for a long sequence as for a short one.
 

@@ -24,6 +24,9 @@ backward = pytest.importorskip("lite3r_plugin.ops.sla.backward")
 block_map_kernels = pytest.importorskip("lite3r_plugin.ops.block_map.kernels")
 backward_options = pytest.importorskip("lite3r_plugin.ops.sla.kernels.backward_options")
 operands = pytest.importorskip("lite3r_plugin.ops.sla.kernels.operands")
+softmax_backward = pytest.importorskip("lite3r_plugin.ops.sla.kernels.softmax_backward")
+transpose_kernels = pytest.importorskip("lite3r_plugin.ops.block_map.transpose_kernels")
+forward_kernels = pytest.importorskip("lite3r_plugin.ops.sla.kernels.forward")
 marginal_kernels = pytest.importorskip("lite3r_plugin.ops.sla.kernels.marginal")
 
 LONG = LENGTHS[-1] if GPU else 81  # the fewest tokens with blocks of all kinds, and a short one of queries and of keys
@@ -299,6 +302,29 @@ def test_hidden_keys_have_no_part_however_large_they_are(dtype: torch.dtype) -> 
     expected, found = (forward.run(x)[0][:, :, ~late] for x in (large._replace(k=arguments.k, v=arguments.v), large))
     assert relative_error(found, expected) < 4 * torch.finfo(dtype).eps
     assert relative_error(forward.run(large)[0][:, :, late], forward.run(arguments)[0][:, :, late]) > 1
+
+
+@pytest.mark.gpu
+def test_masks_of_long_sequences_take_little_memory_and_no_kernel_of_their_own() -> None:
+    """Less than a byte for each pair of 43,000 tokens; the same binaries for any number of views and segments."""
+    kernels = (
+        forward_kernels._sparse_linear_kernel, marginal_kernels._marginal_sums_kernel, softmax_backward._dq_kernel,
+        softmax_backward._dkv_kernel, softmax_backward._dmeans_kernel, transpose_kernels._starts_kernel, transpose_kernels._columns_kernel,
+    )  # fmt: skip
+    binaries = []
+    for views, segments in ((4, 4), (9, 3), (21, 21), (160, 160)):
+        tokens = views * 269
+        arguments = some_arguments(tokens, 64, HALF, BRANCHES[5], batch=1)
+        order = torch.randperm(tokens, device=DEVICE)
+        of_tokens = torch.arange(tokens, device=DEVICE) * segments // tokens
+        arguments = arguments._replace(order=order[of_tokens[order].argsort(stable=True)].int(), mask_queries=of_tokens, mask_after=0)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        found = by_triton(arguments, random_grad(arguments))
+        assert all(x is None or x.isfinite().all() for x in found)
+        assert tokens < 40_000 or torch.cuda.max_memory_allocated() - before < tokens**2
+        binaries.append(sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values()))
+    assert binaries[0] == binaries[-1]
 
 
 @pytest.mark.gpu

@@ -22,7 +22,7 @@ from ...sizes import power_of_2
 from .linear import LINEAR, LOG2_E, linear_state, phi, precision
 from .marginal import marginal_states
 from .operands import Operands
-from .softmax import LARGEST_SUM, SMALLEST_SUM, attend, host_rows, load_rows, padded_means, places
+from .softmax import attend, host_rows, is_lost, load_rows, padded_means, places
 
 
 class Residuals(NamedTuple):
@@ -121,13 +121,11 @@ def _sparse_linear_kernel(
         D, BLOCK_K, TILE_K, MEANS, FIXED, PRECISION,
     )  # fmt: skip
     if FIXED:
-        kept_well = weight < LARGEST_SUM
-        if Mask is not None:
-            kept_well &= weight > SMALLEST_SUM
-        tl.store(Failed + tl.program_id(0), tl.max(tl.where(kept_well, 0, 1), 0))  # also where it is NaN
+        tl.store(Failed + tl.program_id(0), tl.max(is_lost(weight, Mask is not None), 0))
+    if Mask is not None:  # of a query that sees nothing the output is zero, and the logarithm -inf
+        top = tl.where(weight == 0.0, float("-inf"), top)
+        weight = tl.where(weight == 0.0, 1.0, weight)
     out = acc / weight[:, None]
-    if Mask is not None:
-        out = tl.where(weight[:, None] == 0.0, 0.0, out)
     if SAVE_LSE:
         tl.store(Lse + head * rows * BLOCK_Q + n, top + tl.log2(weight))
     to = host_rows(places(Order, n, M, ORDERED), head, heads, M)

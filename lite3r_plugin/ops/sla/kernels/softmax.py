@@ -103,6 +103,15 @@ def accumulate(
 
 
 @triton.jit
+def is_lost(weight, MASKED: tl.constexpr):
+    """1 where a sum of exponentials is too large, or NaN, or if MASKED too small, else 0."""
+    lost = tl.where(weight < LARGEST_SUM, 0, 1)
+    if MASKED:
+        lost = tl.where(weight > SMALLEST_SUM, lost, 1)
+    return lost
+
+
+@triton.jit
 def is_marginal(bits, first, lanes, words):
     """Whether the bit of the key blocks ``first + lanes`` is not set; of blocks beyond the last word, that of another block."""
     TILE: tl.constexpr = lanes.shape[0]
