@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -9,14 +11,13 @@ from ..adapter.layouts import TokenLayout, Views
 from ..ops.sla import SegmentMask
 
 HIDDEN = -1e4  # what is added to scores from here on down leaves nothing of them
-SLAB_BYTES = 64 << 20  # of a mask that is looked at at once: one of 43,000 tokens takes gigabytes
 
 
 def frame_causal(mask: Tensor, layout: TokenLayout | None) -> SegmentMask | None:
     """`mask` as a mask over views, where that is what it is: each token sees all tokens of its view and of those before it.
 
-    Those before it may be the last few alone (a window), and the first view besides. It looks at all values, for which a GPU waits,
-    and takes no memory of the mask's size.
+    Those before it may be the last few alone (a window), and the first view besides. It looks at all values, for which is waited on a GPU,
+    and takes no memory of the mask's size: one of 43,000 tokens takes gigabytes.
 
     Args:
         mask: What `scaled_dot_product_attention` takes: bool, True where a query sees a key, or numbers that are added to scores;
@@ -32,40 +33,35 @@ def frame_causal(mask: Tensor, layout: TokenLayout | None) -> SegmentMask | None
     if mask.shape[-2:] != (tokens, tokens) or mask.numel() != tokens * tokens:
         return None
     mask = mask.reshape(tokens, tokens)
-    sizes = torch.tensor([part.tokens_per_view for part in layout.parts if isinstance(part, Views) for _ in range(part.count)])
-    starts = (sizes.cumsum(0) - sizes).to(mask.device)
-    found = _over_views(_sees(mask[starts][:, starts]).cpu())
+    sizes = [part.tokens_per_view for part in layout.parts if isinstance(part, Views) for _ in range(part.count)]
+    low, high = torch.stack((_by_views(mask, sizes, torch.amin), _by_views(mask, sizes, torch.amax))).cpu()
+    boolean = mask.dtype == torch.bool
+    sees, hides = (low, ~high) if boolean else ((low == 0) & (high == 0), high <= HIDDEN)
+    found = _over_views(sees) if torch.equal(sees, ~hides) else None
     if found is None:
         return None
-    seen, before, sink = found
-    views = torch.arange(len(sizes)).repeat_interleave(sizes).to(mask.device)
-    seen = seen.to(mask.device)[:, views]
-    right = torch.ones((), dtype=torch.bool, device=mask.device)
-    slab = max(1, SLAB_BYTES // (tokens * mask.element_size()))
-    for part, rows in zip(mask.split(slab), views.split(slab), strict=True):
-        expected = seen[rows]
-        right &= (_sees(part) == expected).all()
-        if mask.dtype != torch.bool:
-            right &= ((part <= HIDDEN) != expected).all()
-    return SegmentMask(views.int(), views.int(), before, 0, sink) if right else None
+    views = torch.arange(len(sizes), dtype=torch.int32).repeat_interleave(torch.tensor(sizes)).to(mask.device)
+    return SegmentMask(views, views, found[0], 0, found[1])
 
 
-def _sees(mask: Tensor) -> Tensor:
-    return mask if mask.dtype == torch.bool else mask == 0
+def _by_views(mask: Tensor, sizes: list[int], extreme: Callable[..., Tensor]) -> Tensor:
+    """``[S, S]``: the extreme of the values ``[N, N]`` of each two views."""
+    of_queries = torch.stack([extreme(part, 0) for part in mask.split(sizes)])
+    return torch.stack([extreme(part, 1) for part in of_queries.split(sizes, 1)], 1)
 
 
-def _over_views(sees: Tensor) -> tuple[Tensor, int | None, int | None] | None:
-    """Which views ``[S, S]`` bool see which, if that is all before them, a window or a window and the first; and the `SegmentMask` of that,
-    its `before` and its `sink`."""
+def _over_views(sees: Tensor) -> tuple[int | None, int | None] | None:
+    """`before` and `sink` of the `SegmentMask` by which views see each other as in ``[S, S]`` bool: all before them, a window, or a window
+    and the first; None where they do not."""
     view = torch.arange(len(sees))
     apart = view[:, None] - view  # by how many views a key comes before
     causal = apart >= 0
-    furthest = [int(torch.where(some, apart, 0).amax()) for some in (sees, sees & (view > 0))]
+    furthest, of_others = (int(torch.where(some, apart, 0).amax()) for some in (sees, sees & (view > 0)))
     for seen, before, sink in (
         (causal, None, None),
-        (causal & (apart <= furthest[0]), furthest[0], None),
-        (causal & ((apart <= furthest[1]) | (view == 0)), furthest[1], 0),
+        (causal & (apart <= furthest), furthest, None),
+        (causal & ((apart <= of_others) | (view == 0)), of_others, 0),
     ):
         if torch.equal(sees, seen):
-            return seen, before, sink
+            return before, sink
     return None
