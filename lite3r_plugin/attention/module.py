@@ -196,8 +196,7 @@ class SparseLinearAttention(HostWrapper):
             if getattr(self.site.tokens, "strict", True):
                 raise
             return self._attend_to_all_of(inputs, past, cache, None, args, kwargs)
-        recorded = torch.compiler.is_compiling() or (inputs.v.is_cuda and torch.cuda.is_current_stream_capturing())
-        if self._substitutes or recorded or not _without_gradients(inputs, past):  # a recording is replayed with other caches
+        if self._substitutes or _is_recorded(inputs.v) or not _without_gradients(inputs, past):  # a recording is replayed with other caches
             return self._attend_to_all_of(inputs, past, cache, layout, args, kwargs)
         positions = None if inputs.positions is None else self.state.positions.of(inputs.positions)
         shared, norm = (None, None) if cache.finished else (positions, norm_as_it_is(inputs.k_norm))
@@ -425,13 +424,15 @@ class SparseLinearAttention(HostWrapper):
         if not sparse and not branch:
             self.begin_dense()
             return self.dense(inputs)
+        if _is_recorded(inputs.v):
+            self.note("its mask cannot be looked at while a graph is recorded")
+            return self.dense(inputs)
         mask = None if inputs.mask is None else frame_causal(inputs.mask, inputs.layout)
         if mask is None:
             self.note("its attention has a mask that is not frame-causal")
             return self.dense(inputs)
         if sparse:
-            if not torch.compiler.is_compiling():
-                self.count("sparse", self._masked_density(mask, inputs.layout))
+            self.count("sparse", self._masked_density(mask, inputs.layout))
         else:
             self.begin_dense()
         return self._sparse_linear(inputs, proj, mask, self.keep_ratio)
@@ -520,6 +521,11 @@ class SparseLinearAttention(HostWrapper):
         if not torch.compiler.is_compiling():  # a changing int attribute would recompile the caller on every call
             setattr(self.calls, what, getattr(self.calls, what) + 1)
             self.calls.density = self.calls.density if share is None else share
+
+
+def _is_recorded(v: Tensor) -> bool:
+    """Whether this call is compiled or captured, to be run again with other tensors."""
+    return torch.compiler.is_compiling() or (v.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _without_gradients(inputs: AttentionInputs, past: tuple[Tensor, Tensor] | None) -> bool:
