@@ -418,7 +418,7 @@ class SparseLinearAttention(HostWrapper):
         does not make use of. Where torch operators would do it, it pays only where somebody says so."""
         config, branch = self.state.config, self.keep_ratio == 1 and self.state.config.linear_branch == "all"
         sparse = self.pays(inputs.v, self.pinned(inputs.layout))
-        if sparse and config.dense_below is None and (reason := why_not_masked(True, "none" if proj is None else config.linear_branch)):
+        if sparse and config.dense_below is None and (reason := self._why_not_masked(inputs)):
             self.note(f"{reason}; from dense_below tokens on, if it is set, torch operators run it, which is slow")
             return self.dense(inputs)
         if not sparse and not branch:
@@ -436,6 +436,11 @@ class SparseLinearAttention(HostWrapper):
         else:
             self.begin_dense()
         return self._sparse_linear(inputs, proj, mask, self.keep_ratio)
+
+    def _why_not_masked(self, inputs: AttentionInputs) -> str | None:
+        """The reason why the kernels cannot take a mask in this call."""
+        learns = torch.is_grad_enabled() and any(x.requires_grad for x in (inputs.q, inputs.k, inputs.v))
+        return why_not_masked(True, self.state.config.linear_branch, learns)
 
     def _masked_density(self, mask: SegmentMask, layout: TokenLayout | None) -> float:
         """The density of a call with a mask over the views of a sequence with that layout."""

@@ -21,7 +21,8 @@ class KernelMask(NamedTuple):
         chosen, left_out: ``[rows]`` int32, how many of the free key blocks of each query block are critical, and negligible.
         near: ``[rows]`` int32, how many key blocks are critical: those, and what is not free.
         means: ``[3, rows]`` int32: how many key blocks are marginal, and from which to (exclusive) which column they lie.
-        scales: ``[rows]`` FP32, about one over the number of marginal blocks, a power of two.
+        scales: ``[rows]`` FP32, about one over the number of blocks that a linear branch has states of, a power of two: marginal ones, or
+            if it is `over_all` those that are wholly allowed.
         first, last: ``[rows * block_q]`` int32, see `Allowed`; queries after the last see all.
         low, high: ``[columns * block_k]`` int32; no query sees keys after the last.
     """
@@ -39,9 +40,13 @@ class KernelMask(NamedTuple):
 
     @classmethod
     def of(
-        cls, mask: Allowed, *, keep_ratio: float, negligible_ratio: float, pinned_queries: int, pinned_keys: int, block_q: int, block_k: int
+        cls, mask: Allowed, *, keep_ratio: float, negligible_ratio: float, pinned_queries: int, pinned_keys: int, block_q: int,
+        block_k: int, over_all: bool,
     ) -> KernelMask:  # fmt: skip
-        """For ratios as in `naive.masked_block_map`; pinned query blocks attend to all that they may see, as `pinned_keys` all may."""
+        """For ratios as in `naive.masked_block_map`; pinned query blocks attend to all that they may see, as `pinned_keys` all may.
+
+        `over_all` is whether there is a linear branch over all tokens.
+        """
         kinds = mask.in_blocks(block_q, block_k).kinds(slice(None), pinned_keys)
         kinds[:pinned_queries] = torch.where(kinds[:pinned_queries] == FREE, WHOLE, kinds[:pinned_queries])
         rows, columns = kinds.shape
@@ -51,6 +56,7 @@ class KernelMask(NamedTuple):
         near = chosen + (kinds >= WHOLE).sum(-1, dtype=torch.int32)
         kinds[:, 0] = torch.where(near > 0, kinds[:, 0], PARTLY)
         marginal = count - chosen - left_out
+        states = ((kinds == FREE) | (kinds == WHOLE)).sum(-1) if over_all else marginal
         column = torch.arange(columns, device=kinds.device, dtype=torch.int32)
         start, end = torch.where(free, column, columns).amin(-1), torch.where(free, column + 1, 0).amax(-1)
         means = torch.stack((marginal, torch.where(marginal > 0, start, 0), torch.where(marginal > 0, end, 0)))
@@ -58,7 +64,12 @@ class KernelMask(NamedTuple):
         more_queries, more_keys = (0, rows * block_q - tokens), (0, columns * block_k - keys)
         return cls(
             kinds.contiguous(), chosen, left_out, near.clamp(min=1), means,
-            scales=torch.exp2(-marginal.clamp(min=1).float().log2().ceil()),
+            scales=torch.exp2(-states.clamp(min=1).float().log2().ceil()),
             first=F.pad(mask.first, more_queries, value=-1), last=F.pad(mask.last, more_queries, value=keys),
             low=F.pad(mask.low, more_keys, value=keys + 1), high=F.pad(mask.high, more_keys, value=-2),
         )  # fmt: skip
+
+    def not_whole(self) -> Tensor:
+        """A bit for each key block that is not wholly allowed: ``[rows, ceil(columns / 32)]`` int32."""
+        bits = F.pad(((self.kinds != FREE) & (self.kinds != WHOLE)).int(), (0, -self.kinds.shape[1] % 32)).unflatten(-1, (-1, 32))
+        return (bits << torch.arange(32, device=bits.device, dtype=torch.int32)).sum(-1, dtype=torch.int32)

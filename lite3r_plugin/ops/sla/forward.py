@@ -43,23 +43,31 @@ def run(arguments: Arguments, *, needs_grad: bool = False, prepared: Prepared | 
     arguments = arguments.contiguous()
     # Autocast would run the pooled scores and the linear state in half precision.
     with without_autocast(arguments.v), on_device_of(arguments.v):
-        triton = on_triton(arguments, needs_grad)
+        triton = on_triton(arguments, needs_grad, learns=needs_grad)
         prepared = arguments.prepared(triton) if prepared is None else prepared
         return _on_triton(arguments, prepared) if triton else _on_torch(arguments, prepared)
 
 
-def on_triton(arguments: Arguments, needs_grad: bool = False) -> bool:
+def on_triton(arguments: Arguments, needs_grad: bool = False, learns: bool = False) -> bool:
     """Whether the kernels run for this call; else torch operators do, which warns on a GPU.
+
+    Args:
+        arguments: The call.
+        needs_grad: Whether anything needs a gradient.
+        learns: Whether anything but Proj does.
 
     Raises:
         BackendError: the backend is ``"triton"`` and the kernels cannot take the call.
     """
-    return use_triton(arguments.backend, arguments.v, needs_grad, why_not_masked(arguments.mask is not None, arguments.linear))
+    return use_triton(arguments.backend, arguments.v, needs_grad, why_not_masked(arguments.mask is not None, arguments.linear, learns))
 
 
-def why_not_masked(masked: bool, linear: str) -> str | None:
-    """The reason why the kernels cannot take a mask, if there is one, with that linear branch; None when they can."""
-    return 'with a mask the kernels have no linear branch over all tokens (linear="all")' if masked and linear == "all" else None
+def why_not_masked(masked: bool, linear: str, learns: bool) -> str | None:
+    """The reason why the kernels cannot take a mask, if there is one, with that linear branch, where more than Proj `learns`; None when
+    they can."""
+    if not masked or linear != "all" or not learns:
+        return None
+    return 'with a mask the kernels have no gradients of queries, keys and values by way of a linear branch over all tokens (linear="all")'
 
 
 def empty(arguments: Arguments) -> tuple[Tensor, Tensor | None]:

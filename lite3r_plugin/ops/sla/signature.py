@@ -175,7 +175,7 @@ class Arguments(NamedTuple):
         return KernelMask.of(
             self.mask.ordered(self.order, self.keys.order), keep_ratio=self.keep_ratio,
             negligible_ratio=self.negligible_ratio if self.leaves_out else 0.0, pinned_queries=self.pinned_queries,
-            pinned_keys=self.pinned_keys, block_q=self.block_q, block_k=self.block_k,
+            pinned_keys=self.pinned_keys, block_q=self.block_q, block_k=self.block_k, over_all=self.linear == "all",
         )  # fmt: skip
 
     def prepared(self, triton: bool) -> Prepared:

@@ -81,8 +81,9 @@ def test_block_map_with_a_mask(
         q, k, keep_ratio=0.3, mask=mask.in_blocks(32, 16), pinned=pinned_keys, negligible_ratio=left_out
     )
     kernel_mask = KernelMask.of(
-        mask, keep_ratio=0.3, negligible_ratio=left_out, pinned_queries=pinned_queries, pinned_keys=pinned_keys, block_q=32, block_k=16
-    )
+        mask, keep_ratio=0.3, negligible_ratio=left_out, pinned_queries=pinned_queries, pinned_keys=pinned_keys, block_q=32, block_k=16,
+        over_all=False,
+    )  # fmt: skip
     found = kernels.masked_block_map_with_bits(q, k, kernel_mask)
     blocks = mask.in_blocks(32, 16)
     allowed, forbidden = blocks.allowed(slice(None)), blocks.forbidden(slice(None))
@@ -96,6 +97,7 @@ def test_block_map_with_a_mask(
     assert torch.equal(kernel_mask.near.expand(1, 2, -1), expected.sum(-1))
     for near, row, bits in zip(kernel_mask.near.tolist(), found.kv_indices[0, 1], expected[0, 1], strict=True):
         assert torch.equal(row[:near].long(), bits.nonzero().flatten())
+    assert torch.equal(unpacked(kernel_mask.not_whole(), columns), ~allowed)
     assert torch.equal(kernel_mask.means[0].expand(1, 2, -1), marginal.sum(-1))
     column = torch.arange(columns, device=DEVICE)
     outside = (column < kernel_mask.means[1][:, None]) | (column >= kernel_mask.means[2][:, None])

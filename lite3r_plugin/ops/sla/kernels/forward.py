@@ -22,7 +22,7 @@ from ...sizes import power_of_2
 from .linear import LINEAR, LOG2_E, linear_state, phi, precision
 from .marginal import marginal_states
 from .operands import Operands
-from .softmax import attend, host_rows, is_lost, load_rows, padded_means, places
+from .softmax import attend, host_rows, is_lost, is_partly, is_seen, load_rows, padded_means, places
 
 
 class Residuals(NamedTuple):
@@ -41,6 +41,35 @@ class Residuals(NamedTuple):
     state: Tensor | None = None
     total: Tensor | None = None
     mu: Tensor | None = None
+
+
+@triton.jit
+def linear_pairs(
+    features, keys, values, chosen, near, Mask, row, n, columns, d, live,
+    D: tl.constexpr, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr, SOFTMAX: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The part of the linear branch that has no states: of keys in blocks that are partly allowed, token by token.
+
+    Arguments as those of `attend`, with the features of queries. Returns the sums of values ``[TILE_Q, DP]`` and of weights
+    ``[TILE_Q]``, in the scale of the states of a query block.
+    """
+    STEPS: tl.constexpr = BLOCK_K // TILE_K
+    dtype: tl.constexpr = values.dtype.element_ty
+    lanes = tl.arange(0, TILE_K)
+    rounded = features.to(dtype)
+    total = tl.zeros([features.shape[0]], tl.float32)
+    acc = tl.zeros([features.shape[0], d.shape[0]], tl.float32)
+    for i in range(0, near * STEPS):
+        block = tl.load(chosen + i // STEPS)
+        if is_partly(Mask, row, block, columns):
+            key = block * BLOCK_K + i % STEPS * TILE_K + lanes
+            k = phi(load_rows(keys, key, d, D).to(tl.float32), live[None, :], SOFTMAX, 1)
+            weights = tl.dot(rounded, tl.trans(k.to(dtype)), input_precision=PRECISION)
+            weights = tl.where(is_seen(Mask, n, key, False), weights, 0.0)
+            total += tl.sum(weights, 1)
+            acc = tl.dot(weights.to(dtype), load_rows(values, key, d, D), acc, input_precision=PRECISION)
+    scale = tl.load(Mask.scales + row) / BLOCK_K
+    return acc * scale, total * scale
 
 
 # Sizes must not specialise the kernel: any number of views and any image size run the same binary.
@@ -62,10 +91,11 @@ def _sparse_linear_kernel(
         AllIndices              [columns] i32: those of a pinned one
         Bits                    [B * heads, rows, words] i32: a bit for each key block that is not marginal (MEANS)
         KMeans, VMeans          [B * heads, mean_rows, D] in V's dtype, zeros after `columns` rows (MEANS)
-        State, Total            LINEAR == 1: [B * heads, D, D] and [B * heads, D], FP32; LINEAR == 2: [B * heads, rows, D, D] in V's
-                                dtype and [B * heads, rows, D] FP32. Proj is in State unless SAVE_LINEAR or CENTRED
+        State, Total            LINEAR == 1: [B * heads, D, D] and [B * heads, D], FP32; LINEAR == 2, and with a Mask: [B * heads, rows,
+                                D, D] in V's dtype and [B * heads, rows, D] FP32, of marginal blocks, or of those that are wholly allowed.
+                                Proj is in State unless SAVE_LINEAR or CENTRED, or LINEAR == 1 with a Mask
         Mu                      [B * heads, D] FP32: what the values in State are centred on (CENTRED)
-        Proj                    [D, D] (SAVE_LINEAR or CENTRED)
+        Proj                    [D, D] (SAVE_LINEAR or CENTRED, or LINEAR == 1 with a Mask)
         Order                   [M]: the host row of each query (ORDERED)
         Out, Linear             [B, M, heads, D] in V's dtype, in host order: the output, the branch before Proj (SAVE_LINEAR)
         Lse                     [B * heads, rows * BLOCK_Q] FP32 (SAVE_LSE)
@@ -134,11 +164,22 @@ def _sparse_linear_kernel(
         # Loaded again: kept in registers through the loops, it would push others out.
         features = phi(load_rows(queries, n, d, D).to(tl.float32), live[None, :], SOFTMAX, 1)
         both = live[:, None] & live[None, :]
-        owner = head if LINEAR == 1 else head * rows + row
+        PAIRS: tl.constexpr = LINEAR == 1 and Mask is not None
+        owner = head if LINEAR == 1 and not PAIRS else head * rows + row
+        if PAIRS:
+            pairs, weights = linear_pairs(
+                features, keys, values, chosen, near, Mask, row, n, columns, d, live, D, BLOCK_K, TILE_K, SOFTMAX, PRECISION
+            )  # fmt: skip
         state = tl.load(State + (owner * D + d)[:, None] * D + d[None, :], mask=both, other=0.0)
         total = tl.load(Total + owner * D + d, mask=live, other=0.0)
-        norm = tl.maximum(tl.sum(features * total[None, :], 1), 1e-37)
-        linear = tl.dot(features.to(dtype), state.to(dtype), input_precision=PRECISION) / norm[:, None]
+        norm = tl.sum(features * total[None, :], 1)
+        if PAIRS:
+            norm += weights
+        norm = tl.maximum(norm, 1e-37)
+        linear = tl.dot(features.to(dtype), state.to(dtype), input_precision=PRECISION)
+        if PAIRS:
+            linear += pairs
+        linear = linear / norm[:, None]
         if CENTRED:
             mu = tl.load(Mu + head * D + d, mask=live, other=0.0)
             if Mask is not None:
@@ -146,7 +187,7 @@ def _sparse_linear_kernel(
             linear += mu[None, :]
         if SAVE_LINEAR:
             tl.store(Linear + to[:, None] * D + d[None, :], linear.to(dtype), mask=inside)
-        if SAVE_LINEAR or CENTRED:
+        if SAVE_LINEAR or CENTRED or PAIRS:
             proj = tl.load(Proj + d[None, :] * D + d[:, None], mask=both, other=0.0)
             linear = tl.dot(linear.to(dtype), proj.to(dtype), input_precision=PRECISION)
         out += linear
@@ -224,7 +265,13 @@ def forward(operands: Operands, *, save_lse: bool = False, save_linear: bool = F
     state = total = None
     source: tuple[Tensor, Tensor] = nothing, nothing
     folded = None if save_linear or mu is not None else proj
-    if linear == "all":
+    if linear == "all" and mask is not None:
+        bits_of_all = mask.not_whole().expand(batch, heads, -1, -1)
+        source = marginal_states(
+            k, v, bits_of_all.contiguous(), tokens=tokens, marginal=columns, feature_map=operands.feature_map, block_k=block_k,
+            scales=mask.scales,
+        )  # fmt: skip
+    elif linear == "all":
         assert proj is not None
         state, total = linear_state(k, v, tokens, operands.feature_map, block_k)
         source = (state if folded is None else state @ folded.to(state.dtype).mT), total

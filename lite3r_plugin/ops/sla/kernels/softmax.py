@@ -62,15 +62,20 @@ def is_partly(Mask, row, column, columns):
 
 
 @triton.jit
-def hide(score, Mask, queries, keys, TRANSPOSED: tl.constexpr):
-    """Scores ``[queries, keys]``, or if TRANSPOSED ``[keys, queries]``, with -inf for what the mask of those tokens hides."""
+def is_seen(Mask, queries, keys, TRANSPOSED: tl.constexpr):
+    """Which of those tokens see each other: ``[queries, keys]``, or if TRANSPOSED ``[keys, queries]``."""
     first, last = tl.load(Mask.first + queries), tl.load(Mask.last + queries)
     low, high = tl.load(Mask.low + keys), tl.load(Mask.high + keys)
     if TRANSPOSED:
-        seen = (first[None, :] <= high[:, None]) & (low[:, None] <= last[None, :])
-    else:
-        seen = (first[:, None] <= high[None, :]) & (low[None, :] <= last[:, None])
-    return tl.where(seen, score, float("-inf"))
+        return (first[None, :] <= high[:, None]) & (low[:, None] <= last[None, :])
+    else:  # noqa: RET505 (without it both are compiled)
+        return (first[:, None] <= high[None, :]) & (low[None, :] <= last[:, None])
+
+
+@triton.jit
+def hide(score, Mask, queries, keys, TRANSPOSED: tl.constexpr):
+    """Scores, of `is_seen`'s shape, with -inf for what is not seen."""
+    return tl.where(is_seen(Mask, queries, keys, TRANSPOSED), score, float("-inf"))
 
 
 @triton.jit
