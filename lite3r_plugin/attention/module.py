@@ -26,7 +26,7 @@ from ..ops.block_map import density, masked_density
 from ..ops.dispatch import SlowPathWarning, require_one_device, use_triton
 from ..ops.fp8 import fake_quantize
 from ..ops.qk_norm_rope import norm_rope
-from ..ops.sla import KeyCache, KeyTokens, SegmentMask, linear_attention, sparse_linear_attention, why_not_masked
+from ..ops.sla import KeyCache, KeyTokens, SegmentMask, linear_attention, sparse_linear_attention
 from ..tokens.layout import pinned_tokens
 from ..tokens.tracker import LayoutTracker, Source, call, checked
 from ..wrapper import Changes, HostWrapper, may_be_read
@@ -415,12 +415,9 @@ class SparseLinearAttention(HostWrapper):
 
     def _attend_masked(self, inputs: AttentionInputs, proj: Tensor | None) -> Tensor:
         """Attention with a mask. Sparse it pays where it does without one, or more: a mask leaves less to compute, which dense attention
-        does not make use of. Where torch operators would do it, it pays only where somebody says so."""
-        config, branch = self.state.config, self.keep_ratio == 1 and self.state.config.linear_branch == "all"
+        does not make use of."""
+        branch = self.keep_ratio == 1 and self.state.config.linear_branch == "all"
         sparse = self.pays(inputs.v, self.pinned(inputs.layout))
-        if sparse and config.dense_below is None and (reason := self._why_not_masked(inputs)):
-            self.note(f"{reason}; from dense_below tokens on, if it is set, torch operators run it, which is slow")
-            return self.dense(inputs)
         if not sparse and not branch:
             self.begin_dense()
             return self.dense(inputs)
@@ -436,11 +433,6 @@ class SparseLinearAttention(HostWrapper):
         else:
             self.begin_dense()
         return self._sparse_linear(inputs, proj, mask, self.keep_ratio)
-
-    def _why_not_masked(self, inputs: AttentionInputs) -> str | None:
-        """The reason why the kernels cannot take a mask in this call."""
-        learns = torch.is_grad_enabled() and any(x.requires_grad for x in (inputs.q, inputs.k, inputs.v))
-        return why_not_masked(True, self.state.config.linear_branch, learns)
 
     def _masked_density(self, mask: SegmentMask, layout: TokenLayout | None) -> float:
         """The density of a call with a mask over the views of a sequence with that layout."""

@@ -21,6 +21,8 @@ class KernelMask(NamedTuple):
         chosen, left_out: ``[rows]`` int32, how many of the free key blocks of each query block are critical, and negligible.
         near: ``[rows]`` int32, how many key blocks are critical: those, and what is not free.
         means: ``[3, rows]`` int32: how many key blocks are marginal, and from which to (exclusive) which column they lie.
+        partly: ``[2, rows]`` int32, from which to (exclusive) which column key blocks are partly allowed, for each query block.
+        partly_rows: ``[2, columns]`` int32, likewise from which to which query block, for each key block.
         scales: ``[rows]`` FP32, about one over the number of blocks that a linear branch has states of, a power of two: marginal ones, or
             if it is `over_all` those that are wholly allowed.
         first, last: ``[rows * block_q]`` int32, see `Allowed`; queries after the last see all.
@@ -32,6 +34,8 @@ class KernelMask(NamedTuple):
     left_out: Tensor
     near: Tensor
     means: Tensor
+    partly: Tensor
+    partly_rows: Tensor
     scales: Tensor
     first: Tensor
     last: Tensor
@@ -57,13 +61,12 @@ class KernelMask(NamedTuple):
         kinds[:, 0] = torch.where(near > 0, kinds[:, 0], PARTLY)
         marginal = count - chosen - left_out
         states = ((kinds == FREE) | (kinds == WHOLE)).sum(-1) if over_all else marginal
-        column = torch.arange(columns, device=kinds.device, dtype=torch.int32)
-        start, end = torch.where(free, column, columns).amin(-1), torch.where(free, column + 1, 0).amax(-1)
-        means = torch.stack((marginal, torch.where(marginal > 0, start, 0), torch.where(marginal > 0, end, 0)))
+        free_columns, partly = _spans(free), kinds == PARTLY
+        means = torch.stack((marginal, *torch.where(marginal > 0, free_columns, 0)))
         tokens, keys = len(mask.first), len(mask.low)
         more_queries, more_keys = (0, rows * block_q - tokens), (0, columns * block_k - keys)
         return cls(
-            kinds.contiguous(), chosen, left_out, near.clamp(min=1), means,
+            kinds.contiguous(), chosen, left_out, near.clamp(min=1), means, _spans(partly), _spans(partly.mT),
             scales=torch.exp2(-states.clamp(min=1).float().log2().ceil()),
             first=F.pad(mask.first, more_queries, value=-1), last=F.pad(mask.last, more_queries, value=keys),
             low=F.pad(mask.low, more_keys, value=keys + 1), high=F.pad(mask.high, more_keys, value=-2),
@@ -73,3 +76,9 @@ class KernelMask(NamedTuple):
         """A bit for each key block that is not wholly allowed: ``[rows, ceil(columns / 32)]`` int32."""
         bits = F.pad(((self.kinds != FREE) & (self.kinds != WHOLE)).int(), (0, -self.kinds.shape[1] % 32)).unflatten(-1, (-1, 32))
         return (bits << torch.arange(32, device=bits.device, dtype=torch.int32)).sum(-1, dtype=torch.int32)
+
+
+def _spans(chosen: Tensor) -> Tensor:
+    """Where what is chosen starts and ends in each row of ``[M, N]`` bool: ``[2, M]`` int32."""
+    place = torch.arange(chosen.shape[1], device=chosen.device, dtype=torch.int32)
+    return torch.stack((torch.where(chosen, place, chosen.shape[1]).amin(-1), torch.where(chosen, place + 1, 0).amax(-1)))

@@ -18,7 +18,6 @@ The pass before attention is `ops.qk_norm_rope`, the choice of blocks `ops.block
 from ..block_map import SegmentMask
 from .api import KeyTokens, linear_attention, sparse_linear_attention
 from .cache import KeyCache
-from .forward import why_not_masked
 from .naive import merge
 
-__all__ = ["KeyCache", "KeyTokens", "SegmentMask", "linear_attention", "merge", "sparse_linear_attention", "why_not_masked"]
+__all__ = ["KeyCache", "KeyTokens", "SegmentMask", "linear_attention", "merge", "sparse_linear_attention"]

@@ -14,7 +14,7 @@ from ..dispatch import require_one_device, under_trace, use_triton, without_auto
 from ..options import Backend, FeatureMap, LinearBranch, check_choice, check_ratio, check_rope_base, check_share, is_int, is_number
 from ..qk_norm_rope import NO_NORM, HeadNorm, norm_tensors
 from . import forward, naive, operators
-from .signature import Arguments, Needed
+from .signature import Arguments
 
 LARGEST_BLOCK = 2**15
 _CHOICES = {"linear": get_args(LinearBranch), "feature_map": get_args(FeatureMap), "backend": get_args(Backend)}
@@ -112,7 +112,7 @@ def sparse_linear_attention(
             `pinned_tokens` and `positions` are then those of queries alone. ``KeyTokens()`` for keys of which there is nothing to say.
         mask: Which keys a query may see, by segments of tokens: frame-causal, a window over frames, block-diagonal. Ratios are then of
             the key blocks that all queries of a block may see, those that some may see are kept, and pins hold within the mask. All
-            forms of the operator respect it; gradients of q, k and v by way of a linear branch over all tokens run in torch operators.
+            forms of the operator respect it.
         q_norm, k_norm, positions, rope_base: Norm and rotary embedding to apply first; see `prepare_qkv`.
         scale, linear, feature_map, proj, block_means, block_q, block_k: See `naive.sparse_linear_attention`.
         backend: ``"auto"``, ``"triton"`` or ``"naive"``.
@@ -167,9 +167,8 @@ def sparse_linear_attention(
 def _run(arguments: Arguments) -> tuple[Tensor, Tensor | None]:
     """The output and, if it is wanted, the log-sum-exp: in a graph as an operator, else with or without a function of autograd."""
     needed = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in arguments.inputs]
-    learns = Needed(*needed).attention
     # torch operators can be seen as they are; a compiler gets one node for them too
-    if torch.compiler.is_compiling() or (under_trace() and forward.on_triton(arguments, any(needed), learns)):
+    if torch.compiler.is_compiling() or (under_trace() and forward.on_triton(arguments, needs_grad=any(needed))):
         if any(needed):
             out, lse, _ = operators.train(needed, *arguments)
         elif arguments.return_lse:
@@ -177,7 +176,7 @@ def _run(arguments: Arguments) -> tuple[Tensor, Tensor | None]:
         else:
             out, lse = operators.infer(*arguments), []
         return out.transpose(1, 2), lse[0] if lse else None
-    if any(needed) and not arguments.is_empty and forward.on_triton(arguments, needs_grad=True, learns=learns):
+    if any(needed) and not arguments.is_empty and forward.on_triton(arguments, needs_grad=True):
         from .backward import SparseLinearAttentionFunction
 
         return SparseLinearAttentionFunction.apply(*arguments)

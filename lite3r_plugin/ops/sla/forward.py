@@ -43,31 +43,18 @@ def run(arguments: Arguments, *, needs_grad: bool = False, prepared: Prepared | 
     arguments = arguments.contiguous()
     # Autocast would run the pooled scores and the linear state in half precision.
     with without_autocast(arguments.v), on_device_of(arguments.v):
-        triton = on_triton(arguments, needs_grad, learns=needs_grad)
+        triton = on_triton(arguments, needs_grad)
         prepared = arguments.prepared(triton) if prepared is None else prepared
         return _on_triton(arguments, prepared) if triton else _on_torch(arguments, prepared)
 
 
-def on_triton(arguments: Arguments, needs_grad: bool = False, learns: bool = False) -> bool:
+def on_triton(arguments: Arguments, needs_grad: bool = False) -> bool:
     """Whether the kernels run for this call; else torch operators do, which warns on a GPU.
-
-    Args:
-        arguments: The call.
-        needs_grad: Whether anything needs a gradient.
-        learns: Whether anything but Proj does.
 
     Raises:
         BackendError: the backend is ``"triton"`` and the kernels cannot take the call.
     """
-    return use_triton(arguments.backend, arguments.v, needs_grad, why_not_masked(arguments.mask is not None, arguments.linear, learns))
-
-
-def why_not_masked(masked: bool, linear: str, learns: bool) -> str | None:
-    """The reason why the kernels cannot take a mask, if there is one, with that linear branch, where more than Proj `learns`; None when
-    they can."""
-    if not masked or linear != "all" or not learns:
-        return None
-    return 'with a mask the kernels have no gradients of queries, keys and values by way of a linear branch over all tokens (linear="all")'
+    return use_triton(arguments.backend, arguments.v, needs_grad)
 
 
 def empty(arguments: Arguments) -> tuple[Tensor, Tensor | None]:
@@ -150,7 +137,7 @@ def train(needed: Needed, arguments: Arguments) -> tuple[Tensor, Tensor | None, 
     with torch.autocast(arguments.v.device.type, enabled=False), on_device_of(arguments.v), torch.no_grad():
         prepared = arguments.prepared(triton=True)
         operands = _operands(arguments, prepared, bits=True)
-        centred = needed.attention and arguments.linear == "marginal"
+        centred = needed.attention and arguments.per_row
         mu = _mean_value(arguments, prepared.v_mean) if centred else None
         out, made = forward(operands, save_lse=needed.attention or arguments.return_lse, save_linear=not needed.attention, mu=mu)
         lse = natural_lse(arguments, made.lse) if arguments.return_lse else None

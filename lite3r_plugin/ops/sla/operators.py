@@ -41,7 +41,7 @@ def _infer_lse(*flat: Any) -> tuple[Tensor, Tensor]:
 
 def _train(needed: list[bool], *flat: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     arguments = Arguments(*flat)
-    if forward.on_triton(arguments, needs_grad=True, learns=Needed(*needed).attention):
+    if forward.on_triton(arguments, needs_grad=True):
         out, lse, kept = forward.train(Needed(*needed), arguments)
     else:
         (out, lse), kept = forward.run(arguments, needs_grad=True), Saved()
@@ -85,8 +85,7 @@ def _fake_infer_lse(*flat: Any) -> tuple[Tensor, Tensor]:
 
 def _fake_train(needed: list[bool], *flat: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     arguments = Arguments(*flat)
-    on_triton = forward.on_triton(arguments, needs_grad=True, learns=Needed(*needed).attention)
-    kept = saved.empty(Needed(*needed), arguments).tensors() if on_triton else []
+    kept = saved.empty(Needed(*needed), arguments).tensors() if forward.on_triton(arguments, needs_grad=True) else []
     return _fake_infer(*flat), [_fake_infer_lse(*flat)[1]] if arguments.return_lse else [], kept
 
 

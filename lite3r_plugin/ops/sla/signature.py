@@ -157,6 +157,11 @@ class Arguments(NamedTuple):
         return self.negligible_ratio > 0 and (self.block_means or self.linear == "marginal")
 
     @property
+    def per_row(self) -> bool:
+        """Whether the linear branch has a state of each query block, not of each head."""
+        return self.linear == "marginal" or (self.linear == "all" and self.mask_queries is not None)
+
+    @property
     def skips(self) -> bool:
         """Whether other blocks than critical ones are not marginal."""
         return self.leaves_out or self.mask_queries is not None

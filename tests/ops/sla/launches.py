@@ -40,6 +40,9 @@ CASES = [  # dtype, head dimension, linear branch, what learns, block of keys if
     (torch.bfloat16, 64, "marginal", "all", 64, False, True),
     (torch.bfloat16, 128, "marginal", "all", 64, True, True),
     (torch.float32, 128, "marginal", "nothing", 64, False, True),
+    (torch.bfloat16, 64, "all", "all", 64, False, True),
+    (torch.float32, 64, "all", "all", 64, False, True),
+    (torch.bfloat16, 128, "all", "all", 64, False, True),
 ]
 
 

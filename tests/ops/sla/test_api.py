@@ -151,19 +151,6 @@ def test_gradients_with_a_mask(linear: str) -> None:
     assert torch.autograd.gradcheck(run, (q, k, v, proj), fast_mode=True)
 
 
-def test_the_kernels_say_what_they_have_not_with_masks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And leave such calls to torch operators where they may."""
-    q, k, v = (x.requires_grad_() for x in qkv(64, dim=32, dtype=torch.float32))
-    options: dict[str, Any] = dict(
-        keep_ratio=0.5, mask=SegmentMask(torch.arange(64) // 9), linear="all", proj=torch.eye(32), **KERNEL_BLOCKS
-    )
-    expected = sparse_linear_attention(q, k, v, backend="naive", **options)
-    monkeypatch.setattr(dispatch, "why_not_triton", lambda *_, **__: None)
-    assert torch.equal(sparse_linear_attention(q, k, v, **options), expected)
-    with pytest.raises(BackendError, match="with a mask the kernels have no gradients of queries, keys and values by way of a linear"):
-        sparse_linear_attention(q, k, v, backend="triton", **options)
-
-
 @pytest.mark.parametrize(
     ("mask", "message"),
     [

@@ -159,14 +159,14 @@ def assert_same_bits(found: Iterable[Tensor | None], expected: Iterable[Tensor |
     assert all(x is y is None or torch.equal(x, y) for x, y in zip(found, expected, strict=True))  # type: ignore[arg-type]
 
 
-def assert_forward(arguments: Arguments, needed: Needed | None = None) -> None:
+def assert_forward(arguments: Arguments) -> None:
     """Output and log-sum-exp of both forward passes on Triton, as near to FP64 as the definition in the same dtype."""
     if GPU and why_not_triton(arguments.q) is not None:
         pytest.skip(why_not_triton(arguments.q))
     nothing = Needed(*(False for _ in INPUTS))
     block_map = block_map_of(arguments)
     same, exact = (defined(with_leaves(arguments, nothing, wide), block_map) for wide in (False, True))
-    for found in (forward.run(arguments), forward.train(needed or all_of(arguments), arguments)[:2]):
+    for found in (forward.run(arguments), forward.train(all_of(arguments), arguments)[:2]):
         for got, torch_result, reference in zip(found, same, exact, strict=True):
             assert (got is None) == (reference is None)
             if got is None or torch_result is None or reference is None:
@@ -288,13 +288,12 @@ def test_masks(kind: str, branch: Branch, dtype: torch.dtype, keys: int | None) 
     ], ids=str,
 )  # fmt: skip
 def test_the_branch_over_all_that_a_mask_allows(kind: str, branch: Branch, dtype: torch.dtype) -> None:
-    """Without gradients, and with that of Proj."""
+    """Which has states of blocks that are wholly allowed, and pairs."""
     pinned = 40 if kind in ("causal", "window") else 0
     arguments = some_arguments(1500 if GPU else LONG, 64 if GPU else 32, dtype, branch, pinned_tokens=pinned, return_lse=True)
     arguments = masked(arguments, kind)
-    proj = Needed(*(name == "proj" for name in INPUTS))
-    assert_forward(arguments, proj)
-    assert_gradients(arguments._replace(return_lse=False), proj)
+    assert_forward(arguments)
+    assert_gradients(arguments)
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from .backward_options import dkv_options, dmeans_options, dq_options, uses_tma
 from .forward import Residuals
 from .linear import LOG2_E, precision
 from .linear_backward import PROGRAMS, Rows, by_rows, proj_gradient
+from .linear_pairs import add_query_gradient, key_gradients
 from .marginal import head_groups, marginal_sums
 from .operands import Operands
 from .softmax import padded_means
@@ -59,6 +60,8 @@ def backward(
         tile = max(options(operands)["TILE_K"] for options in (dq_options, dmeans_options))
         operands = operands._replace(means=padded_means(*operands.means, tile, operands.v.dtype))
     shared = by_rows(operands, residuals, out, grad, grad_lse)
+    if shared.pairs is not None and needs_q:
+        add_query_gradient(operands, shared.mu, shared.pairs, shared.dq)
     new_proj = torch.zeros_like if operands.linear == "none" else torch.empty_like
     found = OperandGradients(
         _empty(operands.q, operands.queries, in_token_order) if needs_q else None,
@@ -130,16 +133,17 @@ def _key_gradients(operands: Operands, shared: Rows, dk: Tensor, dv: Tensor, in_
         _dkv_kernel[(programs,)](
             q, operands.k, operands.v, do, shared.stats, work.rows, work.starts, work.early_starts, work.early_columns, *early, *mean_grads,
             e, dtotal, shared.mu, *(nothing if x is None else x for x in (operands.proj, operands.key_order)), dk, dv, operands.mask,
-            work.masked_part,
+            work.masked_part, *pairs,
             operands.tokens, rows, padded, heads, columns, work.rows.shape[-1], slots, work.part, mean_grads[0].shape[1],
             of_heads.start, operands.scale, operands.scale * LOG2_E.value,
             **operands.sizes, EARLY=is_early, MEANS=operands.means is not None, HOST=not in_token_order,
             ORDERED=operands.key_order is not None, TMA=uses_tma(operands), **operands.branch, **options,
         )  # fmt: skip
 
+    pairs = (None, None) if shared.pairs is None else key_gradients(operands, shared.mu, shared.pairs)
     if slots:
         launch(True, range(batch * heads), shared.e, shared.dtotal)
-    if operands.linear == "marginal":
+    if operands.per_row:
         for some in head_groups(batch * heads, columns, operands.v):
             launch(False, range(some.start, some.stop), *_block_gradients(operands, shared, some))
     else:
@@ -148,7 +152,7 @@ def _key_gradients(operands: Operands, shared: Rows, dk: Tensor, dv: Tensor, in_
 
 def _block_gradients(operands: Operands, shared: Rows, heads: slice) -> tuple[Tensor, Tensor]:
     """`Rows.e` and `Rows.dtotal` of each key block: those of query blocks for which it is marginal, summed; of key `heads`."""
-    bits, e, dtotal = (x[heads] for x in (operands.skipped.flatten(0, 1), shared.e, shared.dtotal))
+    bits, e, dtotal = (x[heads] for x in (operands.state_bits().flatten(0, 1), shared.e, shared.dtotal))
     into = e.new_empty(len(bits), operands.columns, *e.shape[2:]), dtotal.new_empty(len(bits), operands.columns, dtotal.shape[-1])
     scales = None if operands.mask is None else operands.mask.scales
     scale = operands.block_q / ((operands.marginal if scales is None else 1) * operands.block_k)

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from ...sizes import power_of_2
 from .linear import LINEAR, LOG2_E, linear_state, phi, precision
+from .linear_pairs import linear_pairs
 from .marginal import marginal_states
 from .operands import Operands
-from .softmax import attend, host_rows, is_lost, is_partly, is_seen, load_rows, padded_means, places
+from .softmax import attend, host_rows, is_lost, load_rows, padded_means, places
 
 
 class Residuals(NamedTuple):
@@ -41,35 +42,6 @@ class Residuals(NamedTuple):
     state: Tensor | None = None
     total: Tensor | None = None
     mu: Tensor | None = None
-
-
-@triton.jit
-def linear_pairs(
-    features, keys, values, chosen, near, Mask, row, n, columns, d, live,
-    D: tl.constexpr, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr, SOFTMAX: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The part of the linear branch that has no states: of keys in blocks that are partly allowed, token by token.
-
-    Arguments as those of `attend`, with the features of queries. Returns the sums of values ``[TILE_Q, DP]`` and of weights
-    ``[TILE_Q]``, in the scale of the states of a query block.
-    """
-    STEPS: tl.constexpr = BLOCK_K // TILE_K
-    dtype: tl.constexpr = values.dtype.element_ty
-    lanes = tl.arange(0, TILE_K)
-    rounded = features.to(dtype)
-    total = tl.zeros([features.shape[0]], tl.float32)
-    acc = tl.zeros([features.shape[0], d.shape[0]], tl.float32)
-    for i in range(0, near * STEPS):
-        block = tl.load(chosen + i // STEPS)
-        if is_partly(Mask, row, block, columns):
-            key = block * BLOCK_K + i % STEPS * TILE_K + lanes
-            k = phi(load_rows(keys, key, d, D).to(tl.float32), live[None, :], SOFTMAX, 1)
-            weights = tl.dot(rounded, tl.trans(k.to(dtype)), input_precision=PRECISION)
-            weights = tl.where(is_seen(Mask, n, key, False), weights, 0.0)
-            total += tl.sum(weights, 1)
-            acc = tl.dot(weights.to(dtype), load_rows(values, key, d, D), acc, input_precision=PRECISION)
-    scale = tl.load(Mask.scales + row) / BLOCK_K
-    return acc * scale, total * scale
 
 
 # Sizes must not specialise the kernel: any number of views and any image size run the same binary.
@@ -168,7 +140,8 @@ def _sparse_linear_kernel(
         owner = head if LINEAR == 1 and not PAIRS else head * rows + row
         if PAIRS:
             pairs, weights = linear_pairs(
-                features, keys, values, chosen, near, Mask, row, n, columns, d, live, D, BLOCK_K, TILE_K, SOFTMAX, PRECISION
+                features, keys, values, Mask, row, n, tl.load(Mask.partly + row), tl.load(Mask.partly + rows + row), columns, rows, d, live,
+                D, BLOCK_K, TILE_K, SOFTMAX, PRECISION,
             )  # fmt: skip
         state = tl.load(State + (owner * D + d)[:, None] * D + d[None, :], mask=both, other=0.0)
         total = tl.load(Total + owner * D + d, mask=live, other=0.0)
@@ -179,12 +152,17 @@ def _sparse_linear_kernel(
         linear = tl.dot(features.to(dtype), state.to(dtype), input_precision=PRECISION)
         if PAIRS:
             linear += pairs
+            if CENTRED:
+                linear -= weights[:, None] * tl.load(Mu + head * D + d, mask=live, other=0.0)[None, :]
         linear = linear / norm[:, None]
         if CENTRED:
             mu = tl.load(Mu + head * D + d, mask=live, other=0.0)
-            if Mask is not None:
-                mu = tl.where(tl.load(Mask.means + row) > 0, mu, 0.0)
-            linear += mu[None, :]
+            if PAIRS:
+                linear += tl.where(norm[:, None] > 1e-37, mu[None, :], 0.0)
+            else:
+                if Mask is not None:
+                    mu = tl.where(tl.load(Mask.means + row) > 0, mu, 0.0)
+                linear += mu[None, :]
         if SAVE_LINEAR:
             tl.store(Linear + to[:, None] * D + d[None, :], linear.to(dtype), mask=inside)
         if SAVE_LINEAR or CENTRED or PAIRS:
@@ -265,20 +243,14 @@ def forward(operands: Operands, *, save_lse: bool = False, save_linear: bool = F
     state = total = None
     source: tuple[Tensor, Tensor] = nothing, nothing
     folded = None if save_linear or mu is not None else proj
-    if linear == "all" and mask is not None:
-        bits_of_all = mask.not_whole().expand(batch, heads, -1, -1)
-        source = marginal_states(
-            k, v, bits_of_all.contiguous(), tokens=tokens, marginal=columns, feature_map=operands.feature_map, block_k=block_k,
-            scales=mask.scales,
-        )  # fmt: skip
-    elif linear == "all":
+    if linear == "all" and mask is None:
         assert proj is not None
         state, total = linear_state(k, v, tokens, operands.feature_map, block_k)
         source = (state if folded is None else state @ folded.to(state.dtype).mT), total
-    elif linear == "marginal" and marginal:
-        assert bits is not None
+    elif linear == "all" or (linear == "marginal" and marginal):
         source = marginal_states(
-            k, v, bits, tokens=tokens, marginal=marginal, feature_map=operands.feature_map, block_k=block_k, mu=mu, proj=folded,
+            k, v, operands.state_bits(), tokens=tokens, marginal=marginal, feature_map=operands.feature_map, block_k=block_k, mu=mu,
+            proj=None if linear == "all" else folded,
             scales=None if mask is None else mask.scales,
         )  # fmt: skip
         if mu is not None:

@@ -101,6 +101,19 @@ class Operands(NamedTuple):
         return self.columns - self.kv_indices.shape[-1] - self.negligible
 
     @property
+    def per_row(self) -> bool:
+        """Whether the linear branch has a state of each query block, not of each head."""
+        return self.linear == "marginal" or (self.linear == "all" and self.mask is not None)
+
+    def state_bits(self) -> Tensor:
+        """A bit for each key block that has no part in the state of a query block: ``[B, H, query blocks, words]`` int32."""
+        if self.linear == "all":
+            assert self.mask is not None
+            return self.mask.not_whole().expand(*self.q.shape[:2], -1, -1).contiguous()
+        assert self.skipped is not None
+        return self.skipped
+
+    @property
     def typical(self) -> int:
         """About how many key blocks are critical for a query block that is not pinned."""
         return self.kv_indices.shape[-1] if self.mask is None else max(1, self.columns // 8)
@@ -118,5 +131,7 @@ class Operands(NamedTuple):
 
     @property
     def branch(self) -> dict[str, object]:
-        """Constants of kernels that know of the linear branch."""
-        return dict(LINEAR=LINEAR[self.linear], SOFTMAX=self.feature_map == "softmax", PRECISION=precision(self.q))
+        """Constants of backward kernels that know of the linear branch."""
+        return dict(
+            LINEAR=LINEAR["marginal" if self.per_row else self.linear], SOFTMAX=self.feature_map == "softmax", PRECISION=precision(self.q)
+        )

@@ -58,7 +58,7 @@ def host_rows(places, head, heads, N):
 @triton.jit
 def is_partly(Mask, row, column, columns):
     """Whether a mask allows some pairs of a query and a key block alone."""
-    return tl.load(Mask.kinds + row.to(tl.int64) * columns + column) == 3
+    return tl.load(Mask.kinds + row * columns + column) == 3  # PARTLY; of kinds there are less than 2**31
 
 
 @triton.jit

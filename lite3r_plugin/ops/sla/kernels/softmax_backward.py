@@ -148,7 +148,7 @@ def _dq_kernel(
 @triton.jit(do_not_specialize=["N", "rows", "columns", "total", "slots", "part", "splits", "first_head"])
 def _dkv_kernel(
     QTiles, K, V, DOTiles, Stats, Rows, Starts, EarlyStarts, EarlyColumns, PartK, PartV, MeanDK, MeanDV, E, DTotal, Mu, Proj, Order, DK, DV,
-    Mask, Part, N, rows, padded, H, columns, total, slots, part, splits, first_head, scale, scale_log2,
+    Mask, Part, PairDK, PairDV, N, rows, padded, H, columns, total, slots, part, splits, first_head, scale, scale_log2,
     D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
     EARLY: tl.constexpr, LINEAR: tl.constexpr, SOFTMAX: tl.constexpr, MEANS: tl.constexpr,
     HOST: tl.constexpr, ORDERED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
@@ -172,6 +172,7 @@ def _dkv_kernel(
         DK                         [B, N, H, D] if HOST, else [B * H, padded, D], undefined after N tokens
         DV                         [B, N, H, D]
         Mask, Part                 a `KernelMask`, and i32: `part`; or None
+        PairDK, PairDV             [B * H, padded, D] FP32: from `_pairs_dkv_kernel`, or None
 
     All are contiguous. Sizes, LINEAR and SOFTMAX as in `_sparse_linear_kernel`; `scale_log2` is `scale` times log2(e).
     """
@@ -244,6 +245,10 @@ def _dkv_kernel(
             dk += (mean_dk / size)[None, :]
             dv += (mean_dv / size)[None, :]
         dk *= scale
+        if PairDK is not None:
+            to = (head * padded + key + own)[:, None] * D + d[None, :]
+            dk += tl.load(PairDK + to, mask=live, other=0.0)
+            dv += tl.load(PairDV + to, mask=live, other=0.0)
         n = key + own
         inside = live & (n < N)[:, None]
         host = host_rows(places(Order, n, N, ORDERED), head, H, N)
