@@ -12,7 +12,7 @@ from sla_cases import DEVICE, LENGTHS, random_qkv
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lite3r_plugin.errors import BackendError, ConfigError, WeightsError
+from lite3r_plugin.errors import ConfigError, WeightsError
 from lite3r_plugin.ops import dispatch
 from lite3r_plugin.ops.block_map import block_map
 from lite3r_plugin.ops.dispatch import triton_installed
