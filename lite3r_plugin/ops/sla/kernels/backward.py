@@ -60,8 +60,8 @@ def backward(
         tile = max(options(operands)["TILE_K"] for options in (dq_options, dmeans_options))
         operands = operands._replace(means=padded_means(*operands.means, tile, operands.v.dtype))
     shared = by_rows(operands, residuals, out, grad, grad_lse)
-    if shared.pairs is not None and needs_q:
-        add_query_gradient(operands, shared.mu, shared.pairs, shared.dq)
+    if shared.pair_grads is not None and needs_q:
+        add_query_gradient(operands, shared.mu, shared.pair_grads, shared.dq)
     new_proj = torch.zeros_like if operands.linear == "none" else torch.empty_like
     found = OperandGradients(
         _empty(operands.q, operands.queries, in_token_order) if needs_q else None,
@@ -140,7 +140,7 @@ def _key_gradients(operands: Operands, shared: Rows, dk: Tensor, dv: Tensor, in_
             ORDERED=operands.key_order is not None, TMA=uses_tma(operands), **operands.branch, **options,
         )  # fmt: skip
 
-    pairs = (None, None) if shared.pairs is None else key_gradients(operands, shared.mu, shared.pairs)
+    pairs = (None, None) if shared.pair_grads is None else key_gradients(operands, shared.mu, shared.pair_grads)
     if slots:
         launch(True, range(batch * heads), shared.e, shared.dtotal)
     if operands.per_row:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...sizes import power_of_2
 from .linear import LINEAR, LOG2_E, linear_state, phi, precision
-from .linear_pairs import linear_pairs
+from .linear_pairs import pairs_of
 from .marginal import marginal_states
 from .operands import Operands
 from .softmax import attend, host_rows, is_lost, load_rows, padded_means, places
@@ -47,7 +47,7 @@ class Residuals(NamedTuple):
 # Sizes must not specialise the kernel: any number of views and any image size run the same binary.
 @triton.jit(do_not_specialize=["M", "N", "rows", "columns", "kept", "mean_rows", "words", "pinned"])
 def _sparse_linear_kernel(
-    Q, K, V, Indices, AllIndices, Bits, KMeans, VMeans, State, Total, Mu, Proj, Order, Out, Lse, Linear, Failed, Mask,
+    Q, K, V, Indices, AllIndices, Bits, KMeans, VMeans, State, Total, Mu, Proj, Order, Out, Lse, Linear, Failed, Mask, Pairs,
     M, N, padded, heads, rows, columns, kept, mean_rows, words, pinned, scale_log2,
     D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
     LINEAR: tl.constexpr, SOFTMAX: tl.constexpr, CENTRED: tl.constexpr, MEANS: tl.constexpr, ORDERED: tl.constexpr,
@@ -73,6 +73,7 @@ def _sparse_linear_kernel(
         Lse                     [B * heads, rows * BLOCK_Q] FP32 (SAVE_LSE)
         Failed                  [programs] i32: FIXED writes which tiles are to be retried, RETRY reads it
         Mask                    a `KernelMask`, or None: then Indices holds those of all query blocks, with kept for a stride alone
+        Pairs                   `Pairs` of LINEAR == 1 with a Mask, centred if CENTRED; or None
 
     Sizes: M queries; N keys, `padded` with padding; `rows` query blocks, the first `pinned` of which attend to all of `columns` key
     blocks and the others to `kept`; `words` of 32 bits. Scores are multiplied by `scale_log2`, the scale times log2(e). DP is D up to a
@@ -136,24 +137,18 @@ def _sparse_linear_kernel(
         # Loaded again: kept in registers through the loops, it would push others out.
         features = phi(load_rows(queries, n, d, D).to(tl.float32), live[None, :], SOFTMAX, 1)
         both = live[:, None] & live[None, :]
-        PAIRS: tl.constexpr = LINEAR == 1 and Mask is not None
+        PAIRS: tl.constexpr = Pairs is not None
         owner = head if LINEAR == 1 and not PAIRS else head * rows + row
-        if PAIRS:
-            pairs, weights = linear_pairs(
-                features, keys, values, Mask, row, n, tl.load(Mask.partly + row), tl.load(Mask.partly + rows + row), columns, rows, d, live,
-                D, BLOCK_K, TILE_K, SOFTMAX, PRECISION,
-            )  # fmt: skip
         state = tl.load(State + (owner * D + d)[:, None] * D + d[None, :], mask=both, other=0.0)
         total = tl.load(Total + owner * D + d, mask=live, other=0.0)
         norm = tl.sum(features * total[None, :], 1)
         if PAIRS:
-            norm += weights
+            at = head * rows * BLOCK_Q + n
+            norm += tl.load(Pairs.norm + at)
         norm = tl.maximum(norm, 1e-37)
         linear = tl.dot(features.to(dtype), state.to(dtype), input_precision=PRECISION)
         if PAIRS:
-            linear += pairs
-            if CENTRED:
-                linear -= weights[:, None] * tl.load(Mu + head * D + d, mask=live, other=0.0)[None, :]
+            linear += load_rows(Pairs.numerator, at, d, D)
         linear = linear / norm[:, None]
         if CENTRED:
             mu = tl.load(Mu + head * D + d, mask=live, other=0.0)
@@ -257,6 +252,7 @@ def forward(operands: Operands, *, save_lse: bool = False, save_linear: bool = F
             state, total = source
     else:
         linear = "none"
+    pairs = pairs_of(operands, mu) if linear == "all" and mask is not None else None
     everything = torch.arange(columns, device=q.device, dtype=torch.int32) if pinned else operands.kv_indices
     options = launch_options(block_q, block_k, dim, q.dtype)
     padded_mean = None if means is None else padded_means(*means, options["TILE_K"], v.dtype)
@@ -266,7 +262,7 @@ def forward(operands: Operands, *, save_lse: bool = False, save_linear: bool = F
     failed = torch.empty(programs, device=q.device, dtype=torch.int32) if fixed else nothing
     arguments = (
         q, k, v, operands.kv_indices, everything, nothing if means is None else bits, *(padded_mean or (nothing, nothing)), *source,
-        *(nothing if x is None else x for x in (mu, proj, order, out, lse, branch, failed)), mask,
+        *(nothing if x is None else x for x in (mu, proj, order, out, lse, branch, failed)), mask, pairs,
         queries, tokens, k.shape[2], heads, rows, columns, kept, mean_rows, words, pinned, operands.scale * LOG2_E.value,
     )  # fmt: skip
     constants = dict(

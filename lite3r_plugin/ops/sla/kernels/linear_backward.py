@@ -27,7 +27,7 @@ from ...sizes import power_of_2
 from .backward_options import rows_options
 from .forward import Residuals
 from .linear import phi, precision
-from .linear_pairs import Pairs, pairs_of
+from .linear_pairs import PairGradients, Pairs, pairs_of
 from .operands import Operands
 from .softmax import host_rows, places
 from .softmax_backward import lse_place, phi_backward
@@ -37,9 +37,9 @@ PROGRAMS = 512  # of kernels that add up over many query blocks: enough to fill 
 
 @triton.jit(do_not_specialize=["M", "rows", "pinned", "per_split"])
 def _rows_kernel(
-    Q, Out, GradOut, GradLse, Lse, Order, State, Total, Mu, Proj, DO, Stats, DQ, E, DTotal, DSum, Mask, Pairs,
+    Q, Out, GradOut, GradLse, Lse, Order, State, Total, Mu, Proj, DO, Stats, DQ, E, DTotal, DSum, Mask, Pairs, PairGrads,
     M, padded, H, rows, pinned, per_split, stride_b, stride_h, stride_n,
-    D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, TILE_Q: tl.constexpr,
     LINEAR: tl.constexpr, SOFTMAX: tl.constexpr, ORDERED: tl.constexpr, OF_LSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dO in token order, delta, and what the linear branch needs, of `per_split` query blocks of one head; programs [splits, B * H].
@@ -64,9 +64,9 @@ def _rows_kernel(
                          is 1, those of each query block, divided by BLOCK_Q
         DSum             [B * H, splits, D] FP32: sums of dO
 
-    All but GradOut are contiguous; Mask is a `KernelMask`, or None; Pairs are those of `linear_pairs.py`, or None. What follows Order is
-    used with a linear branch alone (LINEAR as in `_sparse_linear_kernel`), but for DO, Stats and Mask. `rows` query blocks, of which the
-    first `pinned` have no marginal blocks.
+    All but GradOut are contiguous; Mask is a `KernelMask`, or None; Pairs and PairGrads are those of `linear_pairs.py`, or None. What
+    follows Order is used with a linear branch alone (LINEAR as in `_sparse_linear_kernel`), but for DO, Stats and Mask. `rows` query
+    blocks, of which the first `pinned` have no marginal blocks.
     """
     STEPS: tl.constexpr = BLOCK_Q // TILE_Q
     split = tl.program_id(0)
@@ -128,7 +128,8 @@ def _rows_kernel(
             along = tl.sum(u.to(tl.float32) * tl.dot(rounded, state, input_precision=PRECISION), 1)
             if Pairs is not None:
                 pairs = tl.load(Pairs.numerator + at, mask=live[None, :], other=0.0)
-                along += tl.sum(u.to(tl.float32) * tl.dot(pairs, tl.trans(proj.to(dtype)), input_precision=PRECISION), 1)
+                a = tl.dot(u, proj.to(dtype), input_precision=PRECISION)
+                along += tl.sum(a * pairs.to(tl.float32), 1)
             delta -= along
             dnorm = -along * inverse
             dtotal += tl.sum(features * dnorm[:, None], 0)
@@ -137,11 +138,10 @@ def _rows_kernel(
         if Mask is not None:
             lse = tl.where(lse == float("-inf"), 0.0, lse)  # of a query that sees nothing, whose scores are all hidden
             if Pairs is not None:
-                states = tl.load(Mask.scales + split) / BLOCK_K
-                tl.store(Pairs.u + at, u, mask=live[None, :])
-                a = tl.dot(u, proj.to(dtype), input_precision=PRECISION) * states
-                tl.store(Pairs.a + at, a.to(dtype), mask=live[None, :])
-                tl.store(Pairs.b + own, dnorm * states)
+                scale_of_pairs = tl.load(PairGrads.scales + split)
+                tl.store(PairGrads.u + at, u, mask=live[None, :])
+                tl.store(PairGrads.a + at, (a * scale_of_pairs).to(dtype), mask=live[None, :])
+                tl.store(PairGrads.b + own, dnorm * scale_of_pairs)
         tl.store(lse_place(Stats, own), lse)
         if OF_LSE:
             delta -= grad_lse
@@ -203,8 +203,8 @@ class Rows(NamedTuple):
     `stats` FP32 holds lse of 64 queries, their delta, lse of the next 64, and so on. `dq` is the share of the linear branch.
 
     `e` and `dtotal` lead to the gradients of phi(k)^T v and phi(k) summed over all tokens, or over marginal blocks of the states
-    of each query block, divided by `block_q`. `state` is what `e` belongs to, `dsum` sums of dO, `mu` the mean value. `pairs` are
-    those of a branch over all tokens with a mask.
+    of each query block, divided by `block_q`. `state` is what `e` belongs to, `dsum` sums of dO, `mu` the mean value. `pairs` and
+    `pair_grads` are those of a branch over all tokens with a mask.
     """
 
     do: Tensor
@@ -216,6 +216,7 @@ class Rows(NamedTuple):
     dsum: Tensor
     mu: Tensor
     pairs: Pairs | None
+    pair_grads: PairGradients | None
 
 
 def by_rows(operands: Operands, residuals: Residuals, out: Tensor, grad: Tensor, grad_lse: Tensor | None) -> Rows:
@@ -223,6 +224,7 @@ def by_rows(operands: Operands, residuals: Residuals, out: Tensor, grad: Tensor,
     batch, heads, padded, dim = operands.q.shape
     rows = operands.kv_indices.shape[-2]
     branch, marginal, pairs = operands.linear != "none", operands.per_row, None
+    pair_grads = None
     per_split = -(-rows // max(1, PROGRAMS // (batch * heads))) if branch and not marginal else 1
     splits = -(-rows // per_split)
 
@@ -243,22 +245,23 @@ def by_rows(operands: Operands, residuals: Residuals, out: Tensor, grad: Tensor,
         if marginal:
             assert residuals.mu is not None
             mu = residuals.mu
-            pairs = pairs_of(operands, mu) if operands.linear == "all" else None
+            if operands.linear == "all":
+                pairs, pair_grads = pairs_of(operands, mu), PairGradients.empty(operands)
         else:
             mu = state.sum(-2) / total.sum(-1, keepdim=True)
             state = state - total[..., None] * mu[..., None, :]
     _rows_kernel[(splits, batch * heads)](
         operands.q, out, grad, do if grad_lse is None else grad_lse, residuals.lse, do if operands.order is None else operands.order,
         state, total, mu, operands.proj if branch else do,
-        do, stats, dq, e, dtotal, dsum, operands.mask, pairs,
+        do, stats, dq, e, dtotal, dsum, operands.mask, pairs, pair_grads,
         operands.queries, padded, heads, rows, operands.pinned, per_split, *grad.stride()[:3],
-        D=dim, DP=power_of_2(dim), BLOCK_Q=operands.block_q, BLOCK_K=operands.block_k, ORDERED=operands.order is not None,
+        D=dim, DP=power_of_2(dim), BLOCK_Q=operands.block_q, ORDERED=operands.order is not None,
         OF_LSE=grad_lse is not None, **operands.branch,
         **rows_options(operands),
     )  # fmt: skip
     if branch and not marginal:
         e, dtotal = e.sum(1) / operands.tokens, dtotal.sum(1) / operands.tokens
-    return Rows(do, stats, dq, e, dtotal, state, dsum, mu, pairs)
+    return Rows(do, stats, dq, e, dtotal, state, dsum, mu, pairs, pair_grads)
 
 
 def proj_gradient(operands: Operands, shared: Rows) -> Tensor:
@@ -269,8 +272,8 @@ def proj_gradient(operands: Operands, shared: Rows) -> Tensor:
     else:
         # Products of D x D matrices in FP64: they cost nothing, and TF32 may be on for FP32.
         dproj = (e.double().mT @ state.double()) * operands.tokens
-    if shared.pairs is not None:
-        dproj = dproj + proj_backward(shared.pairs.u[:, None], shared.pairs.numerator[:, :, None])
+    if shared.pairs is not None and shared.pair_grads is not None:
+        dproj = dproj + proj_backward(shared.pair_grads.u[:, None], shared.pairs.numerator[:, :, None])
     return dproj + shared.dsum.sum(1).double().mT @ shared.mu.double()
 
 

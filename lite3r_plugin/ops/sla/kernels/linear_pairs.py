@@ -27,47 +27,39 @@ from .softmax_backward import phi_backward
 
 
 class Pairs(NamedTuple):
-    """What the backward pass needs of the pairs.
+    """What pairs add to the branch.
 
     Attributes:
-        numerator: ``[B * H, padded, D]`` in v's dtype, and norm ``[B * H, padded]`` FP32: their part of the branch.
-        norm: See above.
-        u, a: ``[B * H, padded, D]`` in v's dtype, see the module's docstring; the pass over rows writes them.
-        b: ``[B * H, padded]`` FP32, likewise.
+        numerator: ``[B * H, padded, D]`` in v's dtype.
+        norm: ``[B * H, padded]`` FP32.
     """
 
     numerator: Tensor
     norm: Tensor
+
+
+class PairGradients(NamedTuple):
+    """What the gradients of pairs are made of, see the module's docstring; the pass over rows writes it.
+
+    Attributes:
+        u, a: ``[B * H, padded, D]`` in v's dtype.
+        b: ``[B * H, padded]`` FP32.
+        scales: ``[rows]`` FP32: c of each query block.
+    """
+
     u: Tensor
     a: Tensor
     b: Tensor
+    scales: Tensor
 
-
-@triton.jit
-def linear_pairs(
-    features, keys, values, Mask, row, n, first, last, columns, rows, d, live,
-    D: tl.constexpr, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr, SOFTMAX: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Sums over the keys of partly allowed blocks: of values ``[TILE_Q, DP]`` and of weights ``[TILE_Q]``, in the scale of states.
-
-    For queries `n`, of query block `row`, with their features. Pointers are those of one head.
-    """
-    STEPS: tl.constexpr = BLOCK_K // TILE_K
-    dtype: tl.constexpr = values.dtype.element_ty
-    lanes = tl.arange(0, TILE_K)
-    rounded = features.to(dtype)
-    total = tl.zeros([features.shape[0]], tl.float32)
-    acc = tl.zeros([features.shape[0], d.shape[0]], tl.float32)
-    for i in range(first * STEPS, last * STEPS):
-        if is_partly(Mask, row, i // STEPS, columns):
-            key = i * TILE_K + lanes
-            k = phi(load_rows(keys, key, d, D).to(tl.float32), live[None, :], SOFTMAX, 1)
-            weights = tl.dot(rounded, tl.trans(k.to(dtype)), input_precision=PRECISION)
-            weights = tl.where(is_seen(Mask, n, key, False), weights, 0.0)
-            total += tl.sum(weights, 1)
-            acc = tl.dot(weights.to(dtype), load_rows(values, key, d, D), acc, input_precision=PRECISION)
-    scale = tl.load(Mask.scales + row) / BLOCK_K
-    return acc * scale, total * scale
+    @classmethod
+    def empty(cls, operands: Operands) -> PairGradients:
+        """With nothing written but `scales`."""
+        batch, heads, padded, dim = operands.q.shape
+        u, a = (torch.empty(batch * heads, padded, dim, device=operands.q.device, dtype=operands.v.dtype) for _ in range(2))
+        b = torch.empty(batch * heads, padded, device=operands.q.device, dtype=torch.float32)
+        assert operands.mask is not None
+        return cls(u, a, b, operands.mask.scales / operands.block_k)
 
 
 @triton.jit(do_not_specialize=["rows", "columns"])
@@ -76,31 +68,41 @@ def _pairs_kernel(
     D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
     SOFTMAX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`linear_pairs` of TILE_Q queries, of values less Mu; programs [tiles of query blocks, B * H].
+    """`Pairs` of TILE_Q queries, of values less Mu unless it is None; programs [tiles of query blocks, B * H].
 
         Q, Numerator        [B * H, rows * BLOCK_Q, D]
         K, V                [B * H, padded, D]
-        Mu                  [B * H, D] FP32
+        Mu                  [B * H, D] FP32, or None
         Mask                a `KernelMask`
         Norm                [B * H, rows * BLOCK_Q] FP32
 
     All are contiguous.
     """
+    STEPS: tl.constexpr = BLOCK_K // TILE_K
+    dtype: tl.constexpr = V.dtype.element_ty
     head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) // (BLOCK_Q // TILE_Q)
     n = tl.program_id(0) * TILE_Q + tl.arange(0, TILE_Q)
+    lanes = tl.arange(0, TILE_K)
     d = tl.arange(0, DP)
     live = d < D
     at = head * rows * BLOCK_Q + n
-    features = phi(load_rows(Q, at, d, D).to(tl.float32), live[None, :], SOFTMAX, 1)
-    first, last = tl.load(Mask.partly + row), tl.load(Mask.partly + rows + row)
-    acc, total = linear_pairs(
-        features, K + head * padded * D, V + head * padded * D, Mask, row, n, first, last, columns, rows, d, live,
-        D, BLOCK_K, TILE_K, SOFTMAX, PRECISION,
-    )  # fmt: skip
-    acc -= total[:, None] * tl.load(Mu + head * D + d, mask=live, other=0.0)[None, :]
-    tl.store(Numerator + at[:, None] * D + d[None, :], acc.to(Numerator.dtype.element_ty), mask=live[None, :])
-    tl.store(Norm + at, total)
+    q = phi(load_rows(Q, at, d, D).to(tl.float32), live[None, :], SOFTMAX, 1).to(dtype)
+    total = tl.zeros([TILE_Q], tl.float32)
+    acc = tl.zeros([TILE_Q, DP], tl.float32)
+    for i in range(tl.load(Mask.partly + row) * STEPS, tl.load(Mask.partly + rows + row) * STEPS):
+        if is_partly(Mask, row, i // STEPS, columns):
+            key = i * TILE_K + lanes
+            k = phi(load_rows(K, head * padded + key, d, D).to(tl.float32), live[None, :], SOFTMAX, 1)
+            weights = tl.dot(q, tl.trans(k.to(dtype)), input_precision=PRECISION)
+            weights = tl.where(is_seen(Mask, n, key, False), weights, 0.0)
+            total += tl.sum(weights, 1)
+            acc = tl.dot(weights.to(dtype), load_rows(V, head * padded + key, d, D), acc, input_precision=PRECISION)
+    if Mu is not None:
+        acc -= total[:, None] * tl.load(Mu + head * D + d, mask=live, other=0.0)[None, :]
+    scale = tl.load(Mask.scales + row) / BLOCK_K
+    tl.store(Numerator + at[:, None] * D + d[None, :], (acc * scale).to(dtype), mask=live[None, :])
+    tl.store(Norm + at, total * scale)
 
 
 @triton.jit(do_not_specialize=["rows", "columns"])
@@ -111,7 +113,7 @@ def _pairs_dq_kernel(
 ):  # fmt: skip
     """Adds to DQ the gradient of TILE_Q queries by way of their pairs; programs [tiles of query blocks, B * H].
 
-    A and DQ ``[B * H, rows * BLOCK_Q, D]`` and B ``[B * H, rows * BLOCK_Q]``, see `Pairs`; the rest as in `_pairs_kernel`.
+    A and DQ ``[B * H, rows * BLOCK_Q, D]`` and B ``[B * H, rows * BLOCK_Q]``, see `PairGradients`; the rest as in `_pairs_kernel`.
     """
     STEPS: tl.constexpr = BLOCK_K // TILE_K
     dtype: tl.constexpr = V.dtype.element_ty
@@ -180,31 +182,30 @@ def _pairs_dkv_kernel(
     tl.store(DV + to, dv, mask=live[None, :])
 
 
-def pairs_of(operands: Operands, mu: Tensor) -> Pairs:
-    """The pairs of a call, with memory for what the pass over rows writes."""
+def pairs_of(operands: Operands, mu: Tensor | None) -> Pairs:
+    """The pairs of a call, of values less `mu` ``[B * H, D]``."""
     batch, heads, padded, dim = operands.q.shape
-    like = torch.empty(batch * heads, padded, dim, device=operands.q.device, dtype=operands.v.dtype)
+    numerator = torch.empty(batch * heads, padded, dim, device=operands.q.device, dtype=operands.v.dtype)
     norm = torch.empty(batch * heads, padded, device=operands.q.device, dtype=torch.float32)
-    pairs = Pairs(like, norm, torch.empty_like(like), torch.empty_like(like), torch.empty_like(norm))
-    _launch(_pairs_kernel, operands, *_query_tiles(operands), mu, pairs.numerator, pairs.norm)
-    return pairs
+    _launch(_pairs_kernel, operands, *_query_tiles(operands), mu, numerator, norm)
+    return Pairs(numerator, norm)
 
 
-def add_query_gradient(operands: Operands, mu: Tensor, pairs: Pairs, dq: Tensor) -> None:
+def add_query_gradient(operands: Operands, mu: Tensor, grads: PairGradients, dq: Tensor) -> None:
     """Add to `dq` ``[B, H, padded, D]`` what goes by way of pairs."""
-    _launch(_pairs_dq_kernel, operands, *_query_tiles(operands), mu, pairs.a, pairs.b, dq)
+    _launch(_pairs_dq_kernel, operands, *_query_tiles(operands), mu, grads.a, grads.b, dq)
 
 
-def key_gradients(operands: Operands, mu: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
+def key_gradients(operands: Operands, mu: Tensor, grads: PairGradients) -> tuple[Tensor, Tensor]:
     """Of keys and values, by way of pairs: ``[B * H, padded, D]`` FP32, of whole key blocks."""
     batch, heads, padded, dim = operands.k.shape
     dk, dv = torch.empty(2, batch * heads, padded, dim, device=operands.q.device, dtype=torch.float32)
     tiles = operands.block_k // pairs_options(operands)["TILE_K"]
-    _launch(_pairs_dkv_kernel, operands, operands.columns, tiles, mu, pairs.a, pairs.b, dk, dv)
+    _launch(_pairs_dkv_kernel, operands, operands.columns, tiles, mu, grads.a, grads.b, dk, dv)
     return dk, dv
 
 
-def _launch(kernel: triton.JITFunction, operands: Operands, blocks: int, tiles: int, mu: Tensor, *tensors: Tensor) -> None:
+def _launch(kernel: triton.JITFunction, operands: Operands, blocks: int, tiles: int, mu: Tensor | None, *tensors: Tensor) -> None:
     """For `tiles` tiles of each of `blocks` blocks, of queries or of keys."""
     dim = operands.q.shape[-1]
     kernel[(blocks * tiles, operands.q.shape[0] * operands.q.shape[1])](
