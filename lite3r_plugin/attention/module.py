@@ -421,7 +421,8 @@ class SparseLinearAttention(HostWrapper):
         if not sparse and not branch:
             self.begin_dense()
             return self.dense(inputs)
-        if _is_recorded(inputs.v):
+        asked = torch.compiler.is_compiling() and self.state.config.dense_below is not None  # then a compiler breaks its graph for it
+        if sparse and _is_recorded(inputs.v) and not asked:
             self.note("its mask cannot be looked at while a graph is recorded")
             return self.dense(inputs)
         mask = None if inputs.mask is None else frame_causal(inputs.mask, inputs.layout)
