@@ -37,7 +37,7 @@ def signature(kernel: Any, dtype: str, constants: dict[str, Any], label: str) ->
         own = {"State"}
     types = {}
     for name in inspect.signature(kernel.fn).parameters:
-        if name in constants or name in ("Mask", "Scales"):
+        if name in constants or name in ("Mask", "Pairs", "Scales"):
             types[name] = "constexpr"
         elif name in INDEX_POINTERS:
             types[name] = INDEX_POINTERS[name]
@@ -98,7 +98,7 @@ def main(capabilities: list[int], step: int = 1) -> None:
     for label, kernel, dtype, constants, options in variants()[::step]:
         types = signature(kernel, dtype, constants, label)
         aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types.values()) if t.startswith("*")}
-        nothing = {name: None for name in ("Mask", "Scales") if name in types}
+        nothing = {name: None for name in ("Mask", "Pairs", "Scales") if name in types}
         source = ASTSource(fn=kernel, signature=types, constexprs=constants | nothing, attrs=aligned)
         for capability in capabilities:
             compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(options))
