@@ -1,7 +1,6 @@
 """STream3R: VGGT over a stream of frames, whose global attention sees the frames before through a cache of finished keys and values.
 
-Its forward takes mode "causal" for all frames at once, "window" (the first frame and the last few), which has no sparse form and stays
-dense, and "full".
+Its forward takes mode "causal" for all frames at once, "window" (the first frame and the last few), and "full".
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from ..adapter.sites import AttentionSite, KeyValueCache
 from ..costs.attention import break_even
 from ..costs.model import SparseShares
 from ..errors import LayoutError
-from ..ops.block_map import density
+from ..ops.block_map import density, masked_density
 from ..ops.dispatch import SlowPathWarning, require_one_device, use_triton
 from ..ops.fp8 import fake_quantize
 from ..ops.qk_norm_rope import norm_rope
@@ -86,6 +86,7 @@ class SparseLinearAttention(HostWrapper):
             self.left = None if state.config.linear_branch == "all" else "keep_ratio 1"
         self.te_projection: Any = None
         self._streams = Streams()
+        self._density: tuple[Any, float] | None = None
         self._tokens, self._keys = (_LayoutOf.source(state, source if sparse else None) for source in (site.tokens, site.keys))
         if sparse and state.config.linear_branch != "none":
             self.proj_lin = make_branch(host, site.head_dim)
@@ -195,8 +196,7 @@ class SparseLinearAttention(HostWrapper):
             if getattr(self.site.tokens, "strict", True):
                 raise
             return self._attend_to_all_of(inputs, past, cache, None, args, kwargs)
-        recorded = torch.compiler.is_compiling() or (inputs.v.is_cuda and torch.cuda.is_current_stream_capturing())
-        if self._substitutes or recorded or not _without_gradients(inputs, past):  # a recording is replayed with other caches
+        if self._substitutes or _is_recorded(inputs.v) or not _without_gradients(inputs, past):  # a recording is replayed with other caches
             return self._attend_to_all_of(inputs, past, cache, layout, args, kwargs)
         positions = None if inputs.positions is None else self.state.positions.of(inputs.positions)
         shared, norm = (None, None) if cache.finished else (positions, norm_as_it_is(inputs.k_norm))
@@ -414,21 +414,37 @@ class SparseLinearAttention(HostWrapper):
         return everything, k, v
 
     def _attend_masked(self, inputs: AttentionInputs, proj: Tensor | None) -> Tensor:
-        """Attention with a mask. Torch operators do it where it is sparse, which pays only where somebody says so."""
+        """Attention with a mask. Sparse it pays where it does without one, or more: a mask leaves less to compute, which dense attention
+        does not make use of."""
         branch = self.keep_ratio == 1 and self.state.config.linear_branch == "all"
-        sparse = self.state.config.dense_below is not None and self.pays(inputs.v, 0)
+        sparse = self.pays(inputs.v, self.pinned(inputs.layout))
         if not sparse and not branch:
             self.begin_dense()
+            return self.dense(inputs)
+        asked = torch.compiler.is_compiling() and self.state.config.dense_below is not None  # then a compiler breaks its graph for it
+        if sparse and _is_recorded(inputs.v) and not asked:
+            self.note("its mask cannot be looked at while a graph is recorded")
             return self.dense(inputs)
         mask = None if inputs.mask is None else frame_causal(inputs.mask, inputs.layout)
         if mask is None:
             self.note("its attention has a mask that is not frame-causal")
             return self.dense(inputs)
         if sparse:
-            self.begin_sparse(inputs.q.shape[-2], self.pinned(inputs.layout), None)
+            self.count("sparse", self._masked_density(mask, inputs.layout))
         else:
             self.begin_dense()
         return self._sparse_linear(inputs, proj, mask, self.keep_ratio)
+
+    def _masked_density(self, mask: SegmentMask, layout: TokenLayout | None) -> float:
+        """The density of a call with a mask over the views of a sequence with that layout."""
+        config = self.state.config
+        key = (mask.before, mask.after, mask.sink, layout, self.keep_ratio)
+        if self._density is None or self._density[0] != key:
+            on_cpu = mask._replace(queries=mask.queries.cpu(), keys=None)
+            order = self.order(layout, on_cpu.queries)
+            share = masked_density(on_cpu.ordered(order, order), self.keep_ratio, self.pinned(layout), config.block_q, config.block_k)
+            self._density = key, share
+        return self._density[1]
 
     def begin_dense(self) -> bool:
         """Count a call that runs dense. Whether the linear branch over all tokens is to be added."""
@@ -503,6 +519,11 @@ class SparseLinearAttention(HostWrapper):
         if not torch.compiler.is_compiling():  # a changing int attribute would recompile the caller on every call
             setattr(self.calls, what, getattr(self.calls, what) + 1)
             self.calls.density = self.calls.density if share is None else share
+
+
+def _is_recorded(v: Tensor) -> bool:
+    """Whether this call is compiled or captured, to be run again with other tensors."""
+    return torch.compiler.is_compiling() or (v.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _without_gradients(inputs: AttentionInputs, past: tuple[Tensor, Tensor] | None) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import pickle
 from collections.abc import Iterator
 from typing import Any
@@ -237,15 +238,58 @@ def test_a_whole_sequence_is_sparse_with_a_frame_causal_mask() -> None:
     assert again[:, :, 3 * TOKENS :].abs().max() > 1e4
 
 
-def test_a_mask_that_is_not_frame_causal_is_left_dense_and_said() -> None:
+def test_a_window_with_the_first_frame_is_sparse() -> None:
+    """As STream3R's mode "window"; at keep 1, with the branch, it is the dense model."""
+    dense, model = make(FinishedCache)(frames(6), window=2), make(FinishedCache)
+    apply_lite3r(model, TEST_CONFIG, keep_ratio=0.3, pin="none")
+    out = model(frames(6), window=2)
+    assert all((site.calls.sparse, site.calls.host) == (1, 0) for site in describe(model).sites if site.sparse)
+    assert 0.001 < (out - dense).norm() / dense.norm() < 0.3
+    everything = make(FinishedCache)
+    apply_lite3r(everything, TEST_CONFIG, keep_ratio=1.0, linear_branch="all")
+    torch.testing.assert_close(everything(frames(6), window=2), dense, atol=1e-4, rtol=1e-4)
+
+
+def test_the_density_with_a_mask_is_of_all_pairs() -> None:
+    """Those too that may not be seen, and are not computed: about half of them are left where hardly any other is dropped."""
+    model = make()
+    apply_lite3r(model, TEST_CONFIG, keep_ratio=0.99, pin="none")
+    model(frames(12))
+    share = describe(model).sites[-1].calls.density
+    assert share is not None
+    assert 0.5 < share < 0.75
+
+
+def test_a_mask_that_is_not_over_frames_is_left_dense_and_said() -> None:
     dense, model = make(FinishedCache), make(FinishedCache)
     apply_lite3r(model, TEST_CONFIG, keep_ratio=0.3)
+    for one in (dense, model):
+        one.mask = lambda views, tokens, window: torch.ones(views * tokens, views * tokens).tril() > 0
     with pytest.warns(SlowPathWarning, match="its attention has a mask that is not frame-causal"):
-        out = model(frames(5), window=2)
-    torch.testing.assert_close(out, dense(frames(5), window=2), atol=1e-5, rtol=1e-5)
+        out = model(frames(5))
+    torch.testing.assert_close(out, dense(frames(5)), atol=1e-5, rtol=1e-5)
     assert "2 global sites ran calls dense in the host's own code: its attention has a mask that is not frame-causal" in str(
         describe(model)
     )
+
+
+@pytest.mark.parametrize("linear", ["marginal", pytest.param("all", marks=pytest.mark.slow)])
+def test_masks_run_in_kernels_where_they_pay(linear: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without dense_below, as without a mask."""
+    pytest.importorskip("triton")
+    model = make()
+    apply_lite3r(model, TEST_CONFIG, keep_ratio=0.3, linear_branch=linear, dense_below=None, attention_backend="auto")
+    monkeypatch.setattr("lite3r_plugin.attention.module.SparseLinearAttention.pays", lambda _, v, *__: v.shape[2] > TOKENS)
+    monkeypatch.setattr("lite3r_plugin.ops.dispatch.why_not_triton", lambda *_, **__: None)  # interpreted
+    backward = importlib.import_module("lite3r_plugin.ops.sla.backward")
+    ran: list[Any] = []
+    train = backward.train
+    monkeypatch.setattr(backward, "train", lambda *x: (ran.append(x), train(*x))[1])
+    with torch.enable_grad():
+        model(frames(2))
+    assert [x.mask_before for _, x in ran] == [None] * 2
+    assert all(x.mask is not None for _, x in ran)
+    assert all((site.calls.sparse, site.calls.host) == (1, 0) for site in describe(model).sites if site.sparse)
 
 
 LAYOUT = TokenLayout((Views((2, 3), 4, special_tokens=1),))
@@ -256,7 +300,9 @@ APART = FRAMES[:, None] - FRAMES
 @pytest.mark.parametrize(
     ("mask", "before"),
     [(APART >= 0, "all"), ((APART >= 0) & (APART <= 1), 1), (APART == 0, 0), (APART <= 0, None), ((APART >= 0) | (FRAMES == 2), None),
-     (torch.ones(28, 28).tril() > 0, None), (torch.ones(28, 28, dtype=torch.bool), None)],
+     (torch.ones(28, 28).tril() > 0, None), (torch.ones(28, 28, dtype=torch.bool), None),
+     ((APART >= 0) & ((APART <= 1) | (FRAMES == 0)), (1, 0)), ((APART >= 0) & ((APART == 0) | (FRAMES == 0)), (0, 0)),
+     ((APART >= 0) & ((APART <= 0) | (FRAMES == 1)), None), ((APART >= 0) & (APART <= 2), 2)],
 )  # fmt: skip
 @pytest.mark.parametrize("added", [False, True])
 def test_masks_are_recognised_by_their_values(mask: torch.Tensor, before: Any, added: bool) -> None:
@@ -266,14 +312,27 @@ def test_masks_are_recognised_by_their_values(mask: torch.Tensor, before: Any, a
         assert found is None
     else:
         assert found is not None
-        assert (found.before, found.after) == (None if before == "all" else before, 0)
+        before, sink = before if isinstance(before, tuple) else (before, None)
+        assert (found.before, found.after, found.sink) == (None if before == "all" else before, 0, sink)
         assert torch.equal(found.queries, FRAMES.int())
 
 
 def test_a_bias_is_no_mask() -> None:
     mask = torch.zeros(28, 28).masked_fill(APART < 0, -torch.inf)
-    mask[5, 3] = -0.5
-    assert frame_causal(mask, LAYOUT) is None
+    assert frame_causal(mask, LAYOUT) is not None
+    for place, value in (((5, 3), -0.5), ((27, 26), 0.5), ((2, 20), 0.0), ((2, 20), -9.0), ((3, 3), torch.nan)):
+        other = mask.clone()
+        other[place] = value
+        assert frame_causal(other, LAYOUT) is None
+
+
+def test_a_mask_over_views_of_several_sizes() -> None:
+    layout = TokenLayout((Views((2, 3), 2), Views((4, 1), 2, special_tokens=1), Views((1, 1))))
+    frames = torch.arange(5).repeat_interleave(torch.tensor([6, 6, 5, 5, 1]))
+    found = frame_causal(frames[:, None] >= frames, layout)
+    assert found is not None
+    assert torch.equal(found.queries, frames.int())
+    assert frame_causal((frames[:, None] >= frames).roll(1, 0), layout) is None
     assert frame_causal(torch.zeros(7, 7), TokenLayout((Views((2, 3), 1, 1),))) is None
     assert frame_causal(APART >= 0, None) is None
 

@@ -19,7 +19,8 @@ def keep_to_bounds() -> None:
 
     def to_host(kernel: Any, args: Any, kwargs: Any) -> Any:
         host_args, host_kwargs = arguments(kernel, args, kwargs)
-        given = [getattr(x, "base", x) for x in (*host_args, *host_kwargs.values())]
+        parts = [y for x in (*host_args, *host_kwargs.values()) for y in (x if isinstance(x, tuple) else (x,))]
+        given = [getattr(x, "base", x) for x in parts]
         storages = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in given if hasattr(x, "untyped_storage")}
         inside[:] = [(start, start + storage.nbytes()) for start, storage in storages.items()]
         running[0] = kernel.fn.__name__

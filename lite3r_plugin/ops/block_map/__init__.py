@@ -1,10 +1,10 @@
 """Which key blocks each query block attends to exactly, and which not at all.
 
-`naive` is the definition, `mask` which pairs may be seen at all, `kernels` the Triton twin without a mask, which gives bit
-sets as well; `transpose_kernels` turns these into what a backward pass needs.
+`naive` is the definition, `mask` which pairs may be seen at all, `kernel_mask` that as kernels read it, `kernels` the Triton twin, which
+gives bit sets as well; `transpose_kernels` turns these into what a backward pass needs.
 """
 
 from .mask import SegmentMask
-from .naive import block_map, density, kept_blocks, masked_block_map, negligible_blocks
+from .naive import block_map, density, kept_blocks, masked_block_map, masked_density, negligible_blocks
 
-__all__ = ["SegmentMask", "block_map", "density", "kept_blocks", "masked_block_map", "negligible_blocks"]
+__all__ = ["SegmentMask", "block_map", "density", "kept_blocks", "masked_block_map", "masked_density", "negligible_blocks"]

@@ -7,6 +7,7 @@ second run with another count finds what is negligible: all but the highest that
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from ...errors import BackendError
 from ..launch import launch
 from ..sizes import power_of_2
+from .kernel_mask import KernelMask
 
 MAX_COLUMNS = 32768  # key blocks that a program can hold
 SLAB_BYTES = 256 << 20
@@ -35,6 +37,68 @@ class BlockMap(NamedTuple):
     kv_indices: Tensor
     bits: Tensor | None
     skipped: Tensor | None
+
+
+@triton.jit
+def _ranks(score, eligible):
+    """Scores as uint32 of the same order, above zero; zero where not `eligible`."""
+    score = tl.where(score == score, score + 0.0, float("-inf"))  # NaN counts as lowest; -0 equals 0
+    bits = score.to(tl.int32, bitcast=True)
+    # The order of floats as the order of unsigned integers; 0 is below every float and stands for padding.
+    rank = tl.where(bits < 0, ~bits, bits | -2147483648).to(tl.uint32, bitcast=True)
+    return tl.where(eligible, rank, 0)
+
+
+@triton.jit
+def _highest(rank, count):
+    """1 for the `count` highest of a row of ranks, of equals the first; else 0."""
+    threshold = tl.zeros([], tl.uint32)
+    for i in range(32):
+        candidate = threshold | (tl.full([], 2147483648, tl.uint32) >> i)
+        enough = tl.sum((rank >= candidate).to(tl.int32), 0) >= count
+        threshold = tl.where(enough, candidate, threshold).to(tl.uint32)
+    above = (rank > threshold).to(tl.int32)
+    equal = (rank == threshold).to(tl.int32)
+    room = count - tl.sum(above, 0)
+    return above | (equal & (tl.cumsum(equal, 0) <= room).to(tl.int32))
+
+
+@triton.jit
+def _store_bits(to, chosen, words, WIDTH: tl.constexpr):
+    """Writes a row of zeros and ones as bits."""
+    word = tl.arange(0, WIDTH // 32)
+    found = tl.sum(tl.reshape(chosen, (WIDTH // 32, 32)) << tl.arange(0, 32)[None, :], 1)
+    tl.store(to + word, found, mask=word < words)
+
+
+@triton.jit(do_not_specialize=["columns", "words", "out_row_offset", "rows", "out_rows"])
+def _select_masked_kernel(
+    Scores, Kinds, Counts, LeftOut, Indices, Bits, Skipped, columns, words, out_row_offset, rows, out_rows, WIDTH: tl.constexpr
+):  # fmt: skip
+    """As `_select_kernel` with a mask: of the free blocks of a row the highest, and all that are kept; and what is not marginal.
+
+    Programs are [rows of a slab, heads]. Besides what that kernel takes:
+
+        Kinds               [out_rows, columns] i8
+        Counts, LeftOut     [out_rows] i32: how many free blocks are critical, and how many negligible
+        Indices             [heads, out_rows, columns] i32, of which as many are written as blocks are critical
+    """
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    column = tl.arange(0, WIDTH)
+    inside = column < columns
+    of_all = out_row_offset + row
+    score = tl.load(Scores + (head * rows + row) * columns + column, mask=inside, other=0.0)
+    kind = tl.load(Kinds + of_all * columns + column, mask=inside, other=0).to(tl.int32)
+    rank = _ranks(score, kind == 1)
+    free = tl.sum((kind == 1).to(tl.int32), 0)
+    best = _highest(rank, tl.load(Counts + of_all))
+    chosen = best | (kind >= 2).to(tl.int32)
+    marginal = _highest(rank, free - tl.load(LeftOut + of_all)) - best
+    out = head * out_rows + of_all
+    tl.store(Indices + out * columns + tl.cumsum(chosen, 0) - 1, column, mask=chosen == 1)
+    _store_bits(Bits + out * words, chosen, words, WIDTH)
+    _store_bits(Skipped + out * words, inside.to(tl.int32) - marginal, words, WIDTH)
 
 
 @triton.jit(do_not_specialize=["columns", "count", "pinned", "words", "out_row_offset", "rows", "out_rows"])
@@ -57,21 +121,9 @@ def _select_kernel(
     column = tl.arange(0, WIDTH)
     inside = column < columns
     score = tl.load(Scores + (head * rows + row) * columns + column, mask=inside, other=0.0)
-    score = tl.where(score == score, score + 0.0, float("-inf"))  # NaN counts as lowest; -0 equals 0
-    bits = score.to(tl.int32, bitcast=True)
-    # The order of floats as the order of unsigned integers; 0 is below every float and stands for padding.
-    rank = tl.where(bits < 0, ~bits, bits | -2147483648).to(tl.uint32, bitcast=True)
-    rank = tl.where(inside, rank, 0)
+    rank = _ranks(score, inside)
     rank = tl.where(column < pinned, 4294967295, rank).to(tl.uint32)
-    threshold = tl.zeros([], tl.uint32)
-    for i in range(32):
-        candidate = threshold | (tl.full([], 2147483648, tl.uint32) >> i)
-        enough = tl.sum((rank >= candidate).to(tl.int32), 0) >= count
-        threshold = tl.where(enough, candidate, threshold).to(tl.uint32)
-    above = (rank > threshold).to(tl.int32)
-    equal = (rank == threshold).to(tl.int32)
-    room = count - tl.sum(above, 0)
-    chosen = above | (equal & (tl.cumsum(equal, 0) <= room).to(tl.int32))
+    chosen = _highest(rank, count)
     out = head * out_rows + out_row_offset + row
     if SKIPPED:
         chosen = inside.to(tl.int32) - chosen
@@ -104,11 +156,7 @@ def block_map_with_bits(
         BackendError: there are more than `MAX_COLUMNS` key blocks.
     """
     batch, heads, rows, _ = q_mean.shape
-    columns = k_mean.shape[-2]
-    if columns > MAX_COLUMNS:
-        raise BackendError(
-            f"the sequence has {columns} key blocks, the kernels take {MAX_COLUMNS}; use a larger block_k or backend='naive'"
-        )
+    columns = _columns_of(k_mean)
     words = -(-columns // 32)
 
     def empty(width: int) -> Tensor:
@@ -118,11 +166,8 @@ def block_map_with_bits(
     chosen = empty(words) if bits else None
     skipped = empty(words) if bits and negligible else chosen
     counts = (kept,) if skipped is chosen else (kept, columns - negligible)
-    keys = k_mean.transpose(-1, -2)
-    slab = max(1, SLAB_BYTES // (4 * columns * batch * heads), -(-rows // MAX_SLABS))
     width = max(32, power_of_2(columns))
-    for start in range(0, rows, slab):
-        scores = q_mean[..., start : start + slab, :] @ keys
+    for start, scores in _slabs(q_mean, k_mean):
         for i, count in enumerate(counts):
             launch(
                 _select_kernel, (scores.shape[-2], batch * heads),
@@ -132,6 +177,54 @@ def block_map_with_bits(
             )  # fmt: skip
         del scores  # before the next slab is allocated
     return BlockMap(indices, chosen, skipped)
+
+
+def masked_block_map_with_bits(q_mean: Tensor, k_mean: Tensor, mask: KernelMask) -> BlockMap:
+    """As `naive.masked_block_map`, with critical blocks of pinned query blocks too, and the same as bit sets.
+
+    Args:
+        q_mean, k_mean: As in `block_map_with_bits`.
+        mask: What may be seen, and how many blocks are to be chosen.
+
+    Returns:
+        The block map; in a row of ``kv_indices`` ``[B, H, query blocks, key blocks]`` the first ``mask.near`` are written.
+
+    Raises:
+        BackendError: there are more than `MAX_COLUMNS` key blocks.
+    """
+    batch, heads, rows, _ = q_mean.shape
+    columns = _columns_of(k_mean)
+    words = -(-columns // 32)
+    indices, chosen, skipped = (
+        torch.empty(batch, heads, rows, size, device=q_mean.device, dtype=torch.int32) for size in (columns, words, words)
+    )
+    width = max(32, power_of_2(columns))
+    for start, scores in _slabs(q_mean, k_mean):
+        launch(
+            _select_masked_kernel, (scores.shape[-2], batch * heads),
+            scores, mask.kinds, mask.chosen, mask.left_out, indices, chosen, skipped, columns, words, start, scores.shape[-2], rows,
+            WIDTH=width, **launch_options(width),
+        )  # fmt: skip
+        del scores
+    return BlockMap(indices, chosen, skipped)
+
+
+def _columns_of(k_mean: Tensor) -> int:
+    columns = k_mean.shape[-2]
+    if columns > MAX_COLUMNS:
+        raise BackendError(
+            f"the sequence has {columns} key blocks, the kernels take {MAX_COLUMNS}; use a larger block_k or backend='naive'"
+        )
+    return columns
+
+
+def _slabs(q_mean: Tensor, k_mean: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Scores of some query blocks at a time, and the first of these."""
+    batch, heads, rows, _ = q_mean.shape
+    slab = max(1, SLAB_BYTES // (4 * k_mean.shape[-2] * batch * heads), -(-rows // MAX_SLABS))
+    keys = k_mean.transpose(-1, -2)
+    for start in range(0, rows, slab):
+        yield start, q_mean[..., start : start + slab, :] @ keys
 
 
 def launch_options(width: int) -> dict[str, int]:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .mask import AllowedBlocks
+from .mask import FREE, WHOLE, Allowed, AllowedBlocks
 
 SLAB_BYTES = 64 << 20
 
@@ -35,6 +35,13 @@ def kept_blocks(key_blocks: int, keep_ratio: float, pinned: int) -> int:
 def negligible_blocks(key_blocks: int, negligible_ratio: float, kept: int, pinned: int) -> int:
     """Key blocks that a query block leaves out: `negligible_ratio` (in [0, 1]) of those that are not pinned, if as many are not kept."""
     return min(key_blocks - kept, math.floor(negligible_ratio * (key_blocks - pinned) + 1e-9))
+
+
+def masked_counts(free: Tensor, keep_ratio: float, negligible_ratio: float) -> tuple[Tensor, Tensor]:
+    """How many of `free` blocks (int, any shape) are kept, and left out: `kept_blocks` and `negligible_blocks` of each number."""
+    count = free.double()
+    kept = torch.minimum((keep_ratio * count - 1e-9).ceil().clamp(min=1), count)
+    return kept.to(free.dtype), torch.minimum((negligible_ratio * count + 1e-9).floor(), count - kept).to(free.dtype)
 
 
 def density(
@@ -56,6 +63,16 @@ def density(
     pinned_rows = min(-(-pinned_tokens // block_q), rows)
     kept = kept_blocks(columns, keep_ratio, -(-pinned_keys // block_k))
     return (pinned_rows * columns + (rows - pinned_rows) * kept) / (rows * columns)
+
+
+def masked_density(mask: Allowed, keep_ratio: float, pinned_tokens: int, block_q: int, block_k: int) -> float:
+    """As `density`, of tokens that attend to each other with a mask: of all pairs, those too that may not be seen."""
+    kinds = mask.in_blocks(block_q, block_k).kinds(slice(None), -(-pinned_tokens // block_k))
+    free = (kinds == FREE).sum(-1)
+    kept = masked_counts(free, keep_ratio, 0.0)[0]
+    pinned = -(-pinned_tokens // block_q)
+    kept[:pinned] = free[:pinned]
+    return float(kept.sum() + (kinds >= WHOLE).sum()) / kinds.numel()
 
 
 def block_map(q_mean: Tensor, k_mean: Tensor, *, kept: int, pinned: int = 0, negligible: int = 0) -> tuple[Tensor, Tensor]:
@@ -108,16 +125,14 @@ def masked_block_map(
         some = slice(start, start + slab)
         scores = q_mean[..., some, :] @ keys
         scores = scores.masked_fill(scores.isnan(), -math.inf)
-        allowed, forbidden = mask.allowed(some), mask.forbidden(some)
-        free = allowed.clone()
-        free[:, :pinned] = False
+        kinds = mask.kinds(some, pinned)
+        free = kinds == FREE
         count = free.sum(-1, keepdim=True)
-        kept = torch.minimum((keep_ratio * count - 1e-9).ceil().clamp(min=1).long(), count)
-        negligible = torch.minimum((negligible_ratio * count + 1e-9).floor().long(), count - kept)
+        kept, negligible = masked_counts(count, keep_ratio, negligible_ratio)
         ranked = scores.sort(dim=-1, descending=True, stable=True).indices
         first = free.expand_as(scores).take_along_dim(ranked, -1).sort(dim=-1, descending=True, stable=True).indices
         place = ranked.take_along_dim(first, -1).argsort(-1)  # of each block among those that are free, the best first
-        critical.append(_listed(free & (place < kept) | ~free & ~forbidden))
+        critical.append(_listed(free & (place < kept) | (kinds >= WHOLE)))
         left_out.append(_listed(free & (place >= count - negligible)))
     return _stacked(critical), _stacked(left_out)
 

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..sizes import power_of_2
+from .kernel_mask import KernelMask
 
 ROWS = 128
 COLUMNS = 1024
@@ -31,6 +32,7 @@ class Columns(NamedTuple):
         early_starts: ``[B, H, columns + 1]`` int32, where its early parts start among those of the head.
         early_columns: ``[B, H, slots]`` int32, the key block of each early part; `columns` where there is none.
         part: Query blocks in an early part.
+        masked_part: The same with a mask, int32 ``[]``, else None: the GPU alone knows then how long lists are, and `part` is 0.
     """
 
     rows: Tensor
@@ -38,6 +40,7 @@ class Columns(NamedTuple):
     early_starts: Tensor
     early_columns: Tensor
     part: int
+    masked_part: Tensor | None
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "words", "pinned", "total"])
@@ -68,16 +71,18 @@ def _columns_kernel(Bits, Starts, Counts, List, rows, columns, words, pinned, to
 
 
 @triton.jit(do_not_specialize=["columns", "slots", "part"])
-def _starts_kernel(Counts, Starts, EarlyStarts, EarlyColumns, columns, slots, part, COLUMNS: tl.constexpr):
+def _starts_kernel(Counts, Starts, EarlyStarts, EarlyColumns, Part, columns, slots, part, COLUMNS: tl.constexpr):
     """Where the lists of one head start, and its early parts: sums of what comes before each key block.
 
     A program for each head. Counts ``[heads, columns]``, Starts and EarlyStarts ``[heads, columns + 1]`` and EarlyColumns
-    ``[heads, slots]`` are int32 and contiguous, see `Columns`.
+    ``[heads, slots]`` are int32 and contiguous, see `Columns`. Part is None, or holds `part`.
     """
     head = tl.program_id(0).to(tl.int64)
     starts = Starts + head * (columns + 1)
     early_starts = EarlyStarts + head * (columns + 1)
     early_columns = EarlyColumns + head * slots
+    if Part is not None:
+        part = tl.load(Part)
     total = 0
     early_total = 0
     for first in range(0, columns, COLUMNS):
@@ -112,30 +117,37 @@ def _indices_kernel(Bits, Indices, kept, words, WIDTH: tl.constexpr):
 
 
 def indices_of(bits: Tensor, kept: int) -> Tensor:
-    """The map as indices ``[B, H, query blocks, kept]`` int32, from its bit set, which has `kept` bits in each row."""
+    """The map as indices ``[B, H, query blocks, kept]`` int32, from its bit set, which has `kept` bits in each row, or fewer."""
     *rows, words = bits.shape
     indices = torch.empty(*rows, kept, device=bits.device, dtype=torch.int32)
     _indices_kernel[(bits.numel() // words,)](bits, indices, kept, words, WIDTH=power_of_2(words), num_warps=4)
     return indices
 
 
-def by_key_block(bits: Tensor, *, columns: int, kept: int, pinned: int) -> Columns:
+def by_key_block(bits: Tensor, *, columns: int, kept: int, pinned: int, mask: KernelMask | None = None) -> Columns:
     """The map by key block, from the bit set `bits` ``[B, H, query blocks, ceil(columns / 32)]`` int32.
 
     Args:
-        bits: As `kernels.block_map_with_bits` makes it.
+        bits: As `kernels.block_map_with_bits` makes it, or with a mask `kernels.masked_block_map_with_bits`.
         columns: Number of key blocks.
         kept: Key blocks that a query block attends to.
-        pinned: The first `pinned` query blocks attend to all key blocks, whatever their bits are.
+        pinned: The first `pinned` query blocks attend to all key blocks, whatever their bits are; not so with a mask.
+        mask: What the map was made for, or None.
 
     Returns:
         See `Columns`; all on the GPU of `bits`, which is not waited for.
     """
     batch, heads, rows, words = bits.shape
-    total = pinned * columns + (rows - pinned) * kept
-    # Twice the mean length: most key blocks stay whole, and the parts of the others take little memory.
-    part = max(2 * -(-total // columns), 1)
-    slots = total // part if rows > part else 0
+    # Parts of twice the mean length: most key blocks stay whole, and the parts of the others take little memory.
+    masked_part = None
+    if mask is None:
+        total = pinned * columns + (rows - pinned) * kept
+        part = max(2 * -(-total // columns), 1)
+        slots = total // part if rows > part else 0
+    else:
+        pinned, part, total = 0, 0, rows * columns
+        masked_part = 2 * ((mask.near.sum(dtype=torch.int32) + columns - 1) // columns)
+        slots = columns // 2 if rows > 2 else 0
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(batch, heads, *shape, device=bits.device, dtype=torch.int32)
@@ -144,6 +156,9 @@ def by_key_block(bits: Tensor, *, columns: int, kept: int, pinned: int) -> Colum
     sizes = (rows, columns, words, pinned, total)
     grid = (-(-columns // 32), batch * heads)
     _columns_kernel[grid](bits, counts, counts, lists, *sizes, ROWS=ROWS, FILL=False, num_warps=4)
-    _starts_kernel[(batch * heads,)](counts, starts, early_starts, early, columns, slots, part, COLUMNS=COLUMNS, num_warps=4)
+    _starts_kernel[(batch * heads,)](
+        counts, starts, early_starts, early, masked_part, columns, slots, part,
+        COLUMNS=COLUMNS, num_warps=4,
+    )  # fmt: skip
     _columns_kernel[grid](bits, starts, counts, lists, *sizes, ROWS=ROWS, FILL=True, num_warps=4)
-    return Columns(lists, starts, early_starts, early, part)
+    return Columns(lists, starts, early_starts, early, part, masked_part)

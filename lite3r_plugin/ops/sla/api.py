@@ -112,7 +112,7 @@ def sparse_linear_attention(
             `pinned_tokens` and `positions` are then those of queries alone. ``KeyTokens()`` for keys of which there is nothing to say.
         mask: Which keys a query may see, by segments of tokens: frame-causal, a window over frames, block-diagonal. Ratios are then of
             the key blocks that all queries of a block may see, those that some may see are kept, and pins hold within the mask. All
-            forms of the operator respect it, in torch operators: the kernels have no masks.
+            forms of the operator respect it.
         q_norm, k_norm, positions, rope_base: Norm and rotary embedding to apply first; see `prepare_qkv`.
         scale, linear, feature_map, proj, block_means, block_q, block_k: See `naive.sparse_linear_attention`.
         backend: ``"auto"``, ``"triton"`` or ``"naive"``.
@@ -137,7 +137,7 @@ def sparse_linear_attention(
     if mask is not None:
         check_mask(mask, q.shape[-2], k.shape[-2], cross)
         require_one_device(v, **{"mask.queries": mask.queries, "mask.keys": mask.keys})
-    if not _kernels_take(block_q, block_k) and mask is None and use_triton(backend, v):
+    if not _kernels_take(block_q, block_k) and use_triton(backend, v):
         raise BackendError(
             f'the kernels take blocks of 16 to 128 tokens, powers of two, got {block_q} and {block_k}; backend="naive" takes any'
         )
@@ -155,6 +155,7 @@ def sparse_linear_attention(
         feature_map=feature_map, block_means=block_means, block_q=block_q, block_k=block_k, backend=backend, cross=cross,
         key_order=keys.order, key_positions=keys.positions, key_pinned_tokens=keys.pinned_tokens, return_lse=return_lse,
         mask_queries=mask and mask.queries, mask_keys=mask and mask.keys, mask_before=mask and mask.before, mask_after=mask and mask.after,
+        mask_sink=mask and mask.sink,
     )  # fmt: skip
     out, lse = _run(arguments)
     if not return_lse:
@@ -249,7 +250,7 @@ def check_mask(mask: SegmentMask, queries: int, keys: int, cross: bool) -> None:
             raise ConfigError(f"mask.{name} holds a segment for each token, [N] int32 or int64, got {list(x.shape)} {x.dtype}")
         if x is not None and not torch.compiler.is_compiling() and len(x) != tokens:
             raise ConfigError(f"mask.{name} names the segments of {len(x)} tokens, but there are {tokens}")
-    for name, x in (("before", mask.before), ("after", mask.after)):
+    for name, x in (("before", mask.before), ("after", mask.after), ("sink", mask.sink)):
         if x is not None and (not is_int(x) or not 0 <= x < 2**31):
             raise ConfigError(f"mask.{name} is a number of segments, not negative, or None for all, got {shown(x)}")
 

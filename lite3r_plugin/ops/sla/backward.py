@@ -72,8 +72,10 @@ def _of_attention(
         q, k, v, _, k_mean, v_mean = arguments.prepared(triton=True)
     assert kept.bits is not None
     counts = arguments.block_counts()
-    chosen = BlockMap(indices_of(kept.bits, counts.kept), kept.bits, kept.bits if kept.skipped is None else kept.skipped)
-    operands = Operands.of(arguments, (q, k, v), (k_mean, v_mean), chosen, counts.negligible)
+    mask = arguments.kernel_mask()
+    listed = indices_of(kept.bits, counts.kept if mask is None else arguments.columns)
+    chosen = BlockMap(listed, kept.bits, kept.bits if kept.skipped is None else kept.skipped)
+    operands = Operands.of(arguments, (q, k, v), (k_mean, v_mean), chosen, counts.negligible, mask)
     residuals = Residuals(lse=kept.lse, state=kept.state, total=kept.total, mu=kept.mu)
     changed = arguments.changes_qk
     found = attention_backward(

@@ -7,6 +7,7 @@ the Triton backward pass needs (`backward.py`). Work on ordered, padded tokens i
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from ..qk_norm_rope import Prepared
 from . import naive, saved
 from .saved import Saved
 from .signature import Arguments, Needed
+
+if TYPE_CHECKING:
+    from .kernels.operands import Operands
 
 
 def run(arguments: Arguments, *, needs_grad: bool = False, prepared: Prepared | None = None) -> tuple[Tensor, Tensor | None]:
@@ -50,10 +54,7 @@ def on_triton(arguments: Arguments, needs_grad: bool = False) -> bool:
     Raises:
         BackendError: the backend is ``"triton"`` and the kernels cannot take the call.
     """
-    return use_triton(arguments.backend, arguments.v, needs_grad, None if arguments.mask_queries is None else NO_MASKS)
-
-
-NO_MASKS = "the kernels have no masks"
+    return use_triton(arguments.backend, arguments.v, needs_grad)
 
 
 def empty(arguments: Arguments) -> tuple[Tensor, Tensor | None]:
@@ -92,18 +93,24 @@ def _on_torch(arguments: Arguments, prepared: Prepared) -> tuple[Tensor, Tensor 
 
 
 def _on_triton(arguments: Arguments, prepared: Prepared) -> tuple[Tensor, Tensor | None]:
-    from ..block_map.kernels import block_map_with_bits
     from .kernels.forward import forward
-    from .kernels.operands import Operands
 
-    counts = arguments.block_counts()
-    chosen = block_map_with_bits(
-        prepared.q_mean, prepared.k_mean, kept=counts.kept, pinned=counts.pinned, negligible=counts.negligible,
-        bits=arguments.block_means or arguments.linear == "marginal",
-    )  # fmt: skip
-    operands = Operands.of(arguments, prepared[:3], prepared[4:], chosen, counts.negligible)
+    operands = _operands(arguments, prepared, bits=arguments.block_means or arguments.linear == "marginal")
     out, made = forward(operands, save_lse=arguments.return_lse)
     return out, natural_lse(arguments, made.lse) if arguments.return_lse else None
+
+
+def _operands(arguments: Arguments, prepared: Prepared, bits: bool) -> Operands:
+    """The call as kernels take it, with its block map."""
+    from ..block_map.kernels import block_map_with_bits, masked_block_map_with_bits
+    from .kernels.operands import Operands
+
+    counts, mask = arguments.block_counts(), arguments.kernel_mask()
+    if mask is None:
+        chosen = block_map_with_bits(prepared.q_mean, prepared.k_mean, **counts._asdict(), bits=bits)
+    else:
+        chosen = masked_block_map_with_bits(prepared.q_mean, prepared.k_mean, mask)
+    return Operands.of(arguments, prepared[:3], prepared[4:], chosen, counts.negligible, mask)
 
 
 def natural_lse(arguments: Arguments, lse: Tensor | None) -> Tensor:
@@ -124,29 +131,23 @@ def train(needed: Needed, arguments: Arguments) -> tuple[Tensor, Tensor | None, 
         `backward.backward` needs besides the output and the arguments, in tensors that share no memory with each other: `saved.names`
         says what.
     """
-    from ..block_map.kernels import block_map_with_bits
     from .kernels.forward import forward
-    from .kernels.operands import Operands
 
     arguments = arguments.contiguous()
     with torch.autocast(arguments.v.device.type, enabled=False), on_device_of(arguments.v), torch.no_grad():
         prepared = arguments.prepared(triton=True)
-        counts = arguments.block_counts()
-        chosen = block_map_with_bits(
-            prepared.q_mean, prepared.k_mean, kept=counts.kept, pinned=counts.pinned, negligible=counts.negligible
-        )  # fmt: skip
-        operands = Operands.of(arguments, prepared[:3], prepared[4:], chosen, counts.negligible)
-        centred = needed.attention and arguments.linear == "marginal"
+        operands = _operands(arguments, prepared, bits=True)
+        centred = needed.attention and arguments.per_row
         mu = _mean_value(arguments, prepared.v_mean) if centred else None
         out, made = forward(operands, save_lse=needed.attention or arguments.return_lse, save_linear=not needed.attention, mu=mu)
         lse = natural_lse(arguments, made.lse) if arguments.return_lse else None
     if not needed.attention:
         return out, lse, Saved(linear=made.linear)
     skipped = None
-    if arguments.leaves_out:
-        assert chosen.skipped is not None
-        skipped = chosen.skipped.clone() if chosen.skipped is chosen.bits else chosen.skipped
-    kept = Saved(lse=made.lse, bits=chosen.bits, skipped=skipped, state=made.state, total=made.total, mu=made.mu)
+    if arguments.skips:
+        assert operands.skipped is not None
+        skipped = operands.skipped.clone() if operands.skipped is operands.bits else operands.skipped
+    kept = Saved(lse=made.lse, bits=operands.bits, skipped=skipped, state=made.state, total=made.total, mu=made.mu)
     if centred and made.state is None:  # no block is marginal, but what is kept is fixed
         spare = saved.empty(needed, arguments)
         assert spare.state is not None

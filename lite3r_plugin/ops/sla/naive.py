@@ -148,10 +148,9 @@ def sparse_linear_attention(
         seen = (valid[critical] & there[..., None]).flatten(3)[..., None, :]  # by all queries of a block, [B, H, rows, 1, tokens]
         marginal = _not_listed(torch.cat((torch.where(there, critical, columns), left_out), -1), columns)
         if mask is not None and blocks is not None:
-            bounds = (_in_blocks(x[first * block_q : last * block_q, None], block_q) for x in (mask.first, mask.last))
-            segments = _in_blocks(mask.keys[:, None], block_k)[critical, :, 0].flatten(3)[..., None, :]
-            least, greatest = bounds
-            seen = seen & (segments >= least) & (segments <= greatest)  # [B, H, rows, block_q, tokens]
+            starts, ends = (_in_blocks(x[first * block_q : last * block_q, None], block_q) for x in (mask.first, mask.last))
+            low, high = (_in_blocks(x[:, None], block_k)[critical, :, 0].flatten(3)[..., None, :] for x in (mask.low, mask.high))
+            seen = seen & (high >= starts) & (low <= ends)  # [B, H, rows, block_q, tokens]
             marginal = marginal & blocks.allowed(slice(first, last))
         if block_means:
             mean_k, mean_v = (x[:, :, None].expand(-1, -1, rows.shape[2], -1, -1) for x in means)

@@ -69,7 +69,7 @@ def names(needed: Needed, arguments: Arguments) -> list[str]:
     if not needed.attention:
         return ["linear"]
     fills = dict(
-        lse=True, bits=True, skipped=arguments.leaves_out, state=arguments.linear != "none", mu=arguments.linear == "marginal",
+        lse=True, bits=True, skipped=arguments.skips, state=arguments.linear != "none", mu=arguments.per_row,
         q=keeps_ordered(arguments),
     )  # fmt: skip
     fills |= dict(total=fills["state"], k=fills["q"], v=fills["q"], k_mean=fills["q"], v_mean=fills["q"])
@@ -81,7 +81,7 @@ def empty(needed: Needed, arguments: Arguments) -> Saved:
     v = arguments.v
     batch, heads, queries, dim = arguments.q.shape
     rows, columns = arguments.rows, arguments.columns
-    marginal = arguments.linear == "marginal"
+    marginal = arguments.per_row
     owners = (batch * heads, rows) if marginal else (batch, heads)
     words = (batch, heads, rows, -(-columns // 32)), torch.int32
     ordered, means = ((batch, heads, rows * arguments.block_q, dim), v.dtype), ((batch, heads, columns, dim), torch.float32)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_
 from torch import Tensor
 
 from ..block_map import SegmentMask, kept_blocks, negligible_blocks
+from ..block_map.kernel_mask import KernelMask
 from ..qk_norm_rope import HeadNorm, Prepared, Tokens, prepare_qkv
 
 Learns = Annotated[Tensor, "may need a gradient"]
@@ -33,7 +34,7 @@ class Arguments(NamedTuple):
         cross: Whether keys are other tokens than queries. Else `order`, `positions` and `pinned_tokens` are those of keys too.
         key_order, key_positions, key_pinned_tokens: Those of keys, where they are other tokens.
         return_lse: Whether the log-sum-exp of queries is wanted.
-        mask_queries, mask_keys, mask_before, mask_after: The fields of a `SegmentMask`; without a mask all are None.
+        mask_queries, mask_keys, mask_before, mask_after, mask_sink: The fields of a `SegmentMask`; without a mask all are None.
     """
 
     q: Learns
@@ -70,6 +71,7 @@ class Arguments(NamedTuple):
     mask_keys: Tensor | None = None
     mask_before: int | None = None
     mask_after: int | None = None
+    mask_sink: int | None = None
 
     def contiguous(self) -> Arguments:
         """With those tensors contiguous that kernels read as they lie in memory: a user, a compiler or a hook may have changed that."""
@@ -127,7 +129,7 @@ class Arguments(NamedTuple):
         """Which keys queries may see, in host order; None: all."""
         if self.mask_queries is None:
             return None
-        return SegmentMask(self.mask_queries, self.mask_keys, self.mask_before, self.mask_after)
+        return SegmentMask(self.mask_queries, self.mask_keys, self.mask_before, self.mask_after, self.mask_sink)
 
     @property
     def rows(self) -> int:
@@ -154,12 +156,32 @@ class Arguments(NamedTuple):
         """Whether it matters what is negligible and what is marginal, and a share is to be negligible."""
         return self.negligible_ratio > 0 and (self.block_means or self.linear == "marginal")
 
+    @property
+    def per_row(self) -> bool:
+        """Whether the linear branch has a state of each query block, not of each head."""
+        return self.linear == "marginal" or (self.linear == "all" and self.mask_queries is not None)
+
+    @property
+    def skips(self) -> bool:
+        """Whether other blocks than critical ones are not marginal."""
+        return self.leaves_out or self.mask_queries is not None
+
     def block_counts(self) -> BlockCounts:
         """How many blocks the map is to choose."""
         columns, pinned = self.columns, self.pinned_keys
         kept = kept_blocks(columns, self.keep_ratio, pinned)
         negligible = negligible_blocks(columns, self.negligible_ratio, kept, pinned) if self.leaves_out else 0
         return BlockCounts(kept, pinned, negligible)
+
+    def kernel_mask(self) -> KernelMask | None:
+        """The mask as kernels read it."""
+        if self.mask is None:
+            return None
+        return KernelMask.of(
+            self.mask.ordered(self.order, self.keys.order), keep_ratio=self.keep_ratio,
+            negligible_ratio=self.negligible_ratio if self.leaves_out else 0.0, pinned_queries=self.pinned_queries,
+            pinned_keys=self.pinned_keys, block_q=self.block_q, block_k=self.block_k, over_all=self.linear == "all",
+        )  # fmt: skip
 
     def prepared(self, triton: bool) -> Prepared:
         """q, k and v, normed, rotated, in order, and their means over blocks; padded to whole query blocks if `triton`."""

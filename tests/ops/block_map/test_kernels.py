@@ -10,7 +10,8 @@ from pairs import each, grid
 from sla_cases import DEVICE
 
 from lite3r_plugin.errors import BackendError
-from lite3r_plugin.ops.block_map import naive
+from lite3r_plugin.ops.block_map import SegmentMask, masked_block_map, naive
+from lite3r_plugin.ops.block_map.kernel_mask import KernelMask
 
 kernels = pytest.importorskip("lite3r_plugin.ops.block_map.kernels")
 transpose_kernels = pytest.importorskip("lite3r_plugin.ops.block_map.transpose_kernels")
@@ -42,6 +43,83 @@ def test_block_map(sizes: tuple[int, int, int, int], case: str, left_out: float)
         unpacked = ((bits[..., None] >> torch.arange(32, device=DEVICE)) & 1).flatten(-2).bool()
         assert torch.equal(unpacked, torch.zeros_like(unpacked).scatter(-1, expected.long(), True))
         assert unpacked.sum(-1).eq(expected.shape[-1]).all()
+
+
+def unpacked(bits: torch.Tensor, columns: int) -> torch.Tensor:
+    """A bit set as ``[..., columns]`` bool, whose other bits are zero."""
+    found = ((bits[..., None] >> torch.arange(32, device=DEVICE)) & 1).flatten(-2).bool()
+    assert not found[..., columns:].any()
+    return found[..., :columns]
+
+
+def listed(indices: torch.Tensor, columns: int) -> torch.Tensor:
+    """Indices as ``[..., columns]`` bool; -1 stands for none."""
+    chosen = torch.where(indices < 0, columns, indices).long()
+    return torch.zeros(*indices.shape[:-1], columns + 1, dtype=torch.bool, device=DEVICE).scatter(-1, chosen, True)[..., :columns]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "kind", "pinned", "left_out", "case"),
+    grid(((97, 260), (260, 97), (1, 1), (700, 700)), ("causal", "window", "sink", "nothing"), (0, 40), (0.0, 0.3), CASES[:3]), ids=str,
+)  # fmt: skip
+def test_block_map_with_a_mask(
+    tokens: tuple[int, int], kind: str, pinned: int, left_out: float, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """To the bit, in slabs too; pinned query blocks have all that they may see, and those that see nothing the first one."""
+    monkeypatch.setattr(kernels, "SLAB_BYTES", 1)
+    queries, keys = (torch.arange(n, device=DEVICE) // 45 for n in tokens)
+    options = dict(causal={}, window=dict(before=1, after=1), sink=dict(before=1, sink=0), nothing=dict(before=0, after=0))[kind]
+    mask = SegmentMask(queries, keys + 2 * (kind == "nothing"), **options).ordered(None, None)  # type: ignore[arg-type]
+    rows, columns = -(-tokens[0] // 32), -(-tokens[1] // 16)
+    q, k = torch.randn(1, 2, rows, 32, device=DEVICE), torch.randn(1, 2, columns, 32, device=DEVICE)
+    if case == "equal":
+        q, k = q.round(), k[:, :, :1].expand_as(k).round()  # products are exact, in slabs of any size
+    elif case == "with nan":
+        k[:, :, columns // 2] = math.nan
+    pinned_queries, pinned_keys = min(rows, pinned // 32), min(columns, pinned // 16)
+    critical, negligible = masked_block_map(
+        q, k, keep_ratio=0.3, mask=mask.in_blocks(32, 16), pinned=pinned_keys, negligible_ratio=left_out
+    )
+    kernel_mask = KernelMask.of(
+        mask, keep_ratio=0.3, negligible_ratio=left_out, pinned_queries=pinned_queries, pinned_keys=pinned_keys, block_q=32, block_k=16,
+        over_all=False,
+    )  # fmt: skip
+    found = kernels.masked_block_map_with_bits(q, k, kernel_mask)
+    blocks = mask.in_blocks(32, 16)
+    allowed, forbidden = blocks.allowed(slice(None)), blocks.forbidden(slice(None))
+    expected, others = listed(critical, columns), listed(negligible, columns)
+    expected[:, :, :pinned_queries] = ~forbidden[:pinned_queries]
+    others[:, :, :pinned_queries] = False
+    marginal = allowed & ~expected & ~others
+    expected[:, :, forbidden.all(-1), 0] = True
+    assert torch.equal(unpacked(found.bits, columns), expected)
+    assert torch.equal(unpacked(found.skipped, columns), ~marginal)
+    assert torch.equal(kernel_mask.near.expand(1, 2, -1), expected.sum(-1))
+    for near, row, bits in zip(kernel_mask.near.tolist(), found.kv_indices[0, 1], expected[0, 1], strict=True):
+        assert torch.equal(row[:near].long(), bits.nonzero().flatten())
+    assert torch.equal(unpacked(kernel_mask.not_whole(), columns), ~allowed)
+    assert torch.equal(kernel_mask.means[0].expand(1, 2, -1), marginal.sum(-1))
+    column = torch.arange(columns, device=DEVICE)
+    outside = (column < kernel_mask.means[1][:, None]) | (column >= kernel_mask.means[2][:, None])
+    assert not (marginal & outside).any()
+    check_lists(found.bits, expected, kernel_mask)
+
+
+def check_lists(bits: torch.Tensor, expected: torch.Tensor, mask: KernelMask) -> None:
+    """The map by key block: every pair once, in order; there is room for all early parts."""
+    columns = expected.shape[-1]
+    work = transpose_kernels.by_key_block(bits, columns=columns, kept=columns, pinned=1, mask=mask)
+    assert work.masked_part is not None
+    part = int(work.masked_part)
+    assert part == 2 * -(-int(mask.near.sum()) // columns)
+    lists, starts, _, early_columns = (x.cpu().flatten(0, 1) for x in work[:4])
+    for head, of_head in enumerate(expected.cpu().flatten(0, 1)):
+        slots = []
+        for column in range(columns):
+            rows = of_head[:, column].nonzero().flatten()
+            assert torch.equal(lists[head, starts[head, column] : starts[head, column + 1]].long(), rows)
+            slots += [column] * (max(0, len(rows) - 1) // part)
+        assert early_columns[head].tolist() == slots + [columns] * (early_columns.shape[-1] - len(slots))
 
 
 def test_the_map_in_slabs_without_bits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,16 @@ import math
 import pytest
 import torch
 
-from lite3r_plugin.ops.block_map import block_map, density, kept_blocks, negligible_blocks
+from lite3r_plugin.ops.block_map import (
+    SegmentMask,
+    block_map,
+    density,
+    kept_blocks,
+    masked_block_map,
+    masked_density,
+    negligible_blocks,
+)  # fmt: skip
+from lite3r_plugin.ops.block_map.naive import masked_counts
 
 B, H, D = 2, 2, 8
 
@@ -55,3 +64,22 @@ def test_density_counts_what_is_computed() -> None:
     kept = kept_blocks(20, 0.25, -(-pinned // 16))
     rows = [20 if row < -(-pinned // 32) else kept for row in range(10)]
     assert density(tokens, 0.25, pinned, 32, 16) == sum(rows) / (10 * 20)
+
+
+@pytest.mark.parametrize("ratio", [0.01, 0.1, 0.3, 0.7, 1.0])
+def test_of_the_blocks_that_a_mask_allows_as_many_are_chosen_as_without_one(ratio: float) -> None:
+    free = torch.arange(1, 2000)
+    kept, negligible = masked_counts(free, ratio, ratio)
+    assert kept.tolist() == [kept_blocks(n, ratio, 0) for n in free.tolist()]
+    assert negligible.tolist() == [negligible_blocks(n, ratio, k, 0) for n, k in zip(free.tolist(), kept.tolist(), strict=True)]
+
+
+def test_density_with_a_mask_counts_what_is_computed() -> None:
+    """Blocks that a query block keeps as one of the map, and all that pinned ones may see."""
+    frames = torch.arange(320) // 70
+    mask = SegmentMask(frames).ordered(None, None)
+    chosen, _ = masked_block_map(torch.randn(1, 1, 10, D), torch.randn(1, 1, 20, D), keep_ratio=0.25, mask=mask.in_blocks(32, 16), pinned=3)
+    seen = (~mask.in_blocks(32, 16).forbidden(slice(None))).sum(-1)
+    expected = int(seen[:2].sum() + (chosen[:, :, 2:] >= 0).sum())
+    assert masked_density(mask, 0.25, 40, 32, 16) == expected / (10 * 20)
+    assert masked_density(SegmentMask(frames, after=None).ordered(None, None), 0.25, 40, 32, 16) == density(320, 0.25, 40, 32, 16)

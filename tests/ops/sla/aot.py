@@ -21,6 +21,7 @@ from lite3r_plugin.ops.sla.kernels import forward, linear, marginal, softmax
 INDEX_POINTERS = {
     "Order": "*i32", "Indices": "*i32", "AllIndices": "*i32", "Bits": "*i32", "Skipped": "*i32", "Failed": "*i32", "Positions": "*i64",
 }  # fmt: skip
+INDEX_POINTERS |= {"Kinds": "*i8", "Counts": "*i32", "LeftOut": "*i32"}
 FP32_POINTERS = {
     "QMean", "KMean", "VMean", "Scores", "State", "Total", "Totals", "OutTotals", "Mu", "Lse", "QW", "QB", "KW", "KB", "Proj",
 }  # fmt: skip
@@ -36,7 +37,7 @@ def signature(kernel: Any, dtype: str, constants: dict[str, Any], label: str) ->
         own = {"State"}
     types = {}
     for name in inspect.signature(kernel.fn).parameters:
-        if name in constants:
+        if name in constants or name in ("Mask", "Pairs", "Scales"):
             types[name] = "constexpr"
         elif name in INDEX_POINTERS:
             types[name] = INDEX_POINTERS[name]
@@ -84,6 +85,8 @@ def variants() -> list[tuple[str, Any, str, dict[str, Any], dict[str, int]]]:
                 constants |= {name: options.pop(name) for name in ("TILE_OUT", "TILE_IN", "TILE")}
                 found.append(("marginal_sums", marginal._marginal_sums_kernel, dtype, constants, options))
     for width in (32, 1024, 32768):
+        constants = dict(WIDTH=width)
+        found.append(("select_masked", block_map._select_masked_kernel, "fp32", constants, block_map.launch_options(width)))
         for skipped in (False, True):
             constants = dict(WIDTH=width, BITS=True, SKIPPED=skipped)
             found.append(("select", block_map._select_kernel, "fp32", constants, block_map.launch_options(width)))
@@ -95,7 +98,8 @@ def main(capabilities: list[int], step: int = 1) -> None:
     for label, kernel, dtype, constants, options in variants()[::step]:
         types = signature(kernel, dtype, constants, label)
         aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types.values()) if t.startswith("*")}
-        source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
+        nothing = {name: None for name in ("Mask", "Pairs", "Scales") if name in types}
+        source = ASTSource(fn=kernel, signature=types, constexprs=constants | nothing, attrs=aligned)
         for capability in capabilities:
             compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(options))
             shared = compiled.metadata.shared

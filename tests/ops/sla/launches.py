@@ -25,7 +25,7 @@ CAPABILITY = int(sys.argv[1])
 LIMIT = SHARED_KIB.get(divmod(CAPABILITY, 10), 99)
 SMALLEST = SHARED_KIB.get((8, 9), 99)
 LAUNCHES: list[tuple[str, int, bool]] = []
-CASES = [  # dtype, head dimension, linear branch, what learns, block of keys if it is not 64, whether keys are other tokens
+CASES = [  # dtype, head dimension, linear branch, what learns, block of keys if it is not 64, whether keys are other tokens, is masked
     (torch.bfloat16, 64, "all", "all"),
     (torch.bfloat16, 64, "all", "proj"),
     (torch.bfloat16, 64, "none", "nothing"),
@@ -37,6 +37,12 @@ CASES = [  # dtype, head dimension, linear branch, what learns, block of keys if
     (torch.float32, 128, "marginal", "nothing", 128),
     (torch.bfloat16, 64, "all", "all", 64, True),
     (torch.bfloat16, 64, "marginal", "nothing", 64, True),
+    (torch.bfloat16, 64, "marginal", "all", 64, False, True),
+    (torch.bfloat16, 128, "marginal", "all", 64, True, True),
+    (torch.float32, 128, "marginal", "nothing", 64, False, True),
+    (torch.bfloat16, 64, "all", "all", 64, False, True),
+    (torch.float32, 64, "all", "all", 64, False, True),
+    (torch.bfloat16, 128, "all", "all", 64, False, True),
 ]
 
 
@@ -79,10 +85,12 @@ class Driver:
         return torch.device("cpu")
 
 
-def run(dtype: torch.dtype, dim: int, linear: str, learns: str, block_k: int = 64, cross: bool = False, *, tokens: int) -> dict[str, Any]:
+def run(
+    dtype: torch.dtype, dim: int, linear: str, learns: str, block_k: int = 64, cross: bool = False, masked: bool = False, *, tokens: int
+) -> dict[str, Any]:  # fmt: skip
     """One forward (and backward) pass: kernels launched by each, most shared memory of one in KiB, those that load by TMA.
 
-    If `cross`, with half as many keys as queries, and the log-sum-exp.
+    If `cross`, with half as many keys as queries, and the log-sum-exp. If `masked`, frame-causal.
     """
     LAUNCHES.clear()
     qkv = torch.randn(1, tokens, 3, 2, dim, dtype=dtype)
@@ -92,11 +100,12 @@ def run(dtype: torch.dtype, dim: int, linear: str, learns: str, block_k: int = 6
     norm = HeadNorm("layer", weight, bias, 1e-5)
     few = tokens // 2 if cross else tokens
     keys = sla.KeyTokens(torch.randperm(few).int(), 9, torch.randint(0, 37, (1, few, 2))) if cross else None
+    mask = sla.SegmentMask(torch.arange(tokens) // 300, torch.arange(few) // 150) if masked else None
     with torch.set_grad_enabled(learns != "nothing"):
         out = sla.sparse_linear_attention(
             q, k[:, :, :few], v[:, :, :few], keep_ratio=0.1, order=torch.randperm(tokens).int(), pinned_tokens=70, q_norm=norm, k_norm=norm,
             positions=torch.randint(0, 37, (1, tokens, 2)), rope_base=100.0, linear=linear, proj=proj, block_means=True, block_k=block_k,
-            keys=keys, return_lse=cross,
+            keys=keys, mask=mask, return_lse=cross,
         )  # fmt: skip
         forward = len(LAUNCHES)
         if learns != "nothing":
@@ -117,7 +126,8 @@ def main() -> None:
         allowed = shared_kib(dtype, dim, learns != "nothing")
         if allowed > LIMIT or ("--in-turn" in sys.argv and i and allowed <= SMALLEST < LIMIT):
             continue
-        name = f"{dtype} {dim} {linear}, {learns} learns" + (", other keys" if blocks[1:] else "")
+        name = f"{dtype} {dim} {linear}, {learns} learns" + (", other keys" if any(blocks[1:2]) else "")
+        name += ", masked" if any(blocks[2:]) else ""
         case = dict(case=name, allowed=allowed, block_k=(*blocks, 64)[0], **run(dtype, dim, linear, learns, *blocks, tokens=1000))
         longer = run(dtype, dim, linear, learns, *blocks, tokens=9001)
         case["as_many_when_long"] = all(case[key] == longer[key] for key in ("forward", "backward"))

@@ -47,11 +47,15 @@ LAUNCHES = {
     "bfloat16 64 all, proj learns": (FORWARD, ["dproj"]),
     "bfloat16 64 none, nothing learns": ([name for name in FORWARD if name != "linear_state"], []),
     "bfloat16 64 all, all learns, other keys": (["prepare", *FORWARD], ["prepare", *BACKWARD]),
+    "float32 128 marginal, nothing learns, masked": (
+        ["prepare", "select_masked", "linear_state", "marginal_sums", "padded_means", "sparse_linear", "sparse_linear"],
+        [],
+    ),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("capability", "cases", "others"), [(89, 7, 7), (90, 11, 5)])
+@pytest.mark.parametrize(("capability", "cases", "others"), [(89, 9, 9), (90, 17, 9)])
 def test_the_operator_compiles_and_fits(capability: int, cases: int, others: int) -> None:
     """With the arguments of real launches; as many of them for a long sequence as for a short one.
 
@@ -67,9 +71,11 @@ def test_the_operator_compiles_and_fits(capability: int, cases: int, others: int
         assert case["tma"] == (["_dkv_kernel", "_dmeans_kernel", "_dq_kernel"] if streams else [])
         marginal = "marginal" in case["case"]
         other_keys = "other keys" in case["case"]  # which are prepared in a launch of their own
-        assert len(case["forward"]) <= 6 + marginal + other_keys
+        pairs = "masked" in case["case"] and " all, " in case["case"]  # of the linear branch
+        marginal |= pairs
+        assert len(case["forward"]) <= 6 + marginal + other_keys + pairs
         learns = case["case"].split(", ")[1].split()[0]
-        assert len(case["backward"]) == {"all": 13 + 2 * marginal + other_keys, "proj": 1, "nothing": 0}[learns]
+        assert len(case["backward"]) == {"all": 13 + 2 * marginal + other_keys + 4 * pairs, "proj": 1, "nothing": 0}[learns]
         if (name := case["case"].removeprefix("torch.")) in LAUNCHES and case["block_k"] == 64:
             assert LAUNCHES[name] == tuple(
                 [x.removeprefix("_").removesuffix("_kernel") for x in case[key]] for key in ("forward", "backward")

@@ -12,7 +12,7 @@ from sla_cases import DEVICE, LENGTHS, random_qkv
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lite3r_plugin.errors import BackendError, ConfigError, WeightsError
+from lite3r_plugin.errors import ConfigError, WeightsError
 from lite3r_plugin.ops import dispatch
 from lite3r_plugin.ops.block_map import block_map
 from lite3r_plugin.ops.dispatch import triton_installed
@@ -82,7 +82,7 @@ def dense_mask(mask: SegmentMask) -> Tensor:
     keys = mask.queries if mask.keys is None else mask.keys
     distance = keys - mask.queries[:, None]
     visible = torch.ones_like(distance, dtype=torch.bool)
-    visible &= True if mask.before is None else distance >= -mask.before
+    visible &= True if mask.before is None else (distance >= -mask.before) | (keys <= (-1 if mask.sink is None else mask.sink))
     return visible & (True if mask.after is None else distance <= mask.after)
 
 
@@ -90,6 +90,8 @@ FRAMES = torch.arange(160) * 7 // 160
 SEGMENT_MASKS = {
     "frame-causal": SegmentMask(FRAMES), "window": SegmentMask(FRAMES, before=1, after=1), "causal window": SegmentMask(FRAMES, before=2),
     "block-diagonal": SegmentMask(FRAMES, before=0), "all": SegmentMask(FRAMES, after=None),
+    "causal window and the first two": SegmentMask(FRAMES, before=1, sink=1),
+    "numbers beyond 32 bits": SegmentMask((1 << 62) - (7 - FRAMES) * (1 << 29), before=1 << 30, sink=(1 << 31) - 1),
 }  # fmt: skip
 
 
@@ -147,17 +149,6 @@ def test_gradients_with_a_mask(linear: str) -> None:
         )  # fmt: skip
 
     assert torch.autograd.gradcheck(run, (q, k, v, proj), fast_mode=True)
-
-
-def test_the_kernels_say_that_they_have_no_masks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And leave such calls to torch operators where they may."""
-    q, k, v = qkv(64, dim=32, dtype=torch.float32)
-    options: dict[str, Any] = dict(keep_ratio=0.5, mask=SegmentMask(torch.arange(64) // 9), **KERNEL_BLOCKS)
-    expected = sparse_linear_attention(q, k, v, backend="naive", **options)
-    monkeypatch.setattr(dispatch, "why_not_triton", lambda *_, **__: None)
-    assert torch.equal(sparse_linear_attention(q, k, v, **options), expected)
-    with pytest.raises(BackendError, match="the kernels have no masks"):
-        sparse_linear_attention(q, k, v, backend="triton", **options)
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from numerics import assert_as_accurate, relative_error
-from pairs import costly, each, grid
+from pairs import all_pairs, costly, each, grid
 from sla_cases import BLOCK_K, BLOCKS, BRANCHES, DEVICE, GPU, HALF, LENGTHS, Branch, random_order, random_proj, random_qkv
 from torch import Tensor
 
 from lite3r_plugin.ops import dispatch
+from lite3r_plugin.ops.block_map import masked_block_map
 from lite3r_plugin.ops.block_map import naive as block_map_naive
 from lite3r_plugin.ops.dispatch import why_not_triton
 from lite3r_plugin.ops.qk_norm_rope import NO_NORM, HeadNorm
@@ -23,6 +24,9 @@ backward = pytest.importorskip("lite3r_plugin.ops.sla.backward")
 block_map_kernels = pytest.importorskip("lite3r_plugin.ops.block_map.kernels")
 backward_options = pytest.importorskip("lite3r_plugin.ops.sla.kernels.backward_options")
 operands = pytest.importorskip("lite3r_plugin.ops.sla.kernels.operands")
+softmax_backward = pytest.importorskip("lite3r_plugin.ops.sla.kernels.softmax_backward")
+transpose_kernels = pytest.importorskip("lite3r_plugin.ops.block_map.transpose_kernels")
+forward_kernels = pytest.importorskip("lite3r_plugin.ops.sla.kernels.forward")
 marginal_kernels = pytest.importorskip("lite3r_plugin.ops.sla.kernels.marginal")
 
 LONG = LENGTHS[-1] if GPU else 81  # the fewest tokens with blocks of all kinds, and a short one of queries and of keys
@@ -78,6 +82,28 @@ def with_leaves(arguments: Arguments, needed: Needed, wide: bool = False) -> Arg
     return Arguments(*(x if x is None else x.requires_grad_(need) for x, need in zip(tensors, needed, strict=True)), *arguments.options)
 
 
+def masked(arguments: Arguments, kind: str) -> Arguments:
+    """With a mask, by segments that do not end where blocks do, and orders in which tokens of a segment are neighbours."""
+    before, after, sink = dict(
+        causal=(None, 0, None), window=(1, 1, None), sink=(0, 0, 0), diagonal=(0, 0, None), mixed=(1, 0, None), nothing=(1, 0, None)
+    )[kind]  # fmt: skip
+    of_queries, of_keys = (torch.arange(x.shape[2], device=DEVICE) * 3 // x.shape[2] for x in (arguments.q, arguments.k))
+    if kind == "mixed":  # such as tokens of all frames that come first
+        of_queries, of_keys = of_queries[torch.randperm(len(of_queries))], of_keys[torch.randperm(len(of_keys))]
+    elif kind == "nothing":  # of the first segments
+        of_keys = of_keys + 2
+    if not arguments.cross and kind != "nothing":
+        of_keys = of_queries
+
+    def by_segment(order: Tensor | None, segments: Tensor) -> Tensor | None:
+        return order if order is None or kind == "mixed" else order[segments[order.long()].argsort(stable=True)]
+
+    return arguments._replace(
+        order=by_segment(arguments.order, of_queries), key_order=by_segment(arguments.key_order, of_keys), mask_queries=of_queries,
+        mask_keys=of_keys, mask_before=before, mask_after=after, mask_sink=sink,
+    )  # fmt: skip
+
+
 BlockMap = tuple[Tensor, Tensor | None]  # critical blocks, and which others are negligible
 Results = tuple[Tensor, Tensor | None]  # output, and log-sum-exp if it is wanted
 
@@ -97,8 +123,14 @@ def by_triton(arguments: Arguments, grad: Tensor, needed: Needed | None = None) 
 
 
 def block_map_of(arguments: Arguments) -> BlockMap:
-    """By the Triton kernels: the critical blocks, and which others are negligible."""
+    """By the Triton kernels: the critical blocks, and which others are negligible. With a mask by the definition, which is the same."""
     means, counts = arguments.prepared(triton=True)[3:5], arguments.block_counts()
+    if arguments.mask is not None:
+        blocks = arguments.mask.ordered(arguments.order, arguments.keys.order).in_blocks(arguments.block_q, arguments.block_k)
+        return masked_block_map(
+            *means, keep_ratio=arguments.keep_ratio, mask=blocks, pinned=arguments.pinned_keys,
+            negligible_ratio=arguments.negligible_ratio if arguments.leaves_out else 0.0,
+        )  # fmt: skip
     kv_indices = block_map_kernels.block_map_with_bits(*means, **counts._asdict()).kv_indices
     return kv_indices, block_map_naive.block_map(*means, **counts._asdict())[1]
 
@@ -113,8 +145,9 @@ def defined(leaves: Arguments, block_map: BlockMap) -> Results:
     """The definition, of `leaves`, with a block map."""
     kv_indices, negligible = block_map
     prepared = leaves.prepared(triton=False)
+    mask = None if leaves.mask is None else leaves.mask.ordered(leaves.order, leaves.keys.order)
     out, lse = naive.sparse_linear_attention(
-        prepared.q, prepared.k, prepared.v, kv_indices, negligible=negligible, pinned=leaves.pinned_queries, scale=leaves.scale,
+        prepared.q, prepared.k, prepared.v, kv_indices, negligible=negligible, mask=mask, pinned=leaves.pinned_queries, scale=leaves.scale,
         linear=leaves.linear, feature_map=leaves.feature_map, proj=leaves.proj, block_means=leaves.block_means,
         block_q=leaves.block_q, block_k=leaves.block_k, return_lse=leaves.return_lse,
     )  # fmt: skip
@@ -138,6 +171,9 @@ def assert_forward(arguments: Arguments) -> None:
             assert (got is None) == (reference is None)
             if got is None or torch_result is None or reference is None:
                 continue
+            seen = reference.isfinite()  # the log-sum-exp of a query that sees nothing is -inf
+            assert torch.equal(got == -torch.inf, ~seen)
+            got, torch_result, reference = got[seen], torch_result[seen], reference[seen]
             if got.dtype == HALF:  # few numbers, and more operands are rounded than in the definition
                 assert relative_error(got, reference) <= torch.finfo(HALF).eps / 2
             else:
@@ -218,6 +254,95 @@ def test_other_tokens_have_positions_and_norms_of_their_own(norm: str | None, br
     assert_gradients(arguments)
 
 
+MASKS = ("causal", "window", "sink", "diagonal", "mixed", "nothing")
+MASKED_BRANCHES = [BRANCHES[5], BRANCHES[1], BRANCHES[4], BRANCHES[0]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "branch", "dtype", "keys"),
+    grid(MASKS, MASKED_BRANCHES, (HALF, torch.float32), (None, 1374)) if GPU else [
+        pytest.param(*row, marks=[pytest.mark.slow] * (i >= 4)) for i, row in enumerate([
+            ("causal", BRANCHES[5], torch.float32, None), ("sink", BRANCHES[1], HALF, None), ("nothing", BRANCHES[4], torch.float32, 100),
+            ("mixed", BRANCHES[0], HALF, 67), *all_pairs(MASKS, MASKED_BRANCHES, (HALF, torch.float32), (None, 100)),
+        ])
+    ], ids=str,
+)  # fmt: skip
+def test_masks(kind: str, branch: Branch, dtype: torch.dtype, keys: int | None) -> None:
+    """Output, log-sum-exp and gradients, also of queries that see nothing, of pinned ones and with negligible blocks."""
+    pinned = 40 if kind in ("causal", "window") else 0
+    arguments = masked(
+        some_arguments(
+            1500 if GPU else LONG, 64 if GPU else 32, dtype, branch, keys=keys, negligible_ratio=0.3, pinned_tokens=pinned, return_lse=True
+        ),
+        kind,
+    )  # fmt: skip
+    assert_forward(arguments)
+    assert_gradients(arguments)
+
+
+@pytest.mark.parametrize(
+    ("kind", "branch", "dtype"),
+    grid(MASKS, BRANCHES[2:4], (HALF, torch.float32)) if GPU else [
+        ("causal", BRANCHES[2], torch.float32), pytest.param("nothing", BRANCHES[3], HALF, marks=pytest.mark.slow),
+        *(pytest.param(*row, marks=pytest.mark.slow) for row in all_pairs(MASKS, BRANCHES[2:4], (HALF, torch.float32))),
+    ], ids=str,
+)  # fmt: skip
+def test_the_branch_over_all_that_a_mask_allows(kind: str, branch: Branch, dtype: torch.dtype) -> None:
+    """Which has states of blocks that are wholly allowed, and pairs."""
+    pinned = 40 if kind in ("causal", "window") else 0
+    arguments = some_arguments(1500 if GPU else LONG, 64 if GPU else 32, dtype, branch, pinned_tokens=pinned, return_lse=True)
+    arguments = masked(arguments, kind)
+    assert_forward(arguments)
+    assert_gradients(arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("norm", "keep_ratio", "kind"), [("layer", 0.3, "causal"), (None, 1.0, "window"), ("rms", 0.01, "diagonal")])
+def test_masks_with_norms_and_at_the_edges(norm: str | None, keep_ratio: float, kind: str) -> None:
+    arguments = some_arguments(LONG, 32, torch.float32, BRANCHES[5], norm=norm, keep_ratio=keep_ratio, pinned_tokens=0, return_lse=True)
+    assert_forward(masked(arguments, kind))
+    assert_gradients(masked(arguments, kind))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF] if GPU else [torch.float32], ids=str)  # FP16 cannot hold such states
+@pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")  # in the interpreter, by the first launch
+def test_hidden_keys_have_no_part_however_large_they_are(dtype: torch.dtype) -> None:
+    """Their scores are above what a sum can hold, and their values large: earlier frames have the same output, but for rounding."""
+    arguments = masked(some_arguments(LONG, 32, dtype, BRANCHES[5], pinned_tokens=0, return_lse=True), "causal")
+    late = arguments.mask_queries == 2
+    along = arguments.q.mean(2, keepdim=True).sign()
+    large = arguments._replace(
+        q=arguments.q + 0.5 * along, k=torch.where(late[:, None], 100 * along, arguments.k), v=torch.where(late[:, None], 1e3, arguments.v)
+    )
+    assert_forward(large)
+    expected, found = (forward.run(x)[0][:, :, ~late] for x in (large._replace(k=arguments.k, v=arguments.v), large))
+    assert relative_error(found, expected) < 4 * torch.finfo(dtype).eps
+    assert relative_error(forward.run(large)[0][:, :, late], forward.run(arguments)[0][:, :, late]) > 1
+
+
+@pytest.mark.gpu
+def test_masks_of_long_sequences_take_little_memory_and_no_kernel_of_their_own() -> None:
+    """Less than a byte for each pair of 43,000 tokens; the same binaries for any number of views and segments."""
+    kernels = (
+        forward_kernels._sparse_linear_kernel, marginal_kernels._marginal_sums_kernel, softmax_backward._dq_kernel,
+        softmax_backward._dkv_kernel, softmax_backward._dmeans_kernel, transpose_kernels._starts_kernel, transpose_kernels._columns_kernel,
+    )  # fmt: skip
+    binaries = []
+    for views, segments in ((4, 4), (9, 3), (21, 21), (160, 160)):
+        tokens = views * 269
+        arguments = some_arguments(tokens, 64, HALF, BRANCHES[5], batch=1)
+        order = torch.randperm(tokens, device=DEVICE)
+        of_tokens = torch.arange(tokens, device=DEVICE) * segments // tokens
+        arguments = arguments._replace(order=order[of_tokens[order].argsort(stable=True)].int(), mask_queries=of_tokens, mask_after=0)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        found = by_triton(arguments, random_grad(arguments))
+        assert all(x is None or x.isfinite().all() for x in found)
+        assert tokens < 40_000 or torch.cuda.max_memory_allocated() - before < tokens**2
+        binaries.append(sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values()))
+    assert binaries[0] == binaries[-1]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("branch", [*BRANCHES[1:3], *BRANCHES[4:]], ids=str)
 @pytest.mark.parametrize(("dim", "dtype"), [(64, torch.bfloat16), (64, torch.float32), (128, torch.float16)])
@@ -293,17 +418,22 @@ def test_gradients_are_deterministic() -> None:
 
 
 @pytest.mark.parametrize(
-    ("branch", "norm", "keys"),
+    ("branch", "norm", "keys", "mask"),
     [
-        (BRANCHES[5], "layer", 100),
-        pytest.param(BRANCHES[2], "layer", None, marks=pytest.mark.slow),
-        pytest.param(BRANCHES[4], None, 35, marks=pytest.mark.slow),
+        (BRANCHES[5], "layer", 100, None),
+        (BRANCHES[5], None, None, "sink"),
+        pytest.param(BRANCHES[2], "layer", None, None, marks=pytest.mark.slow),
+        pytest.param(BRANCHES[4], None, 35, None, marks=pytest.mark.slow),
+        pytest.param(BRANCHES[4], "rms", 100, "nothing", marks=pytest.mark.slow),
     ],
     ids=str,
 )
-def test_nothing_is_read_that_was_not_written(branch: Branch, norm: str | None, keys: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_read_that_was_not_written(
+    branch: Branch, norm: str | None, keys: int | None, mask: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With NaN in all new memory gradients have the same bits."""
     arguments = some_arguments(LONG, 32, torch.float32, branch, norm=norm, keys=keys, return_lse=keys is not None)
+    arguments = arguments if mask is None else masked(arguments, mask)
     grad = random_grad(arguments)
     clean = by_triton(arguments, grad)
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
@@ -416,4 +546,6 @@ def test_streams_wait_for_each_other(branch: Branch, norm: str | None) -> None:
 
 def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`make`, whose floating-point tensors come full of NaN, others of a large number."""
-    return lambda *args, **kwargs: (x := make(*args, **kwargs)).fill_(float("nan") if x.is_floating_point() else 1 << 20)
+    return lambda *args, **kwargs: (x := make(*args, **kwargs)).fill_(
+        float("nan") if x.is_floating_point() else min(1 << 20, torch.iinfo(x.dtype).max)
+    )

@@ -116,7 +116,9 @@ def frames_of(tokens: int, layout: str) -> Tensor:
     return frames if layout == "in turn" else frames[torch.randperm(tokens)]
 
 
-MASKS = dict(causal=(None, 0), window=(1, 1), causal_window=(1, 0), block_diagonal=(0, 0), nothing=(-9, None))
+MASKS = dict(
+    causal=(None, 0, -1), window=(1, 1, -1), causal_window=(1, 0, -1), block_diagonal=(0, 0, -1), nothing=(-9, None, -1), sink=(1, 0, 1)
+)
 
 
 @pytest.mark.parametrize(
@@ -131,12 +133,12 @@ def test_every_form_with_a_mask_equals_its_formula(
 ) -> None:  # fmt: skip
     """Over the pairs that may see each other; queries of the last see nothing."""
     queries, keys = lengths
-    before, after = MASKS[kind]
+    before, after, sink = MASKS[kind]
     q, (_, k, v) = qkv(queries)[0], qkv(keys)
     of_queries, of_keys = frames_of(queries, layout), frames_of(keys, layout)
-    mask = SegmentMask(of_queries, of_keys, before, after).ordered(None, None)
+    mask = SegmentMask(of_queries, of_keys, before, after, None if sink < 0 else sink).ordered(None, None)
     distance = of_keys - of_queries[:, None]
-    visible = (distance >= (-9 if before is None else -before)) & (distance <= (9 if after is None else after))
+    visible = ((distance >= (-9 if before is None else -before)) | (of_keys <= sink)) & (distance <= (9 if after is None else after))
     blocks = mask.in_blocks(BLOCK_Q, BLOCK_K)
     kv_indices, negligible = masked_block_map(
         *(x.mean(2, keepdim=True) * torch.randn(B, H, -(-n // block), 1) for x, n, block in ((q, queries, BLOCK_Q), (k, keys, BLOCK_K))),

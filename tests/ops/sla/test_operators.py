@@ -35,7 +35,7 @@ def a_call(queries: int, keys: int, backend: str, learns: bool = True) -> dict[s
     """Inputs, and options."""
     q, (_, k, v) = random_qkv(queries, 32, torch.float32, batch=1)[0], random_qkv(keys, 32, torch.float32, batch=1)
     inputs = {name: x.detach().clone().requires_grad_(learns) for name, x in dict(q=q, k=k, v=v, proj=random_proj(32)).items()}
-    mask = SegmentMask(torch.arange(queries, device=DEVICE) // 9, torch.arange(keys, device=DEVICE) // 9) if backend == "naive" else None
+    mask = SegmentMask(torch.arange(queries, device=DEVICE) // 9, torch.arange(keys, device=DEVICE) // 9)
     return inputs | dict(
         keep_ratio=0.3, order=torch.randperm(queries, device=DEVICE).int(), pinned_tokens=3, mask=mask, linear="marginal", block_means=True,
         keys=KeyTokens(torch.randperm(keys, device=DEVICE).int(), 2), block_q=32, block_k=16, return_lse=True,
@@ -68,12 +68,12 @@ def test_a_graph_gives_what_the_eager_call_gives(backend: str, learns: bool) -> 
 @pytest.mark.parametrize("backend", ["naive", pytest.param("triton", marks=pytest.mark.slow)], indirect=True)
 def test_the_operators_keep_their_contracts(backend: str) -> None:
     call = a_call(33, 40, backend)
-    keys, mask = call.pop("keys"), call.pop("mask") or SegmentMask(None, None, None, None)  # type: ignore[arg-type]
+    keys, mask = call.pop("keys"), call.pop("mask")
     absent = dict.fromkeys(("q_weight", "q_bias", "k_weight", "k_bias", "positions", "q_kind", "k_kind", "rope_base", "scale"))
     arguments = Arguments(
         **call, **absent, negligible_ratio=0.2, q_eps=0.0, k_eps=0.0, feature_map="softmax", backend="auto", cross=True,
         key_order=keys.order, key_pinned_tokens=2, mask_queries=mask.queries, mask_keys=mask.keys, mask_before=mask.before,
-        mask_after=mask.after,
+        mask_after=mask.after, mask_sink=mask.sink,
     )  # fmt: skip
     torch.library.opcheck(operators.infer_lse, [x.detach() if isinstance(x, Tensor) else x for x in arguments])
     torch.library.opcheck(operators.train, ([x is not None for x in arguments.inputs], *arguments))

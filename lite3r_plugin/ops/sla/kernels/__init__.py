@@ -5,6 +5,7 @@
     softmax.py            what it is made of: the softmax of a tile of queries; means in the form that kernels read
     linear.py             the feature map; the linear state over all tokens, or of each key block
     marginal.py           sums of states over the marginal pairs of a query block and a key block
+    linear_pairs.py       the linear branch over all tokens with a mask: what of it has no states
     backward.py           all launches of the backward pass, in order
     softmax_backward.py   gradients of the sparse softmax and of the means
     linear_backward.py    gradients of the linear branch, and what the softmax's backward needs of each query

@@ -18,6 +18,7 @@ from .backward_options import dkv_options, dmeans_options, dq_options, uses_tma
 from .forward import Residuals
 from .linear import LOG2_E, precision
 from .linear_backward import PROGRAMS, Rows, by_rows, proj_gradient
+from .linear_pairs import add_query_gradient, key_gradients
 from .marginal import head_groups, marginal_sums
 from .operands import Operands
 from .softmax import padded_means
@@ -59,6 +60,8 @@ def backward(
         tile = max(options(operands)["TILE_K"] for options in (dq_options, dmeans_options))
         operands = operands._replace(means=padded_means(*operands.means, tile, operands.v.dtype))
     shared = by_rows(operands, residuals, out, grad, grad_lse)
+    if shared.pair_grads is not None and needs_q:
+        add_query_gradient(operands, shared.mu, shared.pair_grads, shared.dq)
     new_proj = torch.zeros_like if operands.linear == "none" else torch.empty_like
     found = OperandGradients(
         _empty(operands.q, operands.queries, in_token_order) if needs_q else None,
@@ -87,16 +90,17 @@ def _query_gradient(operands: Operands, shared: Rows, dq: Tensor, in_token_order
     rows, kept = operands.kv_indices.shape[-2:]
     columns = operands.columns
     # A pinned query block attends to all keys: cut, lest its program runs on when all others are done.
-    per_split = max(1, min(columns, 2 * kept))
+    per_split = max(1, min(columns, 2 * operands.typical))
     splits = -(-columns // per_split)
     partial = torch.empty(batch, heads, operands.pinned, splits, operands.block_q, dim, device=operands.q.device, dtype=torch.float32)
     options = dq_options(operands)
     means = operands.means or (operands.q, operands.q)
-    everything = torch.arange(columns, device=operands.q.device, dtype=torch.int32) if operands.pinned else operands.kv_indices
+    own_lists = operands.mask is not None or not operands.pinned
+    everything = operands.kv_indices if own_lists else torch.arange(columns, device=operands.q.device, dtype=torch.int32)
     _dq_kernel[(batch * heads * (operands.pinned * splits + rows - operands.pinned) * (operands.block_q // options["TILE_Q"]),)](
         operands.q, shared.do, *_tiles(operands, options["TILE_K"], operands.k, operands.v), shared.stats, operands.kv_indices, everything,
         operands.skipped, *means, shared.dq,
-        dq if operands.order is None else operands.order, dq, partial,
+        dq if operands.order is None else operands.order, dq, partial, operands.mask,
         operands.queries, operands.tokens, operands.k.shape[2], heads, rows, columns, kept, means[0].shape[2],
         operands.skipped.shape[-1], operands.pinned, splits, per_split, operands.scale, operands.scale * LOG2_E.value,
         **operands.sizes, MEANS=operands.means is not None, ADD=operands.linear != "none", HOST=not in_token_order,
@@ -116,7 +120,7 @@ def _query_gradient(operands: Operands, shared: Rows, dq: Tensor, in_token_order
 def _key_gradients(operands: Operands, shared: Rows, dk: Tensor, dv: Tensor, in_token_order: bool) -> None:
     batch, heads, padded, dim = operands.k.shape
     columns, (rows, kept) = operands.columns, operands.kv_indices.shape[-2:]
-    work = by_key_block(operands.bits, columns=columns, kept=kept, pinned=operands.pinned)
+    work = by_key_block(operands.bits, columns=columns, kept=kept, pinned=operands.pinned, mask=operands.mask)
     slots = work.early_columns.shape[-1]
     mean_grads = _mean_gradients(operands, shared) if operands.means is not None else (operands.q, operands.q)
     early = torch.empty(2, batch, heads, slots, operands.block_k, dim, device=operands.q.device, dtype=torch.float32)
@@ -128,16 +132,18 @@ def _key_gradients(operands: Operands, shared: Rows, dk: Tensor, dv: Tensor, in_
         programs = len(of_heads) * (slots if is_early else columns) * (operands.block_k // options["TILE_K"])
         _dkv_kernel[(programs,)](
             q, operands.k, operands.v, do, shared.stats, work.rows, work.starts, work.early_starts, work.early_columns, *early, *mean_grads,
-            e, dtotal, shared.mu, *(nothing if x is None else x for x in (operands.proj, operands.key_order)), dk, dv,
+            e, dtotal, shared.mu, *(nothing if x is None else x for x in (operands.proj, operands.key_order)), dk, dv, operands.mask,
+            work.masked_part, *pairs,
             operands.tokens, rows, padded, heads, columns, work.rows.shape[-1], slots, work.part, mean_grads[0].shape[1],
             of_heads.start, operands.scale, operands.scale * LOG2_E.value,
             **operands.sizes, EARLY=is_early, MEANS=operands.means is not None, HOST=not in_token_order,
             ORDERED=operands.key_order is not None, TMA=uses_tma(operands), **operands.branch, **options,
         )  # fmt: skip
 
+    pairs = (None, None) if shared.pair_grads is None else key_gradients(operands, shared.mu, shared.pair_grads)
     if slots:
         launch(True, range(batch * heads), shared.e, shared.dtotal)
-    if operands.linear == "marginal":
+    if operands.per_row:
         for some in head_groups(batch * heads, columns, operands.v):
             launch(False, range(some.start, some.stop), *_block_gradients(operands, shared, some))
     else:
@@ -146,10 +152,11 @@ def _key_gradients(operands: Operands, shared: Rows, dk: Tensor, dv: Tensor, in_
 
 def _block_gradients(operands: Operands, shared: Rows, heads: slice) -> tuple[Tensor, Tensor]:
     """`Rows.e` and `Rows.dtotal` of each key block: those of query blocks for which it is marginal, summed; of key `heads`."""
-    bits, e, dtotal = (x[heads] for x in (operands.skipped.flatten(0, 1), shared.e, shared.dtotal))
+    bits, e, dtotal = (x[heads] for x in (operands.state_bits().flatten(0, 1), shared.e, shared.dtotal))
     into = e.new_empty(len(bits), operands.columns, *e.shape[2:]), dtotal.new_empty(len(bits), operands.columns, dtotal.shape[-1])
-    scale = operands.block_q / (operands.marginal * operands.block_k)
-    marginal_sums(bits, e, dtotal, into, columns=operands.columns, scale=scale, transposed=True)
+    scales = None if operands.mask is None else operands.mask.scales
+    scale = operands.block_q / ((operands.marginal if scales is None else 1) * operands.block_k)
+    marginal_sums(bits, e, dtotal, into, columns=operands.columns, scale=scale, transposed=True, scales=scales)
     return into
 
 

@@ -38,6 +38,8 @@ def dmeans_options(operands: Operands) -> dict[str, int]:
 
 def rows_options(operands: Operands) -> dict[str, int]:
     """Of the kernel of the linear branch."""
+    if operands.linear == "all" and operands.mask is not None:  # which has pairs besides
+        return dict(TILE_Q=min(operands.block_q, 32), num_warps=4 if operands.q.shape[-1] <= 64 else 8, num_stages=1)
     if operands.q.dtype == torch.float32 or operands.q.shape[-1] > 64:
         return dict(TILE_Q=min(operands.block_q, 32), num_warps=4 if operands.q.shape[-1] <= 64 else 8, num_stages=2)
     return dict(TILE_Q=min(operands.block_q, 64), num_warps=4, num_stages=1)

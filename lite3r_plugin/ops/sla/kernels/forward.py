@@ -21,9 +21,10 @@ from torch import Tensor
 from ...launch import launch
 from ...sizes import power_of_2
 from .linear import LINEAR, LOG2_E, linear_state, phi, precision
+from .linear_pairs import pairs_of
 from .marginal import marginal_states
 from .operands import Operands
-from .softmax import LARGEST_SUM, attend, host_rows, load_rows, padded_means, places
+from .softmax import attend, host_rows, is_lost, load_rows, padded_means, places
 
 
 class Residuals(NamedTuple):
@@ -47,7 +48,7 @@ class Residuals(NamedTuple):
 # Sizes must not specialise the kernel: any number of views and any image size run the same binary.
 @triton.jit(do_not_specialize=["M", "N", "rows", "columns", "kept", "mean_rows", "words", "pinned"])
 def _sparse_linear_kernel(
-    Q, K, V, Indices, AllIndices, Bits, KMeans, VMeans, State, Total, Mu, Proj, Order, Out, Lse, Linear, Failed,
+    Q, K, V, Indices, AllIndices, Bits, KMeans, VMeans, State, Total, Mu, Proj, Order, Out, Lse, Linear, Failed, Mask, Pairs,
     M, N, padded, heads, rows, columns, kept, mean_rows, words, pinned, scale_log2,
     D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
     LINEAR: tl.constexpr, SOFTMAX: tl.constexpr, CENTRED: tl.constexpr, MEANS: tl.constexpr, ORDERED: tl.constexpr,
@@ -63,14 +64,17 @@ def _sparse_linear_kernel(
         AllIndices              [columns] i32: those of a pinned one
         Bits                    [B * heads, rows, words] i32: a bit for each key block that is not marginal (MEANS)
         KMeans, VMeans          [B * heads, mean_rows, D] in V's dtype, zeros after `columns` rows (MEANS)
-        State, Total            LINEAR == 1: [B * heads, D, D] and [B * heads, D], FP32; LINEAR == 2: [B * heads, rows, D, D] in V's
-                                dtype and [B * heads, rows, D] FP32. Proj is in State unless SAVE_LINEAR or CENTRED
+        State, Total            LINEAR == 1: [B * heads, D, D] and [B * heads, D], FP32; LINEAR == 2, and with a Mask: [B * heads, rows,
+                                D, D] in V's dtype and [B * heads, rows, D] FP32, of marginal blocks, or of those that are wholly allowed.
+                                Proj is in State unless SAVE_LINEAR or CENTRED, or LINEAR == 1 with a Mask
         Mu                      [B * heads, D] FP32: what the values in State are centred on (CENTRED)
-        Proj                    [D, D] (SAVE_LINEAR or CENTRED)
+        Proj                    [D, D] (SAVE_LINEAR or CENTRED, or LINEAR == 1 with a Mask)
         Order                   [M]: the host row of each query (ORDERED)
         Out, Linear             [B, M, heads, D] in V's dtype, in host order: the output, the branch before Proj (SAVE_LINEAR)
         Lse                     [B * heads, rows * BLOCK_Q] FP32 (SAVE_LSE)
         Failed                  [programs] i32: FIXED writes which tiles are to be retried, RETRY reads it
+        Mask                    a `KernelMask`, or None: then Indices holds those of all query blocks, with kept for a stride alone
+        Pairs                   `Pairs` of LINEAR == 1 with a Mask, centred if CENTRED; or None
 
     Sizes: M queries; N keys, `padded` with padding; `rows` query blocks, the first `pinned` of which attend to all of `columns` key
     blocks and the others to `kept`; `words` of 32 bits. Scores are multiplied by `scale_log2`, the scale times log2(e). DP is D up to a
@@ -98,7 +102,9 @@ def _sparse_linear_kernel(
     values = V + head * padded * D
     queries = Q + head * rows * BLOCK_Q * D
     chosen = Indices + (head * rows + row) * kept
-    if row < pinned:
+    if Mask is not None:
+        near = tl.load(Mask.near + row)
+    elif row < pinned:
         chosen = AllIndices
     q = load_rows(queries, n, d, D)
     k_means = KMeans
@@ -110,12 +116,19 @@ def _sparse_linear_kernel(
         v_means = VMeans + head * mean_rows * D
         bits = Bits + (head * rows + row) * words
         means = tl.where(near < columns, mean_rows, 0)
+    first_mean = 0
+    if MEANS and Mask is not None:
+        first_mean = tl.load(Mask.means + rows + row)
+        means = tl.load(Mask.means + 2 * rows + row)
     acc, weight, top = attend(
-        q, keys, values, chosen, near, k_means, v_means, bits, means, N, columns, words, scale_log2, d,
+        q, keys, values, chosen, near, k_means, v_means, bits, first_mean, means, Mask, row, n, N, columns, words, scale_log2, d,
         D, BLOCK_K, TILE_K, MEANS, FIXED, PRECISION,
     )  # fmt: skip
     if FIXED:
-        tl.store(Failed + tl.program_id(0), tl.max(tl.where(weight < LARGEST_SUM, 0, 1), 0))  # also where it is NaN
+        tl.store(Failed + tl.program_id(0), tl.max(is_lost(weight, Mask is not None), 0))
+    if Mask is not None:  # of a query that sees nothing the output is zero, and the logarithm -inf
+        top = tl.where(weight == 0.0, float("-inf"), top)
+        weight = tl.where(weight == 0.0, 1.0, weight)
     out = acc / weight[:, None]
     if SAVE_LSE:
         tl.store(Lse + head * rows * BLOCK_Q + n, top + tl.log2(weight))
@@ -125,16 +138,30 @@ def _sparse_linear_kernel(
         # Loaded again: kept in registers through the loops, it would push others out.
         features = phi(load_rows(queries, n, d, D).to(tl.float32), live[None, :], SOFTMAX, 1)
         both = live[:, None] & live[None, :]
-        owner = head if LINEAR == 1 else head * rows + row
+        PAIRS: tl.constexpr = Pairs is not None
+        owner = head if LINEAR == 1 and not PAIRS else head * rows + row
         state = tl.load(State + (owner * D + d)[:, None] * D + d[None, :], mask=both, other=0.0)
         total = tl.load(Total + owner * D + d, mask=live, other=0.0)
-        norm = tl.maximum(tl.sum(features * total[None, :], 1), 1e-37)
-        linear = tl.dot(features.to(dtype), state.to(dtype), input_precision=PRECISION) / norm[:, None]
+        norm = tl.sum(features * total[None, :], 1)
+        if PAIRS:
+            at = head * rows * BLOCK_Q + n
+            norm += tl.load(Pairs.norm + at)
+        norm = tl.maximum(norm, 1e-37)
+        linear = tl.dot(features.to(dtype), state.to(dtype), input_precision=PRECISION)
+        if PAIRS:
+            linear += load_rows(Pairs.numerator, at, d, D)
+        linear = linear / norm[:, None]
         if CENTRED:
-            linear += tl.load(Mu + head * D + d, mask=live, other=0.0)[None, :]
+            mu = tl.load(Mu + head * D + d, mask=live, other=0.0)
+            if PAIRS:
+                linear += tl.where(norm[:, None] > 1e-37, mu[None, :], 0.0)
+            else:
+                if Mask is not None:
+                    mu = tl.where(tl.load(Mask.means + row) > 0, mu, 0.0)
+                linear += mu[None, :]
         if SAVE_LINEAR:
             tl.store(Linear + to[:, None] * D + d[None, :], linear.to(dtype), mask=inside)
-        if SAVE_LINEAR or CENTRED:
+        if SAVE_LINEAR or CENTRED or PAIRS:
             proj = tl.load(Proj + d[None, :] * D + d[:, None], mask=both, other=0.0)
             linear = tl.dot(linear.to(dtype), proj.to(dtype), input_precision=PRECISION)
         out += linear
@@ -179,7 +206,7 @@ def sparse_linear_attention(
     operands = Operands(
         q, k, v, kv_indices, bits=None, skipped=bits, negligible=negligible, means=means, proj=proj, order=order, key_order=None,
         queries=tokens if queries is None else queries, tokens=tokens, pinned=pinned, scale=scale, linear=linear, feature_map=feature_map,
-        block_q=block_q, block_k=block_k,
+        block_q=block_q, block_k=block_k, mask=None,
     )  # fmt: skip
     return forward(operands)[0]
 
@@ -197,13 +224,13 @@ def forward(operands: Operands, *, save_lse: bool = False, save_linear: bool = F
         ``[B, H, M, D]`` in v's dtype, a view of ``[B, M, H, D]``, and the residuals.
     """
     q, k, v, bits, means = operands.q, operands.k, operands.v, operands.skipped, operands.means
-    proj, order, linear = operands.proj, operands.order, operands.linear
+    proj, order, linear, mask = operands.proj, operands.order, operands.linear, operands.mask
     queries, tokens, block_q, block_k = operands.queries, operands.tokens, operands.block_q, operands.block_k
     batch, heads, _, dim = q.shape
     rows, kept = operands.kv_indices.shape[-2:]
     columns = operands.columns
     pinned = min(operands.pinned, rows)
-    marginal = columns - kept - operands.negligible if pinned < rows else 0
+    marginal = operands.marginal if pinned < rows else 0
     out = torch.empty(batch, queries, heads, dim, device=q.device, dtype=v.dtype)
     lse = torch.empty(batch, heads, rows * block_q, device=q.device, dtype=torch.float32) if save_lse else None
     save_linear = save_linear and linear != "none"
@@ -212,19 +239,21 @@ def forward(operands: Operands, *, save_lse: bool = False, save_linear: bool = F
     state = total = None
     source: tuple[Tensor, Tensor] = nothing, nothing
     folded = None if save_linear or mu is not None else proj
-    if linear == "all":
+    if linear == "all" and mask is None:
         assert proj is not None
         state, total = linear_state(k, v, tokens, operands.feature_map, block_k)
         source = (state if folded is None else state @ folded.to(state.dtype).mT), total
-    elif linear == "marginal" and marginal:
-        assert bits is not None
+    elif linear == "all" or (linear == "marginal" and marginal):
         source = marginal_states(
-            k, v, bits, tokens=tokens, marginal=marginal, feature_map=operands.feature_map, block_k=block_k, mu=mu, proj=folded
-        )
+            k, v, operands.state_bits(), tokens=tokens, marginal=marginal, feature_map=operands.feature_map, block_k=block_k, mu=mu,
+            proj=None if linear == "all" else folded,
+            scales=None if mask is None else mask.scales,
+        )  # fmt: skip
         if mu is not None:
             state, total = source
     else:
         linear = "none"
+    pairs = pairs_of(operands, mu) if linear == "all" and mask is not None else None
     everything = torch.arange(columns, device=q.device, dtype=torch.int32) if pinned else operands.kv_indices
     options = launch_options(block_q, block_k, dim, q.dtype)
     padded_mean = None if means is None else padded_means(*means, options["TILE_K"], v.dtype)
@@ -234,7 +263,7 @@ def forward(operands: Operands, *, save_lse: bool = False, save_linear: bool = F
     failed = torch.empty(programs, device=q.device, dtype=torch.int32) if fixed else nothing
     arguments = (
         q, k, v, operands.kv_indices, everything, nothing if means is None else bits, *(padded_mean or (nothing, nothing)), *source,
-        *(nothing if x is None else x for x in (mu, proj, order, out, lse, branch, failed)),
+        *(nothing if x is None else x for x in (mu, proj, order, out, lse, branch, failed)), mask, pairs,
         queries, tokens, k.shape[2], heads, rows, columns, kept, mean_rows, words, pinned, operands.scale * LOG2_E.value,
     )  # fmt: skip
     constants = dict(

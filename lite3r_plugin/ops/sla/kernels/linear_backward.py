@@ -27,6 +27,7 @@ from ...sizes import power_of_2
 from .backward_options import rows_options
 from .forward import Residuals
 from .linear import phi, precision
+from .linear_pairs import PairGradients, Pairs, pairs_of
 from .operands import Operands
 from .softmax import host_rows, places
 from .softmax_backward import lse_place, phi_backward
@@ -36,7 +37,7 @@ PROGRAMS = 512  # of kernels that add up over many query blocks: enough to fill 
 
 @triton.jit(do_not_specialize=["M", "rows", "pinned", "per_split"])
 def _rows_kernel(
-    Q, Out, GradOut, GradLse, Lse, Order, State, Total, Mu, Proj, DO, Stats, DQ, E, DTotal, DSum,
+    Q, Out, GradOut, GradLse, Lse, Order, State, Total, Mu, Proj, DO, Stats, DQ, E, DTotal, DSum, Mask, Pairs, PairGrads,
     M, padded, H, rows, pinned, per_split, stride_b, stride_h, stride_n,
     D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, TILE_Q: tl.constexpr,
     LINEAR: tl.constexpr, SOFTMAX: tl.constexpr, ORDERED: tl.constexpr, OF_LSE: tl.constexpr, PRECISION: tl.constexpr,
@@ -63,8 +64,9 @@ def _rows_kernel(
                          is 1, those of each query block, divided by BLOCK_Q
         DSum             [B * H, splits, D] FP32: sums of dO
 
-    All but GradOut are contiguous. What follows Order is used with a linear branch alone (LINEAR as in `_sparse_linear_kernel`), but
-    for DO and Stats. `rows` query blocks, of which the first `pinned` have no marginal blocks.
+    All but GradOut are contiguous; Mask is a `KernelMask`, or None; Pairs and PairGrads are those of `linear_pairs.py`, or None. What
+    follows Order is used with a linear branch alone (LINEAR as in `_sparse_linear_kernel`), but for DO, Stats and Mask. `rows` query
+    blocks, of which the first `pinned` have no marginal blocks.
     """
     STEPS: tl.constexpr = BLOCK_Q // TILE_Q
     split = tl.program_id(0)
@@ -103,22 +105,43 @@ def _rows_kernel(
         sparse = out.to(tl.float32)
         if LINEAR != 0:
             is_pinned = LINEAR == 2 and i // STEPS < pinned  # such a query block has no marginal blocks
-            sparse -= tl.where(is_pinned, 0.0, mu_proj)[None, :]
+            if Pairs is not None:  # of single queries
+                pair_norm = tl.load(Pairs.norm + own)
+                is_pinned = (tl.sum(phi(q.to(tl.float32), live[None, :], SOFTMAX, 1) * total[None, :], 1) + pair_norm == 0.0)[:, None]
+                sparse -= tl.where(is_pinned, 0.0, mu_proj[None, :])
+            else:
+                if Mask is not None:
+                    is_pinned = tl.load(Mask.means + i // STEPS) == 0
+                sparse -= tl.where(is_pinned, 0.0, mu_proj)[None, :]
         delta = tl.sum(do.to(tl.float32) * sparse, 1)
         if LINEAR != 0:
             do = tl.where(is_pinned, tl.zeros_like(do), do)
             dsum += tl.sum(do.to(tl.float32), 0)
             features = phi(q.to(tl.float32), live[None, :], SOFTMAX, 1)
             rounded = features.to(dtype)
-            inverse = 1.0 / tl.maximum(tl.sum(features * total[None, :], 1), 1e-37)
+            norm = tl.sum(features * total[None, :], 1)
+            if Pairs is not None:
+                norm += pair_norm
+            inverse = 1.0 / tl.maximum(norm, 1e-37)
             u = (do.to(tl.float32) * inverse[:, None]).to(dtype)
             outer = tl.dot(tl.trans(rounded), u, outer, input_precision=PRECISION)
             along = tl.sum(u.to(tl.float32) * tl.dot(rounded, state, input_precision=PRECISION), 1)
+            if Pairs is not None:
+                pairs = tl.load(Pairs.numerator + at, mask=live[None, :], other=0.0)
+                a = tl.dot(u, proj.to(dtype), input_precision=PRECISION)
+                along += tl.sum(a * pairs.to(tl.float32), 1)
             delta -= along
             dnorm = -along * inverse
             dtotal += tl.sum(features * dnorm[:, None], 0)
             grad = tl.dot(u, tl.trans(state), input_precision=PRECISION) + dnorm[:, None] * total[None, :]
             tl.store(DQ + at, phi_backward(features, grad, SOFTMAX).to(dtype), mask=live[None, :])
+        if Mask is not None:
+            lse = tl.where(lse == float("-inf"), 0.0, lse)  # of a query that sees nothing, whose scores are all hidden
+            if Pairs is not None:
+                scale_of_pairs = tl.load(PairGrads.scales + split)
+                tl.store(PairGrads.u + at, u, mask=live[None, :])
+                tl.store(PairGrads.a + at, (a * scale_of_pairs).to(dtype), mask=live[None, :])
+                tl.store(PairGrads.b + own, dnorm * scale_of_pairs)
         tl.store(lse_place(Stats, own), lse)
         if OF_LSE:
             delta -= grad_lse
@@ -180,7 +203,8 @@ class Rows(NamedTuple):
     `stats` FP32 holds lse of 64 queries, their delta, lse of the next 64, and so on. `dq` is the share of the linear branch.
 
     `e` and `dtotal` lead to the gradients of phi(k)^T v and phi(k) summed over all tokens, or over marginal blocks of the states
-    of each query block, divided by `block_q`. `state` is what `e` belongs to, `dsum` sums of dO, `mu` the mean value.
+    of each query block, divided by `block_q`. `state` is what `e` belongs to, `dsum` sums of dO, `mu` the mean value. `pairs` and
+    `pair_grads` are those of a branch over all tokens with a mask.
     """
 
     do: Tensor
@@ -191,14 +215,17 @@ class Rows(NamedTuple):
     state: Tensor
     dsum: Tensor
     mu: Tensor
+    pairs: Pairs | None
+    pair_grads: PairGradients | None
 
 
 def by_rows(operands: Operands, residuals: Residuals, out: Tensor, grad: Tensor, grad_lse: Tensor | None) -> Rows:
     """One pass over the queries. Arguments as those of `backward.backward`."""
     batch, heads, padded, dim = operands.q.shape
     rows = operands.kv_indices.shape[-2]
-    branch, marginal = operands.linear != "none", operands.linear == "marginal"
-    per_split = -(-rows // max(1, PROGRAMS // (batch * heads))) if operands.linear == "all" else 1
+    branch, marginal, pairs = operands.linear != "none", operands.per_row, None
+    pair_grads = None
+    per_split = -(-rows // max(1, PROGRAMS // (batch * heads))) if branch and not marginal else 1
     splits = -(-rows // per_split)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -218,31 +245,35 @@ def by_rows(operands: Operands, residuals: Residuals, out: Tensor, grad: Tensor,
         if marginal:
             assert residuals.mu is not None
             mu = residuals.mu
+            if operands.linear == "all":
+                pairs, pair_grads = pairs_of(operands, mu), PairGradients.empty(operands)
         else:
             mu = state.sum(-2) / total.sum(-1, keepdim=True)
             state = state - total[..., None] * mu[..., None, :]
     _rows_kernel[(splits, batch * heads)](
         operands.q, out, grad, do if grad_lse is None else grad_lse, residuals.lse, do if operands.order is None else operands.order,
         state, total, mu, operands.proj if branch else do,
-        do, stats, dq, e, dtotal, dsum,
+        do, stats, dq, e, dtotal, dsum, operands.mask, pairs, pair_grads,
         operands.queries, padded, heads, rows, operands.pinned, per_split, *grad.stride()[:3],
         D=dim, DP=power_of_2(dim), BLOCK_Q=operands.block_q, ORDERED=operands.order is not None,
         OF_LSE=grad_lse is not None, **operands.branch,
         **rows_options(operands),
     )  # fmt: skip
-    if operands.linear == "all":
+    if branch and not marginal:
         e, dtotal = e.sum(1) / operands.tokens, dtotal.sum(1) / operands.tokens
-    return Rows(do, stats, dq, e, dtotal, state, dsum, mu)
+    return Rows(do, stats, dq, e, dtotal, state, dsum, mu, pairs, pair_grads)
 
 
 def proj_gradient(operands: Operands, shared: Rows) -> Tensor:
     """Gradient ``[D, D]`` FP64 of Proj, of a call with a linear branch."""
     e, state = (x.flatten(0, -2) for x in (shared.e, shared.state))
-    if operands.linear == "marginal":
+    if operands.per_row:
         dproj = operands.block_q * proj_backward(e[None, None], state[None, None].to(e.dtype))
     else:
         # Products of D x D matrices in FP64: they cost nothing, and TF32 may be on for FP32.
         dproj = (e.double().mT @ state.double()) * operands.tokens
+    if shared.pairs is not None and shared.pair_grads is not None:
+        dproj = dproj + proj_backward(shared.pair_grads.u[:, None], shared.pairs.numerator[:, :, None])
     return dproj + shared.dsum.sum(1).double().mT @ shared.mu.double()
 
 

@@ -42,7 +42,7 @@ def _marginal_pairs(Bits, row, first_block, rows, words, BLOCKS: tl.constexpr):
 
 @triton.jit
 def _sum_tile(
-    Bits, X, Out, head, tile, rows, columns, words, scale, WIDTH: tl.constexpr,
+    Bits, X, Out, Scales, head, tile, rows, columns, words, scale, WIDTH: tl.constexpr,
     TILE_OUT: tl.constexpr, TILE_IN: tl.constexpr, TILE: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """TILE_OUT rows and TILE columns of the product with X [inner, WIDTH]."""
@@ -60,18 +60,22 @@ def _sum_tile(
             X + (head * inner + other)[:, None] * WIDTH + lane[None, :], mask=(other < inner)[:, None] & (lane < WIDTH)[None, :], other=0.0
         )
         if TRANSPOSED:
+            if Scales is not None:
+                x = (x * tl.load(Scales + other, mask=other < rows, other=0.0)[:, None]).to(dtype)
             pairs = _marginal_pairs(bits, other, start, rows, words, TILE_OUT)
         else:
             pairs = tl.trans(_marginal_pairs(bits, own, first, rows, words, TILE_IN))
         weights = tl.where(pairs, tl.full([1, 1], 1.0, dtype), tl.full([1, 1], 0.0, dtype))
         acc = tl.dot(weights, x, acc, input_precision=PRECISION)
+    if not TRANSPOSED and Scales is not None:
+        acc *= tl.load(Scales + own, mask=own < rows, other=0.0)[:, None]
     at = (head * outer + own)[:, None] * WIDTH + lane[None, :]
     tl.store(Out + at, (acc * scale).to(Out.dtype.element_ty), mask=(own < outer)[:, None] & (lane < WIDTH)[None, :])
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "words"], do_not_specialize_on_alignment=["Bits"])
 def _marginal_sums_kernel(
-    Bits, States, Totals, OutStates, OutTotals, rows, columns, words, scale,
+    Bits, States, Totals, OutStates, OutTotals, Scales, rows, columns, words, scale,
     D: tl.constexpr, TILE_OUT: tl.constexpr, TILE_IN: tl.constexpr, TILE: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sums of states and totals over marginal pairs, times `scale`; programs that share a slice of the states run side by side.
@@ -79,6 +83,7 @@ def _marginal_sums_kernel(
         Bits                     [heads, rows, words] i32: a bit for each of `columns` key blocks that is not marginal
         States, Totals           [heads, columns, D, D] and [heads, columns, D] FP32; with TRANSPOSED, `rows` in place of `columns`
         OutStates, OutTotals     the same for `rows`; with TRANSPOSED, for `columns`
+        Scales                   [rows] FP32: further factors of what is of a query block; or None
 
     All are contiguous. Programs are [tiles of TILE_OUT results, slices of TILE numbers of a state and of 32 of a total, heads].
     """
@@ -86,14 +91,19 @@ def _marginal_sums_kernel(
     tile = tl.program_id(1)
     tiles: tl.constexpr = (D * D + TILE - 1) // TILE
     if tile < tiles:
-        _sum_tile(Bits, States, OutStates, head, tile, rows, columns, words, scale, D * D, TILE_OUT, TILE_IN, TILE, TRANSPOSED, PRECISION)
+        _sum_tile(
+            Bits, States, OutStates, Scales, head, tile, rows, columns, words, scale, D * D, TILE_OUT, TILE_IN, TILE, TRANSPOSED, PRECISION
+        )  # fmt: skip
     else:
-        _sum_tile(Bits, Totals, OutTotals, head, tile - tiles, rows, columns, words, scale, D, TILE_OUT, TILE_IN, 32, TRANSPOSED, "tf32x3")
+        _sum_tile(
+            Bits, Totals, OutTotals, Scales, head, tile - tiles, rows, columns, words, scale, D, TILE_OUT, TILE_IN, 32, TRANSPOSED, "tf32x3"
+        )  # fmt: skip
 
 
 def marginal_sums(
-    bits: Tensor, states: Tensor, totals: Tensor, into: tuple[Tensor, Tensor], *, columns: int, scale: float, transposed: bool
-) -> None:
+    bits: Tensor, states: Tensor, totals: Tensor, into: tuple[Tensor, Tensor], *, columns: int, scale: float, transposed: bool,
+    scales: Tensor | None = None,
+) -> None:  # fmt: skip
     """`naive.over_marginal` of states and totals times `scale`, or with `transposed` the sums the other way round.
 
     Args:
@@ -104,6 +114,7 @@ def marginal_sums(
         columns: Number of key blocks.
         scale: Factor of all results.
         transposed: From states of query blocks to results for key blocks.
+        scales: ``[query blocks]`` FP32, further factors of what is of a query block, powers of two; or None.
     """
     heads, rows, words = bits.shape
     dim = states.shape[-1]
@@ -111,14 +122,14 @@ def marginal_sums(
     grid = (-(-into[0].shape[1] // options["TILE_OUT"]), -(-dim * dim // options["TILE"]) + -(-dim // 32), heads)
     launch(
         _marginal_sums_kernel, grid,
-        bits, states, totals, *into, rows, columns, words, scale,
+        bits, states, totals, *into, scales, rows, columns, words, scale,
         D=dim, TRANSPOSED=transposed, PRECISION=precision(states), **options,
     )  # fmt: skip
 
 
 def marginal_states(
     k: Tensor, v: Tensor, bits: Tensor, *, tokens: int, marginal: int, feature_map: str, block_k: int,
-    mu: Tensor | None = None, proj: Tensor | None = None,
+    mu: Tensor | None = None, proj: Tensor | None = None, scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The states of all query blocks, divided by the number of tokens they are over (as if the last block were full).
 
@@ -128,6 +139,7 @@ def marginal_states(
         tokens: Of which the first are tokens.
         marginal: Key blocks that are marginal for a query block that is not pinned.
         feature_map, block_k, mu, proj: See `block_states`.
+        scales: Factors of the states of each query block, see `marginal_sums`, in place of one over `marginal`.
 
     Returns:
         ``[B * H, query blocks, D, D]`` in v's dtype and ``[B * H, query blocks, D]`` FP32.
@@ -139,7 +151,10 @@ def marginal_states(
     totals = torch.empty(heads, rows, dim, device=v.device, dtype=torch.float32)
     for some in head_groups(heads, columns, v):
         of_blocks = block_states(k[some], v[some], tokens, feature_map, block_k, mu=None if mu is None else mu[some], proj=proj)
-        marginal_sums(bits[some], *of_blocks, (states[some], totals[some]), columns=columns, scale=1 / marginal, transposed=False)
+        marginal_sums(
+            bits[some], *of_blocks, (states[some], totals[some]), columns=columns, scale=1 / marginal if scales is None else 1.0,
+            transposed=False, scales=scales,
+        )  # fmt: skip
         del of_blocks  # before those of the next group are allocated
     return states, totals
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ...block_map.kernel_mask import KernelMask
 from ...block_map.kernels import BlockMap
 from ...sizes import power_of_2
 from ..signature import Arguments
@@ -20,7 +21,7 @@ class Operands(NamedTuple):
     Attributes:
         q: ``[B, H, padded, D]`` contiguous, zeros after `queries` tokens; padded is a multiple of `block_q`.
         k, v: ``[B, H, padded, D]``, likewise, zeros after `tokens` tokens; where these are other tokens, padded is another number.
-        kv_indices: ``[B, H, query blocks, kept]`` int32, the critical key blocks.
+        kv_indices: ``[B, H, query blocks, kept]`` int32, the critical key blocks; with a mask, ``[B, H, query blocks, key blocks]``.
         bits: The same as a bit set, see `BlockMap`; needed for a backward pass.
         skipped: A bit for each key block that is not marginal, see `BlockMap`; needed with `means`, for the branch over marginal
             blocks and for a backward pass.
@@ -33,6 +34,7 @@ class Operands(NamedTuple):
         pinned: The number of query blocks that attend to all keys.
         scale: Factor of the scores.
         linear, feature_map, block_q, block_k: As in the naive twin.
+        mask: What queries may see, or None: all. It says how many blocks are critical, of which there are maps of pinned query blocks too.
     """
 
     q: Tensor
@@ -54,10 +56,12 @@ class Operands(NamedTuple):
     feature_map: str
     block_q: int
     block_k: int
+    mask: KernelMask | None
 
     @classmethod
     def of(
-        cls, arguments: Arguments, qkv: tuple[Tensor, ...], means: tuple[Tensor, ...], chosen: BlockMap, negligible: int
+        cls, arguments: Arguments, qkv: tuple[Tensor, ...], means: tuple[Tensor, ...], chosen: BlockMap, negligible: int,
+        mask: KernelMask | None,
     ) -> Operands:  # fmt: skip
         """Of a call of the whole operator, whose q, k, v are prepared.
 
@@ -65,7 +69,7 @@ class Operands(NamedTuple):
             arguments: The call, contiguous.
             qkv, means: In order, padded; mean keys and values.
             chosen: The block map.
-            negligible: See `Operands`.
+            negligible, mask: See `Operands`.
         """
         q, k, v = qkv
         k_mean, v_mean = means
@@ -76,6 +80,7 @@ class Operands(NamedTuple):
             tokens=arguments.tokens, pinned=arguments.pinned_queries,
             scale=arguments.v.shape[-1] ** -0.5 if arguments.scale is None else arguments.scale, linear=arguments.linear,
             feature_map=arguments.feature_map, block_q=arguments.block_q, block_k=arguments.block_k,
+            mask=mask,
         )  # fmt: skip
 
     @property
@@ -90,8 +95,28 @@ class Operands(NamedTuple):
 
     @property
     def marginal(self) -> int:
-        """Key blocks that are marginal for a query block that is not pinned."""
+        """Key blocks that are marginal for a query block that is not pinned; with a mask, at most so many."""
+        if self.mask is not None:
+            return self.columns
         return self.columns - self.kv_indices.shape[-1] - self.negligible
+
+    @property
+    def per_row(self) -> bool:
+        """Whether the linear branch has a state of each query block, not of each head."""
+        return self.linear == "marginal" or (self.linear == "all" and self.mask is not None)
+
+    def state_bits(self) -> Tensor:
+        """A bit for each key block that has no part in the state of a query block: ``[B, H, query blocks, words]`` int32."""
+        if self.linear == "all":
+            assert self.mask is not None
+            return self.mask.not_whole().expand(*self.q.shape[:2], -1, -1).contiguous()
+        assert self.skipped is not None
+        return self.skipped
+
+    @property
+    def typical(self) -> int:
+        """About how many key blocks are critical for a query block that is not pinned."""
+        return self.kv_indices.shape[-1] if self.mask is None else max(1, self.columns // 8)
 
     @property
     def is_large(self) -> bool:
@@ -106,5 +131,7 @@ class Operands(NamedTuple):
 
     @property
     def branch(self) -> dict[str, object]:
-        """Constants of kernels that know of the linear branch."""
-        return dict(LINEAR=LINEAR[self.linear], SOFTMAX=self.feature_map == "softmax", PRECISION=precision(self.q))
+        """Constants of backward kernels that know of the linear branch."""
+        return dict(
+            LINEAR=LINEAR["marginal" if self.per_row else self.linear], SOFTMAX=self.feature_map == "softmax", PRECISION=precision(self.q)
+        )

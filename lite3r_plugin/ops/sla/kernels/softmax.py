@@ -20,6 +20,7 @@ from ...launch import launch
 from ...sizes import cover, power_of_2
 
 LARGEST_SUM = tl.constexpr(2.0**80)  # with values up to 2**47 nothing overflows in FP32 or BF16
+SMALLEST_SUM = tl.constexpr(2.0**-80)  # with a mask the reference may be a score that is not in the sum
 MEAN_ROWS = 32
 
 
@@ -56,22 +57,64 @@ def host_rows(places, head, heads, N):
 
 
 @triton.jit
-def accumulate(score, sizes, v, scale_log2, top, weight, acc, SIZED: tl.constexpr, FIXED: tl.constexpr, PRECISION: tl.constexpr):
-    """Adds a tile of keys to the sums; if SIZED, each key counts `sizes` times. Returns the reference and the sums."""
+def is_partly(Mask, row, column, columns):
+    """Whether a mask allows some pairs of a query and a key block alone."""
+    return tl.load(Mask.kinds + row * columns + column) == 3  # PARTLY; of kinds there are less than 2**31
+
+
+@triton.jit
+def is_seen(Mask, queries, keys, TRANSPOSED: tl.constexpr):
+    """Which of those tokens see each other: ``[queries, keys]``, or if TRANSPOSED ``[keys, queries]``."""
+    first, last = tl.load(Mask.first + queries), tl.load(Mask.last + queries)
+    low, high = tl.load(Mask.low + keys), tl.load(Mask.high + keys)
+    if TRANSPOSED:
+        return (first[None, :] <= high[:, None]) & (low[:, None] <= last[None, :])
+    else:  # noqa: RET505 (without it both are compiled)
+        return (first[:, None] <= high[None, :]) & (low[None, :] <= last[:, None])
+
+
+@triton.jit
+def hide(score, Mask, queries, keys, TRANSPOSED: tl.constexpr):
+    """Scores, of `is_seen`'s shape, with -inf for what is not seen."""
+    return tl.where(is_seen(Mask, queries, keys, TRANSPOSED), score, float("-inf"))
+
+
+@triton.jit
+def accumulate(
+    score, sizes, v, scale_log2, top, weight, acc,
+    SIZED: tl.constexpr, MASKED: tl.constexpr, FIXED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds a tile of keys to the sums; if SIZED, each key counts `sizes` times. Returns the reference and the sums.
+
+    If MASKED some queries may have seen no key yet: their reference is -inf then.
+    """
+    reference = top
     if not FIXED:
         if SIZED:  # what is left out may be as large as it likes
             score = tl.where((sizes > 0.0)[None, :], score, float("-inf"))
         new_top = tl.maximum(top, tl.max(score, 1) * scale_log2)
-        decay = tl.exp2(top - new_top)
+        reference = new_top
+        if MASKED:
+            reference = tl.where(new_top == float("-inf"), 0.0, new_top)
+        decay = tl.exp2(top - reference)
         weight *= decay
         acc *= decay[:, None]
         top = new_top
-    p = tl.exp2(score * scale_log2 - top[:, None])
+    p = tl.exp2(score * scale_log2 - reference[:, None])
     if SIZED:
         p *= sizes[None, :]
     weight += tl.sum(p, 1)
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
     return top, weight, acc
+
+
+@triton.jit
+def is_lost(weight, MASKED: tl.constexpr):
+    """1 where a sum of exponentials is too large, or NaN, or if MASKED too small, else 0."""
+    lost = tl.where(weight < LARGEST_SUM, 0, 1)
+    if MASKED:
+        lost = tl.where(weight > SMALLEST_SUM, lost, 1)
+    return lost
 
 
 @triton.jit
@@ -98,13 +141,14 @@ def block_sizes(bits, first, lanes, N, columns, words, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def attend(
-    q, keys, values, chosen, near, k_means, v_means, bits, means, N, columns, words, scale_log2, d,
+    q, keys, values, chosen, near, k_means, v_means, bits, first_mean, means, Mask, row, n, N, columns, words, scale_log2, d,
     D: tl.constexpr, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr, MEANS: tl.constexpr, FIXED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Softmax of a tile of queries `q` ``[TILE_Q, DP]`` over `near` key blocks, and the means of the marginal ones of all `columns`.
 
     Pointers are those of one head. The near blocks are listed in `chosen`, ascending; of others `bits` tells which are
-    marginal. `means` rows of means are read: the columns and zeros up to a whole tile, or none at all.
+    marginal. Rows `first_mean` (of a whole tile) to `means` of means are read: the columns and zeros up to a whole tile, or none at all.
+    With a Mask (`KernelMask`, else None) the queries are `n`, of query block `row`.
     Returns the sum of values ``[TILE_Q, DP]``, the sum of exponentials and the reference ``[TILE_Q]``, in powers of two.
     """
     STEPS: tl.constexpr = BLOCK_K // TILE_K
@@ -117,8 +161,15 @@ def attend(
     key = tl.load(chosen + near - 1) * BLOCK_K
     score = tl.dot(q, tl.trans(load_rows(keys, key + lanes, d, D)), input_precision=PRECISION)
     score = tl.where((key + lanes < N)[None, :], score, float("-inf"))
+    MASKED: tl.constexpr = Mask is not None
+    partly = False
+    every_score = score
+    if MASKED:
+        score = hide(score, Mask, n, key + lanes, False)
     if FIXED:
         top = tl.max(score, 1) * scale_log2
+        if MASKED:  # of queries that see none of these keys any score will do
+            top = tl.where(top == float("-inf"), tl.max(every_score, 1) * scale_log2, top)
     else:
         top = tl.full([q.shape[0]], float("-inf"), tl.float32)
     for i in range(0, near * STEPS - 1):
@@ -126,22 +177,31 @@ def attend(
         if STEPS > 1:
             tile = tl.where(i < last, i, i + 1)
         next_key = tl.load(chosen + tile // STEPS) * BLOCK_K + tile % STEPS * TILE_K
+        if MASKED:
+            next_partly = is_partly(Mask, row, next_key // BLOCK_K, columns)
         next_score = tl.dot(q, tl.trans(load_rows(keys, next_key + lanes, d, D)), input_precision=PRECISION)
         if STEPS > 1:
             next_score = tl.where((next_key + lanes < N)[None, :], next_score, float("-inf"))
         v = load_rows(values, key + lanes, d, D)
-        top, weight, acc = accumulate(score, lanes, v, scale_log2, top, weight, acc, False, FIXED, PRECISION)
+        if MASKED:
+            if partly:
+                score = hide(score, Mask, n, key + lanes, False)
+            partly = next_partly
+        top, weight, acc = accumulate(score, lanes, v, scale_log2, top, weight, acc, False, MASKED, FIXED, PRECISION)
         score = next_score
         key = next_key
     v = load_rows(values, key + lanes, d, D)
-    top, weight, acc = accumulate(score, lanes, v, scale_log2, top, weight, acc, False, FIXED, PRECISION)
+    if MASKED:  # noqa: SIM102 (decided when it is compiled; what follows, on the GPU)
+        if partly:
+            score = hide(score, Mask, n, key + lanes, False)
+    top, weight, acc = accumulate(score, lanes, v, scale_log2, top, weight, acc, False, MASKED, FIXED, PRECISION)
     if MEANS:
-        for i in range(0, tl.cdiv(means, TILE_K)):
+        for i in range(first_mean // TILE_K if MASKED else 0, tl.cdiv(means, TILE_K)):
             first = i * TILE_K
             sizes = block_sizes(bits, first, lanes, N, columns, words, BLOCK_K)
             score = tl.dot(q, tl.trans(load_rows(k_means, first + lanes, d, D)), input_precision=PRECISION)
             v = load_rows(v_means, first + lanes, d, D)
-            top, weight, acc = accumulate(score, sizes, v, scale_log2, top, weight, acc, True, FIXED, PRECISION)
+            top, weight, acc = accumulate(score, sizes, v, scale_log2, top, weight, acc, True, MASKED, FIXED, PRECISION)
     return acc, weight, top
 
 

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from .linear import phi
-from .softmax import block_sizes, host_rows, is_marginal, load_rows, load_tile, places
+from .softmax import block_sizes, hide, host_rows, is_marginal, is_partly, load_rows, load_tile, places
 
 MEAN_PARTS = tl.constexpr(16)  # most parts that the sums of `_dmeans_kernel` come in
 
@@ -49,7 +49,7 @@ def phi_backward(features, grad, SOFTMAX: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "N", "rows", "columns", "kept", "mean_rows", "words", "pinned", "splits", "per_split"])
 def _dq_kernel(
-    Q, DO, KTiles, VTiles, Stats, Indices, AllIndices, Bits, KMeans, VMeans, Share, Order, DQ, Partial,
+    Q, DO, KTiles, VTiles, Stats, Indices, AllIndices, Bits, KMeans, VMeans, Share, Order, DQ, Partial, Mask,
     M, N, padded, H, rows, columns, kept, mean_rows, words, pinned, splits, per_split, scale, scale_log2,
     D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
     MEANS: tl.constexpr, ADD: tl.constexpr, HOST: tl.constexpr, ORDERED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
@@ -68,6 +68,7 @@ def _dq_kernel(
         Order                   [M]: the host row of each query (ORDERED)
         DQ                      [B, M, H, D] if HOST, else [B * H, rows * BLOCK_Q, D]
         Partial                 [B * H, pinned, splits, BLOCK_Q, D] FP32, without Share
+        Mask                    a `KernelMask`, or None: then Indices holds those of all query blocks, with kept for a stride alone
 
     All are contiguous. Sizes as in `_sparse_linear_kernel`; `scale_log2` is `scale` times log2(e).
     """
@@ -92,7 +93,10 @@ def _dq_kernel(
     lse = tl.load(lse_place(Stats, at + own))
     delta = tl.load(lse_place(Stats, at + own) + 64)
     chosen = Indices + (head * rows + row) * kept
-    if long:
+    if Mask is not None:
+        near = tl.load(Mask.near + row)
+        last = tl.where(long, tl.minimum(last, near), near)
+    elif long:
         chosen = AllIndices
     acc = tl.zeros([TILE_Q, DP], tl.float32)
     for i in range(first * STEPS, last * STEPS):
@@ -102,12 +106,20 @@ def _dq_kernel(
         score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 - lse[:, None]
         if key + TILE_K > N:
             score = tl.where((key + lanes < N)[None, :], score, float("-inf"))
+        if Mask is not None:  # noqa: SIM102 (decided when it is compiled; what follows, on the GPU)
+            if is_partly(Mask, row, key // BLOCK_K, columns):
+                score = hide(score, Mask, row * BLOCK_Q + tile * TILE_Q + own, key + lanes, False)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         ds = tl.exp2(score) * (dp - delta[:, None])
         acc = tl.dot(ds.to(dtype), k, acc, input_precision=PRECISION)
     if MEANS:
         bits = Bits + (head * rows + row) * words
-        for i in range(0, tl.where(long, 0, mean_rows // TILE_K)):
+        first_mean = 0
+        means = tl.where(long, 0, mean_rows // TILE_K)
+        if Mask is not None:
+            first_mean = tl.load(Mask.means + rows + row) // TILE_K
+            means = tl.cdiv(tl.load(Mask.means + 2 * rows + row), TILE_K)
+        for i in range(first_mean, means):
             start = i * TILE_K
             k = load_rows(KMeans, head * mean_rows + start + lanes, d, D)
             v = load_rows(VMeans, head * mean_rows + start + lanes, d, D)
@@ -136,7 +148,7 @@ def _dq_kernel(
 @triton.jit(do_not_specialize=["N", "rows", "columns", "total", "slots", "part", "splits", "first_head"])
 def _dkv_kernel(
     QTiles, K, V, DOTiles, Stats, Rows, Starts, EarlyStarts, EarlyColumns, PartK, PartV, MeanDK, MeanDV, E, DTotal, Mu, Proj, Order, DK, DV,
-    N, rows, padded, H, columns, total, slots, part, splits, first_head, scale, scale_log2,
+    Mask, Part, PairDK, PairDV, N, rows, padded, H, columns, total, slots, part, splits, first_head, scale, scale_log2,
     D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
     EARLY: tl.constexpr, LINEAR: tl.constexpr, SOFTMAX: tl.constexpr, MEANS: tl.constexpr,
     HOST: tl.constexpr, ORDERED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
@@ -159,6 +171,8 @@ def _dkv_kernel(
         Order                      [N]: the host row of each key (ORDERED)
         DK                         [B, N, H, D] if HOST, else [B * H, padded, D], undefined after N tokens
         DV                         [B, N, H, D]
+        Mask, Part                 a `KernelMask`, and i32: `part`; or None
+        PairDK, PairDV             [B * H, padded, D] FP32: from `_pairs_dkv_kernel`, or None
 
     All are contiguous. Sizes, LINEAR and SOFTMAX as in `_sparse_linear_kernel`; `scale_log2` is `scale` times log2(e).
     """
@@ -170,6 +184,8 @@ def _dkv_kernel(
     own = tl.arange(0, TILE_K)
     lanes = tl.arange(0, TILE_Q)
     dtype: tl.constexpr = V.dtype.element_ty
+    if Part is not None:
+        part = tl.load(Part)
     if EARLY:
         head = (pid // slots).to(tl.int64)
         column = tl.load(EarlyColumns + pid)
@@ -200,6 +216,9 @@ def _dkv_kernel(
         do = load_tile(DOTiles, at, lanes, d, D, TMA)
         lse, delta = _stats_of(Stats, at, TILE_Q)
         score = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2 - lse[None, :]
+        if Mask is not None:  # noqa: SIM102
+            if is_partly(Mask, row, column, columns):
+                score = hide(score, Mask, row * BLOCK_Q + i % STEPS * TILE_Q + lanes, key + own, True)
         p = tl.exp2(score)
         dv = tl.dot(p.to(dtype), do, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
@@ -226,6 +245,10 @@ def _dkv_kernel(
             dk += (mean_dk / size)[None, :]
             dv += (mean_dv / size)[None, :]
         dk *= scale
+        if PairDK is not None:
+            to = (head * padded + key + own)[:, None] * D + d[None, :]
+            dk += tl.load(PairDK + to, mask=live, other=0.0)
+            dv += tl.load(PairDV + to, mask=live, other=0.0)
         n = key + own
         inside = live & (n < N)[:, None]
         host = host_rows(places(Order, n, N, ORDERED), head, H, N)
