@@ -28,6 +28,7 @@ from ..runtime.rewrites import NO_REWRITES, Rewrites, plan_rewrites
 from ..tokens.tracker import Source
 from ..wrapper import RewrittenMethod, forward_parameters, keeps_copies
 from .lookup import Inventory
+from .profile import check_sites
 
 BY_HAND = "sites="
 """What stands for the name of an adapter where a user gave the sites."""
@@ -137,6 +138,7 @@ def plan_application(
             check_block(found.modules, site)
     chosen = _choose(found, adapter, sites, hosts, scopes, config)
     swaps, skipped = chosen.swaps, chosen.skipped
+    check_sites(config.keep_ratio, [swap.site.fqn for swap in swaps.values() if swap.sparse])
     if config.precision == "full" and not any(swap.sparse for swap in swaps.values()):
         raise NoSitesError(_why_nothing(found, chosen))
     if not swaps:  # FP8 needs what the attention modules keep for all of the model
