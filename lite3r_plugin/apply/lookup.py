@@ -106,9 +106,7 @@ class Inventory:
     def require_ratios(self, verb: str) -> None:
         """Raise `ConfigError` if sites wait for their keep ratios."""
         if any(state.config.waits for state in self.states):
-            raise ConfigError(
-                f"keep_ratio is 'auto', and no ratios were chosen yet: call choose_keep_ratios(model, inputs) before {verb}"
-            )
+            raise ConfigError(f"keep_ratio is 'auto', and no ratios were chosen yet: call choose_keep_ratios(model, inputs) before {verb}")
 
     def require_finished(self, state: ModelState, verb: str) -> None:
         """Raise `WeightsError` if a conversion to FP8 was begun and not finished."""

@@ -102,7 +102,7 @@ class KeepRatioProfile(SiteRatios):
             f"keep ratios chosen for {plural(len(self), 'site')}, {least:.3g} to {most:.3g}, by {making.budget}={making.value:g}: density "
             f"{making.density:.3f}, as keep_ratio={making.uniform:.3g} everywhere, on inputs of "
             f"{few if few == many else f'{few} to {many}'} tokens",
-            f"outputs against dense attention on {plural(making.checked, 'input')} that chose nothing (the same density everywhere): {errors}",
+            f"outputs against dense attention on {plural(making.checked, 'other input')} (with the same density everywhere): {errors}",
         ]
         return lines + [f"{fqn} stays dense: {reason}" for fqn, reason in making.dense.items()]
 
@@ -118,7 +118,8 @@ class KeepRatioProfile(SiteRatios):
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON-serialisable data, the inverse of `from_dict`."""
-        making = {name: dict(x) if isinstance(x, Mapping) else list(x) if isinstance(x, tuple) else x for name, x in vars(self.making).items()}
+        making = dataclasses.asdict(self.making)
+        making |= {name: list(making[name]) for name in ("tokens", "blocks")}
         return {"format": FORMAT, "version": FORMAT_VERSION, "sites": len(self), "ratios": dict(self), "making": making}
 
     @classmethod
@@ -165,9 +166,9 @@ def check_sites(ratios: object, sites: Sequence[str]) -> None:
         making = ratios.making
         differing = f"{missing[0]!r} has none" if missing else f"there is no {unknown[0]!r}"
         raise ConfigError(
-            f"these keep ratios were chosen for the {plural(len(ratios), 'site')} of a {making.model} (adapter {making.adapter!r}), and here "
-            f"{plural(len(names), 'site becomes', 'sites become')} sparse: {differing}. Choose anew for this model, with the same scopes and "
-            "exclude, or give ratios by patterns"
+            f"these keep ratios were chosen for {plural(len(ratios), 'site')} of a {making.model} (adapter {making.adapter!r}), and here "
+            f"{plural(len(names), 'site becomes', 'sites become')} sparse: {differing}. Choose anew for this model, or apply Lite3R with "
+            "the scopes and exclude that they were chosen with"
         )
 
 

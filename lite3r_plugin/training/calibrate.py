@@ -145,7 +145,8 @@ def calibrate(
 
     Raises:
         ModelTypeError: `model` is no `torch.nn.Module`.
-        ConfigError: the model has no linear branch, or no site that is sparse, or these wait for their keep ratios; or `judged` is no number from 1 to 8.
+        ConfigError: the model has no linear branch, or no site that is sparse, or these wait for their keep ratios; or `judged` is no
+            number from 1 to 8.
         InputError: `inputs` is one input and no list of them, there are fewer than two, none of them reaches a sparse site, they are
             empty, or activations are not finite.
         AdapterError: what the model returns cannot be compared.

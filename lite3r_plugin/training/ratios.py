@@ -7,8 +7,8 @@ and what that changes in the outputs is its damage at that ratio:
 
 Damages are added up, and so are costs: the scores that a site computes at r. From all sites dense, steps to smaller ratios are taken in the
 order of damage for what they save (those on the lower convex hull of each site, so that no later step of a site is better than an earlier
-one). That gives one path of choices; a budget of cost says where to stop on it. How far a budget of error reaches is not added up but looked
-for on the path, by running the model with all sites as chosen, on inputs that measured nothing.
+one). That gives one path of choices; a budget of cost says where to stop on it. How far a budget of error reaches is not added up,
+but looked for on the path by running the model with all sites as chosen, on inputs that measured nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from ..attention.branch import branch_weight
 from ..attention.inputs import AttentionInputs
 from ..attention.module import KEPT_WHOLE, SparseLinearAttention, Substitute
 from ..config import AUTO, plain_name
-from ..errors import AdapterError, ConfigError, InputError, plural, shown
+from ..errors import AdapterError, ConfigError, InputError, shown
 from ..ops.block_map import density
 from ..ops.options import check_ratio, is_int, is_number
 from ..scene.metrics import auc, pair_errors
@@ -119,10 +119,10 @@ def choose_keep_ratios(
     sites = {plain_name(fqn): m for m, fqn in first.items() if m.sparse and m.left in (None, KEPT_WHOLE)}
     if not sites:
         raise ConfigError("no site is sparse, so there is no keep ratio to choose")
-    budget, value = _budget(max_rel_error=max_rel_error, max_pose_loss=max_pose_loss, mean_keep_ratio=mean_keep_ratio)
+    budget, value = check_budget(max_rel_error=max_rel_error, max_pose_loss=max_pose_loss, mean_keep_ratio=mean_keep_ratio)
     if not isinstance(inputs, Iterable) or isinstance(inputs, (Mapping, str, bytes)) or hasattr(inputs, "__array__"):
         raise InputError(
-            f"ratios are chosen from a list or a generator of inputs of the model, got {type(inputs).__name__}: put an input x into a list, [x]"
+            f"ratios are chosen from a list or a generator of inputs of the model, got {type(inputs).__name__}: put an input x into a list"
         )
     if not is_int(judged) or not 2 <= judged <= MOST_JUDGED:
         raise ConfigError(f"judged is a number of inputs from 2 to {MOST_JUDGED}, got {shown(judged)}")
@@ -147,20 +147,18 @@ def choose_keep_ratios(
         runs = _Runs(sites, costs, budget, report, sharded=is_sharded(model))
         ratios, errors, uniform, uniform_errors = _Choice(runs, measured, checked, costs, budget, value).make()
         tokens = [n for fqn in free for call in sizes.calls[fqn] for n in call.tokens]
-        profile = KeepRatioProfile(
-            ratios | dict.fromkeys(dense, 1.0),
-            Making(
-                model=found.plain_model, adapter=state.adapter, budget=budget, value=value, inputs=len(measured), checked=len(checked),
-                tokens=(min(tokens), max(tokens)), blocks=(state.config.block_q, state.config.block_k), pin=state.config.pin,
-                dtype=sizes.dtype, density=costs.density(ratios), uniform=uniform, errors=errors, uniform_errors=uniform_errors, dense=dense,
-            ),
+        making = Making(
+            model=found.plain_model, adapter=state.adapter, budget=budget, value=value, inputs=len(measured), checked=len(checked),
+            tokens=(min(tokens), max(tokens)), blocks=(state.config.block_q, state.config.block_k), pin=state.config.pin, dtype=sizes.dtype,
+            density=costs.density(ratios), uniform=uniform, errors=errors, uniform_errors=uniform_errors, dense=dense,
         )  # fmt: skip
+        profile = KeepRatioProfile(ratios | dict.fromkeys(dense, 1.0), making)
         set_ratios(found, state, state.config.replace(keep_ratio=profile), changes)
     return profile
 
 
-def _budget(**given: float | None) -> tuple[Budget, float]:
-    """The one that is given, and its value; by default `MAX_REL_ERROR`."""
+def check_budget(**given: float | None) -> tuple[Budget, float]:
+    """The one of `BUDGETS` that is given, and its value; by default `MAX_REL_ERROR`. Raises `ConfigError`."""
     there = {name: value for name, value in given.items() if value is not None} or {"max_rel_error": MAX_REL_ERROR}
     if len(there) > 1:
         raise ConfigError(f"one budget is kept at a time, got {' and '.join(there)}")
@@ -467,8 +465,8 @@ class _Choice:
         if not low:
             told = ", ".join(f"{kind} {error:.3g}" for kind, error in mildest.items())
             raise ConfigError(
-                f"nothing can be left out within {self._budget}={self._value:g}: the mildest step that was found changes {told}; allow more, "
-                "or leave Lite3R out"
+                f"nothing can be left out within {self._budget}={self._value:g}: the mildest step changes {told}; allow more, or leave "
+                "Lite3R out"
             )
         return self._after(steps[:low]), errors
 

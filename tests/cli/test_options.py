@@ -49,16 +49,16 @@ def test_config_fields() -> None:
         "linear_branch": "none",
         "keep_ratio": {"a.*": 0.5},
     }
-    assert config_fields(["dense_below=0"], 0.5) == {"keep_ratio": 0.5, "dense_below": 0}
+    assert config_fields(["dense_below=0"], "0.5") == {"keep_ratio": 0.5, "dense_below": 0}
     assert lite3r_config(["dense_below=5"], None, dense_below=0, block_means=False).dense_below == 5
     with pytest.raises(InputError, match="takes name=value"):
         config_fields(["keep_ratio"])
     with pytest.raises(InputError, match="given twice"):
-        config_fields(["keep_ratio=0.2"], 0.1)
+        config_fields(["keep_ratio=0.2"], "0.1")
     with pytest.raises(ConfigError, match="unknown configuration field"):
         config_fields(["keep_rate=0.2"])
     with pytest.raises(ConfigError, match="keep_ratio must be in"):
-        config_fields(None, 2.0)
+        config_fields(None, "2.0")
 
 
 def test_numbers() -> None:
