@@ -156,10 +156,8 @@ class KeepRatioProfile(SiteRatios):
         return cls(ratios, _making(making))
 
 
-def check_sites(ratios: object, sites: Sequence[str]) -> None:
-    """Raise `ConfigError` where `ratios` is a profile that is not of the model whose `sites` become sparse."""
-    if not isinstance(ratios, KeepRatioProfile):
-        return
+def check_sites(ratios: KeepRatioProfile, sites: Sequence[str]) -> None:
+    """Raise `ConfigError` where `ratios` are not of the model whose `sites` become sparse."""
     names = {plain_name(fqn) for fqn in sites}
     missing, unknown = sorted(names - ratios.keys()), sorted(ratios.keys() - names)
     if missing or unknown:
