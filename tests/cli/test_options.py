@@ -121,6 +121,14 @@ def test_wrong_fields_are_refused_before_any_work(command: str, refused) -> None
     assert "unknown configuration field(s) ['keep_rate']" in refused(command, "--config", "keep_rate=0.2")
     assert "keep_ratio must be in (0, 1]" in refused(command, "--keep-ratio", 0)
     assert "keep_ratio is given twice" in refused(command, "--keep-ratio", 0.5, "--config", "keep_ratio=0.5")
+    assert "--keep-ratio takes a number in (0, 1], a *.json file" in refused(command, "--keep-ratio", "few")
+    assert "none.json cannot be read" in refused(command, "--keep-ratio", "none.json")
+
+
+@pytest.mark.parametrize("command", COMMON)
+def test_ratios_are_chosen_by_another_command(command: str, refused) -> None:
+    for option in (("--keep-ratio", "auto"), ("--config", "keep_ratio=auto")):
+        assert "chosen from photographs by `lite3r calibrate --keep-ratio auto`" in refused(command, *option)
 
 
 @pytest.mark.parametrize("command", COMMON)
