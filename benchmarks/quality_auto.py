@@ -1,6 +1,6 @@
 """What ratios chosen for each site are worth: `choose_keep_ratios` beside one ratio for all, as they are and calibrated, computing as much.
 
-    python benchmarks/quality_auto.py --views 16 32 --seconds 85 --json benchmarks/results/NAME.json
+    python benchmarks/quality_auto.py --views 16 --seconds 80 --json benchmarks/results/NAME.json
     python benchmarks/quality_auto.py --device cpu --views 8 --keep-ratios 0.25 --scenes 8 --size 112 --block-q 32 --block-k 16 \\
         --calibration 4 --judged 4 --batch 2 --seconds 1200
 
@@ -156,16 +156,16 @@ def say(text: str) -> None:
 def main() -> None:
     """Parse, measure, print, store after each number of views."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--views", type=int, nargs="+", default=[16, 32])
+    parser.add_argument("--views", type=int, nargs="+", default=[16])
     parser.add_argument("--keep-ratios", type=float, nargs="+", default=[0.25, 0.125])
     parser.add_argument("--scenes", type=int, default=480, help="for each number of views, at most")
-    parser.add_argument("--seconds", type=float, default=85, help="begin no batch after so many")
-    parser.add_argument("--calibration", type=int, default=16, help="scenes that are calibrated on")
-    parser.add_argument("--judged", type=int, default=8, help="of these, how many choose, and judge calibrations")
+    parser.add_argument("--seconds", type=float, default=80, help="begin no batch after so many")
+    parser.add_argument("--calibration", type=int, default=8, help="scenes that are calibrated on")
+    parser.add_argument("--judged", type=int, default=4, help="of these, how many choose ratios, and how many judge calibrations")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--block-q", type=int, default=128)
     parser.add_argument("--block-k", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path)

@@ -192,4 +192,5 @@ def _making(data: Any) -> Making:
             raise ConfigError(f"a damaged profile of keep ratios: {name} is {shown(data[name])}")
     if data["errors"].keys() != data["uniform_errors"].keys():
         raise ConfigError("a damaged profile of keep ratios: errors and uniform_errors are not of the same kinds")
-    return Making(**{name: tuple(x) if isinstance(x, list) else x for name, x in data.items()})
+    made: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in data.items()}
+    return Making(**made)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -63,7 +63,7 @@ def calibrate(
     from .show import progress, say, warn
 
     options = lite3r_config(config, keep_ratio, chooses=True)
-    budgets = dict(max_rel_error=max_rel_error, max_pose_loss=max_pose_loss, mean_keep_ratio=mean_keep_ratio)
+    budgets: dict[str, Any] = dict(max_rel_error=max_rel_error, max_pose_loss=max_pose_loss, mean_keep_ratio=mean_keep_ratio)
     if options.waits:
         check_budget(**budgets)
     elif given := [f"--{name.replace('_', '-')}" for name, value in budgets.items() if value is not None]:

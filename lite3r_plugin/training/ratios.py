@@ -162,7 +162,7 @@ def check_budget(**given: float | None) -> tuple[Budget, float]:
     there = {name: value for name, value in given.items() if value is not None} or {"max_rel_error": MAX_REL_ERROR}
     if len(there) > 1:
         raise ConfigError(f"one budget is kept at a time, got {' and '.join(there)}")
-    name = next(name for name in BUDGETS if name in there)
+    name: Budget = next(name for name in BUDGETS if name in there)
     value = there[name]
     if name == "mean_keep_ratio":
         check_ratio(name, value)

@@ -17,6 +17,7 @@ from lite3r_plugin import (
     calibrate,
     choose_keep_ratios,
     describe,
+    distill,
     lite3r_disabled,
     remove_lite3r,
     save_lite3r,
@@ -152,6 +153,8 @@ def test_a_model_without_ratios_says_so_and_runs_nothing() -> None:
         model(x)
     with pytest.raises(ConfigError, match="before calibrate"):
         calibrate(model, inputs(), progress=False)
+    with pytest.raises(ConfigError, match="before distill"):
+        distill(model, inputs(), steps=1)
     with pytest.raises(ConfigError, match="before save_lite3r"):
         save_lite3r(model, "nowhere")
     assert "3 sites wait for a keep ratio: choose_keep_ratios(model, inputs)" in str(describe(model))
