@@ -18,6 +18,7 @@ from ..ops.options import check_ratio, is_int, is_number
 FORMAT = "lite3r keep ratios"
 FORMAT_VERSION = 1
 MOST_BYTES = 4 << 20
+MOST_TOLD = 3
 
 Budget = Literal["max_rel_error", "max_pose_loss", "mean_keep_ratio"]
 BUDGETS: tuple[Budget, ...] = ("max_rel_error", "max_pose_loss", "mean_keep_ratio")
@@ -42,6 +43,8 @@ class Making:
         uniform: The keep ratio that computes as much when all sites have it.
         errors: Of the outputs on the inputs that were checked, against dense attention, by kind.
         uniform_errors: The same with `uniform`.
+        harm: Of each site that was chosen for, how far outputs were off with it alone at the smallest ratio, squared, as a share of the
+            sum over all of them.
         dense: Sites that stay dense, not because that was chosen, with the reason.
     """
 
@@ -59,6 +62,7 @@ class Making:
     uniform: float
     errors: Mapping[str, float]
     uniform_errors: Mapping[str, float]
+    harm: Mapping[str, float]
     dense: Mapping[str, str]
 
 
@@ -89,8 +93,9 @@ class KeepRatioProfile(SiteRatios):
         self.making = making
 
     def __str__(self) -> str:
-        width = max(len(fqn) for fqn in self)
-        return "\n".join([*self.lines(), *(f"  {fqn:{width}}  {ratio:.3g}" for fqn, ratio in self.items())])
+        width, harm = max(len(fqn) for fqn in self), self.making.harm
+        sites = (f"  {fqn:{width}}  {ratio:.3g}" + (f"  harm {harm[fqn]:.1%}" if fqn in harm else "") for fqn, ratio in self.items())
+        return "\n".join([*self.lines(), *sites])
 
     def lines(self) -> list[str]:
         """How the ratios came about, in lines: for `describe`."""
@@ -104,6 +109,8 @@ class KeepRatioProfile(SiteRatios):
             f"{few if few == many else f'{few} to {many}'} tokens",
             f"outputs against dense attention on {plural(making.checked, 'other input')} (with the same density everywhere): {errors}",
         ]
+        worst = sorted(making.harm, key=lambda fqn: making.harm[fqn], reverse=True)[:MOST_TOLD]
+        lines.append(f"most harm is done by {', '.join(f'{fqn} ({making.harm[fqn]:.0%})' for fqn in worst)}, each sparse by itself")
         return lines + [f"{fqn} stays dense: {reason}" for fqn, reason in making.dense.items()]
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -185,6 +192,7 @@ def _making(data: Any) -> Making:
             ("errors", "uniform_errors"),
             lambda x: isinstance(x, Mapping) and bool(x) and all(is_number(n) and math.isfinite(n) and n >= 0 for n in x.values()),
         ),
+        "harm": lambda x: isinstance(x, Mapping) and all(is_number(n) and 0 <= n <= 1 for n in x.values()),
         "dense": lambda x: isinstance(x, Mapping) and all(isinstance(reason, str) for reason in x.values()),
     }
     for name in fields:

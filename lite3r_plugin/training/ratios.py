@@ -145,12 +145,15 @@ def choose_keep_ratios(
             raise InputError(f"the inputs reach no site that would be sparse: {'; '.join(dict.fromkeys(dense.values()))}")
         costs = Costs(sizes, free)
         runs = _Runs(sites, costs, budget, report, sharded=is_sharded(model))
-        ratios, errors, uniform, uniform_errors = _Choice(runs, measured, checked, costs, budget, value).make()
+        choice = _Choice(runs, measured, checked, costs, budget, value)
+        damages = choice.measure()
+        ratios, errors, uniform, uniform_errors = choice.make(damages)
         tokens = [n for fqn in free for call in sizes.calls[fqn] for n in call.tokens]
         making = Making(
             model=found.plain_model, adapter=state.adapter, budget=budget, value=value, inputs=len(measured), checked=len(checked),
             tokens=(min(tokens), max(tokens)), blocks=(state.config.block_q, state.config.block_k), pin=state.config.pin, dtype=sizes.dtype,
-            density=costs.density(ratios), uniform=uniform, errors=errors, uniform_errors=uniform_errors, dense=dense,
+            density=costs.density(ratios), uniform=uniform, errors=errors, uniform_errors=uniform_errors,
+            harm=_harm(damages), dense=dense,
         )  # fmt: skip
         profile = KeepRatioProfile(ratios | dict.fromkeys(dense, 1.0), making)
         set_ratios(found, state, state.config.replace(keep_ratio=profile), changes)
@@ -244,12 +247,14 @@ class Costs:
         self._sizes = sizes
         self._whole = {fqn: [call.width * call.tokens[0] * call.tokens[1] for call in sizes.calls[fqn]] for fqn in names}
         self._total = sum(map(sum, self._whole.values()))
+        self._known: dict[tuple[str, float], float] = {}
 
-    @functools.cache  # noqa: B019  # asked of few sites and ratios, many times, and gone with its choice
     def of(self, fqn: str, ratio: float) -> float:
         """Of one site."""
-        calls = zip(self._sizes.calls[fqn], self._whole[fqn], strict=True)
-        return sum(scores * self._sizes.density(fqn, call, ratio) for call, scores in calls) / self._total
+        if (fqn, ratio) not in self._known:
+            calls = zip(self._sizes.calls[fqn], self._whole[fqn], strict=True)
+            self._known[fqn, ratio] = sum(scores * self._sizes.density(fqn, call, ratio) for call, scores in calls) / self._total
+        return self._known[fqn, ratio]
 
     def density(self, ratios: Mapping[str, float]) -> float:
         """Of all sites."""
@@ -385,6 +390,13 @@ def _at(site: SparseLinearAttention, inputs: AttentionInputs, *, ratio: float, b
     return site.sparse_linear(inputs, proj, ratio)
 
 
+def _harm(damages: Mapping[str, Mapping[float, float]]) -> dict[str, float]:
+    """The damage of each site at its smallest ratio, as a share of their sum."""
+    last = {fqn: list(known.values())[-1] if known else 0.0 for fqn, known in damages.items()}
+    total = math.fsum(last.values())
+    return {fqn: damage / total if total else 0.0 for fqn, damage in last.items()}
+
+
 class _Choice:
     """Measures the sites, and chooses."""
 
@@ -394,9 +406,9 @@ class _Choice:
         smallest = min(SMALLEST, value / 4) if budget == "mean_keep_ratio" else SMALLEST
         self._levels = [2.0**-i for i in range(1, math.ceil(-math.log2(smallest)) + 1)]
 
-    def make(self) -> tuple[Ratios, Errors, float, Errors]:
+    def make(self, damages: Mapping[str, Mapping[float, float]]) -> tuple[Ratios, Errors, float, Errors]:
         """The ratios and their errors on the checked inputs, and the uniform ratio of the same cost with its errors."""
-        steps = path(self._damages(), self._costs.of)
+        steps = path(damages, self._costs.of)
         if self._budget == "mean_keep_ratio":
             self._runs.report.start("checking", 2 * len(self._checked))
             uniform, ratios = self._value, self._within(steps, self._costs.density(dict.fromkeys(self._costs.names, self._value)))
@@ -415,8 +427,8 @@ class _Choice:
             return same, uniform_errors, uniform, uniform_errors
         return ratios, errors, uniform, uniform_errors
 
-    def _damages(self) -> dict[str, dict[float, float]]:
-        """Of each site, by ratio."""
+    def measure(self) -> dict[str, dict[float, float]]:
+        """The damage of each site, by ratio, from 1 down."""
         tried = {fqn: list(self._different(fqn)) for fqn in self._costs.names}
         self._runs.report.start("measuring sites", len(self._measured) * (1 + sum(map(len, tried.values()))))
         worst = self._runs.errors(self._measured, dict.fromkeys(self._costs.names, self._levels[-1]))

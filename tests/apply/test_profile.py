@@ -17,7 +17,7 @@ FIELDS: dict[str, Any] = {"dense_below": 0, "block_q": 16, "block_k": 16, "pin":
 MAKING = Making(
     model="Toy", adapter="toy", budget="max_rel_error", value=0.02, inputs=4, checked=3, tokens=(246, 300), blocks=(16, 16), pin="special",
     dtype="float32", density=0.3, uniform=0.2, errors={"depth": 0.015}, uniform_errors={"depth": 0.03},
-    dense={"cross.1": "nobody was there"},
+    harm={"cross.0": 1.0}, dense={"cross.1": "nobody was there"},
 )  # fmt: skip
 
 
@@ -43,6 +43,7 @@ def test_it_is_a_mapping_for_keep_ratio_and_tells_how_it_came_about(tmp_path: Pa
         in text
     )
     assert "on 3 other inputs (with the same density everywhere): depth 0.015 (0.03)" in text
+    assert "most harm is done by cross.0 (100%), each sparse by itself" in text
     assert "cross.1 stays dense: nobody was there" in text
     assert {site.fqn: site.keep_ratio for site in describe(model).sites if site.sparse} == dict(profile())
     save_lite3r(model, tmp_path)
@@ -84,7 +85,7 @@ def test_what_is_no_profile(change: dict[str, Any], message: str, tmp_path: Path
     [
         ("model", 3), ("budget", "max_cost"), ("value", -1), ("value", "0.02"), ("inputs", 0), ("checked", 1.5), ("tokens", [1]),
         ("tokens", [0, 5]), ("blocks", "16"), ("density", None), ("errors", {}), ("errors", {"depth": -1}), ("errors", {"points": 0.1}),
-        ("uniform_errors", [1]), ("dense", {"cross.1": 1}),
+        ("uniform_errors", [1]), ("dense", {"cross.1": 1}), ("harm", {"cross.0": 2}), ("harm", None),
     ],
 )  # fmt: skip
 def test_damaged_conditions_are_named(name: str, value: Any, tmp_path: Path) -> None:

@@ -87,6 +87,8 @@ def test_the_site_that_does_harm_keeps_most() -> None:
     assert density(model, others[0]) == pytest.approx(profile.making.density)
     assert relative_error(model, others) < 0.8 * relative_error(uniform, others)
     assert profile.making.errors["outputs"] < profile.making.uniform_errors["outputs"]
+    assert profile.making.harm["cross.1"] > 0.8
+    assert sum(profile.making.harm.values()) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("most", [0.02, 0.1])
