@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import Toy, sites
+from toys import Attention, Toy, sites
 from toys import images as toy_images
 
 from lite3r_plugin import (
@@ -85,6 +85,7 @@ def test_the_site_that_does_harm_keeps_most() -> None:
     assert harmful > 1.5 * 0.25 > 0.25 > max(first, last)
     assert density(model, others[0]) <= density(uniform, others[0]) + 1e-9
     assert density(model, others[0]) == pytest.approx(profile.making.density)
+    assert density(model, others[0]) > density(uniform, others[0]) - 0.01  # nothing is left lying
     assert relative_error(model, others) < 0.8 * relative_error(uniform, others)
     assert profile.making.errors["outputs"] < profile.making.uniform_errors["outputs"]
     assert profile.making.harm["cross.1"] > 0.8
@@ -109,6 +110,40 @@ def test_a_larger_error_lets_less_be_computed() -> None:
 def test_without_a_budget_two_percent_are_allowed() -> None:
     making = choose_keep_ratios(toy(), inputs(), progress=False).making
     assert (making.budget, making.value) == ("max_rel_error", 0.02)
+
+
+class Gained(Attention):
+    """Its output counts more or less."""
+
+    gain = 1.0
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.gain * super().forward(x, mask)
+
+
+class Fickle(Toy):
+    """What bright images need is not what dark ones do."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=3, make=Gained)
+        self.gained = tuple(self.cross)
+
+    def forward(self, images: Tensor, **options: Any) -> Tensor:
+        needed = 0 if images.mean() > 0.5 else 2
+        for i, module in enumerate(self.gained):
+            module.gain = 20.0 if i == needed else 0.05
+        return super().forward(images, **options)
+
+
+@pytest.mark.filterwarnings("ignore::lite3r_plugin.ops.dispatch.SlowPathWarning")
+def test_a_choice_that_is_worse_on_other_inputs_is_not_taken() -> None:
+    model = Fickle()
+    apply_lite3r(model, keep_ratio="auto", sites=sites(model), **FIELDS)
+    given = [x + (1 if i % 2 == 0 else -1) for i, x in enumerate(inputs())]
+    choose_keep_ratios(model, given, mean_keep_ratio=0.25, progress=False)
+    assert ratios(model) == [0.25] * 3
+    choose_keep_ratios(model, [x + 1 for x in inputs()], mean_keep_ratio=0.25, progress=False)
+    assert ratios(model) != [0.25] * 3  # where all agree, there is a choice
 
 
 def cameras(turn: float = 0.5) -> Any:
