@@ -1,8 +1,10 @@
 """What FP8 costs the trained testbed, by itself, over so many rendered scenes that a change of 1 % can be told from chance.
 
     python benchmarks/quality_fp8.py --seconds 150 --json benchmarks/results/h100_testbed_fp8.json
+    python benchmarks/quality_fp8.py --groups --seconds 150 --json benchmarks/results/NAME.json
 
-Both models are dense and see the same images: one in BF16 (autocast, as in `lite3r eval`), one with its blocks in FP8.
+Both models are dense and see the same images: one in BF16 (autocast, as in `lite3r eval`), one with its blocks in FP8. With `--groups`
+there is one more for each group of Linears, that group alone in FP8, on the same scenes.
 AUC@5 of a model whose poses are some 9 degrees off rests on few pairs of views: `lite3r eval` on 40 scenes leaves an interval
 of 15 %. It takes 2,000 to 5,000 scenes for one of 2 %, so scenes are rendered and run in batches here. AbsRel needs some
 tens. Scenes follow until `--scenes` or `--seconds` are reached; intervals are of 95 %, scenes drawn with replacement.
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -25,46 +28,66 @@ from lite3r_plugin.scene.metrics import depth_metrics, paired_bootstrap, pose_me
 from lite3r_plugin.scene.procedural import ProcScenes, TextureBank
 from lite3r_plugin.testbed import Testbed
 
+BF16, FP8 = "bf16", "fp8"
 TEXTURES = 77_777  # their seed; training saw others
+GROUPS = {
+    "qkv": ("*.attn.qkv",),
+    "output projection": ("*.attn.proj",),
+    "MLP up": ("*.mlp.0",),
+    "MLP down": ("*.mlp.2",),
+    "first pair of blocks": ("*_blocks.0.*",),
+    "last pair of blocks": ("*_blocks.{last}.*",),
+}
 POSES = ("rotation_mean", "translation_mean", "auc5", "auc15", "auc30")
 
 
+Values = dict[str, list[float]]
+
+
 @torch.no_grad()
-def measure(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, tuple[list[float], list[float]]], str]:
-    """Values of BF16 and FP8 by measure, a scene each; and what runs FP8."""
-    dense = Testbed.from_pretrained(device=device)
+def measure(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, Values], dict[str, str]]:
+    """Values by model and measure, a scene each; and what runs the Linears of each model."""
     backend: Fp8Backend = args.backend
-    fp8 = apply_lite3r(Testbed.from_pretrained(device=device), keep_ratio=1, precision="fp8", fp8_backend=backend)
+
+    def in_fp8(patterns: tuple[str, ...]) -> torch.nn.Module:
+        model = Testbed.from_pretrained(device=device)
+        return apply_lite3r(model, keep_ratio=1, precision="fp8", fp8_backend=backend, fp8_filter=patterns)
+
+    models: dict[str, Any] = {BF16: Testbed.from_pretrained(device=device), FP8: in_fp8(("*",))}
+    last = len(models[BF16].aggregator.global_blocks) - 1
+    for name, patterns in GROUPS.items() if args.groups else ():
+        models[name] = in_fp8(tuple(pattern.format(last=last) for pattern in patterns))
     scenes = ProcScenes(TextureBank.procedural(64, 64, str(device), seed=TEXTURES + args.seed), str(device), 1_000_003 * (args.seed + 1))
-    values: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in ("abs_rel", *POSES)}
+    values: dict[str, Values] = {name: {measure: [] for measure in ("abs_rel", *POSES)} for name in models}
     start, told = time.monotonic(), 0.0
-    while len(values["auc5"][0]) < args.scenes and (seconds := time.monotonic() - start) < args.seconds:
+    while len(values[BF16]["auc5"]) < args.scenes and (seconds := time.monotonic() - start) < args.seconds:
         sample = scenes(args.batch, args.views, args.size, args.size)
         whole = sample["ok"].all(1)  # few scenes have a camera that finds no free place
         sample = {name: value[whole] for name, value in sample.items()}
         if not whole.any():
             continue
-        for side, model in enumerate((dense, fp8)):
+        for of, model in zip(values.values(), models.values(), strict=True):
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 out = model(sample["rgb"])
             for i, (mine, true) in enumerate(zip(out["world_to_camera"].float().cpu(), sample["w2c"].cpu(), strict=True)):
                 poses = pose_metrics(mine, true)
                 for name in POSES:
-                    values[name][side].append(getattr(poses, name))
-                if len(values["abs_rel"][side]) < args.depth_scenes:
+                    of[name].append(getattr(poses, name))
+                if len(of["abs_rel"]) < args.depth_scenes:
                     depth = depth_metrics(out["depth"][i].float(), sample["depth"][i], sample["valid"][i])
-                    values["abs_rel"][side].append(depth.abs_rel)
+                    of["abs_rel"].append(depth.abs_rel)
         if seconds - told > 20:
             told = seconds
-            print(f"[{seconds:.0f} s] {len(values['auc5'][0])} scenes", flush=True)
-    return values, ", ".join(f"{count} {kind}" for kind, count in describe(fp8).linears.items())
+            print(f"[{seconds:.0f} s] {len(values[BF16]['auc5'])} scenes", flush=True)
+    runs = {name: describe(model).linears for name, model in models.items() if name != BF16}
+    return values, {name: ", ".join(f"{count} {kind}" for kind, count in linears.items()) for name, linears in runs.items()}
 
 
-def summary(values: tuple[list[float], list[float]]) -> dict[str, Any]:
+def summary(before: list[float], after: list[float]) -> dict[str, Any]:
     """Means, and the change with its interval: as it is, and in percent of the dense mean."""
-    interval = paired_bootstrap(*values)
-    dense, fp8 = (sum(side) / len(side) for side in values)
-    percent = [100 * x / dense for x in (interval.difference, interval.low, interval.high)]
+    interval = paired_bootstrap(before, after)
+    dense, fp8 = (sum(side) / len(side) for side in (before, after))
+    percent = [100 * x / dense if dense else math.nan for x in (interval.difference, interval.low, interval.high)]
     return dict(dense=dense, fp8=fp8, scenes=interval.scenes, change=interval.to_dict(), percent=percent)
 
 
@@ -79,22 +102,27 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--backend", default="auto", help="as fp8_backend")
+    parser.add_argument("--groups", action="store_true", help="measure each group of Linears in FP8 by itself, too")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     values, runs = measure(args, device)
-    result: dict[str, Any] = {name: summary(pair) for name, pair in values.items()}
-    for name, row in result.items():
-        change, low, high = row["percent"]
-        print(f"{name:17} {row['dense']:8.4f} -> {row['fp8']:8.4f}: {change:+.2f} % [{low:+.2f}, {high:+.2f}] over {row['scenes']} scenes")
+    found = {name: {measure: summary(values[BF16][measure], of[measure]) for measure in of} for name, of in values.items() if name != BF16}
+    for model, rows in found.items():
+        print(f"{model}: {runs[model]}")
+        for name, row in rows.items():
+            change, low, high = row["percent"]
+            told = f"{change:+.2f} % [{low:+.2f}, {high:+.2f}] over {row['scenes']} scenes"
+            print(f"  {name:17} {row['dense']:8.4f} -> {row['fp8']:8.4f}: {told}")
+    result: dict[str, Any] = found.pop(FP8)
+    if found:
+        result["groups"] = found
     result["conditions"] = dict(
-        linears=runs, views=args.views, size=args.size, seed=args.seed, batch=args.batch, torch=torch.__version__,
+        linears=runs[FP8], views=args.views, size=args.size, seed=args.seed, batch=args.batch, torch=torch.__version__,
         device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         dtype="bfloat16 autocast" if device.type == "cuda" else "float32", date=datetime.date.today().isoformat(),
     )  # fmt: skip
-    result["values"] = {
-        name: [[round(x, 5) for x in side] for side in pair] for name, pair in values.items() if name in ("abs_rel", "auc5")
-    }
+    result["values"] = {name: [[round(x, 5) for x in values[side][name]] for side in (BF16, FP8)] for name in ("abs_rel", "auc5")}
     if args.json:
         args.json.write_text(json.dumps(result) + "\n")
 

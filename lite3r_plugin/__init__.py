@@ -5,6 +5,7 @@ from .adapter.layouts import LayoutFunction, TokenLayout, TokenSource, Views
 from .adapter.sites import AttentionSite, FusedQKV, KeyValueCache, PreNormBlock, Rope2D, Routed, SeparateQKV
 from .apply.checkpoint import load_lite3r, save_lite3r
 from .apply.memory import plan_memory
+from .apply.profile import KeepRatioProfile
 from .apply.report import describe
 from .apply.verbs import apply_lite3r, convert, lite3r_disabled, remove_lite3r
 from .config import Lite3RConfig
@@ -13,12 +14,14 @@ from .errors import Lite3RError
 from .training.calibrate import calibrate
 from .training.config import DistillConfig
 from .training.distill import distill
+from .training.ratios import choose_keep_ratios
 from .version import __version__
 
 __all__ = [
     "AttentionSite",
     "DistillConfig",
     "FusedQKV",
+    "KeepRatioProfile",
     "KeyValueCache",
     "LayoutFunction",
     "Lite3RConfig",
@@ -33,6 +36,7 @@ __all__ = [
     "__version__",
     "apply_lite3r",
     "calibrate",
+    "choose_keep_ratios",
     "convert",
     "describe",
     "distill",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from decimal import Decimal
@@ -28,6 +29,7 @@ Fp8Filter = tuple[str, ...] | Callable[["nn.Module", str], bool]
 CONFIG_VERSION = 1
 WRAPPER_NAMES = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 DEFAULT_KEEP_RATIO = 0.25
+AUTO: Literal["auto"] = "auto"
 MOST_TOKENS = 2**63 - 1
 MOST_SHAPES = 1000
 
@@ -36,7 +38,7 @@ class SiteRatios(Mapping[str, float]):
     """Keep ratios by patterns of site names, in the order in which they are tried; immutable and hashable."""
 
     def __init__(self, ratios: Mapping[str, float]) -> None:
-        self._items = tuple(ratios.items())
+        self._items = tuple((pattern, _plain(ratio)) for pattern, ratio in ratios.items())
 
     def __getitem__(self, pattern: str) -> float:
         return dict(self._items)[pattern]
@@ -73,7 +75,7 @@ class WholeModelFields(TypedDict, total=False):
 class Lite3RFields(WholeModelFields, total=False):
     """All fields of `Lite3RConfig`, as keywords."""
 
-    keep_ratio: float | Mapping[str, float]
+    keep_ratio: float | Mapping[str, float] | Literal["auto"]
     negligible_ratio: float
     scopes: tuple[Scope, ...] | Literal["auto"]
     exclude: tuple[str, ...]
@@ -121,7 +123,9 @@ class Lite3RConfig:
         keep_ratio: Share of the key blocks that each query block attends to exactly, in (0, 1]. It is SLA's
             ``topk`` and ``1 - sparsity``. Blocks that are always kept (see ``pin``) come on top. 1 is dense attention. A mapping
             gives ratios by patterns of fully qualified site names, such as ``{"*.0.attn": 1.0, "*": 0.1}``; of several patterns
-            that match a site the first counts, and a site that none matches gets the default, 0.25.
+            that match a site the first counts, and a site that none matches gets the default, 0.25. ``"auto"``: sites wait for
+            `choose_keep_ratios`, which chooses one for each; until then a forward raises `ConfigError`. What it chose
+            (`KeepRatioProfile`) is a mapping of its own kind: it must name exactly the sites that become sparse.
         negligible_ratio: Share of the same key blocks that count for nothing, those with the lowest scores, in [0, 1] (SLA's third
             class, arXiv 2509.24006): they have no part in block means and the ``"marginal"`` linear branch. 0: none. Blocks
             that ``keep_ratio`` keeps come first: what it leaves is the most that can be negligible.
@@ -185,7 +189,7 @@ class Lite3RConfig:
         0.1
     """
 
-    keep_ratio: float | Mapping[str, float] = DEFAULT_KEEP_RATIO
+    keep_ratio: float | Mapping[str, float] | Literal["auto"] = DEFAULT_KEEP_RATIO
     negligible_ratio: float = 0.0
     scopes: tuple[Scope, ...] | Literal["auto"] = "auto"
     exclude: tuple[str, ...] = ()
@@ -219,8 +223,9 @@ class Lite3RConfig:
                 check_ratio(f"keep_ratio[{shown(pattern)}]", ratio)
             if not self.keep_ratio:
                 raise ConfigError('keep_ratio is an empty mapping; give a number, or a pattern of site names for a ratio, {"*": 0.25}')
-            self._set(keep_ratio=SiteRatios({pattern: _plain(ratio) for pattern, ratio in self.keep_ratio.items()}))
-        else:
+            if not isinstance(self.keep_ratio, SiteRatios):  # which hold plain numbers, and may say more
+                self._set(keep_ratio=SiteRatios(self.keep_ratio))
+        elif not (isinstance(self.keep_ratio, str) and self.keep_ratio == AUTO):
             check_ratio("keep_ratio", self.keep_ratio)
             self._set(keep_ratio=_plain(self.keep_ratio))
         check_share("negligible_ratio", self.negligible_ratio)
@@ -308,8 +313,15 @@ class Lite3RConfig:
         """The patterns of site names that ``keep_ratio`` has."""
         return tuple(self.keep_ratio) if isinstance(self.keep_ratio, Mapping) else ()
 
+    @property
+    def waits(self) -> bool:
+        """Whether sites wait for `choose_keep_ratios`."""
+        return isinstance(self.keep_ratio, str)
+
     def keep_ratio_of(self, fqn: str) -> float:
-        """The keep ratio of the site `fqn`."""
+        """The keep ratio of the site `fqn`; NaN where it waits for a choice."""
+        if isinstance(self.keep_ratio, str):
+            return math.nan
         if not isinstance(self.keep_ratio, Mapping):
             return self.keep_ratio
         return next((ratio for pattern, ratio in self.keep_ratio.items() if matches(pattern, fqn)), DEFAULT_KEEP_RATIO)

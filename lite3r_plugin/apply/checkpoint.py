@@ -59,6 +59,7 @@ def save_lite3r(model: nn.Module, directory: str | os.PathLike[str], *, whole: b
     Raises:
         ModelTypeError: `model` is no `torch.nn.Module`.
         NotAppliedError: the model carries no Lite3R, or several parts of it do on their own.
+        ConfigError: ``keep_ratio`` is ``"auto"``, and nothing was chosen yet.
         WeightsError: the model, on the meta device, has no values to write, a parameter has infinities or NaN, or a
             conversion to FP8 did not finish.
         CheckpointError: an adapter is around a linear branch, there is LoRA of `lite3r_plugin.peft.add_lora`, or it was merged and is in
@@ -74,6 +75,7 @@ def save_lite3r(model: nn.Module, directory: str | os.PathLike[str], *, whole: b
     writer = ranks.writes(sharded)
     with ranks.together(sharded):
         found.require_finished(found.require_one_state("save_lite3r"), "save_lite3r")
+        found.require_ratios("save_lite3r")
         if directory.exists() and not directory.is_dir():
             raise CheckpointError(f"{directory} is a file; save_lite3r takes a directory")
         _check_savable(found, whole)

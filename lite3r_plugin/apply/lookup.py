@@ -11,7 +11,7 @@ from torch import nn
 from ..attention.module import SparseLinearAttention
 from ..attention.state import ModelState
 from ..config import plain_name
-from ..errors import ModelTypeError, NotAppliedError, WeightsError
+from ..errors import ConfigError, ModelTypeError, NotAppliedError, WeightsError
 from ..fp8.blocks import BlockLinear, find_linears
 from ..fp8.linear import Fp8Linear
 from ..runtime.rewrites import lies_outside
@@ -102,6 +102,11 @@ class Inventory:
         """Raise `NotAppliedError` if something outside of the model was rewritten, or it itself, which is then a part of another."""
         if any(lies_outside(item, self.modules) for state in self.states for item in state.rewrites):
             raise NotAppliedError(f"this {self.name} is a part of the model that Lite3R was applied to: call {verb} on the whole model")
+
+    def require_ratios(self, verb: str) -> None:
+        """Raise `ConfigError` if sites wait for their keep ratios."""
+        if any(state.config.waits for state in self.states):
+            raise ConfigError(f"keep_ratio is 'auto', and no ratios were chosen yet: call choose_keep_ratios(model, inputs) before {verb}")
 
     def require_finished(self, state: ModelState, verb: str) -> None:
         """Raise `WeightsError` if a conversion to FP8 was begun and not finished."""

@@ -28,6 +28,7 @@ from ..runtime.rewrites import NO_REWRITES, Rewrites, plan_rewrites
 from ..tokens.tracker import Source
 from ..wrapper import RewrittenMethod, forward_parameters, keeps_copies
 from .lookup import Inventory
+from .profile import KeepRatioProfile, check_sites
 
 BY_HAND = "sites="
 """What stands for the name of an adapter where a user gave the sites."""
@@ -129,7 +130,8 @@ def plan_application(
     adapter, sites = find_sites(found.model) if sites is None else (BY_HAND, _checked_sites(sites))
     hosts = _find_hosts(found, adapter, sites)
     scopes = _sparse_scopes(config, adapter, sites)
-    _check_keep_ratios(config, [site.fqn for site in sites if site.scope in scopes])
+    if not isinstance(config.keep_ratio, KeepRatioProfile):
+        _check_keep_ratios(config, [site.fqn for site in sites if site.scope in scopes])
     if unused := [pattern for pattern in config.exclude if not any(matches(pattern, site.fqn) for site in sites)]:
         raise ConfigError(f"exclude names {unused[:3]}, which match no site of this {found.name}; those are like {sites[0].fqn!r}")
     for site in sites:
@@ -137,6 +139,8 @@ def plan_application(
             check_block(found.modules, site)
     chosen = _choose(found, adapter, sites, hosts, scopes, config)
     swaps, skipped = chosen.swaps, chosen.skipped
+    if isinstance(config.keep_ratio, KeepRatioProfile):
+        check_sites(config.keep_ratio, [swap.site.fqn for swap in swaps.values() if swap.sparse])
     if config.precision == "full" and not any(swap.sparse for swap in swaps.values()):
         raise NoSitesError(_why_nothing(found, chosen))
     if not swaps:  # FP8 needs what the attention modules keep for all of the model

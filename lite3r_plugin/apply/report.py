@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from ..fp8.linear import Fp8Linear
 from ..fp8.qat import FakeQuantLinear
 from ..wrapper import is_lora
 from .lookup import Inventory, look_up
+from .profile import KeepRatioProfile
 from .swap import fast_of, planner_of
 
 FULL_PRECISION = "in full precision"
@@ -33,7 +35,7 @@ class SiteDescription:
         fqn: Its fully qualified name.
         scope: Its scope, as in `AttentionSite`.
         sparse: False where it stays dense and only has its norm and rotary embedding fused, and where it is left to the host.
-        keep_ratio: In (0, 1]; 1 where it stays dense.
+        keep_ratio: In (0, 1]; 1 where it stays dense, NaN where it waits for `choose_keep_ratios`.
         calls: What ran so far.
         left: Why the host's own code runs in every call; None where it does not.
         pinned: What is always kept, whatever the keep ratio says: ``"special tokens"``, ``"reference view"``.
@@ -148,6 +150,10 @@ class Description:
                 + f"blocks {config.block_q} x {config.block_k}, "
                 f"linear branch {config.linear_branch} ({config.feature_map}), block means {_on(config.block_means)}"
             )
+        if config.waits and sparse:
+            yield f"{plural(len(sparse), 'site waits', 'sites wait')} for a keep ratio: choose_keep_ratios(model, inputs); a forward raises"
+        if isinstance(config.keep_ratio, KeepRatioProfile):
+            yield from config.keep_ratio.lines()
         if shortened:
             pinned = dict.fromkeys(what for site in shortened for what in site.pinned)
             yield f"always kept: {', '.join(pinned) or 'nothing'}; backend {config.attention_backend}"
@@ -241,6 +247,8 @@ def _is_sparse(site: SiteDescription) -> bool:
 
 def _cells(site: SiteDescription) -> tuple[str, ...]:
     """A row of the table for notebooks."""
+    if math.isnan(site.keep_ratio):
+        return site.fqn, site.scope, "waits for a keep ratio", "", str(site.calls.sparse), str(site.calls.dense + site.calls.host), ""
     runs = "sparse-linear" if _is_sparse(site) else "dense" if site.left is None else f"dense, in the host's own code: {site.left}"
     density = "" if site.calls.density is None else f"{site.calls.density:.3f}"
     return site.fqn, site.scope, runs, f"{site.keep_ratio:g}", str(site.calls.sparse), str(site.calls.dense + site.calls.host), density

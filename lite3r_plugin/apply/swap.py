@@ -16,7 +16,7 @@ from torch import nn
 
 from ..attention.module import SparseLinearAttention
 from ..attention.state import ModelState
-from ..config import WholeModel
+from ..config import Lite3RConfig, WholeModel
 from ..errors import plural
 from ..fp8.backends import BACKENDS, te
 from ..fp8.convert import convert_linears, fuse_blocks
@@ -74,6 +74,20 @@ def run_fast(plan: ApplyPlan, state: ModelState, changes: Changes) -> None:
         changes.put(vars(state), "planner", planner)
         changes.put(vars(state), "rewrites", (*state.rewrites, planner))
         planner.put_in(changes)
+
+
+def set_ratios(found: Inventory, state: ModelState, config: Lite3RConfig, changes: Changes) -> None:
+    """Let the sites have the keep ratios of `config`, which takes the place of the one that the model has, and forget what was recorded,
+    compiled and planned with others."""
+    changes.put(vars(state), "config", config)
+    for module in dict.fromkeys(found.attention.values()):
+        module.settle(changes)
+    if (fast := fast_of(state)) is not None:
+        if fast.blocks is not None:
+            changes.put(vars(fast), "blocks", fast.blocks.anew())
+        changes.make(fast.forget, fast.forget)
+    if (planner := planner_of(state)) is not None:
+        changes.put(vars(planner), "plans", {})
 
 
 @contextlib.contextmanager

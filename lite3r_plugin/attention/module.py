@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from ..adapter.layouts import LayoutFunction, TokenLayout
 from ..adapter.sites import AttentionSite, KeyValueCache
+from ..config import Lite3RConfig
 from ..costs.attention import break_even
 from ..costs.model import SparseShares
-from ..errors import LayoutError
+from ..errors import ConfigError, LayoutError
 from ..ops.block_map import density, masked_density
 from ..ops.dispatch import SlowPathWarning, require_one_device, use_triton
 from ..ops.fp8 import fake_quantize
@@ -37,6 +38,7 @@ from .state import CallCounts, ModelState
 from .streams import Stream, Streams, in_a_row, in_calls, norm_as_it_is, of_calls, pinned_keys
 from .styles.registry import style_of
 
+KEPT_WHOLE = "keep_ratio 1"
 MARGINAL_SHARE = 4
 """The branch over marginal blocks is not kept from call to call of a stream: it costs about a quarter of what preparing its keys does."""
 Observer = Callable[["SparseLinearAttention", AttentionInputs, Tensor], None]
@@ -58,7 +60,7 @@ class SparseLinearAttention(HostWrapper):
     Attributes:
         proj_lin: The ``[D, D]`` map of the linear branch, FP32, without bias, shared by all heads, zero at the start
             (absent at sites that stay dense and with ``linear_branch="none"``).
-        keep_ratio: The keep ratio of this site; 1 where it stays dense.
+        keep_ratio: The keep ratio of this site; 1 where it stays dense, NaN where it waits for a choice.
         style: How q, k and v are made.
         argument_names: The arguments of the host's forward.
         enabled: False runs the host's own forward.
@@ -72,18 +74,14 @@ class SparseLinearAttention(HostWrapper):
         self.site = site
         self.state = state
         self.sparse = sparse
-        # Looked up here, lest code that is compiled for one block depend on its name.
-        self.keep_ratio = state.config.keep_ratio_of(site.fqn) if sparse else 1.0
-        self.shares = SparseShares.of(state.config, site.fqn)
         self.enabled = True
-        self.left = left
         self._observers: tuple[tuple[Observer], ...] = ()  # each in a tuple of its own, by which it is told from others like it
         self._substitutes: tuple[tuple[Substitute], ...] = ()
         self.calls = CallCounts()
         self.style = style_of(site, host, state.config.fuse)
         self.argument_names = self.style.argument_names
-        if sparse and left is None and not self.style.replaces and self.keep_ratio == 1 and state.config.patterns:
-            self.left = None if state.config.linear_branch == "all" else "keep_ratio 1"
+        # Looked up here, lest code that is compiled for one block depend on its name.
+        self.keep_ratio, self.shares, self.left = self._ratio_of(state.config, left)
         self.te_projection: Any = None
         self._streams = Streams()
         self._density: tuple[Any, float] | None = None
@@ -93,12 +91,36 @@ class SparseLinearAttention(HostWrapper):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the host's forward. What has no sparse form (masks, causal order, dropout of weights) runs in the host's own code."""
+        if self.enabled and not self._substitutes:
+            self.require_ratio()
         if not self.enabled or self.left is not None:
             self.count("host" if self.enabled else "disabled")
             if self._tracker is not None:
                 self._tracker.ran(self.site.fqn)
             return self.run_host(*args, **kwargs)
         return self.style.run(self, args, kwargs)
+
+    def require_ratio(self) -> None:
+        """Raise `ConfigError` where the site waits for its keep ratio: whatever it did instead would pass for what was asked."""
+        if self.sparse and self.left is None and self.state.config.waits:
+            raise ConfigError(
+                "keep_ratio is 'auto', and no ratios were chosen yet: choose_keep_ratios(model, inputs) chooses them from a few inputs; "
+                "to take those of another run, apply_lite3r(model, keep_ratio=KeepRatioProfile.load(file))"
+            )
+
+    def settle(self, changes: Changes) -> None:
+        """Take the keep ratio that the configuration has now."""
+        left = None if self.left == KEPT_WHOLE else self.left
+        for name, value in zip(("keep_ratio", "shares", "left"), self._ratio_of(self.state.config, left), strict=True):
+            changes.put(vars(self), name, value)
+
+    def _ratio_of(self, config: Lite3RConfig, left: str | None) -> tuple[float, SparseShares, str | None]:
+        """What follows from the keep ratio that a configuration has for this site, which is `left` to the host in any case: the ratio, its
+        shares, and why the host's own forward runs."""
+        ratio = config.keep_ratio_of(self.site.fqn) if self.sparse else 1.0
+        if self.sparse and left is None and not self.style.replaces and ratio == 1 and config.patterns:
+            left = None if config.linear_branch == "all" else KEPT_WHOLE
+        return ratio, SparseShares.of(config, self.site.fqn), left
 
     def note(self, reason: str) -> None:
         """Take note that a call runs dense in the host's own code, and why; warn of each reason once."""
@@ -278,15 +300,16 @@ class SparseLinearAttention(HostWrapper):
             out = out + linear_attention(q, k, inputs.v, proj=proj, feature_map=self.state.config.feature_map)
         return out
 
-    def sparse_linear(self, inputs: AttentionInputs, proj: Tensor | None) -> Tensor:
+    def sparse_linear(self, inputs: AttentionInputs, proj: Tensor | None, keep_ratio: float | None = None) -> Tensor:
         """Sparse attention as configured, plus the linear branch through `proj` ``[D, D]``, if there is one, whatever pays.
 
-        With a mask that has no sparse form it is attention as the mask has it, without a branch. Returns ``[B, H, N, D]``.
+        `keep_ratio` takes the place of the site's own. With a mask that has no sparse form it is attention as the mask has it, without a
+        branch. Returns ``[B, H, N, D]``.
         """
         mask = None
         if inputs.mask is not None and (mask := frame_causal(inputs.mask, inputs.layout)) is None:
             return self.dense(inputs)
-        return self._sparse_linear(inputs, proj, mask, self.keep_ratio)
+        return self._sparse_linear(inputs, proj, mask, self.keep_ratio if keep_ratio is None else keep_ratio)
 
     def _sparse_linear(self, inputs: AttentionInputs, proj: Tensor | None, mask: SegmentMask | None, keep_ratio: float) -> Tensor:
         config, layout = self.state.config, inputs.layout

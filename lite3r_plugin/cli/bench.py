@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import InputError, plural
-from .options import LARGEST_SEED, Config, Device, KeepRatio, Model, Repeats, config_fields, numbers
+from .options import LARGEST_SEED, Config, Device, KeepRatio, Model, Repeats, config_fields, numbers, plain_fields
 from .reports import Html, Plots, bench_report, check_reports, write_reports
 
 DEFAULT_VARIANTS = "stock,strong,strong-exact,strong-fp8,lite3r,lite3r-strong,lite3r-fp8"
@@ -64,7 +64,7 @@ def bench(
         views=numbers(views, "--views"),
         variants=[name.strip() for name in variants.split(",")],
         resolution=resolution,
-        options=config_fields(config, keep_ratio),
+        options=plain_fields(config_fields(config, keep_ratio)),
         device=choose_device(device),
         compile=compile_,
         graphs=graphs,

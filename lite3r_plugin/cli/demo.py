@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -54,7 +54,8 @@ def demo(
     on_gpu = where.type == "cuda"
     views, repeats = views or VIEWS["cuda" if on_gpu else "cpu"], repeats or REPEATS["cuda" if on_gpu else "cpu"]
     # On a CPU, and for so few tokens, sparse attention would not switch itself on; the demo is to show it.
-    options = lite3r_config(config, keep_ratio, **({} if on_gpu else {"dense_below": 0}))
+    defaults: dict[str, Any] = {} if on_gpu else {"dense_below": 0}
+    options = lite3r_config(config, keep_ratio, **defaults)
     entry = find_model("testbed")
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..config import Lite3RConfig, Lite3RFields, parse_amount
+from ..config import AUTO, Lite3RConfig, Lite3RFields, parse_amount
 from ..errors import InputError
 
 if TYPE_CHECKING:
+    from ..apply.profile import KeepRatioProfile
     from ..scene.reading import Limits
 
 
@@ -51,10 +52,12 @@ Weights = Annotated[
     typer.Option("--weights", help="A file or a Hub id; `random` for timing only. By default the published weights.", show_default=False),
 ]
 KeepRatio = Annotated[
-    float | None,
+    str | None,
     typer.Option(
         "--keep-ratio",
-        help=f"Share of the key blocks that attention keeps; the same as --config keep_ratio=...; by default {Lite3RConfig.keep_ratio}.",
+        metavar="R",
+        help="Share of the key blocks that attention keeps, the same as --config keep_ratio=..., or a *.json file of ratios by site, as "
+        f"calibrate --keep-ratio auto writes it; by default {Lite3RConfig.keep_ratio}.",
         show_default=False,
     ),
 ]
@@ -87,14 +90,19 @@ MaxBytes = Annotated[
 LARGEST_SEED = 2**31 - 1
 
 
-def config_fields(config: Iterable[str] | None, keep_ratio: float | None = None) -> dict[str, Any]:
+def config_fields(config: Iterable[str] | None, keep_ratio: str | None = None, *, chooses: bool = False) -> dict[str, Any]:
     """Fields of `Lite3RConfig` from ``--config name=value`` and ``--keep-ratio``; a value that is no JSON is a string.
 
+    Args:
+        config, keep_ratio: What was given.
+        chooses: Whether the command chooses ratios where they are ``auto``.
+
     Raises:
-        InputError: an item has no ``=``, or a field is given twice.
+        InputError: an item has no ``=``, a field is given twice, ratios are to be chosen by a command that does not, or a file of them
+            cannot be read.
         ConfigError: there is no field of that name, or it does not take the value.
     """
-    fields: dict[str, Any] = {} if keep_ratio is None else {"keep_ratio": keep_ratio}
+    fields: dict[str, Any] = {} if keep_ratio is None else {"keep_ratio": _keep_ratio(keep_ratio)}
     for item in config or ():
         name, equals, value = item.partition("=")
         if not equals:
@@ -105,13 +113,37 @@ def config_fields(config: Iterable[str] | None, keep_ratio: float | None = None)
             fields[name] = json.loads(value)
         except (ValueError, RecursionError):  # no JSON, a number of thousands of digits, brackets without end
             fields[name] = value
-    Lite3RConfig().replace(**fields)
+    if Lite3RConfig().replace(**fields).waits and not chooses:
+        raise InputError(
+            "keep_ratio auto is chosen from photographs by `lite3r calibrate --keep-ratio auto`: give --keep-ratio the keep_ratios.json "
+            "that it writes, or a number"
+        )
     return fields
 
 
-def lite3r_config(config: Iterable[str] | None, keep_ratio: float | None = None, **defaults: Any) -> Lite3RConfig:
+def plain_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields as JSON has them: of chosen ratios no more than what they are."""
+    return {name: dict(value) if isinstance(value, Mapping) else value for name, value in fields.items()}
+
+
+def _keep_ratio(text: str) -> float | str | KeepRatioProfile:
+    """A number, ``auto``, or what the file of that name holds."""
+    if text == AUTO:
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        pass
+    if not text.endswith(".json"):
+        raise InputError(f"--keep-ratio takes a number in (0, 1], a *.json file of ratios, or, in calibrate, auto, got {text[:80]!r}")
+    from ..apply.profile import KeepRatioProfile
+
+    return KeepRatioProfile.load(text)
+
+
+def lite3r_config(config: Iterable[str] | None, keep_ratio: str | None = None, *, chooses: bool = False, **defaults: Any) -> Lite3RConfig:
     """The configuration of `config_fields`, with other `defaults` than the class has."""
-    return Lite3RConfig().replace(**(defaults | config_fields(config, keep_ratio)))
+    return Lite3RConfig().replace(**(defaults | config_fields(config, keep_ratio, chooses=chooses)))
 
 
 def numbers(text: str, option: str) -> list[int]:

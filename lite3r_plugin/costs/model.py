@@ -61,8 +61,8 @@ class SparseShares(NamedTuple):
 
     @classmethod
     def of(cls, config: Lite3RConfig, fqn: str) -> SparseShares:
-        """Those of the site `fqn`."""
-        return cls(round(BILLION * config.keep_ratio_of(fqn)), config.block_k if config.block_means else 0)
+        """Those of the site `fqn`; one that waits for a ratio computes everything."""
+        return cls(BILLION if config.waits else round(BILLION * config.keep_ratio_of(fqn)), config.block_k if config.block_means else 0)
 
     @property
     def keep_ratio(self) -> float:

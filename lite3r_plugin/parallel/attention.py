@@ -50,8 +50,10 @@ class SpreadAttention:
             LayoutError: the sequence is not one of views that are alike.
             ParallelError: another process failed; keys are other tokens, or there is a mask; TransformerEngine would train the branch,
                 which takes tokens of one process.
+            ConfigError: the site waits for its keep ratio.
         """
         config, v = module.state.config, inputs.v
+        module.require_ratio()
         if inputs.crossed or inputs.mask is not None:
             what = "its keys are of other tokens than its queries" if inputs.crossed else "it has a mask"
             raise ParallelError(f"site {module.site.fqn!r}: {what}, which is not spread over processes: run this model in one")

@@ -50,7 +50,7 @@ class Lite3RPeftConfig(LoraConfig):
         ConfigError: a field has a value that it does not take.
     """
 
-    keep_ratio: float | Mapping[str, float] | list[list[Any]] = Lite3RConfig.keep_ratio
+    keep_ratio: float | Mapping[str, float] | Literal["auto"] | list[list[Any]] = Lite3RConfig.keep_ratio
     negligible_ratio: float = Lite3RConfig.negligible_ratio
     scopes: tuple[Scope, ...] | Literal["auto"] = Lite3RConfig.scopes
     exclude: tuple[str, ...] = Lite3RConfig.exclude

@@ -45,6 +45,10 @@ class CompiledBlocks:
     def __reduce__(self) -> tuple[Any, ...]:
         return CompiledBlocks, (self.module, self.backend)
 
+    def anew(self) -> CompiledBlocks:
+        """The same with nothing compiled yet."""
+        return CompiledBlocks(self.module, self.backend)
+
     def __len__(self) -> int:
         """How many blocks were compiled, or would be when they run."""
         return len(self._calls)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter.outputs import OutputsFunction
-from ..apply.lookup import require_lite3r
+from ..apply.lookup import look_up
 from ..apply.ranks import is_sharded
 from ..attention.branch import branch_weight, why_not_written, write_branch
 from ..attention.module import SparseLinearAttention
@@ -145,7 +145,8 @@ def calibrate(
 
     Raises:
         ModelTypeError: `model` is no `torch.nn.Module`.
-        ConfigError: the model has no linear branch, or no site that is sparse; or `judged` is no number from 1 to 8.
+        ConfigError: the model has no linear branch, or no site that is sparse, or these wait for their keep ratios; or `judged` is no
+            number from 1 to 8.
         InputError: `inputs` is one input and no list of them, there are fewer than two, none of them reaches a sparse site, they are
             empty, or activations are not finite.
         AdapterError: what the model returns cannot be compared.
@@ -158,7 +159,10 @@ def calibrate(
         >>> result.inputs
         2
     """
-    sites = {fqn: site for fqn, site in require_lite3r(model).items() if site.sparse and site.keep_ratio < 1}
+    found = look_up(model)
+    attention = found.require_applied()
+    found.require_ratios("calibrate")
+    sites = {fqn: site for fqn, site in attention.items() if site.sparse and site.keep_ratio < 1}
     if not sites:
         raise ConfigError("no site is sparse (keep_ratio is 1), so there is nothing to calibrate")
     sites = {fqn: site for fqn, site in sites.items() if site.state.config.linear_branch != "none"}  # parts may differ

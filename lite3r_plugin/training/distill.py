@@ -208,6 +208,7 @@ def distill(
 
 def _check_model(found: Inventory, config: DistillConfig) -> None:
     state = found.require_one_state("distill")
+    found.require_ratios("distill")
     if found.converted or state.phase == "fp8":
         raise ConvertedError(
             "weights are in FP8, so there is no teacher, and nothing that could learn: distill before convert(model), with "

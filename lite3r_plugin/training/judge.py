@@ -54,15 +54,18 @@ class Judge:
         Raises:
             AdapterError: outputs cannot be compared.
         """
-        if index >= self._most:
-            return
+        if index < self._most and (expected := self.keep(index, given)) is not None:
+            self._sparse.append(kinds(compare(self._reader.read(output), expected)))
+
+    def keep(self, index: int, given: Any) -> Outputs | None:
+        """Take the input number `index`, and return what the model makes of it with dense attention; None of one with nothing in it."""
         dense = dict.fromkeys(self._sites, _dense)
         with substituted(self._sites, dense), without_lora(self._model), drawing(index, self._device):
             expected = self._reader.read(run_on(self._model, given))
         if any(not tensor.numel() for tensor in tensors_in(expected)):
-            return  # an input with nothing in it
-        self._sparse.append(kinds(compare(self._reader.read(output), expected)))
+            return None
         self._kept.append((index, given, moved(expected, "cpu")))
+        return expected
 
     def without_branch(self) -> Errors:
         """The errors without any linear branch, as they were seen: means over the inputs."""
@@ -75,16 +78,27 @@ class Judge:
             weights: From the number of an input to the branches to try on it.
             done: Called after each input.
         """
-        found = []
-        for index, given, expected in self._kept:
+
+        def made(index: int) -> Mapping[str, Substitute]:
             tried = weights(index)
-            made = {fqn: functools.partial(_sparse, weight=tried[fqn]) if fqn in tried else _as_it_is for fqn in self._sites}
-            with substituted(self._sites, made), drawing(index, self._device):
-                outputs = self._reader.read(run_on(self._model, given))
-            device = tensors_in(outputs)[0].device
-            found.append(kinds(compare(outputs, moved(expected, device))))
+            return {fqn: functools.partial(_sparse, weight=tried[fqn]) if fqn in tried else _as_it_is for fqn in self._sites}
+
+        found = []
+        for outputs, expected in self.outputs(made):
+            found.append(kinds(compare(outputs, expected)))
             done()
         return _mean(found)
+
+    def outputs(self, substitutes: Callable[[int], Mapping[str, Substitute]]) -> Iterator[tuple[Outputs, Outputs]]:
+        """What the model returns for each input with other attention, and with dense attention, both where the model is.
+
+        Args:
+            substitutes: From the number of an input to what takes the place of attention, by site.
+        """
+        for index, given, expected in self._kept:
+            with substituted(self._sites, substitutes(index)), drawing(index, self._device):
+                outputs = self._reader.read(run_on(self._model, given))
+            yield outputs, moved(expected, tensors_in(outputs)[0].device)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from commands import fails, lite3r
 
-from lite3r_plugin import describe, load_lite3r
+from lite3r_plugin import KeepRatioProfile, describe, load_lite3r
 from lite3r_plugin.apply.lookup import lite3r_modules
 from lite3r_plugin.testbed import Testbed, TestbedConfig
 
@@ -33,3 +33,27 @@ def test_errors_before_any_work(photos: Path, tmp_path: Path) -> None:
     assert "no installed adapter" in fails("calibrate", photos, "--out", tmp_path / "x", "--model", "nothing")
     assert not (tmp_path / "x").exists()
     assert "cannot be made" in fails("calibrate", photos, "--out", photos / "0.jpg", "--views", 1, *OPTIONS)
+
+
+def test_ratios_are_chosen_first(photos: Path, tmp_path: Path) -> None:
+    """They are in the checkpoint, and in a file that other commands take."""
+    for i in range(4):
+        shutil.copy(photos / f"{i % 3}.jpg", photos / f"{i + 3}.jpg")
+    out = tmp_path / "fitted"
+    result = lite3r("calibrate", photos, "--out", out, "--views", 2, "--keep-ratio", "auto", "--mean-keep-ratio", 0.3, *OPTIONS)
+    assert "keep ratios chosen for 1 site" in result.stdout
+    profile = KeepRatioProfile.load(out / "keep_ratios.json")
+    assert profile.making.value == 0.3
+    loaded = load_lite3r(Testbed(TestbedConfig(dim=64, depth=1)), out)
+    assert describe(loaded).config.keep_ratio == profile
+    again = lite3r("calibrate", photos, "--out", tmp_path / "again", "--views", 2, "--keep-ratio", out / "keep_ratios.json", *OPTIONS)
+    assert "keep ratios chosen" not in again.stdout
+    assert describe(load_lite3r(Testbed(TestbedConfig(dim=64, depth=1)), tmp_path / "again")).config.keep_ratio == profile
+
+
+def test_budgets_are_checked_before_any_work(photos: Path, tmp_path: Path) -> None:
+    command = ("calibrate", photos, "--out", tmp_path / "x", "--views", 1, *OPTIONS)
+    assert "--max-rel-error says how ratios are chosen: add --keep-ratio auto" in fails(*command, "--max-rel-error", 0.1)
+    assert "one budget is kept" in fails(*command, "--keep-ratio", "auto", "--max-rel-error", 0.1, "--max-pose-loss", 1)
+    assert "mean_keep_ratio must be in" in fails(*command, "--keep-ratio", "auto", "--mean-keep-ratio", 2)
+    assert not (tmp_path / "x").exists()

@@ -49,16 +49,16 @@ def test_config_fields() -> None:
         "linear_branch": "none",
         "keep_ratio": {"a.*": 0.5},
     }
-    assert config_fields(["dense_below=0"], 0.5) == {"keep_ratio": 0.5, "dense_below": 0}
+    assert config_fields(["dense_below=0"], "0.5") == {"keep_ratio": 0.5, "dense_below": 0}
     assert lite3r_config(["dense_below=5"], None, dense_below=0, block_means=False).dense_below == 5
     with pytest.raises(InputError, match="takes name=value"):
         config_fields(["keep_ratio"])
     with pytest.raises(InputError, match="given twice"):
-        config_fields(["keep_ratio=0.2"], 0.1)
+        config_fields(["keep_ratio=0.2"], "0.1")
     with pytest.raises(ConfigError, match="unknown configuration field"):
         config_fields(["keep_rate=0.2"])
     with pytest.raises(ConfigError, match="keep_ratio must be in"):
-        config_fields(None, 2.0)
+        config_fields(None, "2.0")
 
 
 def test_numbers() -> None:
@@ -121,6 +121,14 @@ def test_wrong_fields_are_refused_before_any_work(command: str, refused) -> None
     assert "unknown configuration field(s) ['keep_rate']" in refused(command, "--config", "keep_rate=0.2")
     assert "keep_ratio must be in (0, 1]" in refused(command, "--keep-ratio", 0)
     assert "keep_ratio is given twice" in refused(command, "--keep-ratio", 0.5, "--config", "keep_ratio=0.5")
+    assert "--keep-ratio takes a number in (0, 1], a *.json file" in refused(command, "--keep-ratio", "few")
+    assert "none.json cannot be read" in refused(command, "--keep-ratio", "none.json")
+
+
+@pytest.mark.parametrize("command", COMMON)
+def test_ratios_are_chosen_by_another_command(command: str, refused) -> None:
+    for option in (("--keep-ratio", "auto"), ("--config", "keep_ratio=auto")):
+        assert "chosen from photographs by `lite3r calibrate --keep-ratio auto`" in refused(command, *option)
 
 
 @pytest.mark.parametrize("command", COMMON)

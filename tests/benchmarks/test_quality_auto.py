@@ -1,0 +1,32 @@
+"""`benchmarks/quality_auto.py`: chosen ratios beside one for all compute as much, on the same scenes, and everything is stored."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from lite3r_plugin import KeepRatioProfile
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+OPTIONS = "--device cpu --views 3 --keep-ratios 0.3 --scenes 2 --size 48 --block-q 16 --block-k 16 --calibration 2 --judged 2 --batch 2"
+
+
+@pytest.mark.slow
+def test_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    script = importlib.import_module("quality_auto")
+    monkeypatch.setattr(sys, "argv", ["quality_auto.py", *OPTIONS.split(), "--json", str(tmp_path / "auto.json")])
+    script.main()
+    group = json.loads((tmp_path / "auto.json").read_text())["groups"]["3"]
+    assert list(group["rows"]) == ["dense", "uniform 0.3", "auto 0.3", "uniform + calibrate 0.3", "auto + calibrate 0.3"]
+    density = {name: row["density"] for name, row in group["rows"].items()}
+    assert density["auto 0.3"] <= density["uniform 0.3"] + 1e-9 < 1 == density["dense"]
+    assert density["auto + calibrate 0.3"] == density["auto 0.3"]
+    assert {len(values) for of in group["values"].values() for values in of.values()} == {group["scenes"]}
+    assert len(KeepRatioProfile.from_dict(group["profiles"]["0.3"])) == 6
+    assert set(group["gains"]) == {"auto 0.3 - uniform 0.3", "auto + calibrate 0.3 - uniform + calibrate 0.3"}
+    assert "auto + calibrate 0.3 - uniform + calibrate 0.3: AUC@30" in capsys.readouterr().out
