@@ -34,6 +34,7 @@ Ways, s(i, j) being the score of a query block i and a key block j, all scores t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -73,8 +74,7 @@ class Blocks:
 
     Args:
         site, inputs: The site and what it was given.
-        rows: The query blocks that are looked at, of those that are not pinned; None: all.
-        queries: How many of them at most, evenly spaced, with `rows` None.
+        queries: How many query blocks are looked at, evenly spaced among those that are not pinned; None: all of these, the `rows`.
     """
 
     def __init__(self, site: SparseLinearAttention, inputs: AttentionInputs, queries: int | None = None) -> None:
@@ -485,8 +485,6 @@ class Bench:
 
     def run(self, inputs: Tensor, see: Callable[[str, SparseLinearAttention, AttentionInputs], Tensor]) -> Any:
         """The prediction, with ``see(name, site, inputs)`` in the place of the attention of each global site."""
-        import contextlib
-
         with contextlib.ExitStack() as stack:
             for fqn, site in self.sites.items():
                 stack.enter_context(site.substitute(functools.partial(see, fqn)))
