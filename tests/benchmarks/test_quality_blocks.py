@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -66,3 +67,9 @@ def test_errors_are_those_of_the_operator(study: ModuleType, blocks: Any) -> Non
     assert errors[1, 0] < 1e-8 * errors[1, 1]
     assert recall[1] == pytest.approx(1)
     torch.testing.assert_close(study.Bench._by_rows(None, b, mean)[:, first:], sparse[:, first:], rtol=1e-4, atol=1e-5)
+
+
+def test_the_stored_page_is_the_one_of_what_is_stored(study: ModuleType) -> None:
+    report = importlib.import_module("quality_report")
+    page = report.tried(json.loads(report.BLOCKS.read_text()))
+    assert page == report.BLOCKS_PAGE.read_text(), "run: python benchmarks/quality_report.py"
