@@ -1,6 +1,6 @@
 """From the measures that `quality.py` stored to Markdown.
 
-python benchmarks/quality_report.py                             # writes quality.md from results/quality.json
+python benchmarks/quality_report.py                             # writes quality.md and quality_blocks.md from results/
 python benchmarks/quality_report.py --full RESULTS.json         # prints every measure of every row, with intervals
 """
 
@@ -19,6 +19,7 @@ from lite3r_plugin.scene.metrics import Interval, paired_bootstrap
 HERE = Path(__file__).parent
 STORED = HERE / "results" / "quality.json"
 PAGE = HERE / "quality.md"
+BLOCKS, BLOCKS_PAGE = HERE / "results" / "quality_blocks.json", HERE / "quality_blocks.md"
 WIDTH = 130
 
 COLUMNS = {  # heading: measure, digits
@@ -39,6 +40,50 @@ RENDERED = "procedural"
 # Rows of `quality.py`: what `apply_lite3r` gives by default, before and after `calibrate`.
 APPLIED, CALIBRATED = "sparse + means", "sparse + means + linear, marginal"
 DEFAULT_KEEP = 0.25
+
+JUDGED = ((ABS_REL, 4), (AUC30, 1), ("pose.auc5", 2))
+NEAR = (("teacher.depth_abs_rel", 4), ("teacher.rotation_mean", 2))
+TRIED_WAYS = {
+    "oracle_mass": "oracle mass", "oracle_error": "oracle error", "lse": "lse, keys in 4", "full": "variance, full",
+    "trace": "variance, trace", "diagonal": "variance, keys", "error": "error, queries in 4", "error44": "error, queries in 4, keys in 4",
+    "tokens": "tokens, queries in 4", "refined": "refined, mass 8 8", "threshold": "mean, threshold a site", "frames": "frames",
+    "half": "half frames",
+}  # fmt: skip
+TRIED_LINK = """## What was tried
+
+Other ways of choosing key blocks at the same density, by attention and by what the model returns: [Choices of key
+blocks](quality_blocks.md). Some bring attention nearer to dense attention by a tenth to a seventh; that cameras get better is not
+shown, so the score of means stays.
+"""
+TRIED = """# Choices of key blocks
+
+This page is written by `python benchmarks/quality_report.py` from `results/quality_blocks.json`.
+
+By `python benchmarks/quality_blocks.py`, which describes every way in its first lines, with the weights {weights}: at every global site
+of the dense model, how far sparse attention with block means is from dense attention, relative to that, and what percentage of the
+true attention lies in the blocks that are kept. All ways have the same density. {scenes}, on rendered scenes. An `oracle` knows the
+true attention.
+"""
+TRIED_FINDINGS = """Read off it, for {views} views and the keep ratios {ratios}:
+
+* What the score of means leaves: who knew the true attention of every block would have {oracle_mass} less error, and who knew what
+  each mean hides {oracle_error}.
+* Log-sum-exp over means of parts of a block (SubBlock, in sglang) takes {lse} off. A second-order term takes {diagonal} off from
+  variances by dimension, {trace} from their sum, {full} from the whole covariance, which costs 64 times the block map.
+* With block means in the softmax a block matters by what its mean hides, not by its attention. An estimate of that from four parts of
+  the query block and variances by dimension (`error, queries in 4`) takes {error} off, for about 3 % of the operator's time by
+  arithmetic; from parts of keys too, {error44}; from every key, which would take about a tenth of
+  the operator's time at a keep ratio of 0.1, {tokens}.
+* One threshold for all query blocks in place of a number for each (PISA, arXiv 2602.01077; Sol-Attn, arXiv 2607.24027) finds more of the
+  attention and does not make the error less ({threshold} more): where attention is flat, means serve.
+* Another look at the best 2 k blocks takes {refined} off, no more than one look at all of them (`mass, queries in 4, keys in 4`).
+* Subtracting the mean key changes no order within a row; sizes of blocks matter to the last, short one alone.
+* Whole frames, diverse ones beside the neighbours (GoToHunt, arXiv 2605.23892), have {frames} more error, half frames and half blocks
+  {half}. At so few views one or two frames are all that the density allows; at hundreds it may be otherwise.
+
+Nothing of it is in the operator: it was not seen yet that less error of attention makes cameras better by more than scenes differ.
+What the model returns, of too few scenes to tell more:
+"""
 
 HEAD = """# What quality costs
 
@@ -68,7 +113,46 @@ def markdown(store: dict[str, Any], source: str = "results/quality.json") -> str
     if is_complete(store):
         parts.append(findings(store))
     parts += [rendered(store), photographs(store)]
+    if is_complete(store):
+        parts.append(TRIED_LINK)
     return "\n".join(_wrapped(part) for part in parts if part)
+
+
+def tried(store: dict[str, Any]) -> str:
+    """What other choices of key blocks gave, from what `quality_blocks.py` stored."""
+    sites = {(views, keep): rows for views, of in store["sites"].items() for keep, rows in of["rows"].items()}
+    first = next(iter(sites.values()))
+    heads = ["", *(f"{views} views, {keep}" for views, keep in sites)]
+    lines = [TRIED.format(weights=store["weights_sha256"], scenes=_counts(store["sites"])), *_head(heads)]
+    for way in sorted(first, key=lambda way: first[way]["error"]):
+        cells = [f"{rows[way]['error']:.3f}, {100 * rows[way]['recall']:.0f}" if way in rows else "" for rows in sites.values()]
+        lines.append(_line([way, *cells]))
+    views, of = next(iter(store["sites"].items()))
+    words = {"views": views, "ratios": _listed([str(keep) for keep in of["rows"]])}
+    for word, way in TRIED_WAYS.items():
+        ratios = (rows[way]["error"] / rows["mean"]["error"] for rows in of["rows"].values())
+        words[word] = _listed([f"{abs(100 * (ratio - 1)):.0f}" for ratio in ratios]) + " %"
+    lines += ["", TRIED_FINDINGS.format(**words)]
+    for views, of in store.get("judged", {}).items():
+        dense = of["rows"]["dense"]
+        lines += [f"{of['scenes']} scenes of {views} views; changes against `dense`:", ""]
+        lines += _head(["", "AbsRel", "AUC@30", "AUC@5", "depth against dense", "rotation against dense °"])
+        for way, scenes in of["rows"].items():
+            if way == "dense":
+                cells = [f"{sum(values(dense, m)) / len(dense):.{digits}f}" for m, digits in JUDGED] + ["", ""]
+            else:
+                cells = [difference(dense, scenes, m, digits) for m, digits in JUDGED]
+                cells += [f"{sum(values(scenes, m)) / len(scenes):.{digits}f}" for m, digits in NEAR]
+            lines.append(_line([way, *cells]))
+    return _wrapped("\n".join(lines) + "\n")
+
+
+def _listed(words: list[str]) -> str:
+    return ", ".join(words[:-1]) + " and " + words[-1] if len(words) > 1 else words[0]
+
+
+def _counts(sites: dict[str, Any]) -> str:
+    return ", ".join(f"{of['scenes']} scene{'s' * (of['scenes'] > 1)} of {views} views" for views, of in sites.items())
 
 
 def groups(store: dict[str, Any], data: str) -> dict[int, dict[str, Any]]:
@@ -299,7 +383,8 @@ def main() -> None:
         print(full(json.loads(args.full.read_text())))
     else:
         PAGE.write_text(markdown(json.loads(STORED.read_text())))
-        print(f"wrote {PAGE}")
+        BLOCKS_PAGE.write_text(tried(json.loads(BLOCKS.read_text())))
+        print(f"wrote {PAGE} and {BLOCKS_PAGE}")
 
 
 if __name__ == "__main__":
