@@ -40,7 +40,8 @@ def frame_causal(mask: Tensor, layout: TokenLayout | None) -> SegmentMask | None
     found = _over_views(sees) if torch.equal(sees, ~hides) else None
     if found is None:
         return None
-    views = torch.arange(len(sizes), dtype=torch.int32).repeat_interleave(torch.tensor(sizes)).to(mask.device)
+    lengths = torch.tensor(sizes, device="cpu")
+    views = torch.arange(len(sizes), device="cpu", dtype=torch.int32).repeat_interleave(lengths).to(mask.device)
     return SegmentMask(views, views, found[0], 0, found[1])
 
 
@@ -53,7 +54,7 @@ def _by_views(mask: Tensor, sizes: list[int], extreme: Callable[..., Tensor]) ->
 def _over_views(sees: Tensor) -> tuple[int | None, int | None] | None:
     """`before` and `sink` of the `SegmentMask` by which views see each other as in ``[S, S]`` bool: all before them, a window, or a window
     and the first; None where they do not."""
-    view = torch.arange(len(sees))
+    view = torch.arange(len(sees), device=sees.device)
     apart = view[:, None] - view  # by how many views a key comes before
     causal = apart >= 0
     furthest, of_others = (int(torch.where(some, apart, 0).amax()) for some in (sees, sees & (view > 0)))

@@ -369,7 +369,7 @@ def _pose_loss(mine: Outputs, dense: Outputs) -> float:
         )
     losses = []
     for scene in zip(*(x.float() for x in cameras if x is not None), strict=True):
-        larger = pair_errors(*scene).larger if len(scene[0]) > 1 else torch.empty(0)
+        larger = pair_errors(*scene).larger if len(scene[0]) > 1 else torch.empty(0, device="cpu")
         if not len(larger):
             raise InputError("max_pose_loss compares the cameras of several views, and in an input none is away from another")
         losses.append(100 - auc(larger, DEGREES))
