@@ -278,8 +278,8 @@ def test_masks_run_in_kernels(linear: Any, monkeypatch: pytest.MonkeyPatch) -> N
     """As with "triton", which does not take the small heads of this model."""
     pytest.importorskip("triton")
     model = make()
-    apply_lite3r(model, TEST_CONFIG, keep_ratio=0.3, linear_branch=linear, dense_below=TOKENS + 1)
-    monkeypatch.setattr("lite3r_plugin.ops.sla.forward.UNTRIED_MASKS", None)
+    apply_lite3r(model, TEST_CONFIG, keep_ratio=0.3, linear_branch=linear, dense_below=TOKENS + 1, attention_backend="auto")
+    monkeypatch.setattr(importlib.import_module("lite3r_plugin.ops.sla.forward"), "UNTRIED_MASKS", None)
     monkeypatch.setattr("lite3r_plugin.ops.dispatch.why_not_triton", lambda *_, **__: None)  # interpreted
     backward = importlib.import_module("lite3r_plugin.ops.sla.backward")
     ran: list[Any] = []
