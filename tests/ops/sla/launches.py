@@ -38,11 +38,8 @@ CASES = [  # dtype, head dimension, linear branch, what learns, block of keys if
     (torch.bfloat16, 64, "all", "all", 64, True),
     (torch.bfloat16, 64, "marginal", "nothing", 64, True),
     (torch.bfloat16, 64, "marginal", "all", 64, False, True),
-    (torch.bfloat16, 128, "marginal", "all", 64, True, True),
     (torch.float32, 128, "marginal", "nothing", 64, False, True),
     (torch.bfloat16, 64, "all", "all", 64, False, True),
-    (torch.float32, 64, "all", "all", 64, False, True),
-    (torch.bfloat16, 128, "all", "all", 64, False, True),
 ]
 
 
@@ -105,7 +102,7 @@ def run(
         out = sla.sparse_linear_attention(
             q, k[:, :, :few], v[:, :, :few], keep_ratio=0.1, order=torch.randperm(tokens).int(), pinned_tokens=70, q_norm=norm, k_norm=norm,
             positions=torch.randint(0, 37, (1, tokens, 2)), rope_base=100.0, linear=linear, proj=proj, block_means=True, block_k=block_k,
-            keys=keys, mask=mask, return_lse=cross,
+            keys=keys, mask=mask, return_lse=cross, backend="triton",
         )  # fmt: skip
         forward = len(LAUNCHES)
         if learns != "nothing":
