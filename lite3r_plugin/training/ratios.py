@@ -106,7 +106,7 @@ def choose_keep_ratios(
         InputError: `inputs` is one input and no list of them, there are fewer than two, none of them reaches a sparse site with enough
             tokens, outputs are not finite, or cameras are wanted where none moves.
         AdapterError: what the model returns cannot be compared, or has no cameras although `max_pose_loss` is given.
-        NotAppliedError: `apply_lite3r` was not called.
+        NotAppliedError: `apply_lite3r` was not called, or `model` is a part of what it was called with.
 
     Examples:
         >>> model = apply_lite3r(model, keep_ratio="auto", block_q=16, block_k=16)
@@ -115,6 +115,7 @@ def choose_keep_ratios(
     """
     found = look_up(model)
     state = found.require_one_state("choose_keep_ratios")
+    found.require_whole(state, "choose_keep_ratios")  # the configuration, which all sites share, holds the ratios of all
     first = {module: module.site.fqn for module in found.attention.values()}
     sites = {plain_name(fqn): m for m, fqn in first.items() if m.sparse and m.left in (None, KEPT_WHOLE)}
     if not sites:

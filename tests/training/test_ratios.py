@@ -372,6 +372,15 @@ def test_models_without_sparse_sites() -> None:
         choose_keep_ratios(Toy(), inputs())
 
 
+def test_a_part_of_the_model_has_no_ratios_of_its_own() -> None:
+    """All sites share one configuration: the others would have lost theirs in it, and in a checkpoint."""
+    model = toy(0.5)
+    with pytest.raises(NotAppliedError, match=r"holds 1 of the 3 attention modules .* call choose_keep_ratios on the whole model"):
+        choose_keep_ratios(model.cross[0], [torch.rand(1, 246, 32)] * 2, mean_keep_ratio=0.3, progress=False)
+    assert ratios(model) == [0.5] * 3
+    assert describe(model).config.keep_ratio == 0.5
+
+
 def test_no_more_inputs_are_taken_than_are_judged() -> None:
     taken = []
     choose_keep_ratios(toy(), (taken.append(i) or x for i, x in enumerate(inputs(6))), mean_keep_ratio=0.3, judged=3, progress=False)
