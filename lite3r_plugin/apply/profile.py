@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
+import stat
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..config import SiteRatios, plain_name
+from ..config import Lite3RConfig, SiteRatios, plain_name
 from ..errors import ConfigError, InputError, plural, shown
 from ..files import check_output, read_json, to_json, write_atomically
 from ..ops.options import check_ratio, is_int, is_number
@@ -113,6 +114,16 @@ class KeepRatioProfile(SiteRatios):
         lines.append(f"most harm is done by {', '.join(f'{fqn} ({making.harm[fqn]:.0%})' for fqn in worst)}, each sparse by itself")
         return lines + [f"{fqn} stays dense: {reason}" for fqn, reason in making.dense.items()]
 
+    def differing(self, config: Lite3RConfig) -> list[str]:
+        """What else `config` has than what the ratios were chosen with, in lines."""
+        making, blocks = self.making, (config.block_q, config.block_k)
+        lines = []
+        if making.blocks != blocks:
+            lines.append("blocks {} x {} instead of {} x {}".format(*blocks, *making.blocks))
+        if making.pin != config.pin:
+            lines.append(f"pin {config.pin!r} instead of {making.pin!r}")
+        return [f"chosen under other conditions, so these numbers may not hold here: {', '.join(lines)}"] if lines else []
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a JSON file that `load` reads, whole or not at all.
 
@@ -138,11 +149,13 @@ class KeepRatioProfile(SiteRatios):
         """
         path = Path(path)
         try:
-            size = path.stat().st_size
+            found = path.stat()
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror}") from error
-        if size > MOST_BYTES:
-            raise InputError(f"{path} has {size} bytes: no profile of keep ratios is as large")
+        if not stat.S_ISREG(found.st_mode):  # a device or a pipe may never end
+            raise InputError(f"{path} cannot be read: it is no file")
+        if found.st_size > MOST_BYTES:
+            raise InputError(f"{path} has {found.st_size} bytes: no profile of keep ratios is as large")
         try:
             return cls.from_dict(read_json(path))
         except ConfigError as error:
@@ -160,7 +173,10 @@ class KeepRatioProfile(SiteRatios):
             raise ConfigError("a damaged profile of keep ratios: it has other entries than a profile")
         if not is_int(data["sites"]) or data["sites"] != len(ratios):
             raise ConfigError(f"a damaged profile of keep ratios: it is to be of {shown(data['sites'])} sites, and has {len(ratios)}")
-        return cls(ratios, _making(making))
+        made = _making(making)
+        if made.harm.keys() | made.dense.keys() != ratios.keys() or made.harm.keys() & made.dense.keys():
+            raise ConfigError("a damaged profile of keep ratios: harm and dense are not of its sites, each in one of them")
+        return cls(ratios, made)
 
 
 def check_sites(ratios: KeepRatioProfile, sites: Sequence[str]) -> None:
@@ -177,23 +193,32 @@ def check_sites(ratios: KeepRatioProfile, sites: Sequence[str]) -> None:
         )
 
 
+def _is_finite(x: Any) -> bool:
+    return is_number(x) and abs(x) <= sys.float_info.max  # an integer may be larger than any float
+
+
+def _is_line(x: Any) -> bool:
+    return isinstance(x, str) and x.isprintable()  # `describe` prints it, and terminals obey what is not
+
+
 def _making(data: Any) -> Making:
     """`Making` of what a file holds. Raises `ConfigError` where it holds anything else."""
     fields = [field.name for field in dataclasses.fields(Making)]
     if not isinstance(data, Mapping) or set(data) != set(fields):
         raise ConfigError(f"a damaged profile of keep ratios: 'making' is to have {fields}")
     checks: dict[str, Any] = {
-        **dict.fromkeys(("model", "adapter", "pin", "dtype"), lambda x: isinstance(x, str)),
+        **dict.fromkeys(("model", "adapter", "pin", "dtype"), _is_line),
         "budget": lambda x: x in BUDGETS,
         **dict.fromkeys(("inputs", "checked"), lambda x: is_int(x) and x > 0),
         **dict.fromkeys(("tokens", "blocks"), lambda x: isinstance(x, list) and len(x) == 2 and all(is_int(n) and n > 0 for n in x)),
-        **dict.fromkeys(("value", "density", "uniform"), lambda x: is_number(x) and math.isfinite(x) and x > 0),
+        "value": lambda x: _is_finite(x) and x > 0,
+        **dict.fromkeys(("density", "uniform"), lambda x: _is_finite(x) and 0 < x <= 1 + 1e-9),  # a sum of shares
         **dict.fromkeys(
             ("errors", "uniform_errors"),
-            lambda x: isinstance(x, Mapping) and bool(x) and all(is_number(n) and math.isfinite(n) and n >= 0 for n in x.values()),
+            lambda x: isinstance(x, Mapping) and bool(x) and all(_is_line(kind) and _is_finite(n) and n >= 0 for kind, n in x.items()),
         ),
         "harm": lambda x: isinstance(x, Mapping) and all(is_number(n) and 0 <= n <= 1 for n in x.values()),
-        "dense": lambda x: isinstance(x, Mapping) and all(isinstance(reason, str) for reason in x.values()),
+        "dense": lambda x: isinstance(x, Mapping) and all(map(_is_line, x.values())),
     }
     for name in fields:
         if not checks[name](data[name]):

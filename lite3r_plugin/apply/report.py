@@ -154,6 +154,7 @@ class Description:
             yield f"{plural(len(sparse), 'site waits', 'sites wait')} for a keep ratio: choose_keep_ratios(model, inputs); a forward raises"
         if isinstance(config.keep_ratio, KeepRatioProfile):
             yield from config.keep_ratio.lines()
+            yield from config.keep_ratio.differing(config)
         if shortened:
             pinned = dict.fromkeys(what for site in shortened for what in site.pinned)
             yield f"always kept: {', '.join(pinned) or 'nothing'}; backend {config.attention_backend}"

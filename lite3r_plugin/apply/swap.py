@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -26,7 +26,7 @@ from ..runtime.half import HalfWeights
 from ..runtime.memory import MemoryPlanner
 from ..runtime.rewrites import take_out as take_out_rewrites
 from ..tokens.tracker import LayoutTracker
-from ..wrapper import Changes, HostWrapper, RewrittenModule, replace_modules
+from ..wrapper import Changes, HostWrapper, RewrittenModule, configs_of_tuners, replace_modules
 from .lookup import Inventory
 from .plan import ApplyPlan, ConversionPlan, left_linears
 
@@ -80,6 +80,9 @@ def set_ratios(found: Inventory, state: ModelState, config: Lite3RConfig, change
     """Let the sites have the keep ratios of `config`, which takes the place of the one that the model has, and forget what was recorded,
     compiled and planned with others."""
     changes.put(vars(state), "config", config)
+    ratios = config.keep_ratio
+    for adapter in configs_of_tuners(found.modules.values()):
+        changes.put(vars(adapter), "keep_ratio", [list(item) for item in ratios.items()] if isinstance(ratios, Mapping) else ratios)
     for module in dict.fromkeys(found.attention.values()):
         module.settle(changes)
     if (fast := fast_of(state)) is not None:

@@ -25,10 +25,14 @@ def frame_causal(mask: Tensor, layout: TokenLayout | None) -> SegmentMask | None
         layout: Of the N tokens.
 
     Returns:
-        None where it is anything else, or the tokens of views are not known.
+        None where it is anything else, the tokens of views are not known, or the mask learns: what is recognised gives it no gradient.
     """
     if layout is None or any(not isinstance(part, Views) for part in layout.parts) or layout.views < 2:
         return None
+    if mask.requires_grad and torch.is_grad_enabled():
+        return None
+    while mask.dim() > 2 and (mask.shape[0] == 1 or mask.stride(0) == 0):
+        mask = mask[0]  # expanded: the same for all
     tokens = layout.num_tokens
     if mask.shape[-2:] != (tokens, tokens) or mask.numel() != tokens * tokens:
         return None

@@ -39,6 +39,7 @@ from .streams import Stream, Streams, in_a_row, in_calls, norm_as_it_is, of_call
 from .styles.registry import style_of
 
 KEPT_WHOLE = "keep_ratio 1"
+NO_SPARSE_FORM = "its attention has a mask that is not frame-causal"
 MARGINAL_SHARE = 4
 """The branch over marginal blocks is not kept from call to call of a stream: it costs about a quarter of what preparing its keys does."""
 Observer = Callable[["SparseLinearAttention", AttentionInputs, Tensor], None]
@@ -311,6 +312,10 @@ class SparseLinearAttention(HostWrapper):
             return self.dense(inputs)
         return self._sparse_linear(inputs, proj, mask, self.keep_ratio if keep_ratio is None else keep_ratio)
 
+    def has_sparse_form(self, inputs: AttentionInputs) -> bool:
+        """Whether attention with the mask of `inputs`, if there is one, can be sparse."""
+        return inputs.mask is None or frame_causal(inputs.mask, inputs.layout) is not None
+
     def _sparse_linear(self, inputs: AttentionInputs, proj: Tensor | None, mask: SegmentMask | None, keep_ratio: float) -> Tensor:
         config, layout = self.state.config, inputs.layout
         keys = None
@@ -452,7 +457,8 @@ class SparseLinearAttention(HostWrapper):
             return self.dense(inputs)
         mask = None if inputs.mask is None else frame_causal(inputs.mask, inputs.layout)
         if mask is None:
-            self.note("its attention has a mask that is not frame-causal")
+            learns = inputs.mask is not None and inputs.mask.requires_grad and torch.is_grad_enabled()
+            self.note("its mask learns, for which the sparse form has no gradient" if learns else NO_SPARSE_FORM)
             return self.dense(inputs)
         if sparse:
             self.count("sparse", self._masked_density(mask, inputs.layout))

@@ -31,7 +31,7 @@ from ..apply.ranks import is_sharded
 from ..apply.swap import set_ratios
 from ..attention.branch import branch_weight
 from ..attention.inputs import AttentionInputs
-from ..attention.module import KEPT_WHOLE, SparseLinearAttention, Substitute
+from ..attention.module import KEPT_WHOLE, NO_SPARSE_FORM, SparseLinearAttention, Substitute
 from ..config import AUTO, plain_name
 from ..errors import AdapterError, ConfigError, InputError, shown
 from ..ops.block_map import density
@@ -101,12 +101,12 @@ def choose_keep_ratios(
 
     Raises:
         ModelTypeError: `model` is no `torch.nn.Module`.
-        ConfigError: no site is sparse; more than one budget is given, or one that is out of its range; nothing can be left out within it;
-            or `judged` is out of its range.
+        ConfigError: no site is sparse, or one is disabled (`lite3r_disabled`); more than one budget is given, or one that is out of its
+            range; nothing can be left out within it; or `judged` is out of its range.
         InputError: `inputs` is one input and no list of them, there are fewer than two, none of them reaches a sparse site with enough
             tokens, outputs are not finite, or cameras are wanted where none moves.
         AdapterError: what the model returns cannot be compared, or has no cameras although `max_pose_loss` is given.
-        NotAppliedError: `apply_lite3r` was not called.
+        NotAppliedError: `apply_lite3r` was not called, or `model` is a part of what it was called with.
 
     Examples:
         >>> model = apply_lite3r(model, keep_ratio="auto", block_q=16, block_k=16)
@@ -115,10 +115,13 @@ def choose_keep_ratios(
     """
     found = look_up(model)
     state = found.require_one_state("choose_keep_ratios")
+    found.require_whole(state, "choose_keep_ratios")  # the configuration, which all sites share, holds the ratios of all
     first = {module: module.site.fqn for module in found.attention.values()}
     sites = {plain_name(fqn): m for m, fqn in first.items() if m.sparse and m.left in (None, KEPT_WHOLE)}
     if not sites:
         raise ConfigError("no site is sparse, so there is no keep ratio to choose")
+    if any(not site.enabled for site in sites.values()):
+        raise ConfigError("Lite3R is disabled, at some sites at least, so no ratios can be tried: choose them outside lite3r_disabled")
     budget, value = check_budget(max_rel_error=max_rel_error, max_pose_loss=max_pose_loss, mean_keep_ratio=mean_keep_ratio)
     if not isinstance(inputs, Iterable) or isinstance(inputs, (Mapping, str, bytes)) or hasattr(inputs, "__array__"):
         raise InputError(
@@ -127,7 +130,9 @@ def choose_keep_ratios(
     if not is_int(judged) or not 2 <= judged <= MOST_JUDGED:
         raise ConfigError(f"judged is a number of inputs from 2 to {MOST_JUDGED}, got {shown(judged)}")
     reader = OutputReader.of(model, outputs)
-    with reporting(progress) as report, evaluated(model), Changes() as changes:
+    # Substitutes differ from run to run: a compiler would compile for each, and then leave the model uncompiled for good.
+    uncompiled = torch.compiler.set_stance("force_eager")
+    with Changes() as changes, reporting(progress) as report, evaluated(model), uncompiled:
         set_ratios(found, state, state.config.replace(keep_ratio=AUTO), changes)
         measured, checked = (Judge(model, sites, reader, judged) for _ in range(2))
         sizes = _Sizes(sites)
@@ -203,6 +208,8 @@ class _Sizes:
         self._sites = sites
         self.calls: dict[str, list[_Call]] = {fqn: [] for fqn in sites}
         self.dtype = ""
+        self._masked: set[str] = set()
+        self._before = {fqn: site.calls.host for fqn, site in sites.items()}
 
     def noting(self) -> ExitStack:
         """A context in which calls are noted."""
@@ -212,6 +219,9 @@ class _Sizes:
         return stack
 
     def _note(self, calls: list[_Call], site: SparseLinearAttention, inputs: AttentionInputs, out: Tensor) -> None:
+        if not site.has_sparse_form(inputs):
+            self._masked.add(plain_name(site.site.fqn))
+            return
         batch, heads, keys, dim = inputs.v.shape
         key_layout = inputs.key_layout if inputs.crossed else inputs.layout
         pinned = site.pinned(inputs.layout), site.pinned(key_layout)
@@ -224,10 +234,18 @@ class _Sizes:
         for fqn, calls in self.calls.items():
             below = self._sites[fqn].state.config.dense_below or 0
             if not calls:
-                found[fqn] = "no input reached it"
+                found[fqn] = self._why_not_seen(fqn)
             elif (most := max(call.tokens[1] for call in calls)) < below:
                 found[fqn] = f"inputs had at most {most} tokens there, fewer than dense_below={below}"
         return found
+
+    def _why_not_seen(self, fqn: str) -> str:
+        site = self._sites[fqn]
+        if fqn in self._masked:
+            return NO_SPARSE_FORM
+        if site.calls.host > self._before[fqn]:
+            return f"it runs in the host's own code: {site.calls.reason}"
+        return "no input reached it"
 
     def density(self, fqn: str, call: _Call, ratio: float) -> float:
         """The share of the scores of a call that is computed."""
@@ -348,7 +366,7 @@ class _Runs:
         if self._sharded:  # all processes have to decide alike
             torch.distributed.broadcast_object_list(errors)
         if odd := [kind for kind, error in errors[0].items() if not math.isfinite(error)]:
-            raise InputError(f"{odd[0]} of the outputs is not finite; look for NaN or infinity in the inputs, or use bfloat16 for float16")
+            raise InputError(f"the error of {odd[0]} is not finite; look for NaN or infinity in the inputs, or use bfloat16 for float16")
         return errors[0]
 
     def _compared(self, mine: Outputs, dense: Outputs) -> Errors:

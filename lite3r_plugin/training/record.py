@@ -107,7 +107,14 @@ def run_on(model: nn.Module, given: Any) -> Any:
         taken_for_mask = isinstance(error, UnsupportedAttentionError) and _labels(args)
         other = isinstance(error, (Lite3RError, torch.OutOfMemoryError)) and not taken_for_mask
         if other or (reason := _no_input(model, args, kwargs)) is None:
+            if not other and isinstance(given, list) and _are_views(given) and isinstance(error, (LookupError, TypeError, AttributeError)):
+                raise InputError(
+                    f"the {type(model).__name__} cannot be run on a list of {len(given)} mappings, each passed by position: a list of "
+                    "views that is one argument belongs into a tuple, (views,)"
+                ) from error
             raise
+        if isinstance(given, list) and _are_views(given):
+            reason += "; a list of views that is one argument belongs into a tuple, (views,)"
         raise InputError(reason) from error
     if changed := [path for path, x, version in before if x._version != version]:
         raise InputError(
@@ -122,6 +129,11 @@ def _arguments(given: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
     if isinstance(given, Mapping):
         return (), given
     return (tuple(given), {}) if isinstance(given, (tuple, list)) else ((given,), {})
+
+
+def _are_views(given: list[Any]) -> bool:
+    """Whether this may be the list of views that some models take."""
+    return len(given) > 1 and all(isinstance(x, Mapping) for x in given)
 
 
 def _labels(args: tuple[Any, ...]) -> list[Any]:

@@ -66,9 +66,13 @@ def evaluated(model: nn.Module) -> Iterator[None]:
     """Run `model` in eval mode inside the context; afterwards each module is in the mode that it was in."""
     training = [module for module in model.modules() if module.training]
     try:
-        for module in training:
-            module.training = False
-        yield
+        try:
+            for module in training:
+                module.training = False
+            yield
+        finally:
+            for module in training:
+                module.training = True
     finally:
-        for module in training:
+        for module in training:  # an interruption may come into the first
             module.training = True

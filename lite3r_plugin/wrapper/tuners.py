@@ -45,3 +45,10 @@ def belongs_to_tuner(modules: Mapping[str, nn.Module], name: str, around: Iterab
     """Whether the module `name`, inside of those named `around`, is a part of what adapts another module, and not of that module."""
     insides = (name.removeprefix(outer).strip(".").split(".")[0] for outer in around if is_tuner_layer(modules[outer]))
     return any(inside != "base_layer" for inside in insides)
+
+
+def configs_of_tuners(modules: Iterable[nn.Module]) -> list[Any]:
+    """The configurations of adapters in `modules` that hold Lite3R's fields too, which PEFT writes beside their weights."""
+    tables = (vars(module).get("peft_config") for module in modules)
+    configs = {id(config): config for table in tables if isinstance(table, Mapping) for config in table.values()}
+    return [config for config in configs.values() if hasattr(config, "keep_ratio") and hasattr(config, "lora_scopes")]

@@ -45,11 +45,22 @@ def test_it_is_a_mapping_for_keep_ratio_and_tells_how_it_came_about(tmp_path: Pa
     assert "on 3 other inputs (with the same density everywhere): depth 0.015 (0.03)" in text
     assert "most harm is done by cross.0 (100%), each sparse by itself" in text
     assert "cross.1 stays dense: nobody was there" in text
+    assert "other conditions" not in text
     assert {site.fqn: site.keep_ratio for site in describe(model).sites if site.sparse} == dict(profile())
     save_lite3r(model, tmp_path)
     other = Toy()
     load_lite3r(other, tmp_path, sites=sites(other))
     assert describe(other).config.keep_ratio == profile()
+
+
+def test_other_conditions_are_told() -> None:
+    """What was measured with other blocks is not what runs."""
+    model = Toy()
+    apply_lite3r(model, keep_ratio=profile(), sites=sites(model), **FIELDS | {"block_q": 32, "block_k": 32, "pin": "none"})
+    assert (
+        "chosen under other conditions, so these numbers may not hold here: blocks 32 x 32 instead of 16 x 16, pin 'none' instead of "
+        "'special'"
+    ) in str(describe(model))
 
 
 def test_the_configuration_goes_to_json() -> None:
@@ -86,6 +97,9 @@ def test_what_is_no_profile(change: dict[str, Any], message: str, tmp_path: Path
         ("model", 3), ("budget", "max_cost"), ("value", -1), ("value", "0.02"), ("inputs", 0), ("checked", 1.5), ("tokens", [1]),
         ("tokens", [0, 5]), ("blocks", "16"), ("density", None), ("errors", {}), ("errors", {"depth": -1}), ("errors", {"points": 0.1}),
         ("uniform_errors", [1]), ("dense", {"cross.1": 1}), ("harm", {"cross.0": 2}), ("harm", None),
+        ("value", 10**400), ("errors", {"depth": 10**400}), ("density", 7), ("uniform", 2), ("model", "a\x1b[2J"), ("adapter", "a\nb"),
+        ("dense", {"cross.1": "\x1b[31m"}), ("harm", {}), ("harm", {"another": 0.5}),
+        ("dense", {}), ("dense", {"cross.1": "", "another": ""}), ("dense", {"cross.0": "", "cross.1": ""}),
     ],
 )  # fmt: skip
 def test_damaged_conditions_are_named(name: str, value: Any, tmp_path: Path) -> None:
@@ -100,6 +114,9 @@ def test_damaged_conditions_are_named(name: str, value: Any, tmp_path: Path) -> 
 def test_files_that_cannot_be_read_or_written(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         KeepRatioProfile.load(tmp_path / "none.json")
+    (tmp_path / "device.json").symlink_to("/dev/null")
+    with pytest.raises(InputError, match="cannot be read: it is no file"):
+        KeepRatioProfile.load(tmp_path / "device.json")
     (tmp_path / "no.json").write_text("{")
     with pytest.raises(InputError, match="is no JSON"):
         KeepRatioProfile.load(tmp_path / "no.json")

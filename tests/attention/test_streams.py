@@ -6,6 +6,7 @@ import copy
 import gc
 import importlib
 import pickle
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -323,6 +324,32 @@ def test_masks_are_recognised_by_their_values(mask: torch.Tensor, before: Any, a
         before, sink = before if isinstance(before, tuple) else (before, None)
         assert (found.before, found.after, found.sink) == (None if before == "all" else before, 0, sink)
         assert torch.equal(found.queries, FRAMES.int())
+
+
+def test_a_mask_that_learns_keeps_its_gradient() -> None:
+    """It may look like a mask over frames at first."""
+    model, dense = make(FinishedCache), make(FinishedCache)
+    apply_lite3r(model, TEST_CONFIG, keep_ratio=0.3)
+    views = torch.arange(3).repeat_interleave(TOKENS)
+    learned = torch.zeros(len(views), len(views)).masked_fill(views[:, None] < views, -1e9).requires_grad_()
+    found = []
+    with torch.enable_grad():
+        for one in (dense, model):
+            one.mask = lambda *_: learned
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*its mask learns", category=SlowPathWarning)
+                found += torch.autograd.grad(one(frames(3)).square().sum(), learned)
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-4)
+    with torch.no_grad():
+        model(frames(3))
+    assert all(site.calls.sparse == 1 for site in describe(model).sites if site.sparse)
+
+
+def test_a_mask_that_is_expanded_over_the_batch() -> None:
+    mask = APART >= 0
+    assert frame_causal(mask.expand(2, 3, 28, 28), LAYOUT) is not None
+    assert frame_causal(mask[None, None].expand(2, 1, -1, -1), LAYOUT) is not None
+    assert frame_causal(mask.repeat(2, 1, 1, 1), LAYOUT) is None  # they may differ
 
 
 def test_a_bias_is_no_mask() -> None:

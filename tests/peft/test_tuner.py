@@ -21,6 +21,7 @@ from lite3r_plugin import (
     Lite3RConfig,
     apply_lite3r,
     calibrate,
+    choose_keep_ratios,
     convert,
     describe,
     lite3r_disabled,
@@ -420,3 +421,20 @@ def test_models_that_take_no_adapter() -> None:
     add_lora(model, rank=4)
     with pytest.raises(AlreadyAppliedError, match=r"merge_lora\(model\)"):
         get_peft_model(model, config())
+
+
+@pytest.mark.parametrize("keep_ratio", ["auto", 0.5])
+def test_ratios_that_are_chosen_are_in_its_files(keep_ratio: Any, tmp_path: Path) -> None:
+    """And further adapters share them."""
+    toy = Toy()
+    model = adapted(toy=copy.deepcopy(toy), keep_ratio=keep_ratio)
+    given = [images() * (1 + i) for i in range(2)]
+    with pytest.raises(ConfigError, match="nothing can be left out"):
+        choose_keep_ratios(model, given, max_rel_error=1e-9, progress=False)
+    assert model.peft_config["default"].lite3r().keep_ratio == keep_ratio
+    profile = choose_keep_ratios(model, given, mean_keep_ratio=0.4, progress=False)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(toy), str(tmp_path)).eval()
+    assert describe(loaded).config.keep_ratio == profile
+    torch.testing.assert_close(loaded(images()), model(images()))
+    model.add_adapter("second", Lite3RPeftConfig.of(model, r=4))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from interruptions import interrupted, lines_of
 from torch import Tensor, nn
 from toys import Attention, Toy, sites
 from toys import images as toy_images
@@ -27,6 +28,7 @@ from lite3r_plugin.apply.lookup import lite3r_modules
 from lite3r_plugin.attention.inputs import AttentionInputs
 from lite3r_plugin.attention.module import SparseLinearAttention
 from lite3r_plugin.errors import AdapterError, ConfigError, InputError, NotAppliedError
+from lite3r_plugin.ops.dispatch import SlowPathWarning
 from lite3r_plugin.testbed import Testbed, TestbedConfig
 from lite3r_plugin.training.ratios import path
 
@@ -256,6 +258,84 @@ def test_sites_that_inputs_do_not_reach_stay_dense_and_say_so() -> None:
     assert "cross.2 stays dense: no input reached it" in str(describe(model))
 
 
+class Masked(Toy):
+    """Asks for attention with a mask that has no sparse form, at one site."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=2, make=lambda dim, heads: Attention(dim, heads, "masked"))
+
+    def forward(self, images: Tensor, **options: Any) -> Tensor:
+        tokens = images.shape[1] * 82
+        mask = torch.ones(tokens, tokens).tril() > 0
+        with_mask = self.cross[1].register_forward_pre_hook(lambda _, args: (*args, mask))
+        try:
+            return super().forward(images, **options)
+        finally:
+            with_mask.remove()
+
+
+def test_sites_whose_masks_have_no_sparse_form_stay_dense_and_say_so() -> None:
+    model = Masked()
+    apply_lite3r(model, keep_ratio="auto", sites=sites(model), **FIELDS)
+    profile = choose_keep_ratios(model, inputs(), mean_keep_ratio=0.25, progress=False)
+    assert profile["cross.0"] < 1
+    assert profile["cross.1"] == 1
+    assert "cross.1 stays dense: its attention has a mask that is not frame-causal" in str(describe(model))
+    model(inputs(1)[0])
+    assert profile.making.density == pytest.approx(sparse_sites(model)["cross.0"].calls.density)
+
+
+def test_sites_that_run_in_the_hosts_own_code_say_why() -> None:
+    model = Toy(depth=2)
+    apply_lite3r(model, keep_ratio="auto", sites=sites(model), **FIELDS)
+    mask = torch.ones(246, 246).tril() > 0
+    model.cross[1].register_forward_pre_hook(lambda _, args: (*args, mask))
+    with pytest.warns(SlowPathWarning, match="it is given mask"):
+        profile = choose_keep_ratios(model, inputs(), mean_keep_ratio=0.25, progress=False)
+    assert profile.making.dense == {"cross.1": "it runs in the host's own code: it is given mask"}
+
+
+def test_nothing_is_chosen_while_lite3r_is_disabled() -> None:
+    model = toy()
+    with lite3r_disabled(model), pytest.raises(ConfigError, match="choose them outside lite3r_disabled"):
+        choose_keep_ratios(model, inputs(), progress=False)
+
+
+def test_a_compiled_model_runs_compiled_afterwards() -> None:
+    """What is tried on the way is many, and the compiler gives a model up that it has to compile so often."""
+    ran = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        return lambda *args: (ran.append(1), graph.forward(*args))[1]
+
+    torch.compiler.reset()
+    model = toy()
+    compiled: Any = torch.compile(model, backend=backend)
+    choose_keep_ratios(compiled, inputs(), mean_keep_ratio=0.25, progress=False)
+    assert not ran
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(inputs(1)[0]), model(inputs(1)[0]))
+    assert ran
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("keep_ratio", ["auto", 0.5])
+def test_an_interruption_at_the_end_leaves_a_true_state(keep_ratio: Any) -> None:
+    """All modes are those that were, and the ratios, too, while they are put back."""
+
+    def choose(model: nn.Module) -> None:
+        choose_keep_ratios(model, [x[:, :2, :, :16, :16] for x in inputs(2)], mean_keep_ratio=0.3, progress=False)
+
+    choose(toy(keep_ratio, depth=2))  # what is computed once
+    whole = toy(keep_ratio, depth=2).train()
+    total = lines_of(lambda: choose(whole))
+    for line in range(total - 60, total, 7):
+        model = toy(keep_ratio, depth=2).train()
+        assert interrupted(lambda model=model: choose(model), line)
+        assert all(module.training for module in model.modules()), line
+        assert describe(model).config.keep_ratio == keep_ratio
+
+
 def test_inputs_below_dense_below() -> None:
     with pytest.raises(InputError, match="at most 246 tokens there, fewer than dense_below=1000"):
         choose_keep_ratios(toy(dense_below=1000), inputs(), progress=False)
@@ -277,7 +357,7 @@ def test_inputs_below_dense_below() -> None:
         (ConfigError, "nothing can be left out within max_rel_error=1e-09: the mildest step changes outputs", {"max_rel_error": 1e-9}),
         (InputError, "put an input x into a list", {"inputs": torch.rand(1, 3, 3, 32, 40)}),
         (InputError, "at least two inputs", {"inputs": inputs(1)}),
-        (InputError, "outputs of the outputs is not finite", {"inputs": [torch.full((1, 3, 3, 32, 40), torch.nan)] * 2}),
+        (InputError, "the error of outputs is not finite", {"inputs": [torch.full((1, 3, 3, 32, 40), torch.nan)] * 2}),
     ],
 )
 def test_what_cannot_be(error: type[Exception], message: str, arguments: dict[str, Any]) -> None:
@@ -290,6 +370,15 @@ def test_what_cannot_be(error: type[Exception], message: str, arguments: dict[st
 def test_models_without_sparse_sites() -> None:
     with pytest.raises(NotAppliedError):
         choose_keep_ratios(Toy(), inputs())
+
+
+def test_a_part_of_the_model_has_no_ratios_of_its_own() -> None:
+    """All sites share one configuration: the others would have lost theirs in it, and in a checkpoint."""
+    model = toy(0.5)
+    with pytest.raises(NotAppliedError, match=r"holds 1 of the 3 attention modules .* call choose_keep_ratios on the whole model"):
+        choose_keep_ratios(model.cross[0], [torch.rand(1, 246, 32)] * 2, mean_keep_ratio=0.3, progress=False)
+    assert ratios(model) == [0.5] * 3
+    assert describe(model).config.keep_ratio == 0.5
 
 
 def test_no_more_inputs_are_taken_than_are_judged() -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from toys import Adapter, Toy, images, toy_adapter
 
 from lite3r_plugin import apply_lite3r
 from lite3r_plugin.apply.lookup import lite3r_modules
+from lite3r_plugin.errors import InputError
 from lite3r_plugin.testing import TEST_CONFIG
 from lite3r_plugin.training.record import AttentionSums, SumRecorder, record, run_on
 
@@ -75,3 +76,29 @@ def test_the_ways_to_give_an_input() -> None:
         return args, kwargs
 
     assert [run_on(model, given) for given in (1, (1, 2), [1], {"a": 1})] == [((1,), {}), ((1, 2), {}), ((1,), {}), ((), {"a": 1})]  # type: ignore[arg-type]
+
+
+class OfViews(nn.Module):
+    """Takes a list of views, and something else."""
+
+    def forward(self, views: list[dict[str, Tensor]], scale: float = 1.0, name: str = "") -> Tensor:
+        return scale * torch.stack([view["img"] for view in views])
+
+
+def test_a_list_of_views_is_one_argument() -> None:
+    views = [{"img": torch.rand(1, 3, 4, 4)} for _ in range(3)]
+    assert run_on(OfViews(), (views,)).shape == (3, 1, 3, 4, 4)
+    for count in (2, 3, 4):
+        with pytest.raises(InputError, match=r"belongs into a tuple, \(views,\)"):
+            run_on(OfViews(), [*views, *views][:count])
+
+
+def test_two_views_by_position() -> None:
+    class Pair(nn.Module):
+        def forward(self, one: dict[str, Tensor], other: dict[str, Tensor]) -> Tensor:
+            return one["img"] + other["img"] + (0 if "more" not in one else one["none"])
+
+    pair = [{"img": torch.ones(1)}, {"img": torch.ones(1)}]
+    assert run_on(Pair(), pair) == run_on(Pair(), tuple(pair)) == 2
+    with pytest.raises(KeyError):  # an error of the model itself
+        run_on(Pair(), ({"img": torch.ones(1), "more": torch.ones(1)}, pair[1]))
