@@ -150,8 +150,8 @@ class KeepRatioProfile(SiteRatios):
         path = Path(path)
         try:
             found = path.stat()
-        except OSError as error:
-            raise InputError(f"{path} cannot be read: {error.strerror}") from error
+        except (OSError, ValueError) as error:  # the latter: no name that a file can have
+            raise InputError(f"{shown(str(path))} cannot be read: {getattr(error, 'strerror', None) or error}") from error
         if not stat.S_ISREG(found.st_mode):  # a device or a pipe may never end
             raise InputError(f"{path} cannot be read: it is no file")
         if found.st_size > MOST_BYTES:
@@ -166,7 +166,7 @@ class KeepRatioProfile(SiteRatios):
         """Build from `to_dict`'s result. Raises `ConfigError` where it is anything else."""
         if not isinstance(data, Mapping) or data.get("format") != FORMAT:
             raise ConfigError("this is no profile of keep ratios, as KeepRatioProfile.save writes them")
-        if data.get("version") != FORMAT_VERSION:
+        if not is_int(data.get("version")) or data["version"] != FORMAT_VERSION:
             raise ConfigError(f"a profile of keep ratios of version {shown(data.get('version'))}, which is not {FORMAT_VERSION}")
         ratios, making = data.get("ratios"), data.get("making")
         if set(data) != {"format", "version", "sites", "ratios", "making"} or not isinstance(ratios, Mapping):

@@ -23,7 +23,7 @@ from ..config import Lite3RConfig
 from ..costs.attention import break_even
 from ..costs.model import SparseShares
 from ..errors import ConfigError, LayoutError
-from ..ops.block_map import density, masked_density
+from ..ops.block_map import Allowed, density, masked_density
 from ..ops.dispatch import SlowPathWarning, require_one_device, use_triton
 from ..ops.fp8 import fake_quantize
 from ..ops.qk_norm_rope import norm_rope
@@ -312,10 +312,6 @@ class SparseLinearAttention(HostWrapper):
             return self.dense(inputs)
         return self._sparse_linear(inputs, proj, mask, self.keep_ratio if keep_ratio is None else keep_ratio)
 
-    def has_sparse_form(self, inputs: AttentionInputs) -> bool:
-        """Whether attention with the mask of `inputs`, if there is one, can be sparse."""
-        return inputs.mask is None or frame_causal(inputs.mask, inputs.layout) is not None
-
     def _sparse_linear(self, inputs: AttentionInputs, proj: Tensor | None, mask: SegmentMask | None, keep_ratio: float) -> Tensor:
         config, layout = self.state.config, inputs.layout
         keys = None
@@ -471,11 +467,15 @@ class SparseLinearAttention(HostWrapper):
         config = self.state.config
         key = (mask.before, mask.after, mask.sink, layout, self.keep_ratio)
         if self._density is None or self._density[0] != key:
-            on_cpu = mask._replace(queries=mask.queries.cpu(), keys=None)
-            order = self.order(layout, on_cpu.queries)
-            share = masked_density(on_cpu.ordered(order, order), self.keep_ratio, self.pinned(layout), config.block_q, config.block_k)
+            share = masked_density(self.allowed(mask, layout), self.keep_ratio, self.pinned(layout), config.block_q, config.block_k)
             self._density = key, share
         return self._density[1]
+
+    def allowed(self, mask: SegmentMask, layout: TokenLayout | None) -> Allowed:
+        """What a mask over the views of a sequence with that layout allows its tokens in order, on the CPU."""
+        on_cpu = mask._replace(queries=mask.queries.cpu(), keys=None)
+        order = self.order(layout, on_cpu.queries)
+        return on_cpu.ordered(order, order)
 
     def begin_dense(self) -> bool:
         """Count a call that runs dense. Whether the linear branch over all tokens is to be added."""

@@ -274,7 +274,8 @@ class MemoryPlanner(RewrittenMethod):
         except Exception as error:
             raise InputError(
                 f"max_memory cannot plan this {type(self.module).__name__}: its forward does not run on tensors without data "
-                f"({short(error, 200)}). exact_rewrites=True takes such waits out of known models; else leave max_memory out"
+                f"({short(error, 200)}). Leave max_memory out"
+                + ("" if self.state.config.exact_rewrites else "; or let exact_rewrites=True take such waits out of known models")
             ) from error
         return trace
 

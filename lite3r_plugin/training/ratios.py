@@ -31,10 +31,11 @@ from ..apply.ranks import is_sharded
 from ..apply.swap import set_ratios
 from ..attention.branch import branch_weight
 from ..attention.inputs import AttentionInputs
+from ..attention.masks import frame_causal
 from ..attention.module import KEPT_WHOLE, NO_SPARSE_FORM, SparseLinearAttention, Substitute
 from ..config import AUTO, plain_name
 from ..errors import AdapterError, ConfigError, InputError, shown
-from ..ops.block_map import density
+from ..ops.block_map import Allowed, density, masked_density
 from ..ops.options import check_ratio, is_int, is_number
 from ..scene.metrics import auc, pair_errors
 from ..wrapper import Changes
@@ -194,6 +195,7 @@ class _Call:
     width: int
     tokens: tuple[int, int]
     pinned: tuple[int, int]
+    allowed: Allowed | None
 
 
 class _Sizes:
@@ -219,13 +221,15 @@ class _Sizes:
         return stack
 
     def _note(self, calls: list[_Call], site: SparseLinearAttention, inputs: AttentionInputs, out: Tensor) -> None:
-        if not site.has_sparse_form(inputs):
+        mask = None if inputs.mask is None else frame_causal(inputs.mask, inputs.layout)
+        if inputs.mask is not None and mask is None:
             self._masked.add(plain_name(site.site.fqn))
             return
         batch, heads, keys, dim = inputs.v.shape
         key_layout = inputs.key_layout if inputs.crossed else inputs.layout
         pinned = site.pinned(inputs.layout), site.pinned(key_layout)
-        calls.append(_Call(batch * heads * dim, (inputs.q.shape[-2], keys), pinned))
+        allowed = None if mask is None else site.allowed(mask, inputs.layout)
+        calls.append(_Call(batch * heads * dim, (inputs.q.shape[-2], keys), pinned, allowed))
         self.dtype = str(out.dtype).removeprefix("torch.")
 
     def too_short(self) -> dict[str, str]:
@@ -252,6 +256,8 @@ class _Sizes:
         if ratio == 1:
             return 1.0
         config = self._sites[fqn].state.config
+        if call.allowed is not None:
+            return masked_density(call.allowed, ratio, call.pinned[0], config.block_q, config.block_k)
         return density(
             call.tokens[0], ratio, call.pinned[0], config.block_q, config.block_k, keys=(call.tokens[1], call.pinned[1])
         )  # fmt: skip

@@ -75,6 +75,7 @@ def test_the_configuration_goes_to_json() -> None:
     [
         ({"format": "another"}, "no profile of keep ratios"),
         ({"version": 2}, "of version 2, which is not 1"),
+        ({"version": True}, "of version True, which is not 1"),
         ({"sites": 3}, "to be of 3 sites, and has 2"),
         ({"ratios": {}}, "to be of 2 sites, and has 0"),
         ({"ratios": [0.5, 0.5]}, "other entries than a profile"),

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import pytest
+import streaming_hosts
 import torch
 from interruptions import interrupted, lines_of
 from torch import Tensor, nn
@@ -283,6 +284,17 @@ def test_sites_whose_masks_have_no_sparse_form_stay_dense_and_say_so() -> None:
     assert "cross.1 stays dense: its attention has a mask that is not frame-causal" in str(describe(model))
     model(inputs(1)[0])
     assert profile.making.density == pytest.approx(sparse_sites(model)["cross.0"].calls.density)
+
+
+def test_what_is_computed_is_counted_with_the_mask() -> None:
+    """On the double of a streaming model, run over a whole sequence."""
+    model, given = streaming_hosts.make(), [streaming_hosts.frames(5)] * 2
+    apply_lite3r(model, keep_ratio="auto", **FIELDS)
+    profile = choose_keep_ratios(model, given, mean_keep_ratio=0.25, progress=False)
+    model(given[0])
+    found = [site.calls.density for site in sparse_sites(model).values()]
+    assert len(found) > 1
+    assert profile.making.density == pytest.approx(sum(x or 0.0 for x in found) / len(found))
 
 
 def test_sites_that_run_in_the_hosts_own_code_say_why() -> None:

@@ -4,7 +4,7 @@
 gives bit sets as well; `transpose_kernels` turns these into what a backward pass needs.
 """
 
-from .mask import SegmentMask
+from .mask import Allowed, SegmentMask
 from .naive import block_map, density, kept_blocks, masked_block_map, masked_density, negligible_blocks
 
-__all__ = ["SegmentMask", "block_map", "density", "kept_blocks", "masked_block_map", "masked_density", "negligible_blocks"]
+__all__ = ["Allowed", "SegmentMask", "block_map", "density", "kept_blocks", "masked_block_map", "masked_density", "negligible_blocks"]
