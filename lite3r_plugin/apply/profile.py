@@ -150,8 +150,10 @@ class KeepRatioProfile(SiteRatios):
         path = Path(path)
         try:
             found = path.stat()
-        except (OSError, ValueError) as error:  # the latter: no name that a file can have
-            raise InputError(f"{shown(str(path))} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror}") from error
+        except ValueError as error:  # no name that a file can have
+            raise InputError(f"{shown(str(path))} cannot be read: {error}") from error
         if not stat.S_ISREG(found.st_mode):  # a device or a pipe may never end
             raise InputError(f"{path} cannot be read: it is no file")
         if found.st_size > MOST_BYTES:

@@ -139,3 +139,8 @@ def test_ratios_are_checked() -> None:
         KeepRatioProfile({}, MAKING)
     with pytest.raises(ConfigError, match=r"the keep ratio of 'a' must be in \(0, 1\], got 0"):
         profile(a=0)
+
+
+def test_a_name_that_no_file_can_have() -> None:
+    with pytest.raises(InputError, match=r"'a\\x00b.json' cannot be read: embedded null byte"):
+        KeepRatioProfile.load("a\0b.json")
