@@ -211,8 +211,9 @@ def test_links_within_the_repository_lead_somewhere(page: str) -> None:
 
 
 def test_pictures_show_something() -> None:
-    """What `tests/helpers/screenshots.py` took, for the page whose commands it runs."""
-    shown = {f"docs/{path}" for path in re.findall(r"!\[[^\]]+\]\((images/[^)]+)\)", read("docs/first_steps.md"))}
+    """What `tests/helpers/screenshots.py` took, for the page whose commands it runs, and what `benchmarks/picture.py` drew."""
+    pages = read("docs/first_steps.md") + read("docs/quality.md")
+    shown = {f"docs/{path}" for path in re.findall(r"!\[[^\]]+\]\((images/[^)]+)\)", pages)}
     shown |= set(re.findall(r"!\[[^\]]+\]\(([^)]+)\)", read("README.md")))
     assert shown == {str(path.relative_to(ROOT)) for path in (ROOT / "docs" / "images").iterdir()}
     for path in shown:

@@ -1,15 +1,18 @@
-"""Time and memory over the number of views, from what `lite3r bench` stored. Both axes are logarithmic."""
+"""Plots of benchmarks: time and memory over the number of views, from what `lite3r bench` stored, and quality lost over time gained."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from ..files import write_atomically
+from ..scene.metrics import Interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,6 +22,27 @@ GIB = 2**30
 # Of Okabe and Ito, told apart by colour-blind readers; the marker changes with it, for print.
 COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C510A", "#7F7F7F")
 MARKERS = "osD^vP*Xh"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tradeoff:
+    """What a way to run a model loses and gains, beside the dense model.
+
+    Attributes:
+        series: Of which way it is; points of one series are joined.
+        views: The number of views of both measurements.
+        keep_ratio: Of both measurements.
+        gain: How many times faster than dense.
+        lost: What is lost, with its interval, by the label of its axis; below zero it is won. All points have the same measures.
+        precision: In which quality was measured, such as ``"FP8"``.
+    """
+
+    series: str
+    views: int
+    keep_ratio: float
+    gain: float
+    lost: Mapping[str, Interval]
+    precision: str
 
 
 def time_over_views(report: Mapping[str, Any]) -> Figure:
@@ -63,14 +87,80 @@ def memory_over_views(report: Mapping[str, Any]) -> Figure:
     return _finished(figure, axes, report, "memory")
 
 
-def save_figure(figure: Figure, path: Path, dpi: float | None = None) -> None:
-    """Write a figure in one step, as its suffix says (``.png``, ``.svg``, ``.pdf``), at `dpi` or its own. Raises `InputError` where that
-    fails."""
+def quality_over_gain(points: Sequence[Tradeoff], series: Sequence[str], dense: str, timed_in: str, title: str) -> Figure:
+    """Quality lost over time gained: a row of panels a measure, a column a number of views. Up and to the right is better.
+
+    Args:
+        points: What is drawn, with the intervals of what is lost. Points at one gain stand side by side, lest bars hide each other.
+        series: All series in their order, which decides their looks. One without points is not in the legend.
+        dense: What gains are over; it is the black point that gains and loses nothing.
+        timed_in: The precision that gains were measured in. Points whose quality was measured in another one are hollow.
+        title: One line.
+
+    Returns:
+        A figure that belongs to no window.
+
+    Raises:
+        InputError: there is no point, or a point of an unknown series.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    if not points:
+        raise InputError("there is no point to draw")
+    if unknown := {point.series for point in points}.difference(series):
+        raise InputError(f"{', '.join(sorted(unknown))} is none of the series {', '.join(series)}")
+    columns, measures = sorted({point.views for point in points}), list(points[0].lost)
+    figure = Figure(figsize=(max(7.4, 2 + 2.8 * len(columns)), 1.2 + 2.3 * len(measures)), dpi=110, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(measures), len(columns), sharex=True, sharey="row", squeeze=False)
+    shown = [name for name in series if any(point.series == name for point in points)]
+    for row, measure in zip(panels, measures, strict=True):
+        for axes, views in zip(row, columns, strict=True):
+            here = [point for point in points if point.views == views]
+            axes.axhline(0, color="0.6", linewidth=1, linestyle="--")
+            axes.plot([1], [0], "o", color=COLORS[0])
+            axes.annotate(dense, (1, 0), (6, 5), textcoords="offset points", fontsize=8)
+            for name in shown:
+                _bars(figure, axes, [point for point in here if point.series == name], measure, series.index(name), len(series), timed_in)
+            for gain, ratio in sorted({(point.gain, point.keep_ratio) for point in here}):
+                axes.axvline(gain, color="0.85", linewidth=0.8, zorder=0)
+                at, box = ("data", "axes fraction"), {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+                axes.annotate(f"{ratio:g}", (gain, 0.02), xycoords=at, fontsize=7, ha="center", bbox=box)
+            axes.annotate("keep_ratio", (0.02, 0.02), xycoords="axes fraction", fontsize=7)
+            axes.grid(axis="y", alpha=0.35)
+        row[0].set_ylabel(measure)
+        reach = [value for point in points for value in _reach(point.lost[measure])]
+        margin = 0.12 * (max(*reach, 0) - min(*reach, 0) or 1)
+        row[0].set_ylim(max(*reach, 0) + margin, min(*reach, 0) - margin)  # losses go down
+    for axes, views in zip(panels[0], columns, strict=True):
+        axes.set_title(f"{views} views", fontsize=9)
+        axes.annotate("better ↗", (0.98, 0.97), xycoords="axes fraction", fontsize=8, color="0.4", ha="right", va="top")
+    for axes in panels[-1]:
+        axes.set_xlabel(f"times faster than {dense}")
+    panels[0, 0].set_xlim(0.9, 1 + 1.12 * (max(point.gain for point in points) - 1) + 0.05)
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    _legend(figure, shown, series, sorted({point.precision for point in points}), timed_in)
+    return figure
+
+
+def save_figure(figure: Figure, path: Path, dpi: float | None = None, description: str | None = None) -> None:
+    """Write a figure in one step, as its suffix says (``.png``, ``.svg``, ``.pdf``), at `dpi` or its own.
+
+    Args:
+        figure: What is drawn.
+        path: The file.
+        dpi: Pixels per inch.
+        description: A text for the header of a PNG or an SVG.
+
+    Raises:
+        InputError: it is no kind of picture, or cannot be written.
+    """
     buffer = io.BytesIO()
     kind = path.suffix.removeprefix(".").lower()
     if kind not in figure.canvas.get_supported_filetypes():
         raise InputError(f"{path} is no kind of picture; name a file that ends in .png, .svg or .pdf")
-    figure.savefig(buffer, format=kind, dpi=dpi or "figure")
+    figure.savefig(buffer, format=kind, dpi=dpi or "figure", metadata={"Description": description} if description else None)
     write_atomically(path, buffer.getvalue())
 
 
@@ -129,3 +219,37 @@ def _finished(figure: Figure, axes: Axes, report: Mapping[str, Any], quantity: s
     axes.yaxis.set_major_formatter(lambda number, _: f"{number:g}")
     axes.legend(fontsize=7.5, frameon=False)
     return figure
+
+
+def _bars(figure: Figure, axes: Axes, points: Sequence[Tradeoff], measure: str, place: int, places: int, timed_in: str) -> None:
+    """A series in one panel: its line, and for each point its bar and marker, shifted by its place among the series."""
+    from matplotlib.transforms import ScaledTranslation
+
+    shift = axes.transData + ScaledTranslation(5 * (place - (places - 1) / 2) / 72, 0, figure.dpi_scale_trans)
+    look = _look(place)
+    points = sorted(points, key=lambda point: point.gain)
+    axes.plot([p.gain for p in points], [p.lost[measure].difference for p in points], **look | {"marker": ""}, transform=shift)
+    for point in points:
+        lost = point.lost[measure]
+        bar = None if math.isnan(lost.low) else [[lost.difference - lost.low], [lost.high - lost.difference]]
+        fill = look["color"] if point.precision == timed_in else "white"
+        axes.errorbar([point.gain], [lost.difference], bar, **look, capsize=2.5, markerfacecolor=fill, transform=shift)
+
+
+def _look(place: int) -> dict[str, Any]:
+    """Of a series; the first colour and marker are those of dense."""
+    return {"color": COLORS[1 + place], "marker": MARKERS[1 + place], "markersize": 5.5, "linewidth": 1.4}
+
+
+def _reach(lost: Interval) -> tuple[float, ...]:
+    return tuple(value for value in (lost.difference, lost.low, lost.high) if not math.isnan(value))
+
+
+def _legend(figure: Figure, shown: Sequence[str], series: Sequence[str], precisions: Sequence[str], timed_in: str) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], label=name, **_look(series.index(name))) for name in shown]
+    for name in precisions:
+        fill = "0.4" if name == timed_in else "white"
+        handles.append(Line2D([], [], color="0.4", marker="s", linestyle="", markerfacecolor=fill, label=f"quality in {name}"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False)

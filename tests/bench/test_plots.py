@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from lite3r_plugin.bench.plots import memory_over_views, save_figure, time_over_views
+from lite3r_plugin.bench.plots import Tradeoff, memory_over_views, quality_over_gain, save_figure, time_over_views
 from lite3r_plugin.bench.records import BenchReport, Candidate, Cell, read_report
 from lite3r_plugin.errors import InputError
+from lite3r_plugin.scene.metrics import Interval
 
 GIB = 2**30
 
@@ -71,3 +73,40 @@ def test_what_is_no_report_is_refused(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(InputError, match=words):
             read_report(path)
+
+
+def point(series: str, views: int, gain: float, lost: float, bound: float = 0.5, precision: str = "FP8") -> Tradeoff:
+    interval = Interval(lost, lost - bound, lost + bound, 8)
+    return Tradeoff(series, views, 1 / gain, gain, {"AUC": interval, "depth": Interval(2 * lost, *[float("nan")] * 2, 5)}, precision)
+
+
+def test_losses_lie_below_dense_at_their_gain_with_their_intervals() -> None:
+    points = [point("b", 16, 4, 3), point("b", 16, 2, 1, precision="BF16"), point("a", 32, 3, 2)]
+    figure = quality_over_gain(points, ("a", "b", "c"), "dense", "FP8", "A title")
+    above, other, below, _ = figure.axes
+    assert [above.get_title(), other.get_title()] == ["16 views", "32 views"]
+    assert [above.get_ylabel(), below.get_ylabel()] == ["AUC", "depth"]
+    bottom, top = above.get_ylim()
+    assert bottom > 3.5 > 0 > top  # dense, which loses nothing, stands on top
+    joined = [line for line in above.lines if len(line.get_xdata()) == 2 and line.get_color() == "#0072B2"]
+    assert [line.get_xydata().tolist() for line in joined] == [[[2, 1], [4, 3]]]
+    bars = [container.lines[2][0].get_segments()[0].tolist() for container in above.containers]
+    assert bars == [[[2, 0.5], [2, 1.5]], [[4, 2.5], [4, 3.5]]]
+    assert [container.lines[0].get_markerfacecolor() for container in above.containers] == ["white", "#0072B2"]
+    assert [container.has_yerr for container in below.containers] == [False, False]  # of so few scenes there is no interval
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["a", "b", "quality in BF16", "quality in FP8"]
+    assert {"0.5", "0.25", "dense"} <= {text.get_text() for text in above.texts}
+
+
+def test_a_plot_without_points_or_of_unknown_series_is_refused() -> None:
+    with pytest.raises(InputError, match="no point to draw"):
+        quality_over_gain([], ("a",), "dense", "FP8", "")
+    with pytest.raises(InputError, match="b is none of the series a"):
+        quality_over_gain([point("b", 16, 2, 1)], ("a",), "dense", "FP8", "")
+
+
+def test_a_picture_can_say_what_it_shows(tmp_path: Path) -> None:
+    save_figure(quality_over_gain([point("a", 16, 2, 1)], ("a",), "dense", "FP8", ""), tmp_path / "p.png", description="2 × for 1")
+    with Image.open(tmp_path / "p.png") as image:
+        assert image.info["Description"] == "2 × for 1"
