@@ -212,9 +212,9 @@ def section(stored: Stored) -> str:
     intro = (
         "What the testbed loses, over the time that VGGT-1B gains, at the same `keep_ratio` and number of views. They are two models: no "
         "weights of VGGT were at hand, and times of so small a model as the testbed say little. Losses are against its own dense form on "
-        f"the same held-out rendered scenes of {SIZE} × {SIZE} pixels, with paired 95 % intervals; gains are over *strong dense*, 518 × 518 "
-        'pixels, of `preset="fast", precision="fp8"`. A point is drawn where both are stored, by `python benchmarks/picture.py`. Lines lead '
-        "the eye: between points nothing was measured."
+        f"the same held-out rendered scenes of {SIZE} × {SIZE} pixels, with paired 95 % intervals; gains are over *strong dense*, "
+        '518 × 518 pixels, of `preset="fast", precision="fp8"`. A point is drawn where both are stored, by '
+        "`python benchmarks/picture.py`. Lines lead the eye: between points nothing was measured."
     )
     paragraphs = [precision(stored), auto(stored), defaults(stored), sources(stored)]
     return "\n".join(

@@ -228,7 +228,7 @@ def _bars(figure: Figure, axes: Axes, points: Sequence[Tradeoff], measure: str, 
     shift = axes.transData + ScaledTranslation(5 * (place - (places - 1) / 2) / 72, 0, figure.dpi_scale_trans)
     look = _look(place)
     points = sorted(points, key=lambda point: point.gain)
-    axes.plot([p.gain for p in points], [p.lost[measure].difference for p in points], **look | {"marker": ""}, transform=shift)
+    axes.plot([p.gain for p in points], [p.lost[measure].difference for p in points], color=look["color"], linewidth=1.4, transform=shift)
     for point in points:
         lost = point.lost[measure]
         bar = None if math.isnan(lost.low) else [[lost.difference - lost.low], [lost.high - lost.difference]]
