@@ -438,12 +438,10 @@ class SparseLinearAttention(HostWrapper):
         return everything, k, v
 
     def _attend_masked(self, inputs: AttentionInputs, proj: Tensor | None) -> Tensor:
-        """Attention with a mask. In kernels sparse attention pays where it does without one, or more: a mask leaves less to compute, which
-        dense attention does not make use of. In torch operators it pays only where somebody says so."""
+        """Attention with a mask. Sparse it pays where it does without one, or more: a mask leaves less to compute, which dense attention
+        does not make use of."""
         branch = self.keep_ratio == 1 and self.state.config.linear_branch == "all"
-        config = self.state.config
-        wanted = config.dense_below is not None or config.attention_backend == "triton"
-        sparse = wanted and self.pays(inputs.v, self.pinned(inputs.layout))
+        sparse = self.pays(inputs.v, self.pinned(inputs.layout))
         if not sparse and not branch:
             self.begin_dense()
             return self.dense(inputs)

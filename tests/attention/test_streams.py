@@ -275,12 +275,12 @@ def test_a_mask_that_is_not_over_frames_is_left_dense_and_said() -> None:
 
 
 @pytest.mark.parametrize("linear", ["marginal", pytest.param("all", marks=pytest.mark.slow)])
-def test_masks_run_in_kernels(linear: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with "triton", which does not take the small heads of this model."""
+def test_masks_run_in_kernels_where_they_pay(linear: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without dense_below, as without a mask."""
     pytest.importorskip("triton")
     model = make()
-    apply_lite3r(model, TEST_CONFIG, keep_ratio=0.3, linear_branch=linear, dense_below=TOKENS + 1, attention_backend="auto")
-    monkeypatch.setattr(importlib.import_module("lite3r_plugin.ops.sla.forward"), "UNTRIED_MASKS", None)
+    apply_lite3r(model, TEST_CONFIG, keep_ratio=0.3, linear_branch=linear, dense_below=None, attention_backend="auto")
+    monkeypatch.setattr("lite3r_plugin.attention.module.SparseLinearAttention.pays", lambda _, v, *__: v.shape[2] > TOKENS)
     monkeypatch.setattr("lite3r_plugin.ops.dispatch.why_not_triton", lambda *_, **__: None)  # interpreted
     backward = importlib.import_module("lite3r_plugin.ops.sla.backward")
     ran: list[Any] = []
@@ -291,14 +291,6 @@ def test_masks_run_in_kernels(linear: Any, monkeypatch: pytest.MonkeyPatch) -> N
     assert [x.mask_before for _, x in ran] == [None] * 2
     assert all(x.mask is not None for _, x in ran)
     assert all((site.calls.sparse, site.calls.host) == (1, 0) for site in describe(model).sites if site.sparse)
-
-
-def test_masks_run_dense_where_kernels_that_no_gpu_has_run_were_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make()
-    apply_lite3r(model, TEST_CONFIG, keep_ratio=0.3, dense_below=None, attention_backend="auto")
-    monkeypatch.setattr("lite3r_plugin.attention.module.SparseLinearAttention.pays", lambda _, v, *__: v.shape[2] > TOKENS)
-    model(frames(2))
-    assert all((site.calls.sparse, site.calls.dense) == (0, 1) for site in describe(model).sites if site.sparse)
 
 
 LAYOUT = TokenLayout((Views((2, 3), 4, special_tokens=1),))
