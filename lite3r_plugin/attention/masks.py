@@ -3,14 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..adapter.layouts import TokenLayout, Views
 from ..ops.sla import SegmentMask
 
 HIDDEN = -1e4  # what is added to scores from here on down leaves nothing of them
+
+
+class Masks:
+    """What masks turned out to be: a tensor that all sites of a forward are given is looked at once, since a GPU is waited for.
+
+    It is looked at again in the next forward, and where its version says that it was written to. Tensors of inference mode have none: they
+    are trusted within a forward, and nowhere else.
+    """
+
+    def __init__(self) -> None:
+        self._known: Any = WeakTensorKeyDictionary()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Masks, ()
+
+    def of(self, mask: Tensor, layout: TokenLayout | None, forward: object | None) -> SegmentMask | None:
+        """`frame_causal`. `forward` is another object in each forward, None where it is not known which one runs."""
+        version = None if mask.is_inference() else mask._version
+        if version is None and forward is None:
+            return frame_causal(mask, layout)
+        state = forward, version, mask.device, learns(mask), layout
+        known = self._known.get(mask)
+        if known is None or known[0] != state:
+            self._known[mask] = known = state, frame_causal(mask, layout)
+        return known[1]
+
+
+def learns(mask: Tensor) -> bool:
+    """Whether autograd wants a gradient of `mask`, which its sparse form does not give."""
+    return mask.requires_grad and torch.is_grad_enabled()
 
 
 def frame_causal(mask: Tensor, layout: TokenLayout | None) -> SegmentMask | None:
@@ -25,11 +57,9 @@ def frame_causal(mask: Tensor, layout: TokenLayout | None) -> SegmentMask | None
         layout: Of the N tokens.
 
     Returns:
-        None where it is anything else, the tokens of views are not known, or the mask learns: what is recognised gives it no gradient.
+        None where it is anything else, the tokens of views are not known, or the mask `learns`.
     """
-    if layout is None or any(not isinstance(part, Views) for part in layout.parts) or layout.views < 2:
-        return None
-    if mask.requires_grad and torch.is_grad_enabled():
+    if layout is None or any(not isinstance(part, Views) for part in layout.parts) or layout.views < 2 or learns(mask):
         return None
     while mask.dim() > 2 and (mask.shape[0] == 1 or mask.stride(0) == 0):
         mask = mask[0]  # expanded: the same for all
@@ -44,8 +74,9 @@ def frame_causal(mask: Tensor, layout: TokenLayout | None) -> SegmentMask | None
     found = _over_views(sees) if torch.equal(sees, ~hides) else None
     if found is None:
         return None
-    lengths = torch.tensor(sizes, device="cpu")
-    views = torch.arange(len(sizes), device="cpu", dtype=torch.int32).repeat_interleave(lengths).to(mask.device)
+    with torch.inference_mode(False):  # it may be saved for a backward pass later
+        lengths = torch.tensor(sizes, device="cpu")
+        views = torch.arange(len(sizes), device="cpu", dtype=torch.int32).repeat_interleave(lengths).to(mask.device)
     return SegmentMask(views, views, found[0], 0, found[1])
 
 

@@ -33,7 +33,7 @@ from ..tokens.tracker import LayoutTracker, Source, call, checked
 from ..wrapper import Changes, HostWrapper, may_be_read
 from .branch import branch_weight, make_branch, write_branch
 from .inputs import AttentionInputs
-from .masks import frame_causal
+from .masks import frame_causal, learns
 from .state import CallCounts, ModelState
 from .streams import Stream, Streams, in_a_row, in_calls, norm_as_it_is, of_calls, pinned_keys
 from .styles.registry import style_of
@@ -307,8 +307,8 @@ class SparseLinearAttention(HostWrapper):
         `keep_ratio` takes the place of the site's own. With a mask that has no sparse form it is attention as the mask has it, without a
         branch. Returns ``[B, H, N, D]``.
         """
-        mask = None
-        if inputs.mask is not None and (mask := frame_causal(inputs.mask, inputs.layout)) is None:
+        mask = self.recognised(inputs)
+        if mask is None and inputs.mask is not None:
             return self.dense(inputs)
         return self._sparse_linear(inputs, proj, mask, self.keep_ratio if keep_ratio is None else keep_ratio)
 
@@ -438,12 +438,10 @@ class SparseLinearAttention(HostWrapper):
         return everything, k, v
 
     def _attend_masked(self, inputs: AttentionInputs, proj: Tensor | None) -> Tensor:
-        """Attention with a mask. In kernels sparse attention pays where it does without one, or more: a mask leaves less to compute, which
-        dense attention does not make use of. In torch operators it pays only where somebody says so."""
+        """Attention with a mask. Sparse it pays where it does without one, or more: a mask leaves less to compute, which dense attention
+        does not make use of."""
         branch = self.keep_ratio == 1 and self.state.config.linear_branch == "all"
-        config = self.state.config
-        wanted = config.dense_below is not None or config.attention_backend == "triton"
-        sparse = wanted and self.pays(inputs.v, self.pinned(inputs.layout))
+        sparse = self.pays(inputs.v, self.pinned(inputs.layout))
         if not sparse and not branch:
             self.begin_dense()
             return self.dense(inputs)
@@ -451,16 +449,24 @@ class SparseLinearAttention(HostWrapper):
         if sparse and _is_recorded(inputs.v) and not asked:
             self.note("its mask cannot be looked at while a graph is recorded")
             return self.dense(inputs)
-        mask = None if inputs.mask is None else frame_causal(inputs.mask, inputs.layout)
+        mask = self.recognised(inputs)
         if mask is None:
-            learns = inputs.mask is not None and inputs.mask.requires_grad and torch.is_grad_enabled()
-            self.note("its mask learns, for which the sparse form has no gradient" if learns else NO_SPARSE_FORM)
+            learned = inputs.mask is not None and learns(inputs.mask)
+            self.note("its mask learns, for which the sparse form has no gradient" if learned else NO_SPARSE_FORM)
             return self.dense(inputs)
         if sparse:
             self.count("sparse", self._masked_density(mask, inputs.layout))
         else:
             self.begin_dense()
         return self._sparse_linear(inputs, proj, mask, self.keep_ratio)
+
+    def recognised(self, inputs: AttentionInputs) -> SegmentMask | None:
+        """The sparse form of the mask of a call; None where it has no mask, or that no sparse form."""
+        if inputs.mask is None:
+            return None
+        if _is_recorded(inputs.v):
+            return frame_causal(inputs.mask, inputs.layout)
+        return self.state.masks.of(inputs.mask, inputs.layout, None if self._tracker is None else self._tracker.forward)
 
     def _masked_density(self, mask: SegmentMask, layout: TokenLayout | None) -> float:
         """The density of a call with a mask over the views of a sequence with that layout."""

@@ -11,6 +11,7 @@ from ..config import Lite3RConfig, Precision
 from ..tokens.cache import OrderCache
 from ..tokens.tracker import LayoutTracker, Source
 from ..wrapper import RewrittenMethod, RewrittenModule
+from .masks import Masks
 from .streams import Positions
 
 
@@ -49,6 +50,7 @@ class ModelState:
         trackers: What the watched modules were given, by the source that the sites name.
         orders: The token orders of the model's layouts.
         positions: The coordinates of the tokens of a frame of a stream, which is given anew for each frame.
+        masks: What the masks that sites were given turned out to be.
         sites: All sites that the adapter named.
         blocks: The transformer blocks around them, by name.
         warned: Reasons for which sites ran in the host's own code, of which a warning was given.
@@ -71,6 +73,7 @@ class ModelState:
     trackers: dict[Source, LayoutTracker] = field(default_factory=dict)
     orders: OrderCache = field(default_factory=OrderCache)
     positions: Positions = field(default_factory=Positions)
+    masks: Masks = field(default_factory=Masks)
     sites: tuple[AttentionSite, ...] = ()
     blocks: dict[str, nn.Module] = field(default_factory=dict)
     warned: set[str] = field(default_factory=set)

@@ -87,17 +87,15 @@ def has_tma(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def use_triton(backend: str, q: Tensor, needs_grad: bool = False, untried: str | None = None) -> bool:
+def use_triton(backend: str, q: Tensor, needs_grad: bool = False) -> bool:
     """Whether to run Triton for `q [..., D]`. Falling back on a GPU warns: plain torch operators are slow there.
-
-    What is `untried` on a GPU, and why, runs there with ``"triton"`` alone.
 
     Raises:
         BackendError: `backend` is ``"triton"`` and the kernels cannot take these tensors.
     """
     if backend == "naive":
         return False
-    reason = why_not_triton(q, needs_grad) or (untried if backend == "auto" else None)
+    reason = why_not_triton(q, needs_grad)
     if reason is None:
         return True
     if backend == "triton":

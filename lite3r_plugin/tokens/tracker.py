@@ -23,6 +23,7 @@ class _Running:
     Attributes:
         seen: What was seen in it, the last one at the end; the same twice in a row once.
         inside: Whether it is a call of the module around everything.
+        forward: Another object in each such call; None outside, and where a compiler runs.
         count: How many were seen outside of such calls.
         asked: Of these, how many when a site last ran.
     """
@@ -30,6 +31,7 @@ class _Running:
     def __init__(self) -> None:
         self.seen: tuple[Seen, ...] = ()
         self.inside = False
+        self.forward: object | None = None
         self.count = 0
         self.asked: dict[str, int] = {}
 
@@ -81,6 +83,11 @@ class LayoutTracker:
         return self._threads.running
 
     @property
+    def forward(self) -> object | None:
+        """What tells the running forward of this thread from all others; None where none runs, or it is compiled."""
+        return self._running.forward
+
+    @property
     def hooks(self) -> tuple[Any, ...]:
         """All that `attach` registers."""
         return self.begin, self.observe, self.end
@@ -111,10 +118,11 @@ class LayoutTracker:
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward begins."""
         self._running.seen, self._running.inside = (), True
+        self._running.forward = None if torch.compiler.is_compiling() else object()
 
     def end(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
         """A forward is over."""
-        self._running.inside = False
+        self._running.inside, self._running.forward = False, None
         if self.around:
             self._running.seen = self._latest = ()
 

@@ -31,7 +31,6 @@ from ..apply.ranks import is_sharded
 from ..apply.swap import set_ratios
 from ..attention.branch import branch_weight
 from ..attention.inputs import AttentionInputs
-from ..attention.masks import frame_causal
 from ..attention.module import KEPT_WHOLE, NO_SPARSE_FORM, SparseLinearAttention, Substitute
 from ..config import AUTO, plain_name
 from ..errors import AdapterError, ConfigError, InputError, shown
@@ -221,7 +220,7 @@ class _Sizes:
         return stack
 
     def _note(self, calls: list[_Call], site: SparseLinearAttention, inputs: AttentionInputs, out: Tensor) -> None:
-        mask = None if inputs.mask is None else frame_causal(inputs.mask, inputs.layout)
+        mask = site.recognised(inputs)
         if inputs.mask is not None and mask is None:
             self._masked.add(plain_name(site.site.fqn))
             return

@@ -87,7 +87,7 @@ def test_a_family_is_recorded_on_a_gpu(family: tuple[nn.Module, Tensor]) -> None
     eager = named_tensors(model(images))
     for path, x in eager.items():
         assert torch.equal(first[path], second[path]), path
-        torch.testing.assert_close(first[path], x, rtol=1e-3, atol=1e-3)
+        assert relative_error(first[path], x) < 1e-2, path  # of BF16: with another workspace cuBLAS chooses other algorithms
 
 
 def by_svd(m: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import streaming_hosts
 import torch
@@ -17,7 +18,8 @@ from streaming_hosts import FinishedCache, RawCache, frames, make
 
 from lite3r_plugin import apply_lite3r, describe, lite3r_disabled
 from lite3r_plugin.adapter import TokenLayout, Views
-from lite3r_plugin.attention.masks import frame_causal
+from lite3r_plugin.attention import masks
+from lite3r_plugin.attention.masks import Masks, frame_causal
 from lite3r_plugin.ops.dispatch import SlowPathWarning
 from lite3r_plugin.ops.sla import KeyCache
 from lite3r_plugin.testing import TEST_CONFIG
@@ -275,12 +277,12 @@ def test_a_mask_that_is_not_over_frames_is_left_dense_and_said() -> None:
 
 
 @pytest.mark.parametrize("linear", ["marginal", pytest.param("all", marks=pytest.mark.slow)])
-def test_masks_run_in_kernels(linear: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with "triton", which does not take the small heads of this model."""
+def test_masks_run_in_kernels_where_they_pay(linear: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without dense_below, as without a mask."""
     pytest.importorskip("triton")
     model = make()
-    apply_lite3r(model, TEST_CONFIG, keep_ratio=0.3, linear_branch=linear, dense_below=TOKENS + 1, attention_backend="auto")
-    monkeypatch.setattr(importlib.import_module("lite3r_plugin.ops.sla.forward"), "UNTRIED_MASKS", None)
+    apply_lite3r(model, TEST_CONFIG, keep_ratio=0.3, linear_branch=linear, dense_below=None, attention_backend="auto")
+    monkeypatch.setattr("lite3r_plugin.attention.module.SparseLinearAttention.pays", lambda _, v, *__: v.shape[2] > TOKENS)
     monkeypatch.setattr("lite3r_plugin.ops.dispatch.why_not_triton", lambda *_, **__: None)  # interpreted
     backward = importlib.import_module("lite3r_plugin.ops.sla.backward")
     ran: list[Any] = []
@@ -291,14 +293,6 @@ def test_masks_run_in_kernels(linear: Any, monkeypatch: pytest.MonkeyPatch) -> N
     assert [x.mask_before for _, x in ran] == [None] * 2
     assert all(x.mask is not None for _, x in ran)
     assert all((site.calls.sparse, site.calls.host) == (1, 0) for site in describe(model).sites if site.sparse)
-
-
-def test_masks_run_dense_where_kernels_that_no_gpu_has_run_were_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make()
-    apply_lite3r(model, TEST_CONFIG, keep_ratio=0.3, dense_below=None, attention_backend="auto")
-    monkeypatch.setattr("lite3r_plugin.attention.module.SparseLinearAttention.pays", lambda _, v, *__: v.shape[2] > TOKENS)
-    model(frames(2))
-    assert all((site.calls.sparse, site.calls.dense) == (0, 1) for site in describe(model).sites if site.sparse)
 
 
 LAYOUT = TokenLayout((Views((2, 3), 4, special_tokens=1),))
@@ -343,6 +337,98 @@ def test_a_mask_that_learns_keeps_its_gradient() -> None:
     with torch.no_grad():
         model(frames(3))
     assert all(site.calls.sparse == 1 for site in describe(model).sites if site.sparse)
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The masks that were looked at, as what they were recognised as."""
+    seen: list[Any] = []
+
+    def look(*given: Any) -> Any:
+        seen.append(frame_causal(*given))
+        return seen[-1]
+
+    monkeypatch.setattr(masks, "frame_causal", look)
+    return seen
+
+
+def of_frames(views: int, before: int | None = None, tokens: int = TOKENS) -> torch.Tensor:
+    """A frame-causal mask, by default for the model, maybe a window."""
+    view = torch.arange(views).repeat_interleave(tokens)
+    apart = view[:, None] - view
+    return (apart >= 0) & (apart <= (views if before is None else before))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_a_mask_is_looked_at_once_a_forward_and_a_change_is_seen(mode: Any, looks: list[Any]) -> None:
+    model = make(FinishedCache)
+    apply_lite3r(model, TEST_CONFIG, keep_ratio=0.3, pin="none")
+    with mode():
+        mask = of_frames(4)
+        model.mask = lambda *_: mask
+        first, again = model(frames(4)), model(frames(4))
+        assert torch.equal(first, again)
+        assert [x.before for x in looks] == [None] * 2
+        mask.copy_(of_frames(4, before=1))
+        changed = model(frames(4))
+        model.mask = lambda *_: of_frames(4, before=1)  # another tensor for each site
+        assert torch.equal(model(frames(4)), changed)
+    assert [x.before for x in looks] == [None] * 2 + [1] * 3
+    assert not torch.equal(changed, first)
+    assert all((site.calls.sparse, site.calls.host) == (4, 0) for site in describe(model).sites if site.sparse)
+
+
+def test_a_site_outside_of_a_forward_looks_at_its_mask(looks: list[Any]) -> None:
+    """In each call, if it is a tensor of inference mode."""
+    model, seen = make(FinishedCache), list[Any]()
+    apply_lite3r(model, TEST_CONFIG, keep_ratio=0.3)
+    site = model.global_blocks[0].attn
+    with torch.inference_mode(), site.observe(lambda site, inputs, out: seen.append(inputs)):
+        mask = of_frames(3)
+        model.mask = lambda *_: mask
+        model(frames(3))
+        mask.copy_(of_frames(3, before=0))
+        site.sparse_linear(seen[0], None)
+        site.sparse_linear(seen[0], None)
+    assert [x.before for x in looks] == [None, 0, 0]
+
+
+def test_a_mask_that_changes_within_a_forward() -> None:
+    mask, known, forward = APART >= 0, Masks(), object()
+    for before in (0, 1):
+        mask.copy_(of_frames(4, before, tokens=7))
+        found = known.of(mask, LAYOUT, forward)
+        assert found is not None
+        assert found.before == before
+    assert known.of(mask, None, forward) is None
+    bias = torch.zeros(28, 28).masked_fill(APART < 0, -torch.inf)
+    assert known.of(bias, LAYOUT, forward) is not None
+    bias.requires_grad_()
+    assert known.of(bias, LAYOUT, forward) is not None
+    with torch.enable_grad():
+        assert known.of(bias, LAYOUT, forward) is None
+
+
+def test_a_mask_that_takes_the_place_of_another_is_another() -> None:
+    """At the same address, and of the same version."""
+    known, forward, memory = Masks(), object(), np.empty((28, 28), bool)
+    for before in (0, 1, 2):
+        memory[:] = of_frames(4, before, tokens=7)
+        found = known.of(torch.from_numpy(memory), LAYOUT, forward)
+        assert found is not None
+        assert found.before == before
+
+
+def test_what_a_mask_was_recognised_as_may_learn_later() -> None:
+    """And is left behind by copies."""
+    mask, known = APART >= 0, Masks()
+    with torch.inference_mode():
+        found = known.of(mask, LAYOUT, None)
+    assert found is not None
+    assert not found.queries.is_inference()
+    assert known.of(mask, LAYOUT, None) is found
+    for other in (copy.deepcopy(known), pickle.loads(pickle.dumps(known))):
+        assert other.of(mask, LAYOUT, None) is not found
 
 
 def test_a_mask_that_is_expanded_over_the_batch() -> None:

@@ -112,7 +112,7 @@ def sparse_linear_attention(
             `pinned_tokens` and `positions` are then those of queries alone. ``KeyTokens()`` for keys of which there is nothing to say.
         mask: Which keys a query may see, by segments of tokens: frame-causal, a window over frames, block-diagonal. Ratios are then of
             the key blocks that all queries of a block may see, those that some may see are kept, and pins hold within the mask. All
-            forms of the operator respect it; on a GPU kernels do with ``"triton"`` alone, since they have not been run on one yet.
+            forms of the operator respect it.
         q_norm, k_norm, positions, rope_base: Norm and rotary embedding to apply first; see `prepare_qkv`.
         scale, linear, feature_map, proj, block_means, block_q, block_k: See `naive.sparse_linear_attention`.
         backend: ``"auto"``, ``"triton"`` or ``"naive"``.

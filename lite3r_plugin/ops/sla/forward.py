@@ -54,11 +54,7 @@ def on_triton(arguments: Arguments, needs_grad: bool = False) -> bool:
     Raises:
         BackendError: the backend is ``"triton"`` and the kernels cannot take the call.
     """
-    untried = None if arguments.mask_queries is None else UNTRIED_MASKS
-    return use_triton(arguments.backend, arguments.v, needs_grad, untried)
-
-
-UNTRIED_MASKS = 'kernels with masks were tested without a GPU alone; attention_backend="triton" runs them'
+    return use_triton(arguments.backend, arguments.v, needs_grad)
 
 
 def empty(arguments: Arguments) -> tuple[Tensor, Tensor | None]:
