@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import streaming_hosts
 import torch
+from numerics import relative_error
 from streaming_hosts import FinishedCache, RawCache, frames, make
 
 from lite3r_plugin import apply_lite3r, describe, lite3r_disabled
@@ -293,6 +294,27 @@ def test_masks_run_in_kernels_where_they_pay(linear: Any, monkeypatch: pytest.Mo
     assert [x.mask_before for _, x in ran] == [None] * 2
     assert all(x.mask is not None for _, x in ran)
     assert all((site.calls.sparse, site.calls.host) == (1, 0) for site in describe(model).sites if site.sparse)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 2])
+def test_masks_run_in_kernels_on_a_gpu(window: int | None) -> None:
+    """By themselves, a whole model, as their definition has it."""
+    images = frames(12, 112, 112).cuda()
+    found: list[dict[str, Any]] = []
+    for backend in ("naive", "auto"):
+        with torch.device("cuda"), torch.enable_grad():  # its mask is made where tensors are made
+            torch.manual_seed(0)
+            model = streaming_hosts.Aggregator(dim=64).eval()
+            apply_lite3r(model, TEST_CONFIG, keep_ratio=0.3, block_q=64, block_k=64, attention_backend=backend)
+            out = model(images, window=window)
+            out.square().mean().backward()
+        assert all((site.calls.sparse, site.calls.host) == (1, 0) for site in describe(model).sites if site.sparse)
+        found.append({"out": out} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    expected, kernels = found
+    assert kernels.keys() == expected.keys()
+    for name, x in expected.items():
+        assert relative_error(kernels[name], x) < 5e-3, name
 
 
 LAYOUT = TokenLayout((Views((2, 3), 4, special_tokens=1),))
