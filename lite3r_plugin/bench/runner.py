@@ -177,7 +177,8 @@ class Bench:
                 return self.model.run(module, images)
 
         torch.manual_seed(self.seed)  # for models that draw numbers
-        with observe(module) as observed, warnings.catch_warnings():
+        # Eagerly: with hooks a compiler would take each block for another case, in each number of views anew.
+        with observe(module) as observed, torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
             warnings.simplefilter("ignore", SlowPathWarning)  # hooks keep it from being recorded: once
             outputs = tensors(forward())
         cell.compute_dtypes, cell.sites, cell.density = observed.compute_dtypes, observed.sites, observed.density

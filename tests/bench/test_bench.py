@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import gc
 import io
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,9 +19,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from lite3r_plugin.bench import VARIANTS, Bench, BenchModel
 from lite3r_plugin.bench.table import table
-from lite3r_plugin.bench.variants import prepare
+from lite3r_plugin.bench.variants import Observed, observe, prepare
 from lite3r_plugin.errors import ConfigError, InputError, NoSitesError
 from lite3r_plugin.fp8.linear import Fp8Linear
+from lite3r_plugin.runtime.compile import CompiledBlocks
 from lite3r_plugin.testbed import Testbed, TestbedConfig
 
 OPTIONS = {"keep_ratio": 0.2, "dense_below": 0, "pin": "special", "block_q": 16, "block_k": 16}
@@ -148,6 +152,30 @@ def test_fp8_variants_compile(name: str) -> None:
     assert cell.best == "compiled", cell.candidates
     assert cell.winner.notes["difference_to_eager"]["depth_rel_l2"] < 1e-2
     assert cell.winner.prepare_s > cell.winner.median_ms / 1e3
+
+
+def test_nothing_is_compiled_for_the_forward_that_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its hooks would be another case of every block, of which a compiler takes so many."""
+    watching, compiled = [False], []
+
+    @contextlib.contextmanager
+    def watched(module: nn.Module) -> Iterator[Observed]:
+        with observe(module) as observed:
+            watching[0] = True
+            yield observed
+        watching[0] = False
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        compiled.append(watching[0])
+        return graph.forward
+
+    monkeypatch.setattr("lite3r_plugin.bench.runner.observe", watched)
+    monkeypatch.setattr("lite3r_plugin.runtime.fast.CompiledBlocks", functools.partial(CompiledBlocks, backend=backend))
+    report = Bench(BenchModel("small", small_testbed), [2, 3], ["strong-exact"], resolution=56, device="cpu", repeats=1).run()
+    assert [cell.best for cell in report.cells] == ["compiled"] * 2
+    assert all(cell.compute_dtypes for cell in report.cells)
+    assert compiled
+    assert not any(compiled)
 
 
 def test_table_has_both_ratios(run) -> None:
