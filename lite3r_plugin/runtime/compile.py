@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..attention.module import SparseLinearAttention
+from ..errors import short
 from ..fp8.block import Fp8Block
 
 RECOMPILE_LIMIT = 16
@@ -82,6 +83,13 @@ class CompiledBlocks:
     def _compiled(self, block: nn.Module) -> Any:
         """As `nn.Module.compile`, which keeps it."""
         return torch.compile(block._call_impl, dynamic=True, backend=self.backend)
+
+
+def why_not_compiled(error: Exception) -> str:
+    """What is said of an `error` that came from inside of `CompiledBlocks.running`."""
+    if isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit):
+        return f"blocks of one class are more than {RECOMPILE_LIMIT} cases to the compiler: by shapes, hooks, or attributes that differ"
+    return short(error)
 
 
 def _in_this_thread(call: Callable[..., Any], block: nn.Module) -> Callable[..., Any]:

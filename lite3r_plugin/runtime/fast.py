@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from ..attention.module import SparseLinearAttention
 from ..attention.state import ModelState
 from ..config import WholeModel
-from ..errors import plural, short
+from ..errors import plural
 from ..wrapper import Changes, RewrittenMethod
-from .compile import CompiledBlocks
+from .compile import CompiledBlocks, why_not_compiled
 from .graphs import IN_TURN, Graphs
 from .half import HalfWeights, weight_dtype, why_not_half
 from .modes import functions_are_seen
@@ -154,7 +154,7 @@ class FastForward(RewrittenMethod):
                     if capturing:
                         raise
                     outputs = self._run(*args, **kwargs)
-                    self.not_compiled = short(error)
+                    self.not_compiled = why_not_compiled(error)
                     return outputs
 
     def _choose(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, str]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from lite3r_plugin import apply_lite3r
-from lite3r_plugin.runtime.compile import CompiledBlocks, repeated_blocks
+from lite3r_plugin.runtime.compile import CompiledBlocks, repeated_blocks, why_not_compiled
 from lite3r_plugin.testbed import Testbed, TestbedConfig
 
 DEPTH = 2
@@ -57,6 +57,20 @@ def test_blocks_run_compiled_inside_only() -> None:
     assert 0 < compiled <= len(repeated_blocks(made))
     torch.testing.assert_close(made(images(5))["depth"].shape, torch.Size((1, 5, 64, 96)))
     assert counter.frame_count == compiled
+
+
+@torch.no_grad()
+def test_what_are_too_many_cases_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each block with a hook of its own is a case of its own."""
+    monkeypatch.setattr("lite3r_plugin.runtime.compile.RECOMPILE_LIMIT", 2)
+    made = model(2)
+    for blocks in made.aggregator.frame_blocks, made.aggregator.global_blocks:
+        for i, block in enumerate(blocks):
+            block.mlp.register_forward_hook(lambda _, args, out, by=i: out * by)
+    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit) as raised, CompiledBlocks(made, backend="eager").running():
+        made(images(2))
+    assert why_not_compiled(raised.value).startswith("blocks of one class are more than 2 cases to the compiler: ")
+    assert why_not_compiled(ValueError("no")) == "ValueError: no"
 
 
 @torch.no_grad()
