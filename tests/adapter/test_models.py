@@ -153,8 +153,28 @@ def test_missing_libraries_and_defaults() -> None:
     def create() -> nn.Module:
         raise ImportError("no cv2")
 
-    with pytest.raises(InputError, match=r"cannot be imported .no cv2"):
+    with pytest.raises(InputError, match=r"^the model 'linear' cannot be imported .ImportError: no cv2.$"):
         entry(create=create).build("random")
+
+
+def test_a_package_that_the_library_needs_is_named_as_what_is_missing() -> None:
+    def create() -> nn.Module:
+        import evo_of_nobody  # noqa: F401  # pyright: ignore[reportMissingImports]
+
+        raise AssertionError
+
+    def part() -> nn.Module:
+        import json.evo_of_nobody  # noqa: F401  # pyright: ignore[reportMissingImports]
+
+        raise AssertionError
+
+    named = r"the library 'torch' of the model 'linear' imports 'evo_of_nobody', which is not installed: install it"
+    with pytest.raises(InputError, match=f"^{named}, or all that the model needs: pip install a b$"):
+        entry(library="torch", install="pip install a b", create=create).build("random")
+    with pytest.raises(InputError, match=f"^{named}$"):
+        entry(library="torch", create=create).build("random")
+    with pytest.raises(InputError, match=r"^the library 'torch' of .* cannot be imported \(.*json.evo_of_nobody.*\): pip install a b$"):
+        entry(library="torch", install="pip install a b", create=part).build("random")
 
 
 @pytest.mark.parametrize(
