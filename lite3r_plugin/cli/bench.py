@@ -22,7 +22,13 @@ def bench(
     keep_ratio: KeepRatio = None,
     config: Config = None,
     resolution: Annotated[int, typer.Option(min=1, help="Height and width of the images.")] = 518,
-    variants: Annotated[str, typer.Option(help=f"Some of {DEFAULT_VARIANTS}, in the order in which they are to run.")] = DEFAULT_VARIANTS,
+    variants: Annotated[
+        str,
+        typer.Option(
+            help=f"Some of {DEFAULT_VARIANTS.replace(',', ', ')}, in the order in which they are to run; by default all.",
+            show_default=False,
+        ),
+    ] = DEFAULT_VARIANTS,
     peers: Annotated[
         str | None,
         typer.Option(
@@ -82,17 +88,17 @@ def bench(
         check_output(markdown_path, ".md")
     check_reports(html, plots)
     report = run.run()
-    console = Console()
+    if all(cell.status != "ok" for cell in report.cells):
+        first = report.cells[0]
+        where = f"{first.variant} at {plural(first.views, 'view')}"
+        raise InputError(f"nothing was measured: no cell ran; {where}: {first.status}, {first.error}")
+    console = Console(emoji=False)
     console.width = max(console.width, TABLE_WIDTH)
     console.print(table(report))
     for line in dict.fromkeys(f"{cell.variant}: {cell.line}" for cell in report.cells if cell.line is not None):
         console.print(f"  {line}", markup=False, highlight=False)
     for key, value in report.conditions.items():
         console.print(f"  {key}: {value}", markup=False, highlight=False)
-    if all(cell.status != "ok" for cell in report.cells):
-        first = report.cells[0]
-        where = f"{first.variant} at {plural(first.views, 'view')}"
-        raise InputError(f"nothing was measured: no cell ran; {where}: {first.status}, {first.error}")
     if markdown_path is not None:
         write_atomically(markdown_path, markdown(report))
     if html is not None or plots is not None:

@@ -14,7 +14,7 @@ def doctor(
     model: Annotated[
         str,
         typer.Argument(
-            help="Name of a model that `lite3r adapters` lists, or MODEL.py:factory: a function that makes it.", show_default=False
+            help="Name of a model that `lite3r adapters` lists, or a function that makes it, as MODEL.py:factory.", show_default=False
         ),
     ],
     views: Annotated[int, typer.Option(min=1, help="Views of the images.")] = 8,
