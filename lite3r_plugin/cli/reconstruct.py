@@ -81,6 +81,8 @@ def reconstruct(
 
     if dense and compare:
         raise InputError("--dense and --compare exclude each other; --compare runs the dense model too")
+    if dense and (keep_ratio is not None or config):
+        raise InputError("--dense runs the model without Lite3R, which --keep-ratio and --config are for; --compare runs it both ways")
     options, entry, within = lite3r_config(config, keep_ratio), find_model(model), file_limits(max_pixels, max_bytes)
     if view:
         check_viewer(host)

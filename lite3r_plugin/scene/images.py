@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from PIL import Image, UnidentifiedImageError, features
 from torch import Tensor
 
 from ..errors import InputError, plural
-from .reading import MORE_PIXELS, current_limits, entries, is_dir, is_file, listed, say, shown
+from .reading import MORE_BYTES, MORE_PIXELS, current_limits, entries, is_dir, is_file, listed, say, shown
 
 T = TypeVar("T")
 
@@ -101,7 +102,7 @@ def opened(path: Path, pixels: bool = True) -> Iterator[Image.Image]:
         pixels: Load them; else only what the file says about itself.
 
     Raises:
-        InputError: the file is no image, is damaged, or has more pixels than `lite3r_plugin.scene.reading.Limits` allow.
+        InputError: the file is no image, is damaged, or has more bytes or pixels than `lite3r_plugin.scene.reading.Limits` allow.
     """
     allowed = current_limits().pixels
     try:
@@ -230,6 +231,8 @@ def too_many(allowed: int) -> str:
 def _decoder(path: Path) -> Image.Image:
     """The file as an image, not loaded yet, by what is in it, whatever it is called."""
     with path.open("rb") as file:
+        if (size := os.fstat(file.fileno()).st_size) > (allowed := current_limits().size):
+            raise InputError(f"{path} has {size:,} bytes, more than the {allowed:,} that are read; {MORE_BYTES}")
         head = file.read(64)
     if head[4:8] == b"ftyp" and b"avif" not in head:
         if not _has_heic():
