@@ -81,6 +81,13 @@ class ModelEntry:
         if not self.available:
             raise InputError(f"the model {self.name!r} needs the library {self.library!r}, which is not installed{self._how(': ')}")
 
+    @property
+    def resolution(self) -> int:
+        """The longer side, in pixels, of what `preprocess` makes of a square photograph."""
+        from PIL import Image
+
+        return max(self.preprocess([Image.new("RGB", (640, 640))]).shape[-2:])
+
     def inputs(self, images: Sequence[Image.Image]) -> Tensor:
         """The model's input ``[S, 3, H, W]``, float32, of RGB images. Raises `AdapterError` where the adapter makes something else."""
         pixels = self.normalize(self.preprocess(images))

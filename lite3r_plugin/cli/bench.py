@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import InputError, plural
-from .options import LARGEST_SEED, Config, Device, KeepRatio, Model, Repeats, config_fields, numbers, plain_fields
+from .options import LARGEST_SEED, Config, Device, KeepRatio, Model, Repeats, Resolution, config_fields, numbers, plain_fields
 from .reports import Html, Plots, bench_report, check_reports, write_reports
 
 DEFAULT_VARIANTS = "stock,strong,strong-exact,strong-fp8,lite3r,lite3r-strong,lite3r-fp8"
@@ -21,7 +21,7 @@ def bench(
     views: Annotated[str, typer.Option(help="Numbers of views, separated by commas.")] = "2,4,8,16,32",
     keep_ratio: KeepRatio = None,
     config: Config = None,
-    resolution: Annotated[int, typer.Option(min=1, help="Height and width of the images.")] = 518,
+    resolution: Resolution = None,
     variants: Annotated[
         str,
         typer.Option(
@@ -69,7 +69,7 @@ def bench(
         model=BenchModel.of(entry),
         views=numbers(views, "--views"),
         variants=[name.strip() for name in variants.split(",")],
-        resolution=resolution,
+        resolution=resolution or entry.resolution,
         options=plain_fields(config_fields(config, keep_ratio)),
         device=choose_device(device),
         compile=compile_,

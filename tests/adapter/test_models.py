@@ -19,6 +19,7 @@ from lite3r_adapters.mapanything import model as mapanything
 from lite3r_adapters.pi3 import model as pi3
 from lite3r_adapters.vggt import model as vggt
 from lite3r_plugin.adapter.models import ModelEntry
+from lite3r_plugin.adapter.plugins import find_model
 from lite3r_plugin.adapter.weights import find_weights, load_weights
 from lite3r_plugin.errors import AdapterError, InputError
 
@@ -142,6 +143,11 @@ def test_random_weights_are_the_same_every_time() -> None:
     state = torch.get_rng_state()
     assert torch.equal(entry().build("random").weight, entry().build("random").weight)
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_the_resolution_is_that_of_square_photographs() -> None:
+    sides = {"vggt": 518, "da3-large": 504, "pi3": 504, "mapanything": 518, "fast3r": 512, "testbed": 224}
+    assert {name: find_model(name).resolution for name in sides} == sides
 
 
 def test_missing_libraries_and_defaults() -> None:

@@ -59,6 +59,13 @@ def test_a_run_without_any_measurement_fails(tmp_path: Path) -> None:
     assert "stock at 1 view: skipped, the time budget of 0 s was spent" in fails(*common, "--time-budget", 0)
 
 
+def test_by_default_images_are_of_a_size_that_the_model_takes(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    lite3r("bench", "--model", "tiny", "--device", "cpu", "--views", 1, "--variants", "stock", "--repeats", 1, "--json", path)
+    stored = json.loads(path.read_text())
+    assert (stored["conditions"]["resolution"], stored["cells"][0]["status"]) == (224, "ok")
+
+
 def test_default_variants_are_all() -> None:
     assert DEFAULT_VARIANTS.split(",") == list(VARIANTS)
 
