@@ -57,7 +57,8 @@ def find_images(folder: Path) -> list[Path]:
     files = [p for p in held if is_file(p)]
     images = sorted((p for p in files if is_image(p)), key=lambda p: natural(p.name))
     if not images:
-        what = f"it holds {plural(len(files), 'file')} of other kinds" if files else "it is empty"
+        kinds = f"{plural(len(files), 'file')} of other kinds" if files else "no files"
+        what = f"it holds {kinds}" if held else "it is empty"
         raise InputError(f"{folder} holds no images ({', '.join(SUFFIXES)}): {what}")
     stems = {p.stem.lower() for p in images}
     if other := [p.name for p in files if p.suffix.lower() in OTHER_PICTURES and p.stem.lower() not in stems]:
@@ -131,9 +132,13 @@ def require_decoders(paths: Sequence[Path]) -> None:
     """
     heic, avif = ([path for path in paths if path.suffix.lower() in kinds] for kinds in (HEIC, AVIF))
     if heic and not _has_heic():
-        raise InputError(f"{heic[0].parent} holds {len(heic)} HEIC photographs among {len(paths)}: {_names(heic)}; {INSTALL_HEIC}")
+        raise InputError(
+            f"{heic[0].parent} holds {plural(len(heic), 'HEIC photograph')} among {len(paths)}: {_names(heic)}; {INSTALL_HEIC}"
+        )
     if avif and not features.check("avif"):
-        raise InputError(f"{avif[0].parent} holds {len(avif)} AVIF images among {len(paths)}: {_names(avif)}; update Pillow to 11.3")
+        raise InputError(
+            f"{avif[0].parent} holds {plural(len(avif), 'AVIF image')} among {len(paths)}: {_names(avif)}; update Pillow to 11.3"
+        )
 
 
 def load_image(path: Path, posed: bool = False) -> Image.Image:
