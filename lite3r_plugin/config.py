@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from decimal import Decimal
@@ -226,6 +227,10 @@ class Lite3RConfig:
             if not isinstance(self.keep_ratio, SiteRatios):  # which hold plain numbers, and may say more
                 self._set(keep_ratio=SiteRatios(self.keep_ratio))
         elif not (isinstance(self.keep_ratio, str) and self.keep_ratio == AUTO):
+            if isinstance(self.keep_ratio, (str, os.PathLike)):  # the command line takes the name of a file
+                raise ConfigError(
+                    f"keep_ratio must be in (0, 1], or {AUTO!r}, or what KeepRatioProfile.load(file) gives, got {shown(self.keep_ratio)}"
+                )
             check_ratio("keep_ratio", self.keep_ratio)
             self._set(keep_ratio=_plain(self.keep_ratio))
         check_share("negligible_ratio", self.negligible_ratio)

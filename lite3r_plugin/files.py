@@ -79,6 +79,8 @@ def filling(folder: Path, last: str) -> Iterator[Path]:
             os.replace(path, folder / path.name)
     except OSError as error:
         raise InputError(f"the folder {folder} cannot be written: {error.strerror}") from error
+    except InputError as error:  # of a file, by the name that it would get
+        raise InputError(str(error).replace(str(beside / "new"), str(folder))) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

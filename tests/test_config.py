@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,8 @@ class Unhashable:
         ({"keep_ratio": float("nan")}, "got nan"),
         ({"keep_ratio": True}, "got True"),
         ({"keep_ratio": "0.5"}, "got '0.5'"),
+        ({"keep_ratio": "a.json"}, "keep_ratio must be in (0, 1], or 'auto', or what KeepRatioProfile.load(file) gives, got 'a.json'"),
+        ({"keep_ratio": Path("a.json")}, "or what KeepRatioProfile.load(file) gives, got"),
         ({"keep_ratio": {"a.b": 2}}, "keep_ratio['a.b'] must be in (0, 1], got 2"),
         ({"keep_ratio": {1: 0.1}}, "maps patterns of site names to ratios, got the pattern 1"),
         ({"keep_ratio": {}}, "keep_ratio is an empty mapping"),

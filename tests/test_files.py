@@ -20,7 +20,7 @@ from interruptions import interrupted, lines_of
 from safetensors.torch import save_file
 
 from lite3r_plugin.errors import InputError
-from lite3r_plugin.files import check_output, locked, replacing, to_json, write_atomically
+from lite3r_plugin.files import check_output, filling, locked, replacing, to_json, write_atomically
 
 
 def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -121,6 +121,18 @@ def test_what_another_host_left_is_kept_for_a_day(tmp_path: Path) -> None:
     os.utime(old, (0, time.time() - 2 * 24 * 3600))
     write_atomically(tmp_path / "x", "new")
     assert {young.name, other.name, "x"} == set(os.listdir(tmp_path))
+
+
+def test_a_file_that_cannot_be_written_is_told_by_the_name_that_it_would_get(tmp_path: Path) -> None:
+    def fill() -> None:
+        with filling(tmp_path / "scene", "last") as folder:
+            (folder / "a").mkdir()
+            write_atomically(folder / "a", "text")
+
+    with pytest.raises(InputError) as found:
+        fill()
+    assert str(found.value).startswith(f"{tmp_path / 'scene' / 'a'} cannot be written: ")
+    assert not list(tmp_path.iterdir())
 
 
 def test_where_nothing_can_be_written(tmp_path: Path) -> None:

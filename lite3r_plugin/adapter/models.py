@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import AdapterError, InputError
+from ..errors import AdapterError, InputError, short
 from ..scene.prediction import Prediction
 from .weights import RANDOM, find_weights, load_weights
 
@@ -79,7 +79,14 @@ class ModelEntry:
     def require_library(self) -> None:
         """Raise `InputError` where the library that it needs cannot be found."""
         if not self.available:
-            raise InputError(f"the model {self.name!r} needs the library {self.library!r}, which is not installed: {self.install}")
+            raise InputError(f"the model {self.name!r} needs the library {self.library!r}, which is not installed{self._how(': ')}")
+
+    @property
+    def resolution(self) -> int:
+        """The longer side, in pixels, of what `preprocess` makes of a square photograph."""
+        from PIL import Image
+
+        return max(self.preprocess([Image.new("RGB", (640, 640))]).shape[-2:])
 
     def inputs(self, images: Sequence[Image.Image]) -> Tensor:
         """The model's input ``[S, 3, H, W]``, float32, of RGB images. Raises `AdapterError` where the adapter makes something else."""
@@ -121,11 +128,19 @@ class ModelEntry:
                 torch.manual_seed(0)
                 model = self.create()
         except ImportError as error:
-            raise InputError(
-                f"the library {self.library!r} of the model {self.name!r} cannot be imported ({error}): {self.install}"
-            ) from error
+            raise InputError(self._not_imported(error)) from error
         if not isinstance(model, nn.Module):
             raise AdapterError(f"create of the model {self.name!r} made {type(model).__name__}, not a torch.nn.Module")
         if file is not None:
             load_weights(model, file, self.rename)
         return model.eval().to(where)  # of what does not heed where it is made
+
+    def _not_imported(self, error: ImportError) -> str:
+        """What to say of an error of `create`, which may be of a package that the library needs."""
+        what = f"the model {self.name!r}" if self.library is None else f"the library {self.library!r} of the model {self.name!r}"
+        if isinstance(error, ModuleNotFoundError) and error.name and "." not in error.name:  # no part of what is installed
+            return f"{what} imports {error.name!r}, which is not installed: install it{self._how(', or all that the model needs: ')}"
+        return f"{what} cannot be imported ({short(error)}){self._how(': ')}"
+
+    def _how(self, before: str) -> str:
+        return before + self.install if self.install else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.markup import escape
 from rich.table import Table
 
 from .records import BASELINES, BenchReport, Cell
@@ -23,11 +24,11 @@ def table(report: BenchReport) -> Table:
         f"{conditions['model']} at {conditions['resolution']} px on {conditions['device']}, torch {conditions['torch']}, "
         f"triton {conditions['triton']}"
     )
-    result = Table(title=title, caption=CAPTION)
+    result = Table(title=escape(title), caption=CAPTION)
     for i, name in enumerate(COLUMNS):
-        result.add_column(name, justify="left" if i in (1, 2) else "right")
+        result.add_column(name, justify="left" if i in (1, 2) else "right", no_wrap=name == "variant")
     for cell in sorted(report.cells, key=lambda cell: cell.views):
-        result.add_row(str(cell.views), cell.variant, *_numbers(report, cell))
+        result.add_row(*map(escape, (str(cell.views), cell.variant, *_numbers(report, cell))))
     return result
 
 

@@ -42,7 +42,7 @@ def _about(entry: ModelEntry) -> tuple[str, ...]:
 
 @adapters.command()
 def inspect(
-    factory: Annotated[str, typer.Argument(help="MODEL.py:factory, or package.module:factory: a function that makes the model.")],
+    factory: Annotated[str, typer.Argument(help="A function that makes the model, as MODEL.py:factory or package.module:factory.")],
     shape: Annotated[
         str | None,
         typer.Option("--shape", help="Of the random images, such as 1,2,3,224,224; by default what the model takes.", show_default=False),

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import InputError, plural
-from .options import LARGEST_SEED, Config, Device, KeepRatio, Model, Repeats, config_fields, numbers, plain_fields
+from .options import LARGEST_SEED, Config, Device, KeepRatio, Model, Repeats, Resolution, config_fields, numbers, plain_fields
 from .reports import Html, Plots, bench_report, check_reports, write_reports
 
 DEFAULT_VARIANTS = "stock,strong,strong-exact,strong-fp8,lite3r,lite3r-strong,lite3r-fp8"
@@ -21,8 +21,14 @@ def bench(
     views: Annotated[str, typer.Option(help="Numbers of views, separated by commas.")] = "2,4,8,16,32",
     keep_ratio: KeepRatio = None,
     config: Config = None,
-    resolution: Annotated[int, typer.Option(min=1, help="Height and width of the images.")] = 518,
-    variants: Annotated[str, typer.Option(help=f"Some of {DEFAULT_VARIANTS}, in the order in which they are to run.")] = DEFAULT_VARIANTS,
+    resolution: Resolution = None,
+    variants: Annotated[
+        str,
+        typer.Option(
+            help=f"Some of {DEFAULT_VARIANTS.replace(',', ', ')}, in the order in which they are to run; by default all.",
+            show_default=False,
+        ),
+    ] = DEFAULT_VARIANTS,
     peers: Annotated[
         str | None,
         typer.Option(
@@ -63,7 +69,7 @@ def bench(
         model=BenchModel.of(entry),
         views=numbers(views, "--views"),
         variants=[name.strip() for name in variants.split(",")],
-        resolution=resolution,
+        resolution=resolution or entry.resolution,
         options=plain_fields(config_fields(config, keep_ratio)),
         device=choose_device(device),
         compile=compile_,
@@ -82,17 +88,17 @@ def bench(
         check_output(markdown_path, ".md")
     check_reports(html, plots)
     report = run.run()
-    console = Console()
+    if all(cell.status != "ok" for cell in report.cells):
+        first = report.cells[0]
+        where = f"{first.variant} at {plural(first.views, 'view')}"
+        raise InputError(f"nothing was measured: no cell ran; {where}: {first.status}, {first.error}")
+    console = Console(emoji=False)
     console.width = max(console.width, TABLE_WIDTH)
     console.print(table(report))
     for line in dict.fromkeys(f"{cell.variant}: {cell.line}" for cell in report.cells if cell.line is not None):
         console.print(f"  {line}", markup=False, highlight=False)
     for key, value in report.conditions.items():
         console.print(f"  {key}: {value}", markup=False, highlight=False)
-    if all(cell.status != "ok" for cell in report.cells):
-        first = report.cells[0]
-        where = f"{first.variant} at {plural(first.views, 'view')}"
-        raise InputError(f"nothing was measured: no cell ran; {where}: {first.status}, {first.error}")
     if markdown_path is not None:
         write_atomically(markdown_path, markdown(report))
     if html is not None or plots is not None:

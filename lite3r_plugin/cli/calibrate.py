@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import InputError
+from ..errors import InputError, plural
 from .options import Config, Device, Dtype, KeepRatio, MaxBytes, MaxPixels, Model, Weights, file_limits, lite3r_config
 
 RATIOS_NAME = "keep_ratios.json"
@@ -113,7 +113,7 @@ def _split(paths: Sequence[Path], views: int, folder: Path) -> list[list[Path]]:
     inputs = [list(paths[i : i + views]) for i in range(0, len(paths) - views + 1, views)]
     if len(inputs) < 2:
         raise InputError(
-            f"calibration needs two inputs at least, one to fit and one to judge by: {folder} gives {len(paths)} photographs, which is not "
-            f"twice {views}; add some, or take fewer with --views"
+            f"calibration needs two inputs at least, one to fit and one to judge by: {folder} gives {plural(len(paths), 'photograph')}, "
+            f"which is not twice {views}; add some, or take fewer with --views"
         )
     return inputs

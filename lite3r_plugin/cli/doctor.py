@@ -7,18 +7,18 @@ from typing import Annotated
 import typer
 
 from .adapters import made_by
-from .options import LARGEST_SEED, Config, Device, Dtype, Json, KeepRatio, config_fields
+from .options import LARGEST_SEED, Config, Device, Dtype, Json, KeepRatio, Resolution, config_fields
 
 
 def doctor(
     model: Annotated[
         str,
         typer.Argument(
-            help="Name of a model that `lite3r adapters` lists, or MODEL.py:factory: a function that makes it.", show_default=False
+            help="Name of a model that `lite3r adapters` lists, or a function that makes it, as MODEL.py:factory.", show_default=False
         ),
     ],
-    views: Annotated[int, typer.Option(min=1, help="Views of the images.")] = 8,
-    resolution: Annotated[int, typer.Option(min=1, help="Height and width of the images.")] = 518,
+    views: Annotated[int | None, typer.Option(min=1, help="Views of the images; by default 8.", show_default=False)] = None,
+    resolution: Resolution = None,
     memory: Annotated[
         str | None, typer.Option(help="Bytes that there are, such as 8GB; by default what the device has.", show_default=False)
     ] = None,
@@ -27,7 +27,7 @@ def doctor(
     json_path: Json = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the images.")] = 0,
+    seed: Annotated[int | None, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the images; by default 0.", show_default=False)] = None,
 ) -> None:
     """Run a model with random weights and say what it attends with, what runs in FP32, what is kept for nobody, where time and memory go,
     how many views fit, and which steps of Lite3R would pay. A model of your own is run on what its factory gives beside it.
@@ -38,6 +38,7 @@ def doctor(
     from ..adapter.weights import RANDOM
     from ..bench.models import make_images
     from ..diagnosis import doctor as examine
+    from ..errors import InputError
     from ..evaluation import choose_device, choose_dtype
     from ..files import check_output, to_json, write_atomically
     from .show import say
@@ -47,11 +48,16 @@ def doctor(
     if json_path is not None:
         check_output(json_path, ".json")
     if ":" in model:
+        if any(given is not None for given in (views, resolution, seed)):
+            raise InputError(f"{model} gives its own images: leave out --views, --resolution and --seed")
         module, inputs = made_by(model)
+        if inputs is None:
+            raise InputError(f"{model} returned a model alone: let it return a pair of that and its inputs")
         module = module.to(where)
     else:
         entry = find_model(model)
-        module, inputs = entry.build(RANDOM, where), entry.arguments(make_images(views, resolution, where, seed))
+        images = make_images(views or 8, resolution or entry.resolution, where, seed or 0)
+        module, inputs = entry.build(RANDOM, where), entry.arguments(images)
     with torch.autocast(where.type, number, enabled=number != torch.float32):
         found = examine(module, inputs, memory=memory, **fields)
     say(str(found))

@@ -84,7 +84,7 @@ def evaluate(
     from ..apply.report import describe
     from ..apply.seal import fingerprint
     from ..apply.source import find_checkpoint
-    from ..errors import InputError
+    from ..errors import InputError, plural
     from ..evaluation import ModelPair, choose_device, choose_dtype, compare, find_protocol
     from ..evaluation.plots import read_evaluation
     from ..files import check_output, to_json, write_atomically
@@ -123,7 +123,7 @@ def evaluate(
     say(str(describe(pair.model)))
     console.print(result.table())
     of = result.conditions
-    sets = f"{len(result.densities)} sets of {of['views']}{'' if judged else ' views'}, {of['rule']}"
+    sets = f"{plural(len(result.densities), 'set')} of {of['views']}{'' if judged else ' views'}, {of['rule']}"
     say(f"{entry.name} on {data}: {sets}; density {result.density:.3f}; {where}, {number}")
     notes = [note] if (note := what_ran(result.density, pair.model, where)) else []
     if result.conditions.get("same_dense_kernel") is False:

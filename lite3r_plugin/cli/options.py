@@ -87,6 +87,11 @@ MaxBytes = Annotated[
     str | None, typer.Option("--max-bytes", metavar="SIZE", help="Refuse larger files, such as 4GB; by default 2GiB.", show_default=False)
 ]
 
+Resolution = Annotated[
+    int | None,
+    typer.Option(min=1, help="Height and width of the images; by default what the model makes of square photographs.", show_default=False),
+]
+
 LARGEST_SEED = 2**31 - 1
 
 

@@ -11,7 +11,7 @@ import typer
 
 from ..errors import InputError, plural
 from .options import Config, Device, Dtype, KeepRatio, MaxBytes, MaxPixels, Model, Repeats, Weights, file_limits, lite3r_config
-from .view import Host, Port, require_viewer, serve
+from .view import Host, Port, serve
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -74,16 +74,18 @@ def reconstruct(
     from ..apply.report import describe
     from ..apply.verbs import apply_lite3r
     from ..evaluation import DENSE, LITE3R, choose_device, choose_dtype, quiet, run_model
-    from ..scene.export import Reconstruction, check_out
+    from ..scene.export import Reconstruction, check_out, check_viewer
     from ..scene.inputs import load_inputs
     from ..scene.reading import listed
     from .show import console, err_console, facts_of_runs, labels, progress, say, table, warn, what_ran
 
     if dense and compare:
         raise InputError("--dense and --compare exclude each other; --compare runs the dense model too")
+    if dense and (keep_ratio is not None or config):
+        raise InputError("--dense runs the model without Lite3R, which --keep-ratio and --config are for; --compare runs it both ways")
     options, entry, within = lite3r_config(config, keep_ratio), find_model(model), file_limits(max_pixels, max_bytes)
     if view:
-        require_viewer()
+        check_viewer(host)
     check_out(out, (DENSE, LITE3R) if compare else (DENSE,) if dense else (LITE3R,))
     if parallel not in (None, "views"):
         raise InputError(f"--parallel takes views, got {parallel[:40]!r}")

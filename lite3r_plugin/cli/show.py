@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 
 NOTHING_SPARSE = "nothing sparse"
 
-console = Console(highlight=False)
-err_console = Console(stderr=True, highlight=False)
+console = Console(highlight=False, emoji=False)
+err_console = Console(stderr=True, highlight=False, emoji=False)
 
 
 def progress() -> Bar:
@@ -90,12 +91,12 @@ def facts_of_runs(
 
 def table(facts: Facts) -> Table:
     """Facts for the terminal, without their notes."""
-    found = Table(title=facts.title, title_justify="left", title_style="bold")
+    found = Table(title=escape(facts.title), title_justify="left", title_style="bold")
     found.add_column("")
     for header in facts.columns[1:]:
-        found.add_column(header, justify="right", no_wrap=header == "time")
+        found.add_column(escape(header), justify="right", no_wrap=header == "time")
     for row in facts.rows:
-        found.add_row(*row)
+        found.add_row(*map(escape, row))
     return found
 
 

@@ -29,14 +29,14 @@ def view(
 ) -> None:
     """Look around in a reconstruction: a live page in the browser, or one file that needs no server."""
     from ..files import check_output
-    from ..scene.export import load, save_page
+    from ..scene.export import check_viewer, load, save_page
     from .show import say
 
     if file.suffix.lower() in (".html", ".ply", ".glb"):
         what = "is opened by a browser" if file.suffix.lower() == ".html" else "is for other viewers"
         raise InputError(f"{file} {what}; name an *.npz file or a folder of `lite3r reconstruct --out`")
     if out is None:
-        require_viewer()
+        check_viewer(host)
     else:
         check_output(out, ".html")
     runs, facts = load(file)
@@ -47,14 +47,6 @@ def view(
         say(f"wrote {out} (a page to look around in; open it in a browser)")
 
 
-def require_viewer() -> None:
-    """Raise `InputError` where there is no viser, before any work."""
-    from ..scene.export import INSTALL_VIEWER, has_viewer
-
-    if not has_viewer():
-        raise InputError(INSTALL_VIEWER)
-
-
 def serve(runs: Mapping[str, Reconstruction], facts: Facts, host: str, port: int) -> None:
     """Serve the live page until Ctrl-C."""
     from ..evaluation import quiet
@@ -63,7 +55,8 @@ def serve(runs: Mapping[str, Reconstruction], facts: Facts, host: str, port: int
 
     with quiet():
         server = live_page(runs, facts, host, port)
-    say(f"look around at http://{'localhost' if host in ('127.0.0.1', '0.0.0.0') else host}:{server.get_port()} (Ctrl-C ends it)")
+    place = "localhost" if host in ("127.0.0.1", "0.0.0.0") else f"[{host}]" if ":" in host else host
+    say(f"look around at http://{place}:{server.get_port()} (Ctrl-C ends it)")
     try:
         wait()
     except KeyboardInterrupt:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from PIL import Image, UnidentifiedImageError, features
 from torch import Tensor
 
 from ..errors import InputError, plural
-from .reading import MORE_PIXELS, current_limits, entries, is_dir, is_file, listed, say, shown
+from .reading import MORE_BYTES, MORE_PIXELS, current_limits, entries, is_dir, is_file, listed, say, shown
 
 T = TypeVar("T")
 
@@ -56,7 +57,8 @@ def find_images(folder: Path) -> list[Path]:
     files = [p for p in held if is_file(p)]
     images = sorted((p for p in files if is_image(p)), key=lambda p: natural(p.name))
     if not images:
-        what = f"it holds {plural(len(files), 'file')} of other kinds" if files else "it is empty"
+        kinds = f"{plural(len(files), 'file')} of other kinds" if files else "no files"
+        what = f"it holds {kinds}" if held else "it is empty"
         raise InputError(f"{folder} holds no images ({', '.join(SUFFIXES)}): {what}")
     stems = {p.stem.lower() for p in images}
     if other := [p.name for p in files if p.suffix.lower() in OTHER_PICTURES and p.stem.lower() not in stems]:
@@ -101,7 +103,7 @@ def opened(path: Path, pixels: bool = True) -> Iterator[Image.Image]:
         pixels: Load them; else only what the file says about itself.
 
     Raises:
-        InputError: the file is no image, is damaged, or has more pixels than `lite3r_plugin.scene.reading.Limits` allow.
+        InputError: the file is no image, is damaged, or has more bytes or pixels than `lite3r_plugin.scene.reading.Limits` allow.
     """
     allowed = current_limits().pixels
     try:
@@ -130,9 +132,13 @@ def require_decoders(paths: Sequence[Path]) -> None:
     """
     heic, avif = ([path for path in paths if path.suffix.lower() in kinds] for kinds in (HEIC, AVIF))
     if heic and not _has_heic():
-        raise InputError(f"{heic[0].parent} holds {len(heic)} HEIC photographs among {len(paths)}: {_names(heic)}; {INSTALL_HEIC}")
+        raise InputError(
+            f"{heic[0].parent} holds {plural(len(heic), 'HEIC photograph')} among {len(paths)}: {_names(heic)}; {INSTALL_HEIC}"
+        )
     if avif and not features.check("avif"):
-        raise InputError(f"{avif[0].parent} holds {len(avif)} AVIF images among {len(paths)}: {_names(avif)}; update Pillow to 11.3")
+        raise InputError(
+            f"{avif[0].parent} holds {plural(len(avif), 'AVIF image')} among {len(paths)}: {_names(avif)}; update Pillow to 11.3"
+        )
 
 
 def load_image(path: Path, posed: bool = False) -> Image.Image:
@@ -230,6 +236,8 @@ def too_many(allowed: int) -> str:
 def _decoder(path: Path) -> Image.Image:
     """The file as an image, not loaded yet, by what is in it, whatever it is called."""
     with path.open("rb") as file:
+        if (size := os.fstat(file.fileno()).st_size) > (allowed := current_limits().size):
+            raise InputError(f"{path} has {size:,} bytes, more than the {allowed:,} that are read; {MORE_BYTES}")
         head = file.read(64)
     if head[4:8] == b"ftyp" and b"avif" not in head:
         if not _has_heic():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from .reading import entries, is_dir, is_file, listed, read_bytes, say, shown
 from .video import SUFFIXES as VIDEOS
 from .video import is_video, read_video, require_reader
 
+NAME = "name photographs of one scene: a folder, files, a video, a list"
 LISTS = (".txt", ".lst")
 LONGEST_LIST = 10_000_000  # bytes
 
@@ -79,6 +81,8 @@ def _distinct(paths: list[Path]) -> list[Path]:
 
 def _expand_all(words: Sequence[str], root: Path | None = None) -> Iterator[Path]:
     for word in words:
+        if not word.strip():  # a variable of the shell that is not set; as a path it would be the current folder
+            raise InputError(f"one of the names is empty; {NAME}")
         path = Path(word) if root is None else root / word
         if is_dir(path):
             yield from _folder(path)
@@ -87,7 +91,8 @@ def _expand_all(words: Sequence[str], root: Path | None = None) -> Iterator[Path
         elif glob.has_magic(word):
             yield from _pattern(str(path))
         else:
-            raise InputError(f"{shown(str(path), 300)} does not exist; name photographs of one scene: a folder, files, a video, a list")
+            what = "is no file or folder, but a device, a pipe, or a link to nothing" if os.path.lexists(path) else "does not exist"
+            raise InputError(f"{shown(str(path), 300)} {what}; {NAME}")
 
 
 def _folder(folder: Path) -> list[Path]:
@@ -99,7 +104,7 @@ def _folder(folder: Path) -> list[Path]:
         say(f"{folder} holds no images itself; those of its subfolders are taken: {listed(f'{n} ({c})' for n, c in counts.items())}")
         return below
     if videos := [p.name for p in entries(folder) if is_video(p)]:
-        raise InputError(f"{folder} holds no photographs, but {len(videos)} videos: {listed(videos)}; name one of them")
+        raise InputError(f"{folder} holds no photographs, but {plural(len(videos), 'video')}: {listed(videos)}; name one of them")
     return find_images(folder)  # which says what is there instead
 
 

@@ -239,6 +239,11 @@ def checked(layout: TokenLayout | None, fqn: str, tokens: int) -> TokenLayout | 
 
 def _grid(source: TokenSource, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int]:
     """Patch rows and columns of the first tensor argument, the images ``[..., H, W]``."""
+    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]  # sizes are tensors then
+        raise LayoutError(
+            "torch.jit.trace would write down the token layout of this input for all others: use torch.compile or torch.export, or trace "
+            "the model after remove_lite3r"
+        )
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor) and value.dim() >= 2:
             patch_h, patch_w = source.patch_size

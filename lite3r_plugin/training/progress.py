@@ -27,7 +27,7 @@ class Progress:
     def __init__(self, shown: bool) -> None:
         from rich.console import Console
 
-        self._console = Console(stderr=True, highlight=False, quiet=not shown)
+        self._console = Console(stderr=True, highlight=False, emoji=False, quiet=not shown)
         self._bar: Any = None
         self._task: Any = None
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -33,11 +33,11 @@ from ..attention.branch import branch_weight
 from ..attention.inputs import AttentionInputs
 from ..attention.module import KEPT_WHOLE, NO_SPARSE_FORM, SparseLinearAttention, Substitute
 from ..config import AUTO, plain_name
-from ..errors import AdapterError, ConfigError, InputError, shown
+from ..errors import AdapterError, ConfigError, InputError, WeightsError, shown
 from ..ops.block_map import Allowed, density, masked_density
 from ..ops.options import check_ratio, is_int, is_number
 from ..scene.metrics import auc, pair_errors
-from ..wrapper import Changes
+from ..wrapper import Changes, must_be_called
 from .judge import Errors, Judge
 from .outputs import OutputReader, Outputs, compare
 from .reporting import Listener, Report, reporting
@@ -106,6 +106,7 @@ def choose_keep_ratios(
         InputError: `inputs` is one input and no list of them, there are fewer than two, none of them reaches a sparse site with enough
             tokens, outputs are not finite, or cameras are wanted where none moves.
         AdapterError: what the model returns cannot be compared, or has no cameras although `max_pose_loss` is given.
+        WeightsError: weights are on the meta device, and nothing brings them in for a call.
         NotAppliedError: `apply_lite3r` was not called, or `model` is a part of what it was called with.
 
     Examples:
@@ -122,6 +123,8 @@ def choose_keep_ratios(
         raise ConfigError("no site is sparse, so there is no keep ratio to choose")
     if any(not site.enabled for site in sites.values()):
         raise ConfigError("Lite3R is disabled, at some sites at least, so no ratios can be tried: choose them outside lite3r_disabled")
+    if any(p.is_meta for p in model.parameters()) and not any(map(must_be_called, model.modules())):
+        raise WeightsError("choose_keep_ratios runs the model, which has weights on the meta device, without values: load them first")
     budget, value = check_budget(max_rel_error=max_rel_error, max_pose_loss=max_pose_loss, mean_keep_ratio=mean_keep_ratio)
     if not isinstance(inputs, Iterable) or isinstance(inputs, (Mapping, str, bytes)) or hasattr(inputs, "__array__"):
         raise InputError(
@@ -149,7 +152,7 @@ def choose_keep_ratios(
         if not free:
             raise InputError(f"the inputs reach no site that would be sparse: {'; '.join(dict.fromkeys(dense.values()))}")
         costs = Costs(sizes, free)
-        runs = _Runs(sites, costs, budget, report, sharded=is_sharded(model))
+        runs = _Runs(sites, sizes.branches, costs, budget, report, sharded=is_sharded(model))
         choice = _Choice(runs, measured, checked, costs, budget, value)
         damages = choice.measure()
         ratios, errors, uniform, uniform_errors = choice.make(damages)
@@ -202,12 +205,14 @@ class _Sizes:
 
     Attributes:
         calls: Of each site, one entry a call.
+        branches: The sites whose linear branch does anything. Where hooks bring in weights, they are there during a call alone.
         dtype: In which the last was computed.
     """
 
     def __init__(self, sites: Mapping[str, SparseLinearAttention]) -> None:
         self._sites = sites
         self.calls: dict[str, list[_Call]] = {fqn: [] for fqn in sites}
+        self.branches: set[str] = set()
         self.dtype = ""
         self._masked: set[str] = set()
         self._before = {fqn: site.calls.host for fqn, site in sites.items()}
@@ -216,19 +221,21 @@ class _Sizes:
         """A context in which calls are noted."""
         stack = ExitStack()
         for fqn, site in self._sites.items():
-            stack.enter_context(site.observe(functools.partial(self._note, self.calls[fqn])))
+            stack.enter_context(site.observe(functools.partial(self._note, fqn)))
         return stack
 
-    def _note(self, calls: list[_Call], site: SparseLinearAttention, inputs: AttentionInputs, out: Tensor) -> None:
+    def _note(self, fqn: str, site: SparseLinearAttention, inputs: AttentionInputs, out: Tensor) -> None:
         mask = site.recognised(inputs)
         if inputs.mask is not None and mask is None:
-            self._masked.add(plain_name(site.site.fqn))
+            self._masked.add(fqn)
             return
         batch, heads, keys, dim = inputs.v.shape
         key_layout = inputs.key_layout if inputs.crossed else inputs.layout
         pinned = site.pinned(inputs.layout), site.pinned(key_layout)
         allowed = None if mask is None else site.allowed(mask, inputs.layout)
-        calls.append(_Call(batch * heads * dim, (inputs.q.shape[-2], keys), pinned, allowed))
+        if not self.calls[fqn] and _has_branch(site, inputs.v):
+            self.branches.add(fqn)
+        self.calls[fqn].append(_Call(batch * heads * dim, (inputs.q.shape[-2], keys), pinned, allowed))
         self.dtype = str(out.dtype).removeprefix("torch.")
 
     def too_short(self) -> dict[str, str]:
@@ -354,14 +361,16 @@ def _slope(a: tuple[float, float, float], b: tuple[float, float, float]) -> floa
 class _Runs:
     """Runs the model with ratios that are only tried: nothing is written into it."""
 
-    def __init__(self, sites: Mapping[str, SparseLinearAttention], costs: Costs, budget: Budget, report: Report, *, sharded: bool) -> None:
-        self._sites, self._costs, self._budget, self.report, self._sharded = sites, costs, budget, report, sharded
-        self._branches = {fqn: _has_branch(site) for fqn, site in sites.items()}
+    def __init__(
+        self, sites: Mapping[str, SparseLinearAttention], branches: Container[str], costs: Costs, budget: Budget, report: Report, *,
+        sharded: bool,
+    ) -> None:  # fmt: skip
+        self._sites, self._branches, self._costs, self._budget, self.report, self._sharded = sites, branches, costs, budget, report, sharded
 
     def errors(self, judge: Judge, ratios: Mapping[str, float]) -> Errors:
         """How far outputs are from those with dense attention, by kind, on the mean of the inputs of `judge`; other sites are dense."""
         made: dict[str, Substitute] = {
-            fqn: functools.partial(_at, ratio=ratios.get(fqn, 1.0), branch=self._branches[fqn]) for fqn in self._sites
+            fqn: functools.partial(_at, ratio=ratios.get(fqn, 1.0), branch=fqn in self._branches) for fqn in self._sites
         }
         found: list[Errors] = []
         for mine, dense in judge.outputs(lambda index: made):
@@ -399,11 +408,11 @@ def _pose_loss(mine: Outputs, dense: Outputs) -> float:
     return math.fsum(losses) / len(losses)
 
 
-def _has_branch(site: SparseLinearAttention) -> bool:
+def _has_branch(site: SparseLinearAttention, like: Tensor) -> bool:
     """Whether its linear branch does anything."""
     if "proj_lin" not in site._modules:
         return False
-    return bool(branch_weight(site.proj_lin, site.proj_lin.weight, site.site).any())
+    return bool(branch_weight(site.proj_lin, like, site.site).any())
 
 
 def _at(site: SparseLinearAttention, inputs: AttentionInputs, *, ratio: float, branch: bool) -> Tensor:

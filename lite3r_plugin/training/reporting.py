@@ -47,7 +47,7 @@ def reporting(progress: bool | Listener) -> Iterator[Report]:
 
         from .bar import Bar
 
-        with Bar(Console(stderr=True, highlight=False)) as bar:
+        with Bar(Console(stderr=True, highlight=False, emoji=False)) as bar:
             yield Report(functools.partial(bar.stage, bar.add_task("calibrating", total=None)))
         return
     yield Report(lambda what, done, total: None)

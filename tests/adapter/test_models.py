@@ -19,6 +19,7 @@ from lite3r_adapters.mapanything import model as mapanything
 from lite3r_adapters.pi3 import model as pi3
 from lite3r_adapters.vggt import model as vggt
 from lite3r_plugin.adapter.models import ModelEntry
+from lite3r_plugin.adapter.plugins import find_model
 from lite3r_plugin.adapter.weights import find_weights, load_weights
 from lite3r_plugin.errors import AdapterError, InputError
 
@@ -144,6 +145,11 @@ def test_random_weights_are_the_same_every_time() -> None:
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_the_resolution_is_that_of_square_photographs() -> None:
+    sides = {"vggt": 518, "da3-large": 504, "pi3": 504, "mapanything": 518, "fast3r": 512, "testbed": 224}
+    assert {name: find_model(name).resolution for name in sides} == sides
+
+
 def test_missing_libraries_and_defaults() -> None:
     with pytest.raises(InputError, match=r"needs the library 'no_such_library'.*: pip install it"):
         entry(library="no_such_library", install="pip install it").build("random")
@@ -153,8 +159,28 @@ def test_missing_libraries_and_defaults() -> None:
     def create() -> nn.Module:
         raise ImportError("no cv2")
 
-    with pytest.raises(InputError, match=r"cannot be imported .no cv2"):
+    with pytest.raises(InputError, match=r"^the model 'linear' cannot be imported .ImportError: no cv2.$"):
         entry(create=create).build("random")
+
+
+def test_a_package_that_the_library_needs_is_named_as_what_is_missing() -> None:
+    def create() -> nn.Module:
+        import evo_of_nobody  # noqa: F401  # pyright: ignore[reportMissingImports]
+
+        raise AssertionError
+
+    def part() -> nn.Module:
+        import json.evo_of_nobody  # noqa: F401  # pyright: ignore[reportMissingImports]
+
+        raise AssertionError
+
+    named = r"the library 'torch' of the model 'linear' imports 'evo_of_nobody', which is not installed: install it"
+    with pytest.raises(InputError, match=f"^{named}, or all that the model needs: pip install a b$"):
+        entry(library="torch", install="pip install a b", create=create).build("random")
+    with pytest.raises(InputError, match=f"^{named}$"):
+        entry(library="torch", create=create).build("random")
+    with pytest.raises(InputError, match=r"^the library 'torch' of .* cannot be imported \(.*json.evo_of_nobody.*\): pip install a b$"):
+        entry(library="torch", install="pip install a b", create=part).build("random")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from urllib.error import URLError
 
 import hosts
 import pytest
@@ -12,7 +16,7 @@ from mapanything_hosts import CrossTransformer, Features, Transformer, make, vie
 from properties import assert_compiled_equals_eager, assert_threads_do_not_mix
 from torch import Tensor, nn
 
-from lite3r_adapters.mapanything.model import arguments
+from lite3r_adapters.mapanything.model import ENTRIES, arguments
 from lite3r_adapters.mapanything.outputs import world_to_camera
 from lite3r_plugin import (
     FusedQKV,
@@ -28,7 +32,7 @@ from lite3r_plugin import (
     remove_lite3r,
 )
 from lite3r_plugin.adapter import find_outputs, find_sites, model_entries
-from lite3r_plugin.errors import LayoutError, UnknownModelError
+from lite3r_plugin.errors import InputError, LayoutError, UnknownModelError
 from lite3r_plugin.testing import TEST_CONFIG, check_adapter
 
 pytestmark = [
@@ -266,3 +270,25 @@ def test_models_that_its_factory_wraps(name: str) -> None:
         torch.testing.assert_close(getattr(found, field), getattr(dense, field), atol=1e-4, rtol=1e-4)
     assert dense.depth is not None
     assert dense.depth.shape == (1, 2, 56, 84)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_an_encoder_that_cannot_be_fetched_is_told(cached: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By the real `torch.hub`, in a process without a network; other errors of the library are its own."""
+
+    def urlopen(*_: object, **__: object) -> object:
+        raise URLError("Name or service not known")
+
+    def build(**_: object) -> object:
+        return torch.hub.load("facebookresearch/dinov2", "dinov2_vitg14", pretrained=False, trust_repo=True)
+
+    module = SimpleNamespace(MapAnything=build)
+    for name in ("mapanything", "mapanything.models", "mapanything.models.mapanything", "mapanything.models.mapanything.model"):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr("torch.hub.urlopen", urlopen)
+    monkeypatch.setattr("torch.hub._hub_dir", str(tmp_path))
+    if cached:
+        (tmp_path / "facebookresearch_dinov2_main").mkdir()
+        (tmp_path / "facebookresearch_dinov2_main" / "hubconf.py").write_text("raise RuntimeError('of its own')")
+    with pytest.raises(RuntimeError if cached else InputError, match="of its own" if cached else "once where there is a network"):
+        ENTRIES["mapanything"].create()

@@ -45,6 +45,23 @@ def test_help_and_version() -> None:
     assert lite3r("--version").stdout.strip() == f"lite3r-plugin {lite3r_plugin.__version__}"
 
 
+COMMANDS = (
+    "bench", "calibrate", "convert-official", "demo", "distill", "doctor", "eval", "push", "reconstruct", "view", "adapters inspect",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_whole_words_as_they_were_written(command: str) -> None:
+    """At 80 columns nothing is cut off, and no name between colons is taken for a picture."""
+    shown = lite3r(*command.split(), "--help").stdout
+    assert "…" not in shown
+    assert not [character for character in shown if ord(character) > 0x2600]
+
+
+def test_names_between_colons_stay_names(tmp_path: Path) -> None:
+    assert fails("reconstruct", tmp_path / ":key:", "--model", "testbed").startswith(f"error: {tmp_path}/:key: does not exist")
+
+
 def test_module_and_error_in_a_real_process(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "lite3r_plugin", "reconstruct", "none", "--model", "testbed"]
     done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 from pathlib import Path
 
 from commands import fails, lite3r
 from PIL import Image
+from rich.console import Console
 
 from lite3r_plugin.bench import VARIANTS
-from lite3r_plugin.cli.bench import DEFAULT_VARIANTS
+from lite3r_plugin.bench.records import BenchReport, Cell
+from lite3r_plugin.bench.table import table
+from lite3r_plugin.cli.bench import DEFAULT_VARIANTS, TABLE_WIDTH
 
 
 def test_report_and_table(tmp_path: Path) -> None:
@@ -51,11 +55,28 @@ def test_a_run_without_any_measurement_fails(tmp_path: Path) -> None:
     line = fails(*common, "--variants", "stock,lite3r", "--resolution", 17, "--json", path)
     assert "nothing was measured: no cell ran; stock at 1 view: error, " in line
     assert [cell["status"] for cell in json.loads(path.read_text())["cells"]] == ["error"] * 2
+    assert "variant" not in lite3r(*common, "--resolution", 17, "--variants", "stock", code=2).stdout  # a table of nothing
     assert "stock at 1 view: skipped, the time budget of 0 s was spent" in fails(*common, "--time-budget", 0)
+
+
+def test_by_default_images_are_of_a_size_that_the_model_takes(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    lite3r("bench", "--model", "tiny", "--device", "cpu", "--views", 1, "--variants", "stock", "--repeats", 1, "--json", path)
+    stored = json.loads(path.read_text())
+    assert (stored["conditions"]["resolution"], stored["cells"][0]["status"]) == (224, "ok")
 
 
 def test_default_variants_are_all() -> None:
     assert DEFAULT_VARIANTS.split(",") == list(VARIANTS)
+
+
+def test_names_of_variants_and_errors_are_told_whole() -> None:
+    conditions = {"model": "m", "resolution": 8, "device": "CPU [/b]", "torch": "2", "triton": "3", "variants": {}}
+    cells = [Cell(name, 2, 8, status="error", error="[/x] [batch, 3]") for name in VARIANTS]
+    console = Console(width=TABLE_WIDTH, emoji=False, record=True, file=io.StringIO())
+    console.print(table(BenchReport(conditions, cells)))
+    shown = console.export_text()
+    assert all(name in shown for name in (*VARIANTS, "CPU [/b]", "[/x]", "[batch,"))
 
 
 def test_wrong_options_are_refused() -> None:

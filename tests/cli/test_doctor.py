@@ -36,3 +36,15 @@ def test_wrong_options_are_refused(tmp_path: Path) -> None:
     assert "no installed adapter can build 'huge'" in fails("doctor", "huge")
     assert "must end in .json" in fails("doctor", "tiny", "--json", tmp_path / "r.txt")
     assert "does not run on what it was given" in fails("doctor", "tiny", "--device", "cpu", "--resolution", 17)
+
+
+def test_by_default_images_are_of_a_size_that_the_model_takes() -> None:
+    assert "given [1, 1, 3, 224, 224]" in lite3r("doctor", "tiny", "--views", 1, "--device", "cpu").stdout
+
+
+def test_a_model_without_inputs_and_options_that_its_factory_answers_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "alone.py").write_text("from torch import nn\n\n\ndef make():\n    return nn.Linear(2, 2)\n")
+    alone = f"{tmp_path / 'alone.py'}:make"
+    assert f"{alone} returned a model alone: let it return a pair of that and its inputs" in fails("doctor", alone)
+    for option in ("--views", "--resolution", "--seed"):
+        assert f"{alone} gives its own images: leave out --views, --resolution and --seed" in fails("doctor", alone, option, 3)

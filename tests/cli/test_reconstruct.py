@@ -93,6 +93,8 @@ def test_wrong_inputs_are_refused_before_any_work(photos: Path, tmp_path: Path, 
     assert "must end in .ply, .glb" in fails(*common, "--out", tmp_path / "a.obj")
     assert "does not exist" in fails(*common, "--out", tmp_path / "none" / "a.ply")
     assert "exclude each other" in fails(*common, "--dense", "--compare")
+    for option in (("--keep-ratio", 0.5), ("--config", "block_q=64")):
+        assert "--dense runs the model without Lite3R, which --keep-ratio and --config are for" in fails(*common, "--dense", *option)
     assert "keep_ratio must be in (0, 1]" in fails(*common, "--keep-ratio", 0)
     assert "choose one of" in fails("reconstruct", photos, "--model", "no-such-model")
     assert "it is empty" in fails("reconstruct", tmp_path / "empty", "--model", "tiny", "--out", tmp_path / "a.ply")

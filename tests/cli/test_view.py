@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
+import socket
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,9 @@ def test_the_live_page_ends_with_ctrl_c(folder: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("lite3r_plugin.cli.view.wait", interrupt)
     assert "look around at http://localhost:" in lite3r("view", folder, "--port", 18200).stdout
+    with contextlib.suppress(OSError):  # of a machine without IPv6
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+        assert "look around at http://[::1]:" in lite3r("view", folder, "--port", 18200, "--host", "::1").stdout
 
 
 def test_what_cannot_be_shown_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,6 +58,7 @@ def test_what_cannot_be_shown_is_said(folder: Path, monkeypatch: pytest.MonkeyPa
     assert "is missing" in fails("view", folder / "none.npz", "--out", out)
     assert "must end in .html" in fails("view", folder, "--out", folder.parent / "a.png")
     assert "wrote: it has no lite3r.json" in fails("view", folder.parent, "--out", out)
+    assert "nothing can be served at the host '192.0.2.1'" in fails("view", folder, "--host", "192.0.2.1")
     for damage in ("{", "[]", '{"title": 1}', json.dumps({"run": "a", "title": "a", "columns": [1], "rows": [], "notes": []})):
         (folder / RECORD).write_text(damage)
         assert "is damaged" in fails("view", folder, "--out", out)

@@ -122,7 +122,7 @@ def test_avif_is_read(tmp_path: Path) -> None:
 def test_avif_that_nobody_reads_is_an_error_that_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.avif").write_bytes(b"")
     monkeypatch.setattr(features, "check", lambda _: False)
-    with pytest.raises(InputError, match=r"1 AVIF images among 1: a\.avif; update Pillow"):
+    with pytest.raises(InputError, match=r"1 AVIF image among 1: a\.avif; update Pillow"):
         load_images(find_images(tmp_path))
 
 

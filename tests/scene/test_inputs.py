@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 
@@ -79,9 +80,13 @@ def test_what_cannot_be_taken_is_said(here: Path) -> None:
     (here / "videos").mkdir()
     write_video(here / "videos" / "a.mov", [np.zeros((32, 32, 3), np.uint8)] * 2)
     (here / "notes.doc").write_text("")
+    (here / "links").mkdir()
+    for link in (here / "link.jpg", here / "links" / "link.jpg"):
+        link.symlink_to("nothing.jpg")
+    os.mkfifo(here / "pipe.jpg")
     for words, options, message in (
         (["none"], {}, "none does not exist; name photographs of one scene"),
-        (["videos"], {}, r"videos holds no photographs, but 1 videos: a\.mov; name one of them"),
+        (["videos"], {}, r"videos holds no photographs, but 1 video: a\.mov; name one of them"),
         (["notes.doc"], {}, r"notes\.doc is of no kind that is read here"),
         (["*.doc"], {}, "finds 1 file of other kinds"),
         (["no*"], {}, r"finds 1 file of other kinds"),
@@ -89,6 +94,10 @@ def test_what_cannot_be_taken_is_said(here: Path) -> None:
         (["photos"], {"every": 1.0}, "--every is for videos"),
         (["photos/2.jpg"], {"at_least": 2}, r"at least 2 images are needed, photos/2\.jpg gives 1"),
         (["a\0b"], {}, "does not exist"),
+        (["photos", ""], {}, "one of the names is empty; name photographs of one scene"),
+        (["pipe.jpg"], {}, r"pipe\.jpg is no file or folder, but a device, a pipe, or a link to nothing; name photographs"),
+        (["link.jpg"], {}, r"link\.jpg is no file or folder"),
+        (["links"], {}, r"links holds no images .*: it holds no files"),
         (["x" * 5000], {}, "does not exist"),
     ):
         with pytest.raises(InputError, match=message):

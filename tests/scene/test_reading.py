@@ -64,6 +64,15 @@ def test_images_have_a_limit_of_pixels(tmp_path: Path) -> None:
         assert load_image(tmp_path / "a.png").size == (30, 20)
 
 
+def test_images_have_a_limit_of_bytes(tmp_path: Path) -> None:
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
+    size = (tmp_path / "a.png").stat().st_size
+    with limits(size=size):
+        assert load_image(tmp_path / "a.png").size == (30, 20)
+    with limits(size=size - 1), pytest.raises(InputError, match=rf"a\.png has {size} bytes, more than the {size - 1} .* with --max-bytes"):
+        load_image(tmp_path / "a.png")
+
+
 @pytest.mark.parametrize(("width", "height"), [(10_000, 10_000), (20_000, 20_000), (60_000, 60_000)])
 def test_an_image_that_unpacks_to_more_is_refused_before_it_does(width: int, height: int, tmp_path: Path) -> None:
     file = png(tmp_path / "a.png", width, height // 100)

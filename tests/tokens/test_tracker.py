@@ -207,3 +207,15 @@ def test_no_hook_stays() -> None:
         assert not module._forward_pre_hooks
         assert not module._forward_hooks
         assert not module._forward_hooks_always_called
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning", "ignore:`torch.jit.trace:FutureWarning")
+def test_torch_jit_trace_is_told_what_does_it_instead() -> None:
+    watcher = tracker()
+
+    def forward(images: Tensor) -> Tensor:
+        watcher.observe(nn.Identity(), (images,), {})
+        return images
+
+    with pytest.raises(LayoutError, match=r"torch\.jit\.trace would write down .* use torch\.compile or torch\.export"):
+        torch.jit.trace(forward, (torch.rand(1, 3, 16, 16),), check_trace=False)

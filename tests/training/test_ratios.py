@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
+import accelerate
 import pytest
 import streaming_hosts
 import torch
@@ -28,7 +30,7 @@ from lite3r_plugin.adapter import ModelOutputs
 from lite3r_plugin.apply.lookup import lite3r_modules
 from lite3r_plugin.attention.inputs import AttentionInputs
 from lite3r_plugin.attention.module import SparseLinearAttention
-from lite3r_plugin.errors import AdapterError, ConfigError, InputError, NotAppliedError
+from lite3r_plugin.errors import AdapterError, ConfigError, InputError, NotAppliedError, WeightsError
 from lite3r_plugin.ops.dispatch import SlowPathWarning
 from lite3r_plugin.testbed import Testbed, TestbedConfig
 from lite3r_plugin.training.ratios import path
@@ -311,6 +313,35 @@ def test_nothing_is_chosen_while_lite3r_is_disabled() -> None:
     model = toy()
     with lite3r_disabled(model), pytest.raises(ConfigError, match="choose them outside lite3r_disabled"):
         choose_keep_ratios(model, inputs(), progress=False)
+
+
+def offloaded(model: Toy) -> nn.Module:
+    return accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+
+
+def offloaded_by_block(model: Toy) -> nn.Module:
+    for module in model.cross:
+        accelerate.cpu_offload(module, execution_device=torch.device("cpu"), preload_module_classes=[type(module).__name__])
+    return model
+
+
+@pytest.mark.parametrize("offload", [offloaded, offloaded_by_block])
+def test_weights_that_are_brought_in_for_a_call_are_there(offload: Callable[[Toy], nn.Module]) -> None:
+    model, expected = toy(linear_branch="all"), toy(linear_branch="all")
+    for one in (model, expected):
+        for site in sparse_sites(one).values():
+            torch.nn.init.eye_(site.proj_lin.weight)
+    offloaded = offload(model)
+    profiles = [choose_keep_ratios(one, inputs(), mean_keep_ratio=0.25, progress=False) for one in (offloaded, expected)]
+    assert profiles[0] == profiles[1]
+    assert profiles[0].making.errors == profiles[1].making.errors
+
+
+def test_a_model_without_values_is_refused() -> None:
+    model = toy().to("meta")
+    with pytest.raises(WeightsError, match="choose_keep_ratios runs the model, which has weights on the meta device, without values"):
+        choose_keep_ratios(model, inputs(), progress=False)
+    assert describe(model).config.keep_ratio == "auto"
 
 
 def test_a_compiled_model_runs_compiled_afterwards() -> None:

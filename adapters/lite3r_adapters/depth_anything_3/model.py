@@ -27,6 +27,7 @@ MODELS = {
     "da3-giant": "1.4 B parameters (weights: CC BY-NC 4.0)",
     "da3nested-giant-large": "giant plus a metric model: depth in metres (weights: CC BY-NC 4.0)",
 }
+INSTALL = "pip install --no-deps depth-anything-3 && pip install addict omegaconf einops"
 
 
 def _create(name: str) -> nn.Module:
@@ -102,7 +103,7 @@ ENTRIES = {
         predict=predict,
         default_weights=f"depth-anything/{name.upper()}",
         library="depth_anything_3",
-        install="pip install --no-deps depth-anything-3 && pip install addict omegaconf einops",
+        install=INSTALL + (" evo" if "giant" in name else ""),  # the Gaussian head of the giant imports it
         rename=_rename,
         mixed_sizes="cropped to their common middle",
     )

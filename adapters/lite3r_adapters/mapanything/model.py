@@ -90,7 +90,9 @@ def _create() -> nn.Module:
 
         try:
             return MapAnything(**copy.deepcopy(CONFIGURATION))  # which writes into it
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
+            if not (isinstance(error, OSError) or isinstance(error.__cause__, OSError)):  # torch.hub's own has the network's as its cause
+                raise
             raise InputError(
                 f"MapAnything takes the code of its image encoder from torch.hub, which does not give it ({short(error)}): run "
                 "torch.hub.load('facebookresearch/dinov2', 'dinov2_vitg14', pretrained=False) once where there is a network"

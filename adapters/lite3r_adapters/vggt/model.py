@@ -68,7 +68,7 @@ ENTRIES = {
         predict=predict,
         default_weights="facebook/VGGT-1B",
         library="vggt",
-        install="pip install git+https://github.com/facebookresearch/vggt, or put a clone of it on PYTHONPATH",
+        install="pip install git+https://github.com/facebookresearch/vggt, or put a clone of it on PYTHONPATH and pip install einops",
         rename=_rename,
         mixed_sizes="padded with white to the tallest",
     )

@@ -5,7 +5,7 @@ from .colmap import write_colmap, write_images
 from .comparison import Column, save_comparison
 from .formats import RECORD, check_out, load, picture_path, save
 from .glb import extent, pyramids, save_glb
-from .live import INSTALL_VIEWER, has_viewer, live_page
+from .live import check_viewer, live_page
 from .page import save_page
 from .pictures import Panel, save_picture
 from .point_cloud import PointCloud, point_cloud, render, save_ply, with_lines
@@ -14,7 +14,6 @@ from .report import Report, facts_of_table, save_report
 from .transforms import transforms
 
 __all__ = [
-    "INSTALL_VIEWER",
     "RECORD",
     "Column",
     "Facts",
@@ -23,9 +22,9 @@ __all__ = [
     "Reconstruction",
     "Report",
     "check_out",
+    "check_viewer",
     "extent",
     "facts_of_table",
-    "has_viewer",
     "live_page",
     "load",
     "load_npz",

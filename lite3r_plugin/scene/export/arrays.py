@@ -44,6 +44,8 @@ def load_npz(path: Path, drop_percent: float = 20.0, max_points: int = 1_000_000
         if (size := sum(entry.file_size for entry in zipfile.ZipFile(data).infolist())) > current_limits().size:
             raise InputError(f"{path} holds {size:,} bytes, more than the {current_limits().size:,} that are read; {MORE_BYTES}")
         with np.load(data, allow_pickle=False) as archive:
+            if missing := [name for name in FIELDS if name not in archive]:
+                raise InputError(f"{path} has no array {missing[0]!r}; view takes what `lite3r reconstruct --out scene.npz` wrote")
             found = {name: archive[name] for name in FIELDS}
         tensors = {name: torch.from_numpy(np.asarray(found[name], np.float32)) for name in FIELDS[:4]}
         images = torch.from_numpy(np.asarray(found["images"], np.float32) / 255)
@@ -52,7 +54,5 @@ def load_npz(path: Path, drop_percent: float = 20.0, max_points: int = 1_000_000
         return Reconstruction(Prediction(points=points, images=images, **tensors), names, drop_percent, max_points)
     except InputError:
         raise
-    except KeyError as error:
-        raise InputError(f"{path} has no array {error}; view takes what `lite3r reconstruct --out scene.npz` wrote") from error
     except Exception as error:  # a damaged archive raises whatever its parser trips over
         raise InputError(f"{path} cannot be read as a reconstruction: {shown(str(error), 200)}") from error

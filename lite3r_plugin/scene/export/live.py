@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import socket
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...errors import InputError
+from ...errors import InputError, short, shown
 from .glb import extent
 from .page import upright
 from .point_cloud import point_cloud
@@ -17,12 +18,21 @@ from .reconstruction import Facts, Reconstruction
 if TYPE_CHECKING:
     import viser
 
-INSTALL_VIEWER = "the live page needs viser: pip install 'lite3r-plugin[viewer]'; or write a page that needs nothing, --out scene.html"
 
-
-def has_viewer() -> bool:
-    """Whether viser can be imported."""
-    return importlib.util.find_spec("viser") is not None
+def check_viewer(host: str) -> None:
+    """Raise `InputError` where no live page can be served: viser is not installed, or this machine cannot listen at `host`."""
+    if importlib.util.find_spec("viser") is None:
+        raise InputError(
+            "the live page needs viser: pip install 'lite3r-plugin[viewer]'; or write a page that needs nothing, --out scene.html"
+        )
+    try:  # viser waits for ever for a server that could not start
+        family, *_, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family) as probe:
+            probe.bind(address)
+    except (OSError, UnicodeError) as error:  # of a name that is too long
+        raise InputError(
+            f"nothing can be served at the host {shown(host)} ({short(error)}); 127.0.0.1 is for this machine alone, 0.0.0.0 lets others in"
+        ) from error
 
 
 def live_page(runs: Mapping[str, Reconstruction], facts: Facts, host: str = "127.0.0.1", port: int = 8080) -> viser.ViserServer:
@@ -34,10 +44,9 @@ def live_page(runs: Mapping[str, Reconstruction], facts: Facts, host: str = "127
         port: The first one to try.
 
     Raises:
-        InputError: viser is not installed, the port cannot be had, or a run has no valid point or camera.
+        InputError: viser is not installed, the host or the port cannot be had, or a run has no valid point or camera.
     """
-    if not has_viewer():
-        raise InputError(INSTALL_VIEWER)
+    check_viewer(host)
     import viser
 
     clouds = {name: _by_confidence(scene) for name, scene in runs.items()}

@@ -103,6 +103,7 @@ class Comparison:
             heading: What stands first in the title.
             note: What stands last below the table.
         """
+        from rich.markup import escape
         from rich.table import Table
 
         scenes, sets = len(set(self.scenes)), len(self.values(dense, "AUC@5, %"))
@@ -112,15 +113,15 @@ class Comparison:
         title = f"Means over {plural(scenes, 'scene')}" + (f", {plural(sets, 'set')} of views" if sets != scenes else "")
         fitted = "One scale per scene for depth, Sim(3) for points and ATE; lengths in the unit of the reference. "
         table = Table(
-            title=f"{heading}. {title}" if heading else title,
+            title=escape(f"{heading}. {title}" if heading else title),
             caption=f"{fitted if any('AUC' not in row for row in rows) else ''}{MEAN}: one depth, "
             f"equal cameras. {undefined} of {pairs} pairs of views have no baseline. "
             f"* the 95 % interval leaves out 0; there is none where fewer than {LEAST_SCENES} scenes have the measure. {note}".rstrip(),
         )
         table.add_column("")
         for name in self.scores:
-            table.add_column(name, justify="right")
-        table.add_column(f"{accelerated} - {dense} [95 %]".replace("[", r"\["), justify="right")
+            table.add_column(escape(name), justify="right")
+        table.add_column(escape(f"{accelerated} - {dense} [95 %]"), justify="right")
         for row in rows:
             up = ROWS[row][2]
             interval = self.difference(dense, accelerated, row)

@@ -125,7 +125,7 @@ def test_npz_holds_everything_and_is_read_back(scene: Reconstruction, tmp_path: 
 def test_archives_of_other_kinds_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "other.npz", depth=np.zeros(3))
     (tmp_path / "text.npz").write_text("no archive")
-    for name, message in (("other", "has no array 'confidence"), ("text", "cannot be read"), ("none", "is missing")):
+    for name, message in (("other", "has no array 'confidence';"), ("text", "cannot be read"), ("none", "is missing")):
         with pytest.raises(InputError, match=message):
             load_npz(tmp_path / f"{name}.npz")
 

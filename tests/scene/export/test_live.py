@@ -23,6 +23,13 @@ def test_live_page() -> None:
         server.stop()
 
 
+@pytest.mark.parametrize("host", ["nobody.invalid", "192.0.2.1", "", "a" * 300])
+def test_a_host_that_is_none_of_this_machine_is_refused(host: str) -> None:
+    pytest.importorskip("viser")
+    with pytest.raises(InputError, match=r"nothing can be served at the host .*; 127.0.0.1 is for this machine alone"):
+        live_page({"dense": wall((0, 0, 1))}, Facts("a"), host=host)
+
+
 def test_without_viser_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == "viser" else find(name))

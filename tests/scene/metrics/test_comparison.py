@@ -120,6 +120,13 @@ def test_table(comparison: Comparison) -> None:
     assert "0 of 18 pairs" in " ".join(printed.split())
 
 
+def test_names_in_brackets_are_printed(scene: MakeGeometry) -> None:
+    comparison = Comparison(max_points=500)
+    comparison.add(scene(0), {"dense [bf16]": scene(0), "[/fast]": scene(0)})
+    printed = " ".join(text(comparison.table("dense [bf16]", "[/fast]")).split())
+    assert printed.count("dense [bf16]") == printed.count("[/fast]") == 2  # of the method, and of the difference
+
+
 def test_a_table_of_few_measures(comparison: Comparison) -> None:
     few = ("AUC@30, %", "AUC@30 as published, %")
     printed = " ".join(text(comparison.table("dense", "lite3r", few, "A heading", "A note.")).split())

@@ -90,7 +90,7 @@ def _plain(cell: Any) -> str:
     """What is printed, without the markup."""
     from rich.text import Text
 
-    return Text.from_markup(cell).plain if isinstance(cell, str) else str(cell)
+    return Text.from_markup(cell, emoji=False).plain if isinstance(cell, str) else str(cell)
 
 
 def _text(text: str) -> str:
