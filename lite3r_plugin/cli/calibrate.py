@@ -54,6 +54,7 @@ def calibrate(
     from ..adapter.plugins import find_model
     from ..adapter.weights import RANDOM
     from ..apply.checkpoint import save_lite3r
+    from ..apply.profile import KeepRatioProfile
     from ..apply.verbs import apply_lite3r
     from ..evaluation import choose_device, choose_dtype, quiet
     from ..evaluation.predicting import Predicting, as_outputs
@@ -95,8 +96,10 @@ def calibrate(
         with quiet(), autocast:
             profile = choose_keep_ratios(predicting, given, **budgets, outputs=as_outputs, progress=told) if options.waits else None
             result = fit(predicting, given, outputs=as_outputs, progress=told)
-        if profile is not None:
-            profile.save(out / RATIOS_NAME)
+        if isinstance(ratios := profile or options.keep_ratio, KeepRatioProfile):
+            ratios.save(out / RATIOS_NAME)
+        else:
+            (out / RATIOS_NAME).unlink(missing_ok=True)  # of an earlier run: they are not those of this checkpoint
         save_lite3r(net, out)
     if weights == RANDOM:
         warn("the weights are random: what was fitted means nothing")

@@ -49,6 +49,9 @@ def test_ratios_are_chosen_first(photos: Path, tmp_path: Path) -> None:
     again = lite3r("calibrate", photos, "--out", tmp_path / "again", "--views", 2, "--keep-ratio", out / "keep_ratios.json", *OPTIONS)
     assert "keep ratios chosen" not in again.stdout
     assert describe(load_lite3r(Testbed(TestbedConfig(dim=64, depth=1)), tmp_path / "again")).config.keep_ratio == profile
+    assert KeepRatioProfile.load(tmp_path / "again" / "keep_ratios.json") == profile
+    lite3r("calibrate", photos, "--out", out, "--views", 2, "--keep-ratio", 0.3, *OPTIONS)
+    assert not (out / "keep_ratios.json").exists(), "that of another checkpoint"
 
 
 def test_budgets_are_checked_before_any_work(photos: Path, tmp_path: Path) -> None:
