@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from pairs import each, grid
-from sla_cases import DEVICE
+from sla_cases import DEVICE, DTYPES
 
 from lite3r_plugin.errors import BackendError
 from lite3r_plugin.ops.block_map import SegmentMask, masked_block_map, naive
@@ -160,3 +160,34 @@ def test_the_map_by_key_block(sizes: tuple[int, int, int, int], at_once: int, mo
             assert early_starts[head, column + 1] - early_starts[head, column] == early
             slots += [column] * early
         assert early_columns[head].tolist() == slots + [columns] * (early_columns.shape[-1] - len(slots))
+
+
+@pytest.mark.parametrize(("queries", "tokens", "blocks", "dtype"), grid((1, 31, 70), (1, 16, 75), ((32, 16), (64, 64)), DTYPES), ids=str)
+def test_moments(queries: int, tokens: int, blocks: tuple[int, int], dtype: torch.dtype) -> None:
+    """Of what is padded with anything, whose last blocks are short and whose last parts may be empty."""
+    q, k = torch.randn(2, 1, 2, 128, 32, device=DEVICE).to(dtype).unbind(0)
+    options = dict(scale=0.3, block_q=blocks[0], block_k=blocks[1])
+    expected = naive.moments(q[:, :, :queries], k[:, :, :tokens], **options)
+    torch.testing.assert_close(kernels.moments(q, k, queries=queries, tokens=tokens, **options), expected)
+
+
+@pytest.mark.parametrize("columns", [1, 40, 70])
+def test_scores_by_error(columns: int) -> None:
+    q, k = 3 * torch.randn(2, 2, 75, 32, device=DEVICE), torch.randn(2, 2, 16 * columns - 5, 32, device=DEVICE)
+    by_error = naive.moments(q, k, scale=0.5, block_q=16, block_k=16)
+    k_mean = torch.randn(2, 2, columns, 32, device=DEVICE)
+    for rows in (slice(0, 3), slice(3, 9)):
+        expected = naive.scores_by_error(by_error, k_mean, rows)
+        torch.testing.assert_close(kernels.scores_by_error(by_error, k_mean, rows), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_map_by_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In slabs. Scores are far enough from each other for both to choose the same."""
+    q, k = 3 * torch.randn(2, 2, 160, 32, device=DEVICE), torch.randn(2, 2, 256, 32, device=DEVICE)
+    means = [x.unflatten(2, (-1, size)).mean(3) for x, size in ((q, 32), (k, 16))]
+    by_error = naive.moments(q, k, scale=0.3, block_q=32, block_k=16)
+    monkeypatch.setattr(kernels, "SLAB_BYTES", 1)
+    monkeypatch.setattr(kernels, "MAX_SLABS", 2)
+    found = kernels.block_map_with_bits(*means, kept=6, pinned=1, by_error=by_error)
+    assert torch.equal(found.kv_indices, naive.block_map(*means, kept=6, pinned=1, by_error=by_error)[0])
+    assert not torch.equal(found.kv_indices, naive.block_map(*means, kept=6, pinned=1)[0])
