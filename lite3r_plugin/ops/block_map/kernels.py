@@ -209,8 +209,8 @@ def _by_error_kernel(
         variance = tl.load(Variances + at, mask=inside, other=0.0)
         mass = tl.load(Means + at, mask=inside, other=float("-inf")) + 0.5 * variance + size
         mass = tl.where(mass == mass, mass, float("-inf"))
-        mass = tl.exp(mass - tl.max(mass, 0))
-        score += mass * tl.sqrt(variance) * (tl.load(QuerySizes + (first_row + row) * PARTS + part) / tl.sum(mass, 0))
+        mass = tl.exp(mass - tl.maximum(tl.max(mass, 0), -1e38))  # of a row that may see nothing all are zero
+        score += mass * tl.sqrt(variance) * (tl.load(QuerySizes + (first_row + row) * PARTS + part) / tl.maximum(tl.sum(mass, 0), 1.0))
     tl.store(Scores + (head * rows + row) * columns + column, score, mask=inside)
 
 

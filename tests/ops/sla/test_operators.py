@@ -65,10 +65,14 @@ def test_a_graph_gives_what_the_eager_call_gives(backend: str, learns: bool) -> 
     assert len(set(compilations)) == 1
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("learns", [False, True])
-def test_the_kernels_choose_by_error_as_torch_operators_do(backend: str, learns: bool) -> None:
+def test_the_kernels_choose_by_error_as_torch_operators_do(backend: str, learns: bool, masked: bool) -> None:
     """Output, log-sum-exp and gradients are those of the definition, with its block map."""
-    call = a_call(70, 150, "triton", learns, block_choice="error")
+    call = a_call(70, 150, backend, learns, block_choice="error") | dict(mask=None)
+    if masked:  # with frames in order, so that there are blocks to choose from
+        mask = SegmentMask(torch.arange(70, device=DEVICE) // 16, torch.arange(150, device=DEVICE) // 40)
+        call |= dict(mask=mask, order=None, keys=KeyTokens(pinned_tokens=2))
     leaves = [call[name] for name in ("q", "k", "v", "proj")]
     found, expected = sparse_linear_attention(**call), sparse_linear_attention(**call, backend="naive")
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
