@@ -8,9 +8,9 @@ And what a choice of key blocks is worth, with `--block-choices`.
     python benchmarks/quality_auto.py --views 16 --uniform-only --block-choices mean error --seconds 80
 
 For each number of views and each keep ratio there are four models with the weights of the testbed: `uniform`, `uniform + calibrate`, `auto`
-(``mean_keep_ratio`` of that ratio) and `auto + calibrate`. They see the scenes that `dense` sees, which is a model with Lite3R and
-``keep_ratio=1``, so that all its other kernels are theirs. `--uniform-only` leaves both of auto out; with several `--block-choices`
-there are those for each. Scenes that choose and calibrate have other seeds and textures than those that
+(``mean_keep_ratio`` of that ratio) and `auto + calibrate`; `--uniform-only` leaves the last two out, `--calibration 0` what is calibrated.
+With several `--block-choices` there are those for each. They see the scenes that `dense` sees, which is a model with Lite3R and
+``keep_ratio=1``, so that all its other kernels are theirs. Scenes that choose and calibrate have other seeds and textures than those that
 judge. Scenes follow in batches until `--scenes` or `--seconds` are reached, each number of views with its share of the time; what is
 printed has paired 95 % intervals, scenes drawn with replacement.
 """
@@ -62,10 +62,9 @@ def named(way: str, choice: str, ratio: float) -> str:
 def arms(args: argparse.Namespace, views: int, device: torch.device) -> tuple[dict[str, nn.Module], dict[str, KeepRatioProfile]]:
     """The models by name, and the chosen ratios by the end of that of their arm."""
     inputs: list[Tensor] = []
-    for sample in rendered(views, args.size, device, CHOOSING + args.seed, args.batch):
-        inputs += sample["rgb"].split(1)
-        if len(inputs) >= args.calibration:
-            break
+    scenes = rendered(views, args.size, device, CHOOSING + args.seed, args.batch)
+    while len(inputs) < args.calibration:
+        inputs += next(scenes)["rgb"].split(1)
     inputs = inputs[: args.calibration]
 
     def made(keep_ratio: Any, choice: Any = "mean") -> nn.Module:
@@ -83,7 +82,7 @@ def arms(args: argparse.Namespace, views: int, device: torch.device) -> tuple[di
             say(f"{profile}\n{time.monotonic() - start:.0f} s to choose")
             models[named("auto", choice, ratio)] = chosen
             keep_ratios["auto"] = profiles[named("", choice, ratio).strip()] = profile
-        for way, keep_ratio in keep_ratios.items():
+        for way, keep_ratio in keep_ratios.items() if inputs else ():
             start, fitted = time.monotonic(), made(keep_ratio, choice)
             with autocast(device):
                 report = calibrate(fitted, inputs, judged=min(args.judged, 8), progress=False)
@@ -96,7 +95,7 @@ def arms(args: argparse.Namespace, views: int, device: torch.device) -> tuple[di
 def pairs(args: argparse.Namespace) -> list[tuple[str, str]]:
     """Arms that are compared: auto with uniform, and each other choice of blocks with the first, the rest alike."""
     found = []
-    for ratio, end in itertools.product(args.keep_ratios, ("", " + calibrate")):
+    for ratio, end in itertools.product(args.keep_ratios, ("", " + calibrate") if args.calibration else ("",)):
         uniform, auto = ([named(way + end, choice, ratio) for choice in args.block_choices] for way in ("uniform", "auto"))
         found += [] if args.uniform_only else list(zip(uniform, auto, strict=True))
         for arm, *others in (uniform,) if args.uniform_only else (uniform, auto):
@@ -183,7 +182,7 @@ def main() -> None:
     parser.add_argument("--block-choices", nargs="+", choices=get_args(BlockChoice), default=["mean"], help="compared with the first")
     parser.add_argument("--scenes", type=int, default=480, help="for each number of views, at most")
     parser.add_argument("--seconds", type=float, default=80, help="begin no batch after so many")
-    parser.add_argument("--calibration", type=int, default=8, help="scenes that are calibrated on")
+    parser.add_argument("--calibration", type=int, default=8, help="scenes that are calibrated on; 0: leave that out")
     parser.add_argument("--judged", type=int, default=4, help="of these, how many choose ratios, and how many judge calibrations")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--block-q", type=int, default=128)
@@ -193,6 +192,8 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if not (args.calibration or args.uniform_only):
+        parser.error("ratios are chosen on the scenes of --calibration: give --uniform-only with --calibration 0")
     device, start = choose_device(args.device), time.monotonic()
     result: dict[str, Any] = {
         "conditions": dict(
