@@ -1,11 +1,15 @@
 """What ratios chosen for each site are worth: `choose_keep_ratios` beside one ratio for all, as they are and calibrated, computing as much.
 
+And what a choice of key blocks is worth, with `--block-choices`.
+
     python benchmarks/quality_auto.py --views 16 --seconds 80 --json benchmarks/results/NAME.json
     python benchmarks/quality_auto.py --device cpu --views 8 --keep-ratios 0.25 --scenes 8 --size 112 --block-q 32 --block-k 16 \\
         --calibration 4 --judged 4 --batch 2 --seconds 1200
+    python benchmarks/quality_auto.py --views 16 --uniform-only --block-choices mean error --seconds 80
 
 For each number of views and each keep ratio there are four models with the weights of the testbed: `uniform`, `uniform + calibrate`, `auto`
-(``mean_keep_ratio`` of that ratio) and `auto + calibrate`. They see the scenes that `dense` sees, which is a model with Lite3R and
+(``mean_keep_ratio`` of that ratio) and `auto + calibrate`; `--uniform-only` leaves the last two out, `--calibration 0` what is calibrated.
+With several `--block-choices` there are those for each. They see the scenes that `dense` sees, which is a model with Lite3R and
 ``keep_ratio=1``, so that all its other kernels are theirs. Scenes that choose and calibrate have other seeds and textures than those that
 judge. Scenes follow in batches until `--scenes` or `--seconds` are reached, each number of views with its share of the time; what is
 printed has paired 95 % intervals, scenes drawn with replacement.
@@ -15,10 +19,11 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +32,7 @@ from lite3r_plugin import KeepRatioProfile, apply_lite3r, calibrate, choose_keep
 from lite3r_plugin.apply.lookup import lite3r_modules
 from lite3r_plugin.evaluation import choose_device
 from lite3r_plugin.files import to_json, write_atomically
+from lite3r_plugin.ops.options import BlockChoice
 from lite3r_plugin.scene.metrics import Interval, depth_metrics, paired_bootstrap, pose_metrics
 from lite3r_plugin.scene.procedural import ProcScenes, TextureBank
 from lite3r_plugin.testbed import Testbed
@@ -34,7 +40,6 @@ from lite3r_plugin.version import __version__
 
 CHOOSING, JUDGING = 31_337, 77_777  # seeds of textures; training saw others
 MEASURES = {"AUC@30": "auc30", "AUC@5": "auc5", "AbsRel": "abs_rel"}
-PAIRS = (("uniform", "auto"), ("uniform + calibrate", "auto + calibrate"))
 
 Values = dict[str, list[float]]
 
@@ -49,36 +54,53 @@ def rendered(views: int, size: int, device: torch.device, textures: int, batch: 
             yield {name: value[whole] for name, value in sample.items()}
 
 
-def arms(args: argparse.Namespace, views: int, device: torch.device) -> tuple[dict[str, nn.Module], dict[str, KeepRatioProfile]]:
-    """The models by name, and the chosen ratios by keep ratio."""
-    inputs: list[Tensor] = []
-    for sample in rendered(views, args.size, device, CHOOSING + args.seed, args.batch):
-        inputs += sample["rgb"].split(1)
-        if len(inputs) >= args.calibration:
-            break
-    inputs = inputs[: args.calibration]
-    fields: Any = dict(dense_below=0, block_q=args.block_q, block_k=args.block_k)
+def named(way: str, choice: str, ratio: float) -> str:
+    """What an arm is called."""
+    return f"{way}{'' if choice == 'mean' else f' by {choice}'} {ratio:g}"
 
-    def made(keep_ratio: Any) -> nn.Module:
+
+def arms(args: argparse.Namespace, views: int, device: torch.device) -> tuple[dict[str, nn.Module], dict[str, KeepRatioProfile]]:
+    """The models by name, and the chosen ratios by the end of that of their arm."""
+    inputs: list[Tensor] = []
+    scenes = rendered(views, args.size, device, CHOOSING + args.seed, args.batch)
+    while len(inputs) < args.calibration:
+        inputs += next(scenes)["rgb"].split(1)
+    inputs = inputs[: args.calibration]
+
+    def made(keep_ratio: Any, choice: Any = "mean") -> nn.Module:
+        fields: Any = dict(dense_below=0, block_q=args.block_q, block_k=args.block_k, block_choice=choice)
         return apply_lite3r(Testbed.from_pretrained(device=device), keep_ratio=keep_ratio, **fields)
 
     models, profiles = {"dense": made(1.0)}, {}
-    for ratio in args.keep_ratios:
-        start = time.monotonic()
-        chosen = made("auto")
-        with autocast(device):
-            profiles[f"{ratio:g}"] = profile = choose_keep_ratios(
-                chosen, inputs, mean_keep_ratio=ratio, judged=min(args.judged, len(inputs)), progress=False
-            )
-        say(f"{profile}\n{time.monotonic() - start:.0f} s to choose")
-        models |= {f"uniform {ratio:g}": made(ratio), f"auto {ratio:g}": chosen}
-        for name, keep_ratio in (("uniform", ratio), ("auto", profile)):
-            start, fitted = time.monotonic(), made(keep_ratio)
+    for ratio, choice in itertools.product(args.keep_ratios, args.block_choices):
+        keep_ratios: dict[str, Any] = {"uniform": ratio}
+        models[named("uniform", choice, ratio)] = made(ratio, choice)
+        if not args.uniform_only:
+            start, chosen = time.monotonic(), made("auto", choice)
+            with autocast(device):
+                profile = choose_keep_ratios(chosen, inputs, mean_keep_ratio=ratio, judged=min(args.judged, len(inputs)), progress=False)
+            say(f"{profile}\n{time.monotonic() - start:.0f} s to choose")
+            models[named("auto", choice, ratio)] = chosen
+            keep_ratios["auto"] = profiles[named("", choice, ratio).strip()] = profile
+        for way, keep_ratio in keep_ratios.items() if inputs else ():
+            start, fitted = time.monotonic(), made(keep_ratio, choice)
             with autocast(device):
                 report = calibrate(fitted, inputs, judged=min(args.judged, 8), progress=False)
+            name = named(f"{way} + calibrate", choice, ratio)
             say(f"{name}: {str(report).split('relative error of attention')[0]}{time.monotonic() - start:.0f} s to calibrate")
-            models[f"{name} + calibrate {ratio:g}"] = fitted
+            models[name] = fitted
     return models, profiles
+
+
+def pairs(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """Arms that are compared: auto with uniform, and each other choice of blocks with the first, the rest alike."""
+    found = []
+    for ratio, end in itertools.product(args.keep_ratios, ("", " + calibrate") if args.calibration else ("",)):
+        uniform, auto = ([named(way + end, choice, ratio) for choice in args.block_choices] for way in ("uniform", "auto"))
+        found += [] if args.uniform_only else list(zip(uniform, auto, strict=True))
+        for arm, *others in (uniform,) if args.uniform_only else (uniform, auto):
+            found += [(arm, other) for other in others]
+    return found
 
 
 @torch.no_grad()
@@ -114,7 +136,7 @@ def density(model: nn.Module) -> float:
 
 
 def summary(args: argparse.Namespace, models: dict[str, nn.Module], values: dict[str, Values]) -> dict[str, Any]:
-    """Means with their changes against dense, and what auto changes against uniform."""
+    """Means with their changes against dense, and what changes from one arm of a pair to the other."""
     rows: dict[str, Any] = {}
     for name, model in models.items():
         rows[name] = {"density": density(model)}
@@ -124,16 +146,14 @@ def summary(args: argparse.Namespace, models: dict[str, nn.Module], values: dict
             rows[name][measure] = {"mean": mean(mine), "change": change.to_dict()}
         changes = {m: shown(paired_bootstrap(values["dense"][m], values[name][m])) for m in MEASURES}
         told = ", ".join(f"{m} {rows[name][m]['mean']:.4g} ({changes[m]})" for m in MEASURES)
-        say(f"{name:24} density {rows[name]['density']:.3f}: {told}")
+        say(f"{name:34} density {rows[name]['density']:.3f}: {told}")
     gains: dict[str, Any] = {}
-    for ratio in args.keep_ratios:
-        for before, after in PAIRS:
-            first, second = f"{before} {ratio:g}", f"{after} {ratio:g}"
-            gains[f"{second} - {first}"] = {m: paired_bootstrap(values[first][m], values[second][m]).to_dict() for m in MEASURES}
-            lost = [rows[name]["AUC@30"]["mean"] - rows["dense"]["AUC@30"]["mean"] for name in (first, second)]
-            gains[f"{second} - {first}"]["share of the loss of AUC@30"] = lost[1] / lost[0] if lost[0] else None
-            told = ", ".join(f"{m} {shown(paired_bootstrap(values[first][m], values[second][m]))}" for m in MEASURES)
-            say(f"{second} - {first}: {told}; loses {lost[1]:+.2f} of AUC@30 where the other loses {lost[0]:+.2f}")
+    for first, second in pairs(args):
+        gains[f"{second} - {first}"] = {m: paired_bootstrap(values[first][m], values[second][m]).to_dict() for m in MEASURES}
+        lost = [rows[name]["AUC@30"]["mean"] - rows["dense"]["AUC@30"]["mean"] for name in (first, second)]
+        gains[f"{second} - {first}"]["share of the loss of AUC@30"] = lost[1] / lost[0] if lost[0] else None
+        told = ", ".join(f"{m} {shown(paired_bootstrap(values[first][m], values[second][m]))}" for m in MEASURES)
+        say(f"{second} - {first}: {told}; loses {lost[1]:+.2f} of AUC@30 where the other loses {lost[0]:+.2f}")
     return {"rows": rows, "gains": gains}
 
 
@@ -158,9 +178,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--views", type=int, nargs="+", default=[16])
     parser.add_argument("--keep-ratios", type=float, nargs="+", default=[0.25, 0.125])
+    parser.add_argument("--uniform-only", action="store_true", help="choose no ratios")
+    parser.add_argument("--block-choices", nargs="+", choices=get_args(BlockChoice), default=["mean"], help="compared with the first")
     parser.add_argument("--scenes", type=int, default=480, help="for each number of views, at most")
     parser.add_argument("--seconds", type=float, default=80, help="begin no batch after so many")
-    parser.add_argument("--calibration", type=int, default=8, help="scenes that are calibrated on")
+    parser.add_argument("--calibration", type=int, default=8, help="scenes that are calibrated on; 0: leave that out")
     parser.add_argument("--judged", type=int, default=4, help="of these, how many choose ratios, and how many judge calibrations")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--block-q", type=int, default=128)
@@ -170,6 +192,8 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if not (args.calibration or args.uniform_only):
+        parser.error("ratios are chosen on the scenes of --calibration: give --uniform-only with --calibration 0")
     device, start = choose_device(args.device), time.monotonic()
     result: dict[str, Any] = {
         "conditions": dict(

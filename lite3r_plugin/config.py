@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 from .errors import ConfigError, shown
-from .ops.options import Backend, FeatureMap, LinearBranch, check_choice, check_ratio, check_share, is_int
+from .ops.options import Backend, BlockChoice, FeatureMap, LinearBranch, check_block_choice, check_choice, check_ratio, check_share, is_int
 
 if TYPE_CHECKING:
     from torch import nn
@@ -83,6 +83,7 @@ class Lite3RFields(WholeModelFields, total=False):
     linear_branch: LinearBranch
     feature_map: FeatureMap
     block_means: bool
+    block_choice: BlockChoice
     pin: Pin
     dense_below: int | None
     fuse: bool
@@ -140,6 +141,9 @@ class Lite3RConfig:
         feature_map: The kernel feature map of the linear branch, softmax over the head dimension or elu + 1.
         block_means: Each block that is neither critical nor negligible enters the softmax as one key: its mean key and value, weighted
             by its size. Needs no training; takes 50 to 59 % off the change of depth on the testbed (benchmarks/quality.md).
+        block_choice: By which score key blocks are kept. ``"mean"``: that of mean query and mean key (SLA). ``"error"``: by how far
+            off the block's mean would be in its place, which takes about 3 % more time by arithmetic; needs ``block_means`` and no
+            ``negligible_ratio``.
         pin: Which tokens attend to all tokens while all attend to them, whatever ``keep_ratio`` says. ``"special"``: camera, register
             and class tokens; ``"reference"``: those, and the patches of the first view, which defines the coordinate frame;
             ``"none"``.
@@ -197,6 +201,7 @@ class Lite3RConfig:
     linear_branch: LinearBranch = "marginal"
     feature_map: FeatureMap = "softmax"
     block_means: bool = True
+    block_choice: BlockChoice = "mean"
     pin: Pin = "reference"
     dense_below: int | None = None
     fuse: bool = True
@@ -255,6 +260,7 @@ class Lite3RConfig:
         for name in ("block_means", "fuse", "exact_rewrites", "keep_originals"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is True or False, got {shown(getattr(self, name))}")
+        check_block_choice(self.block_choice, self.block_means, self.negligible_ratio)
         for name in ("compile_blocks", "cuda_graphs"):
             if not isinstance(getattr(self, name), (bool, type(None))):
                 raise ConfigError(f"{name} is True, False or None (as the preset has it), got {shown(getattr(self, name))}")

@@ -245,7 +245,7 @@ class SparseLinearAttention(HostWrapper):
             out = stream.keys.attend(
                 queries, keep_ratio=self.keep_ratio, negligible_ratio=config.negligible_ratio, pinned_tokens=pinned, proj=proj,
                 linear="none" if proj is None else config.linear_branch, feature_map=config.feature_map, block_means=config.block_means,
-                **options,
+                block_choice=config.block_choice, **options,
             )  # fmt: skip
         elif self.begin_dense():
             out = stream.keys.attend(queries, keep_ratio=1.0, linear="all", feature_map=config.feature_map, proj=proj, **options)
@@ -322,7 +322,7 @@ class SparseLinearAttention(HostWrapper):
             q_norm=inputs.q_norm, k_norm=inputs.k_norm, positions=inputs.positions, rope_base=inputs.rope_base, scale=inputs.scale,
             keep_ratio=keep_ratio, negligible_ratio=config.negligible_ratio, order=self.order(layout, inputs.v),
             pinned_tokens=self.pinned(layout), keys=keys, mask=mask, linear="none" if proj is None else config.linear_branch, proj=proj,
-            feature_map=config.feature_map, block_means=config.block_means,
+            feature_map=config.feature_map, block_means=config.block_means, block_choice=config.block_choice,
             block_q=config.block_q, block_k=config.block_k, backend=config.attention_backend,
         )  # fmt: skip
 
@@ -338,7 +338,7 @@ class SparseLinearAttention(HostWrapper):
         return (
             f"scope={self.site.scope}, keep_ratio={self.keep_ratio}, negligible_ratio={config.negligible_ratio}, "
             f"blocks={config.block_q}x{config.block_k}, linear_branch={config.linear_branch}, block_means={config.block_means}, "
-            f"backend={config.attention_backend}"
+            f"block_choice={config.block_choice}, backend={config.attention_backend}"
         )
 
     def pays(self, v: Tensor, pinned: int, queries: int | None = None, pinned_queries: int = 0, prepared: int | None = None) -> bool:

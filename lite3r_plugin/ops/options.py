@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ..errors import ConfigError, shown
 
 Backend = Literal["auto", "triton", "naive"]
 FeatureMap = Literal["softmax", "elu"]
+BlockChoice = Literal["mean", "error"]
 LinearBranch = Literal["all", "marginal", "none"]
 
 
@@ -28,6 +29,18 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raise `ConfigError` unless `value` is one of `choices`."""
     if not isinstance(value, str) or value not in choices:
         raise ConfigError(f"{name} must be one of {choices}, got {shown(value)}")
+
+
+def check_block_choice(choice: Any, block_means: bool, negligible_ratio: float) -> None:
+    """Raise `ConfigError` unless key blocks can be chosen by `choice` where these are the other options."""
+    check_choice("block_choice", choice, get_args(BlockChoice))
+    if choice == "error" and not block_means:
+        raise ConfigError('block_choice="error" keeps the blocks that their means would stand for worst: it needs block_means=True')
+    if choice == "error" and negligible_ratio:
+        raise ConfigError(
+            f'block_choice="error" says nothing of which blocks count for little, and negligible_ratio is {shown(negligible_ratio)}: leave '
+            'it at 0, or take block_choice="mean"'
+        )
 
 
 def check_rope_base(value: Any) -> None:

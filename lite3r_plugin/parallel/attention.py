@@ -146,8 +146,8 @@ class SpreadAttention:
         out = sparse_linear_attention(
             queries, keys, values, keys=KeyTokens(rows.order, rows.pinned_keys), pinned_tokens=rows.pinned, scale=scale,
             keep_ratio=module.keep_ratio, negligible_ratio=config.negligible_ratio, linear="none" if proj is None else config.linear_branch,
-            proj=proj, feature_map=config.feature_map, block_means=config.block_means, block_q=config.block_q, block_k=config.block_k,
-            backend=config.attention_backend,
+            proj=proj, feature_map=config.feature_map, block_means=config.block_means, block_choice=config.block_choice,
+            block_q=config.block_q, block_k=config.block_k, backend=config.attention_backend,
         )  # fmt: skip
         back = out.permute(2, 0, 1, 3).index_select(0, rows.places)
         home = self.group.exchange(back, rows.received, rows.sent)

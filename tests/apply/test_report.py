@@ -63,6 +63,7 @@ def test_bytes_follow_the_dtype() -> None:
 
 def test_the_text() -> None:
     assert "keep_ratio 0.3, negligible_ratio 0.1, blocks" in str(describe(apply_lite3r(Toy(), SPARSE, negligible_ratio=0.1)))
+    assert ", block means on, blocks chosen by error" in str(describe(apply_lite3r(Toy(), SPARSE, block_choice="error")))
     model = apply_lite3r(Toy(), SPARSE, keep_ratio={"cross.1": 0.5, "*": 0.3})
     model(images())
     lines = str(describe(model)).splitlines()

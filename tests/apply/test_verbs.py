@@ -425,6 +425,15 @@ def test_sparse_differs_disabled_and_removed_do_not(toy: Toy) -> None:
     assert torch.equal(toy(x), dense)
 
 
+def test_blocks_chosen_by_error() -> None:
+    x = images()
+    toy = Toy().eval()
+    by_mean, by_error = (apply_lite3r(copy.deepcopy(toy), SPARSE, block_choice=choice)(x) for choice in ("mean", "error"))
+    assert not torch.allclose(by_mean, by_error)
+    everything = apply_lite3r(copy.deepcopy(toy), SPARSE, keep_ratio=1.0, linear_branch="none")(x)
+    assert (by_error - everything).norm() < everything.norm()
+
+
 def test_with_all_but_the_critical_blocks_negligible_nothing_else_counts(toy: Toy) -> None:
     x = images()
     alone = apply_lite3r(copy.deepcopy(toy), SPARSE, block_means=False, linear_branch="none")(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import sys
@@ -30,3 +31,41 @@ def test_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert len(KeepRatioProfile.from_dict(group["profiles"]["0.3"])) == 6
     assert set(group["gains"]) == {"auto 0.3 - uniform 0.3", "auto + calibrate 0.3 - uniform + calibrate 0.3"}
     assert "auto + calibrate 0.3 - uniform + calibrate 0.3: AUC@30" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_choices_of_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """They compute as much, and differ; nothing is chosen or calibrated."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    script = importlib.import_module("quality_auto")
+    options = f"{OPTIONS} --uniform-only --calibration 0 --block-choices mean error --json {tmp_path / 'choices.json'}"
+    monkeypatch.setattr(sys, "argv", ["quality_auto.py", *options.split()])
+    script.main()
+    group = json.loads((tmp_path / "choices.json").read_text())["groups"]["3"]
+    assert list(group["rows"]) == ["dense", "uniform 0.3", "uniform by error 0.3"]
+    by_mean, by_error = (group["rows"][name] for name in ("uniform 0.3", "uniform by error 0.3"))
+    assert by_mean["density"] == by_error["density"] < 1
+    assert by_mean["AbsRel"]["mean"] != by_error["AbsRel"]["mean"]
+    gain = group["gains"]["uniform by error 0.3 - uniform 0.3"]
+    assert gain["AbsRel"]["difference"] == pytest.approx(by_error["AbsRel"]["mean"] - by_mean["AbsRel"]["mean"])
+    assert "uniform by error 0.3 - uniform 0.3: AUC@30" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["quality_auto.py", *OPTIONS.split(), "--calibration", "0"])
+    with pytest.raises(SystemExit):
+        script.main()
+
+
+def test_arms_that_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every choice of blocks has its auto beside its uniform, and beside the first choice."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    script = importlib.import_module("quality_auto")
+    args = argparse.Namespace(keep_ratios=[0.5], block_choices=["mean", "error"], uniform_only=False, calibration=2)
+    found = script.pairs(args)
+    plain = {
+        ("uniform 0.5", "auto 0.5"),
+        ("uniform by error 0.5", "auto by error 0.5"),
+        ("uniform 0.5", "uniform by error 0.5"),
+        ("auto 0.5", "auto by error 0.5"),
+    }
+    assert len(found) == 8
+    assert {pair for pair in found if "calibrate" not in pair[0]} == plain
+    assert ("uniform + calibrate 0.5", "uniform + calibrate by error 0.5") in found

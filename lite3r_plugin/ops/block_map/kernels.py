@@ -17,8 +17,10 @@ from torch import Tensor
 
 from ...errors import BackendError
 from ..launch import launch
+from ..qk_norm_rope.naive import block_sizes
 from ..sizes import power_of_2
 from .kernel_mask import KernelMask
+from .naive import PARTS, Moments, query_sizes
 
 MAX_COLUMNS = 32768  # key blocks that a program can hold
 SLAB_BYTES = 256 << 20
@@ -139,8 +141,97 @@ def _select_kernel(
             tl.store(Bits + out * words + word, found, mask=word < words)
 
 
+@triton.jit(do_not_specialize=["N", "padded", "blocks"])
+def _moments_kernel(
+    X, Mean, Variance, N, padded, blocks, scale, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, SPREAD: tl.constexpr
+):  # fmt: skip
+    """Mean, times `scale`, or (SPREAD) variance of each BLOCK of rows, by dimension; programs [blocks, heads].
+
+        X                 [heads, padded, D], of which N rows count
+        Mean, Variance    [heads, blocks, D] FP32; a block of no rows has zeros
+
+    All are contiguous. DP is D up to a power of two.
+    """
+    block = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    row, d = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, DP)
+    inside = (row < N)[:, None] & (d < D)[None, :]
+    x = tl.load(X + (head * padded + row)[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    size = tl.maximum(tl.minimum(N - block * BLOCK, BLOCK), 1).to(tl.float32)
+    mean = tl.sum(x, 0) / size
+    out = (head * blocks + block) * D + d
+    if SPREAD:
+        gap = tl.where(inside, x - mean[None, :], 0.0)
+        tl.store(Variance + out, tl.sum(gap * gap, 0) / size, mask=d < D)
+    else:
+        tl.store(Mean + out, mean * scale, mask=d < D)
+
+
+def moments(q: Tensor, k: Tensor, *, queries: int, tokens: int, scale: float, block_q: int, block_k: int) -> Moments:
+    """As `naive.moments`, of the first `queries` of q ``[B, H, padded, D]`` and the first `tokens` of k, contiguous."""
+    batch, heads, _, dim = q.shape
+    columns, parts = -(-tokens // block_k), -(-queries // block_q) * PARTS
+    mean, variance = (torch.empty(batch, heads, n, dim, device=q.device, dtype=torch.float32) for n in (parts, columns))
+    for x, out, rows, block, spread in ((q, mean, queries, block_q // PARTS, False), (k, variance, tokens, block_k, True)):
+        launch(
+            _moments_kernel, (out.shape[2], batch * heads), x, out, out, rows, x.shape[2], out.shape[2], float(scale),
+            D=dim, DP=power_of_2(dim), BLOCK=block, SPREAD=spread, num_warps=4,
+        )  # fmt: skip
+    sizes = block_sizes(tokens, block_k, q.device).float()
+    return Moments(mean.unflatten(2, (-1, PARTS)), query_sizes(queries, block_q, mean), variance, sizes)
+
+
+@triton.jit(do_not_specialize=["columns", "rows", "first_row"])
+def _by_error_kernel(
+    Means, Variances, QuerySizes, KeySizes, Kinds, Scores, columns, rows, first_row, WIDTH: tl.constexpr, PARTS: tl.constexpr
+):  # fmt: skip
+    """Scores by error of a row, from what its parts make of each block; programs [rows of a slab, heads].
+
+        Means, Variances    [heads, rows, PARTS, columns] FP32, of the scores of each part of a query block: of all its keys
+        QuerySizes          [all rows, PARTS] FP32, of which the slab begins at `first_row`
+        KeySizes            [columns] FP32
+        Kinds               [all rows, columns] i8, with a mask, else None: what is not wholly allowed has no say in how much parts count
+        Scores              [heads, rows, columns] FP32
+
+    All are contiguous; WIDTH is `columns` up to a power of two.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    column = tl.arange(0, WIDTH)
+    inside = column < columns
+    size = tl.log(tl.load(KeySizes + column, mask=inside, other=1.0))
+    if Kinds is not None:
+        kind = tl.load(Kinds + (first_row + row) * columns + column, mask=inside, other=0).to(tl.int32)
+        size = tl.where((kind == 1) | (kind == 2), size, float("-inf"))
+    score = tl.zeros([WIDTH], tl.float32)
+    for part in range(PARTS):
+        at = ((head * rows + row) * PARTS + part) * columns + column
+        variance = tl.load(Variances + at, mask=inside, other=0.0)
+        mass = tl.load(Means + at, mask=inside, other=float("-inf")) + 0.5 * variance + size
+        mass = tl.where(mass == mass, mass, float("-inf"))
+        mass = tl.exp(mass - tl.maximum(tl.max(mass, 0), -1e38))  # of a row that may see nothing all are zero
+        score += mass * tl.sqrt(variance) * (tl.load(QuerySizes + (first_row + row) * PARTS + part) / tl.maximum(tl.sum(mass, 0), 1.0))
+    tl.store(Scores + (head * rows + row) * columns + column, score, mask=inside)
+
+
+def scores_by_error(by_error: Moments, k_mean: Tensor, rows: slice, kinds: Tensor | None = None) -> Tensor:
+    """As `naive.scores_by_error`, with the `KernelMask.kinds` of a mask."""
+    parts = by_error.queries[:, :, rows]
+    batch, heads, count, columns = *parts.shape[:3], k_mean.shape[2]
+    means, variances = (x.flatten(2, 3) @ y.mT for x, y in ((parts, k_mean), (parts.square(), by_error.variance)))
+    scores = torch.empty(batch, heads, count, columns, device=k_mean.device, dtype=torch.float32)
+    width = max(32, power_of_2(columns))
+    launch(
+        _by_error_kernel, (count, batch * heads),
+        means, variances, by_error.query_sizes, by_error.key_sizes, kinds, scores, columns, count, rows.start,
+        WIDTH=width, PARTS=PARTS, **launch_options(width),
+    )  # fmt: skip
+    return scores
+
+
 def block_map_with_bits(
-    q_mean: Tensor, k_mean: Tensor, *, kept: int, pinned: int = 0, negligible: int = 0, bits: bool = True
+    q_mean: Tensor, k_mean: Tensor, *, kept: int, pinned: int = 0, negligible: int = 0, bits: bool = True,
+    by_error: Moments | None = None,
 ) -> BlockMap:  # fmt: skip
     """As `naive.block_map` (SLA, arXiv 2509.24006, Eq. 2, 3), and the same as bit sets where `bits`.
 
@@ -149,6 +240,7 @@ def block_map_with_bits(
         k_mean: ``[B, H, key blocks, D]`` FP32.
         kept, pinned, negligible: Numbers of key blocks, see `naive.block_map`.
         bits: Whether bit sets are made.
+        by_error: Choose by error; None: by the score of means.
 
     Scores take `SLAB_BYTES` or a `MAX_SLABS`-th of the whole map, whichever is more: launches do not grow with the length.
 
@@ -167,7 +259,7 @@ def block_map_with_bits(
     skipped = empty(words) if bits and negligible else chosen
     counts = (kept,) if skipped is chosen else (kept, columns - negligible)
     width = max(32, power_of_2(columns))
-    for start, scores in _slabs(q_mean, k_mean):
+    for start, scores in _slabs(q_mean, k_mean, by_error):
         for i, count in enumerate(counts):
             launch(
                 _select_kernel, (scores.shape[-2], batch * heads),
@@ -179,11 +271,11 @@ def block_map_with_bits(
     return BlockMap(indices, chosen, skipped)
 
 
-def masked_block_map_with_bits(q_mean: Tensor, k_mean: Tensor, mask: KernelMask) -> BlockMap:
+def masked_block_map_with_bits(q_mean: Tensor, k_mean: Tensor, mask: KernelMask, by_error: Moments | None = None) -> BlockMap:
     """As `naive.masked_block_map`, with critical blocks of pinned query blocks too, and the same as bit sets.
 
     Args:
-        q_mean, k_mean: As in `block_map_with_bits`.
+        q_mean, k_mean, by_error: As in `block_map_with_bits`.
         mask: What may be seen, and how many blocks are to be chosen.
 
     Returns:
@@ -199,7 +291,7 @@ def masked_block_map_with_bits(q_mean: Tensor, k_mean: Tensor, mask: KernelMask)
         torch.empty(batch, heads, rows, size, device=q_mean.device, dtype=torch.int32) for size in (columns, words, words)
     )
     width = max(32, power_of_2(columns))
-    for start, scores in _slabs(q_mean, k_mean):
+    for start, scores in _slabs(q_mean, k_mean, by_error, mask.kinds):
         launch(
             _select_masked_kernel, (scores.shape[-2], batch * heads),
             scores, mask.kinds, mask.chosen, mask.left_out, indices, chosen, skipped, columns, words, start, scores.shape[-2], rows,
@@ -218,13 +310,17 @@ def _columns_of(k_mean: Tensor) -> int:
     return columns
 
 
-def _slabs(q_mean: Tensor, k_mean: Tensor) -> Iterator[tuple[int, Tensor]]:
+def _slabs(
+    q_mean: Tensor, k_mean: Tensor, by_error: Moments | None, kinds: Tensor | None = None
+) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
     """Scores of some query blocks at a time, and the first of these."""
     batch, heads, rows, _ = q_mean.shape
-    slab = max(1, SLAB_BYTES // (4 * k_mean.shape[-2] * batch * heads), -(-rows // MAX_SLABS))
+    held = 4 * k_mean.shape[-2] * batch * heads * (1 if by_error is None else 2 * PARTS + 1)
+    slab = max(1, SLAB_BYTES // held, -(-rows // MAX_SLABS))
     keys = k_mean.transpose(-1, -2)
     for start in range(0, rows, slab):
-        yield start, q_mean[..., start : start + slab, :] @ keys
+        some = slice(start, start + slab)
+        yield start, q_mean[..., some, :] @ keys if by_error is None else scores_by_error(by_error, k_mean, some, kinds)
 
 
 def launch_options(width: int) -> dict[str, int]:

@@ -9,9 +9,20 @@ import torch
 from torch import Tensor
 
 from ...errors import BackendError, ConfigError, shown
-from ..block_map import SegmentMask
+from ..block_map import PARTS, SegmentMask
 from ..dispatch import require_one_device, under_trace, use_triton, without_autocast
-from ..options import Backend, FeatureMap, LinearBranch, check_choice, check_ratio, check_rope_base, check_share, is_int, is_number
+from ..options import (
+    Backend,
+    FeatureMap,
+    LinearBranch,
+    check_block_choice,
+    check_choice,
+    check_ratio,
+    check_rope_base,
+    check_share,
+    is_int,
+    is_number,
+)
 from ..qk_norm_rope import NO_NORM, HeadNorm, norm_tensors
 from . import forward, naive, operators
 from .signature import Arguments
@@ -62,16 +73,16 @@ def sparse_linear_attention(
     q: Tensor, k: Tensor, v: Tensor, *, keep_ratio: float, negligible_ratio: float = ..., order: Tensor | None = ...,
     pinned_tokens: int = ..., keys: KeyTokens | None = ..., mask: SegmentMask | None = ..., q_norm: HeadNorm | None = ...,
     k_norm: HeadNorm | None = ..., positions: Tensor | None = ..., rope_base: float | None = ..., scale: float | None = ...,
-    linear: str = ..., feature_map: str = ..., proj: Tensor | None = ..., block_means: bool = ..., block_q: int = ..., block_k: int = ...,
-    backend: str = ..., return_lse: Literal[False] = ...,
+    linear: str = ..., feature_map: str = ..., proj: Tensor | None = ..., block_means: bool = ..., block_choice: str = ...,
+    block_q: int = ..., block_k: int = ..., backend: str = ..., return_lse: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def sparse_linear_attention(
     q: Tensor, k: Tensor, v: Tensor, *, keep_ratio: float, negligible_ratio: float = ..., order: Tensor | None = ...,
     pinned_tokens: int = ..., keys: KeyTokens | None = ..., mask: SegmentMask | None = ..., q_norm: HeadNorm | None = ...,
     k_norm: HeadNorm | None = ..., positions: Tensor | None = ..., rope_base: float | None = ..., scale: float | None = ...,
-    linear: str = ..., feature_map: str = ..., proj: Tensor | None = ..., block_means: bool = ..., block_q: int = ..., block_k: int = ...,
-    backend: str = ..., return_lse: Literal[True],
+    linear: str = ..., feature_map: str = ..., proj: Tensor | None = ..., block_means: bool = ..., block_choice: str = ...,
+    block_q: int = ..., block_k: int = ..., backend: str = ..., return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def sparse_linear_attention(
     q: Tensor,
@@ -93,6 +104,7 @@ def sparse_linear_attention(
     feature_map: str = "softmax",
     proj: Tensor | None = None,
     block_means: bool = False,
+    block_choice: str = "mean",
     block_q: int = 128,
     block_k: int = 64,
     backend: str = "auto",
@@ -115,6 +127,8 @@ def sparse_linear_attention(
             forms of the operator respect it.
         q_norm, k_norm, positions, rope_base: Norm and rotary embedding to apply first; see `prepare_qkv`.
         scale, linear, feature_map, proj, block_means, block_q, block_k: See `naive.sparse_linear_attention`.
+        block_choice: By which score key blocks are kept, see `block_map.naive`: ``"mean"``, or ``"error"``, which needs `block_means` and
+            no `negligible_ratio`.
         backend: ``"auto"``, ``"triton"`` or ``"naive"``.
         return_lse: Whether the log-sum-exp of each query is returned too: the natural logarithm of the denominator of the sparse
             softmax. With `block_means` that counts each marginal block as its number of tokens times the exponential of the score of
@@ -131,7 +145,12 @@ def sparse_linear_attention(
         WeightsError: some of the tensors are on the meta device.
     """
     check_options(keep_ratio, negligible_ratio, scale, rope_base, linear, feature_map, backend)
+    check_block_choice(block_choice, block_means, negligible_ratio)
     check_blocks(block_q, block_k)
+    if block_choice == "error" and block_q % PARTS:
+        raise ConfigError(
+            f'block_choice="error" looks at {PARTS} parts of a query block: block_q must be a multiple of {PARTS}, got {block_q}'
+        )
     check_tensors(q, k, v, order, positions, proj, pinned_tokens, keys)
     cross, keys = keys is not None, keys or NO_KEYS
     if mask is not None:
@@ -156,6 +175,7 @@ def sparse_linear_attention(
         key_order=keys.order, key_positions=keys.positions, key_pinned_tokens=keys.pinned_tokens, return_lse=return_lse,
         mask_queries=mask and mask.queries, mask_keys=mask and mask.keys, mask_before=mask and mask.before, mask_after=mask and mask.after,
         mask_sink=mask and mask.sink,
+        block_choice=block_choice,
     )  # fmt: skip
     out, lse = _run(arguments)
     if not return_lse:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ..dispatch import on_device_of, require_one_device, use_triton, without_autocast
+from ..options import check_block_choice
 from ..qk_norm_rope import NO_NORM, HeadNorm, Prepared, norm_tensors, prepare_qkv
 from ..qk_norm_rope.naive import block_means as mean_over_blocks
 from . import forward, naive
@@ -149,6 +150,7 @@ class KeyCache:
         feature_map: str = "softmax",
         proj: Tensor | None = None,
         block_means: bool = False,
+        block_choice: str = "mean",
         backend: str = "auto",
     ) -> Tensor:
         """Sparse-linear attention of the queries to the keys, as `sparse_linear_attention` with ``keys=``.
@@ -157,7 +159,8 @@ class KeyCache:
             queries: What `extend` returned last.
             pinned_tokens: How many of the first of them, in order, attend to all keys. Those alone do, not the rest of their block:
                 for a few of them that would be a block that takes longer than all others together.
-            keep_ratio, negligible_ratio, scale, linear, feature_map, proj, block_means, backend: As of `sparse_linear_attention`.
+            keep_ratio, negligible_ratio, scale, linear, feature_map, proj, block_means, block_choice, backend: As of
+                `sparse_linear_attention`.
 
         Returns:
             ``[B, H, M, D]`` in v's dtype, in host order.
@@ -166,12 +169,13 @@ class KeyCache:
             BackendError, ConfigError: As of `sparse_linear_attention`.
         """
         check_options(keep_ratio, negligible_ratio, scale, None, linear, feature_map, backend)
+        check_block_choice(block_choice, block_means, negligible_ratio)
         proj = naive.needed_proj(linear, proj)
         arguments = Arguments(
             queries.q, self.k, self.v, None, None, None, None, proj, order=None, positions=None, pinned_tokens=0, keep_ratio=keep_ratio,
             negligible_ratio=negligible_ratio, q_kind=None, q_eps=0.0, k_kind=None, k_eps=0.0, rope_base=None, scale=scale, linear=linear,
             feature_map=feature_map, block_means=block_means, block_q=self.block_q, block_k=self.block_k, backend=backend, cross=True,
-            key_pinned_tokens=self.pinned_tokens,
+            key_pinned_tokens=self.pinned_tokens, block_choice=block_choice,
         )  # fmt: skip
         columns = arguments.columns
         k, v = self._keys if forward.on_triton(arguments) else (self.k, self.v)

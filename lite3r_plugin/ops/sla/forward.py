@@ -76,13 +76,15 @@ def in_host_order(x: Tensor, order: Tensor | None, dim: int) -> Tensor:
 
 def _on_torch(arguments: Arguments, prepared: Prepared) -> tuple[Tensor, Tensor | None]:
     means = prepared.q_mean.detach(), prepared.k_mean.detach()
+    by_error = arguments.by_error(prepared, triton=False)
     mask = None if arguments.mask is None else arguments.mask.ordered(arguments.order, arguments.keys.order)
     if mask is None:
-        kv_indices, negligible = block_map(*means, **arguments.block_counts()._asdict())
+        kv_indices, negligible = block_map(*means, **arguments.block_counts()._asdict(), by_error=by_error)
     else:
         kv_indices, negligible = masked_block_map(
             *means, keep_ratio=arguments.keep_ratio, mask=mask.in_blocks(arguments.block_q, arguments.block_k),
             pinned=arguments.pinned_keys, negligible_ratio=arguments.negligible_ratio if arguments.leaves_out else 0.0,
+            by_error=by_error,
         )  # fmt: skip
     out, lse = naive.sparse_linear_attention(
         prepared.q, prepared.k, prepared.v, kv_indices, negligible=negligible, mask=mask, pinned=arguments.pinned_queries,
@@ -105,11 +107,11 @@ def _operands(arguments: Arguments, prepared: Prepared, bits: bool) -> Operands:
     from ..block_map.kernels import block_map_with_bits, masked_block_map_with_bits
     from .kernels.operands import Operands
 
-    counts, mask = arguments.block_counts(), arguments.kernel_mask()
+    counts, mask, by_error = arguments.block_counts(), arguments.kernel_mask(), arguments.by_error(prepared, triton=True)
     if mask is None:
-        chosen = block_map_with_bits(prepared.q_mean, prepared.k_mean, **counts._asdict(), bits=bits)
+        chosen = block_map_with_bits(prepared.q_mean, prepared.k_mean, **counts._asdict(), bits=bits, by_error=by_error)
     else:
-        chosen = masked_block_map_with_bits(prepared.q_mean, prepared.k_mean, mask)
+        chosen = masked_block_map_with_bits(prepared.q_mean, prepared.k_mean, mask, by_error)
     return Operands.of(arguments, prepared[:3], prepared[4:], chosen, counts.negligible, mask)
 
 

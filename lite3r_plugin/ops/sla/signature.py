@@ -12,7 +12,7 @@ from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_
 
 from torch import Tensor
 
-from ..block_map import SegmentMask, kept_blocks, negligible_blocks
+from ..block_map import Moments, SegmentMask, kept_blocks, moments, negligible_blocks
 from ..block_map.kernel_mask import KernelMask
 from ..qk_norm_rope import HeadNorm, Prepared, Tokens, prepare_qkv
 
@@ -35,6 +35,7 @@ class Arguments(NamedTuple):
         key_order, key_positions, key_pinned_tokens: Those of keys, where they are other tokens.
         return_lse: Whether the log-sum-exp of queries is wanted.
         mask_queries, mask_keys, mask_before, mask_after, mask_sink: The fields of a `SegmentMask`; without a mask all are None.
+        block_choice: ``"mean"`` or ``"error"``, see `block_map.naive`.
     """
 
     q: Learns
@@ -72,6 +73,7 @@ class Arguments(NamedTuple):
     mask_before: int | None = None
     mask_after: int | None = None
     mask_sink: int | None = None
+    block_choice: str = "mean"
 
     def contiguous(self) -> Arguments:
         """With those tensors contiguous that kernels read as they lie in memory: a user, a compiler or a hook may have changed that."""
@@ -165,6 +167,18 @@ class Arguments(NamedTuple):
     def skips(self) -> bool:
         """Whether other blocks than critical ones are not marginal."""
         return self.leaves_out or self.mask_queries is not None
+
+    def by_error(self, prepared: Prepared, triton: bool) -> Moments | None:
+        """What choosing by error reads of prepared q and k; None where blocks are chosen by means."""
+        if self.block_choice == "mean":
+            return None
+        q, k, queries = prepared.q.detach(), prepared.k.detach(), self.q.shape[-2]
+        scale = self.v.shape[-1] ** -0.5 if self.scale is None else self.scale
+        if triton:
+            from ..block_map import kernels
+
+            return kernels.moments(q, k, queries=queries, tokens=self.tokens, scale=scale, block_q=self.block_q, block_k=self.block_k)
+        return moments(q[:, :, :queries], k[:, :, : self.tokens], scale=scale, block_q=self.block_q, block_k=self.block_k)
 
     def block_counts(self) -> BlockCounts:
         """How many blocks the map is to choose."""

@@ -14,6 +14,8 @@ from lite3r_plugin.ops.block_map import (
     kept_blocks,
     masked_block_map,
     masked_density,
+    moments,
+    naive,
     negligible_blocks,
 )  # fmt: skip
 from lite3r_plugin.ops.block_map.naive import masked_counts
@@ -83,3 +85,48 @@ def test_density_with_a_mask_counts_what_is_computed() -> None:
     expected = int(seen[:2].sum() + (chosen[:, :, 2:] >= 0).sum())
     assert masked_density(mask, 0.25, 40, 32, 16) == expected / (10 * 20)
     assert masked_density(SegmentMask(frames, after=None).ordered(None, None), 0.25, 40, 32, 16) == density(320, 0.25, 40, 32, 16)
+
+
+def test_by_error_a_block_is_kept_whose_mean_hides_much() -> None:
+    """Block 0 has the highest scores, all alike, which its mean gives exactly; scores vary in block 1, and in block 2 around lower ones."""
+    k = torch.tensor([[4.0, 4.0, 0.0, 6.0, -3.0, 3.0]]).mT[None, None] * torch.eye(D)[0]
+    q = torch.eye(D)[None, None, :1].expand(-1, -1, 4, -1)
+    means = q[:, :, :1], k.unflatten(2, (3, 2)).mean(3)
+    by_error = moments(q, k, scale=1.0, block_q=4, block_k=2)
+    for kept, expected in ((1, [1]), (2, [1, 2]), (3, [0, 1, 2])):
+        assert block_map(*means, kept=kept, by_error=by_error)[0].flatten().tolist() == expected
+    assert block_map(*means, kept=1)[0].item() == 0
+
+
+@pytest.mark.parametrize("queries", [64, 49, 33, 9])
+@pytest.mark.parametrize("keys", [40, 37])
+def test_scores_by_error_are_written_out(queries: int, keys: int) -> None:
+    """Of each part of a query block, with short and with empty ones."""
+    q, k = torch.randn(B, H, queries, D, dtype=torch.float64), torch.randn(B, H, keys, D, dtype=torch.float64)
+    by_error, means = moments(q, k, scale=0.7, block_q=32, block_k=8), torch.stack([x.mean(2) for x in k.split(8, 2)], 2)
+    found = naive.scores_by_error(by_error, means, slice(0, 2))
+    assert found.shape[2] == -(-queries // 32)
+    for row, block in enumerate(q.split(32, 2)):
+        expected = torch.zeros(B, H, 5, dtype=torch.float64)
+        for part in block.split(8, 2):
+            query = 0.7 * part.mean(2)
+            scores = [(query[:, :, None] @ x.mean(2)[..., None])[..., 0, 0] for x in k.split(8, 2)]
+            variances = [(query.square() * x.var(2, correction=0)).sum(-1) for x in k.split(8, 2)]
+            masses = [x.shape[2] * (s + v / 2).exp() for x, s, v in zip(k.split(8, 2), scores, variances, strict=True)]
+            expected += part.shape[2] * torch.stack([m * v.sqrt() / sum(masses) for m, v in zip(masses, variances, strict=True)], -1)
+        torch.testing.assert_close(found[:, :, row], expected)
+
+
+def test_by_error_slabs_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k = torch.randn(B, H, 70, D), torch.randn(B, H, 37, D)
+    by_error, means = moments(q, k, scale=0.3, block_q=16, block_k=8), (torch.randn(B, H, 5, D), torch.randn(B, H, 5, D))
+    whole = block_map(*means, kept=3, pinned=1, by_error=by_error)[0]
+    monkeypatch.setattr(naive, "SLAB_BYTES", 1)
+    assert torch.equal(block_map(*means, kept=3, pinned=1, by_error=by_error)[0], whole)
+
+
+def test_by_error_nan_is_chosen_last() -> None:
+    q, k = torch.randn(1, 1, 4, D), torch.randn(1, 1, 16, D)
+    k[:, :, 5] = math.nan
+    by_error, means = moments(q, k, scale=1.0, block_q=4, block_k=4), (q.mean(2, True), k.unflatten(2, (4, 4)).mean(3))
+    assert block_map(*means, kept=3, by_error=by_error)[0].tolist() == [[[[0, 2, 3]]]]

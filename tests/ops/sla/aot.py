@@ -25,6 +25,7 @@ INDEX_POINTERS |= {"Kinds": "*i8", "Counts": "*i32", "LeftOut": "*i32"}
 FP32_POINTERS = {
     "QMean", "KMean", "VMean", "Scores", "State", "Total", "Totals", "OutTotals", "Mu", "Lse", "QW", "QB", "KW", "KB", "Proj",
 }  # fmt: skip
+FP32_POINTERS |= {"Mean", "Variance"}
 FP32_SCALARS = {"log2_base", "q_eps", "k_eps", "scale", "scale_log2"}
 
 
@@ -90,6 +91,11 @@ def variants() -> list[tuple[str, Any, str, dict[str, Any], dict[str, int]]]:
         for skipped in (False, True):
             constants = dict(WIDTH=width, BITS=True, SKIPPED=skipped)
             found.append(("select", block_map._select_kernel, "fp32", constants, block_map.launch_options(width)))
+        constants = dict(WIDTH=width, PARTS=block_map.PARTS)
+        found.append(("by_error", block_map._by_error_kernel, "fp32", constants, block_map.launch_options(width)))
+    for dim, block, spread in ((64, 32, False), (80, 64, True), (128, 128, True), (64, 4, False)):
+        constants = dict(D=dim, DP=triton.next_power_of_2(dim), BLOCK=block, SPREAD=spread)
+        found.append(("moments", block_map._moments_kernel, "bf16", constants, dict(num_warps=4)))
     return found
 
 

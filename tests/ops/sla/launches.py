@@ -25,7 +25,7 @@ CAPABILITY = int(sys.argv[1])
 LIMIT = SHARED_KIB.get(divmod(CAPABILITY, 10), 99)
 SMALLEST = SHARED_KIB.get((8, 9), 99)
 LAUNCHES: list[tuple[str, int, bool]] = []
-CASES = [  # dtype, head dimension, linear branch, what learns, block of keys if it is not 64, whether keys are other tokens, is masked
+CASES = [  # dtype, head dimension, linear branch, what learns, block of keys if not 64, whether keys are other tokens, is masked, choice
     (torch.bfloat16, 64, "all", "all"),
     (torch.bfloat16, 64, "all", "proj"),
     (torch.bfloat16, 64, "none", "nothing"),
@@ -40,6 +40,8 @@ CASES = [  # dtype, head dimension, linear branch, what learns, block of keys if
     (torch.bfloat16, 64, "marginal", "all", 64, False, True),
     (torch.float32, 128, "marginal", "nothing", 64, False, True),
     (torch.bfloat16, 64, "all", "all", 64, False, True),
+    (torch.bfloat16, 64, "none", "nothing", 64, False, False, "error"),
+    (torch.bfloat16, 64, "none", "nothing", 64, False, True, "error"),
 ]
 
 
@@ -83,7 +85,8 @@ class Driver:
 
 
 def run(
-    dtype: torch.dtype, dim: int, linear: str, learns: str, block_k: int = 64, cross: bool = False, masked: bool = False, *, tokens: int
+    dtype: torch.dtype, dim: int, linear: str, learns: str, block_k: int = 64, cross: bool = False, masked: bool = False,
+    block_choice: str = "mean", *, tokens: int,
 ) -> dict[str, Any]:  # fmt: skip
     """One forward (and backward) pass: kernels launched by each, most shared memory of one in KiB, those that load by TMA.
 
@@ -102,7 +105,7 @@ def run(
         out = sla.sparse_linear_attention(
             q, k[:, :, :few], v[:, :, :few], keep_ratio=0.1, order=torch.randperm(tokens).int(), pinned_tokens=70, q_norm=norm, k_norm=norm,
             positions=torch.randint(0, 37, (1, tokens, 2)), rope_base=100.0, linear=linear, proj=proj, block_means=True, block_k=block_k,
-            keys=keys, mask=mask, return_lse=cross, backend="triton",
+            keys=keys, mask=mask, return_lse=cross, block_choice=block_choice, backend="triton",
         )  # fmt: skip
         forward = len(LAUNCHES)
         if learns != "nothing":
@@ -124,7 +127,7 @@ def main() -> None:
         if allowed > LIMIT or ("--in-turn" in sys.argv and i and allowed <= SMALLEST < LIMIT):
             continue
         name = f"{dtype} {dim} {linear}, {learns} learns" + (", other keys" if any(blocks[1:2]) else "")
-        name += ", masked" if any(blocks[2:]) else ""
+        name += (", masked" if any(blocks[2:3]) else "") + (", by error" if blocks[3:] else "")
         case = dict(case=name, allowed=allowed, block_k=(*blocks, 64)[0], **run(dtype, dim, linear, learns, *blocks, tokens=1000))
         longer = run(dtype, dim, linear, learns, *blocks, tokens=9001)
         case["as_many_when_long"] = all(case[key] == longer[key] for key in ("forward", "backward"))

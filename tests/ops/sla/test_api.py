@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lite3r_plugin.errors import ConfigError, WeightsError
 from lite3r_plugin.ops import dispatch
-from lite3r_plugin.ops.block_map import block_map
+from lite3r_plugin.ops.block_map import block_map, kept_blocks, moments
 from lite3r_plugin.ops.dispatch import triton_installed
 from lite3r_plugin.ops.qk_norm_rope import HeadNorm, norm_rope
 from lite3r_plugin.ops.qk_norm_rope import naive as prepare
@@ -75,6 +75,39 @@ def test_negligible_blocks_have_no_part() -> None:
         torch.testing.assert_close(changed_out[:, :, block], out[:, :, block], **EXACT)
     nothing_else = sparse_linear_attention(q, k, v, negligible_ratio=1.0, **full, **options)
     torch.testing.assert_close(nothing_else, sparse_linear_attention(q, k, v, **options), **EXACT)
+
+
+@pytest.mark.parametrize("cross", [False, True])
+def test_blocks_are_chosen_by_error_among_those_that_are_free(cross: bool) -> None:
+    """Of keys in order, with the scale of the call: those that hide most, and pinned ones."""
+    q, k, v = qkv(150)
+    order, key_order = torch.randperm(150), torch.randperm(150)
+    keys = KeyTokens(key_order, pinned_tokens=3) if cross else None
+    out = sparse_linear_attention(
+        q, k, v, keep_ratio=0.3, order=order, pinned_tokens=20, keys=keys, scale=0.7, block_means=True, block_choice="error",
+        block_q=BLOCK_Q, block_k=BLOCK_K,
+    )  # fmt: skip
+    q, k, v = q[:, :, order], *(x[:, :, key_order if cross else order] for x in (k, v))
+    means = [prepare.block_means(x, block) for x, block in ((q, BLOCK_Q), (k, BLOCK_K))]
+    pinned = 1 if cross else 2
+    kept = kept_blocks(10, 0.3, pinned)
+    chosen, _ = block_map(*means, kept=kept, pinned=pinned, by_error=moments(q, k, scale=0.7, block_q=BLOCK_Q, block_k=BLOCK_K))
+    assert not torch.equal(chosen, block_map(*means, kept=kept, pinned=pinned)[0])
+    expected, _ = naive.sparse_linear_attention(q, k, v, chosen, pinned=1, scale=0.7, block_means=True, block_q=BLOCK_Q, block_k=BLOCK_K)
+    torch.testing.assert_close(out[:, :, order], expected, **EXACT)
+
+
+def test_blocks_chosen_by_error_hold_nothing_of_later_frames() -> None:
+    q, k, v = qkv(160)
+    options: dict[str, Any] = dict(
+        keep_ratio=0.2, mask=SegmentMask(FRAMES), block_means=True, block_choice="error", block_q=BLOCK_Q, block_k=BLOCK_K
+    )
+    late = FRAMES > 3
+    out = sparse_linear_attention(q, k, v, **options)
+    other = sparse_linear_attention(q, *(torch.where(late[:, None], 50.0 + x, x) for x in (k, v)), **options)
+    assert torch.equal(other[:, :, ~late], out[:, :, ~late])
+    by_mean = sparse_linear_attention(q, k, v, **options | dict(block_choice="mean"))
+    assert not torch.allclose(by_mean, out)
 
 
 def dense_mask(mask: SegmentMask) -> Tensor:
@@ -289,6 +322,7 @@ NAN, INF = float("nan"), float("inf")
         ("block_k", (0, NAN, 2**16), "block_k is a number of tokens"),
         ("pinned_tokens", (-1, 9, 2.5, NAN), "pinned_tokens must be in"),
         ("feature_map", (["softmax"], torch.ones(2), None), "feature_map must be one of"),
+        ("block_choice", ("means", None, torch.ones(2)), "block_choice must be one of"),
     ],
 )
 def test_options_out_of_their_ranges_are_refused(option: str, values: tuple[object, ...], message: str) -> None:
@@ -325,6 +359,9 @@ def test_of_nothing_comes_nothing_with_gradients(shape: tuple[int, ...], linear:
         (dict(negligible_ratio=float("nan")), "negligible_ratio must be"),
         (dict(feature_map="relu"), "feature_map must be one of"),
         (dict(backend="cuda"), "backend must be one of"),
+        (dict(block_choice="error"), "needs block_means=True"),
+        (dict(block_choice="error", block_means=True, block_q=30, block_k=10), "block_q must be a multiple of 4, got 30"),
+        (dict(block_choice="error", block_means=True, negligible_ratio=0.2), "negligible_ratio is 0.2: leave it at 0"),
         (dict(pinned_tokens=-1), "pinned_tokens must be in"),
         (dict(order=torch.arange(39)), "order names 39 tokens, but q has 40"),
         (dict(order=torch.arange(40).float()), "order is"),

@@ -107,6 +107,14 @@ def test_negligible_blocks(backend: str) -> None:
     assert not torch.allclose(out, stream.cache.attend(queries, keep_ratio=0.2, block_means=True, backend=backend))
 
 
+def test_blocks_chosen_by_error(backend: str) -> None:
+    stream, queries = grown(backend, SIZES)
+    options: dict[str, Any] = dict(keep_ratio=0.3, block_means=True)
+    out = stream.cache.attend(queries, **options, block_choice="error", backend=backend)
+    torch.testing.assert_close(out, the_same_at_once(stream, queries, **options, block_choice="error"), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(out, stream.cache.attend(queries, **options, backend=backend))
+
+
 @pytest.mark.parametrize("sizes", [[(7, 7), (3, 3), (40, 2)], [(5, 0), (40, 9), (40, 20)], [(1, 0), (1, 1), (100, 0)], [(64, 0)]])
 def test_pinned_keys_come_first_and_nothing_is_lost(sizes: list[tuple[int, int]]) -> None:
     torch.manual_seed(0)

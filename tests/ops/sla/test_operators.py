@@ -31,14 +31,14 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return request.param
 
 
-def a_call(queries: int, keys: int, backend: str, learns: bool = True) -> dict[str, Any]:
+def a_call(queries: int, keys: int, backend: str, learns: bool = True, block_choice: str = "mean") -> dict[str, Any]:
     """Inputs, and options."""
     q, (_, k, v) = random_qkv(queries, 32, torch.float32, batch=1)[0], random_qkv(keys, 32, torch.float32, batch=1)
     inputs = {name: x.detach().clone().requires_grad_(learns) for name, x in dict(q=q, k=k, v=v, proj=random_proj(32)).items()}
     mask = SegmentMask(torch.arange(queries, device=DEVICE) // 9, torch.arange(keys, device=DEVICE) // 9)
     return inputs | dict(
         keep_ratio=0.3, order=torch.randperm(queries, device=DEVICE).int(), pinned_tokens=3, mask=mask, linear="marginal", block_means=True,
-        keys=KeyTokens(torch.randperm(keys, device=DEVICE).int(), 2), block_q=32, block_k=16, return_lse=True,
+        keys=KeyTokens(torch.randperm(keys, device=DEVICE).int(), 2), block_q=32, block_k=16, return_lse=True, block_choice=block_choice,
     )  # fmt: skip
 
 
@@ -63,6 +63,24 @@ def test_a_graph_gives_what_the_eager_call_gives(backend: str, learns: bool) -> 
             flows = [torch.autograd.grad(results, leaves, grads) for results in (found, expected)]
             torch.testing.assert_close(*flows, rtol=1e-4, atol=1e-4)
     assert len(set(compilations)) == 1
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("learns", [False, True])
+def test_the_kernels_choose_by_error_as_torch_operators_do(backend: str, learns: bool, masked: bool) -> None:
+    """Output, log-sum-exp and gradients are those of the definition, with its block map."""
+    call = a_call(70, 150, backend, learns, block_choice="error") | dict(mask=None)
+    if masked:  # with frames in order, so that there are blocks to choose from
+        mask = SegmentMask(torch.arange(70, device=DEVICE) // 16, torch.arange(150, device=DEVICE) // 40)
+        call |= dict(mask=mask, order=None, keys=KeyTokens(pinned_tokens=2))
+    leaves = [call[name] for name in ("q", "k", "v", "proj")]
+    found, expected = sparse_linear_attention(**call), sparse_linear_attention(**call, backend="naive")
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(found[0], sparse_linear_attention(**call | dict(block_choice="mean"))[0], rtol=1e-3, atol=1e-3)
+    if learns:
+        grads = [torch.randn_like(x) for x in expected]
+        flows = [torch.autograd.grad(results, leaves, grads) for results in (found, expected)]
+        torch.testing.assert_close(*flows, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("backend", ["naive", pytest.param("triton", marks=pytest.mark.slow)], indirect=True)
