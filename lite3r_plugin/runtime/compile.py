@@ -87,7 +87,9 @@ class CompiledBlocks:
 
 def why_not_compiled(error: Exception) -> str:
     """What is said of an `error` that came from inside of `CompiledBlocks.running`."""
-    if isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit):
+    from torch._dynamo.exc import FailOnRecompileLimitHit  # of a compiler that has run by then
+
+    if isinstance(error, FailOnRecompileLimitHit):
         return f"blocks of one class are more than {RECOMPILE_LIMIT} cases to the compiler: by shapes, hooks, or attributes that differ"
     return short(error)
 
