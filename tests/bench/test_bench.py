@@ -154,6 +154,7 @@ def test_fp8_variants_compile(name: str) -> None:
     assert cell.winner.prepare_s > cell.winner.median_ms / 1e3
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_for_the_forward_that_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its hooks would be another case of every block, of which a compiler takes so many."""
     watching, compiled = [False], []

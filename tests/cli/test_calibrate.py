@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pytest
 from commands import fails, lite3r
 
 from lite3r_plugin import KeepRatioProfile, describe, load_lite3r
@@ -35,6 +36,7 @@ def test_errors_before_any_work(photos: Path, tmp_path: Path) -> None:
     assert "cannot be made" in fails("calibrate", photos, "--out", photos / "0.jpg", "--views", 1, *OPTIONS)
 
 
+@pytest.mark.slow
 def test_ratios_are_chosen_first(photos: Path, tmp_path: Path) -> None:
     """They are in the checkpoint, and in a file that other commands take."""
     for i in range(4):

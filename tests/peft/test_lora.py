@@ -164,7 +164,8 @@ def test_the_sum_of_both_matrices_reaches_q_k_and_v(alpha: float | None, scale: 
     torch.testing.assert_close(model(images()), other(images()), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("precision", [pytest.param("full", marks=pytest.mark.slow), "fp8_qat"])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["full", "fp8_qat"])
 def test_compiled_equals_eager_with_gradients(precision: Any) -> None:
     model = with_lora(precision)
     model.requires_grad_(False)
