@@ -19,7 +19,7 @@ def lite3r_attention_sites(model: nn.Module) -> list[AttentionSite] | None:
     sites = []
     for name, module in modules.items():
         if _is_attention(module):
-            sites.append(AttentionSite(name, "frame", module.head_dim, Routed(module.num_heads), _tokens(modules, name)))
+            sites.append(AttentionSite(name, "frame", _head_dim(module), Routed(module.num_heads), _tokens(modules, name)))
     return sites or None
 
 
@@ -34,13 +34,19 @@ def _is_attention(module: Any) -> bool:
     return (
         hasattr(module, "fused_attn")
         and isinstance(getattr(module, "num_heads", None), int)
-        and isinstance(getattr(module, "head_dim", None), int)
         and isinstance(getattr(module, "proj", None), nn.Module)
+        and _head_dim(module) is not None
         and any(isinstance(getattr(module, name, None), nn.Module) for name in ("qkv", "q_proj"))
         and {name for name, _ in module.named_parameters(recurse=False)} <= _PARAMETERS
         and (arguments := forward_parameters(module)) is not None
         and arguments.keys() <= _ARGUMENTS
     )
+
+
+def _head_dim(module: Any) -> Any:
+    """None where it is not known: in timm 1.0.20 an `EvaAttention` does not keep it."""
+    joined = getattr(module.proj, "in_features", None)
+    return getattr(module, "head_dim", None if joined is None else joined // module.num_heads)
 
 
 def _tokens(modules: dict[str, Any], name: str) -> TokenSource | None:

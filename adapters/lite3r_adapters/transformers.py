@@ -33,8 +33,13 @@ def lite3r_attention_sites(model: nn.Module) -> list[AttentionSite] | None:
 
 
 def _takes_images(owner: Any) -> bool:
-    """Those that take packed patches, whose main input has any name, take the grids of their images besides."""
-    return str(owner.main_input_name).startswith("pixel_values") or "grid_thw" in (forward_parameters(owner) or {})
+    """Those that take packed patches, whose main input has any name, take the grids of their images besides.
+
+    In transformers 5.0 a part of a model may name the main input of the whole, such as the vision half of SigLIP.
+    """
+    parameters = forward_parameters(owner) or {}
+    alone = "pixel_values" in parameters and "input_ids" not in parameters
+    return str(owner.main_input_name).startswith("pixel_values") or "grid_thw" in parameters or alone
 
 
 @hookimpl(trylast=True)

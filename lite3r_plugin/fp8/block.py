@@ -13,7 +13,7 @@ from ..adapter.sites import AttentionSite, PreNormBlock
 from ..errors import AdapterError
 from ..ops.dispatch import require_one_device
 from ..ops.fp8 import Quantized, passes
-from ..wrapper import HostWrapper, argument_names, has_forward_hooks, may_be_read, must_be_called
+from ..wrapper import HostWrapper, argument_names, by_name, has_forward_hooks, may_be_read, must_be_called
 from .linear import Fp8Linear
 
 
@@ -51,7 +51,7 @@ class Fp8Block(HostWrapper):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the host's forward."""
-        given = dict(zip(self.argument_names, args, strict=False)) | kwargs
+        given = by_name(self.argument_names, args) | kwargs
         x = given.pop(self.argument_names[0])
         given = {name: value for name, value in given.items() if value is not None and value is not False}
         if not isinstance(x, Tensor) or self.training or not given.keys() <= self.passed:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..adapter.sites import AttentionSite
 from ..adapter.trials import RandomCopies, require_equal, structure, trial
 from ..errors import AdapterError, short
-from ..wrapper import argument_names, forward_parameters
+from ..wrapper import argument_names, by_name, forward_parameters
 from .block import block_forward
 
 
@@ -97,7 +97,7 @@ class _StandIn(nn.Module):
         self.given: dict[str, Any] = {}
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        given: dict[str, Any] = dict(zip(self.names[1:], args, strict=False)) | kwargs
+        given: dict[str, Any] = by_name(self.names[1:], args) | kwargs
         given |= {f"number {i + 2}": value for i, value in enumerate(args) if i + 1 >= len(self.names)}  # of an attention with *args
         self.given = {name: value for name, value in given.items() if value is not None and value is not False}
         return x.flip(-1) * 0.7 + x.roll(1, -2)

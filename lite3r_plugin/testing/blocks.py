@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..adapter.sites import AttentionSite, PreNormBlock
 from ..errors import AdapterError
 from ..fp8.block import block_forward
-from ..wrapper import argument_names
+from ..wrapper import argument_names, by_name
 
 
 def check_blocks(model: nn.Module, sites: Iterable[AttentionSite], run: Callable[[nn.Module], object], atol: float) -> None:
@@ -30,7 +30,7 @@ def check_blocks(model: nn.Module, sites: Iterable[AttentionSite], run: Callable
 
     def watch(site: AttentionSite, block: PreNormBlock) -> Callable[..., None]:
         def compare(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            given = dict(zip(argument_names(host) or (), args, strict=False)) | kwargs
+            given = by_name(argument_names(host) or (), args) | kwargs
             x = given.pop(next(iter(given)))
             expected = block_forward(host, site, x, **{name: value for name, value in given.items() if value is not None})
             error = (output - expected).abs().max().item() if isinstance(output, Tensor) else torch.inf

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,11 @@ def argument_names(module: nn.Module) -> tuple[str, ...] | None:
     """The names of `forward_parameters`."""
     parameters = forward_parameters(module)
     return None if parameters is None else tuple(parameters)
+
+
+def by_name(names: Sequence[str], args: Sequence[Any]) -> dict[str, Any]:
+    """Positional arguments by the `names` of a forward; what is more of either is left out."""
+    return dict(zip(names, args))  # noqa: B905 (the compiler of torch 2.9 takes any value of `strict` for true)
 
 
 def has_forward_hooks(module: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from ...adapter.sites import AttentionSite, FusedQKV, KeyValueCache, SeparateQKV
 from ...errors import AdapterError
 from ...fp8.linear import Fp8Linear
 from ...ops.qk_norm_rope import HeadNorm
-from ...wrapper import may_be_read
+from ...wrapper import by_name, may_be_read
 from ..inputs import AttentionInputs
 from .base import ProjectionStyle, SiteModule
 
@@ -162,7 +162,7 @@ class ProjectedStyle(ProjectionStyle):
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Given, str | None]:
         """What the site is given, and why sparse attention cannot honour it (or None)."""
         names = self.argument_names
-        given = dict(zip(names, args, strict=False)) | kwargs
+        given = by_name(names, args) | kwargs
         if names[0] not in given:
             raise AdapterError(f"site {self.site.fqn!r} was called without {names[0]!r}, its first argument: describe it as Routed()")
         x = given.pop(names[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, get_args, overload
+from typing import Any, Literal, NamedTuple, get_args, overload
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from ..options import (
 )
 from ..qk_norm_rope import NO_NORM, HeadNorm, norm_tensors
 from . import forward, naive, operators
-from .signature import Arguments
+from .signature import INPUTS, Arguments
 
 LARGEST_BLOCK = 2**15
 _CHOICES = {"linear": get_args(LinearBranch), "feature_map": get_args(FeatureMap), "backend": get_args(Backend)}
@@ -186,7 +186,8 @@ def sparse_linear_attention(
 
 def _run(arguments: Arguments) -> tuple[Tensor, Tensor | None]:
     """The output and, if it is wanted, the log-sum-exp: in a graph as an operator, else with or without a function of autograd."""
-    needed = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in arguments.inputs]
+    inputs: tuple[Any, ...] = arguments[: len(INPUTS)]  # as `Arguments.inputs`, over which the compiler of torch 2.9 cannot go
+    needed = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
     # torch operators can be seen as they are; a compiler gets one node for them too
     if torch.compiler.is_compiling() or (under_trace() and forward.on_triton(arguments, needs_grad=any(needed))):
         if any(needed):
