@@ -35,7 +35,7 @@ def _is_attention(module: Any) -> bool:
         hasattr(module, "fused_attn")
         and isinstance(getattr(module, "num_heads", None), int)
         and isinstance(getattr(module, "proj", None), nn.Module)
-        and _head_dim(module) is not None
+        and isinstance(_head_dim(module), int)
         and any(isinstance(getattr(module, name, None), nn.Module) for name in ("qkv", "q_proj"))
         and {name for name, _ in module.named_parameters(recurse=False)} <= _PARAMETERS
         and (arguments := forward_parameters(module)) is not None

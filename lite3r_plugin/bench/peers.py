@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from ..adapter.plugins import find_model, find_sites
 from ..apply.verbs import apply_lite3r
 from ..errors import InputError, NoSitesError, short
-from ..wrapper import Changes, RewrittenMethod
+from ..wrapper import Changes, RewrittenMethod, by_name
 from .models import BenchModel, build
 from .variants import DENSE, FAST
 
@@ -140,7 +140,7 @@ class _Strided(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
-        given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+        given = by_name(("query", "key", "value"), args) | kwargs
         for name in ("key", "value"):
             x: Tensor = given[name]  # [B, H, N, D]
             if x.shape[-2] % self.views:
@@ -148,7 +148,7 @@ class _Strided(TorchFunctionMode):
                     f"a global site has {x.shape[-2]} tokens, which are not alike in {self.views} views: its frames have no stride"
                 )
             given[name] = x.unflatten(-2, (self.views, -1))[:, :, :: self.stride].flatten(-3, -2)
-        return func(**given, **dict(zip(("attn_mask", "dropout_p", "is_causal"), args[3:], strict=False)))
+        return func(**given, **by_name(("attn_mask", "dropout_p", "is_causal"), args[3:]))
 
 
 def _strided_keys(model: str, checkout: Path | None, device: torch.device, seed: int) -> Running:

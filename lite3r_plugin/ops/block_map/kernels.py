@@ -310,9 +310,7 @@ def _columns_of(k_mean: Tensor) -> int:
     return columns
 
 
-def _slabs(
-    q_mean: Tensor, k_mean: Tensor, by_error: Moments | None, kinds: Tensor | None = None
-) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
+def _slabs(q_mean: Tensor, k_mean: Tensor, by_error: Moments | None, kinds: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
     """Scores of some query blocks at a time, and the first of these."""
     batch, heads, rows, _ = q_mean.shape
     held = 4 * k_mean.shape[-2] * batch * heads * (1 if by_error is None else 2 * PARTS + 1)

@@ -168,17 +168,21 @@ class Arguments(NamedTuple):
         """Whether other blocks than critical ones are not marginal."""
         return self.leaves_out or self.mask_queries is not None
 
+    @property
+    def factor(self) -> float:
+        """Of the scores."""
+        return self.v.shape[-1] ** -0.5 if self.scale is None else self.scale
+
     def by_error(self, prepared: Prepared, triton: bool) -> Moments | None:
         """What choosing by error reads of prepared q and k; None where blocks are chosen by means."""
         if self.block_choice == "mean":
             return None
         q, k, queries = prepared.q.detach(), prepared.k.detach(), self.q.shape[-2]
-        scale = self.v.shape[-1] ** -0.5 if self.scale is None else self.scale
         if triton:
             from ..block_map import kernels
 
-            return kernels.moments(q, k, queries=queries, tokens=self.tokens, scale=scale, block_q=self.block_q, block_k=self.block_k)
-        return moments(q[:, :, :queries], k[:, :, : self.tokens], scale=scale, block_q=self.block_q, block_k=self.block_k)
+            return kernels.moments(q, k, queries=queries, tokens=self.tokens, scale=self.factor, block_q=self.block_q, block_k=self.block_k)
+        return moments(q[:, :, :queries], k[:, :, : self.tokens], scale=self.factor, block_q=self.block_q, block_k=self.block_k)
 
     def block_counts(self) -> BlockCounts:
         """How many blocks the map is to choose."""

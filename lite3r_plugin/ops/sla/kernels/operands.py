@@ -78,7 +78,7 @@ class Operands(NamedTuple):
             means=(k_mean, v_mean) if arguments.block_means else None, proj=arguments.proj, order=arguments.order,
             key_order=arguments.key_order if arguments.cross else arguments.order, queries=arguments.q.shape[-2],
             tokens=arguments.tokens, pinned=arguments.pinned_queries,
-            scale=arguments.v.shape[-1] ** -0.5 if arguments.scale is None else arguments.scale, linear=arguments.linear,
+            scale=arguments.factor, linear=arguments.linear,
             feature_map=arguments.feature_map, block_q=arguments.block_q, block_k=arguments.block_k,
             mask=mask,
         )  # fmt: skip
