@@ -149,10 +149,10 @@ class Stored:
                 continue
             for stored in report["rows"].values():
                 row = stored["row"]
-                if row["name"] not in ("applied", "calibrated", "best", "best-fp8"):
+                if row["name"] not in ("applied", "calibrated", "chosen", "best"):
                     continue  # parts of the recipe, trained for shorter
                 precision = "FP8" if row["precision"] == "fp8" else _precision(conditions["dtype"])
-                series = DISTILLED if row["training"] else CALIBRATED if row["calibrated"] else UNTRAINED
+                series = DISTILLED if row["training"] else AUTO if row.get("chosen") else CALIBRATED if row["calibrated"] else UNTRAINED
                 more = f"{row['training']['minutes']:g} minutes" if row["training"] else ""
                 for views, change in stored["against_dense"].items():
                     lost = {

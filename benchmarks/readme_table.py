@@ -330,8 +330,9 @@ def _aim(report: dict[str, Any], done: Sequence[dict[str, Any]], keep_ratio: flo
 
 def _way_to_train(row: dict[str, Any], usual_views: int) -> str:
     training = row["training"]
+    chosen = "ratios by site, blocks by error, " if row.get("chosen") else ""
     if training is None:
-        return "calibrated" if row["calibrated"] else "applied"
+        return f"{chosen}calibrated" if row["calibrated"] else "applied"
     parts = [f"`{training['trainable']}`"]
     if "lora_rank" in training and "lora" in training["trainable"]:
         parts.append(f"rank {training['lora_rank']}")

@@ -37,7 +37,7 @@ from rendered import MEASURES, PART, Renderer, Scenes, measure, part_file
 from torch import nn
 
 import lite3r_plugin
-from lite3r_plugin import DistillConfig, apply_lite3r, calibrate, convert, distill, load_lite3r, save_lite3r
+from lite3r_plugin import DistillConfig, apply_lite3r, calibrate, choose_keep_ratios, convert, distill, load_lite3r, save_lite3r
 from lite3r_plugin.adapter.plugins import find_model
 from lite3r_plugin.files import write_atomically
 from lite3r_plugin.peft import merge_lora
@@ -101,8 +101,8 @@ class Plan:
         ]  # fmt: skip
         keeps = dict.fromkeys((*args.keep_ratio, *(() if args.recipe else (args.search_keep,))))
         fits = [
-            Job(f"calibrate {keep} {precision}", "calibrate", 40, {"keep": keep, "precision": precision})
-            for keep in keeps for precision in ("fp8_qat", "full")
+            Job(f"calibrate {keep} {fit_name(precision, chosen)}", "calibrate", 40, dict(keep=keep, precision=precision, chosen=chosen))
+            for keep in keeps for precision in ("fp8_qat", "full") for chosen in (False, True)
         ]  # fmt: skip
         dense = [Job(f"dense {kind}", "dense", args.measuring, {"kind": kind}) for kind in ("held_out", "selection")]
         search = []
@@ -161,7 +161,7 @@ class Worker:
     def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
         self.args, self.device = args, device
         self.renderer = Renderer(args.folder, max(args.views), args.size, device)
-        self.warm: set[str] = set()
+        self.warm: set[tuple[Any, ...]] = set()
 
     def do(self, job: Job) -> dict[str, Any]:
         """What comes of a job."""
@@ -187,16 +187,19 @@ class Worker:
     def _dense(self, kind: str) -> dict[str, Any]:
         return {"views": self._measured(build(self.args, self.device), kind)}
 
-    def _calibrate(self, keep: float, precision: str) -> dict[str, Any]:
-        model = self._applied(keep, precision)
+    def _calibrate(self, keep: float, precision: str, chosen: bool) -> dict[str, Any]:
+        model = self._applied(keep, precision, chosen)
         samples = self.training.samples(7, 16, [16], False, self.device)
         inputs = [sample.inputs for sample in itertools.islice(samples, self.args.calibration)]
         began = time.perf_counter()
+        ratios = None
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            if chosen:
+                ratios = dict(choose_keep_ratios(model, inputs, mean_keep_ratio=keep))
             calibrate(model, inputs)
         seconds = time.perf_counter() - began
-        save_lite3r(model, calibrated(self.args, keep, precision))
-        return {"calibration_seconds": seconds}
+        save_lite3r(model, calibrated(self.args, keep, precision, chosen))
+        return {"calibration_seconds": seconds, "ratios": ratios}
 
     def _search(self, row: Row, keep: float, scenes: str) -> dict[str, Any]:
         result = self._row(row, keep, scenes)
@@ -208,21 +211,18 @@ class Worker:
 
     def _row(self, row: Row, keep: float, scenes: str) -> dict[str, Any]:
         args = self.args
-        row, precision = dataclasses.replace(row, views_a_step=args.views_a_step or row.views_a_step), row.trains_in
-        if row.calibrated:
-            model = load_lite3r(build(args, self.device), calibrated(self.args, keep, precision))
-        else:
-            model = self._applied(keep, precision)
+        row = dataclasses.replace(row, views_a_step=args.views_a_step or row.views_a_step)
+        model = self._started(row, keep)
         result: dict[str, Any] = {"keep_ratio": keep, "row": dataclasses.asdict(row)}
         if row.training is not None:
-            fields = row.training | ({"mixed_precision": "bf16"} if self.device.type == "cuda" else {})
+            fields = row.training | ({"mixed_precision": "bf16"} if self.device.type == "cuda" else {"compile_blocks": False})
             if args.steps:
                 fields = fields | {"steps": args.steps, "minutes": None}
             data = self.training.samples(args.seed, row.views_a_step, args.views, row.labels, self.device)
             if row.name == "best":  # goes on in the next command
                 fields = fields | {"output_dir": str(args.folder / f"training-{keep}-{row.recipe}"), "resume": True}
                 data = limited(data, args.until)
-            self._warm_up(precision, keep)
+            self._warm_up(row, keep)
             report = distill(model, data, DistillConfig(**fields))
             if report.stopped == "the data ended":
                 return {"unfinished": str(report)}
@@ -236,16 +236,26 @@ class Worker:
         result["views"] = self._measured(model.eval(), scenes)
         return result | {"against_dense": against_dense(result, dense)}
 
-    def _warm_up(self, precision: str, keep: float) -> None:
+    def _warm_up(self, row: Row, keep: float) -> None:
         """Compile what a run needs, lest the first one has less time."""
-        if self.device.type == "cuda" and precision not in self.warm:
+        assert row.training is not None
+        fields = {name: row.training[name] for name in ("trainable", "lora_rank", "compile_blocks") if name in row.training}
+        compiled = tuple(fields.items()) if fields.get("compile_blocks") else ()
+        if self.device.type == "cuda" and (case := (row.trains_in, row.chosen, *compiled)) not in self.warm:
             data = self.training.samples(1, 96, self.args.views, False, self.device)
-            distill(self._applied(keep, precision), data, trainable="proj+lora", steps=WARM_UP_STEPS, mixed_precision="bf16")
-        self.warm.add(precision)
+            distill(self._started(row, keep), data, DistillConfig(**fields, steps=WARM_UP_STEPS, mixed_precision="bf16"))
+            self.warm.add(case)
 
-    def _applied(self, keep: float, precision: str) -> nn.Module:
+    def _started(self, row: Row, keep: float) -> nn.Module:
+        """What a row trains, or measures as it is."""
+        if row.calibrated:
+            return load_lite3r(build(self.args, self.device), calibrated(self.args, keep, row.trains_in, row.chosen))
+        return self._applied(keep, row.trains_in, row.chosen)
+
+    def _applied(self, keep: float, precision: str, chosen: bool) -> nn.Module:
         blocks = {"block_q": 32, "block_k": 16} if self.args.small else {}  # of so few tokens blocks of the usual size leave none out
-        return apply_lite3r(build(self.args, self.device), keep_ratio=keep, dense_below=0, precision=precision, **blocks)
+        ways: dict[str, Any] = {"keep_ratio": "auto", "block_choice": "error"} if chosen else {"keep_ratio": keep}
+        return apply_lite3r(build(self.args, self.device), **ways, dense_below=0, precision=precision, **blocks)
 
     def _measured(self, model: nn.Module, kind: str) -> dict[str, dict[str, list[float]]]:
         args = self.args
@@ -253,9 +263,14 @@ class Worker:
         return {str(v): measure(model, self.scenes(kind), v, n, *options) for v, n in zip(args.views, args.subsets, strict=True)}
 
 
-def calibrated(args: argparse.Namespace, keep: float, precision: str) -> Path:
+def fit_name(precision: str, chosen: bool) -> str:
+    """What a calibration is of."""
+    return f"{precision} chosen" if chosen else precision
+
+
+def calibrated(args: argparse.Namespace, keep: float, precision: str, chosen: bool) -> Path:
     """Where the calibrated model lies, from which rows start."""
-    return args.folder / f"calibrated-{keep}-{precision}"
+    return args.folder / f"calibrated-{keep}-{fit_name(precision, chosen).replace(' ', '-')}"
 
 
 def build(args: argparse.Namespace, device: torch.device) -> Testbed:
@@ -435,8 +450,8 @@ def write_reports(plan: Plan) -> None:
         done = {f"{name} {keep}": plan.result(f"row {name} {keep}") for name in [*recipes.table(args.short), "best"]}
         for result in filter(None, done.values()):
             row = Row(**result["row"])
-            fit = plan.result(f"calibrate {keep} {row.trains_in}") if row.calibrated else None
-            result |= {"calibration_seconds": fit["calibration_seconds"]} if fit else {}
+            fit = plan.result(f"calibrate {keep} {fit_name(row.trains_in, row.chosen)}") if row.calibrated else None
+            result |= {name: fit[name] for name in ("calibration_seconds", "ratios")} if fit else {}
         reports[f"keep{keep}"] = done
     reports["search"] = {name: plan.result(f"search {name}") for name in args.tried}
     for name, done in reports.items():
@@ -476,7 +491,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=60.0, help="begin nothing that would not be over then")
     parser.add_argument("--small", action="store_true", help="a tiny model, few tiny scenes, few steps")
     parser.add_argument("--processes", type=int, help="one a GPU, unless a number is given; 0: all in this one")
-    few = ["applied", "calibrated", "lora-qat", "lora-no-qat", "best"]
+    few = ["applied", "calibrated", "chosen", "lora-qat", "lora-no-qat", "lora-qat-chosen", "best"]
     parser.add_argument("--rows", nargs="+", choices=names, default=names)
     parser.add_argument("--fp8-rows", nargs="+", choices=names, default=few, help="at keep ratios whose best row is in FP8")
     parser.add_argument("--keep-ratio", type=float, nargs="+", default=[0.25, 0.125])

@@ -20,6 +20,7 @@ class Row:
         rounds: It trains with fake quantisation; without, an FP8 model is converted from one that was trained in full precision.
         views_a_step: Of all its scenes together.
         labels: It is given labels.
+        chosen: Each site has a keep ratio of its own, of the same mean (`choose_keep_ratios`), and keeps blocks by their error.
         recipe: Which of the `candidates` it is, of the best one.
     """
 
@@ -30,6 +31,7 @@ class Row:
     rounds: bool = True
     views_a_step: int = 96
     labels: bool = False
+    chosen: bool = False
     recipe: str = ""
 
     @property
@@ -39,6 +41,7 @@ class Row:
 
 
 OURS: dict[str, Any] = {"trainable": "proj+lora", "learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 20}
+COMPILED: dict[str, Any] = {"compile_blocks": True}
 NO_LENGTH: dict[str, Any] = {"steps": None, "epochs": None}
 
 
@@ -49,15 +52,18 @@ def table(minutes: float) -> dict[str, Row]:
     every = [
         Row("applied", calibrated=False),
         Row("calibrated"),
+        Row("chosen", chosen=True),
         Row("published", calibrated=False, training=published, labels=True),
         Row("proj", training=ours | {"trainable": "proj"}),
         Row("norms", training=ours | {"trainable": "proj+norms"}),
-        Row("lora-global", training=ours | {"lora_scopes": ("global",)}),
         Row("lora", training=ours),
         Row("blocks", training=ours | {"trainable": "blocks", "learning_rate": 3e-4}),
-        Row("local", training=ours | {"mode": "local", "attention": 1.0}),
+        Row("lora-chosen", training=ours | COMPILED, chosen=True),
         Row("lora-qat", training=ours, precision="fp8"),
         Row("lora-no-qat", training=ours, precision="fp8", rounds=False),
+        Row("lora-qat-chosen", training=ours | COMPILED, precision="fp8", chosen=True),
+        Row("lora-global", training=ours | {"lora_scopes": ("global",)}),
+        Row("local", training=ours | {"mode": "local", "attention": 1.0}),
     ]
     return {row.name: row for row in every}
 
@@ -76,8 +82,8 @@ def candidates(minutes: float, precision: str) -> dict[str, Row]:
     }
     return {
         name: Row(
-            name, training=OURS | {"lora_rank": 32, "minutes": minutes} | change, precision=precision,
-            views_a_step=192 if name == "192 views" else 96, labels="task" in change,
+            name, training=OURS | COMPILED | {"lora_rank": 32, "minutes": minutes} | change, precision=precision,
+            views_a_step=192 if name == "192 views" else 96, labels="task" in change, chosen=True,
         )
         for name, change in changes.items()
     }  # fmt: skip

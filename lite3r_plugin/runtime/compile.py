@@ -31,6 +31,7 @@ class CompiledBlocks:
 
     Attention that may be sparse stays eager: it is Triton already. So does a fused FP8 block around it, all of whose
     passes are: rows in FP8 cannot cross a break of the graph. A block that somebody has compiled already stays as it is.
+    Hooks of a block itself run outside of what is compiled.
 
     Copies, also pickled ones, start anew.
 
@@ -41,7 +42,7 @@ class CompiledBlocks:
 
     def __init__(self, module: nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:
         self.module, self.backend = module, backend
-        self._calls: dict[nn.Module, Any] = {}  # blocks with their compiled calls
+        self._calls: dict[nn.Module, tuple[Any, Any]] = {}  # blocks with the forward of their own that they had, and it compiled
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CompiledBlocks, (self.module, self.backend)
@@ -62,27 +63,30 @@ class CompiledBlocks:
             torch._dynamo.exc.FailOnRecompileLimitHit: a block is compiled for more than `RECOMPILE_LIMIT` cases.
         """
         wanted = [block for block in repeated_blocks(self.module) if not (isinstance(block, Fp8Block) and _sparse_sites(block))]
-        self._calls = {block: self._calls[block] if block in self._calls else self._compiled(block) for block in wanted}
-        running = {block: call for block, call in self._calls.items() if block._compiled_call_impl is None}
-        sites = {site: site.__dict__.get("forward") for site in _sparse_sites(self.module)}  # who wrapped it before, wants it back
-        try:
-            for site in sites:
-                site.forward = torch.compiler.disable(site.forward)
-            for block, call in running.items():
-                block._compiled_call_impl = _in_this_thread(call, block)
-            with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT, fail_on_recompile_limit_hit=True):
-                yield
-        finally:
-            for site, forward in sites.items():
-                site.__dict__.pop("forward", None)
-                if forward is not None:
-                    site.forward = forward
-            for block in running:
-                block._compiled_call_impl = None
+        self._calls = {block: self._compiled(block) for block in wanted}
+        with contextlib.ExitStack() as stack:
+            for site in _sparse_sites(self.module):
+                stack.enter_context(_with_forward(site, torch.compiler.disable(site.forward)))
+            for block, (_, call) in self._calls.items():
+                if block._compiled_call_impl is None:
+                    stack.enter_context(_with_forward(block, _in_this_thread(call, block.forward)))
+            stack.enter_context(torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT, fail_on_recompile_limit_hit=True))
+            yield
 
-    def _compiled(self, block: nn.Module) -> Any:
-        """As `nn.Module.compile`, which keeps it."""
-        return torch.compile(block._call_impl, dynamic=True, backend=self.backend)
+    def _compiled(self, block: nn.Module) -> tuple[Any, Any]:
+        """What was compiled before, unless the block was given another forward since."""
+        own = block.__dict__.get("forward")
+        known = self._calls.get(block)
+        if known is not None and known[0] is own:
+            return known
+        return own, torch.compile(block.forward, dynamic=True, backend=self.backend)
+
+
+def is_of_a_compiler(error: BaseException) -> bool:
+    """Whether `error` says that something could not be compiled, and not that it failed."""
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+
+    return isinstance(error, (FailOnRecompileLimitHit, TorchDynamoException))
 
 
 def why_not_compiled(error: Exception) -> str:
@@ -94,12 +98,25 @@ def why_not_compiled(error: Exception) -> str:
     return short(error)
 
 
-def _in_this_thread(call: Callable[..., Any], block: nn.Module) -> Callable[..., Any]:
+@contextlib.contextmanager
+def _with_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """`module` has another forward inside the context; who gave it one of its own before, gets that back."""
+    before = module.__dict__.get("forward")
+    try:
+        module.forward = forward
+        yield
+    finally:
+        module.__dict__.pop("forward", None)
+        if before is not None:
+            module.forward = before
+
+
+def _in_this_thread(call: Callable[..., Any], otherwise: Callable[..., Any]) -> Callable[..., Any]:
     """`call` in this thread; in others, which may run the block meanwhile, what the block does without it."""
     own = threading.get_ident()
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        return (call if threading.get_ident() == own else block._call_impl)(*args, **kwargs)
+        return (call if threading.get_ident() == own else otherwise)(*args, **kwargs)
 
     return run
 

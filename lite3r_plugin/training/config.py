@@ -57,6 +57,7 @@ class DistillFields(TypedDict, total=False):
     accumulate: int
     ema: float | None
     checkpointing: bool
+    compile_blocks: bool
     mixed_precision: Precision | None
     seed: int
     batch_size: int
@@ -104,6 +105,8 @@ class DistillConfig:
         accumulate: Batches of a process in a step.
         ema: Decay of a moving average of the weights, which the model has in the end; None: none.
         checkpointing: Compute the insides of blocks again in the backward pass instead of keeping them: less memory, more time.
+        compile_blocks: Run transformer blocks through `torch.compile`, of student and teacher: less time a step, about a minute before
+            the first. Where that fails, it is said, and they run as without. Not in the mode ``"local"``.
         mixed_precision: ``"bf16"``: autocast, for student and teacher; None: as `accelerate launch` was told, else none.
         seed: Of the order of the data and of LoRA.
         batch_size: Items of `data` that are joined to a batch along the first dimension of their tensors.
@@ -148,6 +151,7 @@ class DistillConfig:
     accumulate: int = 1
     ema: float | None = None
     checkpointing: bool = False
+    compile_blocks: bool = False
     mixed_precision: Precision | None = None
     seed: int = 0
     batch_size: int = 1
@@ -200,7 +204,7 @@ class DistillConfig:
             value = getattr(self, name)
             if not is_number(value) or not 0 <= value <= most or math.isinf(value):
                 raise ConfigError(f"{name} is a number >= 0{' and <= 1' if most == 1 else ''}, got {shown(value)}")
-        for name in ("checkpointing", "resume"):
+        for name in ("checkpointing", "compile_blocks", "resume"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is True or False, got {shown(getattr(self, name))}")
         given = [f"{name}={getattr(self, name)}" for name in ("steps", "epochs", "minutes") if getattr(self, name) is not None]
@@ -214,6 +218,8 @@ class DistillConfig:
             raise ConfigError(f"{' and '.join(needing)} need output_dir, a folder to read from and write to")
         if self.mode == "local" and not any(any(self.weight(name)) for name in LOCAL_LOSSES):
             raise ConfigError('mode="local" learns from what blocks give out: give attention, blocks or cameras a weight')
+        if self.mode == "local" and self.compile_blocks:
+            raise ConfigError('mode="local" stops between blocks to learn, which a compiled one cannot: leave compile_blocks out')
 
     def weight(self, name: str) -> tuple[float, float]:
         """The weight of a loss at the start and at the end."""

@@ -122,6 +122,7 @@ class Run:
         self._held: int | None = 0  # the step that the weights in the model are of; None while they change
         self._started, self._before, self._saved_at = time.monotonic(), 0.0, 0.0
         self._random: dict[str, Tensor] | None = None  # the state to go on from
+        self._not_compiled: str | None = None  # what was said of it
         self._lines: JsonLines | None = None
 
     def resume(self) -> None:
@@ -241,6 +242,9 @@ class Run:
         if first:
             self._check_gradients()
             self._check_views(views)
+        if self.objective.not_compiled != self._not_compiled:
+            self._not_compiled = self.objective.not_compiled
+            self.progress.warn(f"transformer blocks run as without compile_blocks: {self._not_compiled}")
         if self.config.mode == "local":
             self._average_gradients(len(given))
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), math.inf if self.config.clip is None else self.config.clip)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..adapter.outputs import ModelOutputs, OutputsFunction
 from ..apply.lookup import look_up
 from ..errors import ConfigError, ConvertedError, InputError
+from ..runtime.compile import CompiledBlocks, is_of_a_compiler, why_not_compiled
 from .config import LOCAL_LOSSES, LOSSES, DistillConfig
 from .data import Sample
 from .draws import drawing, new_seed
@@ -58,6 +59,9 @@ class Objective:
             where no adapter says anything, all floating-point tensors of the output are compared alike.
         originals: What those weights of the dense model were that learn.
 
+    Attributes:
+        not_compiled: Why blocks run eagerly although they were to be compiled, or None.
+
     Raises:
         ModelTypeError, NotAppliedError: `model` is no module, or carries no Lite3R.
         ConvertedError: its weights are in FP8, so there is no teacher.
@@ -87,6 +91,8 @@ class Objective:
             raise ConfigError("no site is sparse (keep_ratio is 1), so there is no error of attention: give it the weight 0")
         self._recorder = Recorder(self._watched.modules)
         self._learning: frozenset[str] | None = None
+        self._blocks = CompiledBlocks(model) if config.compile_blocks else None
+        self.not_compiled: str | None = None
         self._hooks = contextlib.ExitStack()
 
     def __enter__(self) -> Objective:
@@ -129,7 +135,17 @@ class Objective:
             ConfigError: nothing that is compared comes after anything that learns.
         """
         weights = {name: weight_at(*self.config.weight(name), progress) for name in LOSSES if name in self._used}
-        seed, device = new_seed(), next(self.model.parameters()).device
+        seed = new_seed()
+        try:
+            return self._losses(student, sample, weights, seed)
+        except Exception as error:
+            if self._blocks is None or not is_of_a_compiler(error):
+                raise
+            self._blocks, self.not_compiled = None, why_not_compiled(error)
+        return self._losses(student, sample, weights, seed)
+
+    def _losses(self, student: nn.Module, sample: Sample, weights: dict[str, float], seed: int) -> Losses:
+        device = next(self.model.parameters()).device
         if self.config.mode == "local":
             local = LocalPass(self._watched, self._recorder, weights, self.originals)
             with drawing(seed, device):
@@ -140,6 +156,7 @@ class Objective:
                 stack.enter_context(torch.enable_grad())  # to see what learns, in validation too
             recording = stack.enter_context(self._recorder.recording(self._learning))
             stack.enter_context(drawing(seed, device))
+            stack.enter_context(self._compiled())
             output = run_on(student, sample.inputs)
         mine = recording.features()
         if self._learning is None:
@@ -148,7 +165,7 @@ class Objective:
         true, dense = {}, None
         if mine or "predictions" in weights:
             context = as_teacher(self.model, self.originals)
-            with context, drawing(seed, device), self._recorder.recording(frozenset(mine)) as recording:
+            with context, drawing(seed, device), self._recorder.recording(frozenset(mine)) as recording, self._compiled():
                 dense = run_on(self.model, sample.inputs)
             true = recording.features()
         parts = {
@@ -165,6 +182,10 @@ class Objective:
         if not parts:
             raise InputError(NOTHING_TO_COMPARE)
         return _sum_up(parts)
+
+    def _compiled(self) -> contextlib.AbstractContextManager[None]:
+        """Blocks run compiled inside the context, where they are to. Sites are looked at anew: the teacher's are dense."""
+        return contextlib.nullcontext() if self._blocks is None else self._blocks.running()
 
     def _check_seen(self, student: nn.Module, seen: Collection[str], learning: Collection[str]) -> None:
         """Raise `ConfigError` where hooks did not see what there is to compare, or none of it comes after anything that learns."""
