@@ -297,6 +297,7 @@ def test_masks_run_in_kernels_where_they_pay(linear: Any, monkeypatch: pytest.Mo
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:.*deterministic")  # of dense attention's backward pass, which torch chooses
 @pytest.mark.parametrize("window", [None, 2])
 def test_masks_run_in_kernels_on_a_gpu(window: int | None) -> None:
     """By themselves, a whole model, as their definition has it."""
