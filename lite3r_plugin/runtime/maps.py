@@ -56,14 +56,19 @@ def map_kernels(fqn: str, inputs: Callable[[Any], tuple[Any, ...]], method: str 
     """
 
     def trial(head: nn.Module) -> Trial:
-        copied = RandomCopies().of(head, {})
-        for parameter in copied.parameters():
-            if parameter.dim() == 1:
-                parameter.mul_(0.1)  # lest exponentials at the end of a head enlarge what was rounding
-        return Trial(copied, [inputs(head)])
+        return Trial(random_head(head), [inputs(head)])
 
     words = "up-sampling and biases of its feature maps by kernels of one pass, where channels lie side by side on a GPU"
     return ExactRewrite(fqn, words, lambda head: MapKernels(head, method), trial, method, kernels=True)
+
+
+def random_head(head: nn.Module) -> Any:
+    """A copy of a head for a trial, with random weights, in FP32 on the CPU."""
+    copied = RandomCopies().of(head, {})
+    for parameter in copied.parameters():
+        if parameter.dim() == 1:
+            parameter.mul_(0.1)  # lest exponentials at the end of a head enlarge what was rounding
+    return copied
 
 
 def add_embedding(x: Tensor, across: Tensor, down: Tensor) -> Tensor:
