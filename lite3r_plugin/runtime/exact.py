@@ -126,7 +126,7 @@ class KeptEmbedding(RewrittenMethod):
     """The method ``(features [B, C, h, w], width, height, ratio)`` of a DPT head that adds a position embedding, which is kept.
 
     The host computes it in FP64 in every call. Its first C / 2 channels depend on the column and the others on the row, so a row and a
-    column of it are kept for each size of the features and of the image, dtype and device, with channels side by side.
+    column of it are made and kept for each size of the features and of the image, dtype and device, with channels side by side.
 
     Args:
         module: The head.
@@ -148,9 +148,13 @@ class KeptEmbedding(RewrittenMethod):
 
         def make() -> tuple[Tensor, ...]:
             dtype = x.dtype if self.keeps_dtype else torch.promote_types(x.dtype, torch.float32)
-            whole = self.run_host(torch.zeros((1, *x.shape[1:]), dtype=dtype, device=x.device), width, height, ratio)[0]
-            whole, half = whole if self.keeps_dtype else whole.to(x.dtype), whole.shape[0] // 2
-            return whole[:half, 0].T.contiguous(), whole[half:, :, 0].T.contiguous()
+            channels, *size = x.shape[1:]
+            row, column = (
+                self.run_host(torch.zeros((1, channels, *shape), dtype=dtype, device=x.device), width, height, ratio)[0].flatten(1).T
+                for shape in ((1, size[1]), (size[0], 1))
+            )
+            kept = row[:, : channels // 2], column[:, channels // 2 :]
+            return tuple(part.contiguous() if self.keeps_dtype else part.to(x.dtype).contiguous() for part in kept)
 
         across, down = keep(self._kept, key, make)
         return add_embedding(x, across, down)
