@@ -172,9 +172,10 @@ def test_heads_give_with_kernels_what_they_gave(build: Callable[[], nn.Module], 
     expected = named_tensors(model(images))
     ran = count_map_kernels(monkeypatch)
     found = named_tensors(model(images))
-    levels = 1 if build is small_vggt else 2  # a second pyramid for rays
-    assert ran["upsample"] == 4 * levels + 1
-    assert ran["add_embedding"] == 4 + levels
+    levels, both = (1, 1) if build is small_vggt else (2, 0)  # a second pyramid for rays; the last pass of VGGT's does both
+    assert ran["upsample"] == 4 * levels + 1 - both
+    assert ran["add_embedding"] == 4 + levels - both
+    assert ran["upsample_with_embedding"] == both
     assert ran["add_bias_"] > 20
     for path, x in expected.items():
         torch.testing.assert_close(found[path], x, atol=1e-4, rtol=1e-4)

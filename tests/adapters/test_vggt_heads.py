@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from map_kernels import count_map_kernels
 from real_models import small_vggt
+from sla_cases import DEVICE
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,6 +18,8 @@ from lite3r_adapters.vggt.heads import FewViews, few_views, head_call
 from lite3r_plugin import Lite3RConfig, apply_lite3r, describe, lite3r_disabled, remove_lite3r
 from lite3r_plugin.adapter.trials import require_equal
 from lite3r_plugin.errors import AdapterError
+from lite3r_plugin.runtime.exact import KeptEmbedding
+from lite3r_plugin.runtime.maps import MapKernels
 from lite3r_plugin.runtime.trace import traced
 from lite3r_plugin.wrapper import Changes
 
@@ -95,6 +99,22 @@ def test_results_are_held_once() -> None:
         out = head(*given)
     made = [item for item in trace.held if item.freed is None]
     assert [item.size for item in made] == [out.nbytes]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_the_last_map_grows_and_is_embedded_in_one_pass(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    head, (layers, *given) = make(kind).to(DEVICE), call(3, rows=2, columns=3)
+    layers, given = [x.to(DEVICE) for x in layers], [given[0].to(DEVICE), given[1]]
+    expected = head(layers, *given)
+    with Changes() as changes:
+        for method in (KeptEmbedding(head, "_apply_pos_embed"), MapKernels(head, "forward"), FewViews(head)):
+            method.put_in(changes)
+    ran = count_map_kernels(monkeypatch)
+    found = head(layers, *given)
+    assert ran["upsample_with_embedding"] == (2 if head.pos_embed else 0)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def hooked(head: Any, given: Any) -> Any:

@@ -27,7 +27,7 @@ from lite3r_plugin.runtime.exact import (
 from lite3r_plugin.runtime.maps import map_kernels
 
 from .. import _blocks
-from .heads import METHOD, few_views, head_call
+from .heads import EMBEDDING, METHOD, few_views, head_call
 from .sites import is_aggregator, streams
 
 _OWN = ("camera_token", "register_token", "_resnet_mean", "_resnet_std", "aa_order", "rope")
@@ -53,8 +53,8 @@ def rewrites(model: nn.Module) -> list[ExactRewrite] | None:
         found.append(_read_layers(owner, name, modules[owner]))
     for fqn, module in modules.items():
         head: Any = module
-        if hasattr(head, "_apply_pos_embed") and hasattr(head, "intermediate_layer_idx") and hasattr(head, "scratch"):
-            found += [*kept_embedding(fqn, "_apply_pos_embed", 8), map_kernels(fqn, head_call)]
+        if hasattr(head, EMBEDDING) and hasattr(head, "intermediate_layer_idx") and hasattr(head, "scratch"):
+            found += [*kept_embedding(fqn, EMBEDDING, 8), map_kernels(fqn, head_call)]
             if hasattr(head, METHOD):
                 found.append(few_views(fqn))
             if hasattr(head.scratch, "output_conv2"):

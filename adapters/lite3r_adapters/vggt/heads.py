@@ -12,6 +12,7 @@ from torch._subclasses import FakeTensor
 from lite3r_plugin.adapter import ExactRewrite, RewrittenMethod, Trial
 from lite3r_plugin.errors import AdapterError
 from lite3r_plugin.runtime.chunks import by_views
+from lite3r_plugin.runtime.exact import KeptEmbedding
 from lite3r_plugin.runtime.maps import random_head
 from lite3r_plugin.runtime.modes import operators_are_transformed
 from lite3r_plugin.wrapper import has_forward_hooks, is_plain_tensor
@@ -19,7 +20,7 @@ from lite3r_plugin.wrapper import has_forward_hooks, is_plain_tensor
 VIEWS = 2
 """Whose large maps are made at once. At 518 x 518 two have enough pixels to fill a GPU."""
 
-METHOD = "_forward_impl"
+METHOD, EMBEDDING = "_forward_impl", "_apply_pos_embed"
 CALLED = ("custom_interpolate", "activate_head")
 """Functions beside the class of a head that its method calls."""
 
@@ -99,14 +100,21 @@ class FewViews(RewrittenMethod):
         head: Any = self.module
         x = head.scratch.refinenet1(coarse, self._level(0, tokens, height, width))
         x = head.scratch.output_conv1(x)
-        size = tuple(int(side // head.patch_size * head.patch_size / getattr(head, "down_ratio", 1)) for side in (height, width))
-        x = self._functions["custom_interpolate"](x, size, mode="bilinear", align_corners=True)
-        if head.pos_embed:
-            x = head._apply_pos_embed(x, width, height)
+        rows, columns = (int(side // head.patch_size * head.patch_size / getattr(head, "down_ratio", 1)) for side in (height, width))
+        x = self._grown(x, (rows, columns), height, width)
         if head.feature_only:
             return (x,)
         x = head.scratch.output_conv2(x)
         return self._functions["activate_head"](x, activation=head.activation, conf_activation=head.conf_activation)
+
+    def _grown(self, x: Tensor, size: tuple[int, int], height: int, width: int) -> Tensor:
+        """A map at the size of the result, with its position embedding: in one pass where a kernel does both."""
+        head: Any = self.module
+        kept = vars(head).get(EMBEDDING)
+        if head.pos_embed and isinstance(kept, KeptEmbedding) and (made := kept.upsampled(x, size, width, height)) is not None:
+            return made
+        x = self._functions["custom_interpolate"](x, size, mode="bilinear", align_corners=True)
+        return head._apply_pos_embed(x, width, height) if head.pos_embed else x
 
 
 def few_views(fqn: str) -> ExactRewrite:
