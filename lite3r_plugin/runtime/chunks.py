@@ -137,7 +137,7 @@ def in_chunks(model: nn.Module, places: Places, chunks: Chunks) -> Iterator[None
     if chunks.heads is not None:
         wanted |= {modules[name]: functools.partial(_with_argument, argument, chunks.heads) for name, argument in places.heads.items()}
     if chunks.views is not None:
-        wanted |= {modules[name]: functools.partial(_by_views, chunks.views) for name in places.views}
+        wanted |= {modules[name]: functools.partial(by_views, chunks.views) for name in places.views}
     if chunks.rows is not None:
         wanted |= {modules[name]: functools.partial(_by_rows, chunks.rows) for name in places.rows}
         fused = [module for module in modules.values() if isinstance(module, Fp8Block)]
@@ -162,8 +162,17 @@ def _with_argument(name: str, size: int, call: Callable[..., Any], *args: Any, *
     return call(*args, **{**kwargs, name: size})
 
 
-def _by_views(size: int, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """`call` on `size` entries of the first dimension at a time."""
+def by_views(size: int, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`call` on `size` entries of the first dimension at a time.
+
+    Args:
+        size: So many.
+        call: From tensors with one entry for each view, and whatever else, to tensors with one entry for each view.
+        args, kwargs: For `call`. Tensors that have as many entries as the first one are cut.
+
+    Returns:
+        What `call` gives, its tensors for all views, in the memory format of those of a part. Each is written into one result.
+    """
     count = next((x.shape[0] for x in tensors_in((args, kwargs)) if x.dim()), 0)
     if count <= size:
         return call(*args, **kwargs)
@@ -173,7 +182,7 @@ def _by_views(size: int, call: Callable[..., Any], *args: Any, **kwargs: Any) ->
         given, named = exchanged((args, kwargs), lambda x, at=start: x[at : at + size] if x.dim() and x.shape[0] == count else x)
         part = call(*given, **named)
         if whole is None:
-            out += [x.new_empty(count, *x.shape[1:]) for x in tensors_in(part)]
+            out += [torch.empty_like(x[:1].expand(count, *x.shape[1:])) for x in tensors_in(part)]
             places = iter(out)
             whole = exchanged(part, lambda _, places=places: next(places))
         for target, x in zip(out, tensors_in(part), strict=True):
@@ -237,7 +246,7 @@ def _is_viewwise(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         changed = call(*exchanged((args, kwargs), others))
         if not _same_bits(exchanged(whole, lambda x: x[:1]), exchanged(changed, lambda x: x[:1])):
             return False
-        chunked = _by_views(1, lambda *args, **kwargs: call(args, kwargs), *args, **kwargs)
+        chunked = by_views(1, lambda *args, **kwargs: call(args, kwargs), *args, **kwargs)
         return _close(whole, chunked, _tolerance(module, (args, kwargs, whole)))
     except Exception:  # whatever a module raises that is called in another way than its model does
         return False

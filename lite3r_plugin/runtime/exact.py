@@ -20,7 +20,7 @@ from ..adapter.trials import like
 from ..errors import AdapterError, InputError
 from ..ops import skinny_linear
 from ..wrapper import TABLES, RewrittenMethod, RewrittenModule, has_forward_hooks, host_of, is_plain_tensor
-from .maps import add_embedding
+from .maps import add_embedding, upsample_with_embedding
 from .modes import operators_are_seen
 from .values import exchanged
 
@@ -126,7 +126,7 @@ class KeptEmbedding(RewrittenMethod):
     """The method ``(features [B, C, h, w], width, height, ratio)`` of a DPT head that adds a position embedding, which is kept.
 
     The host computes it in FP64 in every call. Its first C / 2 channels depend on the column and the others on the row, so a row and a
-    column of it are kept for each size of the features and of the image, dtype and device, with channels side by side.
+    column of it are made and kept for each size of the features and of the image, dtype and device, with channels side by side.
 
     Args:
         module: The head.
@@ -141,19 +141,38 @@ class KeptEmbedding(RewrittenMethod):
 
     def rewritten(self, x: Tensor, width: int, height: int, ratio: float = 0.1) -> Tensor:
         """As the host's method."""
-        key = (x.shape[1:], width, height, ratio, x.dtype, x.device)
-        if torch.compiler.is_compiling() or (key not in self._kept and len(self._kept) >= MOST_SIZES):
+        parts = self._parts(x, (x.shape[2], x.shape[3]), width, height, ratio)
+        if parts is None:
             out = self.run_host(x, width, height, ratio)
             return out if self.keeps_dtype else out.to(x.dtype)
+        return add_embedding(x, *parts)
+
+    def upsampled(self, x: Tensor, size: tuple[int, int], width: int, height: int, ratio: float = 0.1) -> Tensor | None:
+        """As the host's method, of `x` ``[B, C, h, w]`` at another `size` by bilinear interpolation with aligned corners.
+
+        Returns:
+            ``[B, C, *size]`` where one kernel does both (`upsample_with_embedding`), else None.
+        """
+        parts = self._parts(x, size, width, height, ratio) if self.enabled else None
+        return None if parts is None else upsample_with_embedding(x, size, *parts)
+
+    def _parts(self, x: Tensor, size: tuple[int, int], width: int, height: int, ratio: float) -> tuple[Tensor, ...] | None:
+        """Of features as `x` of this size ``[w, C / 2]`` and ``[h, C / 2]``; None where they are not kept."""
+        channels = x.shape[1]
+        key = (channels, *size, width, height, ratio, x.dtype, x.device)
+        if torch.compiler.is_compiling() or (key not in self._kept and len(self._kept) >= MOST_SIZES):
+            return None
 
         def make() -> tuple[Tensor, ...]:
             dtype = x.dtype if self.keeps_dtype else torch.promote_types(x.dtype, torch.float32)
-            whole = self.run_host(torch.zeros((1, *x.shape[1:]), dtype=dtype, device=x.device), width, height, ratio)[0]
-            whole, half = whole if self.keeps_dtype else whole.to(x.dtype), whole.shape[0] // 2
-            return whole[:half, 0].T.contiguous(), whole[half:, :, 0].T.contiguous()
+            row, column = (
+                self.run_host(torch.zeros((1, channels, *shape), dtype=dtype, device=x.device), width, height, ratio)[0].flatten(1).T
+                for shape in ((1, size[1]), (size[0], 1))
+            )
+            kept = row[:, : channels // 2], column[:, channels // 2 :]
+            return tuple(part.contiguous() if self.keeps_dtype else part.to(x.dtype).contiguous() for part in kept)
 
-        across, down = keep(self._kept, key, make)
-        return add_embedding(x, across, down)
+        return keep(self._kept, key, make)
 
 
 def kept_embedding(fqn: str, method: str, channels: int) -> list[ExactRewrite]:

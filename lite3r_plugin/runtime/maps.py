@@ -56,14 +56,19 @@ def map_kernels(fqn: str, inputs: Callable[[Any], tuple[Any, ...]], method: str 
     """
 
     def trial(head: nn.Module) -> Trial:
-        copied = RandomCopies().of(head, {})
-        for parameter in copied.parameters():
-            if parameter.dim() == 1:
-                parameter.mul_(0.1)  # lest exponentials at the end of a head enlarge what was rounding
-        return Trial(copied, [inputs(head)])
+        return Trial(random_head(head), [inputs(head)])
 
     words = "up-sampling and biases of its feature maps by kernels of one pass, where channels lie side by side on a GPU"
     return ExactRewrite(fqn, words, lambda head: MapKernels(head, method), trial, method, kernels=True)
+
+
+def random_head(head: nn.Module) -> Any:
+    """A copy of a head for a trial, with random weights, in FP32 on the CPU."""
+    copied = RandomCopies().of(head, {})
+    for parameter in copied.parameters():
+        if parameter.dim() == 1:
+            parameter.mul_(0.1)  # lest exponentials at the end of a head enlarge what was rounding
+    return copied
 
 
 def add_embedding(x: Tensor, across: Tensor, down: Tensor) -> Tensor:
@@ -71,6 +76,17 @@ def add_embedding(x: Tensor, across: Tensor, down: Tensor) -> Tensor:
     if has_torch_function((x, across, down)):
         return handle_torch_function(add_embedding, (x, across, down), x, across, down)
     return naive.add_embedding(x, across, down)
+
+
+def upsample_with_embedding(x: Tensor, size: tuple[int, int], across: Tensor, down: Tensor) -> Tensor | None:
+    """`x` ``[N, C, H, W]`` at another size, interpolated with aligned corners, plus the embedding `across` and `down` of that size.
+
+    Returns:
+        ``[N, C, *size]`` by one kernel in the forward of a `MapKernels`; None elsewhere, and where the kernel does not run.
+    """
+    if has_torch_function((x, across, down)):
+        return handle_torch_function(upsample_with_embedding, (x, across, down), x, size, across, down)
+    return None
 
 
 class _Exchange(TorchFunctionMode):
@@ -121,11 +137,18 @@ def _add_embedding(x: Tensor, across: Tensor, down: Tensor) -> Tensor:
     return (feature_maps if pays else naive).add_embedding(x, across, down)
 
 
-_INSTEAD: dict[Any, Callable[..., Tensor]] = {
+def _upsample_with_embedding(x: Tensor, size: tuple[int, int], across: Tensor, down: Tensor) -> Tensor | None:
+    if not _are_plain(x, across, down) or not _pays(x, x.shape[0] * x.shape[1] * size[0] * size[1]):
+        return None
+    return feature_maps.upsample_with_embedding(x, size, across, down, align_corners=True)
+
+
+_INSTEAD: dict[Any, Callable[..., Tensor | None]] = {
     F.interpolate: _interpolate,
     F.conv2d: _convolution(F.conv2d),
     F.conv_transpose2d: _convolution(F.conv_transpose2d),
     add_embedding: _add_embedding,
+    upsample_with_embedding: _upsample_with_embedding,
 }
 
 

@@ -12,7 +12,7 @@ from sla_cases import GPU
 from lite3r_plugin.ops import feature_maps
 from lite3r_plugin.runtime import maps
 
-NAMES = ("upsample", "add_bias_", "add_embedding")
+NAMES = ("upsample", "add_bias_", "add_embedding", "upsample_with_embedding")
 
 
 def count_map_kernels(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
-from typing import Any
+from typing import Any, ClassVar
 
 import hosts
 import pytest
@@ -83,13 +83,13 @@ def test_positions_count_patches_from_one() -> None:
 
 
 class Head(nn.Module):
-    """Adds an FP32 embedding of row and column alone, as DPT heads do, and counts how often it is computed."""
+    """Adds an FP32 embedding of row and column alone, as DPT heads do, and notes for which sizes it is computed."""
 
-    computed = 0
+    computed: ClassVar[list[tuple[int, int]]] = []
 
     def embed(self, x: Tensor, width: int, height: int, ratio: float = 0.1) -> Tensor:
-        type(self).computed += 1
         channels, rows, columns = x.shape[1:]
+        self.computed.append((rows, columns))
         across = torch.linspace(0, width / height, columns, dtype=torch.float64).expand(channels // 2, rows, -1)
         down = torch.linspace(1, 2, rows, dtype=torch.float64)[:, None].expand(channels // 2, -1, columns)
         return x + ratio * torch.cat((across, down)).float()
@@ -103,15 +103,25 @@ def test_a_position_embedding_is_computed_once_for_each_size_and_dtype() -> None
     x = torch.randn(2, 4, 3, 5)
     expected = head(x)
     put(KeptEmbedding(head, "embed"))
-    Head.computed = 0
+    Head.computed.clear()
     for images in (x, x[:1], -x):
         torch.testing.assert_close(head(images), images + (expected - x)[:1])
-    assert Head.computed == 1
+    assert Head.computed == [(1, 5), (3, 1)]  # of one row and one column: whole ones are large, and in FP64
     assert head(x.bfloat16()).dtype == torch.float32  # as the host has it
-    assert Head.computed == 2
+    assert len(Head.computed) == 4
     assert torch.equal(other(x), expected)  # another instance is as it was
     put(KeptEmbedding(other, "embed", keeps_dtype=False))
     assert other(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("size", [(16, 37, 28), (128, 294, 518), (8, 1, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_and_a_column_have_the_bits_of_the_whole(size: tuple[int, int, int], dtype: torch.dtype) -> None:
+    head = pytest.importorskip("vggt.heads.dpt_head").DPTHead(8, features=16, out_channels=[8] * 4)
+    x = torch.randn(2, *size).to(dtype)
+    expected = head._apply_pos_embed(x, 518, 294)
+    put(KeptEmbedding(head, "_apply_pos_embed"))
+    assert torch.equal(head._apply_pos_embed(x, 518, 294), expected)
 
 
 def test_embeddings_of_many_sizes_do_not_pile_up() -> None:

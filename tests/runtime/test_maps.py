@@ -154,6 +154,31 @@ def test_heads_inside_of_heads(ran: Counter[str]) -> None:
     assert ran == {**ALL, "upsample": 3}
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_a_map_grows_and_is_embedded_at_once_inside_of_a_head_alone(dtype: torch.dtype, ran: Counter[str]) -> None:
+    class Growing(nn.Module):
+        def forward(self, x: Tensor, across: Tensor, down: Tensor) -> Tensor | None:
+            return maps.upsample_with_embedding(x, (5, 9), across, down)
+
+    x = torch.randn(2, 6, 3, 4, device=DEVICE).to(dtype, memory_format=torch.channels_last)
+    across, down = torch.randn(9, 3, device=DEVICE).to(dtype), torch.randn(5, 3, device=DEVICE).to(dtype)
+    head = Growing()
+    assert head(x, across, down) is None
+    put(MapKernels(head, "forward"))
+    found = head(x, across, down)
+    assert ran == {"upsample_with_embedding": 1}
+    assert found is not None
+    same, exact = (
+        feature_maps.naive.upsample_with_embedding(x.to(kind), (5, 9), across.to(kind), down.to(kind), align_corners=True)
+        for kind in (dtype, torch.float64)
+    )
+    assert_as_accurate(found, same, exact)
+    assert head(x.contiguous(), across, down) is None  # rows side by side
+    with torch.enable_grad():
+        assert head(x.clone().requires_grad_(), across, down) is None
+
+
 # What is left to torch
 
 

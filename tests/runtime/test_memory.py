@@ -20,7 +20,7 @@ from lite3r_plugin.fp8.block import mlp
 from lite3r_plugin.fp8.linear import Fp8Linear
 from lite3r_plugin.ops.dispatch import SlowPathWarning
 from lite3r_plugin.ops.fp8 import E4M3, quantize
-from lite3r_plugin.runtime.chunks import Chunks, Places, finding_places, in_chunks
+from lite3r_plugin.runtime.chunks import Chunks, Places, by_views, finding_places, in_chunks
 from lite3r_plugin.runtime.trace import traced
 from lite3r_plugin.testbed import Testbed, TestbedConfig
 
@@ -124,6 +124,14 @@ def test_chunks_give_the_same_and_hold_less(chunks: Chunks) -> None:
         torch.testing.assert_close(cut[name], value, rtol=1e-5, atol=1e-5)
     assert held(model, Chunks(views=1, rows=50), places, x) < held(model, Chunks(), places, x)
     assert all(module._compiled_call_impl is None for module in model.modules())
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 3, 1, 2)])
+def test_parts_of_views_are_joined_as_they_lie_in_memory(order: tuple[int, ...]) -> None:
+    x = torch.rand(5, 2, 3, 4).permute(order)
+    joined = by_views(2, lambda part: 2 * part, x)
+    assert torch.equal(joined, 2 * x)
+    assert joined.stride() == x.stride()
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from lite3r_plugin.runtime.exact import (
 from lite3r_plugin.runtime.maps import map_kernels
 
 from .. import _blocks
+from .heads import EMBEDDING, METHOD, few_views, head_call
 from .sites import is_aggregator, streams
 
 _OWN = ("camera_token", "register_token", "_resnet_mean", "_resnet_std", "aa_order", "rope")
@@ -52,8 +53,10 @@ def rewrites(model: nn.Module) -> list[ExactRewrite] | None:
         found.append(_read_layers(owner, name, modules[owner]))
     for fqn, module in modules.items():
         head: Any = module
-        if hasattr(head, "_apply_pos_embed") and hasattr(head, "intermediate_layer_idx") and hasattr(head, "scratch"):
-            found += [*kept_embedding(fqn, "_apply_pos_embed", 8), map_kernels(fqn, _head_call)]
+        if hasattr(head, EMBEDDING) and hasattr(head, "intermediate_layer_idx") and hasattr(head, "scratch"):
+            found += [*kept_embedding(fqn, EMBEDDING, 8), map_kernels(fqn, head_call)]
+            if hasattr(head, METHOD):
+                found.append(few_views(fqn))
             if hasattr(head.scratch, "output_conv2"):
                 found.append(output_in_fp32(_join(fqn, "scratch.output_conv2")))
         elif hasattr(head, "trunk") and hasattr(head, "pose_branch"):
@@ -138,14 +141,6 @@ class _SmallPatches(nn.Module):
         means = F.avg_pool2d(images, self.patch).flatten(2).transpose(1, 2)
         tokens = means.repeat(1, 1, -(-self.width // 3))[..., : self.width]
         return {"x_norm_patchtokens": tokens} if images.shape[-1] > images.shape[-2] else tokens
-
-
-def _head_call(head: Any) -> tuple[Any, ...]:
-    """``(layers [B, S, P, C], images [B, S, 3, H, W], special tokens)`` of two small views."""
-    generator = torch.Generator("cpu").manual_seed(0)
-    read, patch = head.intermediate_layer_idx, head.patch_size
-    layers = torch.randn(max(*read, -min(read)) + 1, 1, 2, 1 + 2 * 3, head.projects[0].in_channels, generator=generator, device="cpu")
-    return list(layers), torch.rand(1, 2, 3, 2 * patch, 3 * patch, generator=generator, device="cpu"), 1
 
 
 def _read_layers(fqn: str, backbone: str, owner: nn.Module) -> ExactRewrite:

@@ -16,7 +16,7 @@ from ..dispatch import TRITON_DTYPES, constant_in_graphs, register, require_one_
 from . import naive
 from .naive import Scales, output_size
 
-__all__ = ["Scales", "add_bias_", "add_embedding", "output_size", "takes", "upsample", "why_no_kernels"]
+__all__ = ["Scales", "add_bias_", "add_embedding", "output_size", "takes", "upsample", "upsample_with_embedding", "why_no_kernels"]
 
 MAX_CHANNELS = 8192  # numbers of one pixel that fit into the registers of one program
 
@@ -97,6 +97,27 @@ def add_embedding(x: Tensor, across: Tensor, down: Tensor) -> Tensor:
     return (add_embedding_operator if under_trace() else _add_embedding)(x, across, down)
 
 
+def upsample_with_embedding(x: Tensor, size: tuple[int, int], across: Tensor, down: Tensor, *, align_corners: bool) -> Tensor:
+    """`upsample`, and `add_embedding` to the result, in one pass; `naive.upsample_with_embedding` is the definition.
+
+    Args:
+        x: ``[N, C, H, W]``, C even.
+        size: Height and width of the result.
+        across: ``[size[1], C / 2]``.
+        down: ``[size[0], C / 2]``, in the dtype of `across`.
+        align_corners: As in the definition.
+
+    Returns:
+        ``[N, C, *size]`` in the dtype to which those of x and the embedding promote, in x's memory format.
+
+    Raises:
+        ConfigError, WeightsError: the tensors are on several devices, or one is on the meta device.
+    """
+    require_one_device(x, across=across, down=down)
+    arguments = (x, *size, across, down, align_corners)
+    return upsample_with_embedding_operator(*arguments) if under_trace() else _upsample_with_embedding(*arguments)
+
+
 def _upsample(x: Tensor, height: int, width: int, align_corners: bool, scale_y: float | None, scale_x: float | None) -> Tensor:
     size, scales = (height, width), (scale_y, scale_x)
     if not takes(x) or height < 1 or width < 1:
@@ -121,6 +142,14 @@ def _add_embedding(x: Tensor, across: Tensor, down: Tensor) -> Tensor:
     from . import kernels
 
     return kernels.add_embedding(x, across, down)
+
+
+def _upsample_with_embedding(x: Tensor, height: int, width: int, across: Tensor, down: Tensor, align_corners: bool) -> Tensor:
+    if not takes(x) or across.dtype not in TRITON_DTYPES or height < 1 or width < 1:
+        return naive.upsample_with_embedding(x, (height, width), across, down, align_corners=align_corners)
+    from . import kernels
+
+    return kernels.upsample_with_embedding(x, (height, width), across, down, align_corners=align_corners)
 
 
 def _empty_upsampled(x: Tensor, height: int, width: int, *_: Any) -> Tensor:
@@ -148,4 +177,10 @@ add_embedding_operator = register(
     "(Tensor x, Tensor across, Tensor down) -> Tensor",
     _add_embedding,
     lambda x, across, down: like_map(x, tuple(x.shape[2:]), torch.promote_types(x.dtype, across.dtype)),
+)
+upsample_with_embedding_operator = register(
+    "upsample_with_embedding",
+    "(Tensor x, int height, int width, Tensor across, Tensor down, bool align_corners) -> Tensor",
+    _upsample_with_embedding,
+    lambda x, height, width, across, down, align_corners: like_map(x, (height, width), torch.promote_types(x.dtype, across.dtype)),
 )

@@ -31,15 +31,30 @@ def _source(place, size, scale, ALIGNED: tl.constexpr):
     return first, tl.minimum(first + 1, size - 1), at - first.to(tl.float32)
 
 
+@triton.jit
+def _embedding(Across, Down, row, column, channel, live, C: tl.constexpr):
+    """The embedding of pixels of one row, FP32: of their columns in the first half of the channels, of the row in the second.
+
+    Across, Down     [W, C / 2] and [H, C / 2] contiguous
+    """
+    HALF: tl.constexpr = C // 2
+    of_column = Across + column[:, None] * HALF + channel[None, :]
+    across = tl.load(of_column, mask=live & (channel < HALF)[None, :], other=0.0).to(tl.float32)
+    of_row = Down + row * HALF + channel - HALF
+    down = tl.load(of_row, mask=(channel >= HALF) & (channel < C), other=0.0).to(tl.float32)
+    return tl.where((channel < HALF)[None, :], across, down[None, :])
+
+
 @triton.jit(do_not_specialize=["H", "W", "out_h", "out_w", "blocks", "scale_y", "scale_x"])
 def _upsample_kernel(
-    X, Out, H, W, out_h, out_w, blocks, scale_y, scale_x,
-    C: tl.constexpr, LANES: tl.constexpr, PIXELS: tl.constexpr, ALIGNED: tl.constexpr,
+    X, Across, Down, Out, H, W, out_h, out_w, blocks, scale_y, scale_x,
+    C: tl.constexpr, LANES: tl.constexpr, PIXELS: tl.constexpr, ALIGNED: tl.constexpr, EMBEDDED: tl.constexpr,
 ):  # fmt: skip
     """PIXELS pixels of one row; programs [N * out_h * blocks, blocks of LANES channels].
 
         X         [N, H, W, C] contiguous
         Out       [N, out_h, out_w, C] contiguous
+        Across, Down     [out_w, C / 2] and [out_h, C / 2] contiguous, if EMBEDDED: the embedding of Out
 
     `blocks` is out_w / PIXELS rounded up; scale_y and scale_x are from places of Out to those of X (ALIGNED: align_corners).
     """
@@ -58,6 +73,8 @@ def _upsample_kernel(
     c = tl.load(below + left, mask=live, other=0.0).to(tl.float32)
     d = tl.load(below + right, mask=live, other=0.0).to(tl.float32)
     mixed = (1.0 - down) * ((1.0 - across) * a + across * b) + down * ((1.0 - across) * c + across * d)
+    if EMBEDDED:
+        mixed = mixed.to(X.dtype.element_ty).to(tl.float32) + _embedding(Across, Down, row % out_h, column, channel, live, C)
     to = Out + row.to(tl.int64) * (out_w * C)
     tl.store(to + column[:, None] * C + channel[None, :], mixed.to(Out.dtype.element_ty), mask=live)
 
@@ -87,29 +104,34 @@ def _embedding_kernel(X, Across, Down, Out, H, W, blocks, C: tl.constexpr, LANES
     row = tl.program_id(0) // blocks
     column = (tl.program_id(0) % blocks) * PIXELS + tl.arange(0, PIXELS)
     channel = tl.program_id(1) * LANES + tl.arange(0, LANES)
-    HALF: tl.constexpr = C // 2
     live = (column < W)[:, None] & (channel < C)[None, :]
-    of_column = Across + column[:, None] * HALF + channel[None, :]
-    across = tl.load(of_column, mask=live & (channel < HALF)[None, :], other=0.0).to(tl.float32)
-    of_row = Down + (row % H) * HALF + channel - HALF
-    down = tl.load(of_row, mask=(channel >= HALF) & (channel < C), other=0.0).to(tl.float32)
     base = row.to(tl.int64) * (W * C)
     at = column[:, None] * C + channel[None, :]
     x = tl.load(X + base + at, mask=live, other=0.0).to(tl.float32)
-    x += tl.where((channel < HALF)[None, :], across, down[None, :])
+    x += _embedding(Across, Down, row % H, column, channel, live, C)
     tl.store(Out + base + at, x.to(Out.dtype.element_ty), mask=live)
 
 
 def upsample(x: Tensor, size: tuple[int, int], *, align_corners: bool, scales: Scales = (None, None)) -> Tensor:
     """As `naive.upsample`, of a map with channels side by side."""
+    return _upsample(x, size, align_corners, scales, None)
+
+
+def upsample_with_embedding(x: Tensor, size: tuple[int, int], across: Tensor, down: Tensor, *, align_corners: bool) -> Tensor:
+    """As `naive.upsample_with_embedding`, of a map with channels side by side."""
+    return _upsample(x, size, align_corners, (None, None), (across.contiguous(), down.contiguous()))
+
+
+def _upsample(x: Tensor, size: tuple[int, int], align_corners: bool, scales: Scales, embedding: tuple[Tensor, Tensor] | None) -> Tensor:
     count, channels, height, width = x.shape
-    out = torch.empty((count, channels, *size), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    dtype = torch.promote_types(x.dtype, embedding[0].dtype) if embedding else x.dtype
+    out = torch.empty((count, channels, *size), dtype=dtype, device=x.device, memory_format=torch.channels_last)
     steps = [_step(*axis, align_corners) for axis in zip((height, width), size, scales, strict=True)]
     lanes, pixels = _tile(channels)
     blocks = cover(size[1], pixels)
     launch(
-        _upsample_kernel, (count * size[0] * blocks, cover(channels, lanes)), x, out, height, width, *size, blocks, *steps,
-        C=channels, LANES=lanes, PIXELS=pixels, ALIGNED=align_corners, num_warps=WARPS,
+        _upsample_kernel, (count * size[0] * blocks, cover(channels, lanes)), x, *(embedding or (x, x)), out, height, width, *size, blocks,
+        *steps, C=channels, LANES=lanes, PIXELS=pixels, ALIGNED=align_corners, EMBEDDED=embedding is not None, num_warps=WARPS,
     )  # fmt: skip
     return out
 

@@ -11,6 +11,8 @@ second) are sums:
 
     x[n, c, y, x] += bias[c]
     out[n, c, y, x] = x[n, c, y, x] + (across[x, c] if c < C / 2 else down[y, c - C / 2])
+
+An embedding of an interpolated map is added to what was rounded to the map's dtype, as if each had a pass of its own.
 """
 
 from __future__ import annotations
@@ -55,3 +57,8 @@ def add_embedding(x: Tensor, across: Tensor, down: Tensor) -> Tensor:
     height, width = x.shape[2:]
     embedding = torch.cat((across.expand(height, -1, -1), down[:, None].expand(-1, width, -1)), -1)
     return x + embedding.permute(2, 0, 1)
+
+
+def upsample_with_embedding(x: Tensor, size: tuple[int, int], across: Tensor, down: Tensor, *, align_corners: bool) -> Tensor:
+    """`upsample` to `size` (H', W'), and `add_embedding` to that of `across` ``[W', C / 2]`` and `down` ``[H', C / 2]``."""
+    return add_embedding(upsample(x, size, align_corners=align_corners), across, down)

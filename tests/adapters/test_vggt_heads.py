@@ -1,0 +1,237 @@
+"""DPT heads of VGGT with their large maps for few views at a time: the same numbers, less memory, and where the head's own code runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from map_kernels import count_map_kernels
+from real_models import small_vggt
+from sla_cases import DEVICE
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lite3r_adapters.vggt import heads
+from lite3r_adapters.vggt.heads import FewViews, few_views, head_call
+from lite3r_plugin import Lite3RConfig, apply_lite3r, describe, lite3r_disabled, remove_lite3r
+from lite3r_plugin.adapter.trials import require_equal
+from lite3r_plugin.errors import AdapterError
+from lite3r_plugin.runtime.exact import KeptEmbedding
+from lite3r_plugin.runtime.maps import MapKernels
+from lite3r_plugin.runtime.trace import traced
+from lite3r_plugin.wrapper import Changes
+
+DENSE = Lite3RConfig(keep_ratio=1.0, linear_branch="none")
+WORDS = "large maps of the head for few views at a time"
+KINDS: dict[str, dict[str, Any]] = {
+    "depth": dict(output_dim=2, activation="exp"),
+    "points": dict(output_dim=4, activation="inv_log", pos_embed=False),
+    "features": dict(feature_only=True),
+}
+
+
+def make(kind: str = "depth") -> Any:
+    module = pytest.importorskip("vggt.heads.dpt_head")
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = dict(features=16, out_channels=[8] * 4, intermediate_layer_idx=[0, 1, 2, 3])
+    return module.DPTHead(32, **sizes, **KINDS[kind]).eval()
+
+
+def call(views: int, batch: int = 1, rows: int = 6, columns: int = 4) -> tuple[Any, ...]:
+    torch.manual_seed(1)
+    layers = [torch.randn(batch, views, 5 + rows * columns, 32) for _ in range(4)]
+    return layers, torch.rand(batch, views, 3, 14 * rows, 14 * columns), 5
+
+
+def rewritten(head: Any) -> Any:
+    with Changes() as changes:
+        FewViews(head).put_in(changes)
+    return head
+
+
+def calls_of(head: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many views the finest maps are made for, in each call of the module that makes them."""
+    seen: list[int] = []
+    own = type(head.scratch.output_conv1).forward
+    monkeypatch.setattr(head.scratch.output_conv1, "forward", lambda x: seen.append(x.shape[0]) or own(head.scratch.output_conv1, x))
+    return seen
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("views", "batch"), [(1, 1), (2, 1), (5, 1), (11, 1), (3, 2), (1, 4)])
+@torch.no_grad()
+def test_the_numbers_stay(kind: str, views: int, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For one view, a last one alone, several chunks of the host's, several scenes; and the layout in memory stays, too."""
+    head, given = make(kind), call(views, batch)
+    expected = head(*given)
+    rewritten(head)
+    seen = calls_of(head, monkeypatch)
+    found = head(*given)
+    require_equal(expected, found, "the head's own code")
+    assert max(seen) == min(views * batch, heads.VIEWS)
+    assert sum(seen) == views * batch
+    own, new = ([x] if isinstance(x, Tensor) else list(x) for x in (expected, found))
+    assert [x.stride() for x in new] == [x.stride() for x in own]
+
+
+@torch.no_grad()
+def test_large_maps_of_two_views_are_held_and_not_of_eight() -> None:
+    head, given = make(), call(8, rows=10, columns=10)
+    peaks: list[int] = []
+    for _ in range(2):
+        head(*given)
+        with traced(head) as trace:
+            head(*given)
+        peaks.append(trace.peak)
+        rewritten(head)
+    largest = 8 * (140 * 140 * 8 * 4)  # up-sampled maps of eight views
+    assert peaks[0] > 2 * largest
+    assert peaks[1] < peaks[0] / 2
+
+
+@torch.no_grad()
+def test_results_are_held_once() -> None:
+    """Each part is written into the whole, so that the parts are not all there beside it."""
+    head, given = rewritten(make("features")), call(8)
+    with traced(head) as trace:
+        out = head(*given)
+    made = [item for item in trace.held if item.freed is None]
+    assert [item.size for item in made] == [out.nbytes]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_the_last_map_grows_and_is_embedded_in_one_pass(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    head, (layers, *given) = make(kind).to(DEVICE), call(3, rows=2, columns=3)
+    layers, given = [x.to(DEVICE) for x in layers], [given[0].to(DEVICE), given[1]]
+    expected = head(layers, *given)
+    with Changes() as changes:
+        for method in (KeptEmbedding(head, "_apply_pos_embed"), MapKernels(head, "forward"), FewViews(head)):
+            method.put_in(changes)
+    ran = count_map_kernels(monkeypatch)
+    found = head(layers, *given)
+    assert ran["upsample_with_embedding"] == (2 if head.pos_embed else 0)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def hooked(head: Any, given: Any) -> Any:
+    head.scratch.output_conv2.register_forward_hook(lambda module, args, output: output)
+    return head(*given)
+
+
+def compiled(head: Any, given: Any) -> Any:
+    return torch.compile(head, backend="eager")(*given)
+
+
+def with_gradients(head: Any, given: Any) -> Any:
+    with torch.enable_grad():
+        return head(*given)
+
+
+def of_another_class(head: Any, given: Any) -> Any:
+    class Tagged(Tensor):
+        pass
+
+    layers, *rest = given
+    return head([layer.as_subclass(Tagged) for layer in layers], *rest)
+
+
+@pytest.mark.parametrize("run", [hooked, compiled, with_gradients, of_another_class])
+@torch.no_grad()
+def test_the_heads_own_code_runs(run: Callable[[Any, Any], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where somebody would see that views are told apart, or needs what it computes."""
+    head, given = make(), call(5)
+    expected, method = head(*given), FewViews(head)
+    monkeypatch.setattr(method, "_finest", lambda *_: pytest.fail("views are told apart"))
+    with Changes() as changes:
+        method.put_in(changes)
+    found = run(head, given)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a.detach().as_subclass(Tensor), b)
+
+
+@torch.no_grad()
+def test_who_looks_at_operators_sees_what_runs() -> None:
+    head, given = make(), call(4)
+    counts: list[int] = []
+    for _ in range(2):
+        with FlopCounterMode(display=False) as counter:
+            head(*given)
+        counts.append(counter.get_total_flops())
+        rewritten(head)
+    assert counts[0] == counts[1]
+
+
+@torch.no_grad()
+def test_a_layer_that_is_not_there_is_told_by_the_head_itself() -> None:
+    """As one that an aggregator was told not to keep."""
+    head, (layers, *rest) = make(), call(3)
+    layers[2] = None
+    reasons: list[str] = []
+    for _ in range(2):
+        with pytest.raises((ValueError, TypeError)) as caught:
+            head(layers, *rest)
+        reasons.append(str(caught.value))
+        rewritten(head)
+    assert reasons[0] == reasons[1]
+
+
+def mixing_views(head: Any) -> str:
+    host = type(head).scratch_forward
+    fork = {"scratch_forward": lambda self, maps: host(self, [x - x.mean(0, keepdim=True) for x in maps])}
+    head.__class__ = type("Fork", (type(head),), fork)
+    return "it differs from the host's own _forward_impl by"
+
+
+def with_a_method_of_its_own(head: Any) -> str:
+    host = type(head)._forward_impl
+    fork = {"_forward_impl": lambda self, *args: tuple(x + 1 for x in host(self, *args))}
+    head.__class__ = type("Fork", (type(head),), fork)
+    return "there is no custom_interpolate where its class is"
+
+
+@pytest.mark.parametrize("change", [mixing_views, with_a_method_of_its_own])
+def test_a_fork_that_differs_keeps_its_own_code(change: Callable[[Any], str]) -> None:
+    model: Any = small_vggt()
+    reason = change(model.depth_head)
+    apply_lite3r(model, DENSE)
+    why = describe(model).not_rewritten[f"depth_head: {WORDS}"]
+    assert reason in why
+    assert "_forward_impl" not in vars(model.depth_head)
+
+
+@torch.no_grad()
+def test_it_comes_and_goes_with_lite3r() -> None:
+    model: Any = small_vggt()
+    images = torch.rand(1, 3, 3, 56, 70)
+    expected = model(images)["depth"]
+    apply_lite3r(model, DENSE, fuse=False)
+    assert f"depth_head: {WORDS}" in describe(model).rewritten
+    assert isinstance(model.depth_head._forward_impl, FewViews)
+    torch.testing.assert_close(model(images)["depth"], expected, rtol=1e-5, atol=1e-5)
+    with lite3r_disabled(model):
+        assert torch.equal(model(images)["depth"], expected)
+    remove_lite3r(model)
+    assert "_forward_impl" not in vars(model.depth_head)
+    assert torch.equal(model(images)["depth"], expected)
+
+
+def test_the_trial_sees_several_views_at_once_and_a_chunk() -> None:
+    trial = few_views("head").trial
+    assert trial is not None
+    calls = trial(make()).inputs
+    assert calls[0][1].shape[1] > heads.VIEWS
+    assert calls[1][1].shape[0] > 1
+    assert calls[1][3:] == (1, heads.VIEWS + 1)
+    assert len(head_call(make())) == 3
+
+
+def test_a_head_without_what_its_method_calls_is_refused() -> None:
+    class Head(nn.Module):
+        def _forward_impl(self) -> None: ...
+
+    with pytest.raises(AdapterError, match="there is no custom_interpolate where its class is"):
+        FewViews(Head())
