@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import AdapterError
+from ..errors import AdapterError, shown
 from ..wrapper import TABLES
 
 TOLERANCE = 1e-5  # of the largest number of an output: FP32 with room for another order of sums
@@ -225,7 +225,7 @@ def _is_float(value: Any) -> bool:
 def _require_equal_values(expected: Any, found: Any, differs: str) -> None:
     if not isinstance(expected, Tensor) or not isinstance(found, Tensor):
         if type(expected) is not type(found) or expected != found:
-            raise AdapterError(f"{differs}, which gives {expected!r} and not {found!r}")
+            raise AdapterError(f"{differs}, which gives {_said(expected)} and not {_said(found)}")
         return
     if (expected.shape, expected.dtype) != (found.shape, found.dtype):
         raise AdapterError(f"{differs}, which gives {_kind(expected)} and not {_kind(found)}")
@@ -244,6 +244,10 @@ def _leaves(value: Any) -> Iterator[Any]:
             yield from _leaves(item)
     else:
         yield value
+
+
+def _said(value: Any) -> str:
+    return f"a tensor, {_kind(value)}," if isinstance(value, Tensor) else shown(value)
 
 
 def _kind(tensor: Tensor) -> str:
