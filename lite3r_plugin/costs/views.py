@@ -12,6 +12,22 @@ import math
 
 from ..errors import ConfigError
 
+GROUPS = (4, 2)
+"""Into how many groups the heads of a sparse site may be divided; keys and values of one travel while another is attended with."""
+GROUP_BYTES = 32 << 20
+"""From how many bytes for each group on, which take a fast link longer than it takes to launch the kernels of one group more."""
+
+
+def head_groups(heads: int, received: int, least: int = GROUP_BYTES) -> int:
+    """Into how many groups heads are divided, 1 where that does not pay.
+
+    Args:
+        heads: How many there are.
+        received: Bytes of the keys and values of all heads that a device is sent at one site.
+        least: Bytes of a group.
+    """
+    return next((groups for groups in GROUPS if groups <= heads and received >= groups * least), 1)
+
 
 @dataclasses.dataclass(frozen=True)
 class Scene:

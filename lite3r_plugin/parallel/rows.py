@@ -26,9 +26,8 @@ class Rows:
         sent: How many of its own tokens this process sends to each, itself included.
         received: How many tokens it gets from each, whose blocks it computes.
         leaving: ``[n]`` int64, its own tokens in the order in which they are sent.
-        returning: ``[n]`` int64, the inverse.
-        places: ``[m]`` int64, where among its queries each received token belongs.
-        arranged: ``[m]`` int64, the inverse.
+        returning: ``[n]`` int64, the inverse; with a stand-in, its tokens come first and get what those of the view that it copies get.
+        arranged: ``[m]`` int32, the order that makes queries of what is received.
         pinned: Of its m queries the first so many are of pinned blocks.
         pinned_keys: How many keys all queries attend to.
         order: ``[N]`` int32, the order of the keys of all processes.
@@ -38,14 +37,15 @@ class Rows:
     received: tuple[int, ...]
     leaving: Tensor
     returning: Tensor
-    places: Tensor
     arranged: Tensor
     pinned: int
     pinned_keys: int
     order: Tensor
 
 
-def plan_rows(layout: TokenLayout, held: tuple[int, ...], pin: Pin, block_q: int, rank: int, device: torch.device) -> Rows:
+def plan_rows(
+    layout: TokenLayout, held: tuple[int, ...], pin: Pin, block_q: int, rank: int, device: torch.device, stand_in: int = 0
+) -> Rows:  # fmt: skip
     """The rows of process `rank`.
 
     Args:
@@ -55,6 +55,7 @@ def plan_rows(layout: TokenLayout, held: tuple[int, ...], pin: Pin, block_q: int
         block_q: Tokens of a query block.
         rank: The process.
         device: Where tensors go.
+        stand_in: Tokens of this process's stand-in.
     """
     order = token_order(layout)
     tokens, ranks, pinned = len(order), len(held), pinned_tokens(layout, pin)
@@ -75,14 +76,14 @@ def plan_rows(layout: TokenLayout, held: tuple[int, ...], pin: Pin, block_q: int
     computer = torch.repeat_interleave(torch.arange(ranks, device="cpu"), torch.tensor([len(share) for share in shares], device="cpu"))
     own = holder == rank
     leaving = every[own] - start
-    places = holder[computer == rank].argsort(stable=True)
+    returning = leaving.argsort()
+    arranged = holder[computer == rank].argsort(stable=True).argsort()
     return Rows(
         sent=tuple(torch.bincount(computer[own], minlength=ranks).tolist()),
         received=tuple(torch.bincount(holder[computer == rank], minlength=ranks).tolist()),
         leaving=leaving.to(device),
-        returning=leaving.argsort().to(device),
-        places=places.to(device),
-        arranged=places.argsort().to(device),
+        returning=torch.cat((returning[:stand_in], returning)).to(device),
+        arranged=arranged.int().to(device),
         pinned=pinned_shares[rank],
         pinned_keys=pinned,
         order=order.to(device),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lite3r_plugin.costs.views import Scene, plan, traffic
+from lite3r_plugin.costs.views import Scene, head_groups, plan, traffic
 from lite3r_plugin.errors import ConfigError
 
 VGGT_100 = Scene(views=100, tokens_per_view=1374, pinned=500 + 1369)
@@ -21,6 +21,11 @@ def test_one_device_is_sent_nothing() -> None:
 def test_keys_and_values_of_the_other_half_travel_at_each_site() -> None:
     assert traffic(VGGT_100, 2).keys == 24 * 2 * 1024 * 2 * 50 * 1374
     assert traffic(VGGT_100, 2, output_bytes_per_view=10).outputs == 500
+
+
+def test_heads_are_divided_where_each_group_takes_its_time() -> None:
+    assert [head_groups(16, megabytes << 20) for megabytes in (10, 63, 64, 127, 128, 10_000)] == [1, 1, 2, 2, 4, 4]
+    assert [head_groups(heads, 1 << 40) for heads in (1, 2, 3, 4)] == [1, 2, 2, 4]
 
 
 def test_fast_links_and_many_views_come_near_to_the_number_of_devices() -> None:

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lite3r_plugin import apply_lite3r, convert, hookimpl, remove_lite3r
 from lite3r_plugin.apply.lookup import lite3r_modules
+from lite3r_plugin.costs.views import GROUP_BYTES
 from lite3r_plugin.errors import ParallelError
 from lite3r_plugin.parallel import ViewParallel, parallelize_views
 from lite3r_plugin.runtime.values import exchanged, tensors_in
@@ -51,14 +52,19 @@ def case(*runs: str) -> Callable[[Case], Case]:
 
 def testbed(**fields: Any) -> Testbed:
     """Small, with weights by which all parts matter, the reference view too; with Lite3R if there are `fields`."""
+    return sparse(two_blocks(), **fields) if fields else two_blocks()
+
+
+def two_blocks(head_dim: int = 32) -> Testbed:
+    """The same without Lite3R."""
     torch.manual_seed(0)
-    model = Testbed(TestbedConfig(dim=64, depth=2, head_dim=32, stem=8)).eval()
+    model = Testbed(TestbedConfig(dim=64, depth=2, head_dim=head_dim, stem=8)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(2)
         model.camera_head.first_view.normal_()
-    return sparse(model, **fields) if fields else model
+    return model
 
 
 def sparse(model: Any, **fields: Any) -> Any:
@@ -144,6 +150,37 @@ def dense_without_lite3r() -> Any:
 @case("two")
 def fp8_emulated() -> Any:
     return compared(convert(testbed(**SPARSE), fp8_backend="emulated"), images())
+
+
+@case("two", "three")
+def heads_in_groups() -> Any:
+    """Against all heads at once; and when the keys of a group leave and are waited for."""
+    model, x, found = sparse(two_blocks(head_dim=16), **SPARSE), images(batch=2), []
+    with torch.no_grad(), parallelize_views(model) as parallel:
+        steps = watched_keys(parallel)
+        for least in (GROUP_BYTES, 1):
+            parallel.attention.least = least
+            steps.clear()
+            found.append(tensors_in(model(x)))
+    return {"same": all(map(torch.equal, *found)), "steps": steps, **ran(model)}
+
+
+def watched_keys(parallel: ViewParallel) -> list[str]:
+    """A list in which each gathering of keys and values notes that it begins, and that it is waited for."""
+    steps, gather_pair = list[str](), parallel.group.gather_pair
+
+    def watched(*args: Any) -> Callable[[], Tensor]:
+        steps.append("leave")
+        arrive = gather_pair(*args)
+
+        def arrived() -> Tensor:
+            steps.append("arrive")
+            return arrive()
+
+        return arrived
+
+    parallel.group.gather_pair = watched  # type: ignore[method-assign]
+    return steps
 
 
 class WithoutBatch(nn.Module):
@@ -285,8 +322,11 @@ def benchmark(folder: Path) -> Any:
 # Gradients
 
 
-def gradients(model: nn.Module, x: Tensor, outputs: Any, checkpointed: bool = False) -> dict[str, Any]:
-    """Of all parameters, in one process and of all, in FP64; what is zero but for rounding counts as zero."""
+def gradients(model: nn.Module, x: Tensor, outputs: Any, checkpointed: bool = False, least: int = GROUP_BYTES) -> dict[str, Any]:
+    """Of all parameters, in one process and of all, in FP64; what is zero but for rounding counts as zero.
+
+    `least`: Bytes of a group of heads.
+    """
     model, x = model.double(), x.double()
 
     def loss(result: Any) -> Tensor:
@@ -303,6 +343,7 @@ def gradients(model: nn.Module, x: Tensor, outputs: Any, checkpointed: bool = Fa
     loss(model(x)).backward()
     expected = backward()
     with parallelize_views(model, outputs=outputs) as parallel:
+        parallel.attention.least = least
         loss(model(x)).backward()
         parallel.add_gradients()
     got = backward()
@@ -336,9 +377,14 @@ def gradients_of_sharded_outputs() -> Any:
     return gradients(testbed(**{**SPARSE, "keep_ratio": 1.0}, linear_branch="all"), images(), "sharded")
 
 
+@case("two", "three")
+def gradients_by_groups_of_heads() -> Any:
+    return gradients(sparse(two_blocks(head_dim=16), **SPARSE), images(batch=2), "gathered", least=1)
+
+
 @case("two")
 def gradients_with_checkpointing() -> Any:
-    return gradients(testbed(**SPARSE), images(), "gathered", checkpointed=True)
+    return gradients(testbed(**SPARSE), images(), "gathered", checkpointed=True, least=1)
 
 
 # What is put back, and what is refused

@@ -107,6 +107,15 @@ def test_outputs_are_those_of_one_process(found: Found, run: str, name: str, spa
 
 
 @pytest.mark.parametrize("run", ["two", THREE])
+def test_keys_of_heads_travel_while_those_before_are_attended_with(found: Found, run: str) -> None:
+    one_site = ["leave", "leave", "arrive", "leave", "arrive", "leave", "arrive", "arrive"]  # of four groups, never more than two
+    for one in ranks(found, run, "heads_in_groups"):
+        assert one["same"]
+        assert one["steps"] == 2 * one_site
+        assert (one["sparse"], one["dense"]) == (4, 0)
+
+
+@pytest.mark.parametrize("run", ["two", THREE])
 def test_each_process_may_give_and_keep_its_own_views(found: Found, run: str) -> None:
     for one in ranks(found, run, "sharded"):
         assert one["difference"] < 1e-5
@@ -121,6 +130,8 @@ def test_each_process_may_give_and_keep_its_own_views(found: Found, run: str) ->
         pytest.param("three", "gradients_of_gathered_outputs", marks=pytest.mark.slow),
         ("two", "gradients_of_sharded_outputs"),
         pytest.param("three", "gradients_of_sharded_outputs", marks=pytest.mark.slow),
+        ("two", "gradients_by_groups_of_heads"),
+        pytest.param("three", "gradients_by_groups_of_heads", marks=pytest.mark.slow),
         ("two", "gradients_with_checkpointing"),
     ],
 )

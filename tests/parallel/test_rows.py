@@ -56,7 +56,15 @@ def test_results_find_the_way_home() -> None:
     rows = plans((3, 1, 2), "reference")[-1]
     for own in rows:
         assert torch.equal(own.leaving[own.returning], torch.arange(sum(own.sent)))
-        assert torch.equal(own.places[own.arranged], torch.arange(sum(own.received)))
+        assert torch.equal(own.arranged.sort().values.long(), torch.arange(sum(own.received)))
+
+
+def test_a_stand_in_gets_what_the_view_gets_that_it_copies() -> None:
+    layout, held, _ = plans((3, 2), "reference")
+    tokens = held[0] // 3
+    without, with_it = (plan_rows(layout, held, "reference", 16, 1, torch.device("cpu"), count).returning for count in (0, tokens))
+    assert torch.equal(with_it[tokens:], without)
+    assert torch.equal(with_it[:tokens], without[:tokens])
 
 
 def test_most_queries_stay_where_they_are() -> None:
