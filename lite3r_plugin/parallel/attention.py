@@ -116,7 +116,7 @@ class SpreadAttention:
             ``[B, H, n, D]`` in v's dtype.
         """
         group = self.group
-        part = torch.stack((k.to(v.dtype), v)).permute(3, 0, 1, 2, 4).contiguous()  # [n, 2, B, H, D]
+        part = torch.stack([x.permute(2, 0, 1, 3) for x in (k.to(v.dtype), v)], 1)  # [n, 2, B, H, D]
         q, out, lse = q.to(v.dtype), None, None
         for step in range(group.size):
             last = step == group.size - 1
@@ -162,6 +162,7 @@ class SpreadAttention:
             queries, arrive = coming
             coming = None if following is None else leave(following)
             keys, values = arrive().permute(1, 2, 3, 0, 4).unbind(0)
+            del arrive  # it holds what came, of which these are a copy where shares are uneven
             out = sparse_linear_attention(
                 queries, keys, values, order=rows.arranged, pinned_tokens=rows.pinned, keys=KeyTokens(rows.order, rows.pinned_keys),
                 scale=inputs.scale, keep_ratio=module.keep_ratio, negligible_ratio=config.negligible_ratio,
@@ -171,7 +172,7 @@ class SpreadAttention:
             )  # fmt: skip
             home = self.group.exchange(out.permute(2, 0, 1, 3), rows.received, rows.sent)
             outs.append(home.index_select(0, rows.returning))
-            del queries, arrive, keys, values, out, home  # before the next are made
+            del queries, keys, values, out, home  # before the next are made
         return (outs[0] if count == 1 else torch.cat(outs, 2)).permute(1, 2, 0, 3)
 
     def _head_groups(self, v: Tensor, sizes: tuple[int, ...]) -> int:

@@ -119,6 +119,7 @@ class ViewParallel:
         self.spread: Spread | None = None
         self.inside = False
         self.trying = False
+        self.given: list[tuple[Tensor, Tensor]] = []  # of the running forward: what the model is given, and what that is a part of
         self._verdicts: dict[Any, Verdict] = {}
         self._patches = tuple({site.tokens.patch_size for site in described if isinstance(site.tokens, TokenSource)})
         self._sites = {site.fqn: _module(found.modules, site.fqn) for site in met}
@@ -190,8 +191,13 @@ class ViewParallel:
         images, spread = self._agreed(args, kwargs)
         views = images.shape[-4]
 
+        self.given = []
+
         def keep(x: Tensor, dim: int) -> Tensor:
-            return spread.own(x, dim) if self.inputs == "full" else spread.with_stand_in(x, dim)
+            if self.inputs == "sharded":
+                return spread.with_stand_in(x, dim)
+            self.given.append((spread.own(x, dim), x))
+            return self.given[-1][0]
 
         given = along_views((args, kwargs), spread.batch, views, spread.bare, keep)
         self.spread, self.inside = spread, True
@@ -216,7 +222,7 @@ class ViewParallel:
         shape = (1, *images.shape) if bare else tuple(images.shape)
         content = 0
         if self.inputs == "full":
-            content = int(images.detach().double().sum().view(torch.int64))
+            content = int(images.detach().sum(dtype=torch.float64).view(torch.int64))
         learns = torch.is_grad_enabled()
         told = self.group.numbers([1, bare, *shape, content, learns], device)
         if refused := [rank for rank, (well, *_) in enumerate(told) if not well]:
@@ -282,6 +288,9 @@ class ViewParallel:
             dim = spread.dim(x, spread.held)
             if dim is None or place in common:
                 return x
+            whole = [full for own, full in self.given if own is x and not x.requires_grad]
+            if whole and self.outputs == "gathered":
+                return whole[0]  # a model that returns its images
             own = spread.without_stand_in(x, dim)
             return own if self.outputs == "sharded" else _gathered(self.group, own, dim, spread.counts, summed=False)
 
@@ -345,7 +354,7 @@ class _Forward(_Overlay):
             parallel.group.give_up(error)
             raise
         finally:
-            parallel.inside = False
+            parallel.inside, parallel.given = False, []
 
 
 class _Gathered(_Overlay):
@@ -454,7 +463,7 @@ class _Redirect(TorchFunctionMode):
 
 def _gathered(group: Group, x: Tensor, dim: int, counts: tuple[int, ...], summed: bool = True) -> Tensor:
     """`x`, of the views of this process along `dim`, of the views of all."""
-    return group.gather(x.movedim(dim, 0).contiguous(), counts, summed).movedim(0, dim)
+    return group.gather(x.movedim(dim, 0), counts, summed).movedim(0, dim)
 
 
 def _group_of(mesh: Any) -> dist.ProcessGroup:

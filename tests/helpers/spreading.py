@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from distilling import divide
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from lite3r_plugin import apply_lite3r, convert, hookimpl, remove_lite3r
@@ -154,33 +155,37 @@ def fp8_emulated() -> Any:
 
 @case("two", "three")
 def heads_in_groups() -> Any:
-    """Against all heads at once; and when the keys of a group leave and are waited for."""
+    """Against all heads at once; when the keys of a group leave and are waited for; how many that have arrived are held when others leave."""
     model, x, found = sparse(two_blocks(head_dim=16), **SPARSE), images(batch=2), []
     with torch.no_grad(), parallelize_views(model) as parallel:
-        steps = watched_keys(parallel)
+        steps, held = watched_keys(parallel)
         for least in (GROUP_BYTES, 1):
             parallel.attention.least = least
             steps.clear()
             found.append(tensors_in(model(x)))
-    return {"same": all(map(torch.equal, *found)), "steps": steps, **ran(model)}
+    return {"same": all(map(torch.equal, *found)), "steps": steps, "held": held, **ran(model)}
 
 
-def watched_keys(parallel: ViewParallel) -> list[str]:
-    """A list in which each gathering of keys and values notes that it begins, and that it is waited for."""
-    steps, gather_pair = list[str](), parallel.group.gather_pair
+def watched_keys(parallel: ViewParallel) -> tuple[list[str], list[int]]:
+    """Lists in which each gathering of keys and values notes that it begins, and that it is waited for; and how many others are held."""
+    steps, held, gather_pair = list[str](), list[int](), parallel.group.gather_pair
+    here: list[StorageWeakRef] = []
 
     def watched(*args: Any) -> Callable[[], Tensor]:
         steps.append("leave")
+        held.append(sum(not one.expired() for one in here))
         arrive = gather_pair(*args)
 
         def arrived() -> Tensor:
             steps.append("arrive")
-            return arrive()
+            every = arrive()
+            here.append(StorageWeakRef(every.untyped_storage()))
+            return every
 
         return arrived
 
     parallel.group.gather_pair = watched  # type: ignore[method-assign]
-    return steps
+    return steps, held
 
 
 class WithoutBatch(nn.Module):
@@ -197,6 +202,39 @@ class WithoutBatch(nn.Module):
 @case("two")
 def images_without_a_batch() -> Any:
     return compared(sparse(WithoutBatch().eval(), **SPARSE), images()[0])
+
+
+class Returning(nn.Module):
+    """A testbed that returns its images, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = testbed()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {**self.inner(x), "images": x}
+
+
+@case("two")
+def images_that_are_returned() -> Any:
+    """They need not travel: every process has them all."""
+    model, x = Returning().eval(), images()
+    with torch.no_grad():
+        expected = model(x)
+        with parallelize_views(model) as parallel:
+            got, held = model(x), parallel.given
+        with parallelize_views(model, outputs="sharded") as parallel:
+            own = model(x)["images"]
+            kept = parallel.own(x)
+    wanting = x.clone().requires_grad_()
+    with parallelize_views(model) as parallel:
+        model(wanting)["images"].sum().backward()
+    assert wanting.grad is not None
+    dist.all_reduce(wanting.grad)
+    return {
+        "difference": difference(expected, got), "same": got["images"] is x, "held": len(held), "own": torch.equal(own, kept),
+        "gradient": torch.equal(wanting.grad, torch.ones_like(x)),
+    }  # fmt: skip
 
 
 @case("two")

@@ -112,7 +112,17 @@ def test_keys_of_heads_travel_while_those_before_are_attended_with(found: Found,
     for one in ranks(found, run, "heads_in_groups"):
         assert one["same"]
         assert one["steps"] == 2 * one_site
+        assert not any(one["held"])
         assert (one["sparse"], one["dense"]) == (4, 0)
+
+
+def test_images_that_are_returned_are_those_that_were_given(two: Found) -> None:
+    for one in ranks(two, "two", "images_that_are_returned"):
+        assert one["difference"] < 1e-5
+        assert one["same"]
+        assert one["held"] == 0
+        assert one["own"]
+        assert one["gradient"]
 
 
 @pytest.mark.parametrize("run", ["two", THREE])
