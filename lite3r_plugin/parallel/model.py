@@ -269,7 +269,10 @@ class ViewParallel:
         self.trying = True
         try:
             self.model.eval()
-            with torch.no_grad():
+            with torch.no_grad(), contextlib.ExitStack() as stack:
+                for site in self._sites.values():
+                    if isinstance(site, SparseLinearAttention):  # nothing is compiled, and no kernel chosen, for such small images
+                        stack.enter_context(site.observe(lambda *_: None))
                 yield
         finally:
             self.trying = False
@@ -360,6 +363,8 @@ class _Forward(_Overlay):
 class _Gathered(_Overlay):
     """On a module that runs on all views in every process."""
 
+    stays_eager = True
+
     def rewritten(self, *args: Any, **kwargs: Any) -> Any:
         parallel = self.parallel
         if parallel.trying:
@@ -388,6 +393,8 @@ class _Gathered(_Overlay):
 class _Site(_Overlay):
     """On an attention module that sees all views."""
 
+    stays_eager = True
+
     def __init__(self, module: nn.Module, parallel: ViewParallel, site: AttentionSite) -> None:
         super().__init__(module, parallel)
         self.site = site
@@ -398,7 +405,8 @@ class _Site(_Overlay):
         """Lie on the module, and take the place of the attention of what Lite3R has put there."""
         super().put_in(changes)
         if isinstance(self.module, SparseLinearAttention):
-            changes.make(functools.partial(self._substitute.enter_context, self.module.substitute(self.attend)), self._substitute.close)
+            substituted = self.module.substitute(self.attend, watches=False)
+            changes.make(functools.partial(self._substitute.enter_context, substituted), self._substitute.close)
 
     def rewritten(self, *args: Any, **kwargs: Any) -> Any:
         with _Redirect(self):

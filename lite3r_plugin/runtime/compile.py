@@ -29,8 +29,9 @@ def repeated_blocks(module: nn.Module) -> list[nn.Module]:
 class CompiledBlocks:
     """The repeated blocks of a model, compiled when they first run inside of `running`; outside they run eagerly.
 
-    Attention that may be sparse stays eager: it is Triton already. So does a fused FP8 block around it, all of whose
-    passes are: rows in FP8 cannot cross a break of the graph. A block that somebody has compiled already stays as it is.
+    Attention that may be sparse stays eager: it is Triton already. So does a forward that is rewritten to stay so, and a fused FP8
+    block around either, all of whose passes are Triton: rows in FP8 cannot cross a break of the graph. A block that somebody has
+    compiled already stays as it is.
 
     Copies, also pickled ones, start anew.
 
@@ -61,28 +62,35 @@ class CompiledBlocks:
         Raises (inside):
             torch._dynamo.exc.FailOnRecompileLimitHit: a block is compiled for more than `RECOMPILE_LIMIT` cases.
         """
-        wanted = [block for block in repeated_blocks(self.module) if not (isinstance(block, Fp8Block) and _sparse_sites(block))]
+        wanted = [block for block in repeated_blocks(self.module) if not (isinstance(block, Fp8Block) and _eager_inside(block))]
         self._calls = {block: self._calls[block] if block in self._calls else self._compiled(block) for block in wanted}
         running = {block: call for block, call in self._calls.items() if block._compiled_call_impl is None}
-        sites = {site: site.__dict__.get("forward") for site in _sparse_sites(self.module)}  # who wrapped it before, wants it back
+        eager = {one: one.__dict__.get("forward") for one in _eager_inside(self.module)}  # who wrapped it before, wants it back
         try:
-            for site in sites:
-                site.forward = torch.compiler.disable(site.forward)
+            for one in eager:
+                one.forward = torch.compiler.disable(one.forward)
             for block, call in running.items():
                 block._compiled_call_impl = _in_this_thread(call, block)
             with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT, fail_on_recompile_limit_hit=True):
                 yield
         finally:
-            for site, forward in sites.items():
-                site.__dict__.pop("forward", None)
+            for one, forward in eager.items():
+                one.__dict__.pop("forward", None)
                 if forward is not None:
-                    site.forward = forward
+                    one.forward = forward
             for block in running:
                 block._compiled_call_impl = None
 
     def _compiled(self, block: nn.Module) -> Any:
         """As `nn.Module.compile`, which keeps it."""
         return torch.compile(block._call_impl, dynamic=True, backend=self.backend)
+
+
+def is_of_compiler(error: Exception) -> bool:
+    """Whether an `error` that came from inside of `CompiledBlocks.running` is one of the compiler, and none of the model."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    return isinstance(error, TorchDynamoException)
 
 
 def why_not_compiled(error: Exception) -> str:
@@ -104,7 +112,11 @@ def _in_this_thread(call: Callable[..., Any], block: nn.Module) -> Callable[...,
     return run
 
 
-def _sparse_sites(module: nn.Module) -> list[SparseLinearAttention]:
-    """The attention inside `module` that may run sparse."""
+def _eager_inside(module: nn.Module) -> list[nn.Module]:
+    """What is inside `module` that stays eager: attention that may run sparse, and forwards that are rewritten to stay so."""
     # Under another name a module would be given twice, and its forward taken away once.
-    return [site for site in module.modules() if isinstance(site, SparseLinearAttention) and site.sparse and site.keep_ratio < 1]
+    return [one for one in module.modules() if _may_be_sparse(one) or getattr(one.__dict__.get("forward"), "stays_eager", False)]
+
+
+def _may_be_sparse(module: nn.Module) -> bool:
+    return isinstance(module, SparseLinearAttention) and module.sparse and module.keep_ratio < 1

@@ -155,7 +155,7 @@ def fp8_emulated() -> Any:
 
 @case("two", "three")
 def heads_in_groups() -> Any:
-    """Against all heads at once; when the keys of a group leave and are waited for; how many that have arrived are held when others leave."""
+    """Against all heads at once; when keys of a group leave and are waited for; how many that have come are held when others leave."""
     model, x, found = sparse(two_blocks(head_dim=16), **SPARSE), images(batch=2), []
     with torch.no_grad(), parallelize_views(model) as parallel:
         steps, held = watched_keys(parallel)
@@ -186,6 +186,76 @@ def watched_keys(parallel: ViewParallel) -> tuple[list[str], list[int]]:
 
     parallel.group.gather_pair = watched  # type: ignore[method-assign]
     return steps, held
+
+
+@case("two")
+def compiled_blocks() -> Any:
+    """Compiled for one process before; what compiled code runs while the model is spread, and what is compiled anew a second time."""
+    model, x = testbed(**COMPILED), images()
+    made, runs = list[int](), list[int]()
+
+    def backend(graph: Any, inputs: Any) -> Callable[..., Any]:
+        made.append(len(made))
+
+        def run(*args: Any) -> Any:
+            runs.append(1)
+            return graph(*args)
+
+        return run
+
+    fast_of(model).blocks.backend = backend
+    found = compared(model, x)
+    with torch.no_grad():
+        runs.clear()
+        model(x)
+        alone = len(runs)
+        with parallelize_views(model):
+            model(x)
+            before = len(made)
+            runs.clear()
+            model(x)
+    return {**found, "alone": alone, "spread": len(runs), "anew": len(made) - before, "report": fast_of(model).report()}
+
+
+@case("two")
+def compiled_blocks_that_fail() -> Any:
+    """A forward that fails runs once, and one that the compiler fails in runs eagerly the next time."""
+    model, x, calls, own = testbed(**COMPILED), images(), list[int](), ""
+    fast_of(model).blocks.backend = "eager"
+    with torch.no_grad(), parallelize_views(model) as parallel:
+        model(x)
+
+        def count_and_fail(module: nn.Module, args: Any) -> None:
+            calls.append(1)
+            fail(module, args)
+
+        model.depth_head.register_forward_pre_hook(count_and_fail)
+        try:
+            model(x)
+        except OSError as error:
+            own = str(error)
+        later = parallel.group.reason
+    model = testbed(**COMPILED)
+    fast_of(model).blocks.backend = broken
+    failed = ""
+    try:
+        with torch.no_grad(), parallelize_views(model):
+            model(x)
+    except Exception as error:
+        failed = str(error)
+    return {**compared(model, x), "own": own, "calls": calls, "later": later, "failed": failed, "report": fast_of(model).report()}
+
+
+COMPILED: dict[str, Any] = {**SPARSE, "keep_ratio": {"*global_blocks.0.*": 1.0, "*": 0.25}, "compile_blocks": True}
+
+
+def fast_of(model: nn.Module) -> Any:
+    """What compiles its blocks."""
+    return next(iter(lite3r_modules(model).values())).state.fast
+
+
+def broken(graph: Any, inputs: Any) -> Any:
+    raise RuntimeError("no compiler today")
 
 
 class WithoutBatch(nn.Module):

@@ -152,6 +152,25 @@ def test_gradients_add_up_to_those_of_one_process(found: Found, run: str, name: 
         assert one["known"] > 0.9 * one["count"] > 100
 
 
+def test_blocks_run_compiled_around_attention(two: Found) -> None:
+    for one in ranks(two, "two", "compiled_blocks"):
+        assert one["difference"] < 1e-5
+        assert (one["sparse"], one["dense"]) == (1, 1)
+        assert one["report"] == ["6 blocks compiled"]
+        assert one["spread"] >= 6  # around both sites, and frame blocks
+        assert one["anew"] == 0
+
+
+def test_what_fails_in_compiled_blocks_does_not_run_twice_in_one_process(two: Found) -> None:
+    for rank, one in enumerate(ranks(two, "two", "compiled_blocks_that_fail")):
+        assert one["own"] == "the disk is full"
+        assert one["calls"] == [1]
+        assert f"rank {rank} failed: OSError: the disk is full" in one["later"]
+        assert "no compiler today" in one["failed"]
+        assert one["difference"] < 1e-5
+        assert "no compiler today" in one["report"][0]
+
+
 def test_the_model_is_as_it_was_afterwards(two: Found) -> None:
     for one in ranks(two, "two", "undone"):
         assert one["same"]
