@@ -37,6 +37,20 @@ def test_fast_links_and_many_views_come_near_to_the_number_of_devices() -> None:
     assert slow.share_of_links > 0.8
 
 
+def test_what_travels_is_hidden_but_for_the_first_group() -> None:
+    quick = plan(VGGT_100, 2, seconds=1.0, attention_share=0.5, link=2e11, stand_in=False)
+    travels = traffic(VGGT_100, 2)
+    assert quick.groups == 4
+    assert quick.seconds == pytest.approx(0.5 + (travels.keys / 4 + travels.queries) / 2e11)
+    assert quick.held == 2 * 1024 * 2 * 137_400 // 2  # two groups of four
+    slow = plan(VGGT_100, 2, seconds=1.0, attention_share=0.5, link=1e9, stand_in=False)
+    assert slow.seconds == pytest.approx(0.25 + 0.25 / 4 + travels.bytes / 1e9)
+    few = plan(Scene(views=4, tokens_per_view=1374), 2, seconds=1.0, attention_share=0.5, link=1e9, stand_in=False)
+    assert few.groups == 1
+    assert few.seconds == pytest.approx(0.5 + few.traffic.bytes / 1e9)
+    assert few.held == 2 * 1024 * 2 * 4 * 1374
+
+
 def test_a_stand_in_costs_a_view() -> None:
     with_it, without = (plan(Scene(4, 10), 2, seconds=1, attention_share=0, link=1e15, stand_in=x).seconds for x in (True, False))
     assert with_it == pytest.approx(3 / 4)

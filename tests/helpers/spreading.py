@@ -423,7 +423,7 @@ def benchmark(folder: Path) -> Any:
     import views
 
     fields = [word for name, value in SPARSE.items() for word in ("--config", f"{name}={value}")]
-    small = ("--resolution", "64", "--repeats", "1", "--link-megabytes", "1", "--device", "cpu")
+    small = ("--resolution", "64x96", "--repeats", "1", "--link-megabytes", "1", "--device", "cpu")
     return views.main(["--model", "small", "--views", "4", *small, *fields, "--json", str(folder / "views.json")])
 
 

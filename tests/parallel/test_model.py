@@ -265,6 +265,8 @@ def test_the_benchmark_measures_and_plans(others: Found) -> None:
     assert record["seconds"]["several"] > 0
     assert 0 < record["density"] < 1
     assert max(record["differences"].values()) < 1e-4
+    assert set(record["floor"]) == set(record["differences"])
+    assert written["resolution"] == [64, 96]
     assert set(record["planned"]) == {"2", "4"}
     assert record["travelled_bytes"] == pytest.approx(record["planned_bytes"], rel=0.2)
 
