@@ -165,7 +165,7 @@ def table(records: list[dict[str, Any]], devices: int, tolerance: float) -> str:
         "views", "one s", f"{devices} s", "gain", "planned", "to each GB", "planned GB", "peak one GB", f"peak {devices} GB", "differs",
         "floor",
     )  # fmt: skip
-    rows = [columns]
+    rows: list[tuple[str, ...]] = [columns]
     for record in records:
         seconds, peaks, planned = record["seconds"], record["peak_bytes"], record["planned"][str(devices)]
         worst, floor = (
@@ -183,9 +183,9 @@ def table(records: list[dict[str, Any]], devices: int, tolerance: float) -> str:
 
 def resolution(text: str) -> int | tuple[int, int]:
     """``518``, or height and width as ``392x518``."""
-    sizes = tuple(int(word) for word in text.split("x"))  # argparse says what is wrong
+    sizes = [int(word) for word in text.split("x")]
     if len(sizes) > 2 or min(sizes) <= 0:
-        raise ValueError(text)
+        raise ValueError(text)  # argparse says what is wrong
     return sizes[0] if len(sizes) == 1 else (sizes[0], sizes[1])
 
 
