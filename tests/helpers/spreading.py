@@ -167,7 +167,10 @@ def heads_in_groups() -> Any:
 
 
 def watched_keys(parallel: ViewParallel) -> tuple[list[str], list[int]]:
-    """Lists in which each gathering of keys and values notes that it begins, and that it is waited for; and how many others are held."""
+    """Lists in which each gathering of keys and values notes that it begins, and that it is waited for; and how many others are held.
+
+    Gradients note the same: that those of a group begin to go back, and that those of its own are waited for.
+    """
     steps, held, gather_pair = list[str](), list[int](), parallel.group.gather_pair
     here: list[StorageWeakRef] = []
 
@@ -180,6 +183,11 @@ def watched_keys(parallel: ViewParallel) -> tuple[list[str], list[int]]:
             steps.append("arrive")
             every = arrive()
             here.append(StorageWeakRef(every.untyped_storage()))
+            if (arriving := every.grad_fn) is not None:
+                leaving, number = arriving.next_functions[0][0], len(here)
+                assert leaving is not None
+                arriving.register_prehook(lambda _: steps.append(f"back {number}"))
+                leaving.register_prehook(lambda _: steps.append(f"home {number}"))
             return every
 
         return arrived
@@ -452,7 +460,10 @@ def gradients(model: nn.Module, x: Tensor, outputs: Any, checkpointed: bool = Fa
     expected = backward()
     with parallelize_views(model, outputs=outputs) as parallel:
         parallel.attention.least = least
-        loss(model(x)).backward()
+        steps, _ = watched_keys(parallel)
+        result = loss(model(x))
+        steps.clear()
+        result.backward()
         parallel.add_gradients()
     got = backward()
     assert expected.keys() == got.keys()
@@ -460,7 +471,7 @@ def gradients(model: nn.Module, x: Tensor, outputs: Any, checkpointed: bool = Fa
     known = [name for name, value in expected.items() if value.abs().max() > 1e-12 * largest]
     return {
         "difference": max(difference(expected[name], got[name]) for name in known), "known": len(known), "count": len(expected),
-        "others": max((float(got[name].abs().max()) / largest for name in expected.keys() - known), default=0.0),
+        "others": max((float(got[name].abs().max()) / largest for name in expected.keys() - known), default=0.0), "steps": steps,
     }  # fmt: skip
 
 

@@ -171,6 +171,14 @@ def test_what_fails_in_compiled_blocks_does_not_run_twice_in_one_process(two: Fo
         assert "no compiler today" in one["report"][0]
 
 
+@pytest.mark.parametrize("run", ["two", THREE])
+def test_gradients_of_heads_go_back_while_those_before_are_computed(found: Found, run: str) -> None:
+    way = ["back 4", "back 3", "home 4", "back 2", "home 3", "back 1", "home 2", "home 1"]
+    second = [f"{word} {int(number) + 4}" for word, number in map(str.split, way)]
+    for one in ranks(found, run, "gradients_by_groups_of_heads"):
+        assert one["steps"] == [*second, *way]
+
+
 def test_the_model_is_as_it_was_afterwards(two: Found) -> None:
     for one in ranks(two, "two", "undone"):
         assert one["same"]
