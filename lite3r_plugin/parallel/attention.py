@@ -152,7 +152,8 @@ class SpreadAttention:
             own = dataclasses.replace(inputs, q=inputs.q[:, some], k=inputs.k[:, some], v=inputs.v[:, some])
             q, k, v = (_without_stand_in(x, spread).permute(2, 0, 1, 3) for x in (*module.finished(own), own.v))
             # Before the keys: what comes after them waits for them, also on the way.
-            queries = self.group.exchange(q.index_select(0, rows.leaving), rows.sent, rows.received)
+            others = self.group.exchange(q.index_select(0, rows.leaving), rows.sent, rows.received)
+            queries = torch.cat((q.index_select(0, rows.staying), others))
             return queries.permute(1, 2, 0, 3), self.group.gather_pair(k, v, sizes)
 
         outs = []
@@ -170,10 +171,13 @@ class SpreadAttention:
                 block_means=config.block_means, block_choice=config.block_choice, block_q=config.block_q, block_k=config.block_k,
                 backend=config.attention_backend,
             )  # fmt: skip
-            home = self.group.exchange(out.permute(2, 0, 1, 3), rows.received, rows.sent)
-            outs.append(home.index_select(0, rows.returning))
-            del queries, keys, values, out, home  # before the next are made
-        return (outs[0] if count == 1 else torch.cat(outs, 2)).permute(1, 2, 0, 3)
+            outs.append(out.permute(2, 0, 1, 3))
+            del queries, keys, values, out  # before the next are made
+        out = outs[0] if count == 1 else torch.cat(outs, 2)
+        del outs
+        own, others = out.split((len(rows.staying), sum(rows.received)))
+        home = torch.cat((own, self.group.exchange(others, rows.received, rows.sent)))
+        return home.index_select(0, rows.returning).permute(1, 2, 0, 3)
 
     def _head_groups(self, v: Tensor, sizes: tuple[int, ...]) -> int:
         """Into how many groups heads are divided, the same in all processes."""

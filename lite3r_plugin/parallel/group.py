@@ -121,7 +121,10 @@ class Group:
         return lambda: _Arrive.apply(every, travel)  # type: ignore[no-any-return]
 
     def exchange(self, x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
-        """Rows ``[sum(sent), ...]``, ``sent[r]`` of them to each process, for ``[sum(received), ...]`` of them, by process."""
+        """Rows ``[sum(sent), ...]``, ``sent[r]`` of them to each process, for ``[sum(received), ...]`` of them, by process.
+
+        What a process would send to itself is better left out: it would go through the kernels that fill links.
+        """
         return _Exchange.apply(x, self, tuple(sent), tuple(received))  # type: ignore[no-any-return]
 
     def sum(self, x: Tensor) -> Tensor:

@@ -23,11 +23,13 @@ class Rows:
     """The query blocks of one process, and how their tokens come and go.
 
     Attributes:
-        sent: How many of its own tokens this process sends to each, itself included.
+        sent: How many of its own tokens this process sends to each.
         received: How many tokens it gets from each, whose blocks it computes.
-        leaving: ``[n]`` int64, its own tokens in the order in which they are sent.
-        returning: ``[n]`` int64, the inverse; with a stand-in, its tokens come first and get what those of the view that it copies get.
-        arranged: ``[m]`` int32, the order that makes queries of what is received.
+        staying: ``[s]`` int64, those of its own tokens whose blocks it computes.
+        leaving: ``[n - s]`` int64, the others in the order in which they are sent.
+        returning: ``[n]`` int64, the place of each token among those that stay and those that leave, one after the other; with a
+            stand-in, its tokens come first and get what those of the view that it copies get.
+        arranged: ``[m]`` int32, the order that makes queries of those that stay and those that are received, one after the other.
         pinned: Of its m queries the first so many are of pinned blocks.
         pinned_keys: How many keys all queries attend to.
         order: ``[N]`` int32, the order of the keys of all processes.
@@ -35,6 +37,7 @@ class Rows:
 
     sent: tuple[int, ...]
     received: tuple[int, ...]
+    staying: Tensor
     leaving: Tensor
     returning: Tensor
     arranged: Tensor
@@ -74,13 +77,15 @@ def plan_rows(
     every = order[torch.cat(shares)].long()  # tokens by who computes them
     holder = torch.bucketize(every, ends, right=True)
     computer = torch.repeat_interleave(torch.arange(ranks, device="cpu"), torch.tensor([len(share) for share in shares], device="cpu"))
-    own = holder == rank
-    leaving = every[own] - start
-    returning = leaving.argsort()
-    arranged = holder[computer == rank].argsort(stable=True).argsort()
+    own, here = holder == rank, computer == rank
+    staying, leaving = every[own & here] - start, every[own & ~here] - start
+    returning = torch.cat((staying, leaving)).argsort()
+    arrived = holder[here]
+    arranged = arrived.where(arrived != rank, -1).argsort(stable=True).argsort()
     return Rows(
-        sent=tuple(torch.bincount(computer[own], minlength=ranks).tolist()),
-        received=tuple(torch.bincount(holder[computer == rank], minlength=ranks).tolist()),
+        sent=tuple(torch.bincount(computer[own & ~here], minlength=ranks).tolist()),
+        received=tuple(torch.bincount(holder[here & ~own], minlength=ranks).tolist()),
+        staying=staying.to(device),
         leaving=leaving.to(device),
         returning=torch.cat((returning[:stand_in], returning)).to(device),
         arranged=arranged.int().to(device),
