@@ -56,10 +56,10 @@ def testbed(**fields: Any) -> Testbed:
     return sparse(two_blocks(), **fields) if fields else two_blocks()
 
 
-def two_blocks(head_dim: int = 32) -> Testbed:
+def two_blocks(heads: int = 2) -> Testbed:
     """The same without Lite3R."""
     torch.manual_seed(0)
-    model = Testbed(TestbedConfig(dim=64, depth=2, head_dim=head_dim, stem=8)).eval()
+    model = Testbed(TestbedConfig(dim=32 * heads, depth=2, head_dim=32, stem=8)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -156,7 +156,7 @@ def fp8_emulated() -> Any:
 @case("two", "three")
 def heads_in_groups() -> Any:
     """Against all heads at once; when keys of a group leave and are waited for; how many that have come are held when others leave."""
-    model, x, found = sparse(two_blocks(head_dim=16), **SPARSE), images(batch=2), []
+    model, x, found = sparse(two_blocks(heads=4), **SPARSE), images(batch=2), []
     with torch.no_grad(), parallelize_views(model) as parallel:
         steps, held = watched_keys(parallel)
         for least in (GROUP_BYTES, 1):
@@ -498,7 +498,7 @@ def gradients_of_sharded_outputs() -> Any:
 
 @case("two", "three")
 def gradients_by_groups_of_heads() -> Any:
-    return gradients(sparse(two_blocks(head_dim=16), **SPARSE), images(batch=2), "gathered", least=1)
+    return gradients(sparse(two_blocks(heads=4), **SPARSE), images(batch=2), "gathered", least=1)
 
 
 @case("two")

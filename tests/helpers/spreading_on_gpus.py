@@ -23,7 +23,7 @@ BLOCKS = {"block_q": 32, "block_k": 16}
 
 def model(device: torch.device, **fields: Any) -> Any:
     """With four heads."""
-    made = two_blocks(head_dim=16).to(device)
+    made = two_blocks(heads=4).to(device)
     return sparse(made, **{**SPARSE, **BLOCKS, **fields})
 
 
