@@ -77,7 +77,7 @@ class SparseLinearAttention(HostWrapper):
         self.sparse = sparse
         self.enabled = True
         self._observers: tuple[tuple[Observer], ...] = ()  # each in a tuple of its own, by which it is told from others like it
-        self._substitutes: tuple[tuple[Substitute], ...] = ()
+        self._substitutes: tuple[tuple[Substitute, bool], ...] = ()
         self.calls = CallCounts()
         self.style = style_of(site, host, state.config.fuse)
         self.argument_names = self.style.argument_names
@@ -273,12 +273,17 @@ class SparseLinearAttention(HostWrapper):
             self._observers = _without(self._observers, entry)
 
     @contextlib.contextmanager
-    def substitute(self, substitute: Substitute) -> Iterator[None]:
+    def substitute(self, substitute: Substitute, watches: bool = True) -> Iterator[None]:
         """Let ``substitute(site, inputs)`` take the place of this site's attention while the context is open.
 
         Where several are open, the one that was opened last does. Observers see what it returns, ``[B, H, N, D]``.
+
+        Args:
+            substitute: What does.
+            watches: Whether the model is to run as without a preset meanwhile, as where somebody observes. Else its blocks run compiled
+                around this site, if it may be sparse, and whatever is raised inside is raised at once: a forward runs only once.
         """
-        entry = (substitute,)
+        entry = (substitute, watches)
         try:
             try:
                 self._substitutes = (*self._substitutes, entry)
@@ -328,8 +333,13 @@ class SparseLinearAttention(HostWrapper):
 
     @property
     def is_watched(self) -> bool:
-        """Whether somebody observes its attention, or takes the place of it."""
-        return bool(self._observers or self._substitutes)
+        """Whether somebody observes its attention, or takes the place of it to watch."""
+        return bool(self._observers) or any(watches for _, watches in self._substitutes)
+
+    @property
+    def is_substituted(self) -> bool:
+        """Whether somebody takes the place of its attention."""
+        return bool(self._substitutes)
 
     def extra_repr(self) -> str:
         config = self.state.config

@@ -51,11 +51,15 @@ def build(model: BenchModel, device: torch.device, seed: int) -> nn.Module:
     return module.to(device).eval().requires_grad_(False)
 
 
-def make_images(views: int, resolution: int, device: torch.device, seed: int) -> Tensor:
-    """Images ``[1, S, 3, R, R]`` in [0, 1]: coarse noise enlarged, so that they are smooth as photographs are."""
+def make_images(views: int, resolution: int | tuple[int, int], device: torch.device, seed: int) -> Tensor:
+    """Images ``[1, S, 3, H, W]`` in [0, 1]: coarse noise enlarged, so that they are smooth as photographs are.
+
+    `resolution`: H and W, or one number for both.
+    """
+    size = (resolution, resolution) if isinstance(resolution, int) else resolution
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(views, 3, 16, 16, generator=generator, device="cpu")
-    images = nn.functional.interpolate(coarse.to(device), size=(resolution, resolution), mode="bicubic", align_corners=False)
+    images = nn.functional.interpolate(coarse.to(device), size=size, mode="bicubic", align_corners=False)
     return images.clamp(0, 1)[None]
 
 

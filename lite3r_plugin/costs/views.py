@@ -12,6 +12,22 @@ import math
 
 from ..errors import ConfigError
 
+GROUPS = (4, 2)
+"""Into how many groups the heads of a sparse site may be divided; keys and values of one travel while another is attended with."""
+GROUP_BYTES = 32 << 20
+"""From how many bytes for each group on, which take a fast link longer than it takes to launch the kernels of one group more."""
+
+
+def head_groups(heads: int, received: int, least: int = GROUP_BYTES) -> int:
+    """Into how many groups heads are divided, 1 where that does not pay.
+
+    Args:
+        heads: How many there are.
+        received: Bytes of the keys and values of all heads that a device is sent at one site.
+        least: Bytes of a group.
+    """
+    return next((groups for groups in GROUPS if groups <= heads and received >= groups * least), 1)
+
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
@@ -21,6 +37,7 @@ class Scene:
         views: S.
         tokens_per_view: P.
         width: Heads times head dimension, of keys.
+        heads: Heads.
         sites: How many sites attend over all views.
         pinned: Tokens that all queries attend to; all of them, of all views.
         element_bytes: Of a number that travels: 2 for BF16.
@@ -34,6 +51,7 @@ class Scene:
     pinned: int = 0
     element_bytes: int = 2
     block_q: int = 128
+    heads: int = 16
 
     @property
     def tokens(self) -> int:
@@ -69,7 +87,8 @@ class Plan:
         seconds: Of a forward.
         gain: By what factor it is faster than one device.
         traffic: What travels.
-        share_of_links: How much of the time the links take, in [0, 1].
+        share_of_links: How much of the time the links are at work, in [0, 1].
+        groups: Into how many groups the heads of a site are divided; all but the first travel while one is attended with.
         held: Bytes of the keys and values of one site that a device holds beside the activations of its own views.
     """
 
@@ -77,6 +96,7 @@ class Plan:
     gain: float
     traffic: Traffic
     share_of_links: float
+    groups: int
     held: int
 
 
@@ -108,7 +128,7 @@ def plan(
     scene: Scene, devices: int, *, seconds: float, attention_share: float, link: float, stand_in: bool = True,
     output_bytes_per_view: int = 0,
 ) -> Plan:  # fmt: skip
-    """What to expect of `devices` devices, nothing of what travels hidden behind work.
+    """What to expect of `devices` devices.
 
     Args:
         scene: The scene.
@@ -132,6 +152,10 @@ def plan(
     local = seconds * (1 - attention_share) * slots / scene.views
     attention = seconds * attention_share / devices
     links = travels.bytes / link
-    total = local + attention + links
-    held = 0 if devices == 1 else 2 * scene.width * scene.element_bytes * scene.tokens
-    return Plan(total, seconds / total, travels, links / total, held)
+    groups = head_groups(scene.heads, travels.keys // scene.sites)
+    keys = travels.keys / link
+    # The first group travels while nothing is attended with, the last is attended with while none travels.
+    together = keys / groups + (groups - 1) / groups * max(keys, attention) + attention / groups
+    total = local + together + links - keys
+    held = 0 if devices == 1 else 2 * scene.width * scene.element_bytes * scene.tokens * min(groups, 2) // groups
+    return Plan(total, seconds / total, travels, links / total, groups, held)

@@ -2,7 +2,8 @@
 
 sparse    keys and values of all processes are gathered, already normed and rotated; each process computes some of the query blocks
           (`rows`) with the operator for keys that are other tokens. It sees the keys that one process sees, in the same order,
-          so blocks, means and states are the same, and so is the choice.
+          so blocks, means and states are the same, and so is the choice. This goes by groups of heads, which do not know of each other:
+          while a process attends with one, keys and values of the next travel, and no more than these two groups are held.
 dense     keys and values go round a ring: while a process attends to those of one part, the next part comes in. Parts are merged by
           their log-sum-exps. The state of a linear branch over all tokens is the sum of those of the processes.
 few       one token a view, as in heads of cameras: keys and values are gathered, attention is what the host calls.
@@ -10,7 +11,9 @@ few       one token a view, as in heads of cameras: keys and values are gathered
 
 from __future__ import annotations
 
+import dataclasses
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +23,7 @@ from torch import Tensor
 from ..adapter.layouts import TokenLayout, Views
 from ..attention.inputs import AttentionInputs
 from ..attention.module import SparseLinearAttention
+from ..costs.views import GROUP_BYTES, head_groups
 from ..errors import LayoutError, ParallelError
 from ..ops.dispatch import without_autocast
 from ..ops.options import Backend
@@ -37,10 +41,15 @@ class SpreadAttention:
 
     Args:
         group: The processes.
+
+    Attributes:
+        group: The same.
+        least: Bytes of keys and values from which on a group of heads travels by itself.
     """
 
     def __init__(self, group: Group) -> None:
         self.group = group
+        self.least = GROUP_BYTES
         self._plans: OrderedDict[tuple[Any, ...], Rows] = OrderedDict()
 
     def at_site(self, module: SparseLinearAttention, inputs: AttentionInputs, spread: Spread) -> Tensor:
@@ -65,22 +74,19 @@ class SpreadAttention:
                 f"site {module.site.fqn!r}: TransformerEngine trains its linear branch, of tokens of one process; convert with another "
                 "fp8_backend before parallelize_views"
             )
-        q, k = module.finished(inputs)
-        rows = self._rows(layout or _without_grid(tokens), sizes, module, v.device)
+        rows = self._rows(layout or _without_grid(tokens), sizes, module, v.device, v.shape[-2] - sizes[spread.rank])
         pinned = rows.pinned_keys if layout is not None else 0
 
         def pays() -> bool:
             return module.pays(v[:, :, :1].expand(-1, -1, tokens, -1), pinned)
 
         key = ("pays", module.keep_ratio, v.shape[:2], v.shape[-1], tokens, pinned, id(module.state))
-        own_q, own_k, own_v = (_without_stand_in(x, spread) for x in (q, k, v))
-        if not self.group.agree(key, pays, v.device):
-            branch = (proj, config.feature_map) if module.begin_dense() and proj is not None else None
-            out = self.along_ring(own_q, own_k, own_v, sizes, inputs.scale, config.attention_backend, branch)
-        else:
+        if self.group.agree(key, pays, v.device):
             module.begin_sparse(tokens, pinned, None)
-            out = self._sparse(module, (own_q, own_k, own_v), rows, sizes, inputs.scale, proj)
-        return _with_stand_in(out, spread)
+            return self._sparse(module, inputs, rows, sizes, proj, spread)
+        branch = (proj, config.feature_map) if module.begin_dense() and proj is not None else None
+        q, k, v = (_without_stand_in(x, spread) for x in (*module.finished(inputs), v))
+        return _with_stand_in(self.along_ring(q, k, v, sizes, inputs.scale, config.attention_backend, branch), spread)
 
     def of_host(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, spread: Spread, few: bool) -> Tensor:
         """Dense attention that a host calls for, of ``[B, H, n, D]`` each, of the tokens of this process; `few`: one token a view."""
@@ -110,7 +116,7 @@ class SpreadAttention:
             ``[B, H, n, D]`` in v's dtype.
         """
         group = self.group
-        part = torch.stack((k.to(v.dtype), v)).permute(3, 0, 1, 2, 4).contiguous()  # [n, 2, B, H, D]
+        part = torch.stack([x.permute(2, 0, 1, 3) for x in (k.to(v.dtype), v)], 1)  # [n, 2, B, H, D]
         q, out, lse = q.to(v.dtype), None, None
         for step in range(group.size):
             last = step == group.size - 1
@@ -136,34 +142,61 @@ class SpreadAttention:
             return (features @ (state @ proj.to(wide).mT) / (features @ total)).to(v.dtype)
 
     def _sparse(
-        self, module: SparseLinearAttention, own: tuple[Tensor, Tensor, Tensor], rows: Rows, sizes: tuple[int, ...], scale: float | None,
-        proj: Tensor | None,
+        self, module: SparseLinearAttention, inputs: AttentionInputs, rows: Rows, sizes: tuple[int, ...], proj: Tensor | None,
+        spread: Spread,
     ) -> Tensor:  # fmt: skip
-        config, (q, k, v) = module.state.config, own
-        keys, values = self._gathered(k, v, sizes)
-        leaving = q.permute(2, 0, 1, 3).index_select(0, rows.leaving)
-        queries = self.group.exchange(leaving, rows.sent, rows.received).index_select(0, rows.arranged).permute(1, 2, 0, 3)
-        out = sparse_linear_attention(
-            queries, keys, values, keys=KeyTokens(rows.order, rows.pinned_keys), pinned_tokens=rows.pinned, scale=scale,
-            keep_ratio=module.keep_ratio, negligible_ratio=config.negligible_ratio, linear="none" if proj is None else config.linear_branch,
-            proj=proj, feature_map=config.feature_map, block_means=config.block_means, block_choice=config.block_choice,
-            block_q=config.block_q, block_k=config.block_k, backend=config.attention_backend,
-        )  # fmt: skip
-        back = out.permute(2, 0, 1, 3).index_select(0, rows.places)
-        home = self.group.exchange(back, rows.received, rows.sent)
+        config, heads, count = module.state.config, inputs.v.shape[1], self._head_groups(inputs.v, sizes)
+        groups = [slice(heads * one // count, heads * (one + 1) // count) for one in range(count)]
+
+        def leave(some: slice) -> tuple[Tensor, Callable[[], Tensor]]:
+            own = dataclasses.replace(inputs, q=inputs.q[:, some], k=inputs.k[:, some], v=inputs.v[:, some])
+            q, k, v = (_without_stand_in(x, spread).permute(2, 0, 1, 3) for x in (*module.finished(own), own.v))
+            # Before the keys: what comes after them waits for them, also on the way.
+            others = self.group.exchange(q.index_select(0, rows.leaving), rows.sent, rows.received)
+            queries = torch.cat((q.index_select(0, rows.staying), others))
+            return queries.permute(1, 2, 0, 3), self.group.gather_pair(k, v, sizes)
+
+        outs = []
+        coming: tuple[Tensor, Callable[[], Tensor]] | None = leave(groups[0])
+        for following in (*groups[1:], None):
+            assert coming is not None
+            queries, arrive = coming
+            coming = None if following is None else leave(following)
+            keys, values = arrive().permute(1, 2, 3, 0, 4).unbind(0)
+            del arrive  # it holds what came, of which these are a copy where shares are uneven
+            out = sparse_linear_attention(
+                queries, keys, values, order=rows.arranged, pinned_tokens=rows.pinned, keys=KeyTokens(rows.order, rows.pinned_keys),
+                scale=inputs.scale, keep_ratio=module.keep_ratio, negligible_ratio=config.negligible_ratio,
+                linear="none" if proj is None else config.linear_branch, proj=proj, feature_map=config.feature_map,
+                block_means=config.block_means, block_choice=config.block_choice, block_q=config.block_q, block_k=config.block_k,
+                backend=config.attention_backend,
+            )  # fmt: skip
+            outs.append(out.permute(2, 0, 1, 3))
+            del queries, keys, values, out  # before the next are made
+        out = outs[0] if count == 1 else torch.cat(outs, 2)
+        del outs
+        own, others = out.split((len(rows.staying), sum(rows.received)))
+        home = torch.cat((own, self.group.exchange(others, rows.received, rows.sent)))
         return home.index_select(0, rows.returning).permute(1, 2, 0, 3)
+
+    def _head_groups(self, v: Tensor, sizes: tuple[int, ...]) -> int:
+        """Into how many groups heads are divided, the same in all processes."""
+        token = 2 * v.element_size() * v[:, :, 0].numel()
+        return head_groups(v.shape[1], token * (sum(sizes) - sum(sizes) // len(sizes)), self.least)
 
     def _gathered(self, k: Tensor, v: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Keys and values ``[B, H, N, D]`` of all processes, tokens outermost in memory, as they travel."""
-        every = self.group.gather(torch.stack((k.to(v.dtype), v)).permute(3, 0, 1, 2, 4).contiguous(), sizes)
+        every = self.group.gather_pair(k.to(v.dtype).permute(2, 0, 1, 3), v.permute(2, 0, 1, 3), sizes)()
         keys, values = every.permute(1, 2, 3, 0, 4).unbind(0)
         return keys, values
 
-    def _rows(self, layout: TokenLayout, sizes: tuple[int, ...], module: SparseLinearAttention, device: torch.device) -> Rows:
+    def _rows(
+        self, layout: TokenLayout, sizes: tuple[int, ...], module: SparseLinearAttention, device: torch.device, stand_in: int
+    ) -> Rows:
         config = module.state.config
-        key = (layout, sizes, config.pin, config.block_q, device)
+        key = (layout, sizes, config.pin, config.block_q, device, stand_in)
         if key not in self._plans:
-            self._plans[key] = plan_rows(layout, sizes, config.pin, config.block_q, self.group.rank, device)
+            self._plans[key] = plan_rows(layout, sizes, config.pin, config.block_q, self.group.rank, device, stand_in)
             if len(self._plans) > MAX_PLANS:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(key)

@@ -98,15 +98,33 @@ class Group:
         """``[n, ...]`` of each process one after the other, ``[sum(sizes), ...]``; this one's n is ``sizes[rank]``.
 
         Args:
-            x: Contiguous.
+            x: Any strides.
             sizes: Of all processes.
             summed: How gradients come back: as the sum over processes, each of which does something of its own with what it gets; or,
                 where all do the same, as this process's own.
         """
         return _Gather.apply(x, self, tuple(sizes), summed)  # type: ignore[no-any-return]
 
+    def gather_pair(self, k: Tensor, v: Tensor, sizes: Sequence[int]) -> Callable[[], Tensor]:
+        """Begin to gather keys and values, ``[n, ...]`` of each process; gradients come back as sums.
+
+        Args:
+            k, v: ``[n, ...]``, any strides; both travel in v's dtype.
+            sizes: n of all processes.
+
+        Returns:
+            What waits for those of all, to be called once: ``[sum(sizes), 2, ...]``. In a backward pass it is the other way round: what it
+            gives begins to travel back where it is called here, and is waited for where the gathering was begun.
+        """
+        travel = _Travel(self, tuple(sizes))
+        every = _Leave.apply(k, v, travel)
+        return lambda: _Arrive.apply(every, travel)  # type: ignore[no-any-return]
+
     def exchange(self, x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
-        """Rows ``[sum(sent), ...]``, ``sent[r]`` of them to each process, for ``[sum(received), ...]`` of them, by process."""
+        """Rows ``[sum(sent), ...]``, ``sent[r]`` of them to each process, for ``[sum(received), ...]`` of them, by process.
+
+        What a process would send to itself is better left out: it would go through the kernels that fill links.
+        """
         return _Exchange.apply(x, self, tuple(sent), tuple(received))  # type: ignore[no-any-return]
 
     def sum(self, x: Tensor) -> Tensor:
@@ -157,14 +175,61 @@ class _Gather(torch.autograd.Function):
         group, sizes = ctx.group, ctx.sizes
         if not ctx.summed:
             return grad.split(sizes)[group.rank], None, None, None
-        most = max(sizes)
-        parts = grad.new_zeros(group.size, most, *grad.shape[1:])
-        for part, own in zip(parts, grad.split(sizes), strict=True):
-            part[: len(own)] = own
-        own = torch.empty_like(parts[0])
-        with group.waiting() as where:
-            _scatter_sum(own, parts.flatten(0, 1), group=where)
-        return own[: sizes[group.rank]], None, None, None
+        own, work = _begin_sum(group, grad, sizes)
+        with group.waiting():
+            work.wait()
+        return own, None, None, None
+
+
+class _Travel:
+    """Keys and values that were begun to be gathered, or their gradients on the way back."""
+
+    def __init__(self, group: Group, sizes: tuple[int, ...]) -> None:
+        self.group, self.sizes = group, sizes
+        self.work: Any = None
+        self.own: Tensor | None = None  # gradients of this process's own
+
+    def wait(self) -> None:
+        """Until what was received may be read."""
+        with self.group.waiting():
+            self.work.wait()
+        self.work = None
+
+
+class _Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, k: Tensor, v: Tensor, travel: _Travel) -> Tensor:
+        ctx.travel = travel
+        slots = _slots(travel.group, v, travel.sizes, 2)
+        own = slots[travel.group.rank, : len(v)]
+        own[:, 0], own[:, 1] = k, v
+        travel.work = _begin_gather(travel.group, slots)
+        return slots
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        travel = ctx.travel
+        travel.wait()
+        own, travel.own = travel.own, None
+        return *own.unbind(1), None
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, slots: Tensor, travel: _Travel) -> Tensor:
+        ctx.travel = travel
+        travel.wait()
+        return _from_slots(slots, travel.sizes)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (grad,) = grad_outputs
+        travel = ctx.travel
+        travel.own, travel.work = _begin_sum(travel.group, grad, travel.sizes)
+        most = max(travel.sizes)
+        return grad.new_zeros(()).expand(travel.group.size, most, *grad.shape[1:]), None  # `_Leave` takes `own`
 
 
 class _Exchange(torch.autograd.Function):
@@ -237,15 +302,44 @@ class _PassOn(torch.autograd.Function):
 
 
 def _gathered(group: Group, x: Tensor, sizes: Sequence[int]) -> Tensor:
-    most = max(sizes)
-    padded = x.contiguous() if len(x) == most else torch.cat((x, x.new_zeros(most - len(x), *x.shape[1:])))
-    every = x.new_empty(group.size * most, *x.shape[1:])
+    slots = _slots(group, x, sizes)
+    slots[group.rank, : len(x)] = x
+    work = _begin_gather(group, slots)
+    with group.waiting():
+        work.wait()
+    return _from_slots(slots, sizes)
+
+
+def _slots(group: Group, x: Tensor, sizes: Sequence[int], *inner: int) -> Tensor:
+    """Room for ``[n, *inner, ...]`` of each process, as long as the largest: ``[processes, max(sizes), *inner, ...]``."""
+    return x.new_empty(group.size, max(sizes), *inner, *x.shape[1:])
+
+
+def _begin_gather(group: Group, slots: Tensor) -> Any:
+    """Begin to fill the slots of all other processes; that of this one is filled."""
+    own = slots[group.rank]
     with group.waiting() as where:
-        _gather_into(every, padded, group=where)
-    group.traffic += (group.size - 1) * padded.numel() * padded.element_size()
-    if all(size == most for size in sizes):
-        return every
-    return torch.cat([part[:size] for part, size in zip(every.split(most), sizes, strict=True)])
+        work = _gather_into(slots.flatten(0, 1), own, group=where, async_op=True)
+    group.traffic += (group.size - 1) * own.nbytes
+    return work
+
+
+def _from_slots(slots: Tensor, sizes: Sequence[int]) -> Tensor:
+    if all(size == slots.shape[1] for size in sizes):
+        return slots.flatten(0, 1)
+    return torch.cat([slot[:size] for slot, size in zip(slots, sizes, strict=True)])
+
+
+def _begin_sum(group: Group, grad: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Any]:
+    """Begin to sum ``[sum(sizes), ...]`` over processes: this one's own rows, which are there once the work is waited for."""
+    slots = _slots(group, grad, sizes)
+    for slot, part in zip(slots, grad.split(list(sizes)), strict=True):
+        slot[: len(part)] = part
+        slot[len(part) :] = 0
+    own = torch.empty_like(slots[0])
+    with group.waiting() as where:
+        work = _scatter_sum(own, slots.flatten(0, 1), group=where, async_op=True)
+    return own[: sizes[group.rank]], work
 
 
 def _exchanged(group: Group, x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:

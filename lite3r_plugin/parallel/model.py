@@ -119,6 +119,7 @@ class ViewParallel:
         self.spread: Spread | None = None
         self.inside = False
         self.trying = False
+        self.given: list[tuple[Tensor, Tensor]] = []  # of the running forward: what the model is given, and what that is a part of
         self._verdicts: dict[Any, Verdict] = {}
         self._patches = tuple({site.tokens.patch_size for site in described if isinstance(site.tokens, TokenSource)})
         self._sites = {site.fqn: _module(found.modules, site.fqn) for site in met}
@@ -190,8 +191,13 @@ class ViewParallel:
         images, spread = self._agreed(args, kwargs)
         views = images.shape[-4]
 
+        self.given = []
+
         def keep(x: Tensor, dim: int) -> Tensor:
-            return spread.own(x, dim) if self.inputs == "full" else spread.with_stand_in(x, dim)
+            if self.inputs == "sharded":
+                return spread.with_stand_in(x, dim)
+            self.given.append((spread.own(x, dim), x))
+            return self.given[-1][0]
 
         given = along_views((args, kwargs), spread.batch, views, spread.bare, keep)
         self.spread, self.inside = spread, True
@@ -216,7 +222,7 @@ class ViewParallel:
         shape = (1, *images.shape) if bare else tuple(images.shape)
         content = 0
         if self.inputs == "full":
-            content = int(images.detach().double().sum().view(torch.int64))
+            content = int(images.detach().sum(dtype=torch.float64).view(torch.int64))
         learns = torch.is_grad_enabled()
         told = self.group.numbers([1, bare, *shape, content, learns], device)
         if refused := [rank for rank, (well, *_) in enumerate(told) if not well]:
@@ -263,7 +269,10 @@ class ViewParallel:
         self.trying = True
         try:
             self.model.eval()
-            with torch.no_grad():
+            with torch.no_grad(), contextlib.ExitStack() as stack:
+                for site in self._sites.values():
+                    if isinstance(site, SparseLinearAttention):  # nothing is compiled, and no kernel chosen, for such small images
+                        stack.enter_context(site.observe(lambda *_: None))
                 yield
         finally:
             self.trying = False
@@ -282,6 +291,9 @@ class ViewParallel:
             dim = spread.dim(x, spread.held)
             if dim is None or place in common:
                 return x
+            whole = [full for own, full in self.given if own is x and not x.requires_grad]
+            if whole and self.outputs == "gathered":
+                return whole[0]  # a model that returns its images
             own = spread.without_stand_in(x, dim)
             return own if self.outputs == "sharded" else _gathered(self.group, own, dim, spread.counts, summed=False)
 
@@ -345,11 +357,13 @@ class _Forward(_Overlay):
             parallel.group.give_up(error)
             raise
         finally:
-            parallel.inside = False
+            parallel.inside, parallel.given = False, []
 
 
 class _Gathered(_Overlay):
     """On a module that runs on all views in every process."""
+
+    stays_eager = True
 
     def rewritten(self, *args: Any, **kwargs: Any) -> Any:
         parallel = self.parallel
@@ -379,6 +393,8 @@ class _Gathered(_Overlay):
 class _Site(_Overlay):
     """On an attention module that sees all views."""
 
+    stays_eager = True
+
     def __init__(self, module: nn.Module, parallel: ViewParallel, site: AttentionSite) -> None:
         super().__init__(module, parallel)
         self.site = site
@@ -389,7 +405,8 @@ class _Site(_Overlay):
         """Lie on the module, and take the place of the attention of what Lite3R has put there."""
         super().put_in(changes)
         if isinstance(self.module, SparseLinearAttention):
-            changes.make(functools.partial(self._substitute.enter_context, self.module.substitute(self.attend)), self._substitute.close)
+            substituted = self.module.substitute(self.attend, watches=False)
+            changes.make(functools.partial(self._substitute.enter_context, substituted), self._substitute.close)
 
     def rewritten(self, *args: Any, **kwargs: Any) -> Any:
         with _Redirect(self):
@@ -454,7 +471,7 @@ class _Redirect(TorchFunctionMode):
 
 def _gathered(group: Group, x: Tensor, dim: int, counts: tuple[int, ...], summed: bool = True) -> Tensor:
     """`x`, of the views of this process along `dim`, of the views of all."""
-    return group.gather(x.movedim(dim, 0).contiguous(), counts, summed).movedim(0, dim)
+    return group.gather(x.movedim(dim, 0), counts, summed).movedim(0, dim)
 
 
 def _group_of(mesh: Any) -> dist.ProcessGroup:

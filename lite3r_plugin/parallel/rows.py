@@ -23,12 +23,13 @@ class Rows:
     """The query blocks of one process, and how their tokens come and go.
 
     Attributes:
-        sent: How many of its own tokens this process sends to each, itself included.
+        sent: How many of its own tokens this process sends to each.
         received: How many tokens it gets from each, whose blocks it computes.
-        leaving: ``[n]`` int64, its own tokens in the order in which they are sent.
-        returning: ``[n]`` int64, the inverse.
-        places: ``[m]`` int64, where among its queries each received token belongs.
-        arranged: ``[m]`` int64, the inverse.
+        staying: ``[s]`` int64, those of its own tokens whose blocks it computes.
+        leaving: ``[n - s]`` int64, the others in the order in which they are sent.
+        returning: ``[n]`` int64, the place of each token among those that stay and those that leave, one after the other; with a
+            stand-in, its tokens come first and get what those of the view that it copies get.
+        arranged: ``[m]`` int32, the order that makes queries of those that stay and those that are received, one after the other.
         pinned: Of its m queries the first so many are of pinned blocks.
         pinned_keys: How many keys all queries attend to.
         order: ``[N]`` int32, the order of the keys of all processes.
@@ -36,16 +37,18 @@ class Rows:
 
     sent: tuple[int, ...]
     received: tuple[int, ...]
+    staying: Tensor
     leaving: Tensor
     returning: Tensor
-    places: Tensor
     arranged: Tensor
     pinned: int
     pinned_keys: int
     order: Tensor
 
 
-def plan_rows(layout: TokenLayout, held: tuple[int, ...], pin: Pin, block_q: int, rank: int, device: torch.device) -> Rows:
+def plan_rows(
+    layout: TokenLayout, held: tuple[int, ...], pin: Pin, block_q: int, rank: int, device: torch.device, stand_in: int = 0
+) -> Rows:  # fmt: skip
     """The rows of process `rank`.
 
     Args:
@@ -55,6 +58,7 @@ def plan_rows(layout: TokenLayout, held: tuple[int, ...], pin: Pin, block_q: int
         block_q: Tokens of a query block.
         rank: The process.
         device: Where tensors go.
+        stand_in: Tokens of this process's stand-in.
     """
     order = token_order(layout)
     tokens, ranks, pinned = len(order), len(held), pinned_tokens(layout, pin)
@@ -73,16 +77,18 @@ def plan_rows(layout: TokenLayout, held: tuple[int, ...], pin: Pin, block_q: int
     every = order[torch.cat(shares)].long()  # tokens by who computes them
     holder = torch.bucketize(every, ends, right=True)
     computer = torch.repeat_interleave(torch.arange(ranks, device="cpu"), torch.tensor([len(share) for share in shares], device="cpu"))
-    own = holder == rank
-    leaving = every[own] - start
-    places = holder[computer == rank].argsort(stable=True)
+    own, here = holder == rank, computer == rank
+    staying, leaving = every[own & here] - start, every[own & ~here] - start
+    returning = torch.cat((staying, leaving)).argsort()
+    arrived = holder[here]
+    arranged = arrived.where(arrived != rank, -1).argsort(stable=True).argsort()
     return Rows(
-        sent=tuple(torch.bincount(computer[own], minlength=ranks).tolist()),
-        received=tuple(torch.bincount(holder[computer == rank], minlength=ranks).tolist()),
+        sent=tuple(torch.bincount(computer[own & ~here], minlength=ranks).tolist()),
+        received=tuple(torch.bincount(holder[here & ~own], minlength=ranks).tolist()),
+        staying=staying.to(device),
         leaving=leaving.to(device),
-        returning=leaving.argsort().to(device),
-        places=places.to(device),
-        arranged=places.argsort().to(device),
+        returning=torch.cat((returning[:stand_in], returning)).to(device),
+        arranged=arranged.int().to(device),
         pinned=pinned_shares[rank],
         pinned_keys=pinned,
         order=order.to(device),

@@ -29,9 +29,9 @@ def repeated_blocks(module: nn.Module) -> list[nn.Module]:
 class CompiledBlocks:
     """The repeated blocks of a model, compiled when they first run inside of `running`; outside they run eagerly.
 
-    Attention that may be sparse stays eager: it is Triton already. So does a fused FP8 block around it, all of whose
-    passes are: rows in FP8 cannot cross a break of the graph. A block that somebody has compiled already stays as it is.
-    Hooks of a block itself run outside of what is compiled.
+    Attention that may be sparse stays eager: it is Triton already. So does a forward that is rewritten to stay so, and a fused FP8
+    block around either, all of whose passes are Triton: rows in FP8 cannot cross a break of the graph. A block that somebody has
+    compiled already stays as it is. Hooks of a block itself run outside of what is compiled.
 
     Copies, also pickled ones, start anew.
 
@@ -62,11 +62,11 @@ class CompiledBlocks:
         Raises (inside):
             torch._dynamo.exc.FailOnRecompileLimitHit: a block is compiled for more than `RECOMPILE_LIMIT` cases.
         """
-        wanted = [block for block in repeated_blocks(self.module) if not (isinstance(block, Fp8Block) and _sparse_sites(block))]
+        wanted = [block for block in repeated_blocks(self.module) if not (isinstance(block, Fp8Block) and _eager_inside(block))]
         self._calls = {block: self._compiled(block) for block in wanted}
         with contextlib.ExitStack() as stack:
-            for site in _sparse_sites(self.module):
-                stack.enter_context(_with_forward(site, torch.compiler.disable(site.forward)))
+            for one in _eager_inside(self.module):
+                stack.enter_context(_with_forward(one, torch.compiler.disable(one.forward)))
             for block, (_, call) in self._calls.items():
                 if block._compiled_call_impl is None:
                     stack.enter_context(_with_forward(block, _in_this_thread(call, block.forward)))
@@ -82,8 +82,8 @@ class CompiledBlocks:
         return own, torch.compile(block.forward, dynamic=True, backend=self.backend)
 
 
-def is_of_a_compiler(error: BaseException) -> bool:
-    """Whether `error` says that something could not be compiled, and not that it failed."""
+def is_of_compiler(error: BaseException) -> bool:
+    """Whether an `error` that came from inside of `CompiledBlocks.running` is one of the compiler, and none of the model."""
     from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
     return isinstance(error, (FailOnRecompileLimitHit, TorchDynamoException))
@@ -121,7 +121,11 @@ def _in_this_thread(call: Callable[..., Any], otherwise: Callable[..., Any]) -> 
     return run
 
 
-def _sparse_sites(module: nn.Module) -> list[SparseLinearAttention]:
-    """The attention inside `module` that may run sparse."""
+def _eager_inside(module: nn.Module) -> list[nn.Module]:
+    """What is inside `module` that stays eager: attention that may run sparse, and forwards that are rewritten to stay so."""
     # Under another name a module would be given twice, and its forward taken away once.
-    return [site for site in module.modules() if isinstance(site, SparseLinearAttention) and site.sparse and site.keep_ratio < 1]
+    return [one for one in module.modules() if _may_be_sparse(one) or getattr(one.__dict__.get("forward"), "stays_eager", False)]
+
+
+def _may_be_sparse(module: nn.Module) -> bool:
+    return isinstance(module, SparseLinearAttention) and module.sparse and module.keep_ratio < 1

@@ -15,7 +15,7 @@ from ..attention.state import ModelState
 from ..config import WholeModel
 from ..errors import plural
 from ..wrapper import Changes, RewrittenMethod
-from .compile import CompiledBlocks, why_not_compiled
+from .compile import CompiledBlocks, is_of_compiler, why_not_compiled
 from .graphs import IN_TURN, Graphs
 from .half import HalfWeights, weight_dtype, why_not_half
 from .modes import functions_are_seen
@@ -95,6 +95,9 @@ class FastForward(RewrittenMethod):
             return self._run(*args, **kwargs)
         if self.graphs is None:
             return self._tuned(*args, **kwargs)
+        if self._is_substituted:
+            self.graphs.pass_by("something else takes the place of attention, as where views are spread over processes", warn=False)
+            return self._tuned(*args, **kwargs)
         if self.state.phase == "fp8_qat":
             self.graphs.pass_by("Linears are rounded to FP8 anew when their weights change: call convert(model) when they have learned")
             return self._tuned(*args, **kwargs)
@@ -141,7 +144,9 @@ class FastForward(RewrittenMethod):
         with IN_TURN:
             capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
             if self.choice is None:
-                self.choice = self._choose(args, kwargs)
+                self.choice, ran = self._choose(args, kwargs)
+                if ran and self._is_substituted:
+                    return ran[0]
             with sdpa_backend(self.choice[0]):
                 if self.blocks is None or self.not_compiled is not None:
                     return self._run(*args, **kwargs)
@@ -153,21 +158,30 @@ class FastForward(RewrittenMethod):
                 except Exception as error:  # whatever a compiler raises, or the model itself
                     if capturing:
                         raise
+                    if self._is_substituted:  # by what may wait for other processes: they do not run twice
+                        if is_of_compiler(error):
+                            self.not_compiled = why_not_compiled(error)
+                        raise
                     outputs = self._run(*args, **kwargs)
                     self.not_compiled = why_not_compiled(error)
                     return outputs
 
-    def _choose(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, str]:
-        """The fastest backend for the dense attention of a forward with these arguments."""
+    @property
+    def _is_substituted(self) -> bool:
+        return any(site.is_substituted for site in self.sites)
+
+    def _choose(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[str, str], tuple[Any, ...]]:
+        """The fastest backend for the dense attention of a forward with these arguments, and what that returned, if it ran for this."""
         if not any(x.is_cuda for x in tensors_in((args, kwargs))):
-            return "default", ""
+            return ("default", ""), ()
         with LargestDense() as seen:
-            self._run(*args, **kwargs)
+            outputs = self._run(*args, **kwargs)
         if seen.queries is None:
-            return "default", ""
+            return ("default", ""), (outputs,)
         shape, dtype, device = seen.queries
         backend, times = fastest_sdpa(torch.randn(shape, dtype=dtype, device=device))
-        return backend, ", ".join(f"{name} {t:.3f} ms" if isinstance(t, float) else f"{name}: {t}" for name, t in times.items())
+        said = ", ".join(f"{name} {t:.3f} ms" if isinstance(t, float) else f"{name}: {t}" for name, t in times.items())
+        return (backend, said), (outputs,)
 
     # What it says of itself
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..adapter.outputs import ModelOutputs, OutputsFunction
 from ..apply.lookup import look_up
 from ..errors import ConfigError, ConvertedError, InputError
-from ..runtime.compile import CompiledBlocks, is_of_a_compiler, why_not_compiled
+from ..runtime.compile import CompiledBlocks, is_of_compiler, why_not_compiled
 from .config import LOCAL_LOSSES, LOSSES, DistillConfig
 from .data import Sample
 from .draws import drawing, new_seed
@@ -139,7 +139,7 @@ class Objective:
         try:
             return self._losses(student, sample, weights, seed)
         except Exception as error:
-            if self._blocks is None or not is_of_a_compiler(error):
+            if self._blocks is None or not is_of_compiler(error):
                 raise
             self._blocks, self.not_compiled = None, why_not_compiled(error)
         return self._losses(student, sample, weights, seed)

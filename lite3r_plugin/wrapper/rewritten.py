@@ -46,7 +46,10 @@ class RewrittenMethod:
 
     Attributes:
         enabled: False runs the method of the class.
+        stays_eager: Whether compiled blocks around the module break their graph for it.
     """
+
+    stays_eager = False
 
     def __init__(self, module: nn.Module, name: str) -> None:
         self.module, self.name = module, name

@@ -19,10 +19,12 @@ import torch
 import torch.distributed as dist
 from distilling import divide
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from lite3r_plugin import apply_lite3r, convert, hookimpl, remove_lite3r
 from lite3r_plugin.apply.lookup import lite3r_modules
+from lite3r_plugin.costs.views import GROUP_BYTES
 from lite3r_plugin.errors import ParallelError
 from lite3r_plugin.parallel import ViewParallel, parallelize_views
 from lite3r_plugin.runtime.values import exchanged, tensors_in
@@ -51,14 +53,19 @@ def case(*runs: str) -> Callable[[Case], Case]:
 
 def testbed(**fields: Any) -> Testbed:
     """Small, with weights by which all parts matter, the reference view too; with Lite3R if there are `fields`."""
+    return sparse(two_blocks(), **fields) if fields else two_blocks()
+
+
+def two_blocks(heads: int = 2) -> Testbed:
+    """The same without Lite3R."""
     torch.manual_seed(0)
-    model = Testbed(TestbedConfig(dim=64, depth=2, head_dim=32, stem=8)).eval()
+    model = Testbed(TestbedConfig(dim=32 * heads, depth=2, head_dim=32, stem=8)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(2)
         model.camera_head.first_view.normal_()
-    return sparse(model, **fields) if fields else model
+    return model
 
 
 def sparse(model: Any, **fields: Any) -> Any:
@@ -146,6 +153,119 @@ def fp8_emulated() -> Any:
     return compared(convert(testbed(**SPARSE), fp8_backend="emulated"), images())
 
 
+@case("two", "three")
+def heads_in_groups() -> Any:
+    """Against all heads at once; when keys of a group leave and are waited for; how many that have come are held when others leave."""
+    model, x, found = sparse(two_blocks(heads=4), **SPARSE), images(batch=2), []
+    with torch.no_grad(), parallelize_views(model) as parallel:
+        steps, held = watched_keys(parallel)
+        for least in (GROUP_BYTES, 1):
+            parallel.attention.least = least
+            steps.clear()
+            found.append(tensors_in(model(x)))
+    return {"same": all(map(torch.equal, *found)), "steps": steps, "held": held, **ran(model)}
+
+
+def watched_keys(parallel: ViewParallel) -> tuple[list[str], list[int]]:
+    """Lists in which each gathering of keys and values notes that it begins, and that it is waited for; and how many others are held.
+
+    Gradients note the same: that those of a group begin to go back, and that those of its own are waited for.
+    """
+    steps, held, gather_pair = list[str](), list[int](), parallel.group.gather_pair
+    here: list[StorageWeakRef] = []
+
+    def watched(*args: Any) -> Callable[[], Tensor]:
+        steps.append("leave")
+        held.append(sum(not one.expired() for one in here))
+        arrive = gather_pair(*args)
+
+        def arrived() -> Tensor:
+            steps.append("arrive")
+            every = arrive()
+            here.append(StorageWeakRef(every.untyped_storage()))
+            if (arriving := every.grad_fn) is not None:
+                leaving, number = arriving.next_functions[0][0], len(here)
+                assert leaving is not None
+                arriving.register_prehook(lambda _: steps.append(f"back {number}"))
+                leaving.register_prehook(lambda _: steps.append(f"home {number}"))
+            return every
+
+        return arrived
+
+    parallel.group.gather_pair = watched  # type: ignore[method-assign]
+    return steps, held
+
+
+@case("two")
+def compiled_blocks() -> Any:
+    """Compiled for one process before; what compiled code runs while the model is spread, and what is compiled anew a second time."""
+    model, x = testbed(**COMPILED), images()
+    made, runs = list[int](), list[int]()
+
+    def backend(graph: Any, inputs: Any) -> Callable[..., Any]:
+        made.append(len(made))
+
+        def run(*args: Any) -> Any:
+            runs.append(1)
+            return graph(*args)
+
+        return run
+
+    fast_of(model).blocks.backend = backend
+    found = compared(model, x)
+    with torch.no_grad():
+        runs.clear()
+        model(x)
+        alone = len(runs)
+        with parallelize_views(model):
+            model(x)
+            before = len(made)
+            runs.clear()
+            model(x)
+    return {**found, "alone": alone, "spread": len(runs), "anew": len(made) - before, "report": fast_of(model).report()}
+
+
+@case("two")
+def compiled_blocks_that_fail() -> Any:
+    """A forward that fails runs once, and one that the compiler fails in runs eagerly the next time."""
+    model, x, calls, own = testbed(**COMPILED), images(), list[int](), ""
+    fast_of(model).blocks.backend = "eager"
+    with torch.no_grad(), parallelize_views(model) as parallel:
+        model(x)
+
+        def count_and_fail(module: nn.Module, args: Any) -> None:
+            calls.append(1)
+            fail(module, args)
+
+        model.depth_head.register_forward_pre_hook(count_and_fail)
+        try:
+            model(x)
+        except OSError as error:
+            own = str(error)
+        later = parallel.group.reason
+    model = testbed(**COMPILED)
+    fast_of(model).blocks.backend = broken
+    failed = ""
+    try:
+        with torch.no_grad(), parallelize_views(model):
+            model(x)
+    except Exception as error:
+        failed = str(error)
+    return {**compared(model, x), "own": own, "calls": calls, "later": later, "failed": failed, "report": fast_of(model).report()}
+
+
+COMPILED: dict[str, Any] = {**SPARSE, "keep_ratio": {"*global_blocks.0.*": 1.0, "*": 0.25}, "compile_blocks": True}
+
+
+def fast_of(model: nn.Module) -> Any:
+    """What compiles its blocks."""
+    return next(iter(lite3r_modules(model).values())).state.fast
+
+
+def broken(graph: Any, inputs: Any) -> Any:
+    raise RuntimeError("no compiler today")
+
+
 class WithoutBatch(nn.Module):
     """A testbed that takes images ``[S, 3, H, W]``."""
 
@@ -160,6 +280,39 @@ class WithoutBatch(nn.Module):
 @case("two")
 def images_without_a_batch() -> Any:
     return compared(sparse(WithoutBatch().eval(), **SPARSE), images()[0])
+
+
+class Returning(nn.Module):
+    """A testbed that returns its images, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = testbed()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {**self.inner(x), "images": x}
+
+
+@case("two")
+def images_that_are_returned() -> Any:
+    """They need not travel: every process has them all."""
+    model, x = Returning().eval(), images()
+    with torch.no_grad():
+        expected = model(x)
+        with parallelize_views(model) as parallel:
+            got, held = model(x), parallel.given
+        with parallelize_views(model, outputs="sharded") as parallel:
+            own = model(x)["images"]
+            kept = parallel.own(x)
+    wanting = x.clone().requires_grad_()
+    with parallelize_views(model) as parallel:
+        model(wanting)["images"].sum().backward()
+    assert wanting.grad is not None
+    dist.all_reduce(wanting.grad)
+    return {
+        "difference": difference(expected, got), "same": got["images"] is x, "held": len(held), "own": torch.equal(own, kept),
+        "gradient": torch.equal(wanting.grad, torch.ones_like(x)),
+    }  # fmt: skip
 
 
 @case("two")
@@ -278,15 +431,18 @@ def benchmark(folder: Path) -> Any:
     import views
 
     fields = [word for name, value in SPARSE.items() for word in ("--config", f"{name}={value}")]
-    small = ("--resolution", "64", "--repeats", "1", "--link-megabytes", "1", "--device", "cpu")
+    small = ("--resolution", "64x96", "--repeats", "1", "--link-megabytes", "1", "--device", "cpu")
     return views.main(["--model", "small", "--views", "4", *small, *fields, "--json", str(folder / "views.json")])
 
 
 # Gradients
 
 
-def gradients(model: nn.Module, x: Tensor, outputs: Any, checkpointed: bool = False) -> dict[str, Any]:
-    """Of all parameters, in one process and of all, in FP64; what is zero but for rounding counts as zero."""
+def gradients(model: nn.Module, x: Tensor, outputs: Any, checkpointed: bool = False, least: int = GROUP_BYTES) -> dict[str, Any]:
+    """Of all parameters, in one process and of all, in FP64; what is zero but for rounding counts as zero.
+
+    `least`: Bytes of a group of heads.
+    """
     model, x = model.double(), x.double()
 
     def loss(result: Any) -> Tensor:
@@ -303,7 +459,11 @@ def gradients(model: nn.Module, x: Tensor, outputs: Any, checkpointed: bool = Fa
     loss(model(x)).backward()
     expected = backward()
     with parallelize_views(model, outputs=outputs) as parallel:
-        loss(model(x)).backward()
+        parallel.attention.least = least
+        steps, _ = watched_keys(parallel)
+        result = loss(model(x))
+        steps.clear()
+        result.backward()
         parallel.add_gradients()
     got = backward()
     assert expected.keys() == got.keys()
@@ -311,7 +471,7 @@ def gradients(model: nn.Module, x: Tensor, outputs: Any, checkpointed: bool = Fa
     known = [name for name, value in expected.items() if value.abs().max() > 1e-12 * largest]
     return {
         "difference": max(difference(expected[name], got[name]) for name in known), "known": len(known), "count": len(expected),
-        "others": max((float(got[name].abs().max()) / largest for name in expected.keys() - known), default=0.0),
+        "others": max((float(got[name].abs().max()) / largest for name in expected.keys() - known), default=0.0), "steps": steps,
     }  # fmt: skip
 
 
@@ -336,9 +496,14 @@ def gradients_of_sharded_outputs() -> Any:
     return gradients(testbed(**{**SPARSE, "keep_ratio": 1.0}, linear_branch="all"), images(), "sharded")
 
 
+@case("two", "three")
+def gradients_by_groups_of_heads() -> Any:
+    return gradients(sparse(two_blocks(heads=4), **SPARSE), images(batch=2), "gathered", least=1)
+
+
 @case("two")
 def gradients_with_checkpointing() -> Any:
-    return gradients(testbed(**SPARSE), images(), "gathered", checkpointed=True)
+    return gradients(testbed(**SPARSE), images(), "gathered", checkpointed=True, least=1)
 
 
 # What is put back, and what is refused

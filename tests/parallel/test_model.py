@@ -107,6 +107,25 @@ def test_outputs_are_those_of_one_process(found: Found, run: str, name: str, spa
 
 
 @pytest.mark.parametrize("run", ["two", THREE])
+def test_keys_of_heads_travel_while_those_before_are_attended_with(found: Found, run: str) -> None:
+    one_site = ["leave", "leave", "arrive", "leave", "arrive", "leave", "arrive", "arrive"]  # of four groups, never more than two
+    for one in ranks(found, run, "heads_in_groups"):
+        assert one["same"]
+        assert one["steps"] == 2 * one_site
+        assert not any(one["held"])
+        assert (one["sparse"], one["dense"]) == (4, 0)
+
+
+def test_images_that_are_returned_are_those_that_were_given(two: Found) -> None:
+    for one in ranks(two, "two", "images_that_are_returned"):
+        assert one["difference"] < 1e-5
+        assert one["same"]
+        assert one["held"] == 0
+        assert one["own"]
+        assert one["gradient"]
+
+
+@pytest.mark.parametrize("run", ["two", THREE])
 def test_each_process_may_give_and_keep_its_own_views(found: Found, run: str) -> None:
     for one in ranks(found, run, "sharded"):
         assert one["difference"] < 1e-5
@@ -121,6 +140,8 @@ def test_each_process_may_give_and_keep_its_own_views(found: Found, run: str) ->
         pytest.param("three", "gradients_of_gathered_outputs", marks=pytest.mark.slow),
         ("two", "gradients_of_sharded_outputs"),
         pytest.param("three", "gradients_of_sharded_outputs", marks=pytest.mark.slow),
+        ("two", "gradients_by_groups_of_heads"),
+        pytest.param("three", "gradients_by_groups_of_heads", marks=pytest.mark.slow),
         ("two", "gradients_with_checkpointing"),
     ],
 )
@@ -129,6 +150,33 @@ def test_gradients_add_up_to_those_of_one_process(found: Found, run: str, name: 
         assert one["difference"] < 1e-12
         assert one["others"] < 1e-12
         assert one["known"] > 0.9 * one["count"] > 100
+
+
+def test_blocks_run_compiled_around_attention(two: Found) -> None:
+    for one in ranks(two, "two", "compiled_blocks"):
+        assert one["difference"] < 1e-5
+        assert (one["sparse"], one["dense"]) == (1, 1)
+        assert one["report"] == ["6 blocks compiled"]
+        assert one["spread"] >= 6  # around both sites, and frame blocks
+        assert one["anew"] == 0
+
+
+def test_what_fails_in_compiled_blocks_does_not_run_twice_in_one_process(two: Found) -> None:
+    for rank, one in enumerate(ranks(two, "two", "compiled_blocks_that_fail")):
+        assert one["own"] == "the disk is full"
+        assert one["calls"] == [1]
+        assert f"rank {rank} failed: OSError: the disk is full" in one["later"]
+        assert "no compiler today" in one["failed"]
+        assert one["difference"] < 1e-5
+        assert "no compiler today" in one["report"][0]
+
+
+@pytest.mark.parametrize("run", ["two", THREE])
+def test_gradients_of_heads_go_back_while_those_before_are_computed(found: Found, run: str) -> None:
+    way = ["back 4", "back 3", "home 4", "back 2", "home 3", "back 1", "home 2", "home 1"]
+    second = [f"{word} {int(number) + 4}" for word, number in map(str.split, way)]
+    for one in ranks(found, run, "gradients_by_groups_of_heads"):
+        assert one["steps"] == [*second, *way]
 
 
 def test_the_model_is_as_it_was_afterwards(two: Found) -> None:
@@ -225,6 +273,8 @@ def test_the_benchmark_measures_and_plans(others: Found) -> None:
     assert record["seconds"]["several"] > 0
     assert 0 < record["density"] < 1
     assert max(record["differences"].values()) < 1e-4
+    assert set(record["floor"]) == set(record["differences"])
+    assert written["resolution"] == [64, 96]
     assert set(record["planned"]) == {"2", "4"}
     assert record["travelled_bytes"] == pytest.approx(record["planned_bytes"], rel=0.2)
 

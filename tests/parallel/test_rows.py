@@ -22,7 +22,8 @@ def queries_of(rank: int, held: tuple[int, ...], rows: list[Rows]) -> torch.Tens
     starts = [sum(held[:one]) for one in range(len(held))]
     arrived = [(starts[one] + rows[one].leaving).split(rows[one].sent)[rank] for one in range(len(held))]
     assert tuple(map(len, arrived)) == rows[rank].received
-    return torch.cat(arrived)[rows[rank].arranged]
+    assert rows[rank].received[rank] == 0
+    return torch.cat((starts[rank] + rows[rank].staying, *arrived))[rows[rank].arranged]
 
 
 @pytest.mark.parametrize("pin", ["none", "special", "reference"])
@@ -46,7 +47,7 @@ def test_processes_share_the_blocks_of_one(counts: tuple[int, ...], pin: Pin) ->
 def test_blocks_of_each_kind_are_shared_evenly() -> None:
     rows = plans((4, 3, 3), "reference")[-1]
     pinned = [own.pinned // 16 for own in rows]
-    others = [(sum(own.received) - own.pinned) / 16 for own in rows]
+    others = [(len(own.staying) + sum(own.received) - own.pinned) / 16 for own in rows]
     assert max(pinned) - min(pinned) <= 1
     assert max(others) - min(others) <= 1
     assert sum(pinned) > 0
@@ -55,12 +56,20 @@ def test_blocks_of_each_kind_are_shared_evenly() -> None:
 def test_results_find_the_way_home() -> None:
     rows = plans((3, 1, 2), "reference")[-1]
     for own in rows:
-        assert torch.equal(own.leaving[own.returning], torch.arange(sum(own.sent)))
-        assert torch.equal(own.places[own.arranged], torch.arange(sum(own.received)))
+        assert torch.equal(torch.cat((own.staying, own.leaving))[own.returning], torch.arange(len(own.staying) + sum(own.sent)))
+        assert torch.equal(own.arranged.sort().values.long(), torch.arange(len(own.staying) + sum(own.received)))
+
+
+def test_a_stand_in_gets_what_the_view_gets_that_it_copies() -> None:
+    layout, held, _ = plans((3, 2), "reference")
+    tokens = held[0] // 3
+    without, with_it = (plan_rows(layout, held, "reference", 16, 1, torch.device("cpu"), count).returning for count in (0, tokens))
+    assert torch.equal(with_it[tokens:], without)
+    assert torch.equal(with_it[:tokens], without[:tokens])
 
 
 def test_most_queries_stay_where_they_are() -> None:
     layout = TokenLayout((Views((28, 28), 8, 5),))
     held = (4 * 789, 4 * 789)
     rows = [plan_rows(layout, held, "special", 128, rank, torch.device("cpu")) for rank in (0, 1)]
-    assert all(own.sent[rank] > 0.95 * held[rank] for rank, own in enumerate(rows))
+    assert all(len(own.staying) > 0.95 * held[rank] for rank, own in enumerate(rows))

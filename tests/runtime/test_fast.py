@@ -308,6 +308,24 @@ def test_who_watches_sees_everything(tapes: list[Tape]) -> None:
     assert tapes[0].recorded == 1
 
 
+@pytest.mark.parametrize("watches", [True, False])
+def test_what_takes_the_place_of_attention_is_never_in_a_recording(watches: bool, tapes: list[Tape]) -> None:
+    torch._dynamo.reset()
+    model, plain = apply_lite3r(small(), **GRAPHS, compile_blocks=True), apply_lite3r(small(), **SPARSE)
+    runs: list[int] = []
+    fast_of(model).blocks.backend = lambda graph, inputs: lambda *args: runs.append(1) or graph(*args)
+    assert close(run(model), run(plain), 1e-4)
+    runs.clear()
+    sites = [lite3r_modules(one)["aggregator.global_blocks.0.attn"] for one in (model, plain)]
+    with sites[0].substitute(lambda site, inputs: 2 * inputs.v, watches), sites[1].substitute(lambda site, inputs: 2 * inputs.v):
+        expected = run(plain)
+        assert close(run(model), expected, 1e-4)
+    assert not close(run(model), expected, 1e-4)
+    assert bool(runs) is not watches
+    assert tapes[0].recorded == 1
+    torch._dynamo.reset()
+
+
 def test_who_watches_all_modules_sees_everything(tapes: list[Tape]) -> None:
     model, seen = apply_lite3r(small(), **GRAPHS), []
     run(model)
