@@ -99,19 +99,23 @@ class Plan:
             Job(f"render {kind} {part}", "render", 45, {"kind": kind, "part": part, "count": min(PART, count - PART * part)})
             for kind, count in counts.items() for part in range(-(-count // PART))
         ]  # fmt: skip
-        keeps = dict.fromkeys((*args.keep_ratio, *(() if args.recipe else (args.search_keep,))))
-        fits = [
-            Job(f"calibrate {keep} {fit_name(precision, chosen)}", "calibrate", 40, dict(keep=keep, precision=precision, chosen=chosen))
-            for keep in keeps for precision in ("fp8_qat", "full") for chosen in (False, True)
-        ]  # fmt: skip
-        dense = [Job(f"dense {kind}", "dense", args.measuring, {"kind": kind}) for kind in ("held_out", "selection")]
-        search = []
+        dense = [
+            Job(f"dense {kind}", "dense", args.measuring, {"kind": kind}) for kind in ("held_out", *(() if args.recipe else ("selection",)))
+        ]
+        search, rows = [], self._rows()
         if not args.recipe:
             every = recipes.candidates(args.search, _precision(args.search_keep))
             tried = {name: every[name] for name in args.tried}
             training = 60 * args.search + args.overhead
             search = [self._row(f"search {name}", row, args.search_keep, "selection", training) for name, row in tried.items()]
-        stages = [render, fits + dense, search, self._rows()]
+        starts = {
+            (job.what["keep"], job.what["row"].trains_in, job.what["row"].chosen) for job in search + rows if job.what["row"].calibrated
+        }
+        fits = [
+            Job(f"calibrate {keep} {fit_name(precision, chosen)}", "calibrate", 40, dict(keep=keep, precision=precision, chosen=chosen))
+            for keep, precision, chosen in sorted(starts, reverse=True)
+        ]  # fmt: skip
+        stages = [render, fits + dense, search, rows]
         return [[job for job in stage if not self._is_done(job)] for stage in stages]
 
     def best(self) -> str | None:

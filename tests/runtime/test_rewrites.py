@@ -120,7 +120,7 @@ def raising(self: Part, x: Tensor) -> Tensor:
         (lambda self, x: (x + x).double(), r"gives float64 \[2, 3\] and not float32 \[2, 3\]"),
         (lambda self, x: (x + x)[:1], r"gives float32 \[1, 3\] and not"),
         (lambda self, x: (x + x, 1), "gives 2 values and not 1"),
-        (lambda self, x: None, "gives None and not tensor"),
+        (lambda self, x: None, "gives None and not a tensor, float32"),
         (raising, "not today"),
     ],
 )
