@@ -1,6 +1,7 @@
 """Writes the tables of README.md and docs/ from stored results: ``python benchmarks/readme_table.py``.
 
-A table stands between ``<!-- table: KIND FILE -->`` and ``<!-- end of table -->``. KIND is a name in `TABLES`, FILE a stored result.
+A table stands between ``<!-- table: KIND FILE -->`` and ``<!-- end of table -->``. KIND is a name in `TABLES`, FILE a stored result, or
+several with commas between them.
 """
 
 from __future__ import annotations
@@ -29,7 +30,13 @@ def documents() -> list[Path]:
 
 def update(text: str) -> str:
     """`text` with every table rendered anew from its file."""
-    return TABLE.sub(lambda match: match[1] + TABLES[match[2]](json.loads((ROOT / match[3]).read_text())) + match[4], text)
+
+
+    def table(match: re.Match[str]) -> str:
+        reports = [json.loads((ROOT / name).read_text()) for name in match[3].split(",")]
+        return match[1] + TABLES[match[2]](*reports) + match[4]
+
+    return TABLE.sub(table, text)
 
 
 # Whole models: reports of `lite3r bench`.
@@ -304,9 +311,45 @@ def distillation(report: dict[str, Any]) -> str:
         f"The testbed, {c['scenes']} held-out rendered scenes of {c['size']} × {c['size']} pixels, {c['dtype']}, one {c['device']}, torch "
         f"{c['torch']}, one run a row. AUC changes in points, AbsRel in percent of dense; paired 95 % intervals. Trained without labels"
         f"{labels} on {c['pool']} scenes of other seeds and textures, {c['views_a_step']} views a step; calibrated on {c['calibration']} "
-        f"inputs. Minutes are of calibration and training together.{''.join(f' Means over {choice}.' for choice in choices)}"
+        f"inputs. Minutes are of calibration and training together, without those of compiling."
+        f"{''.join(f' Means over {choice}.' for choice in choices)}"
     )
+    if any(row["row"].get("chosen") for row in done):
+        note += (
+            f" Ratios by site are those that `choose_keep_ratios` found, their mean {keep_ratio:g} weighted by what is computed; blocks by "
+            'error is `block_choice="error"`.'
+        )
     return _table(heads, rows) + _note(note) + _note(_aim(report, done, keep_ratio))
+
+
+def quality(*reports: dict[str, Any]) -> str:
+    """The README's table: what is lost of AUC@30 and AbsRel as applied, and with what wins it back, by keep ratio and number of views."""
+    rows, longest = [], [max(report["rows"].values(), key=_minutes) for report in reports]
+    for report, trained in zip(reports, longest, strict=True):
+        named = {row["row"]["name"]: row for row in report["rows"].values()}
+        ways = [named["applied"], named["calibrated"], named["chosen"], trained]
+        for views in (min(trained["against_dense"], key=int), max(trained["against_dense"], key=int)):
+            found = [way["against_dense"][views] for way in ways]
+            points, percent = (", ".join(f"{x[name]['difference']:+.1f}" for x in found) for name in ("auc30", "abs_rel"))
+            dense = (f"{found[0]['auc30']['dense']:.1f}", points, f"{found[0]['abs_rel']['dense']:.3f}", percent)
+            rows.append((f"{trained['keep_ratio']:g}", views, *dense))
+    heads = ("`keep_ratio`", "views", "AUC@30 ↑ dense", "change, points", "AbsRel ↓ dense", "change, %")
+    c, widest = reports[0]["conditions"], max(_half_width(way) for report in reports for way in report["rows"].values())
+    in_fp8 = [f"{row['keep_ratio']:g}" for row in longest if row["row"]["precision"] == "fp8"]
+    return _table(heads, rows) + _note(
+        f"Changes: applied, calibrated, ratios by site and calibrated, these and distilled for {_minutes(longest[0]):g} minutes"
+        f"{', at ' + ', '.join(in_fp8) + ' in FP8' if in_fp8 else ''}. {c['scenes']} scenes of {c['size']} × {c['size']} pixels, {c['dtype']}, "
+        f"on one {c['device']}; 95 % intervals of AUC@30 are ± {widest:.1f} or less."
+    )
+
+
+def _minutes(row: dict[str, Any]) -> float:
+    """Of training."""
+    return (row["row"]["training"] or {}).get("minutes") or 0
+
+
+def _half_width(row: dict[str, Any]) -> float:
+    return max((found["auc30"]["high"] - found["auc30"]["low"]) / 2 for found in row["against_dense"].values())
 
 
 def _aim(report: dict[str, Any], done: Sequence[dict[str, Any]], keep_ratio: float) -> str:
@@ -344,7 +387,7 @@ def _way_to_train(row: dict[str, Any], usual_views: int) -> str:
     if row.get("views_a_step", usual_views) != usual_views:
         parts.append(f"{row['views_a_step']} views a step")
     parts += [("FP8" if row.get("rounds", True) else "FP8 only afterwards")] * (row["precision"] == "fp8")
-    return ("calibrated, " if row["calibrated"] else "") + "distilled: " + ", ".join(parts)
+    return chosen + ("calibrated, " if row["calibrated"] else "") + "distilled: " + ", ".join(parts)
 
 
 def _level(name: str, value: float) -> str:
@@ -374,7 +417,7 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "|" + " ---: |" * len(heads), *lines[1:]]) + "\n"
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+TABLES: dict[str, Callable[..., str]] = {
     function.__name__: function
     for function in (
         speed,
@@ -389,9 +432,10 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
         fp8_memory,
         fp8_quality,
         distillation,
+        quality,
     )
 }
-TABLES["quality"] = quality_report.summary
+TABLES["forms"] = quality_report.summary
 
 if __name__ == "__main__":
     for path in documents():
