@@ -259,6 +259,26 @@ def gradients_in_evaluation(model: Any, images: Tensor) -> list[Tensor]:
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
+@torch.no_grad()
+def test_a_fork_of_vggt_may_give_only_the_layers_that_its_heads_read() -> None:
+    """As forks do to save memory, with None for the others."""
+    model, images = small_vggt(), torch.rand(1, 2, 3, 56, 56)
+    host = type(model.aggregator).forward
+
+    def forward(self: Any, images: Tensor) -> Any:
+        layers, start = host(self, images)
+        return [None if i == 2 else layer for i, layer in enumerate(layers)], start
+
+    model.aggregator.__class__ = type("Fork", (type(model.aggregator),), {"forward": forward})
+    expected, depth = model.aggregator(images)[0], model(images)["depth"]
+    apply_lite3r(model, DENSE)
+    assert "because it differs" not in str(describe(model))
+    found = model.aggregator(images)[0]
+    assert [layer is None for layer in found] == [layer is None for layer in expected] == [i == 2 for i in range(5)]
+    torch.testing.assert_close([x for x in found if x is not None], [x for x in expected if x is not None], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(images)["depth"], depth, rtol=1e-5, atol=1e-5)
+
+
 def reading_a_layer(model: Any) -> str:
     """A head of a fork reads another layer, which no attribute tells."""
     host = type(model.depth_head).forward

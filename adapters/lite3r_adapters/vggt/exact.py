@@ -48,7 +48,7 @@ def rewrites(model: nn.Module) -> list[ExactRewrite] | None:
         if not fqn or streams(aggregator) or not all(hasattr(aggregator, attribute) for attribute in _OWN):
             continue
         found.append(
-            ExactRewrite(fqn, "special tokens joined at once, token positions kept; layers that nobody reads are not", Aggregate, _trial)
+            ExactRewrite(fqn, "special tokens joined at once, token positions kept; layers that nobody reads are not", _aggregate, _trial)
         )
         found.append(_read_layers(owner, name, modules[owner]))
     for fqn, module in modules.items():
@@ -72,7 +72,13 @@ def rewrites(model: nn.Module) -> list[ExactRewrite] | None:
 
 
 class Aggregate(RewrittenModule):
-    """VGGT's aggregator in evaluation. In training the host's own forward runs, which saves memory by recomputing blocks."""
+    """VGGT's aggregator in evaluation. In training the host's own forward runs, which saves memory by recomputing blocks.
+
+    Attributes:
+        not_given: The layers in whose place the host gives None, as forks do that keep those of their heads alone.
+    """
+
+    not_given: frozenset[int] = frozenset()
 
     def rewritten(self, images: Tensor) -> tuple[list[Any], int]:
         """As the host's: images ``[B, S, 3, H, W]`` to one ``[B, S, P, 2C]`` per layer, and the number of special tokens."""
@@ -96,11 +102,21 @@ class Aggregate(RewrittenModule):
         for i, (frame_block, global_block) in enumerate(zip(aggregator.frame_blocks, aggregator.global_blocks, strict=True)):
             in_frame = tokens = frame_block(tokens.view(*frame_shape, width), pos=positions)
             tokens = global_block(tokens.view(*global_shape, width), pos=positions.view(*global_shape, 2))
-            if layers is None or i in layers:
+            if i in self.not_given:
+                kept.append(None)
+            elif layers is None or i in layers:
                 kept.append(torch.cat((in_frame.view(batch, views, per_view, width), tokens.view(batch, views, per_view, width)), -1))
             else:
                 kept.append(NotKept(i))
         return kept, aggregator.patch_start_idx
+
+
+def _aggregate(module: nn.Module) -> Aggregate:
+    trial, made = _trial(module), Aggregate(module)
+    with torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
+        layers: Any = trial.module(*trial.inputs[0])
+    made.not_given = frozenset(i for i, layer in enumerate(layers[0]) if layer is None)
+    return made
 
 
 def _trial(module: nn.Module) -> Trial:
