@@ -70,17 +70,22 @@ def capture(call: Callable[[], Any], device: torch.device, pool: Any = None) -> 
     return graph, outputs
 
 
-def warm_up(call: Callable[[], Any], device: torch.device) -> float:
-    """Run `call` twice on a side stream, as `torch.cuda.graphs` asks for before a capture. Returns the seconds of the second time."""
+def warm_up(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    """Run `call` twice on a side stream, as `torch.cuda.graphs` asks for before a capture. Returns seconds and outputs of the second time."""
     with torch.cuda.device(device):
         stream = stream_of(torch.cuda.current_device())
-    stream.wait_stream(torch.cuda.current_stream(device))
+    current = torch.cuda.current_stream(device)
+    stream.wait_stream(current)
+    outputs: list[Any] = []
     with torch.cuda.stream(stream):
         call()
-        seconds = timed(call, device)
-    torch.cuda.current_stream(device).wait_stream(stream)
+        seconds = timed(lambda: outputs.append(call()), device)
+    current.wait_stream(stream)
+    for x in tensors_in(outputs):
+        if x.is_cuda:
+            x.record_stream(current)  # of the caller, whose work may outlast the tensor
     torch.cuda.empty_cache()  # what is kept for the side stream serves no other: the next forward would take it anew
-    return seconds
+    return seconds, outputs.pop()
 
 
 def _recover(device: torch.device, pool: Any, stream: torch.cuda.Stream) -> None:
@@ -101,8 +106,8 @@ class Recorder(Protocol):
         """Why nothing can be recorded for tensors on `device`; None where it can."""
         ...
 
-    def warm_up(self, call: Callable[[], Any], device: torch.device) -> float:
-        """Run `call` as often as is needed before it is recorded. Returns the seconds that it takes."""
+    def warm_up(self, call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+        """Run `call` as often as is needed before it is recorded. Returns the seconds that it takes, and its outputs."""
         ...
 
     def record(self, call: Callable[[], Any], device: torch.device) -> tuple[Callable[[], object], Any]:
@@ -134,7 +139,7 @@ class CudaGraphs:
         """They are of CUDA devices."""
         return None if device.type == "cuda" else f"the inputs are on {device}, and CUDA graphs are for CUDA devices"
 
-    def warm_up(self, call: Callable[[], Any], device: torch.device) -> float:
+    def warm_up(self, call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
         """See `warm_up`."""
         return warm_up(call, device)
 
@@ -283,9 +288,10 @@ class Graphs:
             if (reason := watched_by_others(model, own_hooks)) is not None:
                 self.pass_by(reason)
                 return run(*args, **kwargs)
-            if not self._record(key, model, run, args, kwargs, device):
-                return run(*args, **kwargs)
-            return self._replay(self._recordings[key], given, device)
+            outputs = self._record(key, model, run, args, kwargs, device)
+            if key in self._recordings:
+                return self._replay(self._recordings[key], given, device)
+            return run(*args, **kwargs) if outputs is None else outputs[0]
 
     def _replayed(self, key: Hashable, given: list[Tensor], device: torch.device) -> tuple[Any] | None:
         """The outputs of a recording that is there and holds; drops all of a model that has changed."""
@@ -330,12 +336,14 @@ class Graphs:
 
     def _record(
         self, key: Hashable, model: nn.Module, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device
-    ) -> bool:
-        """Record a forward; False where that cannot be, or has no point."""
+    ) -> tuple[Any] | None:
+        """Record a forward, if that can be and has a point. Of a long one, which has none, there are the outputs already."""
         inputs: list[Tensor] = []
+        given: dict[int, Tensor] = {}  # what the caller has, by what was made of it
 
         def take(x: Tensor) -> Tensor:
             inputs.append(torch.empty_like(x, requires_grad=False).copy_(x))
+            given[id(inputs[-1])] = x
             return inputs[-1]
 
         with torch.inference_mode(False), torch.no_grad():
@@ -345,10 +353,11 @@ class Graphs:
             return run(*own_args, **own_kwargs)
 
         with IN_TURN, _no_autocast_cache(device):
-            seconds = self._recorder.warm_up(call, device)
+            seconds, outputs = self._recorder.warm_up(call, device)
             if seconds > LONGEST_S:
                 self._refuse(key, f"one forward takes {seconds:.2g} s, so launches do not matter", warn=False)
-                return False
+                return (exchanged(outputs, lambda x: given.get(id(x), x)),)
+            del outputs
             while len(self._recordings) >= self.most:
                 self._drop_oldest()
             try:
@@ -358,11 +367,11 @@ class Graphs:
                 if isinstance(error, torch.cuda.OutOfMemoryError):
                     self.forget()
                 self._refuse(key, _why_not_recorded(error))
-                return False
+                return None
         self._watch = self._watch or Watch(model)
         self._recordings[key] = Recording(replay, inputs, outputs)
         self._seen.pop(key, None)
-        return True
+        return None
 
     def _refuse(self, key: Hashable, reason: str, *, warn: bool = True) -> None:
         _remember(self._refused, key)

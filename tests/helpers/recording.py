@@ -70,10 +70,9 @@ class Tape:
     def why_not(self, device: torch.device) -> str | None:
         return None
 
-    def warm_up(self, call: Callable[[], Any], device: torch.device) -> float:
+    def warm_up(self, call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
         self.warmed += 1
-        call()
-        return self.waits
+        return self.waits, call()
 
     def record(self, call: Callable[[], Any], device: torch.device) -> tuple[Callable[[], object], Any]:
         try:

@@ -248,8 +248,12 @@ def test_arguments_and_outputs_without_a_layout_are_refused() -> None:
 def test_long_forwards_are_not_recorded() -> None:
     model, graphs, tape = recorded()
     tape.waits = 2 * LONGEST_S
-    for _ in range(2):
-        call(model, graphs, torch.rand(2, 4))
+    for runs in (1, 2):
+        x = torch.rand(2, 4)
+        found = call(model, graphs, x)
+        assert torch.equal(found["y"], model.inner(x))
+        assert found["x"] is x
+        assert model.ran == runs  # what was run to see how long it takes, serves
     assert (len(graphs), tape.warmed) == (0, 1)
     assert graphs.passed == {"one forward takes 1 s, so launches do not matter": 1}
 
