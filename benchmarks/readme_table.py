@@ -31,7 +31,6 @@ def documents() -> list[Path]:
 def update(text: str) -> str:
     """`text` with every table rendered anew from its file."""
 
-
     def table(match: re.Match[str]) -> str:
         reports = [json.loads((ROOT / name).read_text()) for name in match[3].split(",")]
         return match[1] + TABLES[match[2]](*reports) + match[4]
@@ -330,7 +329,7 @@ def quality(*reports: dict[str, Any]) -> str:
         ways = [named["applied"], named["calibrated"], named["chosen"], trained]
         for views in (min(trained["against_dense"], key=int), max(trained["against_dense"], key=int)):
             found = [way["against_dense"][views] for way in ways]
-            points, percent = (", ".join(f"{x[name]['difference']:+.1f}" for x in found) for name in ("auc30", "abs_rel"))
+            points, percent = (", ".join(f"{round(x[name]['difference'], 1) + 0.0:+.1f}" for x in found) for name in ("auc30", "abs_rel"))
             dense = (f"{found[0]['auc30']['dense']:.1f}", points, f"{found[0]['abs_rel']['dense']:.3f}", percent)
             rows.append((f"{trained['keep_ratio']:g}", views, *dense))
     heads = ("`keep_ratio`", "views", "AUC@30 ↑ dense", "change, points", "AbsRel ↓ dense", "change, %")
@@ -338,8 +337,8 @@ def quality(*reports: dict[str, Any]) -> str:
     in_fp8 = [f"{row['keep_ratio']:g}" for row in longest if row["row"]["precision"] == "fp8"]
     return _table(heads, rows) + _note(
         f"Changes: applied, calibrated, ratios by site and calibrated, these and distilled for {_minutes(longest[0]):g} minutes"
-        f"{', at ' + ', '.join(in_fp8) + ' in FP8' if in_fp8 else ''}. {c['scenes']} scenes of {c['size']} × {c['size']} pixels, {c['dtype']}, "
-        f"on one {c['device']}; 95 % intervals of AUC@30 are ± {widest:.1f} or less."
+        f"{', which at ' + ', '.join(in_fp8) + ' is in FP8' if in_fp8 else ''}. {c['scenes']} scenes of {c['size']} × {c['size']} "
+        f"pixels, {c['dtype']}, on one {c['device']}; 95 % intervals of AUC@30 are ± {widest:.1f} or less."
     )
 
 

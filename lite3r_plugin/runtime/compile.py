@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,15 +14,17 @@ from torch import nn
 from ..attention.module import SparseLinearAttention
 from ..errors import short
 from ..fp8.block import Fp8Block
+from ..wrapper import Changes
 
 RECOMPILE_LIMIT = 16
+NONE_THERE = "the model has no list of blocks that are all of one class"
 
 
 def repeated_blocks(module: nn.Module) -> list[nn.Module]:
-    """The transformer blocks: items of a `ModuleList` that are all of one class and have parts of their own."""
+    """The transformer blocks: items of a `ModuleList` or `Sequential` that are all of one class and have parts of their own."""
     blocks: dict[int, nn.Module] = {}
     for found in module.modules():
-        if isinstance(found, nn.ModuleList) and len(found) > 1 and len({type(item) for item in found}) == 1:
+        if isinstance(found, (nn.ModuleList, nn.Sequential)) and len(found) > 1 and len({type(item) for item in found}) == 1:
             blocks |= {id(item): item for item in found if sum(1 for _ in item.modules()) > 4 and not isinstance(item, nn.Sequential)}
     return list(blocks.values())
 
@@ -38,11 +41,15 @@ class CompiledBlocks:
     Args:
         module: The model. Only its `repeated_blocks` change, and only inside of `running`.
         backend: As in `torch.compile`.
+
+    Attributes:
+        has_none: Whether it was looked for blocks, and there are none.
     """
 
     def __init__(self, module: nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:
         self.module, self.backend = module, backend
         self._calls: dict[nn.Module, tuple[Any, Any]] = {}  # blocks with the forward of their own that they had, and it compiled
+        self.has_none = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CompiledBlocks, (self.module, self.backend)
@@ -62,16 +69,26 @@ class CompiledBlocks:
         Raises (inside):
             torch._dynamo.exc.FailOnRecompileLimitHit: a block is compiled for more than `RECOMPILE_LIMIT` cases.
         """
-        wanted = [block for block in repeated_blocks(self.module) if not (isinstance(block, Fp8Block) and _eager_inside(block))]
+        repeated = repeated_blocks(self.module)
+        wanted = [block for block in repeated if not (isinstance(block, Fp8Block) and _eager_inside(block))]
         self._calls = {block: self._compiled(block) for block in wanted}
-        with contextlib.ExitStack() as stack:
-            for one in _eager_inside(self.module):
-                stack.enter_context(_with_forward(one, torch.compiler.disable(one.forward)))
-            for block, (_, call) in self._calls.items():
-                if block._compiled_call_impl is None:
-                    stack.enter_context(_with_forward(block, _in_this_thread(call, block.forward)))
-            stack.enter_context(torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT, fail_on_recompile_limit_hit=True))
-            yield
+        self.has_none = not repeated
+        changes, limits = Changes(), torch._dynamo.config
+        try:
+            try:
+                for one in _eager_inside(self.module):
+                    changes.put(vars(one), "forward", torch.compiler.disable(one.forward))
+                for block, (_, call) in self._calls.items():
+                    if block._compiled_call_impl is None:
+                        changes.put(vars(block), "forward", _in_this_thread(call, block.forward))
+                for name, value in (("recompile_limit", RECOMPILE_LIMIT), ("fail_on_recompile_limit_hit", True)):
+                    put = functools.partial(setattr, limits, name)
+                    changes.make(functools.partial(put, value), functools.partial(put, getattr(limits, name)))
+                yield
+            finally:
+                changes.undo()
+        finally:
+            changes.undo()  # an interruption may come into the first
 
     def _compiled(self, block: nn.Module) -> tuple[Any, Any]:
         """What was compiled before, unless the block was given another forward since."""
@@ -94,21 +111,11 @@ def why_not_compiled(error: Exception) -> str:
     from torch._dynamo.exc import FailOnRecompileLimitHit  # of a compiler that has run by then
 
     if isinstance(error, FailOnRecompileLimitHit):
-        return f"blocks of one class are more than {RECOMPILE_LIMIT} cases to the compiler: by shapes, hooks, or attributes that differ"
+        return (
+            f"blocks of one class are more than {RECOMPILE_LIMIT} cases to the compiler: by shapes, hooks, or attributes that differ, "
+            "those of earlier runs in this process included, which torch.compiler.reset() forgets"
+        )
     return short(error)
-
-
-@contextlib.contextmanager
-def _with_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """`module` has another forward inside the context; who gave it one of its own before, gets that back."""
-    before = module.__dict__.get("forward")
-    try:
-        module.forward = forward
-        yield
-    finally:
-        module.__dict__.pop("forward", None)
-        if before is not None:
-            module.forward = before
 
 
 def _in_this_thread(call: Callable[..., Any], otherwise: Callable[..., Any]) -> Callable[..., Any]:

@@ -15,7 +15,7 @@ from ..attention.state import ModelState
 from ..config import WholeModel
 from ..errors import plural
 from ..wrapper import Changes, RewrittenMethod
-from .compile import CompiledBlocks, is_of_compiler, why_not_compiled
+from .compile import NONE_THERE, CompiledBlocks, is_of_compiler, why_not_compiled
 from .graphs import IN_TURN, Graphs
 from .half import HalfWeights, weight_dtype, why_not_half
 from .modes import functions_are_seen
@@ -195,7 +195,8 @@ class FastForward(RewrittenMethod):
             lines.append(f"weights in BF16: {len(self.half)} of them; {kept if self.half.kept else gone}{changed}")
         if self.blocks is not None:
             count = plural(len(self.blocks), "block") if self.blocks else "transformer blocks"
-            lines.append(f"{count} compiled" if self.not_compiled is None else f"blocks not compiled: {self.not_compiled}")
+            why = NONE_THERE if self.blocks.has_none else self.not_compiled
+            lines.append(f"{count} compiled" if why is None else f"blocks not compiled: {why}")
         if self.parts.dense_attention == "fastest":
             chosen = "chosen in the first forward" if self.choice is None else " by ".join(filter(None, self.choice))
             lines.append(f"dense attention: {chosen}")

@@ -71,7 +71,11 @@ def capture(call: Callable[[], Any], device: torch.device, pool: Any = None) -> 
 
 
 def warm_up(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    """Run `call` twice on a side stream, as `torch.cuda.graphs` asks for before a capture. Returns seconds and outputs of the second time."""
+    """Run `call` twice on a side stream, as `torch.cuda.graphs` asks for before a capture.
+
+    Returns:
+        The seconds and the outputs of the second time.
+    """
     with torch.cuda.device(device):
         stream = stream_of(torch.cuda.current_device())
     current = torch.cuda.current_stream(device)

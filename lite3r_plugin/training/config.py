@@ -105,8 +105,9 @@ class DistillConfig:
         accumulate: Batches of a process in a step.
         ema: Decay of a moving average of the weights, which the model has in the end; None: none.
         checkpointing: Compute the insides of blocks again in the backward pass instead of keeping them: less memory, more time.
-        compile_blocks: Run transformer blocks through `torch.compile`, of student and teacher: less time a step, about a minute before
-            the first. Where that fails, it is said, and they run as without. Not in the mode ``"local"``.
+        compile_blocks: Run transformer blocks through `torch.compile`, of student and teacher: less time a step, minutes before the first,
+            which count in `minutes`. Where a forward cannot be compiled, it is said, and blocks run as without. Not in the mode
+            ``"local"``; with `checkpointing`, blocks of the student around sparse attention run as without.
         mixed_precision: ``"bf16"``: autocast, for student and teacher; None: as `accelerate launch` was told, else none.
         seed: Of the order of the data and of LoRA.
         batch_size: Items of `data` that are joined to a batch along the first dimension of their tensors.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..adapter.outputs import ModelOutputs, OutputsFunction
 from ..apply.lookup import look_up
 from ..errors import ConfigError, ConvertedError, InputError
-from ..runtime.compile import CompiledBlocks, is_of_compiler, why_not_compiled
+from ..runtime.compile import NONE_THERE, CompiledBlocks, is_of_compiler, why_not_compiled
 from .config import LOCAL_LOSSES, LOSSES, DistillConfig
 from .data import Sample
 from .draws import drawing, new_seed
@@ -137,12 +137,15 @@ class Objective:
         weights = {name: weight_at(*self.config.weight(name), progress) for name in LOSSES if name in self._used}
         seed = new_seed()
         try:
-            return self._losses(student, sample, weights, seed)
+            losses = self._losses(student, sample, weights, seed)
         except Exception as error:
             if self._blocks is None or not is_of_compiler(error):
                 raise
             self._blocks, self.not_compiled = None, why_not_compiled(error)
-        return self._losses(student, sample, weights, seed)
+            losses = None
+        if self._blocks is not None and self._blocks.has_none:
+            self._blocks, self.not_compiled = None, NONE_THERE
+        return self._losses(student, sample, weights, seed) if losses is None else losses
 
     def _losses(self, student: nn.Module, sample: Sample, weights: dict[str, float], seed: int) -> Losses:
         device = next(self.model.parameters()).device

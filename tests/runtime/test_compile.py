@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from interruptions import interrupted, lines_of
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -41,6 +42,7 @@ def test_blocks_are_found_once() -> None:
     assert len(blocks) == BLOCKS
     assert {type(block) for block in blocks} == {type(made.aggregator.frame_blocks[0])}
     assert repeated_blocks(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))) == []
+    assert len(repeated_blocks(nn.Sequential(*made.aggregator.frame_blocks))) == DEPTH  # as timm keeps them
 
 
 @torch.no_grad()
@@ -98,6 +100,23 @@ def test_attention_that_may_be_sparse_stays_eager() -> None:
         raise RuntimeError("on purpose")
     assert {name: module.forward for name, module in made.named_modules()} == forwards
     torch.testing.assert_close(made(images(2))["depth"], expected)
+
+
+def test_an_interruption_leaves_no_forward_and_no_limit_behind() -> None:
+    made = apply_lite3r(model(1), keep_ratio=0.5, dense_below=0, block_q=16, block_k=16)
+    made.aggregator.global_blocks[0].attn.forward = own = made.aggregator.global_blocks[0].attn.forward
+    before = {name: module.__dict__.get("forward") for name, module in made.named_modules()}
+    limits = torch._dynamo.config.recompile_limit, torch._dynamo.config.fail_on_recompile_limit_hit
+
+    def run() -> None:
+        with CompiledBlocks(made, backend="eager").running():
+            assert "forward" in made.camera_head.trunk[0].__dict__
+
+    for line in range(1, lines_of(run) + 1):
+        interrupted(run, line)
+        assert {name: module.__dict__.get("forward") for name, module in made.named_modules()} == before, line
+        assert (torch._dynamo.config.recompile_limit, torch._dynamo.config.fail_on_recompile_limit_hit) == limits, line
+    assert before["aggregator.global_blocks.0.attn"] is own
 
 
 @torch.no_grad()

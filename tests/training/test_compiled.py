@@ -96,6 +96,14 @@ def test_what_cannot_be_compiled_is_said_and_runs_as_without(tmp_path: Path, mon
     assert "not this one" in said[0]
 
 
+def test_a_model_without_blocks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("lite3r_plugin.training.progress.Progress.warn", lambda self, text: said.append(text))
+    monkeypatch.setattr("lite3r_plugin.runtime.compile.repeated_blocks", lambda module: [])
+    distill(student(), batches(), **FIELDS, compile_blocks=True)
+    assert said == ["transformer blocks run as without compile_blocks: the model has no list of blocks that are all of one class"]
+
+
 def test_errors_of_the_model_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     compile_by(monkeypatch, "eager")
     model = student()
