@@ -47,7 +47,7 @@ def photographs(tmp_path):
 def command(folder, *options):
     return [
         str(folder / "photographs"), "--tiny", "--steps", "2", "--accumulate", "1", "--size", "96", "--keypoints", "96", "--seeds", "1",
-        "--evaluate", str(folder / "strecha"), "--json", str(folder / "results.json"), *options,
+        "--evaluate", str(folder / "strecha"), "--json", str(folder / "results.json"), "--judged", "2", *options,
     ]  # fmt: skip
 
 
@@ -74,8 +74,7 @@ def test_the_whole_script(distil, photographs):
 
 
 def test_each_layer_gets_a_keep_ratio_of_its_own(distil, photographs):
-    options = ("--by-layer", "--block-choice", "error", "--judged", "2", "--keep", "0.5")
-    distil.main(command(photographs, *options, "--output", str(photographs / "trained")))
+    distil.main(command(photographs, "--keep", "0.5", "--output", str(photographs / "trained")))
     config = json.loads((photographs / "results.json").read_text())["conditions"]["lite3r"]
     assert config["block_choice"] == "error"
     assert set(config["keep_ratio"]) == {"transformers.0.self_attn", "transformers.1.self_attn"}
@@ -120,3 +119,16 @@ def test_a_folder_without_a_checkpoint_is_refused_before_measuring(distil, photo
 def test_a_scene_is_left_to_train_on(distil, photographs):
     with pytest.raises(InputError, match="none is left to train on"):
         distil.main(command(photographs, "--validation", "street", "yard"))
+
+
+def test_pairs_to_judge_by_are_drawn_from_all_scenes(distil):
+    drawn = distil.some(range(100), 8)
+    assert len(set(drawn)) == 8
+    assert min(drawn[:4]) < 50 < max(drawn[:4])
+    assert drawn == distil.some(range(100), 8)
+    assert sorted(distil.some(range(3), 8)) == [0, 1, 2]
+
+
+def test_a_short_run_warms_up_briefly(distil):
+    assert distil.config_of(distil.parse(["folder", "--minutes", "1"])).warmup_steps == 10
+    assert distil.config_of(distil.parse(["folder", "--steps", "20"])).warmup_steps is None  # a tenth of them
