@@ -148,7 +148,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--by-layer", action=argparse.BooleanOptionalAction, default=True,
         help="a keep ratio for each layer; together they compute as much as --keep",
     )  # fmt: skip
-    parser.add_argument("--block-choice", choices=get_args(BlockChoice), default="error", help="by which score blocks are kept")
+    parser.add_argument("--block-choice", choices=get_args(BlockChoice), default="mean", help="by which score blocks are kept")
     parser.add_argument("--block", type=int, default=32, help="keypoints per block")
     parser.add_argument("--calibration", type=int, default=16, help="pairs to calibrate on")
     parser.add_argument("--judged", type=int, default=8, help="pairs by which calibration and --by-layer compare outputs")

@@ -74,7 +74,7 @@ def test_the_whole_script(distil, photographs):
 
 
 def test_each_layer_gets_a_keep_ratio_of_its_own(distil, photographs):
-    distil.main(command(photographs, "--keep", "0.5", "--output", str(photographs / "trained")))
+    distil.main(command(photographs, "--keep", "0.5", "--block-choice", "error", "--output", str(photographs / "trained")))
     config = json.loads((photographs / "results.json").read_text())["conditions"]["lite3r"]
     assert config["block_choice"] == "error"
     assert set(config["keep_ratio"]) == {"transformers.0.self_attn", "transformers.1.self_attn"}
