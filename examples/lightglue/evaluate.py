@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import cv2
 import numpy as np
@@ -30,7 +30,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lite3r_plugin import apply_lite3r, remove_lite3r
+from lite3r_plugin.files import check_output, write_atomically
 from lite3r_plugin.ops.fp8 import fake_quantize
+from lite3r_plugin.ops.options import BlockChoice
 from lite3r_plugin.scene.data import Scene, Scenes, open_scenes
 from lite3r_plugin.scene.metrics import auc, pair_errors, paired_bootstrap
 
@@ -58,6 +60,7 @@ class Setting:
     keep_ratio: float = 1.0
     block: int = 0
     block_means: bool = False
+    block_choice: BlockChoice = "mean"
     fp8: bool = False
 
 
@@ -193,7 +196,8 @@ def difference_text(difference: dict[str, float | None]) -> str:
 
 def print_table(rows: Sequence[tuple[Setting, dict[str, Any]]], title: str) -> None:
     table = Table(title=title)
-    columns = ("kept", "block", "means", "FP8", "matches", "rotation", "translation", "AUC@1", "@2", "@5", "AUC@5 - dense [95 %]")
+    kinds = ("kept", "block", "means", "chosen by", "FP8")
+    columns = (*kinds, "matches", "rotation", "translation", "AUC@1", "@2", "@5", "AUC@5 - dense [95 %]")
     for column in columns:
         table.add_column(column, justify="right")
     for setting, row in rows:
@@ -203,6 +207,7 @@ def print_table(rows: Sequence[tuple[Setting, dict[str, Any]]], title: str) -> N
             "dense" if dense else f"{setting.keep_ratio:g}",
             "" if dense else str(setting.block),
             "" if dense else "yes" if setting.block_means else "no",
+            "" if dense else setting.block_choice,
             "yes" if setting.fp8 else "no",
             f"{row['matches']:.0f}",
             f"{row['rotation_median']:.3f}°",
@@ -210,7 +215,7 @@ def print_table(rows: Sequence[tuple[Setting, dict[str, Any]]], title: str) -> N
             *(f"{row['auc'][str(t)]:.1f}" for t in THRESHOLDS),
             "" if first else difference_text(difference),
         )  # fmt: skip
-    Console(width=120).print(table)
+    Console(width=132).print(table)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -222,6 +227,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.25, 0.125], help="keep ratios")
     parser.add_argument("--blocks", type=int, nargs="+", default=[32, 64], help="keypoints per block")
     parser.add_argument("--means", choices=("both", "on", "off"), default="both", help="block_means")
+    parser.add_argument(
+        "--block-choices", nargs="+", choices=get_args(BlockChoice), default=["mean"],
+        help="by which score blocks are kept; error goes with block means alone",
+    )  # fmt: skip
     parser.add_argument("--fp8", action="store_true", help="each setting with FP8 Linears as well (emulated)")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="of the matcher")
     parser.add_argument("--order", choices=("morton", "score"), default="morton", help="order of keypoints; score is the detector's")
@@ -232,23 +241,31 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def settings_of(args: argparse.Namespace) -> list[Setting]:
+    """Dense, then every combination of what the command line names that there is; all of it again with FP8 if that is wanted."""
+    means = {"both": (True, False), "on": (True,), "off": (False,)}[args.means]
+    grid = itertools.product(args.blocks, means, args.block_choices, args.keep)
+    settings = [Setting(), *(Setting(keep, block, mean, choice) for block, mean, choice, keep in grid if mean or choice == "mean")]
+    return settings + [dataclasses.replace(setting, fp8=True) for setting in settings] if args.fp8 else settings
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
+    if args.json:
+        check_output(args.json, ".json")  # before all the work
     scenes = open_scenes(f"strecha:{args.folder}")
     scenes = scenes.only(args.scenes) if args.scenes else scenes
     pairs = load_pairs(scenes, Photographs(args.size, args.keypoints, args.cache, args.order))
     # Early stopping and pruning would make the amount of work depend on the setting.
     matcher = LightGlue("disk", depth_confidence=-1, width_confidence=-1).eval().to(args.device)
-    means = {"both": (True, False), "on": (True,), "off": (False,)}[args.means]
-    settings = [Setting(), *(Setting(k, b, m) for b in args.blocks for m in means for k in args.keep)]
-    settings += [dataclasses.replace(setting, fp8=True) for setting in settings] if args.fp8 else []
+    settings = settings_of(args)
     results: list[list[PairResult]] = []
     for setting in settings:
         if setting.keep_ratio < 1:
             # Without training the linear branch adds nothing, so it is left out.
             apply_lite3r(
-                matcher, keep_ratio=setting.keep_ratio, block_means=setting.block_means, block_q=setting.block, block_k=setting.block,
-                linear_branch="none", dense_below=0,
+                matcher, keep_ratio=setting.keep_ratio, block_means=setting.block_means, block_choice=setting.block_choice,
+                block_q=setting.block, block_k=setting.block, linear_branch="none", dense_below=0,
             )  # fmt: skip
         with fp8_linears(matcher) if setting.fp8 else contextlib.nullcontext():
             results.append([run_pair(matcher, pair, device=args.device, seeds=args.seeds, pixels=args.pixels) for pair in pairs])
@@ -271,7 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             dataclasses.asdict(setting) | row | {"results": [dataclasses.asdict(p) for p in r]}
             for (setting, row), r in zip(rows, results, strict=True)
         ]
-        args.json.write_text(json.dumps({"conditions": conditions, "settings": everything}, indent=1) + "\n")
+        write_atomically(args.json, json.dumps({"conditions": conditions, "settings": everything}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

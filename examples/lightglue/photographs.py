@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,7 +54,7 @@ class Photographs:
 
     def features(self, scene: Scene, index: int) -> Features:
         """Of one frame: ``keypoints [1, N, 2]``, ``descriptors [1, N, 128]``, ``image_size [1, 2]`` (width, height) and more."""
-        file = self.cache and self.cache / f"{scene.name}-{scene.frames[index].name}-{self.size}-{self.keypoints}.pt"
+        file = self._file(scene, index)
         if file and file.is_file():
             features = torch.load(file, weights_only=True)
         else:
@@ -68,3 +69,11 @@ class Photographs:
                 torch.save(features, part)
                 part.replace(file)
         return sort_features(features) if self.order == "morton" else features
+
+    def _file(self, scene: Scene, index: int) -> Path | None:
+        """Where the features of one frame are kept. Scenes in two folders may have one name, so the file is part of it."""
+        frame = scene.frames[index]
+        if self.cache is None or not isinstance(frame.image, Path):
+            return None
+        where = hashlib.blake2b(str(frame.image.resolve()).encode(), digest_size=4).hexdigest()
+        return self.cache / f"{scene.name}-{frame.name}-{self.size}-{self.keypoints}-{where}.pt"

@@ -47,7 +47,7 @@ def photographs(tmp_path):
 def command(folder, *options):
     return [
         str(folder / "photographs"), "--tiny", "--steps", "2", "--accumulate", "1", "--size", "96", "--keypoints", "96", "--seeds", "1",
-        "--evaluate", str(folder / "strecha"), "--json", str(folder / "results.json"), *options,
+        "--evaluate", str(folder / "strecha"), "--json", str(folder / "results.json"), "--judged", "2", *options,
     ]  # fmt: skip
 
 
@@ -56,7 +56,7 @@ def test_the_whole_script(distil, photographs):
         command(photographs, "--validation", "yard", "--output", str(photographs / "trained"), "--cache", str(photographs / "cache"))
     )
     results = json.loads((photographs / "results.json").read_text())
-    assert [row["state"] for row in results["states"]] == ["dense", "applied", "distilled"]
+    assert [row["state"] for row in results["states"]] == ["dense", "applied", "calibrated", "distilled"]
     assert all(len(row["results"]) == 2 for row in results["states"])
     assert results["states"][0]["auc_minus_dense"]["1"]["difference"] == 0
     assert results["conditions"]["scenes"] == {"training": ["street"], "validation": ["yard"], "evaluation": ["tower"]}
@@ -71,6 +71,29 @@ def test_the_whole_script(distil, photographs):
     distil.main(command(photographs, "--trained", str(photographs / "trained"), "--cache", str(photographs / "cache")))
     again = json.loads((photographs / "results.json").read_text())
     assert [row["state"] for row in again["states"]] == ["dense", "distilled"]
+
+
+def test_each_layer_gets_a_keep_ratio_of_its_own(distil, photographs):
+    distil.main(command(photographs, "--keep", "0.5", "--block-choice", "error", "--output", str(photographs / "trained")))
+    config = json.loads((photographs / "results.json").read_text())["conditions"]["lite3r"]
+    assert config["block_choice"] == "error"
+    assert set(config["keep_ratio"]) == {"transformers.0.self_attn", "transformers.1.self_attn"}
+
+    distil.main(command(photographs, "--trained", str(photographs / "trained")))
+    assert json.loads((photographs / "results.json").read_text())["conditions"]["lite3r"] == config
+
+
+def test_scenes_of_one_name_have_features_of_their_own(distil, photographs):
+    from photographs import Photographs
+
+    from lite3r_plugin.scene.data import open_scenes
+
+    (photographs / "others").mkdir()
+    (photographs / "photographs/yard").rename(photographs / "others/street")
+    Image.new("RGB", (96, 64)).save(photographs / "others/street/0000.png")
+    read = Photographs(96, 96, photographs / "cache")
+    first, second = (read.features(open_scenes(f"images:{photographs / name}")[0], 0) for name in ("photographs", "others"))
+    assert first["descriptors"].shape != second["descriptors"].shape or not torch.equal(first["descriptors"], second["descriptors"])
 
 
 def test_a_scene_that_is_evaluated_is_not_trained_on(distil, photographs):
@@ -96,3 +119,16 @@ def test_a_folder_without_a_checkpoint_is_refused_before_measuring(distil, photo
 def test_a_scene_is_left_to_train_on(distil, photographs):
     with pytest.raises(InputError, match="none is left to train on"):
         distil.main(command(photographs, "--validation", "street", "yard"))
+
+
+def test_pairs_to_judge_by_are_drawn_from_all_scenes(distil):
+    drawn = distil.some(range(100), 8)
+    assert len(set(drawn)) == 8
+    assert min(drawn[:4]) < 50 < max(drawn[:4])
+    assert drawn == distil.some(range(100), 8)
+    assert sorted(distil.some(range(3), 8)) == [0, 1, 2]
+
+
+def test_a_short_run_warms_up_briefly(distil):
+    assert distil.config_of(distil.parse(["folder", "--minutes", "1"])).warmup_steps == 10
+    assert distil.config_of(distil.parse(["folder", "--steps", "20"])).warmup_steps is None  # a tenth of them
