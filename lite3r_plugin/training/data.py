@@ -137,7 +137,7 @@ class Feed:
             yield from self._loader
             return
         loader: Any = skip_first_batches(self._loader, self.batch) if self.batch else self._loader
-        loader.set_epoch(self.epoch)  # after that: accelerate before 1.11 gives a loader that is at its first epoch
+        loader.set_epoch(self.epoch)  # after that: what accelerate 1.10 gives is at its first epoch
         try:
             yield from loader
         finally:
