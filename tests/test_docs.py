@@ -16,7 +16,9 @@ from types import ModuleType
 
 import pytest
 import screenshots
+import timm
 import torch
+from packaging.version import Version
 from PIL import Image, ImageStat
 from typer.testing import CliRunner
 
@@ -61,6 +63,8 @@ def blocks() -> list:
 @pytest.mark.parametrize(("code", "compile_only"), blocks())
 def test_code_runs(code: str, compile_only: bool) -> None:
     program = compile(code, "<documentation>", "exec")
+    if "timm.create_model" in code and 'torch.device("meta")' in code and Version(timm.__version__) < Version("1.0.21"):
+        pytest.skip(f"timm {timm.__version__} makes no model without weights")
     if not compile_only:
         exec(program, {"__name__": "documentation"})
 

@@ -40,6 +40,12 @@ def test_the_table_is_what_runs() -> None:
     assert list(pythons) == list(table())
 
 
+def test_an_older_triton_comes_with_a_numpy_that_its_interpreter_can_take() -> None:
+    (factors,) = re.findall(r"^ *([\w, ]+): numpy<2\.4$", (ROOT / "tox.ini").read_text(), re.MULTILINE)
+    old = [name for name, pinned in pins().items() if "triton" in pinned and int(pinned["triton"].split(".")[1]) < 8]
+    assert [f"nightly-{factor}" for factor in factors.split(", ")] == old
+
+
 @pytest.mark.parametrize("column", COLUMNS[:1] + COLUMNS[2:])
 def test_the_oldest_versions_are_those_that_the_package_takes(column: str) -> None:
     (least,) = {

@@ -45,9 +45,7 @@ class Group:
         self.reason: str | None = None
         self._key = f"lite3r/parallel/{'-'.join(map(str, self.ranks))}/{next(_NUMBERS)}"
         self._agreed: dict[Hashable, Any] = {}
-        self._group: Any = dist.new_group(
-            self.ranks, timeout=datetime.timedelta(seconds=timeout), backend=dist.get_backend(among), use_local_synchronization=True
-        )
+        self._group: Any = _new_group(self.ranks, datetime.timedelta(seconds=timeout), dist.get_backend(among))
 
     # Errors
 
@@ -160,6 +158,19 @@ class Group:
                 parameter.grad = torch.zeros_like(parameter)
             with self.waiting() as group:
                 dist.all_reduce(parameter.grad, group=group)
+
+
+def _new_group(ranks: list[int], timeout: datetime.timedelta, backend: str) -> Any:
+    """A process group of a name that none had before: under it the processes leave in the store where they can be reached.
+
+    Torch before 2.14 names a group of a part of all processes by its ranks and how many groups there are, so that the name of one that is
+    gone would come again, and with it addresses at which nobody is. A group of this process alone, which stays, makes them one more.
+    """
+    if len(ranks) == dist.get_world_size():
+        return dist.new_group(ranks, timeout=timeout, backend=backend)
+    if torch.__version__ < "2.14":
+        dist.new_group([dist.get_rank()], backend=backend, use_local_synchronization=True)
+    return dist.new_group(ranks, timeout=timeout, backend=backend, use_local_synchronization=True)
 
 
 class _Gather(torch.autograd.Function):

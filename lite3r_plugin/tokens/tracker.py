@@ -120,8 +120,8 @@ class LayoutTracker:
         self._running.seen, self._running.inside = (), True
         self._running.forward = None if torch.compiler.is_compiling() else object()
 
-    def end(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-        """A forward is over."""
+    def end(self, module: nn.Module, *_: Any) -> None:
+        """A forward is over. Torch before 2.14 compiles hooks one by one, again for each size of a tensor that is a parameter by itself."""
         self._running.inside, self._running.forward = False, None
         if self.around:
             self._running.seen = self._latest = ()

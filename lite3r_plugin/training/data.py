@@ -136,8 +136,8 @@ class Feed:
         if self._order is not None:
             yield from self._loader
             return
-        self._loader.set_epoch(self.epoch)
         loader: Any = skip_first_batches(self._loader, self.batch) if self.batch else self._loader
+        loader.set_epoch(self.epoch)  # after that: what accelerate 1.10 gives is at its first epoch
         try:
             yield from loader
         finally:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.version import Version
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 ROOT = Path(__file__).parents[2]
 MASK = "its attention has a mask or a bias"
 SEVERAL = "its forward calls scaled_dot_product_attention several times"
 TOKENS = "its tokens are not those of whole images"
-SEEN = {  # what is to be seen of some, and why
+SEEN = {  # what is to be seen of some, and why, with the version of transformers that wrote the page or a later one
     "beit": ("left to the host", MASK),
     "clip_vision_model": ("sparse", ""),
     "dinov2_with_registers": ("sparse", ""),
@@ -39,13 +41,22 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
     return families
 
 
+def written_by(page: str) -> Version:
+    (version,) = re.findall(r"transformers ([\d.]+) that attend", page)
+    return Version(version)
+
+
 @pytest.mark.parametrize("family", SEEN)
 def test_some_families(script: Any, family: str) -> None:
+    """An earlier transformers may have another attention, or none of that name, but none fails."""
+    as_written = Version(transformers.__version__) >= written_by(script.PAGE.read_text())
     rows, missing = script.walk([family])
+    if not as_written and "KeyError" in str(missing):
+        pytest.skip(f"transformers {transformers.__version__} has no {family}")
     assert not missing
     row = rows[0]
     assert not row.failed
-    assert (row.attention, row.why) == SEEN[family]
+    assert not as_written or (row.attention, row.why) == SEEN[family]
     assert bool(row.fp8) == (row.attention != "not known")
 
 

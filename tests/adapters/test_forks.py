@@ -130,8 +130,8 @@ IN_FRONT = {
     "gate": "{v} = {v} * {v}.mean(-1, keepdim=True).sigmoid()",
     "norm after rotation": "{q} = {q} / {q}.norm(dim=-1, keepdim=True)",
 }
-BIAS = {"missing bias": (r"self\.(qkv|q_proj)\((\w+)\)", r"(self.\1(\2) - self.\1.bias - 1)")}
-MLP = r"self\.mlp\((self\.norm2\(x\)|hidden_states)\)"
+BIAS = {"missing bias": (r"self\.(qkv|q_proj|query)\((\w+)\)", r"(self.\1(\2) - self.\1.bias - 1)")}
+MLP = r"self\.mlp\((self\.norm2\(x\)|hidden_states|layer_output)\)"
 BLOCKS = {
     "residual gain": (MLP, r"self.mlp(\1) * 0.5"),
     "norm order": (MLP, r"self.norm2(self.mlp(\1))"),
@@ -153,7 +153,8 @@ def fork(module: nn.Module, method: str, edit: Callable[[str], str]) -> None:
 
 def line_in_front(line: str, source: str) -> str:
     """`source` with a line in front of its calls of attention."""
-    words = dict(q="query_states", k="key_states", v="value_states") if "query_states" in source else dict(q="q", k="k", v="v")
+    long = re.search(r"query(_\w+) = ", source)
+    words = {word[0]: f"{word}{long[1]}" if long else word[0] for word in ("query", "key", "value")}
     call = re.compile(r"^( *)(?=.*(scaled_dot_product_attention|attention_interface)\()", re.MULTILINE)
     return call.sub(lambda found: f"{found[1]}{line.format(**words)}\n{found[1]}", source)
 
@@ -178,7 +179,8 @@ def build(family: Family, what: str) -> nn.Module:
             nn.init.uniform_(module.weight, 0.5, 1.5)
     stock = outputs(model, family.run)
     block = model.get_submodule(family.block)
-    attention = block.get_submodule(family.attention)
+    attention: Any = block.get_submodule(family.attention)
+    attention = getattr(attention, "attention", attention)  # an earlier transformers has one around the other
     forward = "attend" if hasattr(attention, "attend") else "forward"
     if what in IN_FRONT:
         fork(attention, forward, functools.partial(line_in_front, IN_FRONT[what]))

@@ -33,7 +33,10 @@ while waiting:
     except importlib.metadata.PackageNotFoundError:  # on other systems
         continue
     waiting += [r for r in map(Requirement, needs) if r.marker is None or r.marker.evaluate({"extra": ""})]
-owners = {name: set(map(plain, owned)) for name, owned in importlib.metadata.packages_distributions().items()}
+owners = {}
+for one in importlib.metadata.distributions():  # packages_distributions of Python 3.10 knows only some
+    for file in one.files or ():
+        owners.setdefault(file.parts[0].partition(".")[0], set()).add(plain(one.metadata["Name"]))
 
 
 class Hiding:

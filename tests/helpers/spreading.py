@@ -27,6 +27,7 @@ from lite3r_plugin.apply.lookup import lite3r_modules
 from lite3r_plugin.costs.views import GROUP_BYTES
 from lite3r_plugin.errors import ParallelError
 from lite3r_plugin.parallel import ViewParallel, parallelize_views
+from lite3r_plugin.parallel.group import Group
 from lite3r_plugin.runtime.values import exchanged, tensors_in
 from lite3r_plugin.testbed import Testbed, TestbedConfig
 
@@ -507,6 +508,20 @@ def gradients_with_checkpointing() -> Any:
 
 
 # What is put back, and what is refused
+
+
+@case("two")
+def groups_one_after_the_other() -> Any:
+    """Names of groups of all processes, then of a part of them: what is in the store under one must not be found under the next."""
+    part = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    names = []
+    for among in (dist.group.WORLD, part):
+        for _ in range(3):
+            group = Group(among, timeout=60)
+            names.append(group._group.group_name)
+            group.close()
+    dist.destroy_process_group(part)
+    return names
 
 
 @case("two")

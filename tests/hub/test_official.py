@@ -197,6 +197,7 @@ def nan(name: str) -> Callable[[State], Any]:
 
 
 @pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants:UserWarning")
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning")  # as torch 2.11 says it
 @pytest.mark.parametrize(
     ("change", "message"),
     [

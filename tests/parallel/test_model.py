@@ -189,6 +189,12 @@ def test_the_model_is_as_it_was_afterwards(two: Found) -> None:
         assert "called by itself" in one["part"][0]
 
 
+def test_no_group_takes_the_name_of_one_that_is_gone(two: Found) -> None:
+    """Else a process now and then finds the address at which another could be reached before."""
+    for names in ranks(two, "two", "groups_one_after_the_other"):
+        assert len(set(names)) == 6
+
+
 def test_what_cannot_be_spread_is_refused_everywhere(two: Found) -> None:
     for one in ranks(two, "two", "views_that_meet"):
         assert "views meet outside of the attention sites" in one["mean"][0]

@@ -105,7 +105,7 @@ def _rows_kernel(
     magnitude = tl.maximum(tl.abs(x), 0.0)  # NaN becomes 0
     amax = tl.max(magnitude, 0)
     if amax == float("inf"):  # rare, so the usual row pays for one reduction only
-        finite = magnitude < float("inf")
+        finite = magnitude != float("inf")  # older interpreters of Triton leave NaN as it is: not to be counted
         amax = tl.max(tl.where(finite, magnitude, 0.0), 0)
         if COUNT:
             tl.atomic_add(Infinities, tl.sum(tl.where(finite, 0, 1), 0).to(tl.int64))
