@@ -49,7 +49,6 @@ def compile_by(monkeypatch: pytest.MonkeyPatch, backend: Any) -> None:
     ("precision", "fields"),
     [
         ("full", {}),
-        pytest.param("fp8_qat", {}, marks=pytest.mark.slow),
         pytest.param("full", {"checkpointing": True}, marks=pytest.mark.slow),
         pytest.param("fp8_qat", {"trainable": "blocks"}, marks=pytest.mark.slow),
     ],
