@@ -73,8 +73,16 @@ def test_learns_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precis
 def test_teacher_and_student_are_both_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """The teacher's attention is dense, so its blocks are whole graphs."""
     graphs: list[torch.fx.GraphModule] = []
-    compile_by(monkeypatch, lambda graph, _: graphs.append(graph) or graph)
+    with_gradients: set[bool] = set()
+
+    def seen(graph: torch.fx.GraphModule, _: Any) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        with_gradients.add(torch.is_grad_enabled())
+        return graph
+
+    compile_by(monkeypatch, seen)
     distill(student(), batches(), **{**FIELDS, "steps": 1}, compile_blocks=True)
+    assert with_gradients == {True, False}  # of the student, and of the teacher
     attend = [graph for graph in graphs if "scaled_dot_product_attention" in graph.code]
     assert {graph.code.count("scaled_dot_product_attention") for graph in attend} == {1}
     assert len(attend) >= 3  # frames of both, views of the teacher
