@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextvars
 import copy
 from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -295,37 +296,98 @@ def not_in_bf16(fqn: str, reason: str) -> ExactRewrite:
 
 # Layers that nobody reads
 
-_read: contextvars.ContextVar[dict[int, frozenset[int]]] = contextvars.ContextVar("layers that are read, by the backbone that gives them")
+
+class StartingMethod(RewrittenMethod):
+    """A method of a head that can take its first steps from a layer as soon as the backbone has made it: their result is smaller."""
+
+    def start(self, layer: int, tokens: Tensor, special: int, height: int, width: int) -> Tensor | None:
+        """What the head needs of `tokens` ``[B, S, P, C]``, one entry for each view ``[B, S, ...]``; None: it needs the layer itself.
+
+        Args:
+            layer: Which one it is.
+            tokens: The layer.
+            special: How many tokens of each view come before those of patches.
+            height: Of the images, in pixels.
+            width: As well.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class LayersRead:
+    """What becomes of the layers of a backbone during one call of its model.
+
+    Attributes:
+        layers: Those that anybody reads.
+        starting: Of those that only heads read which can start from them, what starts.
+    """
+
+    layers: frozenset[int]
+    starting: Mapping[int, tuple[StartingMethod, ...]] = field(default_factory=dict)
+
+    def kept(self, layer: int, tokens: Tensor, special: int, height: int, width: int) -> Any:
+        """`tokens` of a layer that is read, or what stands for it where each head that reads it has started (`StartingMethod.start`)."""
+        methods = self.starting.get(layer)
+        if not methods:
+            return tokens
+        started: dict[int, Tensor] = {}
+        for method in methods:
+            if (found := method.start(layer, tokens, special, height, width)) is None:
+                return tokens
+            started[id(method)] = found
+        return Started(layer, started)
+
+
+_read: contextvars.ContextVar[dict[int, LayersRead]] = contextvars.ContextVar("layers that are read, by the backbone that gives them")
 
 
 class ReadLayers(RewrittenMethod):
     """The forward of a model that reads some of the layers that its backbone gives: the others need not be kept during a call.
 
-    A backbone that is called on its own gives all of its layers.
+    A backbone that is called on its own gives all of its layers. Where images are all that a forward is given, and nobody watches the
+    modules that read layers, those that only heads read are not kept either: the heads start at once (`StartingMethod`).
 
     Args:
         module: The model.
         backbone: Name of its child that gives the layers, and asks `layers_read` which.
         layers: Those that its forward reads.
+        heads: Of layers that only heads read in a forward of images: names of these heads.
+        method: By which they read them.
     """
 
-    def __init__(self, module: nn.Module, backbone: str, layers: frozenset[int]) -> None:
+    def __init__(
+        self, module: nn.Module, backbone: str, layers: frozenset[int], heads: Mapping[int, tuple[str, ...]] | None = None, method: str = ""
+    ) -> None:
         super().__init__(module, "forward")
-        self.backbone, self.layers = backbone, layers
+        self.backbone, self.layers, self.heads, self.method = backbone, layers, dict(heads or {}), method
 
     def rewritten(self, *args: Any, **kwargs: Any) -> Any:
         """As the host's forward."""
         if torch.compiler.is_compiling():  # the compiler drops what nobody reads
             return self.run_host(*args, **kwargs)
-        token = _read.set({**_read.get({}), id(host_of(getattr(self.module, self.backbone))): self.layers})
+        given = sum(value is not None for value in (*args, *kwargs.values()))
+        read = LayersRead(self.layers, self._starting() if given == 1 else {})
+        token = _read.set({**_read.get({}), id(host_of(getattr(self.module, self.backbone))): read})
         try:
             return self.run_host(*args, **kwargs)
         finally:
             _read.reset(token)
 
+    def _starting(self) -> dict[int, tuple[StartingMethod, ...]]:
+        """What can start, by layers of which all that is read can."""
+        if any(has_forward_hooks(child) for name, child in self.module.named_children() if name != self.backbone):
+            return {}  # a hook may read any
+        found: dict[int, tuple[StartingMethod, ...]] = {}
+        for layer, names in self.heads.items():
+            methods = [vars(self.module.get_submodule(name)).get(self.method) for name in names]
+            starting = tuple(method for method in methods if isinstance(method, StartingMethod) and method.enabled)
+            if len(starting) == len(names):
+                found[layer] = starting
+        return found
 
-def layers_read(backbone: RewrittenModule) -> frozenset[int] | None:
-    """The layers that are read of what this call of `backbone` gives; None: it may be all of them."""
+
+def layers_read(backbone: RewrittenModule) -> LayersRead | None:
+    """What becomes of the layers that this call of `backbone` gives; None: all of them may be read."""
     if torch.compiler.is_compiling() or has_forward_hooks(backbone):  # a hook may read any
         return None
     return _read.get({}).get(id(backbone.host))
@@ -334,19 +396,35 @@ def layers_read(backbone: RewrittenModule) -> frozenset[int] | None:
 class NotKept:
     """Stands for a layer that was not kept, and says so when it is used."""
 
+    reason = "nothing read it in a trial"
+
     def __init__(self, layer: int) -> None:
         self.layer = layer
 
     def __getitem__(self, key: Any) -> Any:
         raise AdapterError(
-            f"layer {self.layer} was not kept, since nothing read it in a trial: call the model with apply_lite3r(model, "
-            "exact_rewrites=False)"
+            f"layer {self.layer} was not kept, since {self.reason}: call the model with apply_lite3r(model, exact_rewrites=False)"
         )
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
         return self[name]
+
+
+class Started(NotKept):
+    """Stands for a layer from which all heads that read it have started."""
+
+    reason = "only heads that start from it at once read it in a trial"
+
+    def __init__(self, layer: int, started: Mapping[int, Tensor]) -> None:
+        super().__init__(layer)
+        self.started = started
+
+    def of(self, method: StartingMethod) -> Tensor:
+        """What `method` has made of the layer."""
+        found = self.started.get(id(method))
+        return self[:] if found is None else found
 
 
 # Copies for trials

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -217,6 +219,126 @@ def test_it_comes_and_goes_with_lite3r() -> None:
     remove_lite3r(model)
     assert "_forward_impl" not in vars(model.depth_head)
     assert torch.equal(model(images)["depth"], expected)
+
+
+def with_points(model: Any) -> None:
+    model.point_head = make("points")
+    model.point_head.projects = copy.deepcopy(model.depth_head.projects)
+    model.point_head.norm = copy.deepcopy(model.depth_head.norm)
+    model.point_head.intermediate_layer_idx = [1, 2, 3, 4]
+
+
+def started(model: Any, run: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[int], list[int]]:
+    """What `run` gives, the layers that heads started from, and those that were alive when the first head ran."""
+    layers: list[int] = []
+    alive: dict[int, Any] = {}
+    own, head = FewViews.start, FewViews.rewritten
+    left: list[list[int]] = []
+
+    def start(method: FewViews, layer: int, tokens: Tensor, *about: int) -> Tensor | None:
+        alive[layer] = weakref.ref(tokens)
+        found = own(method, layer, tokens, *about)
+        layers.extend([layer] if found is not None else [])
+        return found
+
+    def rewritten(method: FewViews, *args: Any) -> Any:
+        left.append([layer for layer, reference in alive.items() if reference() is not None])
+        return head(method, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FewViews, "start", start)
+        patch.setattr(FewViews, "rewritten", rewritten)
+        found = run()
+    return found, sorted(layers), left[0] if left else []
+
+
+@pytest.mark.parametrize("views", [1, 3, heads.STARTING + 1])
+@torch.no_grad()
+def test_heads_start_from_layers_that_are_not_kept(views: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = small_vggt()
+    images = torch.rand(2, views, 3, 56, 70)
+    expected = model(images)
+    apply_lite3r(model, DENSE)
+    found, layers, alive = started(model, lambda: model(images), monkeypatch)
+    assert layers == [0, 1, 3]  # the last one is read by the camera head, too
+    assert alive == []
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_two_heads_start_from_what_both_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = small_vggt()
+    with_points(model)
+    images = torch.rand(1, 3, 3, 56, 70)
+    expected = model(images)
+    apply_lite3r(model, DENSE)
+    found, layers, alive = started(model, lambda: model(images), monkeypatch)
+    assert layers == [0, 1, 1, 2, 3, 3]
+    assert alive == []
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def watched(model: Any, images: Tensor) -> Any:
+    model.camera_head.register_forward_pre_hook(lambda module, args: None)
+    return model(images)
+
+
+def watched_inside(model: Any, images: Tensor) -> Any:
+    model.depth_head.norm.register_forward_hook(lambda module, args, output: None)
+    return model(images)
+
+
+def under_autocast(model: Any, images: Tensor) -> Any:
+    with torch.autocast("cpu", torch.bfloat16):
+        return model(images)
+
+
+def training(model: Any, images: Tensor) -> Any:
+    with torch.enable_grad():
+        return model(images)
+
+
+def elsewhere(model: Any, images: Tensor) -> Any:
+    """Weights that come when the head is called."""
+    head, own = model.depth_head, model.depth_head.forward
+    weights = {name: parameter.data for name, parameter in head.named_parameters()}
+    head.to("meta")
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        for name, weight in weights.items():
+            owner, _, last = name.rpartition(".")
+            setattr(head.get_submodule(owner), last, nn.Parameter(weight))
+        return own(*args, **kwargs)
+
+    head.forward = forward
+    return model(images)
+
+
+def with_points_to_track(model: Any, images: Tensor) -> Any:
+    return model(images, torch.zeros(1, 1, 2))
+
+
+@pytest.mark.parametrize("run", [watched, watched_inside, under_autocast, training, elsewhere, with_points_to_track])
+@torch.no_grad()
+def test_layers_are_kept_where_heads_cannot_start(run: Callable[[Any, Tensor], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, other, images = small_vggt(), small_vggt(), torch.rand(1, 3, 3, 56, 70)
+    other.load_state_dict(model.state_dict())
+    expected = run(other, images)
+    apply_lite3r(model, DENSE)
+    found, layers, _ = started(model, lambda: run(model, images), monkeypatch)
+    assert layers == []
+    tolerance = 5e-2 if run is under_autocast else 1e-5
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@torch.no_grad()
+def test_who_reads_a_layer_that_heads_started_from_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = small_vggt()
+    apply_lite3r(model, DENSE)
+    own = model.camera_head.forward
+    monkeypatch.setattr(model.camera_head, "forward", lambda layers: own([layers[1][:, :, :]]))
+    with pytest.raises(AdapterError, match=r"layer 1 was not kept, since only heads that start.*exact_rewrites=False"):
+        model(torch.rand(1, 2, 3, 56, 70))
 
 
 def test_the_trial_sees_several_views_at_once_and_a_chunk() -> None:

@@ -23,9 +23,11 @@ from lite3r_plugin.runtime.exact import (
     FewRows,
     InFp32,
     KeptEmbedding,
+    LayersRead,
     NotKept,
     OutputInFp32,
     ReadLayers,
+    StartingMethod,
     TableRope,
     few_rows,
     layers_read,
@@ -222,7 +224,8 @@ class Backbone(RewrittenModule):
     """Tells which layers are read."""
 
     def rewritten(self, x: Tensor) -> frozenset[int] | None:
-        return layers_read(self)
+        read = layers_read(self)
+        return None if read is None else read.layers
 
 
 class Reader(nn.Module):
@@ -260,6 +263,27 @@ def test_whoever_hooks_a_backbone_sees_all_layers() -> None:
     model.backbone.register_forward_hook(lambda module, args, output: seen.append(output))
     model(torch.rand(2))
     assert seen == [None]
+
+
+class Starting(StartingMethod):
+    """Takes the mean of the tokens of a view."""
+
+    def start(self, layer: int, tokens: Tensor, special: int, height: int, width: int) -> Tensor | None:
+        return tokens.mean(2) if layer else None
+
+
+def test_a_layer_gives_way_where_all_heads_that_read_it_start() -> None:
+    one, other = Starting(nn.Identity(), "forward"), Starting(nn.Identity(), "forward")
+    tokens = torch.rand(1, 2, 3, 4)
+    read = LayersRead(frozenset({0, 1, 2}), {0: (one,), 1: (one, other)})
+    assert read.kept(0, tokens, 1, 8, 8) is tokens
+    assert read.kept(2, tokens, 1, 8, 8) is tokens
+    started = read.kept(1, tokens, 1, 8, 8)
+    assert torch.equal(started.of(other), tokens.mean(2))
+    with pytest.raises(AdapterError, match=r"layer 1 was not kept, since only heads that start"):
+        started.of(Starting(nn.Identity(), "forward"))
+    with pytest.raises(AdapterError, match="layer 1"):
+        torch.Size(started.shape)
 
 
 def test_a_layer_that_was_not_kept_says_so() -> None:

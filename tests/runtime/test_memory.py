@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import json
 import pickle
 from collections.abc import Callable
@@ -228,6 +229,8 @@ def test_hooks_that_watch_do_not_change_what_is_held() -> None:
         model(images(2, 112))
     layers = [item for item in trace.held if item.part == "aggregator" and item.shape == (1, 2, 69, 128)]
     assert len(layers) == 4, "of five layers the heads read four"
+    in_heads = min(item.made for item in trace.held if item.part.startswith("camera_head"))
+    assert sum((item.freed or math.inf) > in_heads for item in layers) == 1
 
 
 def test_buffers_that_are_views_are_planned() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -85,7 +85,7 @@ class Aggregate(RewrittenModule):
         if self.training:
             return self.run_host(images)
         aggregator: Any = self
-        layers = layers_read(self)
+        read = layers_read(self)
         batch, views = images.shape[:2]
         rows, columns = (size // aggregator.patch_size for size in images.shape[-2:])
         patches = aggregator.patch_embed(((images - aggregator._resnet_mean) / aggregator._resnet_std).flatten(0, 1))
@@ -104,10 +104,12 @@ class Aggregate(RewrittenModule):
             tokens = global_block(tokens.view(*global_shape, width), pos=positions.view(*global_shape, 2))
             if i in self.not_given:
                 kept.append(None)
-            elif layers is None or i in layers:
-                kept.append(torch.cat((in_frame.view(batch, views, per_view, width), tokens.view(batch, views, per_view, width)), -1))
-            else:
+            elif read is not None and i not in read.layers:
                 kept.append(NotKept(i))
+            else:
+                layer = torch.cat((in_frame.view(batch, views, per_view, width), tokens.view(batch, views, per_view, width)), -1)
+                kept.append(layer if read is None else read.kept(i, layer, aggregator.patch_start_idx, *images.shape[-2:]))
+                layer = None  # which the list may not hold
         return kept, aggregator.patch_start_idx
 
 
@@ -160,9 +162,9 @@ class _SmallPatches(nn.Module):
 
 
 def _read_layers(fqn: str, backbone: str, owner: nn.Module) -> ExactRewrite:
-    """Only the layers that the forward of `owner` reads are kept while it runs, told by a run on zeros."""
+    """Of the layers only what the forward of `owner` reads is kept while it runs, told by a run on zeros."""
     return ExactRewrite(
-        fqn, "of the layers only those are kept that the heads read", functools.partial(_make_read_layers, backbone), None,
+        fqn, "of the layers only what the heads read is kept", functools.partial(_make_read_layers, backbone), None,
         needs=(_join(fqn, backbone),),
     )  # fmt: skip
 
@@ -174,17 +176,26 @@ def _make_read_layers(backbone: str, owner: nn.Module) -> ReadLayers:
     for module in owner.modules():  # of heads that run when they are asked for, such as that of tracks
         if isinstance(indices := getattr(module, "intermediate_layer_idx", None), Sequence):
             layers.update(i % count for i in indices)
-    layers.update(_layers_in_a_run(owner, backbone))
-    if len(layers) == count:
+    read = _layers_in_a_run(owner, backbone)
+    layers.update(*read.values())
+    by_others = read.pop("", set[int]()) | {count - 1}  # no block runs after the last layer that could use its memory
+    heads = {i: names for i in layers - by_others if (names := tuple(name for name, of_head in read.items() if i in of_head))}
+    if len(layers) == count and not heads:
         raise AdapterError("its heads read all layers")
-    return ReadLayers(owner, backbone, frozenset(layers))
+    return ReadLayers(owner, backbone, frozenset(layers), heads, METHOD)
 
 
-def _layers_in_a_run(owner: nn.Module, backbone: str) -> set[int]:
-    """The layers that a forward of `owner` reads, by one on zeros. Raises whatever its code does."""
+def _layers_in_a_run(owner: nn.Module, backbone: str) -> dict[str, set[int]]:
+    """The layers that a forward of `owner` reads, by one on zeros: in the methods `METHOD` of heads, by their names, and elsewhere, by "".
+
+    Raises whatever its code does.
+    """
     aggregator: Any = getattr(owner, backbone)
     watched = _WatchedAggregator(aggregator)
     copied = without_weights(owner, {aggregator: watched})
+    for name, head in copied.named_modules():
+        if hasattr(head, METHOD):
+            vars(head)[METHOD] = functools.partial(watched.layers.read_by, name, getattr(head, METHOD))
     size = 4 * watched.patch, 5 * watched.patch
     with torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
         copied(torch.zeros(1, 2, 3, *size, dtype=torch.float32, device="cpu"))
@@ -210,15 +221,25 @@ class _WatchedLayers(Sequence[Tensor]):
     """No list, whose items C code reads unseen."""
 
     def __init__(self, count: int) -> None:
-        self.indices, self.read = range(count), set[int]()
+        self.indices = range(count)
+        self.read: dict[str, set[int]] = {}
+        self.reader = ""
         self.layer = torch.empty(0)
+
+    def read_by(self, reader: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call `method`, whose reads are those of `reader`."""
+        self.reader = reader
+        try:
+            return method(*args, **kwargs)
+        finally:
+            self.reader = ""
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, key: Any) -> Any:
         found = self.indices[key]
-        self.read.update([found] if isinstance(found, int) else found)
+        self.read.setdefault(self.reader, set()).update([found] if isinstance(found, int) else found)
         return self.layer if isinstance(found, int) else [self.layer for _ in found]
 
 

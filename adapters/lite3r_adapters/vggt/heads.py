@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from lite3r_plugin.adapter import ExactRewrite, RewrittenMethod, Trial
+from lite3r_plugin.adapter import ExactRewrite, Trial
 from lite3r_plugin.errors import AdapterError
 from lite3r_plugin.runtime.chunks import by_views
-from lite3r_plugin.runtime.exact import KeptEmbedding
+from lite3r_plugin.runtime.exact import KeptEmbedding, Started, StartingMethod
 from lite3r_plugin.runtime.maps import random_head
 from lite3r_plugin.runtime.modes import operators_are_transformed
-from lite3r_plugin.wrapper import has_forward_hooks, is_plain_tensor
+from lite3r_plugin.wrapper import RewrittenMethod, has_forward_hooks, is_plain_tensor
 
 VIEWS = 2
 """Whose large maps are made at once. At 518 x 518 two have enough pixels to fill a GPU."""
@@ -24,11 +24,18 @@ METHOD, EMBEDDING = "_forward_impl", "_apply_pos_embed"
 CALLED = ("custom_interpolate", "activate_head")
 """Functions beside the class of a head that its method calls."""
 
+MAP = 4
+"""Dimensions of a map; tokens have three."""
+
 FINEST = 4
 """How many times as high and as wide as the grid of patches the finest maps are that are fused."""
 
 
-class FewViews(RewrittenMethod):
+STARTING = 8
+"""Views whose tokens are projected at once when a head starts from a layer, as many as the host takes."""
+
+
+class FewViews(StartingMethod):
     """The method of a DPT head that goes from layers to predictions for the views that it takes at once.
 
     Maps of the three coarse levels are made for all of these views. From the finest level on, where maps grow to the size of the images,
@@ -51,16 +58,31 @@ class FewViews(RewrittenMethod):
         """As the host's method: layers ``[B, S, P, C]`` and images ``[B, S, 3, H, W]`` to predictions and confidences, or to features."""
         head: Any = self.module
         layers = [aggregated_tokens_list[i] for i in head.intermediate_layer_idx]
+        layers = [layer.of(self) if isinstance(layer, Started) else layer for layer in layers]
         if not self._takes(layers):
             return self.run_host(aggregated_tokens_list, images, patch_start_idx, frames_start_idx, frames_end_idx)
         if frames_start_idx is not None and frames_end_idx is not None:
             layers = [layer[:, frames_start_idx:frames_end_idx] for layer in layers]
         batch, height, width = layers[0].shape[0], *images.shape[-2:]
-        tokens = [layer.flatten(0, 1)[:, patch_start_idx:] for layer in layers]
-        coarse = self._coarse(tokens[1:], height, width)
-        found = by_views(VIEWS, self._finest, coarse, tokens[0], height, width)
+        levels = [x.flatten(0, 1) if x.dim() > MAP else x.flatten(0, 1)[:, patch_start_idx:] for x in layers]
+        coarse = self._coarse(levels[1:], height, width)
+        found = by_views(VIEWS, self._finest, coarse, levels[0], height, width)
         found = [x.unflatten(0, (batch, -1)) for x in found]
         return found[0] if head.feature_only else tuple(found)
+
+    def start(self, layer: int, tokens: Tensor, special: int, height: int, width: int) -> Tensor | None:
+        """The patches of a layer in the channels of their level ``[B, S, C', h, w]``. The host sets no autocast, so there may be none."""
+        head: Any = self.module
+        read = list(head.intermediate_layer_idx)
+        if read.count(layer) != 1 or torch.is_autocast_enabled(tokens.device.type) or not self._takes([tokens]):
+            return None
+        level = read.index(layer)
+        weights = [parameter for module in (head.norm, head.projects[level]) for parameter in module.parameters()]
+        called = has_forward_hooks(head) or not isinstance(vars(head).get("forward"), RewrittenMethod | None)
+        if called or any(weight.device != tokens.device for weight in weights):  # which may come when the head is called
+            return None
+        shape = tokens.shape[:2]
+        return by_views(STARTING, self._projected, tokens.flatten(0, 1)[:, special:], level, height, width).unflatten(0, shape)
 
     @property
     def _functions(self) -> Mapping[str, Any]:
@@ -77,28 +99,34 @@ class FewViews(RewrittenMethod):
             and not any(has_forward_hooks(inside) for inside in head.modules() if inside is not head)
         )
 
-    def _level(self, i: int, tokens: Tensor, height: int, width: int) -> Tensor:
-        """Tokens ``[N, P, C]`` of the layer `i` to a map of its level, in the channels of all levels."""
+    def _projected(self, tokens: Tensor, i: int, height: int, width: int) -> Tensor:
+        """Tokens ``[N, P, C]`` of the layer of level `i` to a map ``[N, C', h, w]`` of one value for each patch."""
         head: Any = self.module
         rows, columns = height // head.patch_size, width // head.patch_size
         x = head.norm(tokens.contiguous())
-        x = head.projects[i](x.transpose(1, 2).unflatten(2, (rows, columns)))
+        return head.projects[i](x.transpose(1, 2).unflatten(2, (rows, columns)))
+
+    def _level(self, i: int, x: Tensor, height: int, width: int) -> Tensor:
+        """Tokens of the layer of level `i`, or their map (`_projected`), to a map of the level, in the channels of all levels."""
+        head: Any = self.module
+        if x.dim() < MAP:
+            x = self._projected(x, i, height, width)
         if head.pos_embed:
             x = head._apply_pos_embed(x, width, height)
         return getattr(head.scratch, f"layer{i + 1}_rn")(head.resize_layers[i](x))
 
-    def _coarse(self, tokens: Sequence[Tensor], height: int, width: int) -> Tensor:
-        """Tokens of the three coarse levels to their map ``[N, C, h, w]``, as large as that of the finest level."""
+    def _coarse(self, levels: Sequence[Tensor], height: int, width: int) -> Tensor:
+        """What there is of the three coarse levels to their map ``[N, C, h, w]``, as large as that of the finest level."""
         head: Any = self.module
-        two, three, four = (self._level(i, x, height, width) for i, x in enumerate(tokens, 1))
+        two, three, four = (self._level(i, x, height, width) for i, x in enumerate(levels, 1))
         x = head.scratch.refinenet4(four, size=three.shape[2:])
         x = head.scratch.refinenet3(x, three, size=two.shape[2:])
         return head.scratch.refinenet2(x, two, size=tuple(FINEST * (side // head.patch_size) for side in (height, width)))
 
-    def _finest(self, coarse: Tensor, tokens: Tensor, height: int, width: int) -> tuple[Tensor, ...]:
-        """The map of the coarse levels and tokens of the finest one to predictions ``[N, H, W, D]`` and confidences, or to features."""
+    def _finest(self, coarse: Tensor, level: Tensor, height: int, width: int) -> tuple[Tensor, ...]:
+        """What there is of the coarse levels and of the finest one to predictions ``[N, H, W, D]`` and confidences, or to features."""
         head: Any = self.module
-        x = head.scratch.refinenet1(coarse, self._level(0, tokens, height, width))
+        x = head.scratch.refinenet1(coarse, self._level(0, level, height, width))
         x = head.scratch.output_conv1(x)
         rows, columns = (int(side // head.patch_size * head.patch_size / getattr(head, "down_ratio", 1)) for side in (height, width))
         x = self._grown(x, (rows, columns), height, width)
