@@ -76,7 +76,7 @@ def sparse(model: Any, **fields: Any) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("proj_lin.weight"):
-                parameter.normal_(generator=generator).mul_(0.2)
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
     return model
 
 

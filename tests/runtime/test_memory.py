@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
-import math
 import json
+import math
 import pickle
 from collections.abc import Callable
 from typing import Any
