@@ -1,7 +1,7 @@
 """What FP8 costs the trained testbed, by itself, over so many rendered scenes that a change of 1 % can be told from chance.
 
-    python benchmarks/quality_fp8.py --seconds 150 --json benchmarks/results/h100_testbed_fp8.json
-    python benchmarks/quality_fp8.py --groups --seconds 150 --json benchmarks/results/NAME.json
+    python benchmarks/quality_fp8.py --seconds 150 --json benchmarks/results/NAME.json
+    python benchmarks/quality_fp8.py --groups --seconds 100 --json benchmarks/results/NAME.json
 
 Both models are dense and see the same images: one in BF16 (autocast, as in `lite3r eval`), one with its blocks in FP8. With `--groups`
 there is one more for each group of Linears, that group alone in FP8, on the same scenes.

@@ -278,6 +278,40 @@ def fp8_quality(report: dict[str, Any]) -> str:
     return _table(("measure", "scenes", "BF16", "FP8", "change"), rows) + _note(note)
 
 
+def fp8_groups(report: dict[str, Any]) -> str:
+    """What FP8 costs the trained testbed, all of it and by groups of Linears."""
+    names = {"auc5": "AUC@5", "auc30": "AUC@30", "abs_rel": "AbsRel"}
+    rows = []
+    for name, found in (("all Linears of the blocks", report), *report["groups"].items()):
+        changes = (found[measure]["percent"] for measure in names)
+        rows.append((name, *(f"{change:+.2f} % [{low:+.2f}, {high:+.2f}]" for change, low, high in changes)))
+    note = f"Each group alone in FP8, on {report['auc5']['scenes']:,} of the same scenes, AbsRel on {report['abs_rel']['scenes']:,}."
+    return _table(("in FP8", *names.values()), rows) + _note(note)
+
+
+def parallel(report: dict[str, Any]) -> str:
+    """One scene on several GPUs against one."""
+    devices, rows = report["devices"], []
+    for record in report["records"]:
+        seconds, peaks, planned = record["seconds"], record["peak_bytes"], record["planned"][str(devices)]
+        times = (f"{seconds[which]:.3f} s" for which in ("one", "several"))
+        gigabytes = (
+            f"{count / 1e9:.1f} GB" for count in (peaks["one"], peaks["several"], record["travelled_bytes"], record["planned_bytes"])
+        )
+        rows.append((str(record["views"]), *times, f"{record['gain']:.2f} ×", f"{planned['gain']:.2f} ×", *gigabytes))
+    options = ", ".join(
+        f'`{name}="{value}"`' if isinstance(value, str) else f"`{name}={value}`" for name, value in report["config"].items()
+    )
+    size = report["resolution"]
+    note = (
+        f"{report['model'].upper()}, {size} × {size}, {options}, random weights; {devices} {report['device']} of one host, torch "
+        f"{report['torch']}, {report['date']}, commit {report['commit']}. The link gave "
+        f"{report['link_bytes_per_second'] / 1e9:.0f} GB/s in the same run."
+    )
+    heads = ("views", "one GPU", f"{devices} GPUs", "gain", "planned", "peak of one", f"of {devices}, each", "to each", "planned")
+    return _table(heads, rows) + _note(note)
+
+
 AIMS = {0.25: (0.5, "full"), 0.125: (1.0, "fp8")}  # by keep_ratio: the most that may be lost, in points and in percent, and of what
 
 
@@ -335,8 +369,9 @@ def quality(*reports: dict[str, Any]) -> str:
     heads = ("`keep_ratio`", "views", "AUC@30 ↑ dense", "change, points", "AbsRel ↓ dense", "change, %")
     c, widest = reports[0]["conditions"], max(_half_width(way) for report in reports for way in report["rows"].values())
     in_fp8 = [f"{row['keep_ratio']:g}" for row in longest if row["row"]["precision"] == "fp8"]
+    minutes = " and ".join(dict.fromkeys(f"{_minutes(row):g}" for row in longest))
     return _table(heads, rows) + _note(
-        f"Changes: applied, calibrated, ratios by site and calibrated, these and distilled for {_minutes(longest[0]):g} minutes"
+        f"Changes: applied, calibrated, ratios by site and calibrated, these and distilled for {minutes} minutes"
         f"{', which at ' + ', '.join(in_fp8) + ' is in FP8' if in_fp8 else ''}. {c['scenes']} scenes of {c['size']} × {c['size']} "
         f"pixels, {c['dtype']}, on one {c['device']}; 95 % intervals of AUC@30 are ± {widest:.1f} or less."
     )
@@ -431,6 +466,8 @@ TABLES: dict[str, Callable[..., str]] = {
         fp8_memory,
         fp8_quality,
         distillation,
+        fp8_groups,
+        parallel,
         quality,
     )
 }
