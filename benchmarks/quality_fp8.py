@@ -4,7 +4,7 @@
     python benchmarks/quality_fp8.py --groups --seconds 100 --json benchmarks/results/NAME.json
 
 Both models are dense and see the same images: one in BF16 (autocast, as in `lite3r eval`), one with its blocks in FP8. With `--groups`
-there is one more for each group of Linears, that group alone in FP8, on the same scenes.
+there is one more for each group of Linears, that group alone in FP8, on the same scenes; ``--groups NAME ...`` takes some.
 AUC@5 of a model whose poses are some 9 degrees off rests on few pairs of views: `lite3r eval` on 40 scenes leaves an interval
 of 15 %. It takes 2,000 to 5,000 scenes for one of 2 %, so scenes are rendered and run in batches here. AbsRel needs some
 tens. Scenes follow until `--scenes` or `--seconds` are reached; intervals are of 95 %, scenes drawn with replacement.
@@ -23,20 +23,21 @@ from typing import Any
 import torch
 
 from lite3r_plugin import apply_lite3r, describe
-from lite3r_plugin.config import Fp8Backend
+from lite3r_plugin.config import Fp8Backend, Fp8Filter
 from lite3r_plugin.scene.metrics import depth_metrics, paired_bootstrap, pose_metrics
 from lite3r_plugin.scene.procedural import ProcScenes, TextureBank
-from lite3r_plugin.testbed import Testbed
+from lite3r_plugin.testbed import Testbed, TestbedConfig
 
 BF16, FP8 = "bf16", "fp8"
 TEXTURES = 77_777  # their seed; training saw others
-GROUPS = {
+GROUPS: dict[str, Fp8Filter] = {
+    "all but both ends": "inner",
     "qkv": ("*.attn.qkv",),
     "output projection": ("*.attn.proj",),
     "MLP up": ("*.mlp.0",),
     "MLP down": ("*.mlp.2",),
     "first pair of blocks": ("*_blocks.0.*",),
-    "last pair of blocks": ("*_blocks.{last}.*",),
+    "last pair of blocks": (f"*_blocks.{TestbedConfig().depth - 1}.*",),
 }
 POSES = ("rotation_mean", "translation_mean", "auc5", "auc15", "auc30")
 
@@ -49,14 +50,12 @@ def measure(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, V
     """Values by model and measure, a scene each; and what runs the Linears of each model."""
     backend: Fp8Backend = args.backend
 
-    def in_fp8(patterns: tuple[str, ...]) -> torch.nn.Module:
+    def in_fp8(taken: Fp8Filter) -> torch.nn.Module:
         model = Testbed.from_pretrained(device=device)
-        return apply_lite3r(model, keep_ratio=1, precision="fp8", fp8_backend=backend, fp8_filter=patterns)
+        return apply_lite3r(model, keep_ratio=1, precision="fp8", fp8_backend=backend, fp8_filter=taken)
 
     models: dict[str, Any] = {BF16: Testbed.from_pretrained(device=device), FP8: in_fp8(("*",))}
-    last = len(models[BF16].aggregator.global_blocks) - 1
-    for name, patterns in GROUPS.items() if args.groups else ():
-        models[name] = in_fp8(tuple(pattern.format(last=last) for pattern in patterns))
+    models |= {name: in_fp8(GROUPS[name]) for name in args.groups}
     scenes = ProcScenes(TextureBank.procedural(64, 64, str(device), seed=TEXTURES + args.seed), str(device), 1_000_003 * (args.seed + 1))
     values: dict[str, Values] = {name: {measure: [] for measure in ("abs_rel", *POSES)} for name in models}
     start, told = time.monotonic(), 0.0
@@ -102,9 +101,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--backend", default="auto", help="as fp8_backend")
-    parser.add_argument("--groups", action="store_true", help="measure each group of Linears in FP8 by itself, too")
+    parser.add_argument("--groups", nargs="*", choices=GROUPS, help="measure these in FP8 by themselves, too; without names all there are")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    args.groups = [] if args.groups is None else args.groups or list(GROUPS)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     values, runs = measure(args, device)
     found = {name: {measure: summary(values[BF16][measure], of[measure]) for measure in of} for name, of in values.items() if name != BF16}

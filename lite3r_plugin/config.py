@@ -25,9 +25,10 @@ Fp8Backend = Literal["auto", "scaled_mm", "te", "weight_only", "emulated"]
 Preset = Literal["fast", "small"]
 Weights = Literal["host", "bf16", "bf16_everywhere"]
 DenseAttention = Literal["host", "fastest"]
-Fp8Filter = tuple[str, ...] | Callable[["nn.Module", str], bool]
+Fp8Filter = tuple[str, ...] | Literal["inner"] | Callable[["nn.Module", str], bool]
 
 CONFIG_VERSION = 1
+INNER = "inner"  # of fp8_filter
 WRAPPER_NAMES = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 DEFAULT_KEEP_RATIO = 0.25
 AUTO: Literal["auto"] = "auto"
@@ -165,9 +166,10 @@ class Lite3RConfig:
             speed), ``"emulated"`` (anywhere, slow), or ``"auto"``: the fastest that can run. With ``"fp8_qat"`` and
             ``"te"``, `proj_lin` trains in TransformerEngine where that can run.
         fp8_filter: Which of those Linears FP8 takes: patterns of fully qualified names in the model that is given to `apply_lite3r`,
-            one of which must match, or a function ``(module, fqn) -> bool``, as torchao's ``module_filter_fn``. It is asked once, by
-            `apply_lite3r`; the configuration of the model holds the names that it chose. Of a Linear with several names, one
-            is enough.
+            one of which must match; a function ``(module, fqn) -> bool``, as torchao's ``module_filter_fn``; or ``"inner"``: all but
+            those of the first and the last block of each list of four or more, which cost most of the quality. The latter two choose
+            once, in `apply_lite3r`; the configuration of the model holds the names that they chose. Of a Linear with several names,
+            one is enough.
         preset: ``"fast"``: the fields below as they make a model fastest; each may be set besides. ``"small"``: for cards of 8 to 12 GB:
             weights in BF16, no recorded forward beside the running one, and memory planned for what the device has, if ``max_memory``
             says nothing else. None: none of them.
@@ -293,8 +295,10 @@ class Lite3RConfig:
             if not all(isinstance(pattern, str) for pattern in self.fp8_filter):
                 raise ConfigError(f"fp8_filter holds patterns of names of Linears, got {shown(self.fp8_filter)}")
             self._set(fp8_filter=tuple(self.fp8_filter))
-        elif not callable(self.fp8_filter) or not isinstance(self.fp8_filter, Hashable):
-            raise ConfigError(f"fp8_filter is a tuple of patterns or a function (module, fqn) -> bool, got {shown(self.fp8_filter)}")
+        elif not _is_filter(self.fp8_filter):
+            raise ConfigError(
+                f'fp8_filter is a tuple of patterns, "inner" or a function (module, fqn) -> bool, got {shown(self.fp8_filter)}'
+            )
 
     def _set(self, **fields: Any) -> None:
         for name, value in fields.items():
@@ -342,7 +346,9 @@ class Lite3RConfig:
         return any(matches(pattern, fqn) for pattern in self.exclude)
 
     def takes_fp8(self, module: nn.Module, fqn: str) -> bool:
-        """Whether ``fp8_filter`` takes the Linear `module` with the name `fqn`."""
+        """Whether ``fp8_filter`` takes the Linear `module` with the name `fqn`. Raises `ConfigError` where that depends on the blocks."""
+        if isinstance(self.fp8_filter, str):
+            raise ConfigError('fp8_filter "inner" depends on the blocks of a model: take the configuration of a model that has Lite3R')
         if callable(self.fp8_filter):
             return bool(self.fp8_filter(module, fqn))
         return any(matches(pattern, fqn) for pattern in self.fp8_filter)
@@ -402,3 +408,8 @@ def parse_amount(text: str | int) -> int | None:
 def plain_name(fqn: str) -> str:
     """The name of a module or tensor without what wrappers put into it: DDP, DataParallel, `torch.compile`, FSDP, checkpointing."""
     return ".".join(part for part in fqn.split(".") if part not in WRAPPER_NAMES)
+
+
+def _is_filter(value: object) -> bool:
+    """Whether it is a `fp8_filter` other than patterns."""
+    return value == INNER if isinstance(value, str) else callable(value) and isinstance(value, Hashable)

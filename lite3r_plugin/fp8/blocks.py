@@ -13,6 +13,9 @@ from ..wrapper import belongs_to_tuner, is_tuner_layer, tuner_around
 from .linear import Fp8Linear
 from .qat import FakeQuantLinear
 
+LEAST = 4
+"""Blocks of a list of which the first and the last are told apart from the others."""
+
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
@@ -60,6 +63,23 @@ def find_blocks(modules: Mapping[str, nn.Module], sites: Sequence[AttentionSite]
 
     found = [site.block.fqn if site.block is not None else _around(modules, site.fqn, single) for site in sites]
     return {name: modules[name] for name in found}
+
+
+def inner_blocks(blocks: Iterable[str]) -> list[str]:
+    """Of blocks all but the first and the last of each list, by their numbers. Lists of fewer than `LEAST` and single blocks stay whole."""
+    lists: dict[str, dict[int, list[str]]] = {}
+    inner: list[str] = []
+    for name in blocks:
+        parts = name.split(".")
+        place = next((i for i in reversed(range(len(parts))) if parts[i].isdecimal()), None)
+        if place is None:
+            inner.append(name)
+        else:
+            lists.setdefault(".".join(parts[:place]), {}).setdefault(int(parts[place]), []).append(name)
+    for numbered in lists.values():
+        kept = sorted(numbered)[1:-1] if len(numbered) >= LEAST else numbered
+        inner += [name for number in kept for name in numbered[number]]
+    return inner
 
 
 def find_linears(modules: Mapping[str, nn.Module], blocks: Mapping[str, Iterable[str]], branches: Iterable[str] = ()) -> list[BlockLinear]:

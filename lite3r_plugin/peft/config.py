@@ -89,7 +89,10 @@ class Lite3RPeftConfig(LoraConfig):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, tuple(getattr(self, name)))
         if not isinstance(self.fp8_filter, tuple):
-            raise ConfigError("fp8_filter of an adapter is a tuple of patterns of names of Linears: a file holds no function")
+            raise ConfigError(
+                'fp8_filter of an adapter is a tuple of patterns of names of Linears; for those that a function or "inner" chooses call '
+                "apply_lite3r first, and take Lite3RPeftConfig.of(model)"
+            )
         if not isinstance(self.lora_scopes, tuple):
             raise ConfigError(f"lora_scopes is a tuple of {get_args(Scope)}, got {shown(self.lora_scopes)}")
         for scope in self.lora_scopes:

@@ -13,11 +13,13 @@ from checkpoints import edit
 from torch import nn
 from toys import Adapter, Toy, images, toy_adapter
 
-from lite3r_plugin import apply_lite3r, convert, describe, load_lite3r, remove_lite3r, save_lite3r
+from lite3r_plugin import Lite3RConfig, apply_lite3r, convert, describe, load_lite3r, remove_lite3r, save_lite3r
 from lite3r_plugin.apply.lookup import lite3r_modules
 from lite3r_plugin.errors import CheckpointError, ConfigError, NoSitesError, WeightsError
+from lite3r_plugin.fp8.blocks import inner_blocks
 from lite3r_plugin.fp8.linear import Fp8Linear
 from lite3r_plugin.fp8.qat import FakeQuantLinear
+from lite3r_plugin.peft import Lite3RPeftConfig
 
 __all__ = ["toy_adapter"]  # the fixture
 pytestmark = pytest.mark.usefixtures("adapter")
@@ -105,6 +107,42 @@ def test_patterns_that_match_nothing_are_named_and_the_model_is_unchanged() -> N
     assert list(model.state_dict()) == keys
     with pytest.raises(ConfigError, match="'head'"):
         apply_lite3r(model, fp8_filter=("head",))  # a Linear outside of the blocks
+
+
+INNER = [f"{name}.{i}.{linear}" for name in ("frame", "cross") for i in (1, 2, 3) for linear in ("qkv", "proj")]
+
+
+@pytest.mark.parametrize("precision", ["fp8", "fp8_qat"])
+def test_inner_leaves_the_blocks_at_both_ends_of_each_list(precision: Any, tmp_path: Path) -> None:
+    def toy() -> Toy:
+        torch.manual_seed(0)
+        return Toy(depth=5).eval()
+
+    kind = Fp8Linear if precision == "fp8" else FakeQuantLinear
+    model = apply_lite3r(toy(), **SPARSE, precision=precision, fp8_filter="inner")
+    assert names_of(model, kind) == INNER
+    report = describe(model)
+    assert report.config.fp8_filter == tuple(INNER)
+    assert "8 Linears left as they are: not taken by fp8_filter" in report.notes
+    save_lite3r(model, tmp_path)
+    assert names_of(load_lite3r(toy(), tmp_path), kind) == INNER
+
+
+def test_inner_takes_short_lists_and_single_blocks_whole() -> None:
+    model = apply_lite3r(Toy(), **SPARSE, precision="fp8", fp8_filter="inner")
+    assert describe(model).linears == {"in FP8 (emulated)": 8}
+    few, many = [f"a.{i}" for i in range(3)], [f"b.c.{i}.block" for i in range(11)]
+    assert inner_blocks([*few, "single", *many[::-1]]) == ["single", *few, *many[1:-1]]
+    with pytest.raises(ConfigError, match="depends on the blocks of a model"):
+        Lite3RConfig(fp8_filter="inner").takes_fp8(nn.Linear(1, 1), "a.0")
+
+
+def test_an_adapter_of_peft_takes_what_was_chosen() -> None:
+    model = apply_lite3r(Toy(depth=5).eval(), **SPARSE, precision="fp8_qat", fp8_filter="inner")
+    assert Lite3RPeftConfig.of(model).fp8_filter == tuple(INNER)
+    peft.get_peft_model(model, Lite3RPeftConfig.of(model))
+    with pytest.raises(ConfigError, match=r'or "inner" chooses.*Lite3RPeftConfig.of\(model\)'):
+        Lite3RPeftConfig(fp8_filter="inner")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("precision", ["full", "fp8", "fp8_qat"])
