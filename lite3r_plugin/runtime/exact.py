@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextvars
 import copy
+import functools
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -379,9 +380,10 @@ class ReadLayers(RewrittenMethod):
             return {}  # a hook may read any
         found: dict[int, tuple[StartingMethod, ...]] = {}
         for layer, names in self.heads.items():
-            methods = [vars(self.module.get_submodule(name)).get(self.method) for name in names]
+            heads = [functools.reduce(lambda owner, part: getattr(owner, part, None), name.split("."), self.module) for name in names]
+            methods = [vars(head).get(self.method) for head in heads if head is not None]  # others were taken out of the model since
             starting = tuple(method for method in methods if isinstance(method, StartingMethod) and method.enabled)
-            if len(starting) == len(names):
+            if len(starting) == len(methods):
                 found[layer] = starting
         return found
 

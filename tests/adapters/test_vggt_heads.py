@@ -278,6 +278,31 @@ def test_two_heads_start_from_what_both_read(monkeypatch: pytest.MonkeyPatch) ->
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@torch.no_grad()
+def test_heads_that_were_taken_out_or_exchanged_since(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = small_vggt()
+    with_points(model)
+    images = torch.rand(1, 3, 3, 56, 70)
+    expected = model(images)
+    apply_lite3r(model, DENSE)
+    taken, model.point_head = model.point_head, None
+    found, layers, _ = started(model, lambda: model(images), monkeypatch)
+    assert layers == [0, 1, 3]
+    torch.testing.assert_close(found["depth"], expected["depth"], rtol=1e-5, atol=1e-5)
+    model.point_head = make("points")
+    model.point_head.projects, model.point_head.norm = taken.projects, taken.norm
+    model.point_head.intermediate_layer_idx = [1, 2, 3, 4]
+    _, layers, _ = started(model, lambda: model(images), monkeypatch)
+    assert layers == [0]
+
+
+@torch.no_grad()
+def test_heads_start_without_data() -> None:
+    model: Any = small_vggt()
+    apply_lite3r(model.to("meta"), DENSE)
+    assert model(torch.rand(1, 3, 3, 56, 70, device="meta"))["depth"].shape == (1, 3, 56, 70, 1)
+
+
 def watched(model: Any, images: Tensor) -> Any:
     model.camera_head.register_forward_pre_hook(lambda module, args: None)
     return model(images)

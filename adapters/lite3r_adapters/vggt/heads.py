@@ -74,7 +74,8 @@ class FewViews(StartingMethod):
         """The patches of a layer in the channels of their level ``[B, S, C', h, w]``. The host sets no autocast, so there may be none."""
         head: Any = self.module
         read = list(head.intermediate_layer_idx)
-        if read.count(layer) != 1 or torch.is_autocast_enabled(tokens.device.type) or not self._takes([tokens]):
+        autocast = not tokens.is_meta and torch.is_autocast_enabled(tokens.device.type)  # which knows no meta device
+        if read.count(layer) != 1 or autocast or not self._takes([tokens]):
             return None
         level = read.index(layer)
         weights = [parameter for module in (head.norm, head.projects[level]) for parameter in module.parameters()]
