@@ -20,6 +20,7 @@ from lite3r_adapters.vggt.heads import FewViews, few_views, head_call
 from lite3r_plugin import Lite3RConfig, apply_lite3r, describe, lite3r_disabled, remove_lite3r
 from lite3r_plugin.adapter.trials import require_equal
 from lite3r_plugin.errors import AdapterError
+from lite3r_plugin.runtime.chunks import Chunks, in_chunks
 from lite3r_plugin.runtime.exact import KeptEmbedding
 from lite3r_plugin.runtime.maps import MapKernels
 from lite3r_plugin.runtime.trace import traced
@@ -364,6 +365,26 @@ def test_who_reads_a_layer_that_heads_started_from_is_told(monkeypatch: pytest.M
     monkeypatch.setattr(model.camera_head, "forward", lambda layers: own([layers[1][:, :, :]]))
     with pytest.raises(AdapterError, match=r"layer 1 was not kept, since only heads that start.*exact_rewrites=False"):
         model(torch.rand(1, 2, 3, 56, 70))
+
+
+@pytest.mark.parametrize(("views", "size"), [(2, 1), (9, 1), (17, 8), (43, 8)])
+@torch.no_grad()
+def test_planning_leaves_out_chunks_that_are_like_others(views: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = small_vggt().requires_grad_(False)
+    with_points(model)
+    apply_lite3r(model, max_memory="1GB", fuse=False)
+    planner, images = model.forward, torch.rand(1, views, 3, 28, 28)
+    planner.plan((images,), {})
+    chunks: list[int] = []
+    own = FewViews._coarse
+    monkeypatch.setattr(FewViews, "_coarse", lambda self, levels, *size: chunks.append(len(levels[0])) or own(self, levels, *size))
+    found = planner._imagined(((images,), {}), Chunks(heads=size)).peak
+    assert len(chunks) <= 2 * 5
+    chunks.clear()
+    with in_chunks(model, planner.places, Chunks(heads=size)), traced(model) as trace:
+        model(images)
+    assert sum(chunks) == 2 * views
+    assert found == trace.peak
 
 
 def test_the_trial_sees_several_views_at_once_and_a_chunk() -> None:
