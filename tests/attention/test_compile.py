@@ -126,7 +126,7 @@ def test_training(toy: Toy) -> None:
     assert graphs.frame_count == 1
 
 
-@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects:UserWarning")  # the tracker of the grid
+@pytest.mark.filterwarnings("ignore:While (compiling|exporting), we found certain side effects:UserWarning")  # the tracker of the grid
 @pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_export_with_any_number_of_views(toy: Toy, strict: bool) -> None:
     model = apply_lite3r(toy, TEST_CONFIG)
