@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import textwrap
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -355,6 +357,50 @@ def test_layers_are_kept_where_heads_cannot_start(run: Callable[[Any, Tensor], A
     assert layers == []
     tolerance = 5e-2 if run is under_autocast else 1e-5
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+class Plain(nn.Module):
+    """Runs a head without the autocast of its device."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast("cpu", enabled=False):
+            return self.head(*args, **kwargs)
+
+
+@pytest.mark.parametrize("told", [True, False])
+@torch.no_grad()
+def test_heads_whose_autocast_is_off_start_without_it(told: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = small_vggt()
+    model.depth_head = Plain(model.depth_head)
+    images = torch.rand(1, 3, 3, 56, 70)
+    apply_lite3r(model, DENSE)
+    assert model.forward.plain_on == {"cuda"}  # as the published code has it
+    model.forward.plain_on = frozenset({"cpu"} if told else ())
+    with torch.autocast("cpu", torch.bfloat16):
+        found, layers, _ = started(model, lambda: model(images), monkeypatch)
+        with monkeypatch.context() as patch:
+            patch.setattr(FewViews, "start", lambda *_: None)
+            expected = model(images)
+    assert layers == ([0, 1, 3] if told else [])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("off", [True, False])
+def test_whether_a_model_switches_autocast_off_is_seen(off: bool) -> None:
+    model: Any = small_vggt()
+    if not off:
+        own = type(model).forward
+        body = inspect.getsource(own).replace("torch.cuda.amp.autocast(enabled=False)", "torch.no_grad()")
+        scope: dict[str, Any] = {}
+        exec(textwrap.dedent(body), own.__globals__, scope)
+        model.__class__ = type("Fork", (type(model),), {"forward": scope["forward"]})
+    apply_lite3r(model, DENSE)
+    assert model.forward.plain_on == ({"cuda"} if off else set())
+    assert not torch.is_autocast_enabled("cuda")
 
 
 @torch.no_grad()

@@ -176,19 +176,20 @@ def _make_read_layers(backbone: str, owner: nn.Module) -> ReadLayers:
     for module in owner.modules():  # of heads that run when they are asked for, such as that of tracks
         if isinstance(indices := getattr(module, "intermediate_layer_idx", None), Sequence):
             layers.update(i % count for i in indices)
-    read = _layers_in_a_run(owner, backbone)
+    read, plain_on = _layers_in_a_run(owner, backbone)
     layers.update(*read.values())
     by_others = read.pop("", set[int]()) | {count - 1}  # no block runs after the last layer that could use its memory
     heads = {i: names for i in layers - by_others if (names := tuple(name for name, of_head in read.items() if i in of_head))}
     if len(layers) == count and not heads:
         raise AdapterError("its heads read all layers")
-    return ReadLayers(owner, backbone, frozenset(layers), heads, METHOD)
+    return ReadLayers(owner, backbone, frozenset(layers), heads, METHOD, plain_on)
 
 
-def _layers_in_a_run(owner: nn.Module, backbone: str) -> dict[str, set[int]]:
+def _layers_in_a_run(owner: nn.Module, backbone: str) -> tuple[dict[str, set[int]], frozenset[str]]:
     """The layers that a forward of `owner` reads, by one on zeros: in the methods `METHOD` of heads, by their names, and elsewhere, by "".
 
-    Raises whatever its code does.
+    Beside them the types of devices on which it switches autocast off for all of these heads: GPUs or none, whose autocast changes
+    nothing here. Raises whatever its code does.
     """
     aggregator: Any = getattr(owner, backbone)
     watched = _WatchedAggregator(aggregator)
@@ -197,9 +198,14 @@ def _layers_in_a_run(owner: nn.Module, backbone: str) -> dict[str, set[int]]:
         if hasattr(head, METHOD):
             vars(head)[METHOD] = functools.partial(watched.layers.read_by, name, getattr(head, METHOD))
     size = 4 * watched.patch, 5 * watched.patch
-    with torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
-        copied(torch.zeros(1, 2, 3, *size, dtype=torch.float32, device="cpu"))
-    return watched.layers.read
+    before = torch.is_autocast_enabled("cuda")
+    try:
+        torch.set_autocast_enabled("cuda", True)
+        with torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
+            copied(torch.zeros(1, 2, 3, *size, dtype=torch.float32, device="cpu"))
+    finally:
+        torch.set_autocast_enabled("cuda", before)
+    return watched.layers.read, frozenset({"cuda"} if watched.layers.autocast == {False} else ())
 
 
 class _WatchedAggregator(nn.Module):
@@ -224,11 +230,13 @@ class _WatchedLayers(Sequence[Tensor]):
         self.indices = range(count)
         self.read: dict[str, set[int]] = {}
         self.reader = ""
+        self.autocast: set[bool] = set()
         self.layer = torch.empty(0)
 
     def read_by(self, reader: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call `method`, whose reads are those of `reader`."""
         self.reader = reader
+        self.autocast.add(torch.is_autocast_enabled("cuda"))
         try:
             return method(*args, **kwargs)
         finally:

@@ -84,7 +84,7 @@ class FewViews(StartingMethod):
         return found[0] if head.feature_only else tuple(found)
 
     def start(self, layer: int, tokens: Tensor, special: int, height: int, width: int) -> Tensor | None:
-        """The patches of a layer in the channels of their level ``[B, S, C', h, w]``. The host sets no autocast, so there may be none."""
+        """The patches of a layer in the channels of their level ``[B, S, C', h, w]``. Not under autocast: the head may have another."""
         head: Any = self.module
         read = list(head.intermediate_layer_idx)
         autocast = not tokens.is_meta and torch.is_autocast_enabled(tokens.device.type)  # which knows no meta device
