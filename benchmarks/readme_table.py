@@ -420,7 +420,8 @@ def _way_to_train(row: dict[str, Any], usual_views: int) -> str:
         parts.append(RECIPES[row["recipe"]])
     if row.get("views_a_step", usual_views) != usual_views:
         parts.append(f"{row['views_a_step']} views a step")
-    parts += [("FP8" if row.get("rounds", True) else "FP8 only afterwards")] * (row["precision"] == "fp8")
+    inside = " but for the first and last blocks" * row.get("inner", False)
+    parts += [("FP8" if row.get("rounds", True) else "FP8 only afterwards") + inside] * (row["precision"] == "fp8")
     return chosen + ("calibrated, " if row["calibrated"] else "") + "distilled: " + ", ".join(parts)
 
 

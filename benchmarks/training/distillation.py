@@ -108,12 +108,10 @@ class Plan:
             tried = {name: every[name] for name in args.tried}
             training = 60 * args.search + args.overhead
             search = [self._row(f"search {name}", row, args.search_keep, "selection", training) for name, row in tried.items()]
-        starts = {
-            (job.what["keep"], job.what["row"].trains_in, job.what["row"].chosen) for job in search + rows if job.what["row"].calibrated
-        }
+        starts = {(job.what["keep"], job.what["row"].start): job.what["row"] for job in search + rows if job.what["row"].calibrated}
         fits = [
-            Job(f"calibrate {keep} {fit_name(precision, chosen)}", "calibrate", 40, dict(keep=keep, precision=precision, chosen=chosen))
-            for keep, precision, chosen in sorted(starts, reverse=True)
+            Job(f"calibrate {keep} {start}", "calibrate", 40, {"keep": keep, "row": row})
+            for (keep, start), row in sorted(starts.items(), key=lambda item: item[0], reverse=True)
         ]  # fmt: skip
         stages = [render, fits + dense, search, rows]
         return [[job for job in stage if not self._is_done(job)] for stage in stages]
@@ -191,18 +189,18 @@ class Worker:
     def _dense(self, kind: str) -> dict[str, Any]:
         return {"views": self._measured(build(self.args, self.device), kind)}
 
-    def _calibrate(self, keep: float, precision: str, chosen: bool) -> dict[str, Any]:
-        model = self._applied(keep, precision, chosen)
+    def _calibrate(self, keep: float, row: Row) -> dict[str, Any]:
+        model = self._applied(keep, row)
         samples = self.training.samples(7, 16, [16], False, self.device)
         inputs = [sample.inputs for sample in itertools.islice(samples, self.args.calibration)]
         began = time.perf_counter()
         ratios = None
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            if chosen:
+            if row.chosen:
                 ratios = dict(choose_keep_ratios(model, inputs, mean_keep_ratio=keep))
             calibrate(model, inputs)
         seconds = time.perf_counter() - began
-        save_lite3r(model, calibrated(self.args, keep, precision, chosen))
+        save_lite3r(model, calibrated(self.args, keep, row))
         return {"calibration_seconds": seconds, "ratios": ratios}
 
     def _search(self, row: Row, keep: float, scenes: str) -> dict[str, Any]:
@@ -245,7 +243,7 @@ class Worker:
         assert row.training is not None
         fields = {name: row.training[name] for name in ("trainable", "lora_rank", "compile_blocks") if name in row.training}
         compiled = tuple(fields.items()) if fields.get("compile_blocks") else ()
-        if self.device.type == "cuda" and (case := (row.trains_in, row.chosen, *compiled)) not in self.warm:
+        if self.device.type == "cuda" and (case := (row.start, *compiled)) not in self.warm:
             data = self.training.samples(1, 96, self.args.views, False, self.device)
             distill(self._started(row, keep), data, DistillConfig(**fields, steps=WARM_UP_STEPS, mixed_precision="bf16"))
             self.warm.add(case)
@@ -253,13 +251,14 @@ class Worker:
     def _started(self, row: Row, keep: float) -> nn.Module:
         """What a row trains, or measures as it is."""
         if row.calibrated:
-            return load_lite3r(build(self.args, self.device), calibrated(self.args, keep, row.trains_in, row.chosen))
-        return self._applied(keep, row.trains_in, row.chosen)
+            return load_lite3r(build(self.args, self.device), calibrated(self.args, keep, row))
+        return self._applied(keep, row)
 
-    def _applied(self, keep: float, precision: str, chosen: bool) -> nn.Module:
+    def _applied(self, keep: float, row: Row) -> nn.Module:
         blocks = {"block_q": 32, "block_k": 16} if self.args.small else {}  # of so few tokens blocks of the usual size leave none out
-        ways: dict[str, Any] = {"keep_ratio": "auto", "block_choice": "error"} if chosen else {"keep_ratio": keep}
-        return apply_lite3r(build(self.args, self.device), **ways, dense_below=0, precision=precision, **blocks)
+        ways: dict[str, Any] = {"keep_ratio": "auto", "block_choice": "error"} if row.chosen else {"keep_ratio": keep}
+        ways |= {"fp8_filter": "inner"} if row.inner else {}
+        return apply_lite3r(build(self.args, self.device), **ways, dense_below=0, precision=row.trains_in, **blocks)
 
     def _measured(self, model: nn.Module, kind: str) -> dict[str, dict[str, list[float]]]:
         args = self.args
@@ -267,14 +266,9 @@ class Worker:
         return {str(v): measure(model, self.scenes(kind), v, n, *options) for v, n in zip(args.views, args.subsets, strict=True)}
 
 
-def fit_name(precision: str, chosen: bool) -> str:
-    """What a calibration is of."""
-    return f"{precision} chosen" if chosen else precision
-
-
-def calibrated(args: argparse.Namespace, keep: float, precision: str, chosen: bool) -> Path:
+def calibrated(args: argparse.Namespace, keep: float, row: Row) -> Path:
     """Where the calibrated model lies, from which rows start."""
-    return args.folder / f"calibrated-{keep}-{fit_name(precision, chosen).replace(' ', '-')}"
+    return args.folder / f"calibrated-{keep}-{row.start.replace(' ', '-')}"
 
 
 def build(args: argparse.Namespace, device: torch.device) -> Testbed:
@@ -454,7 +448,7 @@ def write_reports(plan: Plan) -> None:
         done = {f"{name} {keep}": plan.result(f"row {name} {keep}") for name in [*recipes.table(args.short), "best"]}
         for result in filter(None, done.values()):
             row = Row(**result["row"])
-            fit = plan.result(f"calibrate {keep} {fit_name(row.trains_in, row.chosen)}") if row.calibrated else None
+            fit = plan.result(f"calibrate {keep} {row.start}") if row.calibrated else None
             result |= {name: fit[name] for name in ("calibration_seconds", "ratios")} if fit else {}
         reports[f"keep{keep}"] = done
     reports["search"] = {name: plan.result(f"search {name}") for name in args.tried}

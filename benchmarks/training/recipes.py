@@ -22,6 +22,7 @@ class Row:
         labels: It is given labels.
         chosen: Each site has a keep ratio of its own, of the same mean (`choose_keep_ratios`), and keeps blocks by their error.
         recipe: Which of the `candidates` it is, of the best one.
+        inner: The first and the last blocks stay out of FP8 (``fp8_filter="inner"``).
     """
 
     name: str
@@ -33,11 +34,18 @@ class Row:
     labels: bool = False
     chosen: bool = False
     recipe: str = ""
+    inner: bool = False
 
     @property
     def trains_in(self) -> str:
         """The precision of the model while it trains."""
         return "fp8_qat" if self.precision == "fp8" and self.rounds else "full"
+
+    @property
+    def start(self) -> str:
+        """What it starts from, of models that are calibrated alike."""
+        inner = self.inner and self.trains_in != "full"
+        return self.trains_in + " chosen" * self.chosen + " inner" * inner
 
 
 OURS: dict[str, Any] = {"trainable": "proj+lora", "learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 20}
@@ -79,11 +87,13 @@ def candidates(minutes: float, precision: str) -> dict[str, Row]:
         "outputs last": {"blocks": (3.0, 0.3), "cameras": (3.0, 0.3), "attention": (1.0, 0.0)},
         "192 views": {"learning_rate": 2e-3, "lora_rank": 64},
         "labels": {"task": 0.5},
+        "inner": {},
     }
     return {
         name: Row(
             name, training=OURS | COMPILED | {"lora_rank": 32, "minutes": minutes} | change, precision=precision,
             views_a_step=192 if name == "192 views" else 96, labels="task" in change, chosen=True,
+            inner=name == "inner",
         )
         for name, change in changes.items()
     }  # fmt: skip
