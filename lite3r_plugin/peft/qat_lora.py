@@ -1,4 +1,4 @@
-"""LoRA around a Linear that rounds to FP8 in training."""
+"""LoRA around a Linear: whoever reads its weight gets what it learned, and in training for FP8 the sum is rounded."""
 
 from __future__ import annotations
 
@@ -9,11 +9,24 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..fp8.qat import FakeQuantLinear
+from ..fp8.qat import FakeQuantLinear, folded
 from ..ops.dispatch import without_autocast
 
 
-class QatLora(lora.Linear):
+class SummedLora(lora.Linear):
+    """PEFT's LoRA, but for modules that compute with the weight of a Linear by themselves, as timm's EVA-02: they get ``W + s B A``."""
+
+    @property
+    def weight(self) -> Tensor:
+        """``W + s B A`` ``[C_out, C]`` of the active adapters, in the dtype of W; W where they are merged or switched off."""
+        base: Tensor = self.get_base_layer().weight  # pyright: ignore[reportAssignmentType]
+        if self.merged or self.disable_adapters:
+            return base
+        with without_autocast(base):
+            return folded(base, [self.get_delta_weight(name) for name in self.active_adapters if name in self.lora_A])
+
+
+class QatLora(SummedLora):
     """``y = Q(x) Q(W + s B A)^T + b`` with Q the rounding to FP8 of `FakeQuantLinear`, around which it is.
 
     What is merged and converted then computes what was trained; stock LoRA, ``Q(x) Q(W)^T + s x A^T B^T``, does not: merging rounds the
@@ -56,7 +69,7 @@ class QatLora(lora.Linear):
 
 def made_around(linear: nn.Linear, adapter: str, rank: int, alpha: float) -> lora.Linear:
     """LoRA around `linear`, not put in yet: one adapter, FP32 (FP64 for an FP64 Linear), trainable, zero at the start."""
-    kind = QatLora if isinstance(linear, FakeQuantLinear) else lora.Linear
+    kind = QatLora if isinstance(linear, FakeQuantLinear) else SummedLora
     config = lora.LoraConfig(r=rank, lora_alpha=alpha)  # pyright: ignore[reportArgumentType]
     layer = kind(linear, adapter, config=config, r=rank, lora_alpha=alpha)  # pyright: ignore[reportArgumentType]
     for part in (layer.lora_A, layer.lora_B):

@@ -6,6 +6,7 @@ may read it; nothing is kept of a call that is compiled or captured.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import copy
 import functools
@@ -21,6 +22,7 @@ from ..adapter.rewrites import ExactRewrite, Trial
 from ..adapter.trials import like
 from ..errors import AdapterError, InputError
 from ..ops import skinny_linear
+from ..ops.dispatch import without_autocast
 from ..wrapper import TABLES, RewrittenMethod, RewrittenModule, has_forward_hooks, host_of, is_plain_tensor
 from .maps import add_embedding, upsample_with_embedding
 from .modes import operators_are_seen
@@ -321,10 +323,12 @@ class LayersRead:
     Attributes:
         layers: Those that anybody reads.
         starting: Of those that only heads read which can start from them, what starts.
+        plain_on: Types of devices on which the model switches autocast off for its heads.
     """
 
     layers: frozenset[int]
     starting: Mapping[int, tuple[StartingMethod, ...]] = field(default_factory=dict)
+    plain_on: frozenset[str] = frozenset()
 
     def kept(self, layer: int, tokens: Tensor, special: int, height: int, width: int) -> Any:
         """`tokens` of a layer that is read, or what stands for it where each head that reads it has started (`StartingMethod.start`)."""
@@ -332,10 +336,11 @@ class LayersRead:
         if not methods:
             return tokens
         started: dict[int, Tensor] = {}
-        for method in methods:
-            if (found := method.start(layer, tokens, special, height, width)) is None:
-                return tokens
-            started[id(method)] = found
+        with without_autocast(tokens) if tokens.device.type in self.plain_on else contextlib.nullcontext():
+            for method in methods:
+                if (found := method.start(layer, tokens, special, height, width)) is None:
+                    return tokens
+                started[id(method)] = found
         return Started(layer, started)
 
 
@@ -355,15 +360,17 @@ class ReadLayers(RewrittenMethod):
         layers: Those that its forward reads.
         heads: Of layers that only heads read in a forward of images: names of these heads.
         method: By which they read them.
+        plain_on: As in `LayersRead`.
         given: Names of all modules that are given the layers.
     """
 
     def __init__(
         self, module: nn.Module, backbone: str, layers: frozenset[int], heads: Mapping[int, tuple[str, ...]] | None = None,
-        method: str = "", given: Iterable[str] = (),
+        method: str = "", plain_on: frozenset[str] = frozenset(), given: Iterable[str] = (),
     ) -> None:  # fmt: skip
         super().__init__(module, "forward")
-        self.backbone, self.layers, self.heads, self.method, self.given = backbone, layers, dict(heads or {}), method, tuple(given)
+        self.backbone, self.layers, self.heads, self.method = backbone, layers, dict(heads or {}), method
+        self.plain_on, self.given = plain_on, tuple(given)
 
     def rewritten(self, *args: Any, **kwargs: Any) -> Any:
         """As the host's forward."""
@@ -371,7 +378,7 @@ class ReadLayers(RewrittenMethod):
             return self.run_host(*args, **kwargs)
         images_alone = sum(value is not None for value in (*args, *kwargs.values())) == 1
         starts = images_alone and not torch.is_grad_enabled()  # gradients may be wanted of some layers, or of heads that are still to run
-        read = LayersRead(self.layers, self._starting() if starts else {})
+        read = LayersRead(self.layers, self._starting() if starts else {}, self.plain_on)
         token = _read.set({**_read.get({}), id(host_of(getattr(self.module, self.backbone))): read})
         try:
             return self.run_host(*args, **kwargs)

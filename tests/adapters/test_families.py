@@ -41,22 +41,23 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
     return families
 
 
-def written_by(page: str) -> Version:
+def as_written(page: str) -> bool:
+    """Whether the transformers here is the one that wrote the page, or a later one."""
     (version,) = re.findall(r"transformers ([\d.]+) that attend", page)
-    return Version(version)
+    return Version(transformers.__version__) >= Version(version)
 
 
 @pytest.mark.parametrize("family", SEEN)
 def test_some_families(script: Any, family: str) -> None:
     """An earlier transformers may have another attention, or none of that name, but none fails."""
-    as_written = Version(transformers.__version__) >= written_by(script.PAGE.read_text())
+    known = as_written(script.PAGE.read_text())
     rows, missing = script.walk([family])
-    if not as_written and "KeyError" in str(missing):
+    if not known and "KeyError" in str(missing):
         pytest.skip(f"transformers {transformers.__version__} has no {family}")
     assert not missing
     row = rows[0]
     assert not row.failed
-    assert not as_written or (row.attention, row.why) == SEEN[family]
+    assert not known or (row.attention, row.why) == SEEN[family]
     assert bool(row.fp8) == (row.attention != "not known")
 
 
@@ -65,4 +66,4 @@ def test_no_family_fails(script: Any) -> None:
     rows, missing = script.walk(script.families())
     assert [row for row in rows if row.failed] == []
     assert len(rows) > len(missing)
-    assert sum(row.attention.startswith("sparse") for row in rows) >= 25
+    assert sum(row.attention.startswith("sparse") for row in rows) >= (25 if as_written(script.PAGE.read_text()) else 20)

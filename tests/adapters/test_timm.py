@@ -13,6 +13,7 @@ from lite3r_plugin import Routed, apply_lite3r
 from lite3r_plugin.adapter.plugins import find_sites
 from lite3r_plugin.errors import UnknownModelError
 from lite3r_plugin.ops.dispatch import SlowPathWarning
+from lite3r_plugin.peft import add_lora, lora_disabled, merge_lora
 from lite3r_plugin.testing import TEST_CONFIG, check_adapter
 
 timm = pytest.importorskip("timm")
@@ -148,3 +149,20 @@ def test_a_vendored_copy_is_found_by_structure(vit: nn.Module) -> None:
     images = torch.rand(1, 3, 128, 96)
     report = check_adapter(vit.eval(), lambda m: m.forward_features(images))
     assert report.scopes == {"frame": 2}
+
+
+def test_lora_learns_where_a_host_computes_with_the_weight_itself() -> None:
+    """As EVA-02 does with that of qkv."""
+    model: Any = build("eva02_tiny_patch14_224", 98).requires_grad_(False)
+    images = torch.rand(1, 3, 98, 98)
+    apply_lite3r(model, TEST_CONFIG)
+    add_lora(model, rank=2)
+    layer = model.blocks[0].attn.qkv
+    nn.init.normal_(layer.lora_B["default"].weight, std=0.5)
+    out = model(images)
+    out.square().sum().backward()
+    assert layer.lora_A["default"].weight.grad.abs().sum() > 0
+    with torch.no_grad(), lora_disabled(model):
+        assert (model(images) - out).abs().max() > 1e-3
+    merge_lora(model)
+    torch.testing.assert_close(model(images), out.detach())

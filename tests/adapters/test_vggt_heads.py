@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import textwrap
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +23,7 @@ from lite3r_adapters.vggt.heads import FewViews, few_views, head_call
 from lite3r_plugin import Lite3RConfig, apply_lite3r, describe, lite3r_disabled, remove_lite3r
 from lite3r_plugin.adapter.trials import require_equal
 from lite3r_plugin.errors import AdapterError
+from lite3r_plugin.runtime.chunks import Chunks, in_chunks
 from lite3r_plugin.runtime.exact import KeptEmbedding
 from lite3r_plugin.runtime.maps import MapKernels
 from lite3r_plugin.runtime.trace import traced
@@ -532,6 +535,50 @@ def test_accelerate_moves_what_modules_are_given() -> None:
     torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
 
 
+class Plain(nn.Module):
+    """Runs a head without the autocast of its device."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast("cpu", enabled=False):
+            return self.head(*args, **kwargs)
+
+
+@pytest.mark.parametrize("told", [True, False])
+@torch.no_grad()
+def test_heads_whose_autocast_is_off_start_without_it(told: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = small_vggt()
+    model.depth_head = Plain(model.depth_head)
+    images = torch.rand(1, 3, 3, 56, 70)
+    apply_lite3r(model, DENSE)
+    assert model.forward.plain_on == {"cuda"}  # as the published code has it
+    model.forward.plain_on = frozenset({"cpu"} if told else ())
+    with torch.autocast("cpu", torch.bfloat16):
+        found, layers, _ = started(model, lambda: model(images), monkeypatch)
+        with monkeypatch.context() as patch:
+            patch.setattr(FewViews, "start", lambda *_: None)
+            expected = model(images)
+    assert layers == ([0, 1, 3] if told else [])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("off", [True, False])
+def test_whether_a_model_switches_autocast_off_is_seen(off: bool) -> None:
+    model: Any = small_vggt()
+    if not off:
+        own = type(model).forward
+        body = inspect.getsource(own).replace("torch.cuda.amp.autocast(enabled=False)", "torch.no_grad()")
+        scope: dict[str, Any] = {}
+        exec(textwrap.dedent(body), own.__globals__, scope)
+        model.__class__ = type("Fork", (type(model),), {"forward": scope["forward"]})
+    apply_lite3r(model, DENSE)
+    assert model.forward.plain_on == ({"cuda"} if off else set())
+    assert not torch.is_autocast_enabled("cuda")
+
+
 @torch.no_grad()
 def test_who_reads_a_layer_that_heads_started_from_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = small_vggt()
@@ -540,6 +587,26 @@ def test_who_reads_a_layer_that_heads_started_from_is_told(monkeypatch: pytest.M
     monkeypatch.setattr(model.camera_head, "forward", lambda layers: own([layers[1][:, :, :]]))
     with pytest.raises(AdapterError, match=r"layer 1 was not kept, since only heads that start.*exact_rewrites=False"):
         model(torch.rand(1, 2, 3, 56, 70))
+
+
+@pytest.mark.parametrize(("views", "size"), [(2, 1), (9, 1), (17, 8), (43, 8)])
+@torch.no_grad()
+def test_planning_leaves_out_chunks_that_are_like_others(views: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = small_vggt().requires_grad_(False)
+    with_points(model)
+    apply_lite3r(model, max_memory="1GB", fuse=False)
+    planner, images = model.forward, torch.rand(1, views, 3, 28, 28)
+    planner.plan((images,), {})
+    chunks: list[int] = []
+    own = FewViews._coarse
+    monkeypatch.setattr(FewViews, "_coarse", lambda self, levels, *size: chunks.append(len(levels[0])) or own(self, levels, *size))
+    found = planner._imagined(((images,), {}), Chunks(heads=size)).peak
+    assert len(chunks) <= 2 * 5
+    chunks.clear()
+    with in_chunks(model, planner.places, Chunks(heads=size)), traced(model) as trace:
+        model(images)
+    assert sum(chunks) == 2 * views
+    assert found == trace.peak
 
 
 def test_the_trial_sees_several_views_at_once_and_a_chunk() -> None:

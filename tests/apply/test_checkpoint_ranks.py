@@ -119,7 +119,7 @@ def said(folder: Path) -> list[dict[str, str]]:
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0] * WORLD, outputs
-    return [json.loads(out) for out, _ in outputs]
+    return [json.loads(out.splitlines()[-1]) for out, _ in outputs]  # the lines before are those of gloo, which torch 2.9 lets talk
 
 
 pytestmark = [

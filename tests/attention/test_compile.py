@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim, export
@@ -126,12 +127,14 @@ def test_training(toy: Toy) -> None:
     assert graphs.frame_count == 1
 
 
-@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects:UserWarning")  # the tracker of the grid
+@pytest.mark.filterwarnings("ignore:While (compiling|exporting), we found certain side effects:UserWarning")  # the tracker of the grid
 @pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_export_with_any_number_of_views(toy: Toy, strict: bool) -> None:
     model = apply_lite3r(toy, TEST_CONFIG)
     with torch.no_grad():
-        program = export(model, (images(3),), dynamic_shapes={"images": {1: Dim("views", min=2, max=1000)}}, strict=strict)
+        # Strictly, torch 2.9 exports nothing that has hooks itself.
+        whole = nn.Sequential(model) if strict and Version(torch.__version__) < Version("2.10") else model
+        program = export(whole, (images(3),), dynamic_shapes=({1: Dim("views", min=2, max=1000)},), strict=strict)
         for views in (2, 9):
             torch.testing.assert_close(program.module()(images(views)), model(images(views)))
 

@@ -631,7 +631,8 @@ def one_rank_dies(parallel: ViewParallel, model: nn.Module) -> Any:
 
 def start(folder: Path, *runs: str) -> subprocess.Popen[str]:
     """Run all cases of these runs in processes of their own; what they find goes to ``<run>.json`` of `folder`."""
-    command = [sys.executable, "-W", "error", __file__, str(folder), *runs]
+    slow_guards = "ignore:Guards may run slower on Python 3.13.0:RuntimeWarning"  # the compiler's, as in pyproject.toml
+    command = [sys.executable, "-W", "error", "-W", slow_guards, __file__, str(folder), *runs]
     environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 

@@ -595,3 +595,22 @@ def test_models_that_take_no_lora(make: Callable[[], Any], error: type[Lite3RErr
 def test_scopes_that_are_not_there() -> None:
     with pytest.raises(NoSitesError, match=r"no attention site of the scopes \['encoder'\], but of \['frame', 'global'\]"):
         add_lora(sparse(), scopes=("encoder",))
+
+
+# Whoever reads the weight.
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, FakeQuantLinear])
+def test_the_weight_that_is_read_is_what_merging_gives(kind: type[nn.Module]) -> None:
+    linear = nn.Linear(24, 10).requires_grad_(False)
+    layer: Any = made_around(linear if kind is nn.Linear else FakeQuantLinear(linear), "default", 4, 8)
+    assert torch.equal(layer.weight, linear.weight)
+    nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
+    read = layer.weight
+    assert torch.autograd.grad(read.sum(), layer.lora_B["default"].weight)[0].abs().sum() > 0
+    layer.enable_adapters(False)
+    assert torch.equal(layer.weight, linear.weight)
+    layer.enable_adapters(True)
+    layer.merge()
+    assert torch.equal(linear.weight, read)
+    assert torch.equal(layer.weight, read)

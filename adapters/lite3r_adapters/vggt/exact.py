@@ -184,11 +184,12 @@ def _make_read_layers(backbone: str, owner: nn.Module) -> ReadLayers:
     heads = {i: names for i in layers - by_others if (names := tuple(name for name, of_head in read.items() if i in of_head))}
     if len(layers) == count and not heads:
         raise AdapterError("its heads read all layers")
-    return ReadLayers(owner, backbone, frozenset(layers), heads, METHOD, sorted(watched.given))
+    plain_on = frozenset({"cuda"} if watched.autocast == {False} else ())
+    return ReadLayers(owner, backbone, frozenset(layers), heads, METHOD, plain_on, sorted(watched.given))
 
 
 def _layers_in_a_run(owner: nn.Module, backbone: str) -> _WatchedLayers:
-    """What becomes of the layers in a forward of `owner`, by one on zeros.
+    """What becomes of the layers in a forward of `owner`, by one on zeros, under autocast of GPUs, which changes nothing here.
 
     Raises whatever its code does.
     """
@@ -202,8 +203,13 @@ def _layers_in_a_run(owner: nn.Module, backbone: str) -> _WatchedLayers:
         if hasattr(module, METHOD):
             vars(module)[METHOD] = functools.partial(layers.read_by, name, module.intermediate_layer_idx, getattr(module, METHOD))
     size = 4 * watched.patch, 5 * watched.patch
-    with torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
-        found = copied(torch.zeros(1, 2, 3, *size, dtype=torch.float32, device="cpu"))
+    before = torch.is_autocast_enabled("cuda")
+    try:
+        torch.set_autocast_enabled("cuda", True)
+        with torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
+            found = copied(torch.zeros(1, 2, 3, *size, dtype=torch.float32, device="cpu"))
+    finally:
+        torch.set_autocast_enabled("cuda", before)
     attributes = [value for module in inside.values() if module is not watched for value in vars(module).values() if value is layers]
     exchanged((found, attributes), lambda x: x, lambda value: layers[:] if value is layers else value)  # who has them may read any
     return layers
@@ -230,6 +236,7 @@ class _WatchedLayers(Sequence[Tensor]):
     Attributes:
         read: Which were read, in order: in the methods `METHOD` of heads by their names, and elsewhere by "".
         given: Names of the modules that were given it.
+        autocast: Whether that of GPUs was on in these methods.
     """
 
     def __init__(self, count: int) -> None:
@@ -237,6 +244,7 @@ class _WatchedLayers(Sequence[Tensor]):
         self.read: dict[str, list[int]] = {}
         self.given: set[str] = set()
         self.reader = ""
+        self.autocast: set[bool] = set()
         self.layer = torch.empty(0)
 
     def give_to(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -247,6 +255,7 @@ class _WatchedLayers(Sequence[Tensor]):
     def read_by(self, reader: str, expected: Sequence[int], method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call `method`, whose reads are those of `reader` if they are the `expected` ones: it may be given others in their places."""
         before, self.reader = self.read.pop(reader, []), reader
+        self.autocast.add(torch.is_autocast_enabled("cuda"))
         try:
             return method(*args, **kwargs)
         finally:

@@ -40,8 +40,11 @@ class FewViews(StartingMethod):
     """The method of a DPT head that goes from layers to predictions for the views that it takes at once.
 
     Maps of the three coarse levels are made for all of these views. From the finest level on, where maps grow to the size of the images,
-    `VIEWS` run at a time and write into one result. The head's own method runs where gradients are wanted, where somebody watches its
-    modules, in code that is compiled, traced or transformed (`torch.func`), and on tensors of other classes.
+    `VIEWS` run at a time and write into one result. Of the chunks of views that a head takes without data, while memory is planned, the
+    first two and the last two run, and the others give their result alone.
+
+    The head's own method runs where gradients are wanted, where somebody watches its modules, in code that is compiled, traced or
+    transformed (`torch.func`), and on tensors of other classes.
 
     Raises:
         AdapterError: a function that the head's own method calls cannot be found.
@@ -51,6 +54,7 @@ class FewViews(StartingMethod):
         super().__init__(module, METHOD)
         if missing := [name for name in CALLED if name not in self._functions]:
             raise AdapterError(f"there is no {missing[0]} where its class is")
+        self._planned: tuple[tuple[Any, ...], list[tuple[torch.Size, torch.dtype]]] = (), []
 
     def rewritten(
         self, aggregated_tokens_list: Sequence[Any], images: Tensor, patch_start_idx: int, frames_start_idx: int | None = None,
@@ -67,17 +71,26 @@ class FewViews(StartingMethod):
         layers = [layer.of(self) if of_it else layer for layer, of_it in zip(layers, started, strict=True)]
         if not self._takes(layers):
             return self.run_host(aggregated_tokens_list, images, patch_start_idx, frames_start_idx, frames_end_idx)
-        if frames_start_idx is not None and frames_end_idx is not None:
-            layers = [layer[:, frames_start_idx:frames_end_idx] for layer in layers]
         batch, height, width = layers[0].shape[0], *images.shape[-2:]
+        chunk: tuple[Any, ...] | None = None
+        if frames_start_idx is not None and frames_end_idx is not None:
+            size = frames_end_idx - frames_start_idx
+            if isinstance(layers[0], FakeTensor):
+                chunk, (planned, shapes) = (batch, size, height, width, layers[0].dtype), self._planned
+                if chunk == planned and 0 < size <= frames_start_idx <= images.shape[1] - 3 * size:
+                    found = [layers[0].new_empty(shape, dtype=dtype) for shape, dtype in shapes]
+                    return found[0] if head.feature_only else tuple(found)
+            layers = [layer[:, frames_start_idx:frames_end_idx] for layer in layers]
         levels = [x.flatten(0, 1) if x.dim() > MAP else x.flatten(0, 1)[:, patch_start_idx:] for x in layers]
         coarse = self._coarse(levels[1:], height, width)
         found = by_views(VIEWS, self._finest, coarse, levels[0], height, width)
         found = [x.unflatten(0, (batch, -1)) for x in found]
+        if chunk is not None:
+            self._planned = chunk, [(x.shape, x.dtype) for x in found]
         return found[0] if head.feature_only else tuple(found)
 
     def start(self, layer: int, tokens: Tensor, special: int, height: int, width: int) -> Tensor | None:
-        """The patches of a layer in the channels of their level ``[B, S, C', h, w]``. The host sets no autocast, so there may be none."""
+        """The patches of a layer in the channels of their level ``[B, S, C', h, w]``. Not under autocast: the head may have another."""
         head: Any = self.module
         read = list(head.intermediate_layer_idx)
         autocast = not tokens.is_meta and torch.is_autocast_enabled(tokens.device.type)  # which knows no meta device
