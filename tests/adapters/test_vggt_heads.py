@@ -327,11 +327,19 @@ def training(model: Any, images: Tensor) -> Any:
         return model(images)
 
 
+class NoHead(nn.Module):
+    """Has a method of the name of theirs, as ResNets of torchvision do."""
+
+    def _forward_impl(self, x: Tensor) -> Tensor:
+        return x
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+@pytest.mark.parametrize("make_other", [NoHead, lambda: torch.jit.script(nn.ReLU())], ids=["no head", "scripted"])
 @torch.no_grad()
-def test_heads_start_beside_what_is_scripted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heads_start_beside_other_modules(make_other: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = small_vggt()
-    model.scripted = torch.jit.script(nn.ReLU())
+    model.other = make_other()
     apply_lite3r(model, DENSE)
     _, layers, _ = started(model, lambda: model(torch.rand(1, 2, 3, 56, 70)), monkeypatch)
     assert layers == [0, 1, 3]

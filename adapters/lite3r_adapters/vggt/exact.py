@@ -200,8 +200,8 @@ def _layers_in_a_run(owner: nn.Module, backbone: str) -> _WatchedLayers:
     inside = {name: module for name, module in copied.named_modules() if not isinstance(module, torch.jit.ScriptModule)}  # takes no hooks
     for name, module in inside.items():
         module.register_forward_pre_hook(functools.partial(layers.give_to, name), with_kwargs=True)
-        if hasattr(module, METHOD):
-            vars(module)[METHOD] = functools.partial(layers.read_by, name, module.intermediate_layer_idx, getattr(module, METHOD))
+        if hasattr(module, METHOD) and isinstance(expected := getattr(module, "intermediate_layer_idx", None), Sequence):
+            vars(module)[METHOD] = functools.partial(layers.read_by, name, expected, getattr(module, METHOD))
     size = 4 * watched.patch, 5 * watched.patch
     before = torch.is_autocast_enabled("cuda")
     try:
