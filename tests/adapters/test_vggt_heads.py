@@ -27,7 +27,8 @@ from lite3r_plugin.runtime.chunks import Chunks, in_chunks
 from lite3r_plugin.runtime.exact import KeptEmbedding
 from lite3r_plugin.runtime.maps import MapKernels
 from lite3r_plugin.runtime.trace import traced
-from lite3r_plugin.wrapper import Changes
+from lite3r_plugin.runtime.values import exchanged
+from lite3r_plugin.wrapper import Changes, RewrittenMethod
 
 DENSE = Lite3RConfig(keep_ratio=1.0, linear_branch="none")
 WORDS = "large maps of the head for few views at a time"
@@ -365,6 +366,18 @@ def with_a_compiled_head(model: Any, images: Tensor) -> Any:
     return model(images)
 
 
+class Around(RewrittenMethod):
+    """Lies on the forward of a head, and may give it other layers than it is given, such as those of all processes."""
+
+    def rewritten(self, layers: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.run_host([exchanged(layer, Tensor.clone) for layer in layers], *args, **kwargs)
+
+
+def given_other_layers(model: Any, images: Tensor) -> Any:
+    model.depth_head.forward = Around(model.depth_head, "forward")
+    return model(images)
+
+
 def elsewhere(model: Any, images: Tensor) -> Any:
     """Weights that come when the head is called."""
     head, own = model.depth_head, model.depth_head.forward
@@ -386,8 +399,8 @@ def with_points_to_track(model: Any, images: Tensor) -> Any:
 
 
 CANNOT = [
-    watched, watched_inside, under_autocast, training, training_the_last_blocks, training_the_heads, with_a_compiled_head, elsewhere,
-    with_points_to_track,
+    watched, watched_inside, under_autocast, training, training_the_last_blocks, training_the_heads, with_a_compiled_head,
+    given_other_layers, elsewhere, with_points_to_track,
 ]  # fmt: skip
 
 

@@ -14,9 +14,9 @@ from lite3r_plugin.adapter import ExactRewrite, Trial
 from lite3r_plugin.errors import AdapterError
 from lite3r_plugin.runtime.chunks import by_views
 from lite3r_plugin.runtime.exact import KeptEmbedding, Started, StartingMethod
-from lite3r_plugin.runtime.maps import random_head
+from lite3r_plugin.runtime.maps import MapKernels, random_head
 from lite3r_plugin.runtime.modes import operators_are_transformed
-from lite3r_plugin.wrapper import RewrittenMethod, has_forward_hooks, is_plain_tensor
+from lite3r_plugin.wrapper import has_forward_hooks, is_plain_tensor
 
 VIEWS = 2
 """Whose large maps are made at once. At 518 x 518 two have enough pixels to fill a GPU."""
@@ -98,7 +98,7 @@ class FewViews(StartingMethod):
             return None
         level = read.index(layer)
         weights = [parameter for module in (head.norm, head.projects[level]) for parameter in module.parameters()]
-        called = has_forward_hooks(head) or not isinstance(vars(head).get("forward"), RewrittenMethod | None)
+        called = has_forward_hooks(head) or not isinstance(vars(head).get("forward"), MapKernels | None)
         compiled = not isinstance(head._compiled_call_impl, functools.partial | None)  # partial: of `in_chunks`
         if called or compiled or any(weight.device != tokens.device for weight in weights):  # which may come when the head is called
             return None
