@@ -350,7 +350,7 @@ _read: contextvars.ContextVar[dict[int, LayersRead]] = contextvars.ContextVar("l
 class ReadLayers(RewrittenMethod):
     """The forward of a model that reads some of the layers that its backbone gives: the others need not be kept during a call.
 
-    A backbone that is called on its own gives all of its layers. Where images are all that a forward is given, no gradients are recorded
+    A backbone that is called on its own gives all of its layers. Where images are all that a forward is given, no weight is trained
     and nobody watches the modules that are given the layers, those that only heads read are not kept either: the heads start at once
     (`StartingMethod`).
 
@@ -377,7 +377,8 @@ class ReadLayers(RewrittenMethod):
         if torch.compiler.is_compiling():  # the compiler drops what nobody reads
             return self.run_host(*args, **kwargs)
         images_alone = sum(value is not None for value in (*args, *kwargs.values())) == 1
-        starts = images_alone and not torch.is_grad_enabled()  # gradients may be wanted of some layers, or of heads that are still to run
+        trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.module.parameters())
+        starts = images_alone and not trained  # gradients may be wanted of some layers alone, or of heads that are still to run
         read = LayersRead(self.layers, self._starting() if starts else {}, self.plain_on)
         token = _read.set({**_read.get({}), id(host_of(getattr(self.module, self.backbone))): read})
         try:

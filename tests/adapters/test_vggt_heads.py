@@ -328,6 +328,13 @@ def training(model: Any, images: Tensor) -> Any:
         return model(images)
 
 
+def test_heads_start_where_gradients_are_recorded_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = small_vggt().requires_grad_(False)
+    apply_lite3r(model, DENSE)
+    _, layers, _ = started(model, lambda: model(torch.rand(1, 2, 3, 56, 70)), monkeypatch)
+    assert layers == [0, 1, 3]
+
+
 class NoHead(nn.Module):
     """Has a method of the name of theirs, as ResNets of torchvision do."""
 
