@@ -10,7 +10,7 @@ import contextlib
 import contextvars
 import copy
 import functools
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -350,8 +350,9 @@ _read: contextvars.ContextVar[dict[int, LayersRead]] = contextvars.ContextVar("l
 class ReadLayers(RewrittenMethod):
     """The forward of a model that reads some of the layers that its backbone gives: the others need not be kept during a call.
 
-    A backbone that is called on its own gives all of its layers. Where images are all that a forward is given, and nobody watches the
-    modules that read layers, those that only heads read are not kept either: the heads start at once (`StartingMethod`).
+    A backbone that is called on its own gives all of its layers. Where images are all that a forward is given, no weight is trained
+    and nobody watches the modules that are given the layers, those that only heads read are not kept either: the heads start at once
+    (`StartingMethod`).
 
     Args:
         module: The model.
@@ -360,21 +361,25 @@ class ReadLayers(RewrittenMethod):
         heads: Of layers that only heads read in a forward of images: names of these heads.
         method: By which they read them.
         plain_on: As in `LayersRead`.
+        given: Names of all modules that are given the layers.
     """
 
     def __init__(
         self, module: nn.Module, backbone: str, layers: frozenset[int], heads: Mapping[int, tuple[str, ...]] | None = None,
-        method: str = "", plain_on: frozenset[str] = frozenset(),
+        method: str = "", plain_on: frozenset[str] = frozenset(), given: Iterable[str] = (),
     ) -> None:  # fmt: skip
         super().__init__(module, "forward")
-        self.backbone, self.layers, self.heads, self.method, self.plain_on = backbone, layers, dict(heads or {}), method, plain_on
+        self.backbone, self.layers, self.heads, self.method = backbone, layers, dict(heads or {}), method
+        self.plain_on, self.given = plain_on, tuple(given)
 
     def rewritten(self, *args: Any, **kwargs: Any) -> Any:
         """As the host's forward."""
         if torch.compiler.is_compiling():  # the compiler drops what nobody reads
             return self.run_host(*args, **kwargs)
-        given = sum(value is not None for value in (*args, *kwargs.values()))
-        read = LayersRead(self.layers, self._starting() if given == 1 else {}, self.plain_on)
+        images_alone = sum(value is not None for value in (*args, *kwargs.values())) == 1
+        trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.module.parameters())
+        starts = images_alone and not trained  # gradients may be wanted of some layers alone, or of heads that are still to run
+        read = LayersRead(self.layers, self._starting() if starts else {}, self.plain_on)
         token = _read.set({**_read.get({}), id(host_of(getattr(self.module, self.backbone))): read})
         try:
             return self.run_host(*args, **kwargs)
@@ -383,16 +388,20 @@ class ReadLayers(RewrittenMethod):
 
     def _starting(self) -> dict[int, tuple[StartingMethod, ...]]:
         """What can start, by layers of which all that is read can."""
-        if any(has_forward_hooks(child) for name, child in self.module.named_children() if name != self.backbone):
+        if any(has_forward_hooks(module) for module in self._modules(self.given)):
             return {}  # a hook may read any
         found: dict[int, tuple[StartingMethod, ...]] = {}
         for layer, names in self.heads.items():
-            heads = [functools.reduce(lambda owner, part: getattr(owner, part, None), name.split("."), self.module) for name in names]
-            methods = [vars(head).get(self.method) for head in heads if head is not None]  # others were taken out of the model since
+            methods = [vars(head).get(self.method) for head in self._modules(names)]
             starting = tuple(method for method in methods if isinstance(method, StartingMethod) and method.enabled)
             if len(starting) == len(methods):
                 found[layer] = starting
         return found
+
+    def _modules(self, names: Iterable[str]) -> list[nn.Module]:
+        """Those of these names that were not taken out of the model since."""
+        found = [functools.reduce(lambda owner, part: getattr(owner, part, None), name.split("."), self.module) for name in names]
+        return [module for module in found if isinstance(module, nn.Module)]
 
 
 def layers_read(backbone: RewrittenModule) -> LayersRead | None:
@@ -419,6 +428,10 @@ class NotKept:
         if name.startswith("__"):
             raise AttributeError(name)
         return self[name]
+
+    def to(self, *args: Any, **kwargs: Any) -> NotKept:
+        """Itself: accelerate moves all that a module is given, read or not."""
+        return self
 
 
 class Started(NotKept):

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from map_kernels import count_map_kernels
@@ -26,7 +27,8 @@ from lite3r_plugin.runtime.chunks import Chunks, in_chunks
 from lite3r_plugin.runtime.exact import KeptEmbedding
 from lite3r_plugin.runtime.maps import MapKernels
 from lite3r_plugin.runtime.trace import traced
-from lite3r_plugin.wrapper import Changes
+from lite3r_plugin.runtime.values import exchanged
+from lite3r_plugin.wrapper import Changes, RewrittenMethod
 
 DENSE = Lite3RConfig(keep_ratio=1.0, linear_branch="none")
 WORDS = "large maps of the head for few views at a time"
@@ -326,6 +328,63 @@ def training(model: Any, images: Tensor) -> Any:
         return model(images)
 
 
+def test_heads_start_where_gradients_are_recorded_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = small_vggt().requires_grad_(False)
+    apply_lite3r(model, DENSE)
+    _, layers, _ = started(model, lambda: model(torch.rand(1, 2, 3, 56, 70)), monkeypatch)
+    assert layers == [0, 1, 3]
+
+
+class NoHead(nn.Module):
+    """Has a method of the name of theirs, as ResNets of torchvision do."""
+
+    def _forward_impl(self, x: Tensor) -> Tensor:
+        return x
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+@pytest.mark.parametrize("make_other", [NoHead, lambda: torch.jit.script(nn.ReLU())], ids=["no head", "scripted"])
+@torch.no_grad()
+def test_heads_start_beside_other_modules(make_other: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = small_vggt()
+    model.other = make_other()
+    apply_lite3r(model, DENSE)
+    _, layers, _ = started(model, lambda: model(torch.rand(1, 2, 3, 56, 70)), monkeypatch)
+    assert layers == [0, 1, 3]
+
+
+def training_the_last_blocks(model: Any, images: Tensor) -> Any:
+    """The first layers have no gradients, and the last ones do."""
+    model.requires_grad_(False)
+    model.aggregator.frame_blocks[2:].requires_grad_(True)
+    return training(model, images)
+
+
+def training_the_heads(model: Any, images: Tensor) -> Any:
+    """No layer has gradients, and the heads do."""
+    model.aggregator.forward = torch.no_grad()(model.aggregator.forward)
+    found = training(model, images)
+    assert found["depth"].requires_grad
+    return found
+
+
+def with_a_compiled_head(model: Any, images: Tensor) -> Any:
+    model.depth_head.compile(backend="eager")
+    return model(images)
+
+
+class Around(RewrittenMethod):
+    """Lies on the forward of a head, and may give it other layers than it is given, such as those of all processes."""
+
+    def rewritten(self, layers: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.run_host([exchanged(layer, Tensor.clone) for layer in layers], *args, **kwargs)
+
+
+def given_other_layers(model: Any, images: Tensor) -> Any:
+    model.depth_head.forward = Around(model.depth_head, "forward")
+    return model(images)
+
+
 def elsewhere(model: Any, images: Tensor) -> Any:
     """Weights that come when the head is called."""
     head, own = model.depth_head, model.depth_head.forward
@@ -346,7 +405,13 @@ def with_points_to_track(model: Any, images: Tensor) -> Any:
     return model(images, torch.zeros(1, 1, 2))
 
 
-@pytest.mark.parametrize("run", [watched, watched_inside, under_autocast, training, elsewhere, with_points_to_track])
+CANNOT = [
+    watched, watched_inside, under_autocast, training, training_the_last_blocks, training_the_heads, with_a_compiled_head,
+    given_other_layers, elsewhere, with_points_to_track,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("run", CANNOT)
 @torch.no_grad()
 def test_layers_are_kept_where_heads_cannot_start(run: Callable[[Any, Tensor], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model, other, images = small_vggt(), small_vggt(), torch.rand(1, 3, 3, 56, 70)
@@ -357,6 +422,145 @@ def test_layers_are_kept_where_heads_cannot_start(run: Callable[[Any, Tensor], A
     assert layers == []
     tolerance = 5e-2 if run is under_autocast else 1e-5
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def forked(model: Any, forward: Callable[..., Any]) -> None:
+    members: dict[str, Any] = {"forward": forward}
+    model.__class__ = type("Fork", (type(model),), members)
+
+
+class Moved:
+    """Layers that are counted from another one on."""
+
+    def __init__(self, layers: Any) -> None:
+        self.layers = layers
+
+    def __getitem__(self, i: int) -> Any:
+        return self.layers[i + 1]
+
+
+def moves_layers(model: Any, images: Tensor) -> Any:
+    layers, special = model.aggregator(images)
+    return model.depth_head(Moved(layers), images, special)
+
+
+def gives_layers(model: Any, images: Tensor) -> Any:
+    layers, special = model.aggregator(images)
+    return model.depth_head(layers, images, special), {"layers": layers}
+
+
+def holds_layers(model: Any, images: Tensor) -> Any:
+    model.layers, special = model.aggregator(images)
+    return model.depth_head(model.layers, images, special)
+
+
+def calls_a_head_twice(model: Any, images: Tensor) -> Any:
+    layers, special = model.aggregator(images)
+    return model.depth_head(layers, images, special), model.depth_head(layers, images, special, frames_chunk_size=1)
+
+
+FORKS: list[tuple[Any, list[int], list[int]]] = [
+    (moves_layers, [0, 1, 2, 3], []),
+    (gives_layers, [0, 1, 3, 4], []),
+    (holds_layers, [0, 1, 3, 4], []),
+    (calls_a_head_twice, [0, 1, 3, 4], [0, 1, 3]),
+    (calls_a_head_twice, [3, 1, 0, 4], [0, 1, 3]),
+    (calls_a_head_twice, [0, -5, 3, 4], []),
+]
+
+
+@pytest.mark.parametrize(("forward", "indices", "starting"), FORKS)
+@torch.no_grad()
+def test_forks_that_do_something_else_with_layers(
+    forward: Callable[..., Any], indices: list[int], starting: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model: Any = small_vggt()
+    forked(model, forward)
+    model.depth_head.intermediate_layer_idx = indices
+    images = torch.rand(1, 3, 3, 56, 70)
+    expected = model(images), list(getattr(model, "layers", ()))
+    apply_lite3r(model, DENSE)
+    found, layers, _ = started(model, lambda: model(images), monkeypatch)
+    assert layers == starting
+    torch.testing.assert_close((found, list(getattr(model, "layers", ()))), expected, rtol=1e-5, atol=1e-5)
+
+
+def moves_layers_of_many_views(model: Any, images: Tensor) -> Any:
+    layers, special = model.aggregator(images)
+    return model.depth_head(Moved(layers) if images.shape[1] > 2 else layers, images, special)
+
+
+@torch.no_grad()
+def test_a_head_takes_no_start_from_another_layer() -> None:
+    model: Any = small_vggt()
+    forked(model, moves_layers_of_many_views)
+    model.depth_head.intermediate_layer_idx = [0, 1, 2, 3]
+    apply_lite3r(model, DENSE)
+    model(torch.rand(1, 2, 3, 56, 70))
+    with pytest.raises(AdapterError, match="layer 1 was not kept"):
+        model(torch.rand(1, 3, 3, 56, 70))
+
+
+class Heads(nn.Module):
+    """The heads in a module of their own."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.camera_head, self.depth_head = model.camera_head, model.depth_head
+
+    def forward(self, layers: Any, images: Tensor, special: int) -> tuple[Any, ...]:
+        """Poses and depths."""
+        return self.camera_head(layers), *self.depth_head(layers, images, special)
+
+
+class Inside(nn.Module):
+    """A VGGT with its heads in a module of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        model: Any = small_vggt()
+        self.aggregator, self.heads = model.aggregator, Heads(model)
+
+    def forward(self, images: Tensor) -> tuple[Any, ...]:
+        """Poses and depths."""
+        layers, special = self.aggregator(images)
+        return self.heads(layers, images, special)
+
+
+def as_it_is(model: Inside) -> None:
+    pass
+
+
+def with_a_reader(model: Inside) -> None:
+    model.heads.camera_head.register_forward_hook(lambda module, args, poses: [*poses, args[0][1]])
+
+
+def compiled_around(model: Inside) -> None:
+    model.heads.compile(backend="eager")
+
+
+@pytest.mark.parametrize(("change", "starting"), [(as_it_is, [0, 1, 3]), (with_a_reader, []), (compiled_around, [0, 1, 3])])
+@torch.no_grad()
+def test_heads_further_inside(change: Callable[[Inside], None], starting: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Inside().eval()
+    other, images = copy.deepcopy(model), torch.rand(1, 3, 3, 56, 70)
+    change(other)
+    expected = other(images)
+    apply_lite3r(model, DENSE)
+    change(model)
+    found, layers, _ = started(model, lambda: model(images), monkeypatch)
+    assert layers == starting
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_accelerate_moves_what_modules_are_given() -> None:
+    model: Any = small_vggt()
+    images = torch.rand(1, 3, 3, 56, 70)
+    expected = model(images)
+    apply_lite3r(model, DENSE)
+    accelerate.cpu_offload(model.camera_head, execution_device=torch.device("cpu"))
+    torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
 
 
 class Plain(nn.Module):

@@ -293,6 +293,11 @@ def test_a_layer_that_was_not_kept_says_so() -> None:
         torch.Size(NotKept(3).shape)
 
 
+def test_a_layer_that_was_not_kept_goes_where_all_arguments_go() -> None:
+    layer = NotKept(3)
+    assert layer.to("meta", non_blocking=True) is layer
+
+
 def test_a_rewritten_method_tells_the_arguments_of_the_host() -> None:
     model = Reader()
     before = inspect.signature(model.forward)

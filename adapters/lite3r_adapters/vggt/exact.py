@@ -25,6 +25,7 @@ from lite3r_plugin.runtime.exact import (
     without_weights,
 )
 from lite3r_plugin.runtime.maps import map_kernels
+from lite3r_plugin.runtime.values import exchanged
 
 from .. import _blocks
 from .heads import EMBEDDING, METHOD, few_views, head_call
@@ -176,36 +177,42 @@ def _make_read_layers(backbone: str, owner: nn.Module) -> ReadLayers:
     for module in owner.modules():  # of heads that run when they are asked for, such as that of tracks
         if isinstance(indices := getattr(module, "intermediate_layer_idx", None), Sequence):
             layers.update(i % count for i in indices)
-    read, plain_on = _layers_in_a_run(owner, backbone)
+    watched = _layers_in_a_run(owner, backbone)
+    read = {name: set(indices) for name, indices in watched.read.items()}
     layers.update(*read.values())
     by_others = read.pop("", set[int]()) | {count - 1}  # no block runs after the last layer that could use its memory
     heads = {i: names for i in layers - by_others if (names := tuple(name for name, of_head in read.items() if i in of_head))}
     if len(layers) == count and not heads:
         raise AdapterError("its heads read all layers")
-    return ReadLayers(owner, backbone, frozenset(layers), heads, METHOD, plain_on)
+    plain_on = frozenset({"cuda"} if watched.autocast == {False} else ())
+    return ReadLayers(owner, backbone, frozenset(layers), heads, METHOD, plain_on, sorted(watched.given))
 
 
-def _layers_in_a_run(owner: nn.Module, backbone: str) -> tuple[dict[str, set[int]], frozenset[str]]:
-    """The layers that a forward of `owner` reads, by one on zeros: in the methods `METHOD` of heads, by their names, and elsewhere, by "".
+def _layers_in_a_run(owner: nn.Module, backbone: str) -> _WatchedLayers:
+    """What becomes of the layers in a forward of `owner`, by one on zeros, under autocast of GPUs, which changes nothing here.
 
-    Beside them the types of devices on which it switches autocast off for all of these heads: GPUs or none, whose autocast changes
-    nothing here. Raises whatever its code does.
+    Raises whatever its code does.
     """
     aggregator: Any = getattr(owner, backbone)
     watched = _WatchedAggregator(aggregator)
+    layers = watched.layers
     copied = without_weights(owner, {aggregator: watched})
-    for name, head in copied.named_modules():
-        if hasattr(head, METHOD):
-            vars(head)[METHOD] = functools.partial(watched.layers.read_by, name, getattr(head, METHOD))
+    inside = {name: module for name, module in copied.named_modules() if not isinstance(module, torch.jit.ScriptModule)}  # takes no hooks
+    for name, module in inside.items():
+        module.register_forward_pre_hook(functools.partial(layers.give_to, name), with_kwargs=True)
+        if hasattr(module, METHOD) and isinstance(expected := getattr(module, "intermediate_layer_idx", None), Sequence):
+            vars(module)[METHOD] = functools.partial(layers.read_by, name, expected, getattr(module, METHOD))
     size = 4 * watched.patch, 5 * watched.patch
     before = torch.is_autocast_enabled("cuda")
     try:
         torch.set_autocast_enabled("cuda", True)
         with torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
-            copied(torch.zeros(1, 2, 3, *size, dtype=torch.float32, device="cpu"))
+            found = copied(torch.zeros(1, 2, 3, *size, dtype=torch.float32, device="cpu"))
     finally:
         torch.set_autocast_enabled("cuda", before)
-    return watched.layers.read, frozenset({"cuda"} if watched.layers.autocast == {False} else ())
+    attributes = [value for module in inside.values() if module is not watched for value in vars(module).values() if value is layers]
+    exchanged((found, attributes), lambda x: x, lambda value: layers[:] if value is layers else value)  # who has them may read any
+    return layers
 
 
 class _WatchedAggregator(nn.Module):
@@ -224,30 +231,44 @@ class _WatchedAggregator(nn.Module):
 
 
 class _WatchedLayers(Sequence[Tensor]):
-    """No list, whose items C code reads unseen."""
+    """No list, whose items C code reads unseen.
+
+    Attributes:
+        read: Which were read, in order: in the methods `METHOD` of heads by their names, and elsewhere by "".
+        given: Names of the modules that were given it.
+        autocast: Whether that of GPUs was on in these methods.
+    """
 
     def __init__(self, count: int) -> None:
         self.indices = range(count)
-        self.read: dict[str, set[int]] = {}
+        self.read: dict[str, list[int]] = {}
+        self.given: set[str] = set()
         self.reader = ""
         self.autocast: set[bool] = set()
         self.layer = torch.empty(0)
 
-    def read_by(self, reader: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call `method`, whose reads are those of `reader`."""
-        self.reader = reader
+    def give_to(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A hook of the module `name`."""
+        if any(value is self for value in (*args, *kwargs.values())):
+            self.given.add(name)
+
+    def read_by(self, reader: str, expected: Sequence[int], method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call `method`, whose reads are those of `reader` if they are the `expected` ones: it may be given others in their places."""
+        before, self.reader = self.read.pop(reader, []), reader
         self.autocast.add(torch.is_autocast_enabled("cuda"))
         try:
             return method(*args, **kwargs)
         finally:
             self.reader = ""
+            found = self.read.pop(reader, [])
+            self.read.setdefault(reader if found == list(expected) else "", []).extend((*before, *found))
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, key: Any) -> Any:
         found = self.indices[key]
-        self.read.setdefault(self.reader, set()).update([found] if isinstance(found, int) else found)
+        self.read.setdefault(self.reader, []).extend([found] if isinstance(found, int) else found)
         return self.layer if isinstance(found, int) else [self.layer for _ in found]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,9 +14,9 @@ from lite3r_plugin.adapter import ExactRewrite, Trial
 from lite3r_plugin.errors import AdapterError
 from lite3r_plugin.runtime.chunks import by_views
 from lite3r_plugin.runtime.exact import KeptEmbedding, Started, StartingMethod
-from lite3r_plugin.runtime.maps import random_head
+from lite3r_plugin.runtime.maps import MapKernels, random_head
 from lite3r_plugin.runtime.modes import operators_are_transformed
-from lite3r_plugin.wrapper import RewrittenMethod, has_forward_hooks, is_plain_tensor
+from lite3r_plugin.wrapper import has_forward_hooks, is_plain_tensor
 
 VIEWS = 2
 """Whose large maps are made at once. At 518 x 518 two have enough pixels to fill a GPU."""
@@ -61,8 +62,13 @@ class FewViews(StartingMethod):
     ) -> Any:  # fmt: skip
         """As the host's method: layers ``[B, S, P, C]`` and images ``[B, S, 3, H, W]`` to predictions and confidences, or to features."""
         head: Any = self.module
-        layers = [aggregated_tokens_list[i] for i in head.intermediate_layer_idx]
-        layers = [layer.of(self) if isinstance(layer, Started) else layer for layer in layers]
+        read = head.intermediate_layer_idx
+        layers = [aggregated_tokens_list[i] for i in read]
+        started = [isinstance(layer, Started) and layer.layer == i for i, layer in zip(read, layers, strict=True)]
+        if any(started) and torch.compiler.is_compiling():  # of a model that is compiled in parts
+            eager: Any = torch.compiler.disable(self.rewritten)
+            return eager(aggregated_tokens_list, images, patch_start_idx, frames_start_idx, frames_end_idx)
+        layers = [layer.of(self) if of_it else layer for layer, of_it in zip(layers, started, strict=True)]
         if not self._takes(layers):
             return self.run_host(aggregated_tokens_list, images, patch_start_idx, frames_start_idx, frames_end_idx)
         batch, height, width = layers[0].shape[0], *images.shape[-2:]
@@ -92,8 +98,9 @@ class FewViews(StartingMethod):
             return None
         level = read.index(layer)
         weights = [parameter for module in (head.norm, head.projects[level]) for parameter in module.parameters()]
-        called = has_forward_hooks(head) or not isinstance(vars(head).get("forward"), RewrittenMethod | None)
-        if called or any(weight.device != tokens.device for weight in weights):  # which may come when the head is called
+        called = has_forward_hooks(head) or not isinstance(vars(head).get("forward"), MapKernels | None)
+        compiled = not isinstance(head._compiled_call_impl, functools.partial | None)  # partial: of `in_chunks`
+        if called or compiled or any(weight.device != tokens.device for weight in weights):  # which may come when the head is called
             return None
         shape = tokens.shape[:2]
         return by_views(STARTING, self._projected, tokens.flatten(0, 1)[:, special:], level, height, width).unflatten(0, shape)
