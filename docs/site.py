@@ -26,7 +26,7 @@ ELSEWHERE = {
     "examples/lightglue/README.md": "examples_lightglue.md",
 }
 PICTURE = re.compile(r"!\[([^\]]+)\]\(([^)\s:]+)\)")
-LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)\s:]+)\)")
+LINK = re.compile(r"(?<!!)\[((?:!\[[^\]]+\]\([^)]+\)|[^\]])+)\]\(([^)\s:]+)\)")  # of words, or of a picture
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
