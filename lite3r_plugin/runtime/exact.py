@@ -303,6 +303,10 @@ def not_in_bf16(fqn: str, reason: str) -> ExactRewrite:
 class StartingMethod(RewrittenMethod):
     """A method of a head that can take its first steps from a layer as soon as the backbone has made it: their result is smaller."""
 
+    def may_start(self) -> bool:
+        """Whether the head may be run before it is called: nobody watches it, or runs something else instead."""
+        raise NotImplementedError
+
     def start(self, layer: int, tokens: Tensor, special: int, height: int, width: int) -> Tensor | None:
         """What the head needs of `tokens` ``[B, S, P, C]``, one entry for each view ``[B, S, ...]``; None: it needs the layer itself.
 
@@ -390,13 +394,13 @@ class ReadLayers(RewrittenMethod):
         """What can start, by layers of which all that is read can."""
         if any(has_forward_hooks(module) for module in self._modules(self.given)):
             return {}  # a hook may read any
-        found: dict[int, tuple[StartingMethod, ...]] = {}
-        for layer, names in self.heads.items():
-            methods = [vars(head).get(self.method) for head in self._modules(names)]
-            starting = tuple(method for method in methods if isinstance(method, StartingMethod) and method.enabled)
-            if len(starting) == len(methods):
-                found[layer] = starting
-        return found
+        starts: dict[str, list[Any]] = {}  # what each head starts by; one that was taken out of the model since has nothing
+        able: set[str] = set()
+        for name in {name for names in self.heads.values() for name in names}:
+            starts[name] = methods = [vars(head).get(self.method) for head in self._modules([name])]
+            if all(isinstance(method, StartingMethod) and method.enabled and method.may_start() for method in methods):
+                able.add(name)
+        return {layer: tuple(m for name in names for m in starts[name]) for layer, names in self.heads.items() if able.issuperset(names)}
 
     def _modules(self, names: Iterable[str]) -> list[nn.Module]:
         """Those of these names that were not taken out of the model since."""

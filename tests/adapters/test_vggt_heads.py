@@ -257,28 +257,26 @@ def started(model: Any, run: Callable[[], Any], monkeypatch: pytest.MonkeyPatch)
     return found, sorted(layers), left[0] if left else []
 
 
-@pytest.mark.parametrize("views", [1, 3, heads.STARTING + 1])
+@pytest.mark.parametrize(
+    ("batch", "views", "prepare", "expected_layers"),
+    [  # the last layer is read by the camera head, too
+        (2, 1, None, [0, 1, 3]), (2, 3, None, [0, 1, 3]), (2, heads.STARTING + 1, None, [0, 1, 3]),
+        (1, 3, with_points, [0, 1, 1, 2, 3, 3]),
+    ],
+    ids=["one view", "some views", "more than start at once", "two heads"],
+)  # fmt: skip
 @torch.no_grad()
-def test_heads_start_from_layers_that_are_not_kept(views: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heads_start_from_layers_that_are_not_kept(
+    batch: int, views: int, prepare: Callable[[Any], None] | None, expected_layers: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model: Any = small_vggt()
-    images = torch.rand(2, views, 3, 56, 70)
+    if prepare is not None:
+        prepare(model)
+    images = torch.rand(batch, views, 3, 56, 70)
     expected = model(images)
     apply_lite3r(model, DENSE)
     found, layers, alive = started(model, lambda: model(images), monkeypatch)
-    assert layers == [0, 1, 3]  # the last one is read by the camera head, too
-    assert alive == []
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-
-
-@torch.no_grad()
-def test_two_heads_start_from_what_both_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    model: Any = small_vggt()
-    with_points(model)
-    images = torch.rand(1, 3, 3, 56, 70)
-    expected = model(images)
-    apply_lite3r(model, DENSE)
-    found, layers, alive = started(model, lambda: model(images), monkeypatch)
-    assert layers == [0, 1, 1, 2, 3, 3]
+    assert layers == expected_layers
     assert alive == []
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 

@@ -89,18 +89,23 @@ class FewViews(StartingMethod):
             self._planned = chunk, [(x.shape, x.dtype) for x in found]
         return found[0] if head.feature_only else tuple(found)
 
+    def may_start(self) -> bool:
+        """Not where the head is compiled, somebody watches it or its modules, or has put a forward of his own there."""
+        head: Any = self.module
+        called = has_forward_hooks(head) or not isinstance(vars(head).get("forward"), MapKernels | None)
+        compiled = not isinstance(head._compiled_call_impl, functools.partial | None)  # partial: of `in_chunks`
+        return not called and not compiled and not self._is_watched
+
     def start(self, layer: int, tokens: Tensor, special: int, height: int, width: int) -> Tensor | None:
         """The patches of a layer in the channels of their level ``[B, S, C', h, w]``. Not under autocast: the head may have another."""
         head: Any = self.module
         read = list(head.intermediate_layer_idx)
         autocast = not tokens.is_meta and torch.is_autocast_enabled(tokens.device.type)  # which knows no meta device
-        if read.count(layer) != 1 or autocast or not self._takes([tokens]):
+        if read.count(layer) != 1 or autocast or not self._can_read([tokens]):
             return None
         level = read.index(layer)
         weights = [parameter for module in (head.norm, head.projects[level]) for parameter in module.parameters()]
-        called = has_forward_hooks(head) or not isinstance(vars(head).get("forward"), MapKernels | None)
-        compiled = not isinstance(head._compiled_call_impl, functools.partial | None)  # partial: of `in_chunks`
-        if called or compiled or any(weight.device != tokens.device for weight in weights):  # which may come when the head is called
+        if any(weight.device != tokens.device for weight in weights):  # which may come when the head is called
             return None
         shape = tokens.shape[:2]
         return by_views(STARTING, self._projected, tokens.flatten(0, 1)[:, special:], level, height, width).unflatten(0, shape)
@@ -109,15 +114,22 @@ class FewViews(StartingMethod):
     def _functions(self) -> Mapping[str, Any]:
         return getattr(getattr(type(self.module), METHOD), "__globals__", {})
 
+    @property
+    def _is_watched(self) -> bool:
+        return any(has_forward_hooks(inside) for inside in self.module.modules() if inside is not self.module)
+
     def _takes(self, layers: Iterable[Any]) -> bool:
         """Whether views of these layers may be told apart, and nobody sees that they are."""
+        return self._can_read(layers) and not self._is_watched
+
+    def _can_read(self, layers: Iterable[Any]) -> bool:
+        """Whether operators run now, on these layers, without gradients, as they are written."""
         head = self.module
         return (
             not torch.compiler.is_compiling()
             and all(isinstance(x, FakeTensor) or (isinstance(x, Tensor) and is_plain_tensor(x)) for x in layers)
             and not (torch.is_grad_enabled() and any(x.requires_grad for x in (*layers, *head.parameters())))
             and not operators_are_transformed()
-            and not any(has_forward_hooks(inside) for inside in head.modules() if inside is not head)
         )
 
     def _projected(self, tokens: Tensor, i: int, height: int, width: int) -> Tensor:
