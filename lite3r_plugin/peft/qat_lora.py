@@ -20,10 +20,14 @@ class SummedLora(lora.Linear):
     def weight(self) -> Tensor:
         """``W + s B A`` ``[C_out, C]`` of the active adapters, in the dtype of W; W where they are merged or switched off."""
         base: Tensor = self.get_base_layer().weight  # pyright: ignore[reportAssignmentType]
+        return folded(base, self.deltas(base))
+
+    def deltas(self, like: Tensor) -> list[Tensor]:
+        """``s B A`` ``[C_out, C]`` of each adapter that is to be added, without the autocast of the device of `like`."""
         if self.merged or self.disable_adapters:
-            return base
-        with without_autocast(base):
-            return folded(base, [self.get_delta_weight(name) for name in self.active_adapters if name in self.lora_A])
+            return []
+        with without_autocast(like):
+            return [self.get_delta_weight(name) for name in self.active_adapters if name in self.lora_A]
 
 
 class QatLora(SummedLora):
@@ -59,12 +63,8 @@ class QatLora(SummedLora):
         rounds = isinstance(base, FakeQuantLinear) and base.enabled and not self.disable_adapters
         if rounds and kwargs.get("adapter_names") is not None:
             raise ConfigError("adapter_names cannot be used while a model trains for FP8: switch adapters by set_adapter")
-        names = [] if self.merged else [name for name in self.active_adapters if name in self.lora_A]
-        if not rounds or not names:
-            return super().forward(x, *args, **kwargs)
-        with without_autocast(x):
-            deltas = [self.get_delta_weight(name) for name in names]
-        return base(x, deltas)
+        deltas = self.deltas(x) if rounds else []
+        return base(x, deltas) if deltas else super().forward(x, *args, **kwargs)
 
 
 def made_around(linear: nn.Linear, adapter: str, rank: int, alpha: float) -> lora.Linear:
