@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import quality_report
+from readme_table import in_percent, longest_trained
 
 from lite3r_plugin.bench.plots import Tradeoff, quality_over_gain, save_figure
 from lite3r_plugin.config import DEFAULT_KEEP_RATIO
@@ -147,7 +148,7 @@ class Stored:
             conditions = report["conditions"]
             if not self._fits(name, conditions["size"]):
                 continue
-            longest = max(report["rows"].values(), key=lambda stored: (stored["row"]["training"] or {}).get("minutes") or 0)
+            longest = longest_trained(report)
             for stored in report["rows"].values():
                 row = stored["row"]
                 if row["training"] and stored is not longest:
@@ -252,10 +253,7 @@ def precision(stored: Stored) -> str:
         return f"Times and quality are of {TIMED_IN}."
     text = f"Times are of {TIMED_IN}. So is the quality of filled points; that of hollow ones is of {' and '.join(others)}. "
     for name, alone in stored.read(FP8_FILE):
-        changes = ", ".join(
-            f"{label} {change:+.2f} % [{low:+.2f}, {high:+.2f}]"
-            for label, (change, low, high) in (("AUC@30", alone["auc30"]["percent"][:3]), ("AbsRel", alone["abs_rel"]["percent"][:3]))
-        )
+        changes = ", ".join(f"{label} {in_percent(alone[measure])}" for label, measure in (("AUC@30", "auc30"), ("AbsRel", "abs_rel")))
         views = alone["conditions"]["views"]
         return text + f"FP8 alone, without sparsity, changed {changes} of dense with {views} views (`{name}`)."
     return text + "What FP8 alone costs is not stored."
@@ -270,11 +268,12 @@ def auto(stored: Stored) -> str:
         '`keep_ratio="auto"` has a ratio for each site whose mean is the one told; its gain is that of the same ratio at all sites, which '
         "computes as much."
     )
-    if of_errors := sorted({quality.file for quality in drawn if quality.file != AUTO_FILE}):
+    by_error = " and ".join(f"`{name}`" for name in sorted({quality.file for quality in drawn} - {AUTO_FILE}))
+    if by_error:
         text += (
-            f' In {" and ".join(f"`{name}`" for name in of_errors)} blocks are kept by `block_choice="error"`, too; the gain is that of '
+            f' In {by_error} blocks are kept by `block_choice="error"`, too; the gain is that of the default choice, and the time of '
+            "choosing by error is not in it."
         )
-        text += "the default choice, and the time of choosing by error is not in it."
     groups: dict[str, Any] = {}
     for _, report in stored.read(AUTO_FILE):
         groups |= report["groups"]

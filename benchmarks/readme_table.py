@@ -267,9 +267,8 @@ def fp8_quality(report: dict[str, Any]) -> str:
     rows = []
     for name, title in names.items():
         measure = report[name]
-        change, low, high = measure["percent"][:3]
         values = (f"{measure[kind]:.4g}" for kind in ("dense", "fp8"))
-        rows.append((title, f"{measure['scenes']:,}", *values, f"{change:+.2f} % [{low:+.2f}, {high:+.2f}]"))
+        rows.append((title, f"{measure['scenes']:,}", *values, in_percent(measure)))
     c = report["conditions"]
     note = (
         f"The testbed, dense, {c['views']} views of {c['size']} pixels, {c['dtype']} against FP8, one {c['device']}, torch {c['torch']}, "
@@ -278,13 +277,18 @@ def fp8_quality(report: dict[str, Any]) -> str:
     return _table(("measure", "scenes", "BF16", "FP8", "change"), rows) + _note(note)
 
 
+def in_percent(measure: dict[str, Any]) -> str:
+    """The change of a measure of what `quality_fp8.py` wrote, with its interval."""
+    change, low, high = measure["percent"]
+    return f"{change:+.2f} % [{low:+.2f}, {high:+.2f}]"
+
+
 def fp8_groups(report: dict[str, Any]) -> str:
     """What FP8 costs the trained testbed, all of it and by groups of Linears."""
     names = {"auc5": "AUC@5", "auc30": "AUC@30", "abs_rel": "AbsRel"}
     rows = []
     for name, found in (("all Linears of the blocks", report), *report["groups"].items()):
-        changes = (found[measure]["percent"] for measure in names)
-        rows.append((name, *(f"{change:+.2f} % [{low:+.2f}, {high:+.2f}]" for change, low, high in changes)))
+        rows.append((name, *(in_percent(found[measure]) for measure in names)))
     note = f"Each group alone in FP8, on {report['auc5']['scenes']:,} of the same scenes, AbsRel on {report['abs_rel']['scenes']:,}."
     return _table(("in FP8", *names.values()), rows) + _note(note)
 
@@ -331,7 +335,7 @@ def distillation(report: dict[str, Any]) -> str:
     usual = report["conditions"]["views_a_step"]
     for row in done:
         steps = re.search(r"([\d,]+) steps", row.get("distillation", ""))
-        minutes = row.get("calibration_seconds", 0) / 60 + ((row["row"]["training"] or {}).get("minutes") or 0)
+        minutes = row.get("calibration_seconds", 0) / 60 + minutes_of_training(row)
         ends = (steps[1] if steps else "", f"{minutes:.1f}" if minutes else "")
         rows += [
             (_way_to_train(row["row"], usual), views, *(_change(name, found[name]) for name in names), *ends)
@@ -357,7 +361,7 @@ def distillation(report: dict[str, Any]) -> str:
 
 def quality(*reports: dict[str, Any]) -> str:
     """The README's table: what is lost of AUC@30 and AbsRel as applied, and with what wins it back, by keep ratio and number of views."""
-    rows, longest = [], [max(report["rows"].values(), key=_minutes) for report in reports]
+    rows, longest = [], [longest_trained(report) for report in reports]
     for report, trained in zip(reports, longest, strict=True):
         named = {row["row"]["name"]: row for row in report["rows"].values()}
         ways = [named["applied"], named["calibrated"], named["chosen"], trained]
@@ -369,7 +373,7 @@ def quality(*reports: dict[str, Any]) -> str:
     heads = ("`keep_ratio`", "views", "AUC@30 ↑ dense", "change, points", "AbsRel ↓ dense", "change, %")
     c, widest = reports[0]["conditions"], max(_half_width(way) for report in reports for way in report["rows"].values())
     in_fp8 = [f"{row['keep_ratio']:g}" for row in longest if row["row"]["precision"] == "fp8"]
-    minutes = " and ".join(dict.fromkeys(f"{_minutes(row):g}" for row in longest))
+    minutes = " and ".join(dict.fromkeys(f"{minutes_of_training(row):g}" for row in longest))
     return _table(heads, rows) + _note(
         f"Changes: applied, calibrated, ratios by site and calibrated, these and distilled for {minutes} minutes"
         f"{', which at ' + ', '.join(in_fp8) + ' is in FP8' if in_fp8 else ''}. {c['scenes']} scenes of {c['size']} × {c['size']} "
@@ -377,8 +381,13 @@ def quality(*reports: dict[str, Any]) -> str:
     )
 
 
-def _minutes(row: dict[str, Any]) -> float:
-    """Of training."""
+def longest_trained(report: dict[str, Any]) -> dict[str, Any]:
+    """The row of what `training/distillation.py` wrote that was trained for longest."""
+    return max(report["rows"].values(), key=minutes_of_training)
+
+
+def minutes_of_training(row: dict[str, Any]) -> float:
+    """Of a row; 0 where nothing was trained."""
     return (row["row"]["training"] or {}).get("minutes") or 0
 
 

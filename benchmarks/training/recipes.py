@@ -44,8 +44,7 @@ class Row:
     @property
     def start(self) -> str:
         """What it starts from, of models that are calibrated alike."""
-        inner = self.inner and self.trains_in != "full"
-        return self.trains_in + " chosen" * self.chosen + " inner" * inner
+        return self.trains_in + " chosen" * self.chosen + " inner" * self.inner
 
 
 OURS: dict[str, Any] = {"trainable": "proj+lora", "learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 20}
