@@ -287,7 +287,7 @@ def fp8_groups(report: dict[str, Any]) -> str:
     """What FP8 costs the trained testbed, all of it and by groups of Linears."""
     names = {"auc5": "AUC@5", "auc30": "AUC@30", "abs_rel": "AbsRel"}
     rows = []
-    for name, found in (("all Linears of the blocks", report), *report["groups"].items()):
+    for name, found in (("all but the first and last blocks: the default", report), *report["groups"].items()):
         rows.append((name, *(in_percent(found[measure]) for measure in names)))
     note = f"Each group alone in FP8, on {report['auc5']['scenes']:,} of the same scenes, AbsRel on {report['abs_rel']['scenes']:,}."
     return _table(("in FP8", *names.values()), rows) + _note(note)
@@ -429,8 +429,8 @@ def _way_to_train(row: dict[str, Any], usual_views: int) -> str:
         parts.append(RECIPES[row["recipe"]])
     if row.get("views_a_step", usual_views) != usual_views:
         parts.append(f"{row['views_a_step']} views a step")
-    inside = " but for the first and last blocks" * row.get("inner", False)
-    parts += [("FP8" if row.get("rounds", True) else "FP8 only afterwards") + inside] * (row["precision"] == "fp8")
+    inside = " of all blocks" * ("fp8_filter" not in row)
+    parts += [f"FP8{inside}{'' if row.get('rounds', True) else ' only afterwards'}"] * (row["precision"] == "fp8")
     return chosen + ("calibrated, " if row["calibrated"] else "") + "distilled: " + ", ".join(parts)
 
 

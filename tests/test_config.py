@@ -192,7 +192,7 @@ def test_of_several_patterns_the_first_that_matches_counts() -> None:
 
 def test_a_filter_is_patterns_or_a_function() -> None:
     module = nn.Linear(1, 1)
-    assert Lite3RConfig().takes_fp8(module, "blocks.0.mlp.fc1")
+    assert Lite3RConfig(fp8_filter=("*",)).takes_fp8(module, "blocks.0.mlp.fc1")
     config = Lite3RConfig(fp8_filter=("*.mlp.*",))
     assert [config.takes_fp8(module, f"blocks.0.{name}") for name in ("mlp.fc1", "attn.qkv")] == [True, False]
     config = Lite3RConfig(fp8_filter=lambda module, fqn: module.in_features == 1 and fqn == "a")  # type: ignore[arg-type]

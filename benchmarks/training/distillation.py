@@ -257,7 +257,6 @@ class Worker:
     def _applied(self, keep: float, row: Row) -> nn.Module:
         blocks = {"block_q": 32, "block_k": 16} if self.args.small else {}  # of so few tokens blocks of the usual size leave none out
         ways: dict[str, Any] = {"keep_ratio": "auto", "block_choice": "error"} if row.chosen else {"keep_ratio": keep}
-        ways |= {"fp8_filter": "inner"} if row.inner else {}
         return apply_lite3r(build(self.args, self.device), **ways, dense_below=0, precision=row.trains_in, **blocks)
 
     def _measured(self, model: nn.Module, kind: str) -> dict[str, dict[str, list[float]]]:

@@ -121,10 +121,10 @@ class Inventory:
         done = sum(isinstance(linear, Fp8Linear) for linear in linears)
         return f"the conversion to FP8 did not finish, {done} of {len(linears)} Linears are in FP8; convert(model) goes on"
 
-    def linears(self, state: ModelState, blocks: Iterable[str] | None = None) -> list[BlockLinear]:
-        """The Linears of the transformer blocks of these names, by default of all, that are in this model."""
+    def linears(self, state: ModelState) -> list[BlockLinear]:
+        """The Linears of the transformer blocks that are in this model."""
         names: dict[nn.Module, list[str]] = {}
-        for name in state.blocks if blocks is None else blocks:
+        for name in state.blocks:
             names.setdefault(state.blocks[name], []).append(name)
         found = {place: names[host] for place, module in self.modules.items() if (host := host_of(module)) in names}
         return find_linears(self.modules, found, [f"{fqn}.proj_lin" for fqn in self.attention])

@@ -19,7 +19,7 @@ from ..attention.trial import Trials
 from ..config import Lite3RConfig, matches
 from ..errors import AdapterError, AlreadyAppliedError, BackendError, ConfigError, NoSitesError, WeightsError, shown
 from ..fp8.block import check_block
-from ..fp8.blocks import BlockLinear, find_blocks, find_linears, inner_blocks
+from ..fp8.blocks import BlockLinear, find_blocks, find_linears
 from ..fp8.convert import LinearPlan, choose_again, is_finite, plan_linears, require_plain_weight
 from ..fp8.linear import Fp8Linear
 from ..ops.dispatch import TRITON_HEAD_DIMS
@@ -154,7 +154,7 @@ def plan_application(
     watched = _find_watched(found, adapter, sources)
     blocks = find_blocks(found.modules, [site for site in sites if site.scope != "camera" or "camera" in scopes])
     linears = find_linears(found.modules, {name: [name] for name in blocks})
-    config = _resolve_filter(config, linears, blocks, found.name)
+    config = _resolve_filter(config, linears, found.name)
     training = plan_training(linears, config) if config.precision == "fp8_qat" else None
     conversion = None
     if config.precision == "fp8" and with_weights:
@@ -410,14 +410,13 @@ def _find_watched(found: Inventory, adapter: str, sources: Mapping[Source, Seque
     return watched
 
 
-def _resolve_filter(config: Lite3RConfig, linears: Sequence[BlockLinear], blocks: Iterable[str], model: str) -> Lite3RConfig:
-    """`config` with the names that `fp8_filter` chose if it holds none, which a file can hold. Raises as `plan_application` says."""
+def _resolve_filter(config: Lite3RConfig, linears: Sequence[BlockLinear], model: str) -> Lite3RConfig:
+    """`config` with the names that `fp8_filter` chose if it is a function, which no file can hold. Raises as `plan_application` says."""
     known = [linear for linear in linears if linear.known]
     names = [name for linear in known for name in linear.names]
     if isinstance(config.fp8_filter, str):
-        inner = tuple(f"{block}." for block in inner_blocks(blocks))
-        config = config.replace(fp8_filter=tuple(name for name in names if name.startswith(inner)))
-    elif callable(config.fp8_filter):
+        return config
+    if callable(config.fp8_filter):
         chosen = [name for linear in known for name in linear.names if config.takes_fp8(linear.module, name)]
         config = config.replace(fp8_filter=tuple(chosen))
     elif names and (unused := [p for p in config.fp8_filter if not any(matches(p, name) for name in names)]):

@@ -170,7 +170,7 @@ def _fp8(facts: Facts) -> Step:
     saved, size, count = 0.0, 0, 0
     for linear in find_linears(facts.found.modules, {name: [name] for name in blocks}):
         module, rows = linear.module, next((facts.trace.rows[name] for name in linear.names if name in facts.trace.rows), 0)
-        if not isinstance(module, nn.Linear) or not linear.known or not rows:
+        if not isinstance(module, nn.Linear) or not linear.known or not rows or not linear.taken_by(Lite3RConfig()):
             continue
         fused = any(name.startswith(f"{block}.") for name in linear.names for block in described)
         saved += fp8_saves(facts.device, rows, module.in_features, module.out_features, fused)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..adapter.sites import AttentionSite
-from ..config import Lite3RConfig
+from ..config import INNER, Lite3RConfig
 from ..wrapper import belongs_to_tuner, is_tuner_layer, tuner_around
 from .linear import Fp8Linear
 from .qat import FakeQuantLinear
@@ -29,11 +29,13 @@ class BlockLinear:
         names: Its fully qualified names in the model that Lite3R was applied to. Inside an adapter (PEFT) also that of the adapter,
             which has the name that the Linear had before.
         tuner: What adapts it, or keeps copies of it (PEFT); None where nothing does.
+        inner: Whether a block that it is in is one of the `inner_blocks`.
     """
 
     module: nn.Module
     names: tuple[str, ...]
     tuner: nn.Module | None = None
+    inner: bool = True
 
     @property
     def known(self) -> bool:
@@ -42,6 +44,8 @@ class BlockLinear:
 
     def taken_by(self, config: Lite3RConfig) -> bool:
         """Whether `config.fp8_filter` takes it, by one of its names at least."""
+        if config.fp8_filter == INNER:
+            return self.inner
         return any(config.takes_fp8(self.module, name) for name in self.names)
 
 
@@ -82,16 +86,17 @@ def inner_blocks(blocks: Iterable[str]) -> list[str]:
     return inner
 
 
-def find_linears(modules: Mapping[str, nn.Module], blocks: Mapping[str, Iterable[str]], branches: Iterable[str] = ()) -> list[BlockLinear]:
+def find_linears(modules: Mapping[str, nn.Module], blocks: Mapping[str, Sequence[str]], branches: Iterable[str] = ()) -> list[BlockLinear]:
     """The Linears inside transformer blocks, each once, in the order of the model. Those that adapters consist of are none.
 
     Args:
         modules: All modules of the model by all their names.
-        blocks: Names of the blocks in `modules`, and for each the names that it had when Lite3R was applied.
+        blocks: Names of the blocks in `modules`, of all there are, and for each the names that it had when Lite3R was applied.
         branches: Names of modules whose insides are no part of a block: the linear branches.
     """
-    skipped = frozenset(branches)
+    skipped, inner = frozenset(branches), frozenset(inner_blocks(own for names in blocks.values() for own in names))
     found: dict[nn.Module, list[str]] = {}
+    innermost: set[nn.Module] = set()
     tuners: dict[nn.Module, nn.Module | None] = {}
     for name, module in modules.items():
         if not isinstance(module, (nn.Linear, Fp8Linear)):
@@ -107,7 +112,9 @@ def find_linears(modules: Mapping[str, nn.Module], blocks: Mapping[str, Iterable
             insides = dict.fromkeys(place.removeprefix(block).strip(".") for place in places)
             for own in blocks.get(block, ()):
                 found.setdefault(module, []).extend(f"{own}.{inside}".strip(".") for inside in insides)
-    return [BlockLinear(module, tuple(dict.fromkeys(names)), tuners[module]) for module, names in found.items()]
+                if own in inner:
+                    innermost.add(module)
+    return [BlockLinear(module, tuple(dict.fromkeys(names)), tuners[module], module in innermost) for module, names in found.items()]
 
 
 def _around_and_itself(name: str) -> Iterable[str]:

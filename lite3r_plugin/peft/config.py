@@ -13,7 +13,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
 from ..apply.lookup import look_up
-from ..config import CONFIG_VERSION, DenseAttention, Fp8Backend, Lite3RConfig, Pin, Precision, Preset, Scope, Weights
+from ..config import CONFIG_VERSION, DenseAttention, Fp8Backend, Fp8Filter, Lite3RConfig, Pin, Precision, Preset, Scope, Weights
 from ..errors import ConfigError, shown
 from ..ops.options import Backend, BlockChoice, FeatureMap, LinearBranch, check_choice
 
@@ -67,7 +67,7 @@ class Lite3RPeftConfig(LoraConfig):
     block_k: int = Lite3RConfig.block_k
     precision: Precision = Lite3RConfig.precision
     fp8_backend: Fp8Backend = Lite3RConfig.fp8_backend
-    fp8_filter: tuple[str, ...] = ("*",)
+    fp8_filter: Fp8Filter = Lite3RConfig.fp8_filter
     preset: Preset | None = Lite3RConfig.preset
     weights: Weights | None = Lite3RConfig.weights
     keep_originals: bool = Lite3RConfig.keep_originals
@@ -88,10 +88,10 @@ class Lite3RPeftConfig(LoraConfig):
         for name in ("scopes", "exclude", "fp8_filter", "lora_scopes"):  # a file holds lists
             if isinstance(getattr(self, name), list):
                 setattr(self, name, tuple(getattr(self, name)))
-        if not isinstance(self.fp8_filter, tuple):
+        if callable(self.fp8_filter):
             raise ConfigError(
-                'fp8_filter of an adapter is a tuple of patterns of names of Linears; for those that a function or "inner" chooses call '
-                "apply_lite3r first, and take Lite3RPeftConfig.of(model)"
+                'fp8_filter of an adapter is "inner" or a tuple of patterns of names of Linears, which a file can hold; for those that a '
+                "function chooses call apply_lite3r first, and take Lite3RPeftConfig.of(model)"
             )
         if not isinstance(self.lora_scopes, tuple):
             raise ConfigError(f"lora_scopes is a tuple of {get_args(Scope)}, got {shown(self.lora_scopes)}")

@@ -119,17 +119,17 @@ def test_inner_leaves_the_blocks_at_both_ends_of_each_list(precision: Any, tmp_p
         return Toy(depth=5).eval()
 
     kind = Fp8Linear if precision == "fp8" else FakeQuantLinear
-    model = apply_lite3r(toy(), **SPARSE, precision=precision, fp8_filter="inner")
+    model = apply_lite3r(toy(), **SPARSE, precision=precision)
     assert names_of(model, kind) == INNER
     report = describe(model)
-    assert report.config.fp8_filter == tuple(INNER)
+    assert report.config.fp8_filter == "inner"
     assert "8 Linears left as they are: not taken by fp8_filter" in report.notes
     save_lite3r(model, tmp_path)
     assert names_of(load_lite3r(toy(), tmp_path), kind) == INNER
 
 
 def test_inner_takes_short_lists_and_single_blocks_whole() -> None:
-    model = apply_lite3r(Toy(), **SPARSE, precision="fp8", fp8_filter="inner")
+    model = apply_lite3r(Toy(), **SPARSE, precision="fp8")
     assert describe(model).linears == {"in FP8 (emulated)": 8}
     few, many = [f"a.{i}" for i in range(3)], [f"b.c.{i}.block" for i in range(11)]
     assert inner_blocks([*few, "single", *many[::-1]]) == ["single", *few, *many[1:-1]]
@@ -137,12 +137,11 @@ def test_inner_takes_short_lists_and_single_blocks_whole() -> None:
         Lite3RConfig(fp8_filter="inner").takes_fp8(nn.Linear(1, 1), "a.0")
 
 
-def test_an_adapter_of_peft_takes_what_was_chosen() -> None:
-    model = apply_lite3r(Toy(depth=5).eval(), **SPARSE, precision="fp8_qat", fp8_filter="inner")
-    assert Lite3RPeftConfig.of(model).fp8_filter == tuple(INNER)
-    peft.get_peft_model(model, Lite3RPeftConfig.of(model))
-    with pytest.raises(ConfigError, match=r'or "inner" chooses.*Lite3RPeftConfig.of\(model\)'):
-        Lite3RPeftConfig(fp8_filter="inner")  # type: ignore[arg-type]
+def test_an_adapter_of_peft_rounds_the_same_linears() -> None:
+    model = peft.get_peft_model(Toy(depth=5).eval(), Lite3RPeftConfig(**SPARSE, precision="fp8_qat"))
+    rounded = [name for name in names_of(model, FakeQuantLinear) if "lora" not in name and "proj_lin" not in name]
+    assert [name.removeprefix("base_model.model.").removesuffix(".base_layer") for name in rounded] == INNER
+    assert Lite3RPeftConfig.of(model).fp8_filter == "inner"
 
 
 @pytest.mark.parametrize("precision", ["full", "fp8", "fp8_qat"])
