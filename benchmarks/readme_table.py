@@ -66,9 +66,12 @@ def never_slower(report: dict[str, Any]) -> str:
         for views in sorted({views for _, _, views in found})
     ]
     size = f"{report['resolution']} × {report['resolution']} pixels"
+    later = [row for row in report["rows"] if "commit" in row]  # of another run
+    apart = " and ".join(str(row["views"]) for row in later)
+    others = f" (with {apart} views and keep {later[0]['keep_ratio']} {later[0]['commit']}, {later[0]['runs']} pairs)" if later else ""
     return _table(("views", *(f"{pairs[pair]}, keep {keep}" for pair, keep in columns)), rows) + _note(
         f"{report['model']}, {size}, on one {report['device']}, torch {report['torch']}, triton {report['triton']}, "
-        f"{report['date'][:10]}, commit {report['commit'][:7]}; median of {report['rows'][0]['runs']} pairs of runs. "
+        f"{report['date'][:10]}, commit {report['commit'][:7]}; median of {report['rows'][0]['runs']} pairs of runs{others}. "
         f"Below 1 Lite3R is faster. Weights: {report['weights']}."
     )
 
@@ -146,7 +149,7 @@ def _conditions(report: dict[str, Any]) -> str:
     return (
         f"{c['summary'].partition(' (')[0]}, {c['resolution']} × {c['resolution']} pixels, {options}, on one {c['device']}, "
         f"torch {c['torch']}, triton {c['triton']}, {c['date'][:10]}, "
-        f"commit {c['commit'][:7]}. Median milliseconds of a whole forward. Weights: {c['weights']}."
+        f"commit {c['commit'][:7]}. Median milliseconds of a whole forward. {c.get('beside', '')}Weights: {c['weights'].partition(',')[0]}."
     )
 
 
@@ -306,9 +309,9 @@ def parallel(report: dict[str, Any]) -> str:
     options = ", ".join(
         f'`{name}="{value}"`' if isinstance(value, str) else f"`{name}={value}`" for name, value in report["config"].items()
     )
-    size = report["resolution"]
+    height, width = numbers if isinstance(numbers := report["resolution"], list) else (numbers, numbers)
     note = (
-        f"{report['model'].upper()}, {size} × {size}, {options}, random weights; {devices} {report['device']} of one host, torch "
+        f"{report['model'].upper()}, {height} × {width}, {options}, random weights; {devices} {report['device']} of one host, torch "
         f"{report['torch']}, {report['date']}, commit {report['commit']}. The link gave "
         f"{report['link_bytes_per_second'] / 1e9:.0f} GB/s in the same run."
     )
