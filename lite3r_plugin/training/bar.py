@@ -48,9 +48,9 @@ class Bar(Progress):
     def stage(self, task: TaskID, what: str, done: int, total: int | None) -> None:
         """As a `reporting.Listener`: `done` steps of `total` of `what`. The time to go is that of the stage."""
         if done == 0:
-            self.reset(task, description=what, total=total or 1)
-        else:
-            self.update(task, description=what, completed=done, total=total)
+            self.reset(task, description=what)
+        next(each for each in self.tasks if each.id == task).total = total  # for `update` None is to leave it as it is
+        self.update(task, description=what, completed=done)
 
     def _lines(self, ended: threading.Event) -> None:
         while not ended.wait(EVERY_S):
@@ -59,8 +59,9 @@ class Bar(Progress):
 
     def _line(self, task: Task) -> str:
         parts = [task.description] if task.description else []
-        if task.total and task.completed:
-            parts.append(f"{task.percentage:.0f} %" if self._percent else f"{task.completed:.0f} of {task.total:.0f}")
+        if task.completed:
+            end = f" of {task.total:.0f}" if task.total else " done"
+            parts.append(f"{task.percentage:.0f} %" if self._percent else f"{task.completed:.0f}{end}")
         if task.elapsed is not None:
             parts.append(f"{duration(round(task.elapsed))} so far")
         if task.time_remaining:
@@ -69,8 +70,8 @@ class Bar(Progress):
 
 
 class _Done(TextColumn):
-    """Nothing where the end is not known."""
+    """What is done alone where the end is not known."""
 
     def render(self, task: Task) -> Any:
         """The text."""
-        return super().render(task) if task.total is not None else ""
+        return super().render(task) if task.total is not None else f"{task.completed:.0f}" if task.completed else ""

@@ -40,6 +40,21 @@ def test_a_log_gets_lines_with_the_time_to_go_until_the_end() -> None:
     assert log.getvalue() == told
 
 
+@pytest.mark.parametrize(("terminal", "told", "wrong"), [(False, "fitting, 2 done, 0 s so far", "2 of"), (True, " 2 ", "2/")])
+def test_a_stage_without_an_end_has_not_that_of_the_stage_before(terminal: bool, told: str, wrong: str) -> None:
+    log = io.StringIO()
+    with Bar(Console(file=log, force_terminal=terminal, width=100)) as bar:
+        task = bar.add_task("calibrating", total=None)
+        for done in range(2):
+            bar.stage(task, "running dense", done, 1)
+        for done in range(3):
+            bar.stage(task, "fitting", done, None)
+        if terminal:
+            bar.refresh()
+        wait_for(lambda: told in log.getvalue())
+    assert wrong not in log.getvalue()
+
+
 def test_a_share_is_told_in_percent() -> None:
     log = io.StringIO()
     with Bar(Console(file=log), percent=True) as bar:
