@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lite3r_plugin import apply_lite3r, calibrate, convert, describe, lite3r_disabled, load_lite3r, remove_lite3r, save_lite3r
 from lite3r_plugin.apply.lookup import lite3r_modules
-from lite3r_plugin.config import Fp8Filter, Lite3RFields
+from lite3r_plugin.config import Fp8Filter
 from lite3r_plugin.errors import CheckpointError
 from lite3r_plugin.peft import add_lora, lora_disabled, merge_lora
 from lite3r_plugin.scene.procedural import ProcScenes, TextureBank
@@ -36,8 +36,9 @@ def change(found: list[Tensor], expected: list[Tensor]) -> float:
 
 def trained(images: list[Tensor], fp8_filter: Fp8Filter) -> nn.Module:
     """A few steps of distillation by hand, of the linear branches and LoRA; the model trains for FP8."""
-    fields: Lite3RFields = dict(precision="fp8_qat", fp8_filter=fp8_filter)
-    model = apply_lite3r(Testbed.from_pretrained(), keep_ratio=0.15, dense_below=0, block_q=32, block_k=16, **fields)
+    model = apply_lite3r(
+        Testbed.from_pretrained(), precision="fp8_qat", fp8_filter=fp8_filter, keep_ratio=0.15, dense_below=0, block_q=32, block_k=16
+    )
     calibrate(model, images[:2], judged=1)
     model.requires_grad_(False)
     add_lora(model, rank=4)
