@@ -236,7 +236,8 @@ def _check_savable(found: Inventory, whole: bool) -> None:
     if not whole and any(module in modules for state in found.states for module in state.changed):
         raise CheckpointError(
             "weights of the model itself were trained, or had LoRA merged into them, and this checkpoint would not hold them: "
-            "save_lite3r(model, directory, whole=True); of merged LoRA alone, convert(model) first makes FP8 weights, which it holds"
+            "save_lite3r(model, directory, whole=True). Of merged LoRA alone it holds what convert(model) makes FP8 weights of, the "
+            'Linears that fp8_filter takes: all of them with fp8_filter=("*",)'
         )
     shapes = {f"{fqn}.proj_lin.weight": (module.site.head_dim,) * 2 for fqn, module in found.attention.items()}
     # Outside of a forward, FSDP shows weights cut to the shard, or whole without memory behind them.

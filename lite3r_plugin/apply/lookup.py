@@ -116,9 +116,10 @@ class Inventory:
         """What is to be said of a conversion to FP8 that failed or was interrupted; None where there was none."""
         if state.phase == "fp8" or not (self.converted or state.config.precision == "fp8"):
             return None
-        linears = [linear.module for linear in self.linears(state) if linear.known]
-        done = sum(isinstance(linear, Fp8Linear) for linear in linears)
-        return f"the conversion to FP8 did not finish, {done} of {len(linears)} Linears are in FP8; convert(model) goes on"
+        linears = [linear for linear in self.linears(state) if linear.known]
+        done = sum(isinstance(linear.module, Fp8Linear) for linear in linears)
+        wanted = sum(isinstance(linear.module, Fp8Linear) or linear.taken_by(state.config) for linear in linears)
+        return f"the conversion to FP8 did not finish, {done} of {wanted} Linears are in FP8; convert(model) goes on"
 
     def linears(self, state: ModelState) -> list[BlockLinear]:
         """The Linears of the transformer blocks that are in this model."""

@@ -414,16 +414,16 @@ def _resolve_filter(config: Lite3RConfig, linears: Sequence[BlockLinear], model:
     """`config` with the names that `fp8_filter` chose if it is a function, which no file can hold. Raises as `plan_application` says."""
     known = [linear for linear in linears if linear.known]
     names = [name for linear in known for name in linear.names]
-    if isinstance(config.fp8_filter, str):
-        return config
+    patterns = config.fp8_filter if isinstance(config.fp8_filter, tuple) else ()
     if callable(config.fp8_filter):
         chosen = [name for linear in known for name in linear.names if config.takes_fp8(linear.module, name)]
         config = config.replace(fp8_filter=tuple(chosen))
-    elif names and (unused := [p for p in config.fp8_filter if not any(matches(p, name) for name in names)]):
+    elif names and (unused := [p for p in patterns if not any(matches(p, name) for name in names)]):
         raise ConfigError(
             f"fp8_filter names {unused[:3]}, which match no Linear in the transformer blocks of this {model}; those are like {names[0]!r}"
         )
-    if known and not config.fp8_filter:
+    rounds_none = config.precision == "fp8_qat" and not any(linear.taken_by(config) for linear in known)
+    if known and (not config.fp8_filter or rounds_none):
         raise _nothing_taken(known, model)
     return config
 
@@ -431,7 +431,7 @@ def _resolve_filter(config: Lite3RConfig, linears: Sequence[BlockLinear], model:
 def _nothing_taken(linears: Sequence[BlockLinear], model: str) -> NoSitesError:
     return NoSitesError(
         f"fp8_filter takes none of the {len(linears)} Linears in the transformer blocks of this {model}: let it take names like "
-        f"{linears[0].names[0]!r}, or leave it out"
+        f'{linears[0].names[0]!r}, or all of them, fp8_filter=("*",)'
     )
 
 

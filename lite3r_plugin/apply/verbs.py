@@ -105,7 +105,7 @@ def convert(model: Model, *, fp8_backend: Fp8Backend | None = None, tokens: int 
         model: A model with Lite3R.
         fp8_backend: What is to run the Linears; `Lite3RConfig.fp8_backend` by default.
         tokens: Rows of a typical input of a Linear (batch times views times tokens of a view). With ``"auto"``, Linears
-            that would not be faster in FP8 at that size stay as they are. None: all are converted, for the memory.
+            that would not be faster in FP8 at that size stay as they are. None: all that are taken are converted, for the memory.
 
     Returns:
         The same model.

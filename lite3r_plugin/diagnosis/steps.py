@@ -58,7 +58,7 @@ def judge(facts: Facts) -> list[Step]:
         ("weights in BF16", 'apply_lite3r(model, preset="fast")', _half),
         ("CUDA graphs", 'apply_lite3r(model, preset="fast")', _graphs),
         (SPARSE, f"apply_lite3r(model, keep_ratio={facts.config.keep_ratio!r})", _sparse),
-        (FP8, 'apply_lite3r(model, preset="fast", precision="fp8")', _fp8),
+        (FP8, _fp8_line(facts.config), _fp8),
     ]
     judged = []
     for name, line, step in steps:
@@ -159,8 +159,13 @@ def _saved(facts: Facts, wanted: dict[str, AttentionSite], part: str, queries: t
     return costs.milliseconds(width, tokens, None) - costs.milliseconds(width, tokens, share)
 
 
+def _fp8_line(config: Lite3RConfig) -> str:
+    chosen = "" if config.fp8_filter == Lite3RConfig.fp8_filter else f", fp8_filter={config.fp8_filter!r}"
+    return f'apply_lite3r(model, preset="fast", precision="fp8"{chosen})'
+
+
 def _fp8(facts: Facts) -> Step:
-    line = 'apply_lite3r(model, preset="fast", precision="fp8")'
+    line = _fp8_line(facts.config)
     if not facts.sites:
         return Step(FP8, line, False, None, None, "no adapter names the transformer blocks")
     if (reason := backends.why_not("scaled_mm", facts.device, 16, 16)) is not None:
@@ -170,7 +175,7 @@ def _fp8(facts: Facts) -> Step:
     saved, size, count = 0.0, 0, 0
     for linear in find_linears(facts.found.modules, {name: [name] for name in blocks}):
         module, rows = linear.module, next((facts.trace.rows[name] for name in linear.names if name in facts.trace.rows), 0)
-        if not isinstance(module, nn.Linear) or not linear.known or not rows or not linear.taken_by(Lite3RConfig()):
+        if not isinstance(module, nn.Linear) or not linear.known or not rows or not linear.taken_by(facts.config):
             continue
         fused = any(name.startswith(f"{block}.") for name in linear.names for block in described)
         saved += fp8_saves(facts.device, rows, module.in_features, module.out_features, fused)

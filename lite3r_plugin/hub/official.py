@@ -340,7 +340,10 @@ def _differences(config: Lite3RConfig, sites: list[AttentionSite], found: _Sorte
         yield "sites of cameras keep all tokens, one a view; they kept int(0.3 * views), at least one, in training"
     yield "the linear branch divides without their epsilon of 1e-6"
     if config.precision == "full":
-        yield "Linears run in full precision; they trained them, and proj_lin, rounded to FP8: convert(model) stores them in FP8"
+        yield (
+            "Linears run in full precision; they trained them, and proj_lin, rounded to FP8: convert(model) stores those in FP8 that "
+            "fp8_filter takes"
+        )
     if smoothed := sum(bool((tensor != 1).any()) for tensor in found.smooth.values()):
         yield f"{smoothed} Linears were smoothed and rounded to INT4 in training; here they are not rounded, so that smoothing cancels out"
     if any(name.startswith("cam_enc.") for name in found.branches):

@@ -133,7 +133,8 @@ def merge_lora(model: Model) -> Model:
     """Fold the LoRA of `add_lora` into the weights, in place: ``W <- W + alpha / rank * B A``. Linear branches stay as they are.
 
     From then on the dense model, that of `lite3r_disabled` too, is another one.
-    A model that trains for FP8 computes the same as before, bit for bit. An error or an interruption leaves the model as it was.
+    Linears that round to FP8 in training compute the same as before, bit for bit; the others, by default those of the first and last
+    blocks, up to rounding. An error or an interruption leaves the model as it was.
 
     Returns:
         The same model.

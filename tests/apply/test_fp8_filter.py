@@ -19,7 +19,7 @@ from lite3r_plugin.errors import CheckpointError, ConfigError, NoSitesError, Wei
 from lite3r_plugin.fp8.blocks import inner_blocks
 from lite3r_plugin.fp8.linear import Fp8Linear
 from lite3r_plugin.fp8.qat import FakeQuantLinear
-from lite3r_plugin.peft import Lite3RPeftConfig
+from lite3r_plugin.peft import Lite3RPeftConfig, add_lora, merge_lora
 
 __all__ = ["toy_adapter"]  # the fixture
 pytestmark = pytest.mark.usefixtures("adapter")
@@ -144,11 +144,65 @@ def test_an_adapter_of_peft_rounds_the_same_linears() -> None:
     assert Lite3RPeftConfig.of(model).fp8_filter == "inner"
 
 
+def test_half_a_conversion_counts_the_linears_that_the_filter_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = apply_lite3r(Toy(depth=5).eval(), **SPARSE)
+    real, calls = Fp8Linear.quantized, [0]
+
+    def quantized(linear: nn.Linear, backend: Any) -> Fp8Linear:
+        calls[0] += 1
+        if calls[0] == 6:
+            raise MemoryError
+        return real(linear, backend)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Fp8Linear, "quantized", quantized)
+        with pytest.raises(MemoryError):
+            convert(model)
+    assert f"the conversion to FP8 did not finish, 5 of {len(INNER)} Linears are in FP8; convert(model) goes on" in describe(model).notes
+    assert names_of(convert(model), Fp8Linear) == INNER
+
+
+def test_lora_in_linears_that_stay_in_full_precision_is_saved_whole(tmp_path: Path) -> None:
+    def merged(fp8_filter: Any) -> Toy:
+        torch.manual_seed(0)
+        model = apply_lite3r(Toy(depth=5).eval(), **SPARSE, precision="fp8_qat", fp8_filter=fp8_filter)
+        add_lora(model, rank=2)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.05)
+        return convert(merge_lora(model))
+
+    model = merged("inner")
+    with pytest.raises(CheckpointError, match=r"whole=True\). Of merged LoRA alone .* the Linears that fp8_filter takes"):
+        save_lite3r(model, tmp_path)
+    save_lite3r(model, tmp_path, whole=True)
+    assert torch.equal(load_lite3r(Toy(depth=5).eval(), tmp_path)(images()), model(images()))
+    save_lite3r(merged(("*",)), tmp_path / "all")
+
+
+def test_training_for_fp8_that_would_round_nothing() -> None:
+    """As where another tool has quantised all but the first and the last blocks."""
+
+    class Other(nn.modules.linear.NonDynamicallyQuantizableLinear):
+        pass
+
+    model = Toy(depth=4)
+    for block in (*model.frame[1:-1], *model.cross[1:-1]):
+        for name in ("qkv", "proj"):
+            linear = getattr(block, name)
+            setattr(block, name, Other(linear.in_features, linear.out_features))
+    for precision in ("fp8", "fp8_qat"):
+        with pytest.raises(NoSitesError, match=r"fp8_filter takes none of the 8 Linears .* of this Toy: let it take .*, or all of them"):
+            apply_lite3r(model, **SPARSE, precision=precision)
+        assert not lite3r_modules(model)
+    assert describe(apply_lite3r(model, **SPARSE)).linears == {"in full precision": 8}
+
+
 @pytest.mark.parametrize("precision", ["full", "fp8", "fp8_qat"])
 @pytest.mark.parametrize("fp8_filter", [(), lambda module, fqn: False], ids=["no patterns", "function"])
 def test_a_filter_that_takes_nothing(precision: Any, fp8_filter: Any) -> None:
     model = Toy()
-    with pytest.raises(NoSitesError, match=r"takes none of the 8 Linears .* of this Toy: let it take names like 'frame\.0\.qkv', or leave"):
+    with pytest.raises(NoSitesError, match=r"takes none of the 8 Linears .* of this Toy: let it take names like 'frame\.0\.qkv', or all"):
         apply_lite3r(model, precision=precision, fp8_filter=fp8_filter)
     assert not lite3r_modules(model)
 

@@ -198,7 +198,7 @@ def _small_testbed() -> Iterator[None]:
     from lite3r_plugin.testbed import Testbed, TestbedConfig
 
     entry = find_model("testbed")
-    small = dataclasses.replace(entry, name="small", create=lambda: Testbed(TestbedConfig(dim=128, head_dim=32, depth=2, stem=8)))
+    small = dataclasses.replace(entry, name="small", create=lambda: Testbed(TestbedConfig(dim=128, head_dim=32, depth=4, stem=8)))
     plugin = SimpleNamespace(lite3r_models=hookimpl(lambda: {"small": small}), lite3r_exact_rewrites=hookimpl(lambda model: []))
     get_manager().register(plugin, name="small")
     yield
@@ -213,10 +213,10 @@ def test_memory_in_fp8(tmp_path: Path) -> None:
     assert memory_fp8.main(["--model", "small", "--views", "2,3", "--resolution", "64", "--json", str(path)]) == 1
     stored = json.loads(path.read_text())
     fp8, full = stored["lite3r-fp8"], stored["lite3r-strong"]
-    linears = 2 * 2 * 8 * 128**2  # its MLPs are twice as wide; so small that scales and norms count
+    linears = 2 * 4 * 8 * 128**2  # its MLPs are twice as wide; so small that scales and norms count
     assert fp8["linear_weights_in_bf16"] == 2 * linears
     assert fp8["weights"]["float8_e4m3fn"] == linears
-    branches = 2 * 4 * 32**2  # in FP32, whatever the host is in
+    branches = 4 * 4 * 32**2  # in FP32, whatever the host is in
     assert fp8["linear_weights"] == linears + fp8["weights"]["float32"] - branches
     assert sum(full["weights"].values()) - fp8["held"] == full["blocks"] - fp8["blocks"]
     assert fp8["loaded_differs_by"] == 0

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from lite3r_plugin import apply_lite3r, doctor
 from lite3r_plugin.costs.attention import H100
 from lite3r_plugin.costs.model import BreakEven, SparseShares, break_even_of
-from lite3r_plugin.diagnosis import Diagnosis, Timing
+from lite3r_plugin.diagnosis import Diagnosis, Step, Timing
 from lite3r_plugin.diagnosis.doctor import most_views
 from lite3r_plugin.errors import AlreadyAppliedError, ConfigError, InputError, ModelTypeError
+from lite3r_plugin.fp8 import backends
 from lite3r_plugin.testbed import Testbed, TestbedConfig
 
 VIEWS = 4
@@ -200,6 +201,19 @@ def test_on_a_cpu_steps_say_why_they_do_not_pay(found: Diagnosis) -> None:
     for name, reason in (("sparse attention", "on cpu"), ("CUDA graphs", "for CUDA devices"), ("FP8 Linears", "no FP8 matrix products")):
         assert steps[name].pays is False
         assert reason in steps[name].why
+
+
+def test_fp8_is_judged_of_the_linears_that_the_filter_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "why_not", lambda *_: None)
+    model = Testbed(TestbedConfig(dim=64, head_dim=32, depth=4, stem=8))  # 4 Linears in each of 8 blocks
+
+    def judged(**fields: Any) -> Step:
+        return next(step for step in doctor(model, images(), memory="1GB", **fields).steps if step.name == "FP8 Linears")
+
+    assert judged().why.startswith("16 Linears")  # the first and the last pair are left
+    assert judged().line == 'apply_lite3r(model, preset="fast", precision="fp8")'
+    assert judged(fp8_filter=("*.qkv",)).why.startswith("8 Linears")
+    assert judged(fp8_filter=("*.qkv",)).line == """apply_lite3r(model, preset="fast", precision="fp8", fp8_filter=('*.qkv',))"""
 
 
 def test_a_model_that_nobody_knows_is_looked_at_too() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lite3r_plugin import apply_lite3r, calibrate, convert, describe, lite3r_disabled, load_lite3r, remove_lite3r, save_lite3r
 from lite3r_plugin.apply.lookup import lite3r_modules
+from lite3r_plugin.config import Fp8Filter
 from lite3r_plugin.errors import CheckpointError
 from lite3r_plugin.peft import add_lora, lora_disabled, merge_lora
 from lite3r_plugin.scene.procedural import ProcScenes, TextureBank
@@ -33,9 +34,11 @@ def change(found: list[Tensor], expected: list[Tensor]) -> float:
     return max(float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True))
 
 
-def trained(images: list[Tensor]) -> nn.Module:
+def trained(images: list[Tensor], fp8_filter: Fp8Filter) -> nn.Module:
     """A few steps of distillation by hand, of the linear branches and LoRA; the model trains for FP8."""
-    model = apply_lite3r(Testbed.from_pretrained(), precision="fp8_qat", keep_ratio=0.15, dense_below=0, block_q=32, block_k=16)
+    model = apply_lite3r(
+        Testbed.from_pretrained(), precision="fp8_qat", fp8_filter=fp8_filter, keep_ratio=0.15, dense_below=0, block_q=32, block_k=16
+    )
     calibrate(model, images[:2], judged=1)
     model.requires_grad_(False)
     add_lora(model, rank=4)
@@ -60,8 +63,9 @@ def trained(images: list[Tensor]) -> nn.Module:
 
 
 @pytest.mark.slow
-def test_the_whole_path(images: list[Tensor], tmp_path: Path) -> None:
-    model = trained(images)
+@pytest.mark.parametrize("fp8_filter", ["inner", ("*",)])
+def test_the_whole_path(images: list[Tensor], fp8_filter: Fp8Filter, tmp_path: Path) -> None:
+    model, all_round = trained(images, fp8_filter), fp8_filter != "inner"
     dense = Testbed.from_pretrained()
     with torch.no_grad():
         expected = outputs(model, images[2])
@@ -71,9 +75,11 @@ def test_the_whole_path(images: list[Tensor], tmp_path: Path) -> None:
         assert all(torch.equal(value, dense.state_dict()[name]) for name, value in before.state_dict().items())
         assert change(outputs(before, images[2]), outputs(dense, images[2])) == 0
 
-        merge_lora(model)
-        assert change(outputs(model, images[2]), expected) == 0
         moved = outputs(model, images[2] * (1 + 1e-6))  # roundings to FP8 flip, as they do from one backend to another
+        flips = max(1e-2, 3 * change(moved, expected))
+        merge_lora(model)
+        merged = change(outputs(model, images[2]), expected)
+        assert merged == 0 if all_round else merged < flips
         with pytest.raises(CheckpointError, match="had LoRA merged into them, and this checkpoint would not hold them"):
             save_lite3r(model, tmp_path / "early")
         assert any("had LoRA merged into" in note for note in describe(model).notes)
@@ -81,9 +87,9 @@ def test_the_whole_path(images: list[Tensor], tmp_path: Path) -> None:
         convert(model)
         converted = outputs(model, images[2])
         assert change(converted, outputs(dense, images[2])) > 0
-        assert change(converted, expected) < max(1e-2, 3 * change(moved, expected))
+        assert change(converted, expected) < flips
 
-        save_lite3r(model, tmp_path / "converted")
+        save_lite3r(model, tmp_path / "converted", whole=not all_round)
         loaded = load_lite3r(dense, tmp_path / "converted")
         assert change(outputs(loaded, images[2]), converted) == 0
 
