@@ -197,10 +197,10 @@ def test_a_forks_head_may_be_given_the_layers_alone_that_it_reads() -> None:
     def forward_impl(self: Any, given: Any, *rest: Any) -> Any:
         read = self.intermediate_layer_idx
         full = given if len(given) > max(read) else [given[read.index(i)] if i in read else None for i in range(max(read) + 1)]
-        return whole(self, full, *rest)
+        return self.whole(full, *rest)
 
-    own = FunctionType(forward_impl.__code__, {**host.__globals__, "whole": host})
-    head.__class__ = type("Fork", (type(head),), {"_forward_impl": own})
+    own = FunctionType(forward_impl.__code__, host.__globals__)
+    head.__class__ = type("Fork", (type(head),), {"_forward_impl": own, "whole": host})
     read = [layers[i] for i in head.intermediate_layer_idx]
     expected = head(layers, *rest)
     rewritten(head)
