@@ -148,7 +148,8 @@ def find_sites(model: nn.Module) -> tuple[str, Sequence[AttentionSite]]:
         raise UnknownModelError("no model adapters are installed: reinstall with `pip install lite3r-plugin` (or `pip install -e .`)")
     raise UnknownModelError(
         f"no model adapter knows {type(model).__module__}.{type(model).__qualname__} (asked: {', '.join(asked)}). "
-        "Pass the torch.nn.Module that holds the transformer, or write an adapter: adapters/README.md shows one in ten lines."
+        "Pass the torch.nn.Module that holds the transformer, or write an adapter: `lite3r adapters inspect` and inspect_model(model, "
+        "inputs) of lite3r_plugin.testing write one to start from, and adapters/README.md shows one in ten lines."
     )
 
 

@@ -112,7 +112,7 @@ def _check(
 ) -> AdapterReport:
     def run(model: nn.Module) -> dict[str, Tensor]:
         torch.manual_seed(0)  # for models that draw numbers
-        return named_tensors(_call(model, example_inputs))
+        return named_tensors(call_model(model, example_inputs))
 
     dense = run(model)
     if not dense:
@@ -194,7 +194,8 @@ def _check_state_dict(model: nn.Module, run: Callable[[nn.Module], dict[str, Ten
     expect_equal(expected, run(model), "the model gives another output after its state dict was saved and loaded")
 
 
-def _call(model: nn.Module, example_inputs: Any) -> Any:
+def call_model(model: nn.Module, example_inputs: Any) -> Any:
+    """What `model` returns for inputs as `check_adapter` takes them."""
     if callable(example_inputs):
         return example_inputs(model)
     inputs = copy.deepcopy(example_inputs)

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,9 +19,12 @@ from torch.overrides import TorchFunctionMode
 
 from ..adapter.layouts import TokenSource
 from ..adapter.sites import AttentionSite, FusedQKV, Projections, Routed, SeparateQKV
+from ..apply.lookup import lite3r_modules
+from ..apply.verbs import apply_lite3r, remove_lite3r
 from ..config import Scope
 from ..errors import InputError, Lite3RError, short
-from .adapter import AdapterReport, check_adapter
+from ..ops.dispatch import SlowPathWarning
+from .adapter import TEST_CONFIG, AdapterReport, call_model, check_adapter
 
 SHAPES = ((1, 2, 3, 112, 224), (2, 3, 112, 224), (1, 2, 3, 224, 224), (2, 3, 224, 224))
 """Random images that are tried where none are given: two views of a size that patches of 14 and 16 divide, and the usual one."""
@@ -40,6 +44,8 @@ class Candidate:
         asks: What else it asked for: a mask, causal order, dropout, a scale.
         linears: The Linears inside, with their features.
         others: What else is inside and has a say: norms, rotary embeddings, parameters.
+        routed: Whether its forward does more than its Linears say, or takes other arguments.
+        left: Why its own code would run although it is a site, as with cross-attention in some calls; "" where it would not.
     """
 
     fqn: str
@@ -50,6 +56,8 @@ class Candidate:
     asks: tuple[str, ...] = ()
     linears: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
+    routed: bool = False
+    left: str = ""
 
     @property
     def refused(self) -> str | None:
@@ -60,7 +68,9 @@ class Candidate:
             return f"{self.calls} calls of scaled_dot_product_attention in one forward"
         if len(self.shape) != 4:
             return f"queries of {len(self.shape)} dimensions"
-        return f"cross-attention, {self.shape[2]} queries to {self.keys} keys" if self.shape[2] != self.keys else None
+        if self.shape[2] != self.keys:
+            return f"cross-attention, {self.shape[2]} queries to {self.keys} keys"
+        return self.left or None
 
 
 @dataclass(frozen=True)
@@ -255,6 +265,7 @@ def _run(model: nn.Module, example_inputs: Any, shape: Sequence[int] | None) -> 
 
 def _adapter(model: nn.Module, inputs: Any, watch: _Watch) -> tuple[list[AttentionSite], str, AdapterReport | str]:
     """The sites, the adapter's code, and what `check_adapter` says of it: the first of several ways that passes, or the last."""
+    _try(model, inputs, watch)
     usable = [c for c in watch.candidates.values() if c.refused is None]
     if not usable:
         return [], "", ""
@@ -278,9 +289,29 @@ def _adapter(model: nn.Module, inputs: Any, watch: _Watch) -> tuple[list[Attenti
     return first
 
 
+def _try(model: nn.Module, inputs: Any, watch: _Watch) -> None:
+    """Run the candidates as sites, dense and without layouts, and note which are described wrongly by their Linears or left to the host."""
+    usable = {c.fqn: c for c in watch.candidates.values() if c.refused is None}
+    for described in (True, False) if usable else ():
+        sites = [dataclasses.replace(_site(model, c, watch, True, ""), tokens=None) for c in usable.values()]
+        scopes: tuple[Scope, ...] = tuple(dict.fromkeys(site.scope for site in sites))
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.no_grad():
+            warnings.simplefilter("ignore", SlowPathWarning)  # what it says is noted
+            apply_lite3r(model, TEST_CONFIG, sites=sites, keep_ratio=1.0, scopes=scopes)
+            try:
+                call_model(model, inputs)
+                for fqn, module in lite3r_modules(model).items():
+                    if described:  # which does not fit where it takes other arguments, either
+                        usable[fqn].routed = fqn in module.state.routed or module.calls.host > 0
+                    else:
+                        usable[fqn].left = (module.calls.reason or "the model's own code runs") if module.calls.host else ""
+            finally:
+                remove_lite3r(model)
+
+
 def _site(model: nn.Module, candidate: Candidate, watch: _Watch, described: bool, place: str) -> AttentionSite:
     batch, heads, tokens, dim = candidate.shape
-    projections = (described and _projections(model.get_submodule(candidate.fqn), heads, dim)) or Routed(heads)
+    projections = (described and not candidate.routed and _projections(model.get_submodule(candidate.fqn), heads, dim)) or Routed(heads)
     scope, source = _layout(batch, tokens, watch, place)
     return AttentionSite(candidate.fqn, scope, dim, projections, source)
 

@@ -12,7 +12,39 @@ from .changes import Changes
 from .host import HostWrapper
 
 
-class RewrittenModule(HostWrapper):
+class _Arguments:
+    """What arguments `rewritten` takes: a fork's method may be called with others, which its own code is there for."""
+
+    _placed: tuple[str, ...] = ()  # by position
+    _needed: tuple[str, ...] = ()  # the first of them, which have no default
+    _named: frozenset[str] = frozenset()  # by name
+    _any_placed = _any_named = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        taken = list(inspect.signature(cls.rewritten).parameters.values())[1:]
+        placed = [x for x in taken if x.kind in (x.POSITIONAL_ONLY, x.POSITIONAL_OR_KEYWORD)]
+        cls._placed = tuple(x.name for x in placed)
+        cls._needed = tuple(x.name for x in placed if x.default is x.empty)
+        cls._named = frozenset(x.name for x in taken if x.kind in (x.POSITIONAL_OR_KEYWORD, x.KEYWORD_ONLY))
+        cls._any_placed = any(x.kind is x.VAR_POSITIONAL for x in taken)
+        cls._any_named = any(x.kind is x.VAR_KEYWORD for x in taken)
+
+    def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether `rewritten` can be called with these."""
+        return (
+            (self._any_placed or len(args) <= len(self._placed))
+            and (self._any_named or all(name in self._named for name in kwargs))
+            and all(name in kwargs for name in self._needed[len(args) :])
+        )
+
+    def rewritten(self, *args: Any, **kwargs: Any) -> Any:
+        """What runs instead of the host's code; `run_host` is there for what it does not know, and runs where there are arguments that
+        this does not take."""
+        raise NotImplementedError
+
+
+class RewrittenModule(_Arguments, HostWrapper):
     """Stands in for a module and runs `rewritten` instead of its forward.
 
     Args:
@@ -28,14 +60,10 @@ class RewrittenModule(HostWrapper):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the host's forward."""
-        return self.rewritten(*args, **kwargs) if self.enabled else self.run_host(*args, **kwargs)
-
-    def rewritten(self, *args: Any, **kwargs: Any) -> Any:
-        """What runs instead of the host's forward; `run_host` is there for what it does not know."""
-        raise NotImplementedError
+        return self.rewritten(*args, **kwargs) if self.enabled and self.takes(args, kwargs) else self.run_host(*args, **kwargs)
 
 
-class RewrittenMethod:
+class RewrittenMethod(_Arguments):
     """Hides a method of one module, on which it lies as an attribute, and runs `rewritten` instead of it.
 
     For methods that a module calls on itself, and for the forward of a model, which nothing can take the place of.
@@ -57,15 +85,11 @@ class RewrittenMethod:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the method of the class."""
-        return self.rewritten(*args, **kwargs) if self.enabled else self.run_host(*args, **kwargs)
+        return self.rewritten(*args, **kwargs) if self.enabled and self.takes(args, kwargs) else self.run_host(*args, **kwargs)
 
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(functools.partial(getattr(type(self.module), self.name), self.module))
-
-    def rewritten(self, *args: Any, **kwargs: Any) -> Any:
-        """What runs instead of the method; `run_host` is there for what it does not know."""
-        raise NotImplementedError
 
     def run_host(self, *args: Any, **kwargs: Any) -> Any:
         """The method of the class."""

@@ -68,7 +68,8 @@ def test_no_adapters_at_all(install: Install) -> None:
 
 def test_an_unknown_model_names_who_was_asked(install: Install) -> None:
     install(Entry("one", adapter("one", nn.Linear)), Entry("two", adapter("two", nn.Conv2d)))
-    with pytest.raises(UnknownModelError, match=r"knows torch\.nn\.modules\.linear\.Identity \(asked: two, one\).*adapters/README\.md"):
+    names = r"knows torch\.nn\.modules\.linear\.Identity \(asked: two, one\)"
+    with pytest.raises(UnknownModelError, match=rf"{names}.*inspect_model\(model.*adapters/README\.md"):
         find_sites(nn.Identity())
 
 

@@ -279,6 +279,25 @@ def test_a_fork_of_vggt_may_give_only_the_layers_that_its_heads_read() -> None:
     torch.testing.assert_close(model(images)["depth"], depth, rtol=1e-5, atol=1e-5)
 
 
+@torch.no_grad()
+def test_a_fork_of_vggt_may_ask_its_aggregator_for_some_layers() -> None:
+    """By an argument that the published one does not have."""
+    model, images = small_vggt(), torch.rand(1, 2, 3, 56, 56)
+    host = type(model.aggregator).forward
+
+    def forward(self: Any, images: Tensor, wanted: list[int] | None = None) -> Any:
+        layers, start = host(self, images)
+        return layers if wanted is None else [layers[i] for i in wanted], start
+
+    model.aggregator.__class__ = type("Fork", (type(model.aggregator),), {"forward": forward})
+    expected, depth = model.aggregator(images, wanted=[1, 3])[0], model(images)["depth"]
+    apply_lite3r(model, DENSE)
+    assert any(line.startswith("aggregator: ") for line in describe(model).rewritten)
+    for found in (model.aggregator(images, wanted=[1, 3])[0], model.aggregator(images, [1, 3])[0]):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(images)["depth"], depth, rtol=1e-5, atol=1e-5)
+
+
 def reading_a_layer(model: Any) -> str:
     """A head of a fork reads another layer, which no attribute tells."""
     host = type(model.depth_head).forward

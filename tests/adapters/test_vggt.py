@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import hosts
 import pytest
@@ -252,3 +253,19 @@ def test_a_fork_without_sdpa_is_dense() -> None:
     apply_lite3r(model.eval(), TEST_CONFIG)
     with pytest.warns(SlowPathWarning, match="does not call scaled_dot_product_attention"):
         outputs(model, lambda m: m(torch.rand(IMAGES)))
+
+
+@pytest.mark.parametrize("place", ["0.normal_head", "1", None])
+def test_weights_stay_in_fp32_where_a_model_has_other_parts_than_vggt(place: str | None) -> None:
+    """Which nobody has seen in BF16: a head of a fork, or another network beside it."""
+    model = nn.Sequential(hosts.VGGT(encoder=False)).eval()
+    wanted: dict[str, Any] = dict(weights="bf16", keep_ratio=1.0, linear_branch="none")
+    if place is None:
+        apply_lite3r(model, **wanted)
+        assert model.get_parameter("0.aggregator.global_blocks.0.attn.qkv.weight").dtype == torch.bfloat16
+        return
+    owner, _, name = place.rpartition(".")
+    model.get_submodule(owner).add_module(name, nn.Linear(32, 3))
+    with pytest.warns(SlowPathWarning, match=f"left out: weights in BF16, because {place} has weights and is no part of VGGT's"):
+        apply_lite3r(model, **wanted)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}

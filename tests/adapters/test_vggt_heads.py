@@ -7,6 +7,7 @@ import inspect
 import textwrap
 import weakref
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import accelerate
@@ -184,6 +185,28 @@ def test_a_layer_that_is_not_there_is_told_by_the_head_itself() -> None:
         reasons.append(str(caught.value))
         rewritten(head)
     assert reasons[0] == reasons[1]
+
+
+@torch.no_grad()
+def test_a_forks_head_may_be_given_the_layers_alone_that_it_reads() -> None:
+    """In whose places others would be read."""
+    head, (layers, *rest) = make(), call(3)
+    layers, head.intermediate_layer_idx = [*layers, *layers], [1, 3, 4, 6]
+    host = type(head)._forward_impl
+
+    def forward_impl(self: Any, given: Any, *rest: Any) -> Any:
+        read = self.intermediate_layer_idx
+        full = given if len(given) > max(read) else [given[read.index(i)] if i in read else None for i in range(max(read) + 1)]
+        return self.whole(full, *rest)
+
+    own = FunctionType(forward_impl.__code__, host.__globals__)
+    head.__class__ = type("Fork", (type(head),), {"_forward_impl": own, "whole": host})
+    read = [layers[i] for i in head.intermediate_layer_idx]
+    expected = head(layers, *rest)
+    rewritten(head)
+    for given in (layers, read):
+        for a, b in zip(head(given, *rest), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def mixing_views(head: Any) -> str:

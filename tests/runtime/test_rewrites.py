@@ -136,6 +136,43 @@ def test_a_fork_that_differs_keeps_its_own(answer: Answer, forward: Callable[...
     assert contents(model) == before
 
 
+class MorePart(Part):
+    """A fork whose methods take more, and need less."""
+
+    def halve(self, x: Tensor, times: int = 1) -> Tensor:
+        return x / 2**times
+
+    def forward(self, x: Tensor | None = None, *, twice: bool = False) -> Tensor:
+        return torch.zeros(1) if x is None else (2 if twice else 1) * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("call", "own"),
+    [
+        (lambda part, x: part(x), False),
+        (lambda part, x: part(x=x), False),
+        (lambda part, x: part(x, twice=True), True),
+        (lambda part, x: part(), True),
+        (lambda part, x: part.halve(x), False),
+        (lambda part, x: part.halve(x, 2), True),
+        (lambda part, x: part.halve(x, times=2), True),
+    ],
+)
+def test_arguments_that_a_rewrite_does_not_take_go_to_the_hosts_own(
+    answer: Answer, monkeypatch: pytest.MonkeyPatch, call: Callable[[Any, Tensor], Tensor], own: bool
+) -> None:
+    model, x, ran = Model(), torch.ones(2, 3), []
+    model.part = MorePart()
+    expected = call(model.part, x)
+    answer([TWICE, HALF])
+    rewrite_exactly(model)
+    for kind in (Twice, Half):
+        host: Any = kind.run_host
+        monkeypatch.setattr(kind, "run_host", lambda self, *a, host=host, **k: ran.append(self) or host(self, *a, **k))
+    assert torch.equal(call(model.part, x), expected)
+    assert bool(ran) == own
+
+
 def test_what_somebody_has_exchanged_is_left(answer: Answer) -> None:
     answer([TWICE])
     model = Model()

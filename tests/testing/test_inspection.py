@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -59,6 +61,44 @@ def test_attention_that_does_more_is_routed_and_what_cannot_be_sparse_is_left_ou
         "cross.0": None, "cross.1": "causal order", "frame.1": "2 calls of scaled_dot_product_attention in one forward"
     }  # fmt: skip
     assert "left out: causal order" in str(seen)
+
+
+def test_one_site_that_does_more_and_one_that_is_left_to_the_host_do_not_spoil_the_others(toy: Toy) -> None:
+    """Attention that needs coordinates, and one whose keys are its own tokens in the first call alone."""
+
+    class Placed(Attention):
+        def forward(self, x: Tensor, place: Tensor, mask: Tensor | None = None) -> Tensor:
+            return super().forward(x + place, mask)
+
+    class Memory(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v, self.out = (nn.Linear(32, 32) for _ in range(4))
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            q, k, v = (f(t).unflatten(-1, (2, -1)).transpose(1, 2) for f, t in ((self.q, x), (self.k, y), (self.v, y)))
+            return self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    class Model(Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.memory = Memory()
+            self.placed = Placed(32, 2)
+
+        def forward(self, images: Tensor, **options: Any) -> Tensor:
+            x = self.embed(images.flatten(0, 1)).flatten(2).transpose(1, 2)
+            x = self.frame[0](torch.cat((self.special.expand(x.shape[0], -1, -1), x), 1))
+            x = x + self.placed(x, torch.ones(1))
+            for y in (x.roll(1, 1), torch.cat((x, x), 1)):
+                x = x + self.memory(x, y)
+            return self.head(x)
+
+    seen = inspect_model(Model(), shape=SHAPE)
+    assert [(site.fqn, type(site.projections)) for site in seen.sites] == [("frame.0", FusedQKV), ("placed", Routed)]
+    assert isinstance(seen.report, AdapterReport)
+    refused = {candidate.fqn: candidate.refused for candidate in seen.candidates}
+    assert "cross-attention" in str(refused["memory"])
+    assert "left out: it is cross-attention" in str(seen)
 
 
 def test_a_model_without_attention(toy: Toy) -> None:

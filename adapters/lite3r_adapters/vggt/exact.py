@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from lite3r_plugin.runtime.exact import (
     in_fp32,
     kept_embedding,
     layers_read,
+    not_in_bf16,
     output_in_fp32,
     table_rope,
     token_positions,
@@ -31,6 +32,7 @@ from .. import _blocks
 from .heads import EMBEDDING, METHOD, few_views, head_call
 from .sites import is_aggregator, streams
 
+_HEADS = ("camera_head", "depth_head", "point_head", "track_head")
 _OWN = ("camera_token", "register_token", "_resnet_mean", "_resnet_std", "aa_order", "rope")
 
 
@@ -69,7 +71,21 @@ def rewrites(model: nn.Module) -> list[ExactRewrite] | None:
             found += in_fp32(fqn, "norm", for_precision=True)  # of the testbed
         elif hasattr(head, "tracker") and hasattr(head, "feature_extractor"):
             found += in_fp32(fqn)  # its points are given in pixels
+    if (other := _other_part(modules, aggregators)) is not None:
+        reason = f"{other or 'the model'} has weights and is no part of VGGT's, and was not tried with weights in BF16"
+        found.append(not_in_bf16(other, reason))
     return found or None
+
+
+def _other_part(modules: Mapping[str, nn.Module], aggregators: Collection[str]) -> str | None:
+    """The first module that has weights and is in no aggregator, nor in a head beside one that has the name of one of VGGT's."""
+    known = {_join(fqn.rpartition(".")[0], name) for fqn in aggregators if fqn for name in _HEADS}.union(aggregators)
+    for fqn, module in modules.items():
+        places = fqn.split(".")
+        inside = any(".".join(places[:i]) in known for i in range(len(places) + 1))
+        if not inside and next(module.parameters(recurse=False), None) is not None:
+            return fqn
+    return None
 
 
 class Aggregate(RewrittenModule):
