@@ -1,6 +1,6 @@
 """What each way of approximating attention costs in quality, over data sets, numbers of views and keep ratios.
 
-    python benchmarks/quality.py --small                                    # a CPU and three minutes
+    python benchmarks/quality.py --small                                    # a CPU and some minutes
     python benchmarks/quality.py --device cuda --data 7scenes:PATH --data dtu-idr:PATH --data strecha:PATH
 
 Writes every measure of every scene to a JSON file and the tables to a Markdown file. Results are stored after every variant, and

@@ -62,10 +62,11 @@ class FewViews(StartingMethod):
     ) -> Any:  # fmt: skip
         """As the host's method: layers ``[B, S, P, C]`` and images ``[B, S, 3, H, W]`` to predictions and confidences, or to features."""
         head: Any = self.module
-        read, count = head.intermediate_layer_idx, len(aggregated_tokens_list)
-        if not all(-count <= i < count for i in read):  # a fork's head may be given the layers that it reads alone
+        read = head.intermediate_layer_idx
+        try:
+            layers = [aggregated_tokens_list[i] for i in read]
+        except LookupError:  # a fork's head may be given the layers that it reads alone
             return self.run_host(aggregated_tokens_list, images, patch_start_idx, frames_start_idx, frames_end_idx)
-        layers = [aggregated_tokens_list[i] for i in read]
         started = [isinstance(layer, Started) and layer.layer == i for i, layer in zip(read, layers, strict=True)]
         if any(started) and torch.compiler.is_compiling():  # of a model that is compiled in parts
             eager: Any = torch.compiler.disable(self.rewritten)
