@@ -14,17 +14,20 @@ from torch import nn
 from ..attention.module import SparseLinearAttention
 from ..errors import short
 from ..fp8.block import Fp8Block
-from ..wrapper import Changes
+from ..wrapper import Changes, host_of
 
 RECOMPILE_LIMIT = 16
 NONE_THERE = "the model has no list of blocks that are all of one class"
 
 
 def repeated_blocks(module: nn.Module) -> list[nn.Module]:
-    """The transformer blocks: items of a `ModuleList` or `Sequential` that are all of one class and have parts of their own."""
+    """The transformer blocks: items of a `ModuleList` or `Sequential` that are all of one class and have parts of their own.
+
+    What takes the place of an item counts as that: FP8 is in some blocks of a list only.
+    """
     blocks: dict[int, nn.Module] = {}
     for found in module.modules():
-        if isinstance(found, (nn.ModuleList, nn.Sequential)) and len(found) > 1 and len({type(item) for item in found}) == 1:
+        if isinstance(found, (nn.ModuleList, nn.Sequential)) and len(found) > 1 and len({type(host_of(x)) for x in found}) == 1:
             blocks |= {id(item): item for item in found if sum(1 for _ in item.modules()) > 4 and not isinstance(item, nn.Sequential)}
     return list(blocks.values())
 

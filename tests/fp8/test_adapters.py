@@ -58,7 +58,7 @@ def test_families(make) -> None:
         return model(images) if key is None else model(images)[key]
 
     dense = run()
-    apply_lite3r(model, keep_ratio=1.0, precision="fp8_qat")
+    apply_lite3r(model, keep_ratio=1.0, precision="fp8_qat", fp8_filter=("*",))
     trained = run()
     convert(model)
     assert describe(model).linears == {"in FP8 (emulated)": linears}

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from lite3r_plugin import apply_lite3r
+from lite3r_plugin.fp8.block import Fp8Block
 from lite3r_plugin.runtime.compile import CompiledBlocks, repeated_blocks, why_not_compiled
 from lite3r_plugin.testbed import Testbed, TestbedConfig
+from lite3r_plugin.wrapper import host_of
 
 DEPTH = 2
 BLOCKS = 2 * DEPTH + 2  # of the aggregator and of the camera head
@@ -43,6 +45,22 @@ def test_blocks_are_found_once() -> None:
     assert {type(block) for block in blocks} == {type(made.aggregator.frame_blocks[0])}
     assert repeated_blocks(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))) == []
     assert len(repeated_blocks(nn.Sequential(*made.aggregator.frame_blocks))) == DEPTH  # as timm keeps them
+
+
+@torch.no_grad()
+def test_blocks_of_a_list_are_compiled_where_some_of_them_are_in_fp8() -> None:
+    made, x, counter = model(5), images(2), CompileCounterWithBackend("eager")
+    found = repeated_blocks(made)
+    apply_lite3r(made, precision="fp8", fp8_backend="emulated")
+    aggregator = made.aggregator
+    assert [type(block) is Fp8Block for block in aggregator.frame_blocks] == [False, True, True, True, False]
+    assert [host_of(block) for block in repeated_blocks(made)] == found
+    expected = made(x)["depth"]
+    blocks = CompiledBlocks(made, backend=counter)
+    with blocks.running():
+        torch.testing.assert_close(made(x)["depth"], expected)
+    assert len(blocks) == len(found) - 3  # but for FP8 around sparse attention
+    assert counter.frame_count
 
 
 @torch.no_grad()
