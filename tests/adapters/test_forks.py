@@ -214,14 +214,14 @@ def test_a_fork_is_exact_or_left_to_the_host(family: Family, what: str, monkeypa
     else:
         assert not report.routed
 
-    fused = apply_lite3r(copy.deepcopy(model), TEST_CONFIG, keep_ratio=1.0, precision="fp8")
+    fused = apply_lite3r(copy.deepcopy(model), TEST_CONFIG, keep_ratio=1.0, precision="fp8", fp8_filter=("*",))
     has_blocks = any(isinstance(module, Fp8Block) for module in fused.modules())
     assert has_blocks == any(site.block is not None for site in find_sites(model)[1])
     if has_blocks and what in BLOCKS:
         assert not isinstance(fused.get_submodule(family.block), Fp8Block)
         assert "1 block runs its own forward on FP8 Linears: it differs from the block's own forward" in str(describe(fused))
     monkeypatch.setattr(convert, "why_not_fused", lambda *_: "for comparison")
-    single = apply_lite3r(copy.deepcopy(model), TEST_CONFIG, keep_ratio=1.0, precision="fp8")
+    single = apply_lite3r(copy.deepcopy(model), TEST_CONFIG, keep_ratio=1.0, precision="fp8", fp8_filter=("*",))
     error, where = largest_difference(outputs(single, family.run), outputs(fused, family.run))
     assert error <= 5e-3, where
 
