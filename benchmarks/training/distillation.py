@@ -257,7 +257,9 @@ class Worker:
     def _applied(self, keep: float, row: Row) -> nn.Module:
         blocks = {"block_q": 32, "block_k": 16} if self.args.small else {}  # of so few tokens blocks of the usual size leave none out
         ways: dict[str, Any] = {"keep_ratio": "auto", "block_choice": "error"} if row.chosen else {"keep_ratio": keep}
-        return apply_lite3r(build(self.args, self.device), **ways, dense_below=0, precision=row.trains_in, **blocks)
+        return apply_lite3r(
+            build(self.args, self.device), **ways, dense_below=0, precision=row.trains_in, fp8_filter=row.fp8_filter, **blocks
+        )
 
     def _measured(self, model: nn.Module, kind: str) -> dict[str, dict[str, list[float]]]:
         args = self.args

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from lite3r_plugin import DistillConfig
+from lite3r_plugin.config import Fp8Filter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Row:
     labels: bool = False
     chosen: bool = False
     recipe: str = ""
-    fp8_filter: str = "inner"
+    fp8_filter: Fp8Filter = "inner"
 
     @property
     def trains_in(self) -> str:

@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from checkpoints import edit
+from interruptions import Full, full_after
 from torch import nn
 from toys import Adapter, Toy, images, toy_adapter
 
@@ -144,20 +145,10 @@ def test_an_adapter_of_peft_rounds_the_same_linears() -> None:
     assert Lite3RPeftConfig.of(model).fp8_filter == "inner"
 
 
-def test_half_a_conversion_counts_the_linears_that_the_filter_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_a_conversion_counts_the_linears_that_the_filter_takes() -> None:
     model = apply_lite3r(Toy(depth=5).eval(), **SPARSE)
-    real, calls = Fp8Linear.quantized, [0]
-
-    def quantized(linear: nn.Linear, backend: Any) -> Fp8Linear:
-        calls[0] += 1
-        if calls[0] == 6:
-            raise MemoryError
-        return real(linear, backend)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Fp8Linear, "quantized", quantized)
-        with pytest.raises(MemoryError):
-            convert(model)
+    with full_after(5), pytest.raises(Full):
+        convert(model)
     assert f"the conversion to FP8 did not finish, 5 of {len(INNER)} Linears are in FP8; convert(model) goes on" in describe(model).notes
     assert names_of(convert(model), Fp8Linear) == INNER
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from interruptions import contents, interrupted, lines_of, say
+from interruptions import Full, contents, full_after, interrupted, lines_of, say
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from toys import Adapter, toy_adapter
@@ -324,23 +324,10 @@ def test_calibrate_writes_all_sites_or_none(request: pytest.FixtureRequest, x: T
 # Errors instead of interruptions.
 
 
-class Full(Exception):
-    """There is no memory left."""
-
-
-def test_a_conversion_that_runs_out_of_memory_goes_on(monkeypatch: pytest.MonkeyPatch, x: Tensor) -> None:
+def test_a_conversion_that_runs_out_of_memory_goes_on(x: Tensor) -> None:
     model = applied("fp8_qat")
     converted = summary(convert(copy.deepcopy(model)))
-    real, calls = Fp8Linear.quantized, [0]
-
-    def quantized(linear: nn.Linear, backend: Any) -> Fp8Linear:
-        calls[0] += 1
-        if calls[0] == 6:
-            raise Full
-        return real(linear, backend)
-
-    monkeypatch.setattr(Fp8Linear, "quantized", quantized)
-    with pytest.raises(Full):
+    with full_after(5), pytest.raises(Full):
         convert(model)
     report = describe(model)
     assert (report.phase, report.linears) == ("fp8", {"in FP8 (emulated)": 5, "rounded to FP8 in training": 3})
@@ -349,15 +336,10 @@ def test_a_conversion_that_runs_out_of_memory_goes_on(monkeypatch: pytest.Monkey
     assert summary(convert(model)) == converted
 
 
-def test_half_a_conversion_is_not_saved(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def quantized(linear: nn.Linear, backend: Any) -> Fp8Linear:
-        raise Full
-
+def test_half_a_conversion_is_not_saved(tmp_path: Path) -> None:
     model = vit()
-    with monkeypatch.context() as patch:
-        patch.setattr(Fp8Linear, "quantized", quantized)
-        with pytest.raises(Full):
-            apply_lite3r(model, **SPARSE, precision="fp8")
+    with full_after(0), pytest.raises(Full):
+        apply_lite3r(model, **SPARSE, precision="fp8")
     assert describe(model).phase == "full"  # it says what is, not what was asked for
     with pytest.raises(WeightsError, match=r"0 of 8 Linears are in FP8; convert\(model\) goes on: finish that before save_lite3r"):
         save_lite3r(model, tmp_path / "checkpoint")

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import lite3r_plugin
+from lite3r_plugin.fp8.linear import Fp8Linear
 
 PACKAGE = str(Path(lite3r_plugin.__file__).parent)
 TABLES = tuple(vars(nn.Module()))
@@ -20,6 +23,27 @@ TABLES = tuple(vars(nn.Module()))
 
 class Interruption(BaseException):
     """As KeyboardInterrupt: whoever catches `Exception` does not catch it."""
+
+
+class Full(Exception):
+    """There is no memory left."""
+
+
+@contextlib.contextmanager
+def full_after(count: int) -> Iterator[None]:
+    """Inside, a conversion to FP8 fails by `Full` when it has made so many Linears."""
+    real, made = Fp8Linear.quantized, 0
+
+    def quantized(linear: nn.Linear, backend: Any) -> Fp8Linear:
+        nonlocal made
+        if made == count:
+            raise Full
+        made += 1
+        return real(linear, backend)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Fp8Linear, "quantized", quantized)
+        yield
 
 
 def lines_of(call: Callable[[], object], before: Callable[..., object] | None = None) -> int:
