@@ -25,6 +25,7 @@ class AttentionInputs:
         crossed: Whether keys and values are of other tokens than queries. Else positions and layout are those of keys, too.
         key_positions, key_layout: Those of keys, where they are of other tokens.
         mask: What `scaled_dot_product_attention` takes as ``attn_mask``, ``[..., N, M]``, or None.
+        num_heads: How many heads the site has, where these are only some of them; None where they are all.
     """
 
     q: Tensor
@@ -40,3 +41,4 @@ class AttentionInputs:
     key_positions: Tensor | None = None
     key_layout: TokenLayout | None = None
     mask: Tensor | None = None
+    num_heads: int | None = None

@@ -70,6 +70,9 @@ class SparseLinearAttention(HostWrapper):
         te_projection: Runs `proj_lin` in TransformerEngine where gradients are wanted, or None.
     """
 
+    heads_at_once: int | None = None
+    """Of attention, where memory is planned (`lite3r_plugin.runtime.memory`) and its style can make q, k and v so; None: all."""
+
     def __init__(self, host: nn.Module, site: AttentionSite, state: ModelState, sparse: bool, left: str | None = None) -> None:
         super().__init__(host)
         self.site = site
@@ -187,6 +190,33 @@ class SparseLinearAttention(HostWrapper):
         for (observer,) in self._observers:
             observer(self, inputs, out)
         return out
+
+    def attend_by_heads(self, parts: Iterator[AttentionInputs], num_heads: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """As `attend`, of inputs that hold some of the heads each. Each is dropped before the next one is made; it counts as one call.
+
+        Args:
+            parts: The inputs; together they have `num_heads` heads, in order.
+            num_heads: H.
+            args, kwargs: As of `attend`.
+
+        Returns:
+            ``[B, H, N, D]``.
+
+        Raises:
+            LayoutError, BackendError, WeightsError: As `attend`.
+        """
+        out: Tensor | None = None
+        calls, done = self.calls, 0
+        for inputs in parts:
+            part = self.attend(inputs, args, kwargs).transpose(1, 2)
+            if out is None:
+                out, calls = part.new_empty(*part.shape[:2], num_heads, part.shape[3]), dataclasses.replace(self.calls)
+            out[:, :, done : done + part.shape[2]] = part
+            done += part.shape[2]
+            inputs = part = None
+        assert out is not None
+        self.calls = calls
+        return out.transpose(1, 2)
 
     def attend_to_past(
         self,
@@ -337,6 +367,11 @@ class SparseLinearAttention(HostWrapper):
         return bool(self._observers) or any(watches for _, watches in self._substitutes)
 
     @property
+    def is_seen_whole(self) -> bool:
+        """Whether somebody observes its attention, or takes the place of it: who does sees all heads at once."""
+        return bool(self._observers or self._substitutes)
+
+    @property
     def is_substituted(self) -> bool:
         """Whether somebody takes the place of its attention."""
         return bool(self._substitutes)
@@ -385,7 +420,8 @@ class SparseLinearAttention(HostWrapper):
         queries, keys = inputs.q.shape[-2], None
         if inputs.crossed:
             keys = inputs.v.shape[-2], self.pinned(inputs.key_layout)
-        if not (self.pays(inputs.v, pinned) if keys is None else self.pays(inputs.v, keys[1], queries, pinned)):
+        v = inputs.v if inputs.num_heads is None else inputs.v[:, :1].expand(-1, inputs.num_heads, -1, -1)  # some run as all would
+        if not (self.pays(v, pinned) if keys is None else self.pays(v, keys[1], queries, pinned)):
             return self.dense(inputs, proj if self.begin_dense() else None)
         self.begin_sparse(queries, pinned, keys)
         if self.trains_in_te():

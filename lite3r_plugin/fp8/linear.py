@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ..errors import ConvertedError
 from ..ops.fp8 import E4M3, Quantized, dequantize, fake_quantize, passes
 from ..wrapper import must_be_called
 from .backends import BACKENDS
+from .backends.base import in_fp8
 from .qat import compute_dtype
 
 
@@ -91,6 +93,25 @@ class Fp8Linear(nn.Module):
         """Whether `forward` takes an input that is in FP8 already. Who watches or wraps it is to see a tensor."""
         return self._runner.takes_fp8 and not must_be_called(self)
 
+    @property
+    def splits(self) -> bool:
+        """Whether `part` is of use."""
+        return self._runner.splits and not must_be_called(self)
+
+    def part(self, rows: Sequence[slice]) -> Fp8Linear:
+        """The Linear that makes the outputs `rows` of this one, in that order, from copies of their weights."""
+        data, scale = (_rows_of(x, rows) for x in (self.weight_data.view(torch.uint8), self.weight_scale))
+        bias = None if self.bias is None else nn.Parameter(_rows_of(self.bias.detach(), rows), requires_grad=False)
+        made = Fp8Linear(self.in_features, len(scale), bias, self.backend, self.dtype, torch.device("meta"))
+        made.weight_data, made.weight_scale, made.infinities = data.view(E4M3), scale, self.infinities
+        return made.train(self.training)
+
+    def as_input(self, input: Tensor | Quantized) -> Tensor | Quantized:
+        """`input` in FP8 where that is what runs: for those who give it to several parts."""
+        if self._runner.takes_fp8 and isinstance(input, Tensor) and not self._wants_grad(input):
+            return in_fp8(input, self)
+        return input
+
     def forward(self, input: Tensor | Quantized) -> Tensor:
         """input: ``[..., C]``. Returns ``[..., C_out]`` in input's dtype or autocast's; FP8 inputs say theirs.
 
@@ -158,3 +179,7 @@ class Fp8Linear(nn.Module):
                 "convert(model), or leave out those that load_lite3r has brought"
             )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _rows_of(x: Tensor, rows: Sequence[slice]) -> Tensor:
+    return torch.cat([x[row] for row in rows])

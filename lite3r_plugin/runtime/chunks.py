@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..attention.module import SparseLinearAttention
 from ..fp8.block import Fp8Block
 from ..wrapper import forward_parameters
 from .values import exchanged, tensors_in
@@ -30,14 +31,21 @@ class Chunks:
         heads: Views, in heads that say themselves how many they take.
         views: Views, in modules that treat each by itself.
         rows: Tokens, in modules that treat each by itself.
+        attention: Heads of attention, at sites that may be sparse; others see single views.
     """
 
     heads: int | None = None
     views: int | None = None
     rows: int | None = None
+    attention: int | None = None
 
     def __str__(self) -> str:
-        parts = (("dense heads", self.heads, "view"), ("modules of single views", self.views, "view"), ("MLPs", self.rows, "token"))
+        parts = (
+            ("dense heads", self.heads, "view"),
+            ("modules of single views", self.views, "view"),
+            ("MLPs", self.rows, "token"),
+            ("attention", self.attention, "head"),
+        )
         said = [f"{name} {size} {unit}{'s' if size > 1 else ''} at a time" for name, size, unit in parts if size is not None]
         return ", ".join(said) or "everything at once"
 
@@ -133,6 +141,7 @@ def in_chunks(model: nn.Module, places: Places, chunks: Chunks) -> Iterator[None
     modules = dict(model.named_modules(remove_duplicate=False))
     before: dict[nn.Module, Any] = {}
     fused: list[Fp8Block] = []
+    sites: list[SparseLinearAttention] = []
     wanted: dict[nn.Module, Callable[..., Any]] = {}
     if chunks.heads is not None:
         wanted |= {modules[name]: functools.partial(_with_argument, argument, chunks.heads) for name, argument in places.heads.items()}
@@ -141,18 +150,24 @@ def in_chunks(model: nn.Module, places: Places, chunks: Chunks) -> Iterator[None
     if chunks.rows is not None:
         wanted |= {modules[name]: functools.partial(_by_rows, chunks.rows) for name in places.rows}
         fused = [module for module in modules.values() if isinstance(module, Fp8Block)]
+    if chunks.attention is not None:
+        sites = [module for module in modules.values() if isinstance(module, SparseLinearAttention) and module.sparse]
     try:
         for module, run in wanted.items():
             before[module] = module._compiled_call_impl
             module._compiled_call_impl = functools.partial(run, module._compiled_call_impl or module._call_impl)
         for block in fused:
             block.rows_at_once = chunks.rows
+        for site in sites:
+            site.heads_at_once = chunks.attention
         yield
     finally:
         for module, call in before.items():
             module._compiled_call_impl = call
         for block in fused:
             vars(block).pop("rows_at_once", None)
+        for site in sites:
+            vars(site).pop("heads_at_once", None)
 
 
 # Running

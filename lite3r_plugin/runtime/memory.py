@@ -37,9 +37,10 @@ STEPS = (
     Chunks(),
     Chunks(heads=4),
     Chunks(heads=2),
-    Chunks(heads=2, views=8, rows=32768),
-    Chunks(heads=1, views=2, rows=8192),
-    Chunks(heads=1, views=1, rows=2048),
+    Chunks(heads=2, views=32, rows=65536, attention=8),
+    Chunks(heads=2, views=8, rows=32768, attention=4),
+    Chunks(heads=1, views=2, rows=8192, attention=2),
+    Chunks(heads=1, views=1, rows=2048, attention=1),
 )
 """What is tried, in this order: the first that fits costs least time."""
 
@@ -239,6 +240,7 @@ class MemoryPlanner(RewrittenMethod):
         has = {
             "heads": bool(self.places.heads), "views": bool(self.places.views),
             "rows": bool(self.places.rows) or any(isinstance(module, Fp8Block) for module in self.module.modules()),
+            "attention": any(isinstance(module, SparseLinearAttention) and module.sparse for module in self.module.modules()),
         }  # fmt: skip
         cut = [Chunks(**{name: size if has[name] else None for name, size in dataclasses.asdict(step).items()}) for step in STEPS]
         return list(dict.fromkeys(cut))

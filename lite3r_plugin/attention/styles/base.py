@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -19,9 +19,11 @@ class SiteModule(Protocol):
 
     Attributes:
         training: As of every module.
+        heads_at_once: How many heads of attention are to be made at once, where memory is planned; None: all.
     """
 
     training: bool
+    heads_at_once: int | None
 
     @property
     def sparse(self) -> bool:
@@ -34,6 +36,15 @@ class SiteModule(Protocol):
 
     def attend(self, inputs: AttentionInputs, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Attention over the tokens of the site, ``[B, H, N, D]``, in a forward that was given `args` and `kwargs`."""
+        ...
+
+    def attend_by_heads(self, parts: Iterator[AttentionInputs], num_heads: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """`attend` of inputs that hold some of the heads each, made one after another."""
+        ...
+
+    @property
+    def is_seen_whole(self) -> bool:
+        """Whether somebody observes its attention, or takes the place of it: who does sees all heads at once."""
         ...
 
     def attend_to_past(

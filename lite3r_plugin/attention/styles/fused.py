@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from ...adapter.sites import AttentionSite, FusedQKV
 from .base import SiteModule
+from .parts import part_of, rows_of_heads
 from .projected import ProjectedStyle
 
 
@@ -20,6 +21,8 @@ class FusedStyle(ProjectedStyle):
     def input_linears(self) -> dict[str, int]:
         return {self.qkv: 3}
 
-    def project(self, module: SiteModule, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = module.child(self.qkv)(x).unflatten(-1, (3, *self.shape)).permute(2, 0, 3, 1, 4).unbind(0)
+    def project(self, module: SiteModule, x: Tensor, heads: slice | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        linear, (count, dim) = module.child(self.qkv), self.shape
+        made = linear(x) if heads is None else part_of(linear, x, rows_of_heads(heads, dim, count, times=3))
+        q, k, v = made.unflatten(-1, (3, -1, dim)).permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from ...ops.qk_norm_rope import HeadNorm
 from ...wrapper import by_name, may_be_read
 from ..inputs import AttentionInputs
 from .base import ProjectionStyle, SiteModule
+from .parts import splits
 
 PARTS = ("positions", "mask", "key", "value", "key_positions")
 """What a site may name of what its forward is given, as `Given` calls it."""
@@ -87,8 +88,8 @@ class ProjectedStyle(ProjectionStyle):
         """The Linears that read the hidden states, with their output features as multiples of ``H * D``."""
 
     @abc.abstractmethod
-    def project(self, module: SiteModule, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v ``[B, H, N, D]`` of hidden states ``[B, N, C]``."""
+    def project(self, module: SiteModule, x: Tensor, heads: slice | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v ``[B, H, N, D]`` of hidden states ``[B, N, C]``, of some `heads` or of all."""
 
     def project_across(self, module: SiteModule, x: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The same where keys and values are of other tokens, which only some styles know."""
@@ -132,6 +133,9 @@ class ProjectedStyle(ProjectionStyle):
             if module.sparse:
                 module.note(refused)
             return module.run_host(*args, **kwargs)
+        if module.heads_at_once is not None and self._splits(module, given):
+            parts = self._by_heads(module, given, module.heads_at_once)
+            return self.returned(self._out(module, module.attend_by_heads(parts, self.shape[0], args, kwargs)))
         q, k, v = self.project_across(module, given.x, given.key, given.value)
         q, q_norm = _norm(module, spec.q_norm, q)
         as_made = k
@@ -139,10 +143,8 @@ class ProjectedStyle(ProjectionStyle):
         if given.cached is not None and k is not as_made and self.cache is not None and not self.cache.finished:
             module.note("its keys are cached before a norm that is not known")
             return module.run_host(*args, **kwargs)
-        rotated = given.positions is not None or given.key_positions is not None
-        base = spec.rope.base if spec.rope is not None and rotated else None
         inputs = AttentionInputs(
-            q, k, v, q_norm, k_norm, given.positions, base, crossed=self.crossed, key_positions=given.key_positions,
+            q, k, v, q_norm, k_norm, given.positions, self._rope_base(given), crossed=self.crossed, key_positions=given.key_positions,
             mask=given.mask,
         )  # fmt: skip
         cached = None
@@ -151,13 +153,43 @@ class ProjectedStyle(ProjectionStyle):
         else:
             assert self.cache is not None
             out, *cached = module.attend_to_past(inputs, given.cached.tensors, self.cache, args, kwargs)
-        linear = module.child(spec.out)
-        out = linear.of_heads(out) if isinstance(linear, Fp8Linear) else linear(out.transpose(1, 2).flatten(2))
-        if spec.out_drop is not None:
-            out = module.child(spec.out_drop)(out)
+        out = self._out(module, out)
         if given.cached is not None and cached is not None:
             return out, given.cached.packed(cached)
         return self.returned(out)
+
+    def _out(self, module: SiteModule, out: Tensor) -> Tensor:
+        """The output ``[B, N, C]`` of the host from that of attention ``[B, H, N, D]``."""
+        linear = module.child(self.spec.out)
+        out = linear.of_heads(out) if isinstance(linear, Fp8Linear) else linear(out.transpose(1, 2).flatten(2))
+        return out if self.spec.out_drop is None else module.child(self.spec.out_drop)(out)
+
+    def _rope_base(self, given: Given) -> float | None:
+        rotated = given.positions is not None or given.key_positions is not None
+        return self.spec.rope.base if self.spec.rope is not None and rotated else None
+
+    def _splits(self, module: SiteModule, given: Given) -> bool:
+        """Whether q, k and v of this call can be made and attended to by some heads at a time."""
+        if self.crossed or given.cached is not None or given.mask is not None or module.is_seen_whole:
+            return False
+        norms = [module.child(name) for name in (self.spec.q_norm, self.spec.k_norm) if name is not None]
+        linears = [module.child(name) for name in self.input_linears]
+        known = all(type(norm) is nn.Identity or (may_be_read(norm) and head_norm(norm, self.shape[1])) for norm in norms)
+        return known and all(map(splits, linears)) and len({isinstance(linear, Fp8Linear) for linear in linears}) == 1
+
+    def _by_heads(self, module: SiteModule, given: Given, size: int) -> Iterator[AttentionInputs]:
+        """The inputs, `size` heads at a time, each made when it is asked for; nothing of those before is held."""
+        x: Any = given.x  # a `Quantized` where its Linears take it, as everywhere here
+        (count, dim), spec = self.shape, self.spec
+        linear = module.child(next(iter(self.input_linears)))
+        if isinstance(linear, Fp8Linear):  # rounded once, and what saturates is counted once
+            x = linear.as_input(x)
+        q_norm, k_norm = (None if name is None else head_norm(module.child(name), dim) for name in (spec.q_norm, spec.k_norm))
+        for first in range(0, count, size):
+            yield AttentionInputs(
+                *self.project(module, x, slice(first, min(first + size, count))),
+                q_norm, k_norm, given.positions, self._rope_base(given), num_heads=count,
+            )  # fmt: skip
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Given, str | None]:
         """What the site is given, and why sparse attention cannot honour it (or None)."""

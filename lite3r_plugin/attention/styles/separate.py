@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ...adapter.sites import AttentionSite, SeparateQKV
 from .base import SiteModule
+from .parts import part_of, rows_of_heads
 from .projected import ProjectedStyle
 
 
@@ -23,8 +24,13 @@ class SeparateStyle(ProjectedStyle):
     def input_linears(self) -> dict[str, int]:
         return dict.fromkeys(self.linears, 1)
 
-    def project(self, module: SiteModule, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.project_across(module, x, x, x)
+    def project(self, module: SiteModule, x: Tensor, heads: slice | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        if heads is None:
+            return self.project_across(module, x, x, x)
+        count, dim = self.shape
+        made = (part_of(module.child(name), x, rows_of_heads(heads, dim, count)) for name in self.linears)
+        q, k, v = (part.unflatten(-1, (-1, dim)).transpose(1, 2) for part in made)
+        return q, k, v
 
     def project_across(self, module: SiteModule, x: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q ``[B, H, N, D]``, k and v ``[B, H, M, D]`` of hidden states ``[B, N, C]``, and of ``[B, M, C]`` for each of keys and values."""

@@ -34,11 +34,13 @@ class Backend:
         name: As in `Lite3RConfig.fp8_backend`.
         takes_fp8: Whether `run` takes an input that is in FP8 already.
         needs_gpu: Whether it runs on CUDA tensors only.
+        splits: Whether it runs some rows of a weight as it does all: nothing is made of a weight that would be made anew each time.
     """
 
     name: Fp8Backend
     takes_fp8: bool = False
     needs_gpu: bool = True
+    splits: bool = True
 
     @staticmethod
     def why_not(device: torch.device, inputs: int, outputs: int) -> str | None:

@@ -64,6 +64,7 @@ class TransformerEngine(Backend):
     """Runs the FP8 weight of a converted Linear in `te.Linear`. Copies and pickles of it start anew."""
 
     name: Fp8Backend = "te"
+    splits = False
 
     def __init__(self) -> None:
         self._layer: Any = None
