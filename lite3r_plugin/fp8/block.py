@@ -161,9 +161,12 @@ def mlp(x: Quantized, up: Fp8Linear, down: Fp8Linear, activation: str, rows_at_o
         return out.unflatten(0, x.scale.shape[:-1])
     wide = up(x)
     if activation == "swiglu":
-        return down(passes(wide).swiglu_quantize(wide, infinities=down.infinities))
-    approximate = "tanh" if activation == "gelu_tanh" else "none"
-    return down(passes(wide).gelu_quantize(wide, approximate, infinities=down.infinities))
+        rows = passes(wide).swiglu_quantize(wide, infinities=down.infinities)
+    else:
+        approximate = "tanh" if activation == "gelu_tanh" else "none"
+        rows = passes(wide).gelu_quantize(wide, approximate, infinities=down.infinities)
+    del wide  # four times as large as the result, which comes next
+    return down(rows)
 
 
 def check_block(modules: Mapping[str, nn.Module], site: AttentionSite) -> None:

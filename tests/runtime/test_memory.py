@@ -233,6 +233,30 @@ def test_hooks_that_watch_do_not_change_what_is_held() -> None:
     assert sum((item.freed or math.inf) > in_heads for item in layers) == 1
 
 
+def test_what_a_frame_block_gave_is_not_held_while_the_next_one_runs() -> None:
+    model = small_vggt().requires_grad_(False)
+    apply_lite3r(model)
+    with torch.no_grad(), traced(model) as trace:
+        model(images(2, 112))
+    for block in range(4):
+        made = min(item.made for item in trace.held if item.part.startswith(f"aggregator.frame_blocks.{block + 1}"))
+        given = [item for item in trace.held if item.part.startswith(f"aggregator.frame_blocks.{block}") and item.made < made]
+        assert given
+        assert all((item.freed or math.inf) <= made for item in given), block
+
+
+@torch.no_grad()
+def test_the_wide_rows_of_an_mlp_are_not_held_while_it_makes_its_output() -> None:
+    up, down = (Fp8Linear.quantized(nn.Linear(*size).bfloat16(), "emulated") for size in ((32, 128), (128, 32)))
+    rows = quantize(torch.randn(64, 32, dtype=torch.bfloat16))
+    with traced(nn.Sequential(up, down)) as trace:
+        mlp(rows, up, down, "gelu")
+    wide = next(item for item in trace.held if item.shape == (64, 128) and item.size == 64 * 128 * 2)
+    out = [item for item in trace.held if item.shape == (64, 32) and item.size == 64 * 32 * 2]
+    assert wide.freed is not None
+    assert wide.freed < out[-1].made
+
+
 def test_buffers_that_are_views_are_planned() -> None:
     model = small()
     model.register_buffer("mean", torch.rand(3).view(1, 1, 3, 1, 1))

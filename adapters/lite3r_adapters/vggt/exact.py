@@ -127,6 +127,7 @@ class Aggregate(RewrittenModule):
                 layer = torch.cat((in_frame.view(batch, views, per_view, width), tokens.view(batch, views, per_view, width)), -1)
                 kept.append(layer if read is None else read.kept(i, layer, aggregator.patch_start_idx, *images.shape[-2:]))
                 layer = None  # which the list may not hold
+            in_frame = None  # the next block has no use for it
         return kept, aggregator.patch_start_idx
 
 
