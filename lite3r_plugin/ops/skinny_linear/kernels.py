@@ -25,7 +25,7 @@ def _linear_kernel(
     """BLOCK_N outputs of all M <= ROWS rows; a program for each.
 
     X         [M, K] of strides x_stride and 1
-    W         [N, K] of strides w_stride and 1
+    W         [N, K] of strides w_stride and 1, in FP32 or less
     Bias      [N] (BIAS)
     Out       [M, N] contiguous
     """
@@ -37,7 +37,7 @@ def _linear_kernel(
     total = tl.zeros([ROWS, BLOCK_N, BLOCK_K], tl.float32)
     for start in range(0, K, BLOCK_K):
         live = start + k < K if K % BLOCK_K else k >= 0
-        w = tl.load(w_at, mask=(n < N) & live, other=0.0)
+        w = tl.load(w_at, mask=(n < N) & live, other=0.0).to(tl.float32)
         x = tl.load(x_at, mask=(m < M) & live, other=0.0)
         total += x * w
         x_at += BLOCK_K
@@ -68,7 +68,7 @@ LAUNCH = Launch(block_n=4, block_k=512, warps=4)  # benchmarks/operators/small_p
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, shape: Launch = LAUNCH) -> Tensor:
-    """As `naive.linear`, FP32 alone, of a few rows: at least one; `shape`: for benchmarks."""
+    """As `naive.linear`, in FP32, of a few rows: at least one; `shape`: for benchmarks."""
     outputs, inputs = weight.shape
     rows = x.reshape(-1, inputs)
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
