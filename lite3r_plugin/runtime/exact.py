@@ -204,8 +204,8 @@ class FewRows(RewrittenMethod):
     Its weight may be in BF16: half the bytes to hold and to read. What computes is FP32 all the same.
 
     Torch's own product runs for what `skinny_linear.takes` leaves to it, in code that is compiled, traced or transformed (`torch.func`),
-    where a mode of torch sees all operators, and on tensors of other classes. For a weight in BF16 it is given a copy in FP32, which lasts as
-    long as the call, or as gradients need it; compiled code without gradients has an operator instead.
+    where a mode of torch sees all operators, and on tensors of other classes. For a weight in BF16 it is given a copy in FP32, which lasts
+    as long as the call, or as gradients need it; compiled code without gradients has an operator instead.
 
     Raises:
         AdapterError: the module is no `torch.nn.Linear`.

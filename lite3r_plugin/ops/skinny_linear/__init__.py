@@ -13,9 +13,13 @@ from torch import Tensor
 from ..dispatch import register, triton_installed
 from . import naive
 
-__all__ = ["MAX_ROWS", "fits", "is_narrow", "linear", "linear_operator", "takes"]
+__all__ = ["MAX_ROWS", "MAX_ROWS_NARROW", "fits", "is_narrow", "linear", "linear_operator", "takes"]
 
 MAX_ROWS = 8
+"""Of a weight in FP32: what a kernel multiplies by it in one reading."""
+
+MAX_ROWS_NARROW = 16
+"""Of a narrow one: two readings are as many bytes as one of FP32, where torch's product needs a copy, and thus five times as many."""
 
 
 def is_narrow(x: Tensor, weight: Tensor) -> bool:
@@ -43,16 +47,16 @@ def fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether `linear` is for these: what `fits`, 1 to `MAX_ROWS` rows, on a CPU or on a GPU on which the kernel runs.
+    """Whether `linear` is for these: what `fits`, of few rows, on a CPU or on a GPU on which the kernel runs.
 
     It is not for a weight in FP32 where the user lets GPUs round what they multiply in FP32 (TF32). Of a narrow one torch's product needs a
     copy, which costs more than that saves.
     """
-    return (
-        fits(x, weight, bias)
-        and 0 < x.numel() <= MAX_ROWS * weight.shape[1]
-        and (not x.is_cuda or (_runs_on(x.device) and (is_narrow(x, weight) or _ieee())))
-    )
+    if not fits(x, weight, bias):
+        return False
+    narrow = is_narrow(x, weight)
+    most = MAX_ROWS_NARROW if narrow else MAX_ROWS
+    return 0 < x.numel() <= most * weight.shape[1] and (not x.is_cuda or (_runs_on(x.device) and (narrow or _ieee())))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

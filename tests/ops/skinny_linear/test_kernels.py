@@ -8,7 +8,7 @@ from numerics import assert_as_accurate
 from pairs import grid
 
 from lite3r_plugin.ops import skinny_linear
-from lite3r_plugin.ops.skinny_linear import MAX_ROWS, naive
+from lite3r_plugin.ops.skinny_linear import MAX_ROWS, MAX_ROWS_NARROW, naive
 
 kernels = pytest.importorskip("lite3r_plugin.ops.skinny_linear.kernels")
 
@@ -23,8 +23,15 @@ if GPU and torch.cuda.get_device_capability() < (8, 0):
 NARROW = (torch.bfloat16, torch.float16)
 
 
+def test_a_row_has_the_same_bits_whatever_is_beside_it() -> None:
+    x, weight = torch.randn(19, 600, device=DEVICE), torch.randn(13, 600, device=DEVICE).bfloat16()
+    whole = kernels.linear(x, weight, None)
+    for rows in (1, 8, 9):
+        assert torch.equal(kernels.linear(x[-rows:], weight, None), whole[-rows:])
+
+
 @pytest.mark.parametrize(
-    ("rows", "sizes", "bias", "dtype"), grid((1, 3, MAX_ROWS), SIZES, (True, False), (torch.float32, *NARROW)), ids=str
+    ("rows", "sizes", "bias", "dtype"), grid((1, 3, 8, 9, 16, 37), SIZES, (True, False), (torch.float32, *NARROW)), ids=str
 )
 def test_linear(rows: int, sizes: tuple[int, int], bias: bool, dtype: torch.dtype) -> None:
     outputs, inputs = sizes
@@ -85,10 +92,11 @@ def test_it_takes_weights_that_are_stored_in_less(dtype: torch.dtype) -> None:
     assert not skinny_linear.takes(x.to(dtype), weight, None)
     assert not skinny_linear.takes(x, weight.to(torch.float8_e4m3fn), None)  # it has a scale somewhere
     assert not skinny_linear.takes(x.double(), weight, None)
-    many = torch.randn(3, MAX_ROWS, 16, device=DEVICE)
+    many = torch.randn(MAX_ROWS_NARROW + 1, 16, device=DEVICE)
+    assert skinny_linear.takes(many[1:], weight, bias)
     assert not skinny_linear.takes(many, weight, bias)
     assert skinny_linear.fits(many, weight, bias)
-    for rows in (x, many, many[:, :0]):  # what is compiled does not know how many they are
+    for rows in (x, many, many[:0], x[0]):  # what is compiled does not know how many they are
         found = skinny_linear.linear_operator(rows, weight, bias)
         assert found.shape == (*rows.shape[:-1], 5)
         torch.testing.assert_close(found, naive.linear(rows, weight, bias))
