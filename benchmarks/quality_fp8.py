@@ -1,11 +1,13 @@
-"""What FP8 costs the trained testbed, by itself, over so many rendered scenes that a change of 1 % can be told from chance.
+"""What FP8 costs the trained testbed, and BF16 its camera head, over so many scenes that a change of 1 % can be told from chance.
 
     python benchmarks/quality_fp8.py --seconds 150 --json benchmarks/results/NAME.json
     python benchmarks/quality_fp8.py --groups --seconds 100 --json benchmarks/results/NAME.json
+    python benchmarks/quality_fp8.py --camera --seconds 150 --json benchmarks/results/NAME.json
 
 Both models are dense and see the same images: one in BF16 (autocast, as in `lite3r eval`), one as `precision="fp8"` has it, which leaves
 the first and the last blocks as they are. With `--groups` there is one more for each group of Linears, that group alone in FP8, on the
-same scenes; ``--groups NAME ...`` takes some.
+same scenes; ``--groups NAME ...`` takes some. With `--camera` there are two more, both as `weights="bf16"` has it, with a camera head that
+computes in FP32: one with all of its weights in FP32, and, compared with that, one in which those of its Linears are rounded to BF16.
 AUC@5 of a model whose poses are some 9 degrees off rests on few pairs of views: `lite3r eval` on 40 scenes leaves an interval
 of 15 %. It takes 2,000 to 5,000 scenes for one of 2 %, so scenes are rendered and run in batches here. AbsRel needs some
 tens. Scenes follow until `--scenes` or `--seconds` are reached; intervals are of 95 %, scenes drawn with replacement.
@@ -30,6 +32,7 @@ from lite3r_plugin.scene.procedural import ProcScenes, TextureBank
 from lite3r_plugin.testbed import Testbed, TestbedConfig
 
 BF16, FP8 = "bf16", "fp8"
+CAMERA, ROUNDED = "camera head in FP32", "weights of the camera head's Linears in BF16"
 TEXTURES = 77_777  # their seed; training saw others
 GROUPS: dict[str, Fp8Filter] = {
     "all Linears of the blocks": ("*",),
@@ -55,8 +58,15 @@ def measure(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, V
         model = Testbed.from_pretrained(device=device)
         return apply_lite3r(model, keep_ratio=1, precision="fp8", fp8_backend=backend, fp8_filter=taken)
 
+    def in_half(rounded: bool) -> torch.nn.Module:
+        model = apply_lite3r(Testbed.from_pretrained(device=device), keep_ratio=1, weights="bf16")
+        for linear in (module for module in model.camera_head.modules() if rounded and isinstance(module, torch.nn.Linear)):
+            linear.weight.copy_(linear.weight.bfloat16())  # it stays in FP32, and so does what is computed with it
+        return model
+
     models: dict[str, Any] = {BF16: Testbed.from_pretrained(device=device), FP8: in_fp8("inner")}
     models |= {name: in_fp8(GROUPS[name]) for name in args.groups}
+    models |= {CAMERA: in_half(rounded=False), ROUNDED: in_half(rounded=True)} if args.camera else {}
     scenes = ProcScenes(TextureBank.procedural(64, 64, str(device), seed=TEXTURES + args.seed), str(device), 1_000_003 * (args.seed + 1))
     values: dict[str, Values] = {name: {measure: [] for measure in ("abs_rel", *POSES)} for name in models}
     start, told = time.monotonic(), 0.0
@@ -79,7 +89,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, V
         if seconds - told > 20:
             told = seconds
             print(f"[{seconds:.0f} s] {len(values[BF16]['auc5'])} scenes", flush=True)
-    runs = {name: describe(model).linears for name, model in models.items() if name != BF16}
+    runs = {name: describe(model).linears for name, model in models.items() if name not in (BF16, CAMERA)}
     return values, {name: ", ".join(f"{count} {kind}" for kind, count in linears.items()) for name, linears in runs.items()}
 
 
@@ -103,12 +113,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--backend", default="auto", help="as fp8_backend")
     parser.add_argument("--groups", nargs="*", choices=GROUPS, help="measure these in FP8 by themselves, too; without names all there are")
+    parser.add_argument("--camera", action="store_true", help="measure weights of the camera head in BF16, too")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     args.groups = [] if args.groups is None else args.groups or list(GROUPS)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     values, runs = measure(args, device)
-    found = {name: {measure: summary(values[BF16][measure], of[measure]) for measure in of} for name, of in values.items() if name != BF16}
+    references = {name: values[CAMERA if name == ROUNDED else BF16] for name in runs}
+    found = {name: {measure: summary(before[measure], values[name][measure]) for measure in before} for name, before in references.items()}
     for model, rows in found.items():
         print(f"{model}: {runs[model]}")
         for name, row in rows.items():
@@ -116,6 +128,8 @@ def main() -> None:
             told = f"{change:+.2f} % [{low:+.2f}, {high:+.2f}] over {row['scenes']} scenes"
             print(f"  {name:17} {row['dense']:8.4f} -> {row['fp8']:8.4f}: {told}")
     result: dict[str, Any] = found.pop(FP8)
+    if args.camera:
+        result["camera"] = found.pop(ROUNDED)
     if found:
         result["groups"] = found
     result["conditions"] = dict(

@@ -173,8 +173,9 @@ class Lite3RConfig:
         preset: ``"fast"``: the fields below as they make a model fastest; each may be set besides. ``"small"``: for cards of 8 to 12 GB:
             weights in BF16, no recorded forward beside the running one, and memory planned for what the device has, if ``max_memory``
             says nothing else. None: none of them.
-        weights: ``"bf16"``: weights in BF16 for as long as Lite3R is in the model, but for what its adapter says needs FP32, such as the
-            camera head; images come in, and outputs go out, as without it. ``"bf16_everywhere"``: all that can be. ``"host"``: as they are.
+        weights: ``"bf16"``: weights in BF16 for as long as Lite3R is in the model; what its adapter says needs FP32, such as the camera
+            head, computes in FP32, with all weights in FP32 but those that are widened when they are read. Images come in, and outputs go
+            out, as without it. ``"bf16_everywhere"``: BF16 wherever it can be. ``"host"``: as they are.
         keep_originals: Keep the weights that became BF16, in main memory, so that `remove_lite3r` gives them back bit for bit. False
             frees them: `remove_lite3r`, and the dense model of `lite3r_disabled`, are refused then.
         compile_blocks: Compile the transformer blocks (`torch.compile`) when the model first runs; not around sparse attention in FP8,

@@ -2,7 +2,7 @@
 
     python benchmarks/operators/small_passes.py --only A --json out.json
 
-    A   FP32 Linears of a camera head on few rows
+    A   Linears of a camera head in FP32 on few rows, their weights in FP32 and in BF16
     B   the scales of FP32 products of FP8 matrices
     C   the last residual of a block
     D   norm and rotary embedding ahead of attention
@@ -31,6 +31,7 @@ from lite3r_plugin.ops.fp8 import kernels as fp8
 from lite3r_plugin.ops.qk_norm_rope import HeadNorm, naive
 from lite3r_plugin.ops.qk_norm_rope import kernels as prepare
 from lite3r_plugin.ops.skinny_linear import kernels as skinny
+from lite3r_plugin.ops.skinny_linear import naive as definition
 
 Runs = dict[str, Callable[[], Any]]
 
@@ -74,34 +75,38 @@ def error_of(found: Tensor, expected: Tensor) -> float:
     return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
-def measure_skinny(rows: int, device: str) -> dict[str, Any]:
-    """One iteration of a camera head: four blocks of width 2048, 805 MB of weights."""
+def measure_skinny(rows: int, launches: bool, device: str) -> dict[str, Any]:
+    """One iteration of a camera head: four blocks of width 2048, 805 MB of weights in FP32, 403 in BF16; inputs and sums in FP32."""
     sizes = [(6144, 2048), (2048, 2048), (8192, 2048), (2048, 8192)]
     weights = [(torch.randn(n, k, device=device) / k**0.5, torch.randn(n, device=device)) for _ in range(4) for n, k in sizes]
+    stored = {"": weights, "bf16 ": [(weight.bfloat16(), bias) for weight, bias in weights]}
     xs = {k: torch.randn(rows, k, device=device) for k in (2048, 8192)}
+    ways: dict[str, Callable[..., Tensor]] = {"cublas": F.linear, "ours": skinny.linear}
+    ways |= {"bf16 copied, cublas": definition.linear, "bf16 ours": skinny.linear}
+    tried = {"": [(1, 4, 4), (2, 4, 2), (2, 4, 4), (2, 4, 8), (4, 4, 2), (4, 4, 8), (8, 4, 4)]}
+    tried["bf16 "] = [*tried[""], (1, 8, 4), (2, 8, 2), (2, 8, 4), (2, 8, 8), (4, 8, 4), (4, 8, 8), (1, 16, 4)]
+    for dtype, shapes in tried.items() if launches else ():
+        for n, inputs, warps in shapes:  # outputs of a program, inputs and warps of a step
+            launch = skinny.Launch(n, 32 * inputs * warps, warps)
+            ways[f"{dtype}ours n{n} {inputs} inputs a thread warps{warps}"] = functools.partial(skinny.linear, shape=launch)
 
-    def all_of(one: Callable[..., Tensor]) -> Callable[[], None]:
+    def all_of(name: str, one: Callable[..., Tensor]) -> Callable[[], None]:
         def run() -> None:
-            for weight, bias in weights:
+            for weight, bias in stored["bf16 " if name.startswith("bf16 ") else ""]:
                 one(xs[weight.shape[1]], weight, bias)
 
         return run
 
-    runs: Runs = {"cublas": all_of(F.linear), "ours": all_of(skinny.linear)}
-    tried: dict[str, skinny.Launch] = {}
-    for n, warps in ((1, 4), (2, 2), (2, 4), (2, 8), (4, 2), (4, 8), (8, 4)):
-        tried[f"ours n{n} warps{warps}"] = skinny.Launch(n, 128 * warps, warps)
-    for name, launch in tried.items():
-        runs[name] = all_of(lambda x, w, b, launch=launch: skinny.linear(x, w, b, launch))
+    runs: Runs = {name: all_of(name, one) for name, one in ways.items()}
+    rounded = {k: x.bfloat16() for k, x in xs.items()}
+    runs["all in bf16, cublas"] = lambda: [F.linear(rounded[w.shape[1]], w, b.bfloat16()) for w, b in stored["bf16 "]]
     found = times(runs)
-    weight, bias = weights[3]
-    expected = F.linear(xs[8192].double(), weight.double(), bias.double())
-    errors = {name: error_of(skinny.linear(xs[8192], weight, bias, launch), expected) for name, launch in tried.items() if name in found}
-    errors |= {
-        "cublas": error_of(F.linear(xs[8192], weight, bias), expected),
-        "ours": error_of(skinny.linear(xs[8192], weight, bias), expected),
-    }
-    return report(f"A. FP32 Linears of a camera head, one iteration, {rows} rows", found, errors)
+    errors = {}
+    for name, one in ways.items():
+        weight, bias = stored["bf16 " if name.startswith("bf16 ") else ""][3]
+        if name in found:
+            errors[name] = error_of(one(xs[8192], weight, bias), F.linear(xs[8192].double(), weight.double(), bias.double()))
+    return report(f"A. Linears of a camera head in FP32, one iteration, {rows} rows", found, errors)
 
 
 def measure_scale(tokens: int, outputs: int, device: str) -> dict[str, Any]:
@@ -206,7 +211,7 @@ def main() -> None:
     torch.manual_seed(0)
     bf16, fp32 = torch.bfloat16, torch.float32
     passes: dict[str, list[Callable[[], dict[str, Any]]]] = {
-        "A": [functools.partial(measure_skinny, rows, "cuda") for rows in (2, 1, 4, 8)],
+        "A": [functools.partial(measure_skinny, rows, rows in (2, 8), "cuda") for rows in (2, 8, 1, 4, 16, 32, 64)],
         "B": [functools.partial(measure_scale, 2748, outputs, "cuda") for outputs in (3072, 1024)],
         "C": [functools.partial(measure_residual, tokens, dtype, "cuda") for tokens, dtype in ((43968, bf16), (2748, fp32))],
         "D": [functools.partial(measure_prepare, views, across, bf16, "cuda") for across in (False, True) for views in (2, 32)],

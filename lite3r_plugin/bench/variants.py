@@ -75,7 +75,10 @@ VARIANTS: dict[str, Variant] = {
             "strong", "dense, all of it in BF16, no kernel of ours: exact rewrites, best SDPA backend, compiled blocks, CUDA graph",
             DENSE | FAST | {"weights": "bf16_everywhere", "fuse": False},
         ),
-        Variant("strong-exact", "dense with every exact rewrite and fused kernel that Lite3R has, the camera head in FP32", DENSE | FAST),
+        Variant(
+            "strong-exact", "dense with every exact rewrite and fused kernel that Lite3R has, the camera head computes in FP32",
+            DENSE | FAST,
+        ),
         Variant("strong-fp8", "strong-exact with the Linears of the transformer blocks in FP8", DENSE | FAST | FP8),
         Variant("lite3r", "apply_lite3r on the stock model, nothing else", {}),
         Variant("lite3r-strong", "with the preset", FAST),

@@ -20,6 +20,7 @@ from ..fp8.blocks import find_blocks, find_linears
 from ..runtime.half import why_not_half
 from ..runtime.rewrites import plan_rewrites
 from ..runtime.trace import Trace
+from ..wrapper import RewrittenMethod
 from .report import Step, Timing
 
 SPARSE = "sparse attention"
@@ -95,7 +96,9 @@ def _half(facts: Facts) -> Step:
     if refused := next((why for rewrite, why in plan.refused.items() if not rewrite.keeps_dtype), None):
         return Step(name, line, False, None, None, refused)
     in_fp32 = [facts.found.modules[rewrite.fqn] for rewrite in plan.made if rewrite.for_precision and rewrite.fqn in facts.found.modules]
-    kept = {id(p) for module in in_fp32 for p in module.parameters()}
+    narrow = {id(getattr(made, "module", None)): made.narrow for made in plan.made.values() if isinstance(made, RewrittenMethod)}
+    inside = {id(module): module for outer in in_fp32 for module in outer.modules()}
+    kept = {id(p) for key, m in inside.items() for name, p in m._parameters.items() if p is not None and name not in narrow.get(key, ())}
     saved = sum(p.nbytes // 2 for p in facts.found.model.parameters() if p.dtype == torch.float32 and id(p) not in kept)
     if not saved:
         return Step(name, line, False, None, None, "no weight that may be in BF16 is in FP32")

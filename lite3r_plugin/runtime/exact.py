@@ -201,12 +201,17 @@ def kept_embedding(fqn: str, method: str, channels: int) -> list[ExactRewrite]:
 class FewRows(RewrittenMethod):
     """The forward of a Linear that is often given few rows in FP32, such as one token for each view: a GPU then reads its weight once.
 
+    Its weight may be in BF16: half the bytes to hold and to read. What computes is FP32 all the same.
+
     Torch's own product runs for what `skinny_linear.takes` leaves to it, in code that is compiled, traced or transformed (`torch.func`),
-    where a mode of torch sees all operators, and on tensors of other classes.
+    where a mode of torch sees all operators, and on tensors of other classes. For a weight in BF16 it is given a copy in FP32, which lasts
+    as long as the call, or as gradients need it; compiled code without gradients has an operator instead.
 
     Raises:
         AdapterError: the module is no `torch.nn.Linear`.
     """
+
+    narrow = ("weight",)
 
     def __init__(self, module: nn.Module) -> None:
         if type(module) is not nn.Linear:
@@ -216,12 +221,25 @@ class FewRows(RewrittenMethod):
     def rewritten(self, input: Tensor) -> Tensor:
         """As the host's forward."""
         module: Any = self.module
-        if type(module) is nn.Linear and not torch.compiler.is_compiling() and not operators_are_seen():
+        compiling = torch.compiler.is_compiling()
+        if type(module) is nn.Linear and (compiling or not operators_are_seen()):
             weight, bias = module.weight, module.bias
             plain = is_plain_tensor(input) and is_plain_tensor(weight) and (bias is None or is_plain_tensor(bias))
-            if plain and skinny_linear.takes(input, weight, bias):
+            if plain and compiling and skinny_linear.is_narrow(input, weight) and skinny_linear.fits(input, weight, bias):
+                return skinny_linear.linear_operator(input, weight, bias)  # a compiler would make the copy for few rows, too
+            if plain and not compiling and skinny_linear.takes(input, weight, bias):
                 return skinny_linear.linear(input, weight, bias)
         return self.run_host(input)
+
+    def run_host(self, *args: Any, **kwargs: Any) -> Any:
+        """The method of the class; of a Linear whose weight is narrower than its input, in the dtype of the input."""
+        module: Any = self.module
+        if type(module).forward is nn.Linear.forward and self.takes(args, kwargs):
+            (input,) = (*args, *kwargs.values())
+            weight, bias = module.weight, module.bias
+            if is_plain_tensor(weight) and skinny_linear.is_narrow(input, weight):
+                return F.linear(input, weight.to(input.dtype), None if bias is None else bias.to(input.dtype))
+        return super().run_host(*args, **kwargs)
 
 
 def few_rows(fqn: str, module: nn.Module) -> list[ExactRewrite]:
@@ -255,7 +273,10 @@ def output_in_fp32(fqn: str) -> ExactRewrite:
 
 
 class KeptInFp32(RewrittenModule):
-    """Stays in FP32 where the rest of the model becomes BF16: its weights do; what it is given is somebody else's matter."""
+    """Computes in FP32 where the rest of the model becomes BF16; what it is given is somebody else's matter.
+
+    Its weights stay in FP32, but for those that are only read by what widens them (`narrow_parameters`).
+    """
 
     def rewritten(self, *args: Any, **kwargs: Any) -> Any:
         """As the host's forward."""
@@ -263,24 +284,32 @@ class KeptInFp32(RewrittenModule):
 
 
 class InFp32(KeptInFp32):
-    """Runs a module in FP32 where the rest of the model becomes BF16: its weights stay so, and its inputs become so."""
+    """Runs a module in FP32 where the rest of the model becomes BF16: its inputs become so."""
 
     def rewritten(self, *args: Any, **kwargs: Any) -> Any:
         """As the host's forward, in FP32."""
-        dtype = next((p.dtype for p in self.parameters()), torch.float32)  # FP64 where somebody has made it that since
+        parameters = ((module, *item) for module in self.modules() for item in module._parameters.items())
+        own = (p.dtype for module, name, p in parameters if p is not None and name not in narrow_parameters(module))
+        dtype = next(own, torch.float32)  # FP64 where somebody has made it that since
         args, kwargs = exchanged((args, kwargs), lambda x: x.to(dtype) if x.is_floating_point() else x)
         return self.run_host(*args, **kwargs)
 
 
+def narrow_parameters(module: nn.Module) -> tuple[str, ...]:
+    """Names of parameters of `module` itself that may be in BF16 although it computes in FP32 (`RewrittenMethod.narrow`)."""
+    forward = vars(module).get("forward")
+    return forward.narrow if isinstance(forward, RewrittenMethod) else ()
+
+
 def in_fp32(fqn: str, entry: str = "", *, for_precision: bool = False) -> list[ExactRewrite]:
-    """The module `fqn` in FP32.
+    """The module `fqn` computes in FP32.
 
     Args:
         fqn: Its name.
         entry: Its child through which all inputs come that count, by name; by default its own inputs become FP32, all of them.
         for_precision: Whether it would run in BF16 as well.
     """
-    words = "in FP32 whatever the other weights are"
+    words = "arithmetic in FP32 whatever the other weights are"
     whole = ExactRewrite(fqn, words, KeptInFp32 if entry else InFp32, None, keeps_dtype=False, for_precision=for_precision)
     if not entry:
         return [whole]

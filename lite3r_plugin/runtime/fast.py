@@ -192,7 +192,8 @@ class FastForward(RewrittenMethod):
             kept = f"{self.half.original_bytes / 2**20:.1f} MiB of originals in main memory, for remove_lite3r"
             gone = "no originals are kept: remove_lite3r is refused"
             changed = f"; {self.half.changed} were changed since, and stay so" if self.half.changed else ""
-            lines.append(f"weights in BF16: {len(self.half)} of them; {kept if self.half.kept else gone}{changed}")
+            wide = f", {self.half.narrow} of which are computed with in FP32" if self.half.narrow else ""
+            lines.append(f"weights in BF16: {len(self.half)} of them{wide}; {kept if self.half.kept else gone}{changed}")
         if self.blocks is not None:
             count = plural(len(self.blocks), "block") if self.blocks else "transformer blocks"
             why = NONE_THERE if self.blocks.has_none else self.not_compiled

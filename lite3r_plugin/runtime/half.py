@@ -13,7 +13,7 @@ from ..attention.module import SparseLinearAttention
 from ..errors import WeightsError
 from ..fp8.linear import Fp8Linear
 from ..wrapper import Changes, is_plain_tensor
-from .exact import KeptInFp32
+from .exact import KeptInFp32, narrow_parameters
 
 HALF = torch.bfloat16
 Place = tuple[dict[str, Any], str]
@@ -30,6 +30,7 @@ class _Weight:
         dtype, given: Its dtypes before and since.
         original: What it held, if that is kept.
         version: Which version of it was made of that; None where nobody counts, as of tensors made for inference alone.
+        narrow: Whether it is BF16 although it is computed with in FP32.
         lost: Whether something else was written to it before this was copied: a copy counts versions of its own.
     """
 
@@ -39,6 +40,7 @@ class _Weight:
     given: torch.dtype
     original: Tensor | None
     version: int | None
+    narrow: bool
     lost: bool = False
 
     @property
@@ -66,7 +68,8 @@ class _Weight:
 class HalfWeights:
     """Weights that became BF16, or FP32 where their model says that they must be.
 
-    Linear branches stay in FP32, and what is in FP8 stays there.
+    Of what computes in FP32, those that are widened when they are read are BF16 too (`narrow_parameters`). Linear branches stay in FP32,
+    and what is in FP8 stays there.
 
     Args:
         model: The model, with its rewrites in it.
@@ -95,12 +98,17 @@ class HalfWeights:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that those in BF16 have now: who moved the model may have changed it."""
+        """The dtype that what computes in BF16 has now: who moved the model may have changed it."""
         if self._sample is None:
             return HALF
         (table, name), tensor = self._sample
         there = table.get(name)
         return (tensor if there is None else there).dtype
+
+    @property
+    def narrow(self) -> int:
+        """How many weights are computed with in FP32, although they became BF16."""
+        return sum(weight.narrow for weight in self._weights)
 
     def __len__(self) -> int:
         return len(self._weights)
@@ -116,15 +124,15 @@ class HalfWeights:
 
     def put_in(self, changes: Changes) -> None:
         """Make them BF16."""
-        for tensor, dtype, places in _wanted(self._model):
-            if self._sample is None and dtype == HALF:
+        for tensor, dtype, places, narrow in _wanted(self._model):
+            if self._sample is None and dtype == HALF and not narrow:
                 self._sample = places[0], tensor
             if tensor.dtype == dtype:
                 continue
             before = tensor.data
             original = _in_main_memory(before) if self.kept else None
             _exchange(changes, tensor, before.to(dtype))
-            self._weights.append(_Weight(places, tensor, before.dtype, dtype, original, _version(tensor)))
+            self._weights.append(_Weight(places, tensor, before.dtype, dtype, original, _version(tensor), narrow))
         for module in self._model.modules():
             if isinstance(module, Fp8Linear) and module.dtype != HALF:
                 self._linears.append((module, module.dtype))
@@ -159,9 +167,14 @@ def weight_dtype(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.dim() > 1 and p.is_floating_point()), torch.get_default_dtype())
 
 
-def _wanted(model: nn.Module) -> Iterator[tuple[Tensor, torch.dtype, list[Place]]]:
-    """Each floating-point tensor of the host once, with the dtype that it is to have and its places."""
-    in_fp32 = {id(x) for module in model.modules() if isinstance(module, KeptInFp32) for x, _ in _tensors(module.modules())}
+def _wanted(model: nn.Module) -> Iterator[tuple[Tensor, torch.dtype, list[Place], bool]]:
+    """Each floating-point tensor of the host once: the dtype that it is to have, its places, and whether it is narrow (`_Weight`)."""
+    in_fp32 = [module for outer in model.modules() if isinstance(outer, KeptInFp32) for module in outer.modules()]
+    narrow: set[int] = set()
+    wide: set[int] = set()  # one that others share is what all of them can do with
+    for module in in_fp32:
+        for tensor, (_, name) in _tensors([module]):
+            (narrow if name in narrow_parameters(module) else wide).add(id(tensor))
     own: set[int] = set()
     for module in model.modules():
         if isinstance(module, SparseLinearAttention) and "proj_lin" in module._modules:
@@ -171,9 +184,9 @@ def _wanted(model: nn.Module) -> Iterator[tuple[Tensor, torch.dtype, list[Place]
     found: dict[int, tuple[Tensor, list[Place]]] = {}
     for tensor, place in _tensors(model.modules()):
         found.setdefault(id(tensor), (tensor, []))[1].append(place)
-    for tensor, places in found.values():
-        if tensor.is_floating_point() and id(tensor) not in own:
-            yield tensor, torch.float32 if id(tensor) in in_fp32 else HALF, places
+    for key, (tensor, places) in found.items():
+        if tensor.is_floating_point() and key not in own:
+            yield tensor, torch.float32 if key in wide else HALF, places, key in narrow - wide
 
 
 def _tensors(modules: Iterable[nn.Module]) -> Iterator[tuple[Tensor, Place]]:

@@ -75,9 +75,11 @@ class RewrittenMethod(_Arguments):
     Attributes:
         enabled: False runs the method of the class.
         stays_eager: Whether compiled blocks around the module break their graph for it.
+        narrow: Names of parameters of the module that may be in BF16 where it computes in FP32: this, and its `run_host`, widen them.
     """
 
     stays_eager = False
+    narrow: tuple[str, ...] = ()
 
     def __init__(self, module: nn.Module, name: str) -> None:
         self.module, self.name = module, name

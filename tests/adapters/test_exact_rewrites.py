@@ -136,6 +136,33 @@ def test_large_linears_of_the_camera_head_take_few_rows_by_themselves() -> None:
     torch.testing.assert_close(model.camera_head(layers), expected)
 
 
+@torch.no_grad()
+def test_large_linears_of_the_camera_head_are_bf16_and_compute_in_fp32() -> None:
+    """What the head says differs by the rounding of these weights, and by nothing else."""
+    model = small_vggt()
+    head = pytest.importorskip("vggt.heads.camera_head").CameraHead(dim_in=1024, num_heads=8, trunk_depth=1).eval()
+    for name, parameter in head.named_parameters():
+        if name.endswith("gamma"):
+            nn.init.ones_(parameter)
+    model.camera_head, rounded = copy.deepcopy(head), copy.deepcopy(head)
+    large = {name for name, module in head.named_modules() if isinstance(module, nn.Linear) and module.weight.numel() >= 2**20}
+    for name in large:
+        weight = rounded.get_submodule(name).weight
+        weight.copy_(weight.bfloat16())
+    apply_lite3r(model, DENSE, weights="bf16")
+    dtypes = {name: module.weight.dtype for name, module in model.camera_head.named_modules() if isinstance(module, nn.Linear)}
+    assert {name for name, dtype in dtypes.items() if dtype == torch.bfloat16} == large
+    assert len(large) == 5
+    for views in (3, 20):  # few rows, and more
+        layers = [torch.randn(1, views, 2, 1024)]
+        found, expected, exact = (m(layers)[-1] for m in (model.camera_head, rounded, head))
+        assert found.dtype == torch.float32
+        assert relative_error(found, expected) < 1e-5
+        assert 1e-4 < relative_error(expected, exact) < 1e-2
+    remove_lite3r(model)
+    assert all(torch.equal(x, head.state_dict()[name]) for name, x in model.camera_head.state_dict().items())
+
+
 def test_they_can_be_left_out() -> None:
     model = small_vggt()
     before = type(model.aggregator), type(model.aggregator.rope), vars(model).keys() - {"training"}
@@ -197,7 +224,7 @@ def test_a_head_of_pi3x_gets_kernels_and_stays_in_fp32() -> None:
     model.point_head = convolutions(num_features=4, dim_in=16, projects=nn.Identity(), dim_out=[2, 1], dim_proj=16, dim_upsample=[32] * 3)
     apply_lite3r(model.eval(), DENSE, preset="fast", cuda_graphs=False, compile_blocks=False)
     assert len(heads_of(model)) == 1
-    assert "point_head: in FP32 whatever the other weights are" in describe(model).rewritten
+    assert "point_head: arithmetic in FP32 whatever the other weights are" in describe(model).rewritten
     before = model.point_head
     remove_lite3r(model)
     assert model.point_head is before.host

@@ -187,6 +187,102 @@ def test_large_linears_run_few_rows_by_their_own_kernel(device: str, monkeypatch
     assert not head(torch.ones(1, 9, device=device)).any()
 
 
+def narrow_linear(bias: bool = True, device: str = "cpu") -> tuple[nn.Linear, nn.Linear]:
+    """A Linear with few rows by itself and its weight in BF16, and one in FP32 with the same numbers."""
+    linear = nn.Linear(40, 24, bias=bias).to(device)
+    put(FewRows(linear))
+    linear.weight.data = linear.weight.data.bfloat16()
+    wide = nn.Linear(40, 24, bias=bias).to(device)
+    wide.load_state_dict(linear.state_dict())
+    return linear, wide
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_a_weight_in_bf16_is_computed_with_in_fp32(bias: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    linear, wide = narrow_linear(bias, device)
+    seen = rows_of(monkeypatch)
+    for rows in (1, 16, 17, 100):
+        x = torch.randn(2, rows, 40, device=device)[:1]
+        torch.testing.assert_close(linear(x), wide(x), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(linear(input=x), wide(x), rtol=1e-5, atol=1e-6)
+        vars(linear)["forward"].enabled = False
+        torch.testing.assert_close(linear(x), wide(x), rtol=1e-5, atol=1e-6)
+        vars(linear)["forward"].enabled = True
+    assert seen == [1, 1, 16, 16]
+    assert linear(x[:, :0]).shape == (1, 0, 24)
+    assert linear(x.bfloat16().float()).dtype == torch.float32
+    with torch.autocast(device, torch.bfloat16):
+        assert torch.equal(linear(x), wide(x))  # as the host does there
+    with pytest.raises(RuntimeError):
+        linear(x.half())  # as torch has it: FP16 holds less than the weight
+    torch.testing.assert_close(linear(x.double()), wide.double()(x.double()))
+
+
+def test_gradients_pass_a_weight_in_bf16() -> None:
+    linear, wide = narrow_linear()
+    x = torch.randn(3, 40, requires_grad=True)
+    (expected,) = torch.autograd.grad(wide(x).square().sum(), x)
+    linear.requires_grad_(False)
+    torch.testing.assert_close(torch.autograd.grad(linear(x).square().sum(), x)[0], expected)
+    assert torch.autograd.gradcheck(linear, (x.detach().double().requires_grad_(),))
+    linear, wide = narrow_linear()
+    for module in (linear, wide):
+        module(x).square().sum().backward()
+    assert linear.weight.grad is not None
+    assert wide.weight.grad is not None
+    assert torch.equal(linear.weight.grad, wide.weight.grad.bfloat16())
+    torch.testing.assert_close(linear.bias.grad, wide.bias.grad)
+
+
+def test_whoever_watches_a_weight_in_bf16_sees_operators_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear, wide = narrow_linear()
+    seen, x = rows_of(monkeypatch), torch.randn(2, 40)
+    with torch.no_grad():
+        with FlopCounterMode(display=False) as flops:
+            linear(x)
+        assert flops.get_total_flops() == 2 * 2 * 40 * 24
+        torch.testing.assert_close(torch.func.vmap(linear)(x), wide(x))
+        torch.testing.assert_close(torch.func.jvp(linear, (x,), (x,)), torch.func.jvp(wide, (x,), (x,)))
+    assert seen == []
+
+
+@pytest.mark.parametrize("grads", [False, True])
+def test_compiled_code_has_an_operator_for_a_weight_in_bf16(grads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler would copy the weight in each call. Where gradients are wanted, it does."""
+    linear, wide = narrow_linear()
+    graphs: list[str] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph.code)
+        return graph.forward
+
+    compiled = torch.compile(lambda x: linear(x).relu(), backend=backend, fullgraph=True, dynamic=True)
+    seen = rows_of(monkeypatch)
+    with torch.set_grad_enabled(grads):
+        for rows in (3, 20):
+            x = torch.randn(rows, 40)
+            torch.testing.assert_close(compiled(x), wide(x).relu(), rtol=1e-5, atol=1e-6)
+    assert all(("lite3r.skinny_linear" in code) is not grads for code in graphs)
+    assert seen == ([] if grads else [3])
+
+
+def test_a_module_in_fp32_takes_its_dtype_from_what_is_not_narrow() -> None:
+    head = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+    put(FewRows(head[0]))
+    head[0].weight.data = head[0].weight.data.bfloat16()
+    x = torch.rand(2, 8).bfloat16()
+    assert InFp32(head)(x).dtype == torch.float32
+    assert InFp32(head.double())(x).dtype == torch.float64
+    assert InFp32(head.bfloat16())(x).dtype == torch.bfloat16
+    assert InFp32(head[0])(x).dtype == torch.bfloat16
+    alone = nn.Sequential(nn.Linear(8, 8, bias=False))
+    put(FewRows(alone[0]))
+    alone[0].weight.data = alone[0].weight.data.bfloat16()
+    assert InFp32(alone)(x).dtype == torch.float32
+
+
 def test_whoever_watches_or_transforms_operators_sees_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     linear, seen = nn.Linear(4, 3), rows_of(monkeypatch)
     put(FewRows(linear))

@@ -91,7 +91,7 @@ def test_weights_become_bf16_and_outputs_stay_as_they_were() -> None:
     assert close(run(model), sparse)
     with torch.autocast("cpu", torch.bfloat16):  # is of no account inside
         assert same(run(model), run(model))
-    assert "camera_head: in FP32 whatever the other weights are" in describe(model).rewritten
+    assert "camera_head: arithmetic in FP32 whatever the other weights are" in describe(model).rewritten
 
 
 def test_bf16_everywhere_takes_the_camera_head_too() -> None:

@@ -1,4 +1,4 @@
-"""A Linear in FP32 on few rows, bound by reading its weight.
+"""A Linear in FP32 on few rows, bound by reading its weight, which may be stored in BF16 or FP16.
 
 `naive` is the definition, `kernels` its Triton twin. It has no gradients.
 """
@@ -10,18 +10,27 @@ import functools
 import torch
 from torch import Tensor
 
-from ..dispatch import triton_installed
+from ..dispatch import register, triton_installed
 from . import naive
 
-__all__ = ["MAX_ROWS", "linear", "takes"]
+__all__ = ["MAX_ROWS", "MAX_ROWS_NARROW", "fits", "is_narrow", "linear", "linear_operator", "takes"]
 
 MAX_ROWS = 8
+"""Of a weight in FP32: what a kernel multiplies by it in one reading."""
+
+MAX_ROWS_NARROW = 16
+"""Of a narrow one: two readings are as many bytes as one of FP32, where torch's product needs a copy, and thus five times as many."""
 
 
-def takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether `linear` is for these: FP32, 1 to `MAX_ROWS` rows, on a CPU or on a GPU on which the kernel runs, and no gradients wanted.
+def is_narrow(x: Tensor, weight: Tensor) -> bool:
+    """Whether `weight` is stored in BF16 or FP16, and `x`, in FP32 (or FP64), is to be multiplied by it in its own dtype."""
+    return weight.dtype in (torch.bfloat16, torch.float16) and x.dtype in (torch.float32, torch.float64)
 
-    Nor is it where autocast chooses the dtype, or where the user lets GPUs round what they multiply in FP32 (TF32).
+
+def fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether these are FP32, but for a `weight` that may be narrow, on a CPU or a GPU, with no gradients wanted; of any number of rows.
+
+    Where autocast chooses the dtype they do not.
     """
     tensors = (x, weight) if bias is None else (x, weight, bias)
     device = x.device
@@ -30,12 +39,24 @@ def takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and weight.dim() == 2
         and x.dim() > 0
         and x.shape[-1] == weight.shape[1]
-        and 0 < x.numel() <= MAX_ROWS * weight.shape[1]
-        and all(t.dtype == torch.float32 and t.device == device for t in tensors)
+        and all(t.dtype == torch.float32 or (t is weight and is_narrow(x, t)) for t in tensors)
+        and all(t.device == device for t in tensors)
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
         and not torch.is_autocast_enabled(device.type)
-        and (not x.is_cuda or (_runs_on(device) and _ieee()))
     )
+
+
+def takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether `linear` is for these: what `fits`, of few rows, on a CPU or on a GPU on which the kernel runs.
+
+    It is not for a weight in FP32 where the user lets GPUs round what they multiply in FP32 (TF32). Of a narrow one torch's product needs a
+    copy, which costs more than that saves.
+    """
+    if not fits(x, weight, bias):
+        return False
+    narrow = is_narrow(x, weight)
+    most = MAX_ROWS_NARROW if narrow else MAX_ROWS
+    return 0 < x.numel() <= most * weight.shape[1] and (not x.is_cuda or (_runs_on(x.device) and (narrow or _ieee())))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -43,7 +64,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     Args:
         x: ``[..., C]`` FP32.
-        weight: ``[C_out, C]`` FP32.
+        weight: ``[C_out, C]`` FP32, BF16 or FP16.
         bias: ``[C_out]`` FP32, or None. `takes` says which of these.
 
     Returns:
@@ -54,6 +75,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     from . import kernels
 
     return kernels.linear(x, weight, bias)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return linear(x, weight, bias) if takes(x, weight, bias) else naive.linear(x, weight, bias)
+
+
+linear_operator = register(
+    "skinny_linear",
+    "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    _linear,
+    lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]),
+)
+"""What `fits` for compiled code, in which the rows are not known: `linear` where it `takes` them, else the definition."""
 
 
 @functools.lru_cache(maxsize=64)
