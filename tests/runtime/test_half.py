@@ -215,7 +215,7 @@ def test_the_dtype_of_the_rest_is_not_read_from_the_head() -> None:
     model._modules = {"camera_head": model._modules.pop("camera_head")} | model._modules
     apply_lite3r(model, **HALF)
     model.camera_head.float()
-    assert run(model)["depth"].dtype == torch.float32
+    assert vars(model)["forward"].half.dtype == torch.bfloat16
     assert torch.equal(run(model)["depth"], run(apply_lite3r(small(), **HALF))["depth"])
 
 
@@ -256,3 +256,19 @@ def test_memory_is_planned_and_told() -> None:
     saved = next(step for step in doctor(small(), images()).steps if step.name == "weights in BF16").saves_bytes
     before, after = (sum(p.nbytes for p in m.parameters()) for m in (small(), model))
     assert saved == before - after
+
+
+@pytest.mark.gpu
+def test_the_preset_on_a_gpu_gives_what_its_parts_do_without_it() -> None:
+    """Compiled, and from CUDA graphs; of few rows and of more, for which the weights are copied inside of a recording."""
+    plain = apply_lite3r(small().cuda(), **HALF)
+    model = apply_lite3r(small().cuda(), keep_ratio=1.0, linear_branch="none", preset="fast")
+    assert {weight.dtype for weight in large(model).values()} == {torch.bfloat16}
+    for views in (2, 16, 20):
+        given = images(views).cuda()
+        with torch.inference_mode():
+            expected = plain(given)["pose_enc"]
+            for _ in range(3):  # the last is a replay
+                found = model(given)["pose_enc"].clone()
+        assert relative_error(found, expected) < 0.01
+    assert "not compiled" not in str(describe(model))
