@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from ..apply.lookup import lite3r_modules
 from ..apply.report import describe
 from ..apply.swap import fast_of
+from ..attention.state import ModelState
 from ..config import Lite3RConfig
 from ..errors import InputError, short
 from ..ops.dispatch import SlowPathWarning
@@ -178,7 +180,7 @@ class Bench:
 
         torch.manual_seed(self.seed)  # for models that draw numbers
         # Eagerly: with hooks a compiler would take each block for another case, in each number of views anew.
-        with observe(module) as observed, torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        with observe(module) as observed, _unplanned(state), torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
             warnings.simplefilter("ignore", SlowPathWarning)  # hooks keep it from being recorded: once
             outputs = tensors(forward())
         cell.compute_dtypes, cell.sites, cell.density = observed.compute_dtypes, observed.sites, observed.density
@@ -239,3 +241,17 @@ class Bench:
             gib = f", {cell.winner.peak_bytes / 2**30:.2f} GiB" if cell.winner.peak_bytes is not None else ""
             what = f"{cell.winner.median_ms:.1f} ms ({cell.best}){gib}, sites {cell.sites}, density {cell.density} | {others}"
         self.log(f"[{time.monotonic() - self._start:6.1f} s] {cell.variant:>13} {cell.views:4d} views: {what}")
+
+
+@contextlib.contextmanager
+def _unplanned(state: ModelState | None) -> Iterator[None]:
+    """`max_memory` is not kept inside: with hooks a model holds what it else would not, which may be more than is allowed."""
+    planner = None if state is None else state.planner
+    if planner is None:
+        yield
+        return
+    planner.enabled = False
+    try:
+        yield
+    finally:
+        planner.enabled = True

@@ -9,6 +9,7 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from lite3r_plugin.bench.variants import Observed, observe, prepare
 from lite3r_plugin.errors import ConfigError, InputError, NoSitesError
 from lite3r_plugin.fp8.linear import Fp8Linear
 from lite3r_plugin.runtime.compile import CompiledBlocks
+from lite3r_plugin.runtime.memory import MemoryPlan, MemoryPlanner
 from lite3r_plugin.testbed import Testbed, TestbedConfig
 
 OPTIONS = {"keep_ratio": 0.2, "dense_below": 0, "pin": "special", "block_q": 16, "block_k": 16}
@@ -177,6 +179,24 @@ def test_nothing_is_compiled_for_the_forward_that_is_watched(monkeypatch: pytest
     assert all(cell.compute_dtypes for cell in report.cells)
     assert compiled
     assert not any(compiled)
+
+
+def test_the_forward_that_is_watched_is_not_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With hooks a model may hold what it else would not, more than is allowed."""
+    hooked: list[bool] = []
+    plan = MemoryPlanner.plan
+
+    def seen(self: MemoryPlanner, *given: Any) -> MemoryPlan:
+        hooked.append(any(isinstance(module, nn.Linear) and module._forward_hooks for module in self.module.modules()))
+        return plan(self, *given)
+
+    monkeypatch.setattr(MemoryPlanner, "plan", seen)
+    options = {"max_memory": "1GB", "preset": "small"}
+    report = Bench(BenchModel("small", small_testbed), [2], ["lite3r"], resolution=56, options=options, device="cpu", repeats=1).run()
+    assert report.cells[0].status == "ok", report.cells[0].error
+    assert report.cells[0].compute_dtypes
+    assert hooked
+    assert not any(hooked)
 
 
 def test_table_has_both_ratios(run) -> None:
