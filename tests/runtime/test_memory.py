@@ -184,7 +184,7 @@ def test_the_predicted_peak_is_what_is_held(fields: dict[str, Any]) -> None:
 @pytest.mark.parametrize("make", [small_vggt, pytest.param(small_da3, marks=pytest.mark.slow)])
 def test_the_published_families_are_foreseen_and_cut_exactly(make: Callable[[], nn.Module]) -> None:
     model, x = make().requires_grad_(False), images(3, 112)
-    apply_lite3r(model, max_memory="2GB", **FAST)
+    apply_lite3r(model, max_memory="2GB", **FAST, **SPARSE)
     plan = plan_memory(model, x)
     with torch.no_grad(), traced(model) as trace:
         model(x)
@@ -192,7 +192,7 @@ def test_the_published_families_are_foreseen_and_cut_exactly(make: Callable[[], 
     assert set(model.forward.places.heads.values()) <= {"frames_chunk_size", "chunk_size"}
     with torch.no_grad():
         expected = model(x)["depth"]
-        with in_chunks(model, model.forward.places, Chunks(heads=1, views=1, rows=50)):
+        with in_chunks(model, model.forward.places, Chunks(heads=1, views=1, rows=50, attention=1)):
             cut = model(x)["depth"]
     torch.testing.assert_close(cut, expected, rtol=2e-2, atol=2e-2)
 
