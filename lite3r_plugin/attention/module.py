@@ -387,6 +387,11 @@ class SparseLinearAttention(HostWrapper):
         """Whether somebody takes the place of its attention."""
         return bool(self._substitutes)
 
+    @property
+    def is_replaced(self) -> bool:
+        """Whether somebody takes the place of its attention for more than to watch, as where views are spread over processes."""
+        return any(not watches for _, watches in self._substitutes)
+
     def extra_repr(self) -> str:
         config = self.state.config
         if not self.sparse:

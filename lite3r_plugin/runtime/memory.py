@@ -139,6 +139,8 @@ class MemoryPlanner(RewrittenMethod):
             reason = "gradients are wanted: call the model under torch.inference_mode() or torch.no_grad()"
         elif torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             reason = "the caller captures a graph himself"
+        elif any(site.is_replaced for site in self.sites):
+            reason = "something else takes the place of attention, as where views are spread over processes"
         if reason is not None:
             if not self.module.training and reason not in self.unplanned:
                 warnings.warn(f"Lite3R: max_memory is not kept: {reason}", SlowPathWarning, stacklevel=2)

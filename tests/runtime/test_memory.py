@@ -307,6 +307,20 @@ def test_what_takes_the_place_of_attention_sees_no_forward_of_a_plan() -> None:
     assert len(seen) == len(sites)
 
 
+def test_attention_that_somebody_else_computes_is_not_planned() -> None:
+    """It may wait for other processes, which a forward without data would do in vain."""
+    model, x = small(), images()
+    apply_lite3r(model, max_memory="1MB", **SPARSE)
+    site: Any = model.get_submodule("aggregator.global_blocks.0.attn")
+    with torch.inference_mode(), site.substitute(lambda site, inputs: inputs.v, watches=False):
+        with pytest.warns(SlowPathWarning, match="max_memory is not kept: something else takes the place of attention"):
+            model(x)
+        model(x)
+    assert "memory not planned in 2 forwards: something else" in str(describe(model))
+    with torch.inference_mode(), pytest.raises(MemoryLimitError):
+        model(x)
+
+
 def test_ratios_are_chosen_by_the_inputs_alone() -> None:
     profiles = []
     for limit in (None, "1GB"):
