@@ -59,18 +59,18 @@ def put_in(plan: ApplyPlan, changes: Changes) -> ModelState:
 def run_fast(plan: ApplyPlan, state: ModelState, changes: Changes) -> None:
     """Let the whole model run as its configuration says: after everything else, since what is here counts the modules that are there."""
     parts = plan.fast.parts
+    sites = dict.fromkeys(module for module in plan.found.attention.values() if module.state is state)
     if plan.fast.left:
         state.notes["fast"] = [f"asked for, and left out: {what}, because {why}" for what, why in plan.fast.left.items()]
     if parts != WholeModel():
         half = None if parts.weights == "host" else HalfWeights(plan.fast.module, plan.config.keep_originals)
-        sites = [module for module in plan.found.attention.values() if module.state is state]
-        fast = FastForward(plan.fast.module, state, dict.fromkeys(sites), parts, half)
+        fast = FastForward(plan.fast.module, state, sites, parts, half)
         changes.put(vars(state), "fast", fast)
         changes.put(vars(state), "rewrites", (*state.rewrites, fast))
         fast.put_in(changes)
     if plan.config.plans_memory:
         limit = plan.config.max_memory
-        planner = MemoryPlanner(plan.fast.module, state, limit if isinstance(limit, int) else None)
+        planner = MemoryPlanner(plan.fast.module, state, sites, limit if isinstance(limit, int) else None)
         changes.put(vars(state), "planner", planner)
         changes.put(vars(state), "rewrites", (*state.rewrites, planner))
         planner.put_in(changes)

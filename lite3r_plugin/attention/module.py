@@ -323,6 +323,17 @@ class SparseLinearAttention(HostWrapper):
         finally:
             self._substitutes = _without(self._substitutes, entry)
 
+    @contextlib.contextmanager
+    def unseen(self) -> Iterator[None]:
+        """Nobody observes its attention inside the context, or takes the place of it; it is made whole where somebody did."""
+        observers, substitutes = self._observers, self._substitutes
+        try:
+            self._observers = ((_see_nothing,),) if observers else ()
+            self._substitutes = tuple((_in_its_own_place, watches) for _, watches in substitutes)
+            yield
+        finally:
+            self._observers, self._substitutes = observers, substitutes
+
     def dense(self, inputs: AttentionInputs, proj: Tensor | None = None) -> Tensor:
         """Attention of all tokens to all, plus the linear branch over all of them through `proj` ``[D, D]``, if there is one.
 
@@ -375,6 +386,11 @@ class SparseLinearAttention(HostWrapper):
     def is_substituted(self) -> bool:
         """Whether somebody takes the place of its attention."""
         return bool(self._substitutes)
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether somebody takes the place of its attention for more than to watch, as where views are spread over processes."""
+        return any(not watches for _, watches in self._substitutes)
 
     def extra_repr(self) -> str:
         config = self.state.config
@@ -602,6 +618,15 @@ class SparseLinearAttention(HostWrapper):
         if not torch.compiler.is_compiling():  # a changing int attribute would recompile the caller on every call
             setattr(self.calls, what, getattr(self.calls, what) + 1)
             self.calls.density = self.calls.density if share is None else share
+
+
+def _see_nothing(site: SparseLinearAttention, inputs: AttentionInputs, out: Tensor) -> None:
+    """An observer."""
+
+
+def _in_its_own_place(site: SparseLinearAttention, inputs: AttentionInputs) -> Tensor:
+    """A substitute: what the site does without one, or dense attention where it waits for its keep ratio."""
+    return site.dense(inputs) if site.state.config.waits else site._attend(inputs)
 
 
 def _is_recorded(v: Tensor) -> bool:

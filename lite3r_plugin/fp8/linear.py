@@ -93,10 +93,9 @@ class Fp8Linear(nn.Module):
         """Whether `forward` takes an input that is in FP8 already. Who watches or wraps it is to see a tensor."""
         return self._runner.takes_fp8 and not must_be_called(self)
 
-    @property
-    def splits(self) -> bool:
-        """Whether `part` is of use."""
-        return self._runner.splits and not must_be_called(self)
+    def splits(self, outputs: int) -> bool:
+        """Whether `part` is of use for so many outputs, and multiples of these."""
+        return self._runner.splits and not outputs % self._runner.multiple and not must_be_called(self)
 
     def part(self, rows: Sequence[slice]) -> Fp8Linear:
         """The Linear that makes the outputs `rows` of this one, in that order, from copies of their weights."""

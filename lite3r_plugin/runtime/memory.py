@@ -12,7 +12,7 @@ import dataclasses
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import FunctionType, ModuleType
 from typing import Any
@@ -27,7 +27,7 @@ from ..costs.attention import TABLE
 from ..errors import InputError, MemoryLimitError, short
 from ..fp8.block import Fp8Block
 from ..ops.dispatch import SlowPathWarning
-from ..wrapper import Changes, RewrittenMethod
+from ..wrapper import Changes, RewrittenMethod, calls_are_seen
 from .chunks import Chunks, Places, finding_places, in_chunks
 from .device import memory_of
 from .trace import Trace, traced
@@ -94,17 +94,18 @@ class MemoryPlanner(RewrittenMethod):
     Args:
         module: The model, with everything else of Lite3R in it.
         state: What its sites share.
+        sites: They themselves.
         limit: Bytes; None: what the device has, but for `RESERVE`.
 
     Attributes:
-        plans: By layout of the inputs, those made last.
+        plans: By layout of the inputs, and by what is seen whole, those made last.
         places: What can run in chunks; None before the first plan.
         unplanned: Why forwards ran without a plan.
     """
 
-    def __init__(self, module: nn.Module, state: ModelState, limit: int | None) -> None:
+    def __init__(self, module: nn.Module, state: ModelState, sites: Iterable[SparseLinearAttention], limit: int | None) -> None:
         super().__init__(module, "forward")
-        self.state, self.limit = state, limit
+        self.state, self.sites, self.limit = state, tuple(sites), limit
         self.plans: dict[Any, MemoryPlan] = {}
         self.places: Places | None = None
         self.unplanned: dict[str, int] = {}
@@ -138,6 +139,8 @@ class MemoryPlanner(RewrittenMethod):
             reason = "gradients are wanted: call the model under torch.inference_mode() or torch.no_grad()"
         elif torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             reason = "the caller captures a graph himself"
+        elif any(site.is_replaced for site in self.sites):
+            reason = "something else takes the place of attention, as where views are spread over processes"
         if reason is not None:
             if not self.module.training and reason not in self.unplanned:
                 warnings.warn(f"Lite3R: max_memory is not kept: {reason}", SlowPathWarning, stacklevel=2)
@@ -160,7 +163,7 @@ class MemoryPlanner(RewrittenMethod):
         """
         device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
         autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
-        key = layout_of((args, kwargs)), autocast
+        key = layout_of((args, kwargs)), autocast, calls_are_seen(), tuple(site.is_seen_whole for site in self.sites)  # which are not cut
         with ONE_AT_A_TIME:
             known = self.plans.get(key)
             on_gpu = device.type == "cuda"  # where others may have come since
@@ -184,11 +187,14 @@ class MemoryPlanner(RewrittenMethod):
 
     @contextlib.contextmanager
     def _aside(self) -> Iterator[None]:
-        """Forwards inside are no calls of the user's: sites do not count them."""
+        """Forwards inside are no calls of the user's: sites do not count them, and who observes sites does not see them."""
         counts = {site: dataclasses.replace(site.calls) for site in self.module.modules() if isinstance(site, SparseLinearAttention)}
         self._planning = True
         try:
-            yield
+            with contextlib.ExitStack() as unseen:
+                for site in self.sites:
+                    unseen.enter_context(site.unseen())
+                yield
         finally:
             self._planning = False
             for site, count in counts.items():

@@ -2,7 +2,16 @@
 
 from .changes import Changes
 from .host import TABLES, HostWrapper, host_of, replace_modules, share_hooks
-from .reading import argument_names, by_name, forward_parameters, has_forward_hooks, is_plain_tensor, may_be_read, must_be_called
+from .reading import (
+    argument_names,
+    by_name,
+    calls_are_seen,
+    forward_parameters,
+    has_forward_hooks,
+    is_plain_tensor,
+    may_be_read,
+    must_be_called,
+)
 from .rewritten import RewrittenMethod, RewrittenModule
 from .tuners import active_copy, belongs_to_tuner, configs_of_tuners, is_lora, is_tuner_layer, keeps_copies, tuner_around
 
@@ -16,6 +25,7 @@ __all__ = [
     "argument_names",
     "belongs_to_tuner",
     "by_name",
+    "calls_are_seen",
     "configs_of_tuners",
     "forward_parameters",
     "has_forward_hooks",

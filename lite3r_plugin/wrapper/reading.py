@@ -43,6 +43,11 @@ def has_forward_hooks(module: nn.Module) -> bool:
     return any(not getattr(getattr(hook, "__self__", None), "reads_arguments_only", False) for hook in hooks)
 
 
+def calls_are_seen() -> bool:
+    """Whether a hook for all modules sees every call, and may change what it returns."""
+    return bool(nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks)
+
+
 def must_be_called(module: nn.Module) -> bool:
     """Whether somebody watches the calls of `module`, or has put a forward of its own into this instance, as accelerate does."""
     return has_forward_hooks(module) or "forward" in module.__dict__

@@ -13,6 +13,8 @@ from toys import Attention, Separate, Toy, images, toy_adapter
 from lite3r_plugin import apply_lite3r
 from lite3r_plugin.attention.inputs import AttentionInputs
 from lite3r_plugin.attention.module import SparseLinearAttention
+from lite3r_plugin.fp8.backends import BACKENDS
+from lite3r_plugin.fp8.backends.emulated import Emulated
 from lite3r_plugin.fp8.linear import Fp8Linear
 from lite3r_plugin.ops.fp8 import quantize
 from lite3r_plugin.runtime.chunks import Chunks, Places, in_chunks
@@ -124,3 +126,56 @@ def test_a_part_of_an_fp8_linear_makes_some_of_its_outputs() -> None:
     for row in rows:
         linear.part([row])(kept)
     assert linear.infinities.item() == 1, "counted once"
+
+
+@pytest.mark.usefixtures("adapter")
+def test_a_hook_for_all_modules_sees_the_linears_called() -> None:
+    model, x = made(), images()
+
+    def doubled(module: nn.Module, args: Any, out: Tensor) -> Tensor | None:
+        return 2 * out if module is model.cross[0].qkv else None
+
+    with torch.no_grad():
+        plain = model(x)
+        handle = nn.modules.module.register_module_forward_hook(doubled)
+        try:
+            expected = model(x)
+            with in_chunks(model, Places(), Chunks(attention=1)):
+                torch.testing.assert_close(model(x), expected)
+        finally:
+            handle.remove()
+    assert not torch.allclose(expected, plain)
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("adapter")
+@pytest.mark.parametrize(("make", "taken"), [(Attention, 24), (Separate, 8)])
+def test_fp8_units_are_not_given_parts_that_they_do_not_take(
+    make: Callable[[int, int], nn.Module], taken: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    fields: dict[str, Any] = {"linear_branch": "none", "precision": "fp8", "fp8_backend": "emulated"}
+    model = apply_lite3r(Toy(48, 6, make=make).eval().requires_grad_(False), TEST_CONFIG, **fields)  # heads of 8
+    seen = shapes_seen(model, monkeypatch)
+    for multiple, heads in ((taken, 1), (16, 6)):
+        monkeypatch.setattr(Emulated, "multiple", multiple)
+        with in_chunks(model, Places(), Chunks(attention=1)):
+            model(images())
+        assert seen[-1] == heads
+    assert not Fp8Linear.quantized(nn.Linear(48, 144), "scaled_mm").splits(24)
+    assert Fp8Linear.quantized(nn.Linear(48, 144), "scaled_mm").splits(48)
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("adapter")
+def test_linears_of_which_one_takes_no_input_in_fp8_stay_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OfTensors(Emulated):
+        name = "weight_only"
+        takes_fp8 = False
+
+    monkeypatch.setitem(BACKENDS, "weight_only", OfTensors)
+    model = made(Separate, precision="fp8", fp8_backend="emulated")
+    model.cross[0].k_proj.backend = "weight_only"
+    whole = model(images())
+    with in_chunks(model, Places(), Chunks(attention=1)):
+        torch.testing.assert_close(model(images()), whole)

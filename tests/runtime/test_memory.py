@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import json
@@ -15,18 +16,20 @@ import torch
 from real_models import small_da3, small_vggt
 from torch import Tensor, nn
 
-from lite3r_plugin import Lite3RConfig, apply_lite3r, describe, lite3r_disabled, plan_memory, remove_lite3r
+from lite3r_plugin import Lite3RConfig, apply_lite3r, choose_keep_ratios, describe, lite3r_disabled, plan_memory, remove_lite3r
+from lite3r_plugin.attention.module import SparseLinearAttention
 from lite3r_plugin.errors import ConfigError, InputError, MemoryLimitError, NotAppliedError
 from lite3r_plugin.fp8.block import mlp
 from lite3r_plugin.fp8.linear import Fp8Linear
 from lite3r_plugin.ops.dispatch import SlowPathWarning
 from lite3r_plugin.ops.fp8 import E4M3, quantize
+from lite3r_plugin.runtime import memory
 from lite3r_plugin.runtime.chunks import Chunks, Places, by_views, finding_places, in_chunks
 from lite3r_plugin.runtime.trace import traced
 from lite3r_plugin.testbed import Testbed, TestbedConfig
 
 VIEWS = 5
-SPARSE = {"dense_below": 0, "pin": "special", "block_q": 16, "block_k": 16}
+SPARSE: dict[str, Any] = {"dense_below": 0, "pin": "special", "block_q": 16, "block_k": 16}
 FAST = {"preset": "fast", "compile_blocks": False}
 EAGER = {**FAST, "cuda_graphs": False}  # a recording holds what it needs before the next forward
 
@@ -280,6 +283,69 @@ def test_a_forward_that_is_too_large_runs_in_chunks() -> None:
     assert plan.chunks != Chunks()
     assert held(model, plan.chunks, model.forward.places, x) == plan.peak - plan.standing
     assert f"instead of {plan.whole / 2**30:.3f}" in str(describe(model))
+
+
+def test_observers_see_no_forward_of_a_plan() -> None:
+    model, x, seen = small(), images(), list[tuple[int, float]]()
+    apply_lite3r(model, max_memory="1GB", **SPARSE)
+    site: Any = model.get_submodule("aggregator.global_blocks.0.attn")
+    with torch.inference_mode(), site.observe(lambda site, inputs, out: seen.append((inputs.layout.views, out.abs().max().item()))):
+        model(x)
+    assert len(seen) == 1, "not those on two views, nor those without data"
+    assert seen[0][0] == VIEWS
+
+
+def test_what_takes_the_place_of_attention_sees_no_forward_of_a_plan() -> None:
+    model, x, seen = small(), images(), list[float]()
+    apply_lite3r(model, max_memory="1GB", keep_ratio="auto", **SPARSE)
+    sites = [module for module in model.modules() if isinstance(module, SparseLinearAttention) and module.sparse]
+    with torch.inference_mode(), contextlib.ExitStack() as stack:
+        for site in sites:
+            stack.enter_context(site.substitute(lambda site, inputs: (seen.append(inputs.v.sum().item()), inputs.v)[1]))
+        model(x)
+        assert all(site.is_substituted for site in sites)
+    assert len(seen) == len(sites)
+
+
+def test_attention_that_somebody_else_computes_is_not_planned() -> None:
+    """It may wait for other processes, which a forward without data would do in vain."""
+    model, x = small(), images()
+    apply_lite3r(model, max_memory="1MB", **SPARSE)
+    site: Any = model.get_submodule("aggregator.global_blocks.0.attn")
+    with torch.inference_mode(), site.substitute(lambda site, inputs: inputs.v, watches=False):
+        with pytest.warns(SlowPathWarning, match="max_memory is not kept: something else takes the place of attention"):
+            model(x)
+        model(x)
+    assert "memory not planned in 2 forwards: something else" in str(describe(model))
+    with torch.inference_mode(), pytest.raises(MemoryLimitError):
+        model(x)
+
+
+def test_ratios_are_chosen_by_the_inputs_alone() -> None:
+    profiles = []
+    for limit in (None, "1GB"):
+        model = apply_lite3r(small(), keep_ratio="auto", max_memory=limit, **SPARSE)
+        inputs = [torch.rand(1, VIEWS, 3, 64, 64, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+        profiles.append(choose_keep_ratios(model, inputs, mean_keep_ratio=0.5))
+    assert profiles[0].making == profiles[1].making
+    assert profiles[0] == profiles[1]
+
+
+def test_what_is_observed_has_a_plan_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention that somebody sees is not cut into heads."""
+    monkeypatch.setattr(memory, "STEPS", (Chunks(), Chunks(attention=1)))
+    model, x = small(), images()
+    whole = plan_memory(apply_lite3r(model, max_memory="1GB", attention_backend="naive", **SPARSE), x).peak
+    remove_lite3r(model)
+    apply_lite3r(model, max_memory=whole - 1, attention_backend="naive", **SPARSE)
+    site: Any = model.get_submodule("aggregator.global_blocks.0.attn")
+    with torch.inference_mode():
+        model(x)
+        with site.observe(lambda *_: None), pytest.raises(MemoryLimitError):
+            model(x)
+        with site.observe(lambda *_: None):
+            assert plan_memory(model, x).peak == whole
+        model(x)
 
 
 def test_what_cannot_fit_is_refused_with_the_reason_and_does_not_run() -> None:

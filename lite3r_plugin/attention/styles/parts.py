@@ -11,12 +11,15 @@ from torch import Tensor, nn
 
 from ...fp8.linear import Fp8Linear
 from ...ops.fp8 import Quantized
-from ...wrapper import may_be_read
+from ...wrapper import calls_are_seen, may_be_read
 
 
-def splits(linear: nn.Module) -> bool:
-    """Whether `part_of` it can be made: nobody has to see it called, and its weight is all there is to it."""
-    return linear.splits if isinstance(linear, Fp8Linear) else type(linear) is nn.Linear and may_be_read(linear)
+def splits(linear: nn.Module, outputs: int) -> bool:
+    """Whether `part_of` it can be made, of so many outputs and multiples of these: nobody has to see it called, its weight is all there is
+    to it, and what runs it takes parts of that size."""
+    if calls_are_seen():
+        return False
+    return linear.splits(outputs) if isinstance(linear, Fp8Linear) else type(linear) is nn.Linear and may_be_read(linear)
 
 
 def rows_of_heads(heads: slice, dim: int, all_heads: int, times: int = 1) -> list[slice]:

@@ -173,9 +173,10 @@ class ProjectedStyle(ProjectionStyle):
         if self.crossed or given.cached is not None or given.mask is not None or module.is_seen_whole:
             return False
         norms = [module.child(name) for name in (self.spec.q_norm, self.spec.k_norm) if name is not None]
-        linears = [module.child(name) for name in self.input_linears]
+        linears = {module.child(name): multiple * self.shape[1] for name, multiple in self.input_linears.items()}
         known = all(type(norm) is nn.Identity or (may_be_read(norm) and head_norm(norm, self.shape[1])) for norm in norms)
-        return known and all(map(splits, linears)) and len({isinstance(linear, Fp8Linear) for linear in linears}) == 1
+        read_alike = len({linear.takes_fp8 if isinstance(linear, Fp8Linear) else None for linear in linears}) == 1
+        return known and read_alike and all(splits(linear, outputs) for linear, outputs in linears.items())
 
     def _by_heads(self, module: SiteModule, given: Given, size: int) -> Iterator[AttentionInputs]:
         """The inputs, `size` heads at a time, each made when it is asked for; nothing of those before is held."""

@@ -11,6 +11,9 @@ from ...config import Fp8Backend
 from ...errors import BackendError
 from ...ops.fp8 import Quantized, passes
 
+UNIT = 16
+"""FP8 matrix units take multiples of it."""
+
 
 class StoredLinear(Protocol):
     """What a backend sees of an `Fp8Linear`: weight ``[C_out, C]`` E4M3, scales ``[C_out, 1]`` FP32, bias ``[C_out]`` or None,
@@ -34,12 +37,14 @@ class Backend:
         name: As in `Lite3RConfig.fp8_backend`.
         takes_fp8: Whether `run` takes an input that is in FP8 already.
         needs_gpu: Whether it runs on CUDA tensors only.
+        multiple: Of what it takes numbers of inputs and outputs.
         splits: Whether it runs some rows of a weight as it does all: nothing is made of a weight that would be made anew each time.
     """
 
     name: Fp8Backend
     takes_fp8: bool = False
     needs_gpu: bool = True
+    multiple: int = 1
     splits: bool = True
 
     @staticmethod
@@ -82,6 +87,6 @@ def why_no_fp8_units(device: torch.device, inputs: int, outputs: int) -> str | N
         return f"the model is on {device}, not on a CUDA GPU"
     if torch.cuda.get_device_capability(device) < (8, 9):
         return "the GPU is older than compute capability 8.9 and has no FP8"
-    if inputs % 16 or outputs % 16:
-        return f"its FP8 matrix products need multiples of 16, not {inputs} -> {outputs}"
+    if inputs % UNIT or outputs % UNIT:
+        return f"its FP8 matrix products need multiples of {UNIT}, not {inputs} -> {outputs}"
     return None

@@ -11,7 +11,7 @@ from ...config import Fp8Backend
 from ...ops.dispatch import under_trace
 from ...ops.fp8 import Quantized, passes
 from ..cache import TensorCache
-from .base import Backend, StoredLinear, in_fp8, why_no_fp8_units
+from .base import UNIT, Backend, StoredLinear, in_fp8, why_no_fp8_units
 
 
 class ScaledMM(Backend):
@@ -19,6 +19,7 @@ class ScaledMM(Backend):
 
     name: Fp8Backend = "scaled_mm"
     takes_fp8 = True
+    multiple = UNIT
 
     def __init__(self) -> None:
         self._bf16_bias: TensorCache[Tensor] = TensorCache()
