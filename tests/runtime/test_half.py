@@ -189,6 +189,32 @@ def test_weights_that_are_loaded_since_are_rounded_too() -> None:
     assert torch.equal(poses(model), poses(small()))
 
 
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+def test_a_head_that_is_sharded_since_computes_alike() -> None:
+    """Its weights are DTensors in BF16 then, and inputs in FP32."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    model = apply_lite3r(small(), **HALF)
+    expected = poses(model)
+    linears = {
+        name: module
+        for name, module in model.camera_head.trunk[0].named_modules()
+        if name.startswith("mlp.") and isinstance(module, nn.Linear)
+    }
+    assert len(linears) == 2
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    try:
+        plan = dict(zip(linears, (ColwiseParallel(), RowwiseParallel()), strict=True))
+        parallelize_module(model.camera_head.trunk[0], init_device_mesh("cpu", (1,)), plan)
+        assert all(isinstance(module.weight, DTensor) and module.weight.dtype == torch.bfloat16 for module in linears.values())
+        with torch.no_grad():
+            torch.testing.assert_close(model.camera_head(tokens()), expected)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_a_checkpoint_holds_what_they_were(tmp_path: Path) -> None:
     model, dense = apply_lite3r(small(), **HALF), small()
     save_lite3r(model, tmp_path, whole=True)
