@@ -206,16 +206,18 @@ class SparseLinearAttention(HostWrapper):
             LayoutError, BackendError, WeightsError: As `attend`.
         """
         out: Tensor | None = None
-        calls, done = self.calls, 0
-        for inputs in parts:
-            part = self.attend(inputs, args, kwargs).transpose(1, 2)
-            if out is None:
-                out, calls = part.new_empty(*part.shape[:2], num_heads, part.shape[3]), dataclasses.replace(self.calls)
-            out[:, :, done : done + part.shape[2]] = part
-            done += part.shape[2]
-            inputs = part = None
+        counted, done = dict[str, Any](), 0
+        try:
+            for inputs in parts:
+                part = self.attend(inputs, args, kwargs).transpose(1, 2)
+                if out is None:
+                    out, counted = part.new_empty(*part.shape[:2], num_heads, part.shape[3]), dict(vars(self.calls))
+                out[:, :, done : done + part.shape[2]] = part
+                done += part.shape[2]
+                inputs = part = None
+        finally:
+            vars(self.calls).update(counted)
         assert out is not None
-        self.calls = calls
         return out.transpose(1, 2)
 
     def attend_to_past(
