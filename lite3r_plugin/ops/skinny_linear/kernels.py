@@ -41,8 +41,7 @@ def _linear_kernel(
     total = tl.zeros([ROWS, BLOCK_N, BLOCK_K], tl.float32)
     for start in range(0, K, BLOCK_K):
         live = start + k < K if K % BLOCK_K else k >= 0
-        # No more than the four inputs that a thread holds of x, lest eight in BF16 be exchanged between threads in every step.
-        w = tl.load(tl.max_contiguous(w_at, [1, 1, 4]), mask=(n < N) & live, other=0.0).to(tl.float32)
+        w = tl.load(w_at, mask=(n < N) & live, other=0.0).to(tl.float32)
         x = tl.load(x_at, mask=(m < M) & live, other=0.0)
         total += x * w
         x_at += BLOCK_K
