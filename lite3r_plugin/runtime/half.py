@@ -31,6 +31,7 @@ class _Weight:
         original: What it held, if that is kept.
         version: Which version of it was made of that; None where nobody counts, as of tensors made for inference alone.
         narrow: Whether it is BF16 although it is computed with in FP32.
+        host: What it took the place of, where that is a view, and comes back; None where it is the host's own tensor.
         lost: Whether something else was written to it before this was copied: a copy counts versions of its own.
     """
 
@@ -41,6 +42,7 @@ class _Weight:
     original: Tensor | None
     version: int | None
     narrow: bool
+    host: Tensor | None = None
     lost: bool = False
 
     @property
@@ -131,8 +133,13 @@ class HalfWeights:
                 continue
             before = tensor.data
             original = _in_main_memory(before) if self.kept else None
-            _exchange(changes, tensor, before.to(dtype))
-            self._weights.append(_Weight(places, tensor, before.dtype, dtype, original, _version(tensor), narrow))
+            host = tensor if tensor._is_view() and not isinstance(tensor, nn.Parameter) else None
+            if host is not None:  # compilers refuse one of another dtype than its base
+                tensor = before.to(dtype)
+                _put(changes, places, tensor)
+            else:
+                _exchange(changes, tensor, before.to(dtype))
+            self._weights.append(_Weight(places, tensor, before.dtype, dtype, original, _version(tensor), narrow, host))
         for module in self._model.modules():
             if isinstance(module, Fp8Linear) and module.dtype != HALF:
                 self._linears.append((module, module.dtype))
@@ -140,8 +147,13 @@ class HalfWeights:
 
     def put_back(self, changes: Changes) -> None:
         """Make them what they were. They are BF16 again where `changes` are undone."""
+        hosts = {id(weight.tensor): weight for weight in self._weights if weight.host is not None}
         for tensor, original in self.originals():
             _exchange(changes, tensor, original.to(tensor.device))
+            weight = hosts.get(id(tensor))
+            if weight is not None and weight.host is not None:
+                _exchange(changes, weight.host, tensor.data)
+                _put(changes, [(table, name) for table, name in weight.places if table.get(name) is tensor], weight.host)
         for module, dtype in self._linears:
             changes.put(vars(module), "dtype", dtype)
 
@@ -194,6 +206,11 @@ def _tensors(modules: Iterable[nn.Module]) -> Iterator[tuple[Tensor, Place]]:
         tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for table in tables:
             yield from ((tensor, (table, name)) for name, tensor in table.items() if tensor is not None)
+
+
+def _put(changes: Changes, places: Iterable[Place], tensor: Tensor) -> None:
+    for table, name in places:
+        changes.put(table, name, tensor)
 
 
 def _exchange(changes: Changes, tensor: Tensor, data: Tensor) -> None:

@@ -298,3 +298,30 @@ def test_the_preset_on_a_gpu_gives_what_its_parts_do_without_it() -> None:
                 found = model(given)["pose_enc"].clone()
         assert relative_error(found, expected) < 0.01
     assert "not compiled" not in str(describe(model))
+
+
+class Normalising(Testbed):
+    """Has a buffer that is a view when it is made, as VGGT's means of images are."""
+
+    def __init__(self, config: TestbedConfig) -> None:
+        super().__init__(config)
+        self.register_buffer("mean", torch.tensor([0.4, 0.5, 0.6]).view(1, 1, 3, 1, 1))
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return super().forward(images - self.mean)
+
+
+@pytest.mark.parametrize("fields", [{"weights": "bf16"}, {"preset": "fast"}])
+def test_a_model_with_buffers_that_are_views_compiles_whole(fields: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = Normalising(SIZES).eval().requires_grad_(False)
+    host, before = model.mean, model.mean.clone()
+    assert host._is_view()
+    apply_lite3r(model, **fields)
+    assert model.mean.dtype == torch.bfloat16
+    expected = run(model)["depth"]
+    torch.testing.assert_close(run(torch.compile(model, backend="eager"))["depth"], expected, rtol=2e-2, atol=2e-2)
+    remove_lite3r(model)
+    assert model.mean is host
+    assert torch.equal(host, before)
+    assert host.dtype == torch.float32
