@@ -39,6 +39,7 @@ from .streams import Stream, Streams, in_a_row, in_calls, norm_as_it_is, of_call
 from .styles.registry import style_of
 
 KEPT_WHOLE = "keep_ratio 1"
+REPLACED = "something else takes the place of attention, as where views are spread over processes"
 NO_SPARSE_FORM = "its attention has a mask that is not frame-causal"
 MARGINAL_SHARE = 4
 """The branch over marginal blocks is not kept from call to call of a stream: it costs about a quarter of what preparing its keys does."""

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attention.module import SparseLinearAttention
+from ..attention.module import REPLACED, SparseLinearAttention
 from ..attention.state import ModelState
 from ..config import WholeModel
 from ..errors import plural
-from ..wrapper import Changes, RewrittenMethod
+from ..wrapper import Changes, RewrittenMethod, calls_are_seen
 from .compile import NONE_THERE, CompiledBlocks, is_of_compiler, why_not_compiled
 from .graphs import IN_TURN, Graphs
 from .half import HalfWeights, weight_dtype, why_not_half
@@ -96,7 +96,7 @@ class FastForward(RewrittenMethod):
         if self.graphs is None:
             return self._tuned(*args, **kwargs)
         if self._is_substituted:
-            self.graphs.pass_by("something else takes the place of attention, as where views are spread over processes", warn=False)
+            self.graphs.pass_by(REPLACED, warn=False)
             return self._tuned(*args, **kwargs)
         if self.state.phase == "fp8_qat":
             self.graphs.pass_by("Linears are rounded to FP8 anew when their weights change: call convert(model) when they have learned")
@@ -113,7 +113,7 @@ class FastForward(RewrittenMethod):
             warn, reason = True, "gradients are wanted: call the model under torch.inference_mode() or torch.no_grad()"
         elif torch._C._len_torch_dispatch_stack() or functions_are_seen():
             reason = WATCHED
-        elif nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
+        elif calls_are_seen():
             reason = "a hook for all modules sees each call"
         elif any(site.is_watched for site in self.sites):
             reason = "attention is observed, as in calibration"

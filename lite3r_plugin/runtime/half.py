@@ -147,13 +147,13 @@ class HalfWeights:
 
     def put_back(self, changes: Changes) -> None:
         """Make them what they were. They are BF16 again where `changes` are undone."""
-        hosts = {id(weight.tensor): weight for weight in self._weights if weight.host is not None}
         for tensor, original in self.originals():
             _exchange(changes, tensor, original.to(tensor.device))
-            weight = hosts.get(id(tensor))
-            if weight is not None and weight.host is not None:
-                _exchange(changes, weight.host, tensor.data)
-                _put(changes, [(table, name) for table, name in weight.places if table.get(name) is tensor], weight.host)
+        for weight in self._weights:
+            places = [(table, name) for table, name in weight.places if table.get(name) is weight.tensor]
+            if weight.host is not None and places:
+                _exchange(changes, weight.host, weight.tensor.data)
+                _put(changes, places, weight.host)
         for module, dtype in self._linears:
             changes.put(vars(module), "dtype", dtype)
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter.layouts import LayoutFunction
-from ..attention.module import SparseLinearAttention
+from ..attention.module import REPLACED, SparseLinearAttention
 from ..attention.state import ModelState
 from ..costs.attention import TABLE
 from ..errors import InputError, MemoryLimitError, short
@@ -140,7 +140,7 @@ class MemoryPlanner(RewrittenMethod):
         elif torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             reason = "the caller captures a graph himself"
         elif any(site.is_replaced for site in self.sites):
-            reason = "something else takes the place of attention, as where views are spread over processes"
+            reason = REPLACED
         if reason is not None:
             if not self.module.training and reason not in self.unplanned:
                 warnings.warn(f"Lite3R: max_memory is not kept: {reason}", SlowPathWarning, stacklevel=2)
