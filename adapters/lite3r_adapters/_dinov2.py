@@ -11,10 +11,11 @@ from lite3r_plugin.adapter import AttentionSite, TokenSource
 from . import _blocks
 
 
-def given_images(fqn: str, embedding: Any) -> str:
-    """The module that is given the images where `embedding` at `fqn` makes patches of them: inside a DINOv2 its own patch embedding, which
-    sees them also where `forward_features` is called and not the encoder."""
-    return f"{fqn}.patch_embed" if isinstance(getattr(embedding, "patch_embed", None), nn.Module) else fqn
+def patch_embedding(fqn: str, encoder: Any) -> tuple[str, Any]:
+    """Name and module of what is given the images where `encoder` at `fqn` makes tokens of them: inside a DINOv2 its own patch embedding,
+    which sees them also where `forward_features` is called and not the encoder."""
+    inner = getattr(encoder, "patch_embed", None)
+    return (f"{fqn}.patch_embed", inner) if isinstance(inner, nn.Module) else (fqn, encoder)
 
 
 def encoder_sites(prefix: str, encoder: Any) -> list[AttentionSite]:

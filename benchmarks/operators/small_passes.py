@@ -7,6 +7,8 @@
     C   the last residual of a block
     D   norm and rotary embedding ahead of attention
     E   rows in FP8, by warps of a row
+    F   the choice of blocks, by warps of a row of scores
+    G   states of key blocks, and their sums over marginal blocks
 
 CUDA graphs, in turns, medians in microseconds; each result is compared with its definition in FP64 in the same run. Each letter is done
 within a minute.
@@ -27,11 +29,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lite3r_plugin.ops.block_map import kernels as block_map
 from lite3r_plugin.ops.fp8 import kernels as fp8
 from lite3r_plugin.ops.qk_norm_rope import HeadNorm, naive
 from lite3r_plugin.ops.qk_norm_rope import kernels as prepare
 from lite3r_plugin.ops.skinny_linear import kernels as skinny
 from lite3r_plugin.ops.skinny_linear import naive as definition
+from lite3r_plugin.ops.skinny_linear import parts
+from lite3r_plugin.ops.sla.kernels import linear as states
+from lite3r_plugin.ops.sla.kernels import marginal
 
 Runs = dict[str, Callable[[], Any]]
 
@@ -82,7 +88,7 @@ def measure_skinny(rows: int, launches: bool, device: str) -> dict[str, Any]:
     stored = {"": weights, "bf16 ": [(weight.bfloat16(), bias) for weight, bias in weights]}
     xs = {k: torch.randn(rows, k, device=device) for k in (2048, 8192)}
     ways: dict[str, Callable[..., Tensor]] = {"cublas": F.linear, "ours": skinny.linear}
-    ways |= {"bf16 copied, cublas": definition.linear, "bf16 ours": skinny.linear}
+    ways |= {"bf16 copied, cublas": definition.linear, "bf16 ours": skinny.linear, "bf16 in parts": parts.linear}
     tried = {"": [(1, 4, 4), (2, 4, 2), (2, 4, 4), (2, 4, 8), (4, 4, 2), (4, 4, 8), (8, 4, 4)]}
     tried["bf16 "] = [*tried[""], (1, 8, 4), (2, 8, 2), (2, 8, 4), (2, 8, 8), (4, 8, 4), (4, 8, 8), (1, 16, 4)]
     for dtype, shapes in tried.items() if launches else ():
@@ -161,7 +167,11 @@ def measure_prepare(views: int, across: bool, dtype: torch.dtype, device: str) -
 
     source = torch.empty((2 + across) * q.numel(), device=device, dtype=dtype)
     target = torch.empty_like(source)
-    found = times({"ours": ours, "torch": lambda: torchs(q, k, v), "copy of as many bytes": lambda: target.copy_(source)})
+    runs: Runs = {"ours": ours, "torch": lambda: torchs(q, k, v), "copy of as many bytes": lambda: target.copy_(source)}
+    for together, warps in ((1, 4), (2, 4), (4, 4), (1, 8), (2, 8), (4, 8), (1, 16), (2, 16)):
+        options = {"HEADS": together, "num_warps": warps}
+        runs[f"ours, {together} heads, {warps} warps"] = _with_options(ours, prepare, "launch_options", options)
+    found = times(runs)
     exact = torchs(q.double(), k.double(), v.double())
     errors = {
         name: max(error_of(x[:, :, : y.shape[2]], y) for x, y in zip(made, exact, strict=True))
@@ -202,26 +212,89 @@ def measure_rows(tokens: int, device: str, dtype: torch.dtype = torch.bfloat16) 
     return report(f"E. rows in FP8, {tokens} of them, warps times what is chosen, of 20 in turn", found, errors)
 
 
+def _with_options(run: Callable[[], Any], module: Any, function: str, options: dict[str, int]) -> Callable[[], Any]:
+    """`run` while the `function` of a `module` that chooses launches gives `options`."""
+
+    def call() -> Any:
+        with mock.patch.object(module, function, return_value=options):
+            return run()
+
+    return call
+
+
+def measure_selection(views: int, device: str) -> dict[str, Any]:
+    """A tenth of the key blocks of each query block of 16 heads, with the blocks of one view pinned."""
+    tokens, heads = views * 1374, 16
+    q_mean, k_mean = (torch.randn(1, heads, -(-tokens // block), 64, device=device) for block in (128, 64))
+    kept = k_mean.shape[2] // 10
+
+    def ours() -> Any:
+        return block_map.block_map_with_bits(q_mean, k_mean, kept=kept, pinned=22)
+
+    runs: Runs = {"ours, and scores": ours, "scores alone": lambda: q_mean @ k_mean.mT}
+    for warps in (1, 2, 4, 8, 16):
+        runs[f"{warps} warps, and scores"] = _with_options(ours, block_map, "launch_options", {"num_warps": warps})
+    return report(f"F. choice of {kept} of {k_mean.shape[2]} blocks at {views} views", times(runs))
+
+
+def measure_states(views: int, device: str) -> list[dict[str, Any]]:
+    """States of the key blocks of 16 heads, and their sums over those that are marginal: nine of ten."""
+    tokens, heads, dtype = views * 1374, 16, torch.bfloat16
+    rows, columns = -(-tokens // 128), -(-tokens // 64)
+    k, v = torch.randn(2, 1, heads, rows * 128, 64, device=device, dtype=dtype)
+    bits = torch.randint(-(2**31), 2**31 - 1, (heads, rows, -(-columns // 32)), device=device, dtype=torch.int32)
+    for _ in range(2):
+        bits &= torch.randint_like(bits, -(2**31), 2**31 - 1)
+    proj = torch.randn(64, 64, device=device, dtype=dtype)
+
+    def of_blocks() -> Any:
+        return states.block_states(k[0], v[0], tokens, "softmax", 64, proj=proj)
+
+    runs: Runs = {"ours": of_blocks, "copy of as many bytes": lambda: (k.clone(), v[..., : columns * 32, :].clone())}
+    for warps in (1, 2, 4, 8):
+        for stages in (1, 3):
+            runs[f"{warps} warps, {stages} stages"] = _with_options(
+                of_blocks, states, "state_options", {"num_warps": warps, "num_stages": stages}
+            )
+    found = [report(f"G. states of {columns} blocks at {views} views", times(runs))]
+    made = of_blocks()
+    into = torch.empty(heads, rows, 64, 64, device=device, dtype=dtype), torch.empty(heads, rows, 64, device=device)
+
+    def sums() -> None:
+        marginal.marginal_sums(bits, *made, into, columns=columns, scale=1.0, transposed=False)
+
+    runs = {"ours": sums}
+    for sizes in ((128, 32, 128), (128, 64, 128), (128, 32, 256), (128, 64, 256), (64, 64, 256), (64, 32, 128), (128, 128, 128)):
+        for warps in (4, 8):
+            for stages in (3, 4):
+                options = dict(zip(("TILE_OUT", "TILE_IN", "TILE"), sizes, strict=True)) | {"num_warps": warps, "num_stages": stages}
+                runs[f"{sizes}, {warps} warps, {stages} stages"] = _with_options(sums, marginal, "sums_options", options)
+    return [*found, report(f"G. sums of states at {views} views", times(runs))]
+
+
 def main() -> None:
     """Measure what is asked for, print, store."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=list("ABCDE"), default=list("ABCDE"))
+    parser.add_argument("--only", nargs="+", choices=list("ABCDEFG"), default=list("ABCDEFG"))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.manual_seed(0)
     bf16, fp32 = torch.bfloat16, torch.float32
-    passes: dict[str, list[Callable[[], dict[str, Any]]]] = {
+    passes: dict[str, list[Callable[[], Any]]] = {
         "A": [functools.partial(measure_skinny, rows, rows in (2, 8), "cuda") for rows in (2, 8, 1, 4, 16, 32, 64)],
         "B": [functools.partial(measure_scale, 2748, outputs, "cuda") for outputs in (3072, 1024)],
         "C": [functools.partial(measure_residual, tokens, dtype, "cuda") for tokens, dtype in ((43968, bf16), (2748, fp32))],
-        "D": [functools.partial(measure_prepare, views, across, bf16, "cuda") for across in (False, True) for views in (2, 32)],
+        "D": [functools.partial(measure_prepare, views, across, bf16, "cuda") for across in (False, True) for views in (2, 8, 32, 100)],
         "E": [functools.partial(measure_rows, tokens, "cuda") for tokens in (2748, 10_992, 43_968)],
+        "F": [functools.partial(measure_selection, views, "cuda") for views in (8, 32, 100)],
+        "G": [functools.partial(measure_states, views, "cuda") for views in (8, 32, 100)],
     }
     records = []
     with torch.no_grad():
         for letter in args.only:
             for measure in passes[letter]:
-                records.append(measure())
+                made = measure()
+                records += made if isinstance(made, list) else [made]
                 if args.json:
                     args.json.write_text(json.dumps(records, indent=1) + "\n")
 

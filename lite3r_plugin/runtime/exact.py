@@ -226,7 +226,7 @@ class FewRows(RewrittenMethod):
             weight, bias = module.weight, module.bias
             plain = is_plain_tensor(input) and is_plain_tensor(weight) and (bias is None or is_plain_tensor(bias))
             if plain and compiling and skinny_linear.is_narrow(input, weight) and skinny_linear.fits(input, weight, bias):
-                return skinny_linear.linear_operator(input, weight, bias)  # a compiler would make the copy for few rows, too
+                return skinny_linear.linear_in_compiled(input, weight, bias)  # a compiler would make a copy of the weight
             if plain and not compiling and skinny_linear.takes(input, weight, bias):
                 return skinny_linear.linear(input, weight, bias)
         return self.run_host(input)

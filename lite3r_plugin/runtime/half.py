@@ -14,6 +14,7 @@ from ..errors import WeightsError
 from ..fp8.linear import Fp8Linear
 from ..wrapper import Changes, is_plain_tensor
 from .exact import KeptInFp32, narrow_parameters
+from .maps import MapKernels
 
 HALF = torch.bfloat16
 Place = tuple[dict[str, Any], str]
@@ -31,6 +32,7 @@ class _Weight:
         original: What it held, if that is kept.
         version: Which version of it was made of that; None where nobody counts, as of tensors made for inference alone.
         narrow: Whether it is BF16 although it is computed with in FP32.
+        side_by_side: Whether it became one with channels side by side (`_with_channels_side_by_side`).
         host: What it took the place of, where that is a view, and comes back; None where it is the host's own tensor.
         lost: Whether something else was written to it before this was copied: a copy counts versions of its own.
     """
@@ -42,6 +44,7 @@ class _Weight:
     original: Tensor | None
     version: int | None
     narrow: bool
+    side_by_side: bool
     host: Tensor | None = None
     lost: bool = False
 
@@ -122,10 +125,11 @@ class HalfWeights:
                 now = tensor.detach()
                 dtype = weight.dtype if now.dtype == weight.given else now.dtype  # of who has made the model another since
                 original = now if weight.original is None or weight.is_new(tensor) else weight.original
-                yield tensor, original.to(dtype)
+                yield tensor, original.to(dtype).contiguous() if original is now and weight.side_by_side else original.to(dtype)
 
     def put_in(self, changes: Changes) -> None:
         """Make them BF16."""
+        side_by_side = _with_channels_side_by_side(self._model)
         for tensor, dtype, places, narrow in _wanted(self._model):
             if self._sample is None and dtype == HALF and not narrow:
                 self._sample = places[0], tensor
@@ -134,12 +138,14 @@ class HalfWeights:
             before = tensor.data
             original = _in_main_memory(before) if self.kept else None
             host = tensor if tensor._is_view() and not isinstance(tensor, nn.Parameter) else None
+            laid_out = id(tensor) in side_by_side
             if host is not None:  # compilers refuse one of another dtype than its base
                 tensor = before.to(dtype)
                 _put(changes, places, tensor)
             else:
-                _exchange(changes, tensor, before.to(dtype))
-            self._weights.append(_Weight(places, tensor, before.dtype, dtype, original, _version(tensor), narrow, host))
+                layout = torch.channels_last if laid_out else torch.preserve_format
+                _exchange(changes, tensor, before.to(dtype, memory_format=layout))
+            self._weights.append(_Weight(places, tensor, before.dtype, dtype, original, _version(tensor), narrow, laid_out, host))
         for module in self._model.modules():
             if isinstance(module, Fp8Linear) and module.dtype != HALF:
                 self._linears.append((module, module.dtype))
@@ -199,6 +205,14 @@ def _wanted(model: nn.Module) -> Iterator[tuple[Tensor, torch.dtype, list[Place]
     for key, (tensor, places) in found.items():
         if tensor.is_floating_point() and key not in own:
             yield tensor, torch.float32 if key in wide else HALF, places, key in narrow - wide
+
+
+def _with_channels_side_by_side(model: nn.Module) -> set[int]:
+    """Weights of convolutions in dense heads whose maps have channels side by side: cuDNN wants theirs likewise, and torch would make a
+    copy in each call."""
+    heads = [module for module in model.modules() if any(isinstance(value, MapKernels) for value in vars(module).values())]
+    inside = (module for head in heads for module in head.modules() if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)))
+    return {id(convolution.weight) for convolution in inside if max(convolution.kernel_size) > 1}
 
 
 def _tensors(modules: Iterable[nn.Module]) -> Iterator[tuple[Tensor, Place]]:

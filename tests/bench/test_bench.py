@@ -86,7 +86,8 @@ def test_cells_say_how_they_were_measured(run) -> None:
             assert cell.line.startswith("apply_lite3r(model, ")
             assert "compile_blocks=False" in cell.line
             notes = cell.candidates["eager"].notes
-            assert notes["difference_to_eager"]["depth_rel_l2"] < (1e-2 if variant.fp8 else 1e-6)  # hooks keep FP8 from being fused
+            # Hooks keep FP8 from being fused, and convolutions where the host has them.
+            assert notes["difference_to_eager"]["depth_rel_l2"] < (1e-2 if variant.fp8 else 1e-3)
             assert any("CUDA graphs are for CUDA devices" in line for line in notes["whole_model"])
 
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from lite3r_plugin.adapter import ExactRewrite, RewrittenMethod, Trial, like
 from lite3r_plugin.runtime.exact import in_fp32, kept_embedding, output_in_fp32, table_rope, token_positions
 from lite3r_plugin.runtime.maps import map_kernels
+from lite3r_plugin.runtime.patches import patch_products
 
-from .. import _blocks
+from .. import _blocks, _dpt
 
 
 def rewrites(model: nn.Module) -> list[ExactRewrite] | None:
@@ -25,9 +26,12 @@ def rewrites(model: nn.Module) -> list[ExactRewrite] | None:
         if isinstance(encoder.rope, nn.Module) and hasattr(encoder.rope, "base_frequency"):
             found.append(table_rope(_join(fqn, "rope"), _blocks.head_dim(encoder.blocks[0].attn)))
             found.append(ExactRewrite(fqn, "token positions kept", KeptPositions, _trial, "_prepare_rope"))
+        if isinstance(getattr(encoder, "patch_embed", None), nn.Module):
+            found += patch_products(_join(fqn, "patch_embed"), encoder.patch_embed)
     for fqn, module in modules.items():
         if hasattr(module, "_add_pos_embed") and hasattr(module, "scratch"):
-            found += [*kept_embedding(fqn, "_add_pos_embed", 8), map_kernels(fqn, _head_call, "_forward_impl")]
+            found += [*kept_embedding(fqn, "_add_pos_embed", 8), *_dpt.fusion_blocks(fqn, module)]
+            found.append(map_kernels(fqn, _head_call, "_forward_impl"))
             found.append(output_in_fp32(_join(fqn, "scratch.output_conv2")))
             if hasattr(module.scratch, "output_conv2_aux"):
                 found.append(output_in_fp32(_join(fqn, f"scratch.output_conv2_aux.{len(module.scratch.output_conv2_aux) - 1}")))

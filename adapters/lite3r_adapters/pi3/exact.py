@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from lite3r_plugin.adapter import ExactRewrite, RewrittenMethod, Trial, like
 from lite3r_plugin.runtime.exact import in_fp32, not_in_bf16, table_rope, token_positions
 from lite3r_plugin.runtime.maps import map_kernels
+from lite3r_plugin.runtime.patches import patch_products
 
-from .. import _blocks
+from .. import _blocks, _dinov2
 from .sites import is_pi3
 
 SQUARINGS = 24  # the largest of four eigenvalues stands out by 2^24 powers of its ratio to the next
@@ -26,6 +27,8 @@ def rewrites(model: nn.Module) -> list[ExactRewrite] | None:
         join = functools.partial(_join, fqn)
         if isinstance(rope := getattr(pi3, "rope", None), nn.Module) and hasattr(rope, "base"):
             found.append(table_rope(join("rope"), _blocks.head_dim(pi3.decoder[0].attn)))
+        if isinstance(encoder := getattr(pi3, "encoder", None), nn.Module):
+            found += patch_products(*_dinov2.patch_embedding(join("encoder"), encoder))
         if hasattr(pi3, "decode") and hasattr(pi3, "position_getter"):
             found.append(ExactRewrite(fqn, "special tokens and token positions kept on the device", Decode, _trial, "decode"))
         if hasattr(getattr(pi3, "camera_head", None), "svd_orthogonalize"):

@@ -26,9 +26,10 @@ from lite3r_plugin.runtime.exact import (
     without_weights,
 )
 from lite3r_plugin.runtime.maps import map_kernels
+from lite3r_plugin.runtime.patches import patch_products
 from lite3r_plugin.runtime.values import exchanged
 
-from .. import _blocks
+from .. import _blocks, _dinov2, _dpt
 from .heads import EMBEDDING, METHOD, few_views, head_call
 from .sites import is_aggregator, streams
 
@@ -47,6 +48,8 @@ def rewrites(model: nn.Module) -> list[ExactRewrite] | None:
         rope = getattr(aggregator, "rope", None)
         if isinstance(rope, nn.Module) and hasattr(rope, "base_frequency"):
             found.append(table_rope(_join(fqn, "rope"), _blocks.head_dim(aggregator.frame_blocks[0].attn)))
+        if isinstance(encoder := getattr(aggregator, "patch_embed", None), nn.Module):
+            found += patch_products(*_dinov2.patch_embedding(_join(fqn, "patch_embed"), encoder))
         owner, _, name = fqn.rpartition(".")
         if not fqn or streams(aggregator) or not all(hasattr(aggregator, attribute) for attribute in _OWN):
             continue
@@ -57,7 +60,7 @@ def rewrites(model: nn.Module) -> list[ExactRewrite] | None:
     for fqn, module in modules.items():
         head: Any = module
         if hasattr(head, EMBEDDING) and hasattr(head, "intermediate_layer_idx") and hasattr(head, "scratch"):
-            found += [*kept_embedding(fqn, EMBEDDING, 8), map_kernels(fqn, head_call)]
+            found += [*kept_embedding(fqn, EMBEDDING, 8), *_dpt.fusion_blocks(fqn, head), map_kernels(fqn, head_call)]
             if hasattr(head, METHOD):
                 found.append(few_views(fqn))
             if hasattr(head.scratch, "output_conv2"):

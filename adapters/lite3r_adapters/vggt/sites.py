@@ -10,7 +10,7 @@ from lite3r_plugin.adapter import AttentionSite, TokenSource
 
 from .. import _blocks
 from .._cameras import camera_sites
-from .._dinov2 import encoder_sites, given_images
+from .._dinov2 import encoder_sites, patch_embedding
 
 
 def attention_sites(model: nn.Module) -> list[AttentionSite] | None:
@@ -42,7 +42,7 @@ def aggregator_sites(prefix: str, aggregator: Any) -> list[AttentionSite]:
     """Sites of an aggregator whose name is `prefix`, which ends in a dot unless it is empty. Blocks that stream are not described whole:
     they return a cache, too."""
     streaming = streams(aggregator)
-    images = given_images(f"{prefix}patch_embed", aggregator.patch_embed)
+    images, _ = patch_embedding(f"{prefix}patch_embed", aggregator.patch_embed)
     tokens = TokenSource(images, _blocks.patch_size(aggregator), aggregator.patch_start_idx)
     sites = []
     for scope in ("frame", "global"):

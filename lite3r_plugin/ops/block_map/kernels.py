@@ -1,7 +1,8 @@
 """Triton twin of `naive`: scores by matrix products in slabs, selection by one kernel, exact and deterministic.
 
-A program holds one row of scores. It finds the kept-th largest value by building its bits from the top (32 counts over
-the row), keeps what is above it and the first of what equals it, and writes the kept indices in ascending order. A
+A program holds one row of scores. It finds the kept-th largest value by building its bits from the top (a count over the row for
+each, until as many are kept as are to be), keeps what is above it and the first of what equals it, and writes the kept indices in
+ascending order. A
 second run with another count finds what is negligible: all but the highest that are not to be left out.
 """
 
@@ -55,14 +56,20 @@ def _ranks(score, eligible):
 def _highest(rank, count):
     """1 for the `count` highest of a row of ranks, of equals the first; else 0."""
     threshold = tl.zeros([], tl.uint32)
-    for i in range(32):
-        candidate = threshold | (tl.full([], 2147483648, tl.uint32) >> i)
-        enough = tl.sum((rank >= candidate).to(tl.int32), 0) >= count
-        threshold = tl.where(enough, candidate, threshold).to(tl.uint32)
+    bit = tl.full([], 2147483648, tl.uint32)
+    found = tl.full([], -1, tl.int32)
+    while (bit != 0) & (found != count):  # what parts the row is found before its last bit, but for equals
+        candidate = (threshold | bit).to(tl.uint32)
+        at_least = tl.sum((rank >= candidate).to(tl.int32), 0)
+        threshold = tl.where(at_least >= count, candidate, threshold).to(tl.uint32)
+        found = tl.where(at_least >= count, at_least, found)
+        bit = (bit >> 1).to(tl.uint32)
     above = (rank > threshold).to(tl.int32)
     equal = (rank == threshold).to(tl.int32)
     room = count - tl.sum(above, 0)
-    return above | (equal & (tl.cumsum(equal, 0) <= room).to(tl.int32))
+    if tl.sum(equal, 0) > room:
+        equal = equal & (tl.cumsum(equal, 0) <= room).to(tl.int32)
+    return above | equal
 
 
 @triton.jit
@@ -322,5 +329,5 @@ def _slabs(q_mean: Tensor, k_mean: Tensor, by_error: Moments | None, kinds: Tens
 
 
 def launch_options(width: int) -> dict[str, int]:
-    """Warps of the selection kernel for rows of `width` scores: few, as each of its 32 counts ends with them waiting for each other."""
+    """Warps of the selection kernel for rows of `width` scores: few, as each of its counts ends with them waiting for each other."""
     return dict(num_warps=min(16, max(1, width // 1024)))

@@ -306,8 +306,6 @@ def _residual_kernel(
 
 def residual(x: Tensor, update: Tensor, gain: Tensor | None) -> Tensor:
     """As `naive.residual`."""
-    if torch.compiler.is_compiling():  # one fused pass of the compiler's own
-        return naive.residual(x, update, gain)
     return (residual_operator if under_trace() else _residual)(x, update, gain)
 
 

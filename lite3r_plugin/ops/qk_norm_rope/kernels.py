@@ -220,9 +220,9 @@ def _launch(q, k, v, order, q_norm, k_norm, positions, rope_base, out, means, ro
     nothing = out[0]
     q_norm, k_norm = q_norm or HeadNorm(None, None, None, 0.0), k_norm or HeadNorm(None, None, None, 0.0)
     weights = [w for norm in (q_norm, k_norm) for w in norm_affine(norm, dim, q.device)]
-    together = 2 if rope and heads % 2 == 0 else 1
+    options = launch_options(rows, dim, heads, rope, pool)
     launch(
-        _prepare_kernel, (blocks, heads // together, batch),
+        _prepare_kernel, (blocks, heads // options["HEADS"], batch),
         q, k, v, nothing if order is None else order, positions if rope else nothing,
         *(nothing if w is None else w for w in weights), out[0], out[1], v_out, *(means if pool else (nothing,) * 3),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
@@ -232,8 +232,13 @@ def _launch(q, k, v, order, q_norm, k_norm, positions, rope_base, out, means, ro
         math.log2(rope_base) if rope else 0.0, q_norm.eps, k_norm.eps,
         D=dim, HALF=power_of_2(dim // 2), ROWS=rows, BLOCK_K=block_k,
         Q_NORM=NORMS[q_norm.kind], K_NORM=NORMS[k_norm.kind], ROPE=rope, ORDERED=order is not None, POOL=pool, PART=part,
-        HEADS=together, num_warps=8 if rows * dim > 8192 else 4,
+        **options,
     )  # fmt: skip
+
+
+def launch_options(rows: int, dim: int, heads: int, rope: bool, pool: bool) -> dict[str, int]:
+    """Heads in turn of a program that holds `rows` tokens of a head, which share the angles of `rope`, and its warps."""
+    return dict(HEADS=2 if rope and heads % 2 == 0 else 1, num_warps=8 if rows * dim > 8192 else 4)
 
 
 def broadcast_stride(positions: Tensor, batch: int) -> int:

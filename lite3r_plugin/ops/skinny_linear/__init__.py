@@ -1,6 +1,7 @@
 """A Linear in FP32 on few rows, bound by reading its weight, which may be stored in BF16 or FP16.
 
-`naive` is the definition, `kernels` its Triton twin. It has no gradients.
+`naive` is the definition, `kernels` its Triton twin for the fewest rows, `parts` its twin for more rows and a weight in BF16. It has no
+gradients.
 """
 
 from __future__ import annotations
@@ -10,16 +11,16 @@ import functools
 import torch
 from torch import Tensor
 
-from ..dispatch import register, triton_installed
-from . import naive
+from ..dispatch import constant_in_graphs, register, triton_installed
+from . import naive, parts
 
-__all__ = ["MAX_ROWS", "MAX_ROWS_NARROW", "fits", "is_narrow", "linear", "linear_operator", "takes"]
+__all__ = ["MAX_ROWS", "MAX_ROWS_NARROW", "fits", "is_narrow", "linear", "linear_in_compiled", "linear_operator", "parts", "takes"]
 
 MAX_ROWS = 8
 """Of a weight in FP32: what a kernel multiplies by it in one reading."""
 
 MAX_ROWS_NARROW = 16
-"""Of a narrow one: two readings are as many bytes as one of FP32, where torch's product needs a copy, and thus five times as many."""
+"""Of one in FP16: two readings are as many bytes as one of FP32, where torch's product needs a copy, and thus five times as many."""
 
 
 def is_narrow(x: Tensor, weight: Tensor) -> bool:
@@ -47,16 +48,18 @@ def fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether `linear` is for these: what `fits`, of few rows, on a CPU or on a GPU on which the kernel runs.
+    """Whether `linear` is for these: what `fits`, of few rows or with a weight in BF16, on a CPU or on a GPU on which it runs.
 
     It is not for a weight in FP32 where the user lets GPUs round what they multiply in FP32 (TF32). Of a narrow one torch's product needs a
     copy, which costs more than that saves.
     """
-    if not fits(x, weight, bias):
+    if not fits(x, weight, bias) or not x.numel() or (x.is_cuda and not _runs_on(x.device)):
         return False
+    if weight.dtype == torch.bfloat16:
+        return True
     narrow = is_narrow(x, weight)
-    most = MAX_ROWS_NARROW if narrow else MAX_ROWS
-    return 0 < x.numel() <= most * weight.shape[1] and (not x.is_cuda or (_runs_on(x.device) and (narrow or _ieee())))
+    few = x.numel() <= (MAX_ROWS_NARROW if narrow else MAX_ROWS) * weight.shape[1]
+    return few and (narrow or not x.is_cuda or _ieee())
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -68,10 +71,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         bias: ``[C_out]`` FP32, or None. `takes` says which of these.
 
     Returns:
-        ``[..., C_out]`` FP32, the same bits in every call. On a GPU one kernel makes it.
+        ``[..., C_out]`` FP32, the same bits in every call. On a GPU one kernel makes it; of more than `MAX_ROWS` by a weight in BF16 it is
+        made `in parts <parts.linear>`.
     """
     if not x.is_cuda:
         return naive.linear(x, weight, bias)
+    if weight.dtype == torch.bfloat16 and x.numel() > MAX_ROWS * weight.shape[1]:
+        return parts.linear(x, weight, bias)
     from . import kernels
 
     return kernels.linear(x, weight, bias)
@@ -90,8 +96,19 @@ linear_operator = register(
 """What `fits` for compiled code, in which the rows are not known: `linear` where it `takes` them, else the definition."""
 
 
-@functools.lru_cache(maxsize=64)
+def linear_in_compiled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear` of a narrow weight that `fits`, for code that is compiled, which does not know how many rows there are."""
+    in_parts = x.is_cuda and weight.dtype == torch.bfloat16 and _runs_on(x.device)
+    return parts.linear(x, weight, bias) if in_parts else linear_operator(x, weight, bias)
+
+
+@constant_in_graphs
 def _runs_on(device: torch.device) -> bool:
+    return _runs_on_cached(device)
+
+
+@functools.lru_cache(maxsize=64)
+def _runs_on_cached(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0) and triton_installed()
 
 

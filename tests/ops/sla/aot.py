@@ -76,8 +76,10 @@ def variants() -> list[tuple[str, Any, str, dict[str, Any], dict[str, int]]]:
                 found.append(("sparse_linear", forward._sparse_linear_kernel, dtype, constants, options))
             constants = dict(D=dim, DP=padded, ROWS=softmax.MEAN_ROWS)
             found.append(("padded_means", softmax._padded_means_kernel, dtype, constants, dict(num_warps=4)))
-            options = linear.state_options(torch_dtype)
-            for label, centred, folded in (("linear_state", False, False), ("block_states", True, False), ("block_states", False, True)):
+            for label, tiles, centred, folded in (
+                ("linear_state", 2, False, False), ("block_states", 1, True, False), ("block_states", 1, False, True),
+            ):  # fmt: skip
+                options = linear.state_options(torch_dtype, tiles)
                 constants = dict(D=dim, DP=padded, TILE=64, SOFTMAX=True, CENTRED=centred, FOLDED=folded, PRECISION=precision)
                 found.append((label, linear._linear_state_kernel, dtype, constants, options))
             for transposed in (False, True):

@@ -111,17 +111,18 @@ def _launch(
 ) -> None:  # fmt: skip
     padded, dim = k.shape[-2:]
     tile = min(block_k, LARGEST_TILE)
+    tiles = per_split * block_k // tile
     launch(
         _linear_state_kernel, (total.shape[-2], k.numel() // (padded * dim)),
-        k, v, k if mu is None else mu, k if proj is None else proj, state, total, tokens, padded, per_split * block_k // tile, scale,
+        k, v, k if mu is None else mu, k if proj is None else proj, state, total, tokens, padded, tiles, scale,
         D=dim, DP=power_of_2(dim), TILE=tile, SOFTMAX=feature_map == "softmax",
-        CENTRED=mu is not None, FOLDED=proj is not None, PRECISION=precision(k), **state_options(k.dtype),
+        CENTRED=mu is not None, FOLDED=proj is not None, PRECISION=precision(k), **state_options(k.dtype, tiles),
     )  # fmt: skip
 
 
-def state_options(dtype: torch.dtype) -> dict[str, int]:
-    """Warps and pipeline stages of the linear-state kernel."""
-    return dict(num_warps=4, num_stages=1 if dtype == torch.float32 else 3)
+def state_options(dtype: torch.dtype, tiles: int) -> dict[str, int]:
+    """Warps and pipeline stages of the linear-state kernel, of which a program has so many `tiles` of keys: of one nothing overlaps."""
+    return dict(num_warps=4, num_stages=1 if dtype == torch.float32 or tiles == 1 else 3)
 
 
 def precision(x: Tensor) -> str:
