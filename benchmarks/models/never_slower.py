@@ -4,7 +4,8 @@
 
 For each number of views and keep ratio the two models of a pair run alternately on the same images, after a warm-up of each, and the
 ratio of each run to its neighbour's counts: clocks and temperature are the same for both. Pairs: the default line against the stock model,
-the preset against the variant `strong` of `lite3r bench`. The GPU bounds where it needs longer than Python takes to launch, measured on
+the preset against the variant `strong` of `lite3r bench`; and with ``--pairs filter`` what FP8 takes with its first and last blocks in full
+precision, as by default, against FP8 in all blocks. The GPU bounds where it needs longer than Python takes to launch, measured on
 the model that is the baseline. The file is written anew after every row. Exits with 1 where a median ratio is worse than what is allowed.
 """
 
@@ -36,7 +37,12 @@ from lite3r_plugin.ops.dispatch import SlowPathWarning
 from lite3r_plugin.runtime.device import release_memory, synchronize, timed
 
 ALLOWED = {"gpu": 1.03, "host": 1.08}
-PAIRS = {"default": ("lite3r", "stock"), "preset": ("lite3r-strong", "strong")}  # ours, and what it must not be slower than
+PAIRS = {  # ours, and what it must not be slower than
+    "default": ("lite3r", "stock"),
+    "preset": ("lite3r-strong", "strong"),
+    "filter": ("lite3r-fp8", "lite3r-fp8"),
+}
+AGAINST: dict[str, dict[str, Any]] = {"filter": {"fp8_filter": ("*",)}}  # fields of what ours is compared with
 
 
 @dataclass
@@ -113,7 +119,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--model", default="vggt")
     parser.add_argument("--views", default="1,2,3,4,8,16,32")
     parser.add_argument("--keep", default="0.1,0.3")
-    parser.add_argument("--pairs", default=",".join(PAIRS))
+    parser.add_argument("--pairs", default="default,preset")
     parser.add_argument("--resolution", type=int, default=518)
     parser.add_argument("--runs", type=int, default=15)
     parser.add_argument("--config", action="append", help="a field of Lite3RConfig for all, as name=value")
@@ -129,7 +135,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     warnings.simplefilter("ignore", SlowPathWarning)  # what does not run fast is what is measured
     for pair in options.pairs.split(","):
         for keep in map(float, options.keep.split(",")):
-            ours, theirs = (made(name, model, {**asked, "keep_ratio": keep}, device) for name in PAIRS[pair])
+            ours, theirs = (
+                made(name, model, {**asked, "keep_ratio": keep, **fields}, device)
+                for name, fields in zip(PAIRS[pair], ({}, AGAINST.get(pair, {})), strict=True)
+            )
             for views in numbers(options.views, "--views"):
                 images = make_images(views, options.resolution, device, seed=0)
                 found: dict[str, Any] = {"views": views, "keep_ratio": keep}
