@@ -166,9 +166,11 @@ def _counts(sites: dict[str, Any]) -> str:
 
 
 def groups(store: dict[str, Any], data: str) -> dict[int, dict[str, Any]]:
-    """The groups of a data set that have scenes, by their number of views, ascending."""
-    found = {int(name.partition("/")[2]): group for name, group in store["groups"].items() if name.partition("/")[0] == data}
-    return {views: found[views] for views in sorted(found) if found[views].get("sets")}
+    """The groups of a data set that have scenes, by their number of views, ascending; without those that a run has not ended yet."""
+    named = {name: group for name, group in store["groups"].items() if name.partition("/")[0] == data and group.get("sets")}
+    most = max((len(group["rows"]) for group in named.values()), default=0)
+    found = {int(name.partition("/")[2]): group for name, group in named.items() if len(group["rows"]) == most}
+    return dict(sorted(found.items()))
 
 
 def rendered(store: dict[str, Any]) -> str:

@@ -76,6 +76,21 @@ def never_slower(report: dict[str, Any]) -> str:
     )
 
 
+def kernels(report: dict[str, Any]) -> str:
+    """Milliseconds of the GPU by kind of kernel, those of most first, and between kernels."""
+    names = {"strong-exact": "strong dense, our kernels", "lite3r-fp8": "Lite3R, fast, FP8"}
+    rows = sorted(report["rows"], key=lambda row: (list(names).index(row["variant"]), row["views"]))
+    kinds = sorted({kind for row in rows for kind in row["kinds"]}, key=lambda kind: -max(row["kinds"].get(kind, 0.0) for row in rows))
+    lines = [(kind, *(f"{row['kinds'].get(kind, 0.0):.1f}" for row in rows)) for kind in kinds]
+    lines.append(("between kernels", *(f"{max(0.0, row['whole_ms'] - row['kernels_ms']):.1f}" for row in rows)))
+    size = f"{report['resolution']} × {report['resolution']} pixels"
+    return _table(("ms", *(f"{names[row['variant']]}, {row['views']} views" for row in rows)), lines) + _note(
+        f"{report['model']}, {size}, `keep_ratio=0.1`, on one {report['device']}, torch {report['torch']}, triton {report['triton']}, "
+        f"{report['date'][:10]}, commit {report['commit'][:7]}; one forward under `torch.profiler`, what is between kernels from the "
+        "median without it. Weights: random."
+    )
+
+
 def _ratio(row: dict[str, Any] | None) -> str:
     return "" if row is None or "ratio" not in row else f"{row['ratio']:.2f}"
 
@@ -469,6 +484,7 @@ TABLES: dict[str, Callable[..., str]] = {
     for function in (
         speed,
         never_slower,
+        kernels,
         times,
         times_fp8,
         memory,

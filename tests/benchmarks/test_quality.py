@@ -192,6 +192,16 @@ def test_findings_follow_from_the_measures(load, stored: dict) -> None:
         assert report.mean(group, "dense", report.ABS_REL) > 0.8 * report.mean(group, "constant", report.ABS_REL)
 
 
+def test_numbers_of_views_that_are_not_measured_whole_are_left_out(load, stored: dict) -> None:
+    report = load("quality_report")
+    whole = stored["groups"]["procedural/16"]
+    part = whole | {"views": 64, "rows": dict(list(whole["rows"].items())[:-1])}
+    more = stored | {"groups": stored["groups"] | {"procedural/64": part}}
+    assert report.markdown(more) == report.markdown(stored)
+    more["groups"]["procedural/64"] = whole | {"views": 64}
+    assert "64 views" in report.markdown(more)
+
+
 def test_without_all_rows_there_are_no_findings(load, stored: dict) -> None:
     report = load("quality_report")
     few = {"conditions": stored["conditions"], "groups": {"procedural/8": stored["groups"]["procedural/8"]}}

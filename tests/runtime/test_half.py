@@ -285,6 +285,7 @@ def test_memory_is_planned_and_told() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")  # inductor's advice, which the head does not take
 def test_the_preset_on_a_gpu_gives_what_its_parts_do_without_it() -> None:
     """Compiled, and from CUDA graphs; of few rows and of more."""
     plain = apply_lite3r(small().cuda(), **HALF)
