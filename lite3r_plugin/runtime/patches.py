@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from ..adapter.rewrites import ExactRewrite, Trial
 from ..errors import AdapterError
@@ -37,7 +38,8 @@ class PatchProduct(RewrittenMethod):
         module: Any = self.module
         weight, bias, (height, width) = module.weight, module.bias, module.kernel_size
         tensors = (input, weight) if bias is None else (input, weight, bias)
-        if input.dim() != 4 or not all(map(is_plain_tensor, tensors)) or (input.is_cuda and not _is_half(input)):
+        known = all(is_plain_tensor(x) or isinstance(x, FakeTensor) for x in tensors)  # without data it is told what a forward holds
+        if input.dim() != 4 or not known or (input.is_cuda and not _is_half(input)):
             return self.run_host(input)
         rows, columns = input.shape[2] // height, input.shape[3] // width
         if not rows or not columns or input.shape[1] != module.in_channels:

@@ -46,6 +46,14 @@ def test_a_row_is_a_line_that_a_user_types() -> None:
     assert lines["strong-exact"] == "apply_lite3r(model, keep_ratio=1.0, linear_branch='none', preset='fast')"
 
 
+def test_stock_runs_first_whatever_the_order() -> None:
+    report = Bench(
+        BenchModel("small", small_testbed), [1], ["lite3r", "stock"], resolution=56, options=OPTIONS, device="cpu", repeats=1
+    ).run()
+    assert [cell.variant for cell in report.cells] == ["stock", "lite3r"]
+    assert report.find("lite3r", 1).fidelity["depth_rel_l2"] >= 0
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory):
     path = tmp_path_factory.mktemp("bench") / "report.json"

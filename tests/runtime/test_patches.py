@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from lite3r_plugin.adapter import ExactRewrite
 from lite3r_plugin.errors import AdapterError
@@ -51,6 +52,15 @@ def test_gradients_are_those_of_the_convolution() -> None:
     grads = [torch.autograd.grad(m(images).square().sum(), list(m.parameters())) for m in (convolution, product)]
     for expected, found in zip(*grads, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_tensors_without_data_take_the_same_way() -> None:
+    """By them memory is planned."""
+    product = rewritten(nn.Conv2d(3, 8, 4, 4))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        found = product(torch.empty(2, 3, 8, 12))
+    assert found.shape == (2, 8, 2, 3)
+    assert found.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("shape", [(3, 3, 8), (1, 2, 8, 8), (1, 3, 3, 8), (0, 3, 8, 8)])
