@@ -15,7 +15,7 @@ def patch_embedding(fqn: str, encoder: Any) -> tuple[str, Any]:
     """Name and module of what is given the images where `encoder` at `fqn` makes tokens of them: inside a DINOv2 its own patch embedding,
     which sees them also where `forward_features` is called and not the encoder."""
     inner = getattr(encoder, "patch_embed", None)
-    return (f"{fqn}.patch_embed", inner) if isinstance(inner, nn.Module) else (fqn, encoder)
+    return (".".join(filter(None, (fqn, "patch_embed"))), inner) if isinstance(inner, nn.Module) else (fqn, encoder)
 
 
 def encoder_sites(prefix: str, encoder: Any) -> list[AttentionSite]:

@@ -298,17 +298,19 @@ def test_every_family_is_one_adapter_with_all_its_hooks() -> None:
     }
     assert names == {
         "vggt", "depth_anything_3", "pi3", "timm", "transformers", "testbed", "vggt_omega", "streamvggt", "stream3r", "croco", "fast3r",
-        "mapanything",
+        "mapanything", "dinov2",
     }  # fmt: skip
     models = {a.name: a.models for a in list_adapters() if a.distribution == plugins.DISTRIBUTION}
     assert models.keys() == names
     assert all(models[name] == (name,) for name in ("vggt", "pi3", "testbed", "fast3r", "mapanything"))
     assert "da3-small" in models["depth_anything_3"]
     assert {i.plugin_name for i in get_manager().hook.lite3r_exact_rewrites.get_hookimpls()} == {
-        "vggt", "depth_anything_3", "pi3", "timm", "transformers",
+        "vggt", "depth_anything_3", "pi3", "timm", "transformers", "dinov2",
     }  # fmt: skip
 
 
 def test_general_families_are_asked_last() -> None:
     asked = [a.name for a in list_adapters()]
-    assert max(asked.index(name) for name in ("vggt", "depth_anything_3", "pi3")) < min(asked.index(n) for n in ("timm", "transformers"))
+    assert max(asked.index(name) for name in ("vggt", "depth_anything_3", "pi3")) < min(
+        asked.index(n) for n in ("timm", "transformers", "dinov2")
+    )
