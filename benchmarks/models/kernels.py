@@ -33,6 +33,7 @@ from lite3r_plugin.runtime.device import release_memory, synchronize
 # The first pattern that a kernel's name matches is its kind. cuBLAS on Hopper names its products nvjet, then a letter for each dtype:
 # q is FP8, h and t are half precision, s is FP32.
 KINDS: tuple[tuple[str, str], ...] = (
+    ("fused by the compiler", r"^triton_(poi|per|red)_"),  # named by what is in it
     ("sparse attention", r"_sparse_linear_kernel|_marginal|_linear_state|_padded_means"),
     ("choice of blocks", r"_select|_moments|_by_error|_columns_kernel|_starts_kernel|_indices_kernel"),
     ("norm, rotation and order of q and k", r"_prepare_kernel"),
@@ -42,7 +43,7 @@ KINDS: tuple[tuple[str, str], ...] = (
     ("other products", r"nvjet|gemm|cutlass|cublas|splitK|_linear_kernel|triton_tem|gemv"),
     ("passes around FP8", r"^_rows_kernel|^_scale_kernel|^_residual_kernel"),
     ("heads, fused", r"_upsample_kernel|_bias_kernel|_embedding_kernel"),
-    ("fused by the compiler", r"^triton_"),
+    ("fused by the compiler, with others", r"^triton_"),
     ("copies", r"[Mm]emcpy|[Mm]emset|copy|CatArray"),
 )
 TOP = 40
@@ -61,7 +62,7 @@ def kernels_of(call: Callable[[], Any], device: torch.device, trace: Path | None
         synchronize(device)
     found: dict[str, tuple[int, float]] = defaultdict(lambda: (0, 0.0))
     for event in profiler.events() or ():
-        if event.device_type == DeviceType.CUDA:
+        if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False):
             count, ms = found[event.name]
             found[event.name] = count + 1, ms + event.time_range.elapsed_us() / 1e3
     if trace is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +20,12 @@ class Trial:
             place of large children. Its method is called, so it must be of the host's class. It may keep what it is called with, which
             the host's own must not.
         inputs: Arguments of one call each.
+        named: Arguments by name, of as many calls; none of any where it is empty.
     """
 
     module: nn.Module
     inputs: Sequence[tuple[Any, ...]]
+    named: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True)

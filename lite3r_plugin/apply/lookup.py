@@ -98,8 +98,13 @@ class Inventory:
             )
 
     def require_rewrites_inside(self, verb: str) -> None:
-        """Raise `NotAppliedError` if something outside of the model was rewritten, or it itself, which is then a part of another."""
-        if any(lies_outside(item, self.modules) for state in self.states for item in state.rewrites):
+        """Raise `NotAppliedError` if something outside of the model was rewritten, or it itself, which is then a part of another.
+
+        In what Lite3R was applied to, or around it, a module that was rewritten may have been replaced since.
+        """
+        inside = set(self.modules.values())
+        parts = [state for state in self.states if state.model not in inside]
+        if any(lies_outside(item, self.modules) for state in parts for item in state.rewrites):
             raise NotAppliedError(f"this {self.name} is a part of the model that Lite3R was applied to: call {verb} on the whole model")
 
     def require_ratios(self, verb: str) -> None:

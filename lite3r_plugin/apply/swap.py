@@ -41,6 +41,7 @@ def put_in(plan: ApplyPlan, changes: Changes) -> ModelState:
         routed=dict(plan.routed), sites=plan.sites, blocks=plan.blocks, hosts=tuple(swap.host for swap in plan.swaps),
         trackers={source: LayoutTracker(source, around) for source, (_, around) in plan.watched.items()},
         rewrites=tuple(plan.rewrites.made.values()), rewritten=plan.rewrites.done, not_rewritten=plan.rewrites.left,
+        model=plan.found.model,
     )  # fmt: skip
     made = {swap.host: SparseLinearAttention(swap.host, swap.site, state, swap.sparse, swap.left) for swap in plan.swaps}
     rounding: dict[nn.Module, nn.Module] = {linear: FakeQuantLinear(linear) for linear in plan.training or ()}

@@ -63,6 +63,7 @@ class ModelState:
         fast: What lies over the forward of the model, where the whole of it runs in another way (`lite3r_plugin.runtime.fast`).
         planner: What plans the memory of its forwards, where there is a limit (`lite3r_plugin.runtime.memory`).
         changed: Modules whose own weights were trained, or had LoRA merged into them: they are no longer those of the host.
+        model: What Lite3R was applied to.
     """
 
     adapter: str
@@ -86,3 +87,4 @@ class ModelState:
     fast: RewrittenMethod | None = None
     planner: RewrittenMethod | None = None
     changed: tuple[nn.Module, ...] = ()
+    model: nn.Module | None = None

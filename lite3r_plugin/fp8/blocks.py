@@ -9,7 +9,7 @@ from torch import nn
 
 from ..adapter.sites import AttentionSite
 from ..config import INNER, Lite3RConfig
-from ..wrapper import belongs_to_tuner, is_tuner_layer, tuner_around
+from ..wrapper import around_and_itself, belongs_to_tuner, is_tuner_layer, tuner_around
 from .linear import Fp8Linear
 from .qat import FakeQuantLinear
 
@@ -101,7 +101,7 @@ def find_linears(modules: Mapping[str, nn.Module], blocks: Mapping[str, Sequence
     for name, module in modules.items():
         if not isinstance(module, (nn.Linear, Fp8Linear)):
             continue
-        around = list(_around_and_itself(name))
+        around = list(around_and_itself(name))
         if not skipped.isdisjoint(around) or belongs_to_tuner(modules, name, around[:-1]):
             continue
         adapter = next((outer for outer in around[:-1] if is_tuner_layer(modules[outer])), name)
@@ -115,15 +115,6 @@ def find_linears(modules: Mapping[str, nn.Module], blocks: Mapping[str, Sequence
                 if own in inner:
                     innermost.add(module)
     return [BlockLinear(module, tuple(dict.fromkeys(names)), tuners[module], module in innermost) for module, names in found.items()]
-
-
-def _around_and_itself(name: str) -> Iterable[str]:
-    """The names of all modules around one, the outermost first, and its own."""
-    yield ""
-    for end in (i for i, character in enumerate(name) if character == "."):
-        yield name[:end]
-    if name:
-        yield name
 
 
 def _around(modules: Mapping[str, nn.Module], fqn: str, single: Callable[[str], bool]) -> str:

@@ -32,7 +32,7 @@ class _Weight:
         original: What it held, if that is kept.
         version: Which version of it was made of that; None where nobody counts, as of tensors made for inference alone.
         narrow: Whether it is BF16 although it is computed with in FP32.
-        side_by_side: Whether it became one with channels side by side (`_with_channels_side_by_side`).
+        strides: Its own, where it became one with channels side by side (`_with_channels_side_by_side`); else None.
         host: What it took the place of, where that is a view, and comes back; None where it is the host's own tensor.
         lost: Whether something else was written to it before this was copied: a copy counts versions of its own.
     """
@@ -44,7 +44,7 @@ class _Weight:
     original: Tensor | None
     version: int | None
     narrow: bool
-    side_by_side: bool
+    strides: tuple[int, ...] | None = None
     host: Tensor | None = None
     lost: bool = False
 
@@ -125,7 +125,7 @@ class HalfWeights:
                 now = tensor.detach()
                 dtype = weight.dtype if now.dtype == weight.given else now.dtype  # of who has made the model another since
                 original = now if weight.original is None or weight.is_new(tensor) else weight.original
-                yield tensor, original.to(dtype).contiguous() if original is now and weight.side_by_side else original.to(dtype)
+                yield tensor, _laid_out(original.to(dtype), weight.strides if original is now else None)
 
     def put_in(self, changes: Changes) -> None:
         """Make them BF16."""
@@ -138,14 +138,14 @@ class HalfWeights:
             before = tensor.data
             original = _in_main_memory(before) if self.kept else None
             host = tensor if tensor._is_view() and not isinstance(tensor, nn.Parameter) else None
-            laid_out = id(tensor) in side_by_side
+            strides = before.stride() if id(tensor) in side_by_side else None
             if host is not None:  # compilers refuse one of another dtype than its base
                 tensor = before.to(dtype)
                 _put(changes, places, tensor)
             else:
-                layout = torch.channels_last if laid_out else torch.preserve_format
+                layout = torch.preserve_format if strides is None else torch.channels_last
                 _exchange(changes, tensor, before.to(dtype, memory_format=layout))
-            self._weights.append(_Weight(places, tensor, before.dtype, dtype, original, _version(tensor), narrow, laid_out, host))
+            self._weights.append(_Weight(places, tensor, before.dtype, dtype, original, _version(tensor), narrow, strides, host))
         for module in self._model.modules():
             if isinstance(module, Fp8Linear) and module.dtype != HALF:
                 self._linears.append((module, module.dtype))
@@ -220,6 +220,11 @@ def _tensors(modules: Iterable[nn.Module]) -> Iterator[tuple[Tensor, Place]]:
         tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for table in tables:
             yield from ((tensor, (table, name)) for name, tensor in table.items() if tensor is not None)
+
+
+def _laid_out(tensor: Tensor, strides: tuple[int, ...] | None) -> Tensor:
+    """`tensor` with these strides, if any are given."""
+    return tensor if strides is None else torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 def _put(changes: Changes, places: Iterable[Place], tensor: Tensor) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,8 +12,9 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from ..adapter.rewrites import ExactRewrite, Trial
-from ..errors import AdapterError
-from ..wrapper import RewrittenMethod, is_plain_tensor
+from ..adapter.trials import RandomCopies, require_equal
+from ..errors import AdapterError, short
+from ..wrapper import RewrittenMethod, around_and_itself, belongs_to_tuner, is_plain_tensor, keeps_copies
 
 
 class PatchProduct(RewrittenMethod):
@@ -68,17 +71,43 @@ def is_without_overlap(convolution: nn.Conv2d) -> bool:
 
 
 def patch_products(fqn: str, module: nn.Module) -> list[ExactRewrite]:
-    """`PatchProduct` of the convolutions without overlap inside the patch embedding `module`, which is called `fqn`."""
+    """`PatchProduct` of the convolutions without overlap inside the patch embedding `module`, which is called `fqn`.
 
-    def trial(convolution: nn.Module) -> Trial:
-        (height, width), generator = convolution.kernel_size, torch.Generator("cpu").manual_seed(0)  # pyright: ignore
-        small = nn.Conv2d(3, 8, (height, width), (height, width), bias=convolution.bias is not None)
-        sizes = [(1, 3, height, width), (2, 3, 2 * height + 1, 3 * width)]
-        return Trial(small, [(torch.randn(*size, generator=generator, device="cpu"),) for size in sizes])
-
-    words = "patches become tokens by a matrix product"
+    One that the code around it does not take with channels side by side, in a trial of the whole embedding, is left alone; so are those
+    that adapters consist of or keep (PEFT).
+    """
+    words, modules = "patches become tokens by a matrix product", dict(module.named_modules())
     return [
-        ExactRewrite(".".join(filter(None, (fqn, name))), words, PatchProduct, trial)
-        for name, inside in module.named_modules()
-        if type(inside) is nn.Conv2d and is_without_overlap(inside)
+        ExactRewrite(".".join(filter(None, (fqn, name))), words, PatchProduct, functools.partial(_trial, module, name))
+        for name, inside in modules.items()
+        if type(inside) is nn.Conv2d and is_without_overlap(inside) and not _is_of_a_tuner(modules, name)
     ]
+
+
+def _is_of_a_tuner(modules: Mapping[str, nn.Module], name: str) -> bool:
+    around = list(around_and_itself(name))[:-1]
+    return belongs_to_tuner(modules, name, around) or any(keeps_copies(modules[outer]) for outer in around)
+
+
+def _trial(embedding: nn.Module, name: str, convolution: nn.Module) -> Trial:
+    """Calls of a small convolution, after one of the whole embedding where its own code runs by itself."""
+    (height, width), channels = convolution.kernel_size, convolution.in_channels  # pyright: ignore
+    generator = torch.Generator("cpu").manual_seed(0)
+    images = torch.randn(2, channels, 2 * height, 3 * width, generator=generator, device="cpu")  # pyright: ignore
+    if name:
+        host, copied = (RandomCopies().of(embedding, {}) for _ in range(2))
+        try:
+            expected = host(images)
+        except Exception:  # it takes other arguments, or images of another size: no more can be told
+            expected = None
+        if expected is not None:
+            inner = copied.get_submodule(name)
+            vars(inner)["forward"] = PatchProduct(inner)
+            try:
+                found = copied(images)
+            except Exception as error:
+                raise AdapterError(f"the code around it takes no channels side by side: {short(error)}") from error
+            require_equal(expected, found, "the embedding around it")
+    small = nn.Conv2d(3, 8, (height, width), (height, width), bias=convolution.bias is not None)  # pyright: ignore
+    sizes = [(1, 3, height, width), (2, 3, 2 * height + 1, 3 * width)]
+    return Trial(small, [(torch.randn(*size, generator=generator, device="cpu"),) for size in sizes])  # pyright: ignore

@@ -139,6 +139,6 @@ def _compare(rewrite: ExactRewrite, trial: Trial) -> None:
     """Raise `AdapterError` with the reason unless the rewrite gives what the host's own method does."""
     rewritten = rewrite.make(trial.module)
     host = getattr(trial.module, rewrite.method)
-    for inputs in trial.inputs:
+    for inputs, named in zip(trial.inputs, trial.named or ({},) * len(trial.inputs), strict=True):
         own, copies = ([x.clone() if isinstance(x, Tensor) else x for x in inputs] for _ in range(2))
-        require_equal(host(*own), rewritten(*copies), f"the host's own {rewrite.method}")
+        require_equal(host(*own, **named), rewritten(*copies, **named), f"the host's own {rewrite.method}")

@@ -13,7 +13,7 @@ from .reading import (
     must_be_called,
 )
 from .rewritten import RewrittenMethod, RewrittenModule
-from .tuners import active_copy, belongs_to_tuner, configs_of_tuners, is_lora, is_tuner_layer, keeps_copies, tuner_around
+from .tuners import active_copy, around_and_itself, belongs_to_tuner, configs_of_tuners, is_lora, is_tuner_layer, keeps_copies, tuner_around
 
 __all__ = [
     "TABLES",
@@ -23,6 +23,7 @@ __all__ = [
     "RewrittenModule",
     "active_copy",
     "argument_names",
+    "around_and_itself",
     "belongs_to_tuner",
     "by_name",
     "calls_are_seen",

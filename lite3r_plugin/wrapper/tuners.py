@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -31,6 +31,15 @@ def active_copy(module: nn.Module) -> nn.Module:
     names = [] if module.disable_adapters else list(module.active_adapters)  # pyright: ignore[reportArgumentType, reportCallIssue]
     running: Any = copies[names[0]] if names and names[0] in copies else module.original_module
     return running
+
+
+def around_and_itself(name: str) -> Iterator[str]:
+    """The names of all modules around one, the outermost first, and its own."""
+    yield ""
+    for end in (i for i, character in enumerate(name) if character == "."):
+        yield name[:end]
+    if name:
+        yield name
 
 
 def tuner_around(modules: Mapping[str, nn.Module], around: Iterable[str]) -> nn.Module | None:

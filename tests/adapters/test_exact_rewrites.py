@@ -487,7 +487,12 @@ def test_convolutions_after_the_upsampling_come_before_it(build: Callable[[], nn
 
 
 @pytest.mark.parametrize(
-    ("body", "reason"), [("own(self, *maps, size=size).relu()", "differs"), ("other(self, *maps, size=size)", "there is no")]
+    ("body", "reason"),
+    [
+        ("own(self, *maps, size=size).relu()", "differs"),
+        ("own(self, *maps, size=size) if size is None else own(self, *maps).mean()", "differs"),
+        ("other(self, *maps, size=size)", "there is no"),
+    ],
 )
 def test_fusion_blocks_that_are_written_otherwise_are_left(body: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What follows the convolution would come before it; and a function that nobody knows may do anything."""
@@ -502,6 +507,50 @@ def test_fusion_blocks_that_are_written_otherwise_are_left(body: str, reason: st
     assert all(reason in why for why in left.values()), left
 
 
+@torch.no_grad()
+def test_a_fusion_block_that_takes_no_size_is_not_given_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_vggt()
+    block = model.depth_head.scratch.refinenet1
+    maps = [torch.randn(1, block.out_conv.in_channels, 3, 4) for _ in range(2)]
+    apply_lite3r(model, DENSE)
+    made = model.depth_head.scratch.refinenet1
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr(made, "run_host", lambda *given, **named: seen.append(named))
+    handle = made.out_conv.register_forward_hook(lambda *_: None)
+    made(*maps)
+    made(*maps, size=(7, 5))
+    handle.remove()
+    assert seen == [{}, {"size": (7, 5)}]
+
+
+@pytest.mark.parametrize("name", ["aggregator.patch_embed.proj", "aggregator.rope", "depth_head", "depth_head.scratch.refinenet1"])
+def test_a_module_that_was_replaced_since_does_not_keep_lite3r_in(name: str) -> None:
+    model, fresh = small_vggt(), small_vggt()
+    apply_lite3r(model, DENSE)
+    owner, _, child = name.rpartition(".")
+    setattr(model.get_submodule(owner), child, fresh.get_submodule(name))
+    with pytest.raises(NotAppliedError, match="a part of the model"):
+        remove_lite3r(model.aggregator)
+    wrapped = nn.Sequential(model)
+    remove_lite3r(wrapped)
+    assert not lite3r_modules(model)
+    with torch.no_grad():
+        model(torch.rand(IMAGES))
+
+
+def test_copies_that_peft_keeps_are_not_rewritten() -> None:
+    """They leave with the adapter."""
+    peft = pytest.importorskip("peft")
+    model = small_vggt()
+    config = peft.LoraConfig(r=2, target_modules=r".*patch_embed\.proj", modules_to_save=["refinenet1"])
+    wrapped = peft.get_peft_model(model, config)
+    apply_lite3r(wrapped, DENSE)
+    assert not any("lora" in line or "modules_to_save" in line for line in describe(wrapped).rewritten)
+    unloaded = wrapped.merge_and_unload()
+    remove_lite3r(wrapped)
+    assert not lite3r_modules(unloaded)
+
+
 def plan_of(model: nn.Module) -> Any:
     """What would be rewritten, and what would not."""
     found = plan_rewrites(model, dict(model.named_modules()))
@@ -509,9 +558,11 @@ def plan_of(model: nn.Module) -> Any:
     return found
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @torch.no_grad()
-def test_weights_in_bf16_lie_as_the_maps_of_a_head_do() -> None:
+def test_weights_in_bf16_lie_as_the_maps_of_a_head_do(layout: torch.memory_format) -> None:
     model, images = small_vggt(), torch.rand(IMAGES)
+    model.depth_head.to(memory_format=layout)
     before = {name: (p.clone(), p.stride()) for name, p in model.named_parameters()}
     apply_lite3r(model, DENSE, weights="bf16")
     convolutions = [m for m in model.depth_head.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)) and max(m.kernel_size) > 1]

@@ -94,6 +94,33 @@ def test_other_convolutions_are_refused(module: nn.Module) -> None:
         PatchProduct(module)
 
 
+class Embedding(nn.Module):
+    """Patches as tokens, by a view that a fork has."""
+
+    def __init__(self, by: str) -> None:
+        super().__init__()
+        self.by, self.proj = by, nn.Conv2d(3, 8, 4, 4)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.proj(images)
+        if self.by == "rows":
+            return x.view(len(x), -1)
+        if self.by == "memory":
+            return torch.as_strided(x, (4,), (1,))
+        return x.flatten(2).transpose(1, 2)
+
+
+@pytest.mark.parametrize(("by", "reason"), [("tokens", None), ("rows", "takes no channels side by side"), ("memory", "differs")])
+def test_the_code_around_it_is_tried_too(by: str, reason: str | None) -> None:
+    (rewrite,) = patch_products("embedding", Embedding(by))
+    assert rewrite.trial is not None
+    if reason is None:
+        rewrite.trial(nn.Conv2d(3, 8, 4, 4))
+    else:
+        with pytest.raises(AdapterError, match=reason):
+            rewrite.trial(nn.Conv2d(3, 8, 4, 4))
+
+
 def test_it_is_put_in_by_name_and_described() -> None:
     embedding = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Identity())
     (found,) = patch_products("encoder", embedding)

@@ -16,7 +16,10 @@ _UPPER = -65536  # of the 32 bits of a number those that BF16 has
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """As `naive.linear`, of `x` ``[..., C]`` in FP32 and a `weight` in BF16. A compiler may fuse what is before and after the product."""
+    """As `naive.linear`, of `x` ``[..., C]`` in FP32 and a finite `weight` in BF16: of an infinite one the result is NaN.
+
+    A compiler may fuse what is before and after the product.
+    """
     outputs, inputs = weight.shape
     parts = in_parts(x.reshape(-1, inputs))
     products = (products_operator if torch.compiler.is_compiling() else _products)(parts, weight)
@@ -27,6 +30,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def in_parts(x: Tensor) -> Tensor:
     """``[rows, C]`` in FP32 as ``[3 rows, C]`` in BF16: numbers whose sum is that of x, the largest first; infinities are in the first.
+    Of numbers below 1e-33 the last digits are lost, where BF16 has no smaller ones.
 
     The digits are cut, and not rounded: compilers leave out what only rounds (BF16 and back), and what is cut is in BF16 already.
     """
