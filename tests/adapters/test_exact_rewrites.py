@@ -486,6 +486,26 @@ def test_convolutions_after_the_upsampling_come_before_it(build: Callable[[], nn
     assert not any(isinstance(module, MixedFirst) for module in model.modules())
 
 
+@pytest.mark.parametrize("build", [small_vggt, small_da3])
+@torch.no_grad()
+def test_another_module_in_the_place_of_the_convolution_comes_where_the_host_has_it(build: Callable[[], nn.Module]) -> None:
+    model = build()
+    apply_lite3r(model, DENSE)
+    block: Any = next(module for name, module in model.named_modules() if name.endswith("refinenet1"))
+    plain, maps = block.out_conv, [torch.randn(1, block.out_conv.in_channels, 3, 4) for _ in range(2)]
+
+    def as_the_host() -> bool:
+        return torch.equal(block(*(x.clone() for x in maps)), block.run_host(*(x.clone() for x in maps)))
+
+    wide, padded = (nn.Conv2d(plain.in_channels, plain.out_channels, size, padding=1) for size in (3, 1))
+    for other in (nn.Sequential(plain, nn.ReLU()), wide, padded):
+        block.out_conv = other
+        assert as_the_host()
+    block.out_conv = plain
+    plain.forward = lambda x: nn.Conv2d.forward(plain, x).relu()
+    assert as_the_host()
+
+
 @pytest.mark.parametrize(
     ("body", "reason"),
     [

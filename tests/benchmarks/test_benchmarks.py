@@ -472,3 +472,20 @@ def test_the_benchmark_of_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert (dense["sparse"], dense["dense"], dense["host"]) == (0, 16, 0)
     assert (sparse["sparse"], sparse["dense"], sparse["host"]) == (16, 0, 0)
     assert capsys.readouterr().out.count("ms a frame") == 3
+
+
+def test_kernels_are_told_by_their_names() -> None:
+    """Those of a stored run, and what a compiler has fused, whatever is in its name."""
+    import kernels
+
+    stored = json.loads((BENCHMARKS / "results" / "h200_kernels_vggt.json").read_text())
+    for row in stored["rows"]:
+        assert {kernel["name"]: kernel["kind"] for kernel in row["kernels"]} == {
+            k["name"]: kernels.kind_of(k["name"]) for k in row["kernels"]
+        }
+        assert row["kernels_ms"] == pytest.approx(sum(row["kinds"].values()))
+    assert kernels.kind_of("triton_poi_fused_convolution_relu_3") == "fused by the compiler"
+    assert kernels.by_kind({"_rows_kernel": (2, 1.0), "_scale_kernel": (1, 0.5), "memcpy": (1, 2.0)}) == {
+        "copies": 2.0,
+        "passes around FP8": 1.5,
+    }
