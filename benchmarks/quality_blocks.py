@@ -87,7 +87,7 @@ class Blocks:
         self.order = order
         self.scale = self.q.shape[-1] ** -0.5 if inputs.scale is None else inputs.scale
         self.heads, self.tokens, self.dim = self.q.shape
-        self.pinned_rows, self.pinned = -(-pinned // BLOCK_Q), -(-pinned // BLOCK_K)
+        self.pinned_rows, self.pinned = -(-pinned.queries // BLOCK_Q), -(-pinned.keys // BLOCK_K)
         self.all_rows, self.columns = -(-self.tokens // BLOCK_Q), -(-self.tokens // BLOCK_K)
         rows = torch.arange(self.pinned_rows, self.all_rows, device=self.q.device)
         if queries is not None and len(rows) > queries:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack  # of the type checker
 
 Scope = Literal["global", "frame", "encoder", "camera"]
-Pin = Literal["none", "special", "reference"]
+Pin = Literal["none", "special", "reference_keys", "reference"]
 Precision = Literal["full", "fp8_qat", "fp8"]
 Fp8Backend = Literal["auto", "scaled_mm", "te", "weight_only", "emulated"]
 Preset = Literal["fast", "small"]
@@ -147,7 +147,7 @@ class Lite3RConfig:
             ``negligible_ratio``.
         pin: Which tokens attend to all tokens while all attend to them, whatever ``keep_ratio`` says. ``"special"``: camera, register
             and class tokens; ``"reference"``: those, and the patches of the first view, which defines the coordinate frame;
-            ``"none"``.
+            ``"reference_keys"``: the same, but these patches do not attend to all tokens themselves; ``"none"``.
         dense_below: Sites with fewer tokens than this run dense, because sparse attention does not pay there; keys, where those are others.
             ``None``: where measurements say so for the length and density at hand (`lite3r_plugin.costs.attention.break_even`);
             without a CUDA GPU all sites do.

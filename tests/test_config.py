@@ -56,7 +56,7 @@ class Unhashable:
         ({"block_choice": "means"}, "block_choice must be one of"),
         ({"block_choice": "error", "block_means": False}, "needs block_means=True"),
         ({"block_choice": "error", "negligible_ratio": 0.1}, "negligible_ratio is 0.1: leave it at 0"),
-        ({"pin": True}, "pin must be one of ('none', 'special', 'reference'), got True"),
+        ({"pin": True}, "pin must be one of ('none', 'special', 'reference_keys', 'reference'), got True"),
         ({"fp8_filter": (1,)}, "fp8_filter holds patterns of names of Linears"),
         ({"fp8_filter": 3}, 'fp8_filter is a tuple of patterns, "inner" or a function'),
         ({"fp8_filter": "*.mlp.*"}, 'fp8_filter is a tuple of patterns, "inner" or a function'),

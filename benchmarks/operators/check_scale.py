@@ -62,7 +62,7 @@ def check(
 ) -> dict[str, Any]:  # fmt: skip
     """Run the operator and compare `samples` query blocks. Returns what was seen."""
     layout = TokenLayout((Views(GRID, views, SPECIAL),))
-    tokens, pinned = layout.num_tokens, pinned_tokens(layout, "reference")
+    tokens, pinned = layout.num_tokens, pinned_tokens(layout, "reference").keys
     generator = torch.Generator(device).manual_seed(0)
     qkv = torch.randn(1, tokens, 3, heads, dim, device=device, dtype=dtype, generator=generator)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)

@@ -21,6 +21,7 @@ from lite3r_plugin.attention.state import ModelState
 from lite3r_plugin.ops.block_map import block_map, kept_blocks
 from lite3r_plugin.ops.qk_norm_rope import prepare_qkv
 from lite3r_plugin.ops.sla import sparse_linear_attention
+from lite3r_plugin.tokens.layout import NOTHING
 
 BLOCK_Q, BLOCK_K = 128, 64
 MAX_INDEX_BYTES = 8e9  # of SAF3R's indices, one for each query and kept key
@@ -146,7 +147,7 @@ def ours(p: Problem) -> Iterator[Contestant]:
     yield Contestant("ours, branch over all tokens", over_all, forward)
     yield Contestant("ours, sparse alone", run, sparse_work(p, False, False)[0], same_as="sparse")
     site = _policy(p)
-    work = forward if site.pays(p.q, 0) else next(dense(p)).forward
+    work = forward if site.pays(p.q, NOTHING) else next(dense(p)).forward
 
     def decide() -> Tensor:
         with _backend(p, SDPBackend.CUDNN_ATTENTION):

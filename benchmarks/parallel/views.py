@@ -148,7 +148,7 @@ def scene_of(sites: list[SparseLinearAttention], views: int, run: Callable[[], A
     config, v, layout = sites[0].state.config, seen[0].v, seen[0].layout
     return Scene(
         views, v.shape[2] // views, width=v.shape[1] * v.shape[3], sites=len(sites),
-        pinned=0 if layout is None else pinned_tokens(layout, config.pin), element_bytes=v.element_size(), block_q=config.block_q,
+        pinned=0 if layout is None else pinned_tokens(layout, config.pin).queries, element_bytes=v.element_size(), block_q=config.block_q,
         heads=v.shape[1],
     )  # fmt: skip
 

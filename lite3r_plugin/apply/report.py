@@ -38,7 +38,7 @@ class SiteDescription:
         keep_ratio: In (0, 1]; 1 where it stays dense, NaN where it waits for `choose_keep_ratios`.
         calls: What ran so far.
         left: Why the host's own code runs in every call; None where it does not.
-        pinned: What is always kept, whatever the keep ratio says: ``"special tokens"``, ``"reference view"``.
+        pinned: What is always kept, whatever the keep ratio says: ``"special tokens"``, ``"reference view"``, ``"reference view as keys"``.
     """
 
     fqn: str
@@ -275,7 +275,8 @@ def _pinned(module: SparseLinearAttention) -> tuple[str, ...]:
     if not module.sparse or module.left is not None or module.keep_ratio == 1 or tokens is None or pin == "none":
         return ()
     special = ("special tokens",) if isinstance(tokens, LayoutFunction) or tokens.has_special_tokens else ()
-    return special + (("reference view",) if pin == "reference" and module.site.scope == "global" else ())
+    reference = {"reference": ("reference view",), "reference_keys": ("reference view as keys",)}.get(pin, ())
+    return special + (reference if module.site.scope == "global" else ())
 
 
 def _interrupted(found: Inventory, state: ModelState) -> Iterator[str]:

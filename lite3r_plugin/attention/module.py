@@ -28,7 +28,7 @@ from ..ops.dispatch import SlowPathWarning, require_one_device, use_triton
 from ..ops.fp8 import fake_quantize
 from ..ops.qk_norm_rope import norm_rope
 from ..ops.sla import KeyCache, KeyTokens, SegmentMask, linear_attention, sparse_linear_attention
-from ..tokens.layout import pinned_tokens
+from ..tokens.layout import NOTHING, Pinned, pinned_tokens
 from ..tokens.tracker import LayoutTracker, Source, call, checked
 from ..wrapper import Changes, HostWrapper, may_be_read
 from .branch import branch_weight, make_branch, write_branch
@@ -270,11 +270,11 @@ class SparseLinearAttention(HostWrapper):
         k, v = in_calls(k, cache, tokens), in_calls(v, cache, tokens)
         self._streams.keep(stream, k, v)
         proj, all_tokens = self.projection(inputs.v), stream.keys.tokens
-        pinned = self.pinned(layout) if first or layout is None else min(self.pinned(layout), layout.special_tokens)
+        pinned = self.pinned(layout).queries if first or layout is None else min(self.pinned(layout).queries, layout.special_tokens)
         prepared = tokens + (all_tokens // MARGINAL_SHARE if proj is not None and config.linear_branch == "marginal" else 0)
         options: dict[str, Any] = dict(scale=inputs.scale, backend=config.attention_backend)
-        if self.pays(stream.keys.v, stream.keys.pinned_tokens, tokens, pinned, prepared):
-            self.begin_sparse(tokens, 0, (all_tokens, stream.keys.pinned_tokens))
+        if self.pays(stream.keys.v, Pinned(pinned, stream.keys.pinned_tokens), tokens, prepared):
+            self.begin_sparse(tokens, Pinned(0, stream.keys.pinned_tokens), all_tokens)
             out = stream.keys.attend(
                 queries, keep_ratio=self.keep_ratio, negligible_ratio=config.negligible_ratio, pinned_tokens=pinned, proj=proj,
                 linear="none" if proj is None else config.linear_branch, feature_map=config.feature_map, block_means=config.block_means,
@@ -363,14 +363,15 @@ class SparseLinearAttention(HostWrapper):
 
     def _sparse_linear(self, inputs: AttentionInputs, proj: Tensor | None, mask: SegmentMask | None, keep_ratio: float) -> Tensor:
         config, layout = self.state.config, inputs.layout
-        keys = None
+        pinned, keys = self.pinned_in(inputs), None
         if inputs.crossed:
-            keys = KeyTokens(self.order(inputs.key_layout, inputs.v), self.pinned(inputs.key_layout), inputs.key_positions)
+            keys = KeyTokens(self.order(inputs.key_layout, inputs.v), pinned.keys, inputs.key_positions)
         return sparse_linear_attention(
             inputs.q, inputs.k, inputs.v,
             q_norm=inputs.q_norm, k_norm=inputs.k_norm, positions=inputs.positions, rope_base=inputs.rope_base, scale=inputs.scale,
             keep_ratio=keep_ratio, negligible_ratio=config.negligible_ratio, order=self.order(layout, inputs.v),
-            pinned_tokens=self.pinned(layout), keys=keys, mask=mask, linear="none" if proj is None else config.linear_branch, proj=proj,
+            pinned_tokens=pinned.queries, pinned_keys=None if inputs.crossed else pinned.keys, keys=keys, mask=mask,
+            linear="none" if proj is None else config.linear_branch, proj=proj,
             feature_map=config.feature_map, block_means=config.block_means, block_choice=config.block_choice,
             block_q=config.block_q, block_k=config.block_k, backend=config.attention_backend,
         )  # fmt: skip
@@ -405,16 +406,16 @@ class SparseLinearAttention(HostWrapper):
             f"block_choice={config.block_choice}, backend={config.attention_backend}"
         )
 
-    def pays(self, v: Tensor, pinned: int, queries: int | None = None, pinned_queries: int = 0, prepared: int | None = None) -> bool:
-        """Whether this site is to run sparse for values `v` ``[B, H, N, D]``, `pinned` of whose N tokens are always kept.
+    def pays(self, v: Tensor, pinned: Pinned, queries: int | None = None, prepared: int | None = None) -> bool:
+        """Whether this site is to run sparse for values `v` ``[B, H, N, D]``.
 
         Never where nothing is to be dropped, from `Lite3RConfig.dense_below` tokens on where that is set, and else where it is expected
         to be faster (`lite3r_plugin.costs.attention`): never on a CPU. An unknown GPU may be measured for that, some seconds, once.
 
         Args:
             v: The values.
-            pinned: Of them.
-            queries, pinned_queries: How many queries there are, and how many attend to all keys, where they are other tokens.
+            pinned: Queries that attend to all of the N keys, and those of them to which all queries attend.
+            queries: How many queries there are, where they are other tokens.
             prepared: Tokens whose queries, keys and values are prepared in this call; None: all.
         """
         config, (batch, num_heads, tokens, dim) = self.state.config, v.shape
@@ -424,23 +425,22 @@ class SparseLinearAttention(HostWrapper):
             return tokens >= config.dense_below
         compiling = torch.compiler.is_compiling()
         may_measure = not compiling and not (v.is_cuda and torch.cuda.is_current_stream_capturing())
-        if queries is None:
-            return break_even(v.device, *self.shares, may_measure).pays(batch * num_heads * dim, tokens, pinned)
-        prepared = (queries + 2 * tokens) // 3 if prepared is None else prepared
         rule = break_even(v.device, *self.shares, may_measure)
-        return rule.pays_across(batch * num_heads * dim, queries, pinned_queries, tokens, pinned, prepared)
+        if queries is None:
+            queries, prepared = tokens, tokens
+        elif prepared is None:
+            prepared = (queries + 2 * tokens) // 3
+        return rule.pays(batch * num_heads * dim, queries, pinned.queries, tokens, pinned.keys, prepared)
 
     def _attend(self, inputs: AttentionInputs) -> Tensor:
         if self.sparse and self.state.config.attention_backend == "triton":
             use_triton("triton", inputs.v)  # raises also where this length runs dense
-        proj, pinned = self.projection(inputs.v), self.pinned(inputs.layout)
+        proj, pinned = self.projection(inputs.v), self.pinned_in(inputs)
         if inputs.mask is not None:
             return self._attend_masked(inputs, proj)
-        queries, keys = inputs.q.shape[-2], None
-        if inputs.crossed:
-            keys = inputs.v.shape[-2], self.pinned(inputs.key_layout)
+        queries, keys = inputs.q.shape[-2], inputs.v.shape[-2]
         v = inputs.v if inputs.num_heads is None else inputs.v[:, :1].expand(-1, inputs.num_heads, -1, -1)  # some run as all would
-        if not (self.pays(v, pinned) if keys is None else self.pays(v, keys[1], queries, pinned)):
+        if not self.pays(v, pinned, queries if inputs.crossed else None):
             return self.dense(inputs, proj if self.begin_dense() else None)
         self.begin_sparse(queries, pinned, keys)
         if self.trains_in_te():
@@ -538,7 +538,7 @@ class SparseLinearAttention(HostWrapper):
         config = self.state.config
         key = (mask.before, mask.after, mask.sink, layout, self.keep_ratio)
         if self._density is None or self._density[0] != key:
-            share = masked_density(self.allowed(mask, layout), self.keep_ratio, self.pinned(layout), config.block_q, config.block_k)
+            share = masked_density(self.allowed(mask, layout), self.keep_ratio, *self.pinned(layout), config.block_q, config.block_k)
             self._density = key, share
         return self._density[1]
 
@@ -553,11 +553,11 @@ class SparseLinearAttention(HostWrapper):
         self.count("dense")
         return self.keep_ratio == 1 and self.state.config.linear_branch == "all"
 
-    def begin_sparse(self, queries: int, pinned: int, keys: tuple[int, int] | None) -> None:
-        """Count a call that runs sparse, of so many queries and pinned ones, and keys and pinned ones where they are other tokens."""
+    def begin_sparse(self, queries: int, pinned: Pinned, keys: int) -> None:
+        """Count a call that runs sparse, of so many queries and keys."""
         config = self.state.config
         if not torch.compiler.is_compiling():
-            self.count("sparse", density(queries, self.keep_ratio, pinned, config.block_q, config.block_k, keys=keys))
+            self.count("sparse", density(queries, keys, self.keep_ratio, *pinned, config.block_q, config.block_k))
 
     def trains_in_te(self) -> bool:
         """Whether TransformerEngine runs `proj_lin` in this call."""
@@ -581,9 +581,13 @@ class SparseLinearAttention(HostWrapper):
         """The layout of the running forward's sequence of `tokens` tokens, which are queries. Raises `LayoutError`."""
         return self._tokens.layout(self.site.fqn, tokens, args, kwargs)
 
-    def pinned(self, layout: TokenLayout | None) -> int:
+    def pinned(self, layout: TokenLayout | None) -> Pinned:
         """How many tokens of a sequence, the first in `order`, are always kept."""
-        return pinned_tokens(layout, self.state.config.pin) if layout is not None else 0
+        return pinned_tokens(layout, self.state.config.pin) if layout is not None else NOTHING
+
+    def pinned_in(self, inputs: AttentionInputs) -> Pinned:
+        """The queries and the keys of a call that are always kept, which may be of two sequences."""
+        return Pinned(self.pinned(inputs.layout).queries, self.pinned(inputs.key_layout if inputs.crossed else inputs.layout).keys)
 
     def order(self, layout: TokenLayout | None, like: Tensor) -> Tensor | None:
         """The order ``[N]`` of the tokens of a sequence, on the device of `like`."""

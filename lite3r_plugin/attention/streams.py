@@ -150,7 +150,7 @@ def pinned_keys(layout: TokenLayout | None, pin: Pin, first: bool) -> int:
     if layout is None or pin == "none":
         return 0
     together = TokenLayout(layout.parts * 2, layout.reference)  # a view is the reference of others
-    return pinned_tokens(together, pin) - layout.special_tokens if first else layout.special_tokens
+    return pinned_tokens(together, pin).keys - layout.special_tokens if first else layout.special_tokens
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

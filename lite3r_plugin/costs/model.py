@@ -69,10 +69,10 @@ class SparseShares(NamedTuple):
         """Share of the keys, of a query that is not pinned, whose scores are computed one by one."""
         return self.kept / BILLION
 
-    def of_scores(self, tokens: int, pinned: int) -> float:
-        """Share of the scores over `tokens` tokens, `pinned` of which are always kept, that is computed."""
-        free = (tokens - pinned) / tokens
-        return 1 - (1 - self.mean_share) * (1 - self.keep_ratio) * free**2
+    def of_scores(self, tokens: int, pinned_queries: int, pinned_keys: int) -> float:
+        """Share of the scores over `tokens` tokens that is computed."""
+        free = (tokens - pinned_queries) * (tokens - pinned_keys) / tokens**2
+        return 1 - (1 - self.mean_share) * (1 - self.keep_ratio) * free
 
     @property
     def mean_share(self) -> float:
@@ -81,9 +81,9 @@ class SparseShares(NamedTuple):
 
 
 class BreakEven(NamedTuple):
-    """Sparse attention pays where ``width * (gain * free**2 - loss * N**2 - tokens * N) > call``, `free` of N tokens not pinned.
+    """Sparse attention pays where ``width * (gain * free - loss * M * N - tokens * prepared) > call``.
 
-    Where keys are other tokens than queries, squares are products of both numbers.
+    `free` is the number of pairs of M queries and N keys neither of which is pinned.
 
     The numbers are whole and know no size of a tensor, so that a graph of `torch.compile` is guarded by arithmetic on sizes alone.
     All count thousandths of what a dense score costs (`AttentionCosts.dense`); width is batch times heads times head dimension.
@@ -94,13 +94,8 @@ class BreakEven(NamedTuple):
     tokens: int
     call: int
 
-    def pays(self, width: int, tokens: int, pinned: int) -> bool:
-        """Whether it does for `tokens` tokens, `pinned` of which are always kept."""
-        free = tokens - pinned
-        return width * (self.gain * free * free - self.loss * tokens * tokens - self.tokens * tokens) > self.call
-
-    def pays_across(self, width: int, queries: int, pinned_queries: int, keys: int, pinned_keys: int, prepared: int) -> bool:
-        """Whether it does for queries and keys of other tokens, of which some are pinned.
+    def pays(self, width: int, queries: int, pinned_queries: int, keys: int, pinned_keys: int, prepared: int) -> bool:
+        """Whether it does for so many queries and keys, of which some are pinned.
 
         Linear costs are of `prepared` tokens, a third each for queries, keys and values: fewer where some were prepared in other calls.
         """

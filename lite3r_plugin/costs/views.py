@@ -39,7 +39,7 @@ class Scene:
         width: Heads times head dimension, of keys.
         heads: Heads.
         sites: How many sites attend over all views.
-        pinned: Tokens that all queries attend to; all of them, of all views.
+        pinned: Queries that attend to all keys; all of them, of all views.
         element_bytes: Of a number that travels: 2 for BF16.
         block_q: Tokens of a query block.
     """

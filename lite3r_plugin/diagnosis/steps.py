@@ -156,9 +156,10 @@ def _saved(facts: Facts, wanted: dict[str, AttentionSite], part: str, queries: t
     tokens, width = queries[-2], 1
     for size in (*queries[:-2], queries[-1]):
         width *= size
-    reference = facts.config.pin == "reference" and wanted[fqn].scope == "global" and (facts.views or 1) > 1
-    pinned = tokens // (facts.views or 1) if reference else 0
-    share = SparseShares.of(facts.config, fqn).of_scores(tokens, pinned)
+    several = wanted[fqn].scope == "global" and (facts.views or 1) > 1
+    view = tokens // (facts.views or 1) if several else 0
+    queries_too, keys = facts.config.pin == "reference", facts.config.pin in ("reference", "reference_keys")
+    share = SparseShares.of(facts.config, fqn).of_scores(tokens, view if queries_too else 0, view if keys else 0)
     return costs.milliseconds(width, tokens, None) - costs.milliseconds(width, tokens, share)
 
 

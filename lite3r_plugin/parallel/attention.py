@@ -75,14 +75,14 @@ class SpreadAttention:
                 "fp8_backend before parallelize_views"
             )
         rows = self._rows(layout or _without_grid(tokens), sizes, module, v.device, v.shape[-2] - sizes[spread.rank])
-        pinned = rows.pinned_keys if layout is not None else 0
+        pinned = module.pinned(layout)
 
         def pays() -> bool:
             return module.pays(v[:, :, :1].expand(-1, -1, tokens, -1), pinned)
 
         key = ("pays", module.keep_ratio, v.shape[:2], v.shape[-1], tokens, pinned, id(module.state))
         if self.group.agree(key, pays, v.device):
-            module.begin_sparse(tokens, pinned, None)
+            module.begin_sparse(tokens, pinned, tokens)
             return self._sparse(module, inputs, rows, sizes, proj, spread)
         branch = (proj, config.feature_map) if module.begin_dense() and proj is not None else None
         q, k, v = (_without_stand_in(x, spread) for x in (*module.finished(inputs), v))

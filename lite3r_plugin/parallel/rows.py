@@ -63,7 +63,7 @@ def plan_rows(
     order = token_order(layout)
     tokens, ranks, pinned = len(order), len(held), pinned_tokens(layout, pin)
     rows = -(-tokens // block_q)
-    pinned_rows = min(-(-pinned // block_q), rows)
+    pinned_rows = min(-(-pinned.queries // block_q), rows)
     shares, pinned_shares = [], []
     for one in range(ranks):
         bounds = [
@@ -90,6 +90,6 @@ def plan_rows(
         returning=torch.cat((returning[:stand_in], returning)).to(device),
         arranged=arranged.int().to(device),
         pinned=pinned_shares[rank],
-        pinned_keys=pinned,
+        pinned_keys=pinned.keys,
         order=order.to(device),
     )

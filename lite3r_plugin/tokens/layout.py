@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -43,14 +45,30 @@ def token_order(layout: TokenLayout, device: torch.device | str = "cpu") -> Tens
     return torch.cat((*special, *reference, *patches))
 
 
-def pinned_tokens(layout: TokenLayout, pin: Pin) -> int:
-    """How many tokens at the start of `token_order` are always kept. In a sequence of one view there is no reference view."""
+class Pinned(NamedTuple):
+    """How many tokens at the start of `token_order` are always kept.
+
+    Attributes:
+        queries: Those that attend to all tokens.
+        keys: Those to which all tokens attend.
+    """
+
+    queries: int
+    keys: int
+
+
+NOTHING = Pinned(0, 0)
+
+
+def pinned_tokens(layout: TokenLayout, pin: Pin) -> Pinned:
+    """The tokens that are always kept. In a sequence of one view there is no reference view."""
     if pin == "none":
-        return 0
+        return NOTHING
     special = layout.special_tokens
     if pin == "special" or layout.reference is None or layout.views < 2:
-        return special
-    return special + _view(layout, layout.reference).patches_per_view
+        return Pinned(special, special)
+    both = special + _view(layout, layout.reference).patches_per_view
+    return Pinned(special if pin == "reference_keys" else both, both)
 
 
 def _view(layout: TokenLayout, index: int) -> Views:

@@ -37,6 +37,7 @@ from ..errors import AdapterError, ConfigError, InputError, WeightsError, shown
 from ..ops.block_map import Allowed, density, masked_density
 from ..ops.options import check_ratio, is_int, is_number
 from ..scene.metrics import auc, pair_errors
+from ..tokens.layout import Pinned
 from ..wrapper import Changes, must_be_called
 from .judge import Errors, Judge
 from .outputs import OutputReader, Outputs, compare
@@ -196,7 +197,7 @@ class _Call:
 
     width: int
     tokens: tuple[int, int]
-    pinned: tuple[int, int]
+    pinned: Pinned
     allowed: Allowed | None
 
 
@@ -230,8 +231,7 @@ class _Sizes:
             self._masked.add(fqn)
             return
         batch, heads, keys, dim = inputs.v.shape
-        key_layout = inputs.key_layout if inputs.crossed else inputs.layout
-        pinned = site.pinned(inputs.layout), site.pinned(key_layout)
+        pinned = site.pinned_in(inputs)
         allowed = None if mask is None else site.allowed(mask, inputs.layout)
         if not self.calls[fqn] and _has_branch(site, inputs.v):
             self.branches.add(fqn)
@@ -263,10 +263,8 @@ class _Sizes:
             return 1.0
         config = self._sites[fqn].state.config
         if call.allowed is not None:
-            return masked_density(call.allowed, ratio, call.pinned[0], config.block_q, config.block_k)
-        return density(
-            call.tokens[0], ratio, call.pinned[0], config.block_q, config.block_k, keys=(call.tokens[1], call.pinned[1])
-        )  # fmt: skip
+            return masked_density(call.allowed, ratio, *call.pinned, config.block_q, config.block_k)
+        return density(*call.tokens, ratio, *call.pinned, config.block_q, config.block_k)
 
 
 class Costs:

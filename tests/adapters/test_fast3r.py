@@ -106,12 +106,12 @@ def test_layouts() -> None:
 def test_the_first_view_is_the_reference() -> None:
     """What is kept are its patches, whatever the sizes of the others."""
     model = make()
-    apply_lite3r(model, TEST_CONFIG, keep_ratio=0.2, pin="reference")
+    apply_lite3r(model, TEST_CONFIG, keep_ratio=0.2, pin="reference_keys")
     site: Any = model.decoder.dec_blocks[0].attn
-    pinned: list[int] = []
+    pinned: list[Any] = []
     with site.observe(lambda module, inputs, out: pinned.append(module.pinned(inputs.layout))):
         run(model)
-    assert pinned == [60]
+    assert pinned == [(0, 60)]
 
 
 def test_threads() -> None:

@@ -89,8 +89,8 @@ def test_layouts(reference: bool) -> None:
         with site.observe(lambda module, inputs, out: seen.setdefault(module.site.scope, (inputs.layout, module.pinned(inputs.layout)))):
             run(model)
     whole = TokenLayout((Views((4, 6), 3, trailing_tokens=2), 1), 0 if reference else None)
-    assert seen["global"] == (whole, 7 + 24 * reference)
-    assert seen["frame"] == (TokenLayout((Views((4, 6), trailing_tokens=2),)), 2)
+    assert seen["global"] == (whole, (7 + 24 * reference, 7 + 24 * reference))
+    assert seen["frame"] == (TokenLayout((Views((4, 6), trailing_tokens=2),)), (2, 2))
 
 
 @pytest.mark.parametrize("option", [{"growing": True}, {"gain": 1.5}])

@@ -36,7 +36,7 @@ def test_calls_and_density() -> None:
     calls = {site.fqn: site.calls for site in describe(model).sites}
     assert (calls["cross.0"].sparse, calls["cross.0"].dense) == (3, 0)
     assert (calls["cross.1"].sparse, calls["cross.1"].dense) == (0, 3)
-    assert calls["cross.0"].density == density(246, 0.3, 6, 16, 16)
+    assert calls["cross.0"].density == density(246, 246, 0.3, 6, 6, 16, 16)
     assert calls["cross.1"].density is None
 
 
@@ -80,6 +80,7 @@ def test_what_is_pinned_is_said_where_something_is() -> None:
         return [line for line in str(describe(apply_lite3r(Toy(), SPARSE, **fields))).splitlines() if "always kept" in line]
 
     assert kept(pin="reference") == ["  always kept: special tokens, reference view; backend naive"]
+    assert kept(pin="reference_keys") == ["  always kept: special tokens, reference view as keys; backend naive"]
     assert kept(pin="reference", scopes=("frame",)) == ["  always kept: special tokens; backend naive"]  # of one view each
     assert kept(pin="none") == ["  always kept: nothing; backend naive"]
     assert kept(keep_ratio=1.0) == []

@@ -173,7 +173,7 @@ def flat_arguments(linear: str, learns: str) -> Arguments:
     leaves = {name: x.clone().requires_grad_(learns == "all" or name == "proj") for name, x in tensors.items()}
     return Arguments(
         **dict.fromkeys(INPUTS) | leaves, order=torch.randperm(tokens, device=DEVICE).int(),
-        positions=torch.randint(0, 9, (1, tokens, 2), device=DEVICE), pinned_tokens=5, keep_ratio=0.3,
+        positions=torch.randint(0, 9, (1, tokens, 2), device=DEVICE), pinned_tokens=5, key_pinned_tokens=5, keep_ratio=0.3,
         negligible_ratio=0.2 if linear == "marginal" else 0.0, q_kind="layer", q_eps=1e-5, k_kind=None, k_eps=0.0, rope_base=100.0,
         scale=None, linear=linear, feature_map="softmax", block_means=linear == "all", block_q=32, block_k=16, backend="auto",
     )  # fmt: skip

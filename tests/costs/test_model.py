@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -34,14 +35,14 @@ def test_the_whole_numbers_say_what_the_formula_says(costs: AttentionCosts, keep
     assert mean_share in (0.0, 1 / config.block_k)
     for batch in (1, 7):
         for tokens in (500, 1374, 2748, 5496, 10992, 43968, 1_374_000):
-            for pinned in (0, tokens // 20, tokens // 2, tokens):
-                critical = 1 - (1 - keep_ratio) * (1 - pinned / tokens) ** 2
+            for queries, keys in itertools.product((0, tokens // 20, tokens // 2, tokens), repeat=2):
+                critical = 1 - (1 - keep_ratio) * (1 - queries / tokens) * (1 - keys / tokens)
                 share = critical + (1 - critical) * mean_share
                 work = batch * width / 1024
                 dense, sparse = work * modelled(costs, tokens, None), work * modelled(costs, tokens, share)
                 sparse += costs.per_call * (1 - work)  # launches do not follow the size
                 if abs(dense - sparse) > 0.01 * dense:
-                    assert rule.pays(batch * width, tokens, pinned) == (sparse < dense)
+                    assert rule.pays(batch * width, tokens, queries, tokens, keys, tokens) == (sparse < dense)
                     compared.add(sparse < dense)
     assert compared == {True, False}
 
@@ -49,22 +50,15 @@ def test_the_whole_numbers_say_what_the_formula_says(costs: AttentionCosts, keep
 @pytest.mark.parametrize("pinned", [0, 7])
 @pytest.mark.parametrize("tokens", [7, 10_000, 10_000_000])
 def test_where_it_never_pays_it_never_does(tokens: int, pinned: int) -> None:
-    assert not NEVER.pays(1024, tokens, pinned)
-
-
-@pytest.mark.parametrize("tokens", [2748, 10992, 43968])
-@pytest.mark.parametrize("pinned", [0, 1374])
-def test_keys_of_other_tokens_are_judged_as_the_tokens_themselves(tokens: int, pinned: int) -> None:
-    rule = break_even_of(H100, SparseShares(BILLION // 10, 64))
-    assert rule.pays_across(1024, tokens, pinned, tokens, pinned, tokens) == rule.pays(1024, tokens, pinned)
+    assert not NEVER.pays(1024, tokens, pinned, tokens, pinned, tokens)
 
 
 def test_a_frame_of_a_stream_pays_from_some_frames_on_since_others_are_prepared() -> None:
     rule = break_even_of(H100, SparseShares(BILLION // 10, 64))
     frame = 1041
-    prepared = [rule.pays_across(1024, frame, 5, frames * frame, 5 * frames + 1036, frame) for frames in (1, 10, 100, 1000)]
+    prepared = [rule.pays(1024, frame, 5, frames * frame, 5 * frames + 1036, frame) for frames in (1, 10, 100, 1000)]
     assert prepared == [False, False, True, True]
-    anew = [rule.pays_across(1024, frame, 5, frames * frame, 5 * frames + 1036, frames * frame) for frames in (1, 10, 100, 1000)]
+    anew = [rule.pays(1024, frame, 5, frames * frame, 5 * frames + 1036, frames * frame) for frames in (1, 10, 100, 1000)]
     assert not any(anew)  # linear costs grow as what attention saves
 
 
@@ -75,6 +69,6 @@ def test_an_h100_is_judged_as_it_was_measured() -> None:
     eager = {(r["tokens"], r["method"]): r["forward_ms"] for r in report["records"] if "forward_ms" in r}
     for tokens in {tokens for tokens, _ in eager}:
         pays = eager[tokens, "ours"] < eager[tokens, "SDPA cuDNN"]
-        assert break_even_of(H100, SparseShares(BILLION // 10, 64)).pays(width, tokens, 0) == pays, tokens
+        assert break_even_of(H100, SparseShares(BILLION // 10, 64)).pays(width, tokens, 0, tokens, 0, tokens) == pays, tokens
         decided.add(pays)
     assert decided == {True, False}

@@ -276,9 +276,12 @@ def test_what_cannot_be_examined_is_refused() -> None:
         doctor(apply_lite3r(model), images())
 
 
-@pytest.mark.parametrize(("tokens", "pinned", "width"), [(3000, 100, 1024), (60000, 2000, 1024), (5000, 5000, 64), (8000, 0, 512)])
-def test_the_estimate_agrees_with_the_rule_by_which_sites_decide(tokens: int, pinned: int, width: int) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "queries", "keys", "width"),
+    [(3000, 100, 100, 1024), (60000, 2000, 2000, 1024), (5000, 5000, 5000, 64), (8000, 0, 0, 512), (9000, 0, 4000, 1024)],
+)
+def test_the_estimate_agrees_with_the_rule_by_which_sites_decide(tokens: int, queries: int, keys: int, width: int) -> None:
     shares = SparseShares(100_000_000, 64)
     rule: BreakEven = break_even_of(H100, shares)
-    dense, sparse = (H100.milliseconds(width, tokens, share) for share in (None, shares.of_scores(tokens, pinned)))
-    assert rule.pays(width, tokens, pinned) == (sparse < dense)
+    dense, sparse = (H100.milliseconds(width, tokens, share) for share in (None, shares.of_scores(tokens, queries, keys)))
+    assert rule.pays(width, tokens, queries, tokens, keys, tokens) == (sparse < dense)

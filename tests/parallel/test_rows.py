@@ -26,12 +26,12 @@ def queries_of(rank: int, held: tuple[int, ...], rows: list[Rows]) -> torch.Tens
     return torch.cat((starts[rank] + rows[rank].staying, *arrived))[rows[rank].arranged]
 
 
-@pytest.mark.parametrize("pin", ["none", "special", "reference"])
+@pytest.mark.parametrize("pin", ["none", "special", "reference_keys", "reference"])
 @pytest.mark.parametrize("counts", [(5,), (3, 2), (1, 1, 1), (3, 1, 2, 1)])
 def test_processes_share_the_blocks_of_one(counts: tuple[int, ...], pin: Pin) -> None:
     layout, held, rows = plans(counts, pin)
     order, block = token_order(layout).long(), 16
-    pinned_rows = -(-pinned_tokens(layout, pin) // block)
+    pinned_rows = -(-pinned_tokens(layout, pin).queries // block)
     blocks = {tuple(one.tolist()): number for number, one in enumerate(order.split(block))}
     seen: list[int] = []
     for rank, own in enumerate(rows):
@@ -39,6 +39,7 @@ def test_processes_share_the_blocks_of_one(counts: tuple[int, ...], pin: Pin) ->
         numbers = [blocks[tuple(one.tolist())] for one in queries.split(block)]  # whole blocks, in order
         pinned = [number for number in numbers if number < pinned_rows]
         assert numbers == sorted(numbers)
+        assert own.pinned_keys == pinned_tokens(layout, pin).keys
         assert own.pinned == sum(len(order.split(block)[number]) for number in pinned)
         seen += numbers
     assert sorted(seen) == list(range(len(blocks)))

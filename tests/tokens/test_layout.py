@@ -67,9 +67,12 @@ def _coordinates(grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("views", "pin", "expected"),
-    [(4, "reference", 4 * 5 + 6), (4, "special", 20), (4, "none", 0), (1, "reference", 5), (1, "none", 0)],
-)
-def test_pinned_tokens(views: int, pin: Pin, expected: int) -> None:
+    [
+        (4, "reference", (26, 26)), (4, "reference_keys", (20, 26)), (4, "special", (20, 20)), (4, "none", (0, 0)),
+        (1, "reference", (5, 5)), (1, "reference_keys", (5, 5)), (1, "none", (0, 0)),
+    ],
+)  # fmt: skip
+def test_pinned_tokens(views: int, pin: Pin, expected: tuple[int, int]) -> None:
     assert pinned_tokens(TokenLayout((Views((2, 3), views, 5),)), pin) == expected
 
 
@@ -130,7 +133,9 @@ def test_every_layout_is_ordered_special_tokens_first_then_the_reference_view(la
 )  # fmt: skip
 def test_what_is_pinned_follows_from_the_layout(name: str, special: int, reference: int) -> None:
     layout = LAYOUTS[name]
-    assert [pinned_tokens(layout, pin) for pin in ("none", "special", "reference")] == [0, special, reference]
+    pins: tuple[Pin, ...] = ("none", "special", "reference_keys", "reference")
+    assert [pinned_tokens(layout, pin).keys for pin in pins] == [0, special, reference, reference]
+    assert [pinned_tokens(layout, pin).queries for pin in pins] == [0, special, special, reference]
     kept = [said(layout)[i] for i in token_order(layout).tolist()[:reference]]
     assert {t[1] for t in kept if t[0] == "patch"} <= {layout.reference}
 

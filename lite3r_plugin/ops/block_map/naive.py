@@ -54,33 +54,30 @@ def masked_counts(free: Tensor, keep_ratio: float, negligible_ratio: float) -> t
     return kept.to(free.dtype), torch.minimum((negligible_ratio * count + 1e-9).floor(), count - kept).to(free.dtype)
 
 
-def density(
-    tokens: int, keep_ratio: float, pinned_tokens: int, block_q: int, block_k: int, *, keys: tuple[int, int] | None = None
-) -> float:  # fmt: skip
+def density(queries: int, keys: int, keep_ratio: float, pinned_queries: int, pinned_keys: int, block_q: int, block_k: int) -> float:
     """Share in [0, 1] of all (query block, key block) pairs that are computed exactly, pinned ones included.
 
     Args:
-        tokens: Queries, and keys without `keys`; of none, all are computed.
+        queries, keys: How many there are; of none, all are computed.
         keep_ratio: In (0, 1], of the key blocks that are not pinned.
-        pinned_tokens: The blocks of the first `pinned_tokens` tokens attend to all, and all attend to them.
+        pinned_queries: The blocks of the first so many attend to all.
+        pinned_keys: All attend to the blocks of the first so many.
         block_q, block_k: Tokens per block.
-        keys: The number of keys, and of those to which all attend, where they are other tokens than queries.
     """
-    all_keys, pinned_keys = (tokens, pinned_tokens) if keys is None else keys
-    if tokens == 0 or all_keys == 0:
+    if queries == 0 or keys == 0:
         return 1.0
-    rows, columns = -(-tokens // block_q), -(-all_keys // block_k)
-    pinned_rows = min(-(-pinned_tokens // block_q), rows)
+    rows, columns = -(-queries // block_q), -(-keys // block_k)
+    pinned_rows = min(-(-pinned_queries // block_q), rows)
     kept = kept_blocks(columns, keep_ratio, -(-pinned_keys // block_k))
     return (pinned_rows * columns + (rows - pinned_rows) * kept) / (rows * columns)
 
 
-def masked_density(mask: Allowed, keep_ratio: float, pinned_tokens: int, block_q: int, block_k: int) -> float:
+def masked_density(mask: Allowed, keep_ratio: float, pinned_queries: int, pinned_keys: int, block_q: int, block_k: int) -> float:
     """As `density`, of tokens that attend to each other with a mask: of all pairs, those too that may not be seen."""
-    kinds = mask.in_blocks(block_q, block_k).kinds(slice(None), -(-pinned_tokens // block_k))
+    kinds = mask.in_blocks(block_q, block_k).kinds(slice(None), -(-pinned_keys // block_k))
     free = (kinds == FREE).sum(-1)
     kept = masked_counts(free, keep_ratio, 0.0)[0]
-    pinned = -(-pinned_tokens // block_q)
+    pinned = -(-pinned_queries // block_q)
     kept[:pinned] = free[:pinned]
     return float(kept.sum() + (kinds >= WHOLE).sum()) / kinds.numel()
 

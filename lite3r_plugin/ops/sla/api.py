@@ -71,16 +71,18 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, proj: Tensor, feature_m
 @overload
 def sparse_linear_attention(
     q: Tensor, k: Tensor, v: Tensor, *, keep_ratio: float, negligible_ratio: float = ..., order: Tensor | None = ...,
-    pinned_tokens: int = ..., keys: KeyTokens | None = ..., mask: SegmentMask | None = ..., q_norm: HeadNorm | None = ...,
-    k_norm: HeadNorm | None = ..., positions: Tensor | None = ..., rope_base: float | None = ..., scale: float | None = ...,
+    pinned_tokens: int = ..., pinned_keys: int | None = ..., keys: KeyTokens | None = ..., mask: SegmentMask | None = ...,
+    q_norm: HeadNorm | None = ..., k_norm: HeadNorm | None = ..., positions: Tensor | None = ..., rope_base: float | None = ...,
+    scale: float | None = ...,
     linear: str = ..., feature_map: str = ..., proj: Tensor | None = ..., block_means: bool = ..., block_choice: str = ...,
     block_q: int = ..., block_k: int = ..., backend: str = ..., return_lse: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def sparse_linear_attention(
     q: Tensor, k: Tensor, v: Tensor, *, keep_ratio: float, negligible_ratio: float = ..., order: Tensor | None = ...,
-    pinned_tokens: int = ..., keys: KeyTokens | None = ..., mask: SegmentMask | None = ..., q_norm: HeadNorm | None = ...,
-    k_norm: HeadNorm | None = ..., positions: Tensor | None = ..., rope_base: float | None = ..., scale: float | None = ...,
+    pinned_tokens: int = ..., pinned_keys: int | None = ..., keys: KeyTokens | None = ..., mask: SegmentMask | None = ...,
+    q_norm: HeadNorm | None = ..., k_norm: HeadNorm | None = ..., positions: Tensor | None = ..., rope_base: float | None = ...,
+    scale: float | None = ...,
     linear: str = ..., feature_map: str = ..., proj: Tensor | None = ..., block_means: bool = ..., block_choice: str = ...,
     block_q: int = ..., block_k: int = ..., backend: str = ..., return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
@@ -93,6 +95,7 @@ def sparse_linear_attention(
     negligible_ratio: float = 0.0,
     order: Tensor | None = None,
     pinned_tokens: int = 0,
+    pinned_keys: int | None = None,
     keys: KeyTokens | None = None,
     mask: SegmentMask | None = None,
     q_norm: HeadNorm | None = None,
@@ -120,6 +123,8 @@ def sparse_linear_attention(
         order: ``[M]`` int permutation that makes blocks of consecutive tokens compact, or None.
         pinned_tokens: The blocks that hold the first `pinned_tokens` tokens (in `order`) attend to all keys, and without `keys` all
             queries attend to them.
+        pinned_keys: All queries attend to the blocks that hold the first `pinned_keys` tokens instead. None: as many as
+            `pinned_tokens`. With `keys`, these say it.
         keys: Order, pins and positions of keys, where they are other tokens (cross-attention, a cache), in any number: `order`,
             `pinned_tokens` and `positions` are then those of queries alone. ``KeyTokens()`` for keys of which there is nothing to say.
         mask: Which keys a query may see, by segments of tokens: frame-causal, a window over frames, block-diagonal. Ratios are then of
@@ -151,7 +156,7 @@ def sparse_linear_attention(
         raise ConfigError(
             f'block_choice="error" looks at {PARTS} parts of a query block: block_q must be a multiple of {PARTS}, got {block_q}'
         )
-    check_tensors(q, k, v, order, positions, proj, pinned_tokens, keys)
+    check_tensors(q, k, v, order, positions, proj, pinned_tokens, keys, pinned_keys)
     cross, keys = keys is not None, keys or NO_KEYS
     if mask is not None:
         check_mask(mask, q.shape[-2], k.shape[-2], cross)
@@ -172,7 +177,8 @@ def sparse_linear_attention(
         order=order, positions=positions, pinned_tokens=pinned_tokens, keep_ratio=keep_ratio, negligible_ratio=negligible_ratio,
         q_kind=q_norm.kind, q_eps=q_norm.eps, k_kind=k_norm.kind, k_eps=k_norm.eps, rope_base=rope_base, scale=scale, linear=linear,
         feature_map=feature_map, block_means=block_means, block_q=block_q, block_k=block_k, backend=backend, cross=cross,
-        key_order=keys.order, key_positions=keys.positions, key_pinned_tokens=keys.pinned_tokens, return_lse=return_lse,
+        key_order=keys.order, key_positions=keys.positions, return_lse=return_lse,
+        key_pinned_tokens=keys.pinned_tokens if cross else pinned_tokens if pinned_keys is None else pinned_keys,
         mask_queries=mask and mask.queries, mask_keys=mask and mask.keys, mask_before=mask and mask.before, mask_after=mask and mask.after,
         mask_sink=mask and mask.sink,
         block_choice=block_choice,
@@ -233,7 +239,7 @@ def _kernels_take(block_q: int, block_k: int) -> bool:
 
 def check_tensors(
     q: Tensor, k: Tensor, v: Tensor, order: Tensor | None, positions: Tensor | None, proj: Tensor | None, pinned_tokens: int,
-    keys: KeyTokens | None,
+    keys: KeyTokens | None, pinned_keys: int | None = None,
 ) -> None:  # fmt: skip
     """Raise `ConfigError` unless the tensors of `sparse_linear_attention` fit each other. Looks at no values of theirs."""
     for x in (q, k, v):
@@ -245,6 +251,8 @@ def check_tensors(
     for name, x in (("order", order), ("keys.order", keys.order if keys else None)):
         if x is not None and (x.dim() != 1 or x.dtype not in (torch.int32, torch.int64)):
             raise ConfigError(f"{name} is [N] int32 or int64, got {list(x.shape)} {x.dtype}")
+    if keys is not None and pinned_keys is not None:
+        raise ConfigError("keys are other tokens than queries, so KeyTokens says how many of them are pinned: leave pinned_keys out")
     if torch.compiler.is_compiling():  # lengths are symbols there, and a comparison would become a guard
         return
     if keys is None and not q.shape == k.shape == v.shape:
@@ -258,6 +266,8 @@ def check_tensors(
             "keys and values"
         )
     _check_side("", "q", q.shape[-2], order, positions, pinned_tokens)
+    if pinned_keys is not None:
+        _check_pinned("pinned_keys", k.shape[-2], pinned_keys)
     if keys is not None:
         _check_side("keys.", "k", k.shape[-2], keys.order, keys.positions, keys.pinned_tokens)
 
@@ -282,5 +292,9 @@ def _check_side(prefix: str, tensor: str, tokens: int, order: Tensor | None, pos
         raise ConfigError(f"{prefix}order names {len(order)} tokens, but {tensor} has {tokens}")
     if positions is not None and tuple(positions.shape[-2:]) != (tokens, 2):
         raise ConfigError(f"{prefix}positions are [..., N, 2] for N = {tokens} tokens, got {list(positions.shape)}")
-    if not is_int(pinned_tokens) or not 0 <= pinned_tokens <= tokens:
-        raise ConfigError(f"{prefix}pinned_tokens must be in [0, {tokens}], the number of tokens, got {shown(pinned_tokens)}")
+    _check_pinned(f"{prefix}pinned_tokens", tokens, pinned_tokens)
+
+
+def _check_pinned(name: str, tokens: int, pinned: int) -> None:
+    if not is_int(pinned) or not 0 <= pinned <= tokens:
+        raise ConfigError(f"{name} must be in [0, {tokens}], the number of tokens, got {shown(pinned)}")

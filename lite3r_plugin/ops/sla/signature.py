@@ -31,8 +31,9 @@ class Arguments(NamedTuple):
         order: ``[M]`` int32 or int64.
         positions: ``[B or 1, M, 2]``.
         q_kind, q_eps, k_kind, k_eps: The rest of the norms, as in `HeadNorm`.
-        cross: Whether keys are other tokens than queries. Else `order`, `positions` and `pinned_tokens` are those of keys too.
-        key_order, key_positions, key_pinned_tokens: Those of keys, where they are other tokens.
+        pinned_tokens, key_pinned_tokens: Of queries and of keys.
+        cross: Whether keys are other tokens than queries. Else `order` and `positions` are those of keys too.
+        key_order, key_positions: Those of keys, where they are other tokens.
         return_lse: Whether the log-sum-exp of queries is wanted.
         mask_queries, mask_keys, mask_before, mask_after, mask_sink: The fields of a `SegmentMask`; without a mask all are None.
         block_choice: ``"mean"`` or ``"error"``, see `block_map.naive`.
@@ -151,7 +152,7 @@ class Arguments(NamedTuple):
     @property
     def pinned_keys(self) -> int:
         """Key blocks that all queries attend to."""
-        return -(-(self.key_pinned_tokens if self.cross else self.pinned_tokens) // self.block_k)
+        return -(-self.key_pinned_tokens // self.block_k)
 
     @property
     def leaves_out(self) -> bool:

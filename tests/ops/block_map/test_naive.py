@@ -61,11 +61,12 @@ def test_negligible_blocks(columns: int, ratio: float, kept: int, pinned: int, e
     assert negligible_blocks(columns, ratio, kept, pinned) == expected
 
 
-def test_density_counts_what_is_computed() -> None:
-    tokens, pinned = 16 * 20, 40
-    kept = kept_blocks(20, 0.25, -(-pinned // 16))
-    rows = [20 if row < -(-pinned // 32) else kept for row in range(10)]
-    assert density(tokens, 0.25, pinned, 32, 16) == sum(rows) / (10 * 20)
+@pytest.mark.parametrize(("queries", "pinned"), [(320, 40), (320, 0), (64, 40), (64, 90)])
+def test_density_counts_what_is_computed(queries: int, pinned: int) -> None:
+    keys, of_keys = 16 * 20, 40
+    kept = kept_blocks(20, 0.25, -(-of_keys // 16))
+    rows = [20 if row < -(-pinned // 32) else kept for row in range(queries // 32)]
+    assert density(queries, keys, 0.25, pinned, of_keys, 32, 16) == sum(rows) / (len(rows) * 20)
 
 
 @pytest.mark.parametrize("ratio", [0.01, 0.1, 0.3, 0.7, 1.0])
@@ -76,15 +77,17 @@ def test_of_the_blocks_that_a_mask_allows_as_many_are_chosen_as_without_one(rati
     assert negligible.tolist() == [negligible_blocks(n, ratio, k, 0) for n, k in zip(free.tolist(), kept.tolist(), strict=True)]
 
 
-def test_density_with_a_mask_counts_what_is_computed() -> None:
+@pytest.mark.parametrize(("pinned", "rows"), [(40, 2), (0, 0)])
+def test_density_with_a_mask_counts_what_is_computed(pinned: int, rows: int) -> None:
     """Blocks that a query block keeps as one of the map, and all that pinned ones may see."""
     frames = torch.arange(320) // 70
     mask = SegmentMask(frames).ordered(None, None)
     chosen, _ = masked_block_map(torch.randn(1, 1, 10, D), torch.randn(1, 1, 20, D), keep_ratio=0.25, mask=mask.in_blocks(32, 16), pinned=3)
     seen = (~mask.in_blocks(32, 16).forbidden(slice(None))).sum(-1)
-    expected = int(seen[:2].sum() + (chosen[:, :, 2:] >= 0).sum())
-    assert masked_density(mask, 0.25, 40, 32, 16) == expected / (10 * 20)
-    assert masked_density(SegmentMask(frames, after=None).ordered(None, None), 0.25, 40, 32, 16) == density(320, 0.25, 40, 32, 16)
+    expected = int(seen[:rows].sum() + (chosen[:, :, rows:] >= 0).sum())
+    assert masked_density(mask, 0.25, pinned, 40, 32, 16) == expected / (10 * 20)
+    everything = SegmentMask(frames, after=None).ordered(None, None)
+    assert masked_density(everything, 0.25, pinned, 40, 32, 16) == density(320, 320, 0.25, pinned, 40, 32, 16)
 
 
 def test_by_error_a_block_is_kept_whose_mean_hides_much() -> None:

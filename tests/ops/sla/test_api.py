@@ -58,6 +58,24 @@ def test_pinned_tokens_see_all_and_all_see_them() -> None:
     assert (sparse_linear_attention(q, k, v, **options) - out).amin() > 0
 
 
+def test_keys_may_be_pinned_that_are_no_pinned_queries() -> None:
+    """And queries that are no pinned keys, for whoever wants them."""
+    q, k, v = qkv(160)
+    options: dict[str, Any] = dict(keep_ratio=0.01, block_q=BLOCK_Q, block_k=BLOCK_K)
+    dense, changed = F.scaled_dot_product_attention(q, k, v), v.clone()
+    changed[:, :, :20] += 1000.0
+    keys = dict(pinned_tokens=0, pinned_keys=20, **options)
+    out = sparse_linear_attention(q, k, v, **keys)
+    assert not torch.allclose(out[:, :, :20], dense[:, :, :20])
+    assert (sparse_linear_attention(q, k, changed, **keys) - out).amin() > 0
+    queries = dict(pinned_tokens=20, pinned_keys=0, **options)
+    out = sparse_linear_attention(q, k, v, **queries)
+    torch.testing.assert_close(out[:, :, :20], dense[:, :, :20], **EXACT)
+    differ = (sparse_linear_attention(q, k, changed, **queries) != out).any(-1)
+    assert differ[:, :, :20].all()
+    assert not differ.all()
+
+
 def test_negligible_blocks_have_no_part() -> None:
     """Those with the lowest scores: their values may be anything. Where only critical blocks are left the branch is zero."""
     q, k, v = qkv(160)
@@ -321,6 +339,7 @@ NAN, INF = float("nan"), float("inf")
         ("block_q", (0, -16, 16.0, True, 10**5000), "block_q is a number of tokens"),
         ("block_k", (0, NAN, 2**16), "block_k is a number of tokens"),
         ("pinned_tokens", (-1, 9, 2.5, NAN), "pinned_tokens must be in"),
+        ("pinned_keys", (-1, 9, 2.5, NAN), "pinned_keys must be in"),
         ("feature_map", (["softmax"], torch.ones(2), None), "feature_map must be one of"),
         ("block_choice", ("means", None, torch.ones(2)), "block_choice must be one of"),
     ],
@@ -363,6 +382,7 @@ def test_of_nothing_comes_nothing_with_gradients(shape: tuple[int, ...], linear:
         (dict(block_choice="error", block_means=True, block_q=30, block_k=10), "block_q must be a multiple of 4, got 30"),
         (dict(block_choice="error", block_means=True, negligible_ratio=0.2), "negligible_ratio is 0.2: leave it at 0"),
         (dict(pinned_tokens=-1), "pinned_tokens must be in"),
+        (dict(pinned_keys=3, keys=KeyTokens()), "leave pinned_keys out"),
         (dict(order=torch.arange(39)), "order names 39 tokens, but q has 40"),
         (dict(order=torch.arange(40).float()), "order is"),
         (dict(linear="all", proj=torch.eye(8)), r"proj is \[D, D\] = \[16, 16\]"),

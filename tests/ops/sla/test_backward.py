@@ -44,6 +44,7 @@ def with_all_that_large_calls_get(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def some_arguments(
     tokens: int, dim: int, dtype: torch.dtype, branch: Branch, *, norm: str | None = None, pinned_tokens: int = 20,
+    pinned_keys: int | None = None,
     keep_ratio: float = 0.25, negligible_ratio: float = 0.0, ordered: bool = True, rotated: bool = False, batch: int = 2 if GPU else 1,
     heads: int = 2 if GPU else 1, keys: int | None = None, return_lse: bool = False,
 ) -> Arguments:  # fmt: skip
@@ -67,8 +68,13 @@ def some_arguments(
         k_eps=norms[1].eps, rope_base=100.0 if rotated else None, scale=None, linear=linear, feature_map=feature_map, block_means=means,
         backend="triton", cross=keys is not None, key_order=random_order(keys) if keys is not None and ordered else None,
         key_positions=torch.randint(0, 40, (1, keys, 2), device=DEVICE) if keys is not None and rotated else None,
-        key_pinned_tokens=0 if keys is None else min(pinned_tokens // 2, keys), return_lse=return_lse, **BLOCKS,
+        key_pinned_tokens=_pinned_keys(pinned_tokens, tokens, keys) if pinned_keys is None else pinned_keys,
+        return_lse=return_lse, **BLOCKS,
     )  # fmt: skip
+
+
+def _pinned_keys(pinned_tokens: int, tokens: int, keys: int | None) -> int:
+    return min(pinned_tokens, tokens // 3) if keys is None else min(pinned_tokens // 2, keys)
 
 
 def all_of(arguments: Arguments) -> Needed:
@@ -442,10 +448,29 @@ def test_nothing_is_read_that_was_not_written(
     assert_same_bits(clean, found)
 
 
+@pytest.mark.parametrize(
+    ("pinned_tokens", "pinned_keys", "branch"),
+    [
+        (0, 40, ("marginal", "softmax", True)),
+        pytest.param(40, 0, ("marginal", "softmax", True), marks=() if GPU else pytest.mark.slow),
+        pytest.param(0, 40, ("all", "elu", False), marks=() if GPU else pytest.mark.slow),
+        pytest.param(20, 40, ("none", "softmax", True), marks=() if GPU else pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_other_queries_may_be_pinned_than_keys(pinned_tokens: int, pinned_keys: int, branch: Branch) -> None:
+    arguments = some_arguments(
+        LONG, 32, torch.float32, branch, pinned_tokens=pinned_tokens, pinned_keys=pinned_keys, negligible_ratio=0.2, return_lse=True
+    )
+    assert_forward(arguments)
+    assert_gradients(arguments)
+
+
 @pytest.mark.parametrize("options", [dict(keep_ratio=1.0), dict(negligible_ratio=1.0), dict(pinned_tokens=10**6)], ids=str)
 def test_what_is_kept_without_marginal_blocks_is_written(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = some_arguments(LONG, 32, torch.float32, ("marginal", "softmax", True), **options)
-    arguments = arguments._replace(pinned_tokens=LONG if "pinned_tokens" in options else 0)
+    pinned = LONG if "pinned_tokens" in options else 0
+    arguments = arguments._replace(pinned_tokens=pinned, key_pinned_tokens=pinned)
     monkeypatch.setattr(Tensor, "new_empty", poisoned(Tensor.new_empty))
     *_, saved = forward.train(all_of(arguments), arguments)
     assert saved.state is not None
