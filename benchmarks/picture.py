@@ -330,11 +330,9 @@ def update(page: str, stored: Stored) -> str:
 @functools.cache
 def weights() -> str:
     """The hash of the weights in the package, as `quality.py` writes it."""
-    import quality
+    from lite3r_plugin.testbed import Testbed, weights_hash
 
-    from lite3r_plugin.testbed import Testbed
-
-    return quality.weights_hash(Testbed.from_pretrained())
+    return weights_hash(Testbed.from_pretrained())
 
 
 def _lost(change: dict[str, Any], unit: float) -> Interval:

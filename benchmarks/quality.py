@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import hashlib
 import json
 import math
 import sys
@@ -36,6 +35,7 @@ from lite3r_plugin.evaluation.predicting import Predicting, as_outputs
 from lite3r_plugin.files import write_atomically
 from lite3r_plugin.scene.data import Scene, open_scenes, pick_views
 from lite3r_plugin.scene.metrics import Geometry, constant_geometry, fidelity, scene_metrics
+from lite3r_plugin.testbed import weights_hash
 from lite3r_plugin.tokens.cache import OrderCache
 from lite3r_plugin.tokens.layout import token_order
 from lite3r_plugin.training.calibrate import calibrate
@@ -209,14 +209,6 @@ def evaluate(bench: Bench, store: dict[str, Any], data: str, views: int, rows: S
             group["rows"][row.key] = {"density": density, "keep_ratio": row.keep_ratio, "scenes": scored}
             save()
             say(f"{data} {views} views: {row.key}")
-
-
-def weights_hash(model: nn.Module) -> str:
-    """Of all parameters and buffers, so that results of other weights are never gone on with."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:12]
 
 
 def say(text: str) -> None:

@@ -35,7 +35,7 @@ from lite3r_plugin.files import to_json, write_atomically
 from lite3r_plugin.ops.options import BlockChoice
 from lite3r_plugin.scene.metrics import Interval, depth_metrics, paired_bootstrap, pose_metrics
 from lite3r_plugin.scene.procedural import ProcScenes, TextureBank
-from lite3r_plugin.testbed import Testbed
+from lite3r_plugin.testbed import Testbed, weights_hash
 from lite3r_plugin.version import __version__
 
 CHOOSING, JUDGING = 31_337, 77_777  # seeds of textures; training saw others
@@ -201,6 +201,7 @@ def main() -> None:
             judged=args.judged, seed=args.seed, batch=args.batch, torch=torch.__version__, lite3r_plugin=__version__,
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             dtype="bfloat16 autocast" if device.type == "cuda" else "float32", date=datetime.date.today().isoformat(),
+            weights_sha256=weights_hash(Testbed.from_pretrained()),
         ),
         "groups": {},
     }  # fmt: skip

@@ -45,7 +45,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality import measures, say, weights_hash
+from quality import measures, say
 from torch import Tensor, nn
 
 import lite3r_plugin
@@ -60,6 +60,7 @@ from lite3r_plugin.ops.block_map import kept_blocks
 from lite3r_plugin.ops.qk_norm_rope.naive import block_means, block_sizes, prepare_qkv
 from lite3r_plugin.ops.sla.naive import phi, sparse_linear_attention
 from lite3r_plugin.scene.data import open_scenes
+from lite3r_plugin.testbed import weights_hash
 from lite3r_plugin.training.calibrate import fit
 from lite3r_plugin.training.record import AttentionSums
 

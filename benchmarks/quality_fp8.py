@@ -29,7 +29,7 @@ from lite3r_plugin import apply_lite3r, describe
 from lite3r_plugin.config import Fp8Backend, Fp8Filter
 from lite3r_plugin.scene.metrics import depth_metrics, paired_bootstrap, pose_metrics
 from lite3r_plugin.scene.procedural import ProcScenes, TextureBank
-from lite3r_plugin.testbed import Testbed, TestbedConfig
+from lite3r_plugin.testbed import Testbed, TestbedConfig, weights_hash
 
 BF16, FP8 = "bf16", "fp8"
 CAMERA, ROUNDED = "camera head in FP32", "weights of the camera head's Linears in BF16"
@@ -136,6 +136,7 @@ def main() -> None:
         linears=runs[FP8], views=args.views, size=args.size, seed=args.seed, batch=args.batch, torch=torch.__version__,
         device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         dtype="bfloat16 autocast" if device.type == "cuda" else "float32", date=datetime.date.today().isoformat(),
+        weights_sha256=weights_hash(Testbed.from_pretrained()),
     )  # fmt: skip
     result["values"] = {name: [[round(x, 5) for x in values[side][name]] for side in (BF16, FP8)] for name in ("abs_rel", "auc5")}
     if args.json:

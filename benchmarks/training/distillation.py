@@ -43,7 +43,7 @@ from lite3r_plugin.files import write_atomically
 from lite3r_plugin.peft import merge_lora
 from lite3r_plugin.runtime.sdpa import sdpa_backend
 from lite3r_plugin.scene.metrics import paired_bootstrap
-from lite3r_plugin.testbed import Testbed, TestbedConfig
+from lite3r_plugin.testbed import Testbed, TestbedConfig, weights_hash
 from lite3r_plugin.training.data import Sample
 
 FP8_BELOW = 0.25  # keep ratios whose best row is in FP8
@@ -468,6 +468,7 @@ def conditions(args: argparse.Namespace) -> dict[str, Any]:
         "dtype": "bfloat16" if cuda else "float32", "size": args.size, "scenes": args.scenes, "pool": args.pool, "views": args.views,
         "subsets": args.subsets, "views_a_step": args.views_a_step or 96, "calibration": args.calibration,
         "dense_kernel": args.dense_kernel, "selection": args.selection,
+        "weights_sha256": weights_hash(build(args, torch.device("cpu"))),
     }  # fmt: skip
 
 

@@ -4,6 +4,6 @@ It has VGGT's structure at a hundredth of its size. Its absolute quality is that
 change of the attention or of the precision costs a *trained* model.
 """
 
-from .model import Testbed, TestbedConfig
+from .model import Testbed, TestbedConfig, weights_hash
 
-__all__ = ["Testbed", "TestbedConfig"]
+__all__ = ["Testbed", "TestbedConfig", "weights_hash"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,14 @@ class Testbed(nn.Module):
         except (ConfigError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
             raise InputError(f"the testbed weights in {directory} cannot be read: {error}") from error
         return model.to(device).eval()
+
+
+def weights_hash(model: nn.Module) -> str:
+    """The first digits of the SHA-256 of all parameters and buffers, so that results of other weights are told apart."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def signed_expm1(x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from lite3r_plugin import hookimpl
 from lite3r_plugin.adapter.plugins import find_model, get_manager
 from lite3r_plugin.scene.images import to_tensor
-from lite3r_plugin.testbed import Testbed
+from lite3r_plugin.testbed import Testbed, weights_hash
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SIZE = 112  # of images, in pixels
@@ -139,10 +139,10 @@ def test_results_of_other_conditions_are_not_gone_on_with(
     assert stored["groups"]["procedural/2"]["sets"] == 2
     assert "other scenes: starting anew" in capsys.readouterr().err
     model = Testbed.from_pretrained()
-    assert stored["conditions"]["weights_sha256"] == quality.weights_hash(model)
+    assert stored["conditions"]["weights_sha256"] == weights_hash(model)
     with torch.no_grad():
         model.depth_head.project.bias[0] += 1
-    stored["conditions"]["weights_sha256"] = quality.weights_hash(model)
+    stored["conditions"]["weights_sha256"] = weights_hash(model)
     stored["groups"]["procedural/2"]["rows"]["dense"] = "of other weights"
     path.write_text(json.dumps(stored))
     assert isinstance(run("2")["groups"]["procedural/2"]["rows"]["dense"], dict)

@@ -14,7 +14,7 @@ import torch
 from lite3r_plugin import TokenLayout, Views
 from lite3r_plugin.attention.inputs import AttentionInputs
 from lite3r_plugin.ops.sla import sparse_linear_attention
-from lite3r_plugin.tokens.layout import token_order
+from lite3r_plugin.tokens.layout import Pinned, token_order
 
 KEEP, PINNED = 0.3, 70
 LAYOUT = TokenLayout((Views((16, 16), count=4, special_tokens=5),))
@@ -33,7 +33,7 @@ def blocks(study: ModuleType) -> Any:
     order = token_order(LAYOUT)
     # near tokens are alike, as in images
     q, k = (x.cumsum(2) / 4 for x in (q, k))
-    site = SimpleNamespace(order=lambda *_: order, pinned=lambda _: PINNED)
+    site = SimpleNamespace(order=lambda *_: order, pinned=lambda _: Pinned(PINNED, PINNED))
     return study.Blocks(site, AttentionInputs(q, k, v, layout=LAYOUT)), (q, k, v, order)
 
 
