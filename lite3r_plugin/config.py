@@ -141,7 +141,7 @@ class Lite3RConfig:
             ``"marginal"`` gains much more (benchmarks/quality.md) and takes about a twentieth more time.
         feature_map: The kernel feature map of the linear branch, softmax over the head dimension or elu + 1.
         block_means: Each block that is neither critical nor negligible enters the softmax as one key: its mean key and value, weighted
-            by its size. Needs no training; takes 50 to 55 % off the change of depth on the testbed (benchmarks/quality.md).
+            by its size. Needs no training; takes about half off the change of depth on the testbed (benchmarks/quality.md).
         block_choice: By which score key blocks are kept. ``"mean"``: that of mean query and mean key (SLA). ``"error"``: by how far
             off the block's mean would be in its place, which takes about 3 % more time by arithmetic; needs ``block_means`` and no
             ``negligible_ratio``.
