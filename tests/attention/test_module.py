@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from toys import Toy, images, toy_adapter
+from toys import SPECIAL, Toy, images, toy_adapter
 
 from lite3r_plugin import apply_lite3r, lite3r_disabled
 from lite3r_plugin.attention.inputs import AttentionInputs
 from lite3r_plugin.attention.module import SparseLinearAttention
+from lite3r_plugin.config import Pin
 from lite3r_plugin.testing import TEST_CONFIG
 
 __all__ = ["toy_adapter"]  # the fixture
@@ -48,6 +49,26 @@ def test_observers_change_nothing_and_several_see_the_same(model: Toy) -> None:
     assert (len(one.outputs), len(other.outputs)) == (2, 1)
     assert one.outputs[0] is other.outputs[0]
     assert site.calls.sparse == 4
+
+
+@pytest.mark.parametrize(
+    ("pin", "queries", "keys"),
+    [("none", False, False), ("special", False, False), ("reference_keys", False, True), ("reference", True, True)],
+)
+def test_what_is_pinned_of_the_reference_view(pin: Pin, queries: bool, keys: bool) -> None:
+    """Whether its patches attend to all, and whether all attend to them."""
+    model = apply_lite3r(Toy().eval().requires_grad_(False), TEST_CONFIG, pin=pin, keep_ratio=0.01, linear_branch="none", block_means=False)
+    site: Any = model.cross[0]
+    seen: list[AttentionInputs] = []
+    with site.observe(lambda _, inputs, out: seen.append(inputs)):
+        model(images(6))
+    inputs = seen[0]
+    assert inputs.layout is not None
+    patches = slice(SPECIAL, inputs.layout.num_tokens // 6)
+    out, dense = site.sparse_linear(inputs, None), site.dense(inputs)
+    assert torch.allclose(out[:, :, patches], dense[:, :, patches], atol=1e-5) == queries
+    inputs.v[:, :, patches.stop - 1] += 1e6  # in no block with a special token
+    assert bool((site.sparse_linear(inputs, None) != out).any(-1).all()) == keys
 
 
 def test_what_takes_the_place_of_attention_is_what_observers_see(model: Toy) -> None:

@@ -140,6 +140,11 @@ def sparse_with_branch_over_all() -> Any:
 
 
 @case("two", "three")
+def sparse_with_the_reference_as_keys() -> Any:
+    return compared(testbed(**SPARSE, pin="reference_keys"), images())
+
+
+@case("two", "three")
 def dense_with_branch_over_all() -> Any:
     return compared(testbed(**{**SPARSE, "keep_ratio": 1.0}, linear_branch="all"), images(batch=2))
 

@@ -87,6 +87,8 @@ def ranks(found: Found, run: str, name: str) -> list[Any]:
         pytest.param("three", "sparse_with_marginal_branch", 2, 0, marks=pytest.mark.slow),
         ("two", "sparse_without_branch_or_means", 2, 0),
         ("two", "sparse_with_branch_over_all", 2, 0),
+        ("two", "sparse_with_the_reference_as_keys", 2, 0),
+        pytest.param("three", "sparse_with_the_reference_as_keys", 2, 0, marks=pytest.mark.slow),
         ("two", "dense_with_branch_over_all", 0, 2),
         pytest.param("three", "dense_with_branch_over_all", 0, 2, marks=pytest.mark.slow),
         ("two", "dense_without_lite3r", 0, 0),
