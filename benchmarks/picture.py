@@ -5,8 +5,8 @@
 draws `docs/images/quality_over_speed.png` and writes what stands under it between the marks in `docs/quality.md`. Nothing is measured.
 
 Quality is that of the testbed, each row against its own dense form on the same scenes: `testbed_distillation_keep*.json` (written by
-`training/distillation.py`), `quality_auto.json` (`quality_auto.py`), `quality.json` (`quality.py`, if it is of the weights in the package;
-the others do not name theirs). Rows of images of another size are left out.
+`training/distillation.py`), `quality_auto.json` (`quality_auto.py`), `quality.json` (`quality.py`). Rows of images of another size, or of
+other weights of the testbed than the first of these files, are left out.
 Speed is that of `lite3r-fp8` in `h200_vggt_518_keep*.json`, written by
 
     lite3r bench --model vggt --views 16,32 --keep-ratio K --variants strong,strong-exact,lite3r-fp8 --json FILE
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import itertools
 import json
 import math
@@ -30,6 +29,7 @@ from typing import Any
 
 import quality_report
 from readme_table import in_percent, longest_trained
+from weights import generation
 
 from lite3r_plugin.bench.plots import Tradeoff, quality_over_gain, save_figure
 from lite3r_plugin.config import DEFAULT_KEEP_RATIO
@@ -85,7 +85,7 @@ class Stored:
 
     Args:
         folder: Of the results.
-        weights: The hash of the testbed's weights; rows that say that they are of others are left out.
+        weights: The hash of the testbed's weights; rows of others are left out. None: those of the distillation's rows.
 
     Attributes:
         points: Quality and speed of what can be drawn, by views, falling keep ratio and series.
@@ -95,8 +95,9 @@ class Stored:
 
     def __init__(self, folder: Path, weights: str | None = None) -> None:
         self.folder, self.missing = folder, []
+        self.weights = weights or next((report["conditions"]["weights_sha256"] for _, report in self.read(DISTILLATION_FILES)), None)
         speeds = {speed.key: speed for speed in self._speeds()}
-        best = self._best([*self._distillation(), *self._auto(), *self._quality(weights)])
+        best = self._best([*self._distillation(), *self._auto(), *self._quality()])
         measured = dict.fromkeys(key for _, key in best)  # in their order
         self.points = [(quality, speeds[key]) for (_, key), quality in best.items() if key in speeds]
         self.without_quality = sorted({keep for keep, _ in speeds} - {keep for keep, _ in measured}, reverse=True)
@@ -146,7 +147,7 @@ class Stored:
     def _distillation(self) -> Iterator[Quality]:
         for name, report in self.read(DISTILLATION_FILES):
             conditions = report["conditions"]
-            if not self._fits(name, conditions["size"]):
+            if not self._fits(name, conditions, conditions["size"]):
                 continue
             longest = longest_trained(report)
             for stored in report["rows"].values():
@@ -167,7 +168,7 @@ class Stored:
         ways = {"uniform": UNTRAINED, "uniform + calibrate": CALIBRATED, "auto + calibrate": AUTO}
         for name, report in self.read(AUTO_FILE):
             conditions = report["conditions"]
-            if not self._fits(name, conditions["size"]):
+            if not self._fits(name, conditions, conditions["size"]):
                 continue
             for views, group in report["groups"].items():
                 dense = group["rows"]["dense"]["AbsRel"]["mean"]
@@ -177,18 +178,13 @@ class Stored:
                         lost = {AUC30: _lost(row["AUC@30"]["change"], -1), ABS_REL: _lost(row["AbsRel"]["change"], 100 / dense)}
                         yield Quality(ways[way], (float(ratio), int(views)), lost, _precision(conditions["dtype"]), name)
 
-    def _quality(self, weights: str | None) -> Iterator[Quality]:
+    def _quality(self) -> Iterator[Quality]:
         rows = {quality_report.APPLIED: UNTRAINED, quality_report.CALIBRATED: CALIBRATED}
         for name, store in self.read(QUALITY_FILE):
             conditions = store["conditions"]
-            if weights is not None and conditions["weights_sha256"] != weights:
-                self.missing.append(
-                    f"{name}: of the weights {conditions['weights_sha256']}; those of the package are {weights}, so it is left out"
-                )
-                continue
             for views, group in quality_report.groups(store, quality_report.RENDERED).items():
                 dense = group["rows"]["dense"]["scenes"]
-                if not self._fits(name, *group["size"]):
+                if not self._fits(name, conditions, *group["size"]):
                     continue
                 for key, row in group["rows"].items():
                     way, _, ratio = key.rpartition(" ")
@@ -199,11 +195,16 @@ class Stored:
                         lost = {AUC30: _lost(auc30.to_dict(), -1), ABS_REL: _lost(abs_rel.to_dict(), 100 / level)}
                         yield Quality(rows[way], (float(ratio), views), lost, _precision(conditions["dtype"]), name)
 
-    def _fits(self, name: str, *sizes: int) -> bool:
-        if fits := set(sizes) == {SIZE}:
-            return fits
-        self.missing.append(f"{name}: of images of {sizes[0]} pixels, not {SIZE}, so it is left out")
-        return fits
+    def _fits(self, name: str, conditions: dict[str, Any], *sizes: int) -> bool:
+        if set(sizes) != {SIZE}:
+            self.missing.append(f"{name}: of images of {sizes[0]} pixels, not {SIZE}, so it is left out")
+        elif self.weights not in (None, conditions["weights_sha256"]):
+            self.missing.append(
+                f"{name}: of the weights {conditions['weights_sha256']}, where others are of {self.weights}, so it is left out"
+            )
+        else:
+            return True
+        return False
 
 
 def section(stored: Stored) -> str:
@@ -213,8 +214,9 @@ def section(stored: Stored) -> str:
     alt = "Loss of AUC@30 and of AbsRel over the gain in time, with intervals: " + ", ".join(_shown(stored))
     intro = (
         "What the testbed loses, over the time that VGGT-1B gains, at the same `keep_ratio` and number of views. They are two models: no "
-        "weights of VGGT were at hand, and times of so small a model as the testbed say little. Losses are against its own dense form on "
-        f"the same held-out rendered scenes of {SIZE} × {SIZE} pixels, with paired 95 % intervals; gains are over *strong dense*, "
+        "weights of VGGT were at hand, and times of so small a model as the testbed say little. "
+        f"Losses are of its {generation({'weights_sha256': stored.weights})} against its own dense form on the same held-out rendered "
+        f"scenes of {SIZE} × {SIZE} pixels, with paired 95 % intervals; gains are over *strong dense*, "
         '518 × 518 pixels, of `preset="fast", precision="fp8"`. A point is drawn where both are stored, by '
         "`python benchmarks/picture.py`. Lines lead the eye: between points nothing was measured."
     )
@@ -327,14 +329,6 @@ def update(page: str, stored: Stored) -> str:
     return MARKED.sub(lambda match: match[1] + section(stored) + match[2], page)
 
 
-@functools.cache
-def weights() -> str:
-    """The hash of the weights in the package, as `quality.py` writes it."""
-    from lite3r_plugin.testbed import Testbed, weights_hash
-
-    return weights_hash(Testbed.from_pretrained())
-
-
 def _lost(change: dict[str, Any], unit: float) -> Interval:
     """A stored change times `unit`; where that is below zero, its bounds change places."""
     difference, *bounds = (math.nan if (x := change[name]) is None else x * unit for name in ("difference", "low", "high"))
@@ -384,7 +378,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--picture", type=Path, default=PICTURE)
     parser.add_argument("--page", type=Path, default=PAGE, help="Markdown with the marks")
     args = parser.parse_args(arguments)
-    stored = Stored(args.results, weights())
+    stored = Stored(args.results)
     for text in stored.missing:
         print(f"not drawn: {text}")
     if stored.points:

@@ -14,6 +14,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from weights import generation
+
 from lite3r_plugin.scene.metrics import Interval, paired_bootstrap
 
 HERE = Path(__file__).parent
@@ -60,10 +62,10 @@ TRIED = """# Choices of key blocks
 
 This page is written by `python benchmarks/quality_report.py` from `results/quality_blocks.json`.
 
-By `python benchmarks/quality_blocks.py`, which describes every way in its first lines, with the weights {weights}: at every global site
-of the dense model, how far sparse attention with block means is from dense attention, relative to that, and what percentage of the
-true attention lies in the blocks that are kept. All ways have the same density. {scenes}, on rendered scenes. An `oracle` knows the
-true attention.
+By `python benchmarks/quality_blocks.py`, which describes every way in its first lines, with the testbed's {weights}: at every
+global site of the dense model, how far sparse attention with block means is from dense attention, relative to that, and what
+percentage of the true attention lies in the blocks that are kept. All ways have the same density. {scenes}, on rendered scenes. An
+`oracle` knows the true attention.
 """
 TRIED_FINDINGS = """Read off it, for {views} views and the keep ratios {ratios}:
 
@@ -110,7 +112,8 @@ scenes of other textures. `{applied}` is what `apply_lite3r` does by default, `{
 def markdown(store: dict[str, Any], source: str = "results/quality.json") -> str:
     """The whole page: how to read it, what follows where all rows are there, tables of changes."""
     conditions = store["conditions"]
-    listed = ", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in conditions.items())
+    shown = conditions | ({"weights": generation(conditions)} if conditions["weights"] == "default" else {})
+    listed = ", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in shown.items())
     words = {"applied": APPLIED, "calibrated": CALIBRATED, "calibration": conditions["calibration"]}
     parts = [HEAD.format(source=source, conditions=listed[0].upper() + listed[1:], **words)]
     if is_complete(store):
@@ -133,7 +136,7 @@ def tried(store: dict[str, Any]) -> str:
     sites = {(views, keep): rows for views, of in store["sites"].items() for keep, rows in of["rows"].items()}
     first = next(iter(sites.values()))
     heads = ["", *(f"{views} views, {keep}" for views, keep in sites)]
-    lines = [TRIED.format(weights=store["weights_sha256"], scenes=_counts(store["sites"])), *_head(heads)]
+    lines = [TRIED.format(weights=generation(store), scenes=_counts(store["sites"])), *_head(heads)]
     for way in sorted(first, key=lambda way: first[way]["error"]):
         cells = [f"{rows[way]['error']:.3f}, {100 * rows[way]['recall']:.0f}" if way in rows else "" for rows in sites.values()]
         lines.append(_line([way, *cells]))

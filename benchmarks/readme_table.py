@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import quality_report
+from weights import generation
 
 ROOT = Path(__file__).parent.parent
 TABLE = re.compile(r"(<!-- table: (\w+) (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
@@ -289,8 +290,8 @@ def fp8_quality(report: dict[str, Any]) -> str:
         rows.append((title, f"{measure['scenes']:,}", *values, in_percent(measure)))
     c = report["conditions"]
     note = (
-        f"The testbed, dense, {c['views']} views of {c['size']} pixels, {c['dtype']} against FP8, one {c['device']}, torch {c['torch']}, "
-        f"{c['date']}. Paired changes with 95 % intervals."
+        f"The testbed's {generation(c)}, dense, {c['views']} views of {c['size']} pixels, {c['dtype']} against FP8, one {c['device']}, "
+        f"torch {c['torch']}, {c['date']}. Paired changes with 95 % intervals."
     )
     return _table(("measure", "scenes", "BF16", "FP8", "change"), rows) + _note(note)
 
@@ -363,10 +364,10 @@ def distillation(report: dict[str, Any]) -> str:
     labels = " (the published recipe with them)" * any(row["row"]["name"] == "published" for row in done)
     choices = [f"{n} choices of {views} views a scene" for views, n in zip(c.get("views", ()), c.get("subsets", ()), strict=True) if n > 1]
     note = (
-        f"The testbed, {c['scenes']} held-out rendered scenes of {c['size']} × {c['size']} pixels, {c['dtype']}, one {c['device']}, torch "
-        f"{c['torch']}, one run a row. AUC changes in points, AbsRel in percent of dense; paired 95 % intervals. Trained without labels"
-        f"{labels} on {c['pool']} scenes of other seeds and textures, {c['views_a_step']} views a step; calibrated on {c['calibration']} "
-        f"inputs. Minutes are of calibration and training together, without those of compiling."
+        f"The testbed's {generation(c)}, {c['scenes']} held-out rendered scenes of {c['size']} × {c['size']} pixels, {c['dtype']}, "
+        f"one {c['device']}, torch {c['torch']}, one run a row. AUC changes in points, AbsRel in percent of dense; paired 95 % "
+        f"intervals. Trained without labels{labels} on {c['pool']} scenes of other seeds and textures, {c['views_a_step']} views a step; "
+        f"calibrated on {c['calibration']} inputs. Minutes are of calibration and training together, without those of compiling."
         f"{''.join(f' Means over {choice}.' for choice in choices)}"
     )
     if any(row["row"].get("chosen") for row in done):
@@ -394,8 +395,8 @@ def quality(*reports: dict[str, Any]) -> str:
     minutes = " and ".join(dict.fromkeys(f"{minutes_of_training(row):g}" for row in longest))
     return _table(heads, rows) + _note(
         f"Changes: applied, calibrated, ratios by site and calibrated, these and distilled for {minutes} minutes"
-        f"{', which at ' + ', '.join(in_fp8) + ' is in FP8' if in_fp8 else ''}. {c['scenes']} scenes of {c['size']} × {c['size']} "
-        f"pixels, {c['dtype']}, on one {c['device']}; 95 % intervals of AUC@30 are ± {widest:.1f} or less."
+        f"{', which at ' + ', '.join(in_fp8) + ' is in FP8' if in_fp8 else ''}. The testbed's {generation(c)}, {c['scenes']} scenes of "
+        f"{c['size']} × {c['size']} pixels, {c['dtype']}, on one {c['device']}; 95 % intervals of AUC@30 are ± {widest:.1f} or less."
     )
 
 

@@ -55,7 +55,7 @@ def distillation(folder: Path, keep: float, trained: str = "full") -> None:
         "lora": {"row": row("lora", True, {"minutes": 1.0}), "against_dense": change(-2.0, 1.0)},  # a part, trained for shorter
         "best": {"row": row("best", True, {"minutes": 8.0}, trained), "against_dense": change(-1.0, 0.5)},
     }
-    conditions = {"dtype": "bfloat16", "size": 224, "scenes": 480}
+    conditions = {"dtype": "bfloat16", "size": 224, "scenes": 480, "weights_sha256": "new"}
     content = {"conditions": conditions, "rows": {f"{key} {keep}": value | {"keep_ratio": keep} for key, value in rows.items()}}
     store(folder, f"testbed_distillation_keep{keep}.json", content)
 
@@ -72,7 +72,7 @@ def chosen(folder: Path, scenes: int = 90, size: int = 224) -> None:
         "auto + calibrate 0.25": row(-1.5, 0.002),
     }  # fmt: skip
     gains = {"auto + calibrate 0.25 - uniform + calibrate 0.25": {"AUC@30": change(2.5)}}
-    conditions = {"dtype": "bfloat16 autocast", "size": size}
+    conditions = {"dtype": "bfloat16 autocast", "size": size, "weights_sha256": "new"}
     store(folder, "quality_auto.json", {"conditions": conditions, "groups": {"16": {"rows": rows, "gains": gains}}})
 
 
@@ -139,7 +139,7 @@ def test_what_is_of_other_conditions_is_left_out_and_said(picture: ModuleType, t
     assert stored.missing[:3] == [
         "h200_vggt_518_keep0.25.json: measured with more options than keep_ratio, so it is not that of the testbed's rows",
         "quality_auto.json: of images of 112 pixels, not 224, so it is left out",
-        "quality.json: of the weights old; those of the package are new, so it is left out",
+        "quality.json: of the weights old, where others are of new, so it is left out",
     ]
     ((quality, _),) = picture.Stored(tmp_path, "old").points  # on rendered scenes
     assert (quality.series, quality.key, quality.lost[picture.AUC30].difference) == ("untrained", (0.5, 16), 1.0)
@@ -158,10 +158,7 @@ def test_a_time_that_is_not_there_is_said(picture: ModuleType, tmp_path: Path) -
     assert stored.missing[0] == "h200_vggt_518_keep0.25.json: no time of strong with 16 views"
 
 
-def test_the_command_draws_and_writes(
-    picture: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(picture, "weights", lambda: "new")
+def test_the_command_draws_and_writes(picture: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     distillation(tmp_path, 0.125, "fp8")
     page, drawn = tmp_path / "page.md", tmp_path / "p.png"
     page.write_text(MARKS)
@@ -211,7 +208,7 @@ def test_ratios_that_were_chosen_are_compared_on_the_same_scenes(picture: Module
 
 
 def test_picture_and_page_are_those_of_the_results(picture: ModuleType) -> None:
-    stored, text = picture.Stored(picture.RESULTS, picture.weights()), picture.PAGE.read_text()
+    stored, text = picture.Stored(picture.RESULTS), picture.PAGE.read_text()
     assert text.count("<!-- picture -->") == len(picture.MARKED.findall(text)) == 1
     assert picture.update(text, stored) == text, "run: python benchmarks/picture.py"
     assert picture.PICTURE.exists() == bool(stored.points), "run: python benchmarks/picture.py"
