@@ -33,8 +33,8 @@ FIELDS: dict[str, Any] = {"keep_ratio": 0.15, "dense_below": 0, "block_q": 32, "
 
 @pytest.fixture(scope="module")
 def images() -> list[Tensor]:
-    """Ten rendered scenes of three views, ``[1, 3, 3, 64, 64]`` each."""
-    return list(ProcScenes(TextureBank.procedural(24, 32, seed=5), seed=5)(12, 3, 64, 64)["rgb"][:10, None])
+    """Ten rendered scenes of three views, ``[1, 3, 3, 96, 96]`` each: of much smaller ones the testbed has seen none."""
+    return list(ProcScenes(TextureBank.procedural(24, 32, seed=5), seed=5)(12, 3, 96, 96)["rgb"][:10, None])
 
 
 def sparse_testbed(**fields: Any) -> nn.Module:
