@@ -107,14 +107,14 @@ def test_the_readme_has_every_example() -> None:
 @pytest.fixture(scope="module")
 def calibrated(workspace: Path) -> nn.Module:
     """The model of the example, which runs sparse, after it was saved."""
-    return example("calibrate_photographs", "--subsets", "2", "--views", "2", "--keep-ratio", "0.1", "--dense-below", "0")
+    return example("calibrate_photographs", "--subsets", "2", "--views", "3", "--keep-ratio", "0.1", "--dense-below", "0")
 
 
 @pytest.mark.slow
 def test_calibrating_on_photographs_and_loading_it_elsewhere(workspace: Path, calibrated: nn.Module) -> None:
     assert names(workspace / "calibrated") == ["lite3r.safetensors", "lite3r_config.json"]
     fitted = [site.proj_lin.weight for site in lite3r_modules(calibrated).values() if site.sparse]
-    assert any(weight.any() for weight in fitted)  # where it does not help it stays zero
+    assert sum(bool(weight.any()) for weight in fitted) >= len(fitted) / 2  # where it does not help it stays zero
 
     prediction = example("load_and_run")
     entry = find_model("testbed")

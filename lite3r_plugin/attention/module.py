@@ -426,10 +426,8 @@ class SparseLinearAttention(HostWrapper):
         compiling = torch.compiler.is_compiling()
         may_measure = not compiling and not (v.is_cuda and torch.cuda.is_current_stream_capturing())
         rule = break_even(v.device, *self.shares, may_measure)
-        if queries is None:
-            queries, prepared = tokens, tokens
-        elif prepared is None:
-            prepared = (queries + 2 * tokens) // 3
+        queries = tokens if queries is None else queries
+        prepared = (queries + 2 * tokens) // 3 if prepared is None else prepared
         return rule.pays(batch * num_heads * dim, queries, pinned.queries, tokens, pinned.keys, prepared)
 
     def _attend(self, inputs: AttentionInputs) -> Tensor:
@@ -440,7 +438,7 @@ class SparseLinearAttention(HostWrapper):
             return self._attend_masked(inputs, proj)
         queries, keys = inputs.q.shape[-2], inputs.v.shape[-2]
         v = inputs.v if inputs.num_heads is None else inputs.v[:, :1].expand(-1, inputs.num_heads, -1, -1)  # some run as all would
-        if not self.pays(v, pinned, queries if inputs.crossed else None):
+        if not self.pays(v, pinned, queries):
             return self.dense(inputs, proj if self.begin_dense() else None)
         self.begin_sparse(queries, pinned, keys)
         if self.trains_in_te():

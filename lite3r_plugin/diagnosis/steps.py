@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..adapter.layouts import TokenLayout, Views
 from ..adapter.sites import AttentionSite
 from ..apply.lookup import Inventory
 from ..config import Lite3RConfig
@@ -20,6 +21,7 @@ from ..fp8.blocks import find_blocks, find_linears
 from ..runtime.half import why_not_half
 from ..runtime.rewrites import plan_rewrites
 from ..runtime.trace import Trace
+from ..tokens.layout import pinned_tokens
 from ..wrapper import RewrittenMethod
 from .report import Step, Timing
 
@@ -156,10 +158,9 @@ def _saved(facts: Facts, wanted: dict[str, AttentionSite], part: str, queries: t
     tokens, width = queries[-2], 1
     for size in (*queries[:-2], queries[-1]):
         width *= size
-    several = wanted[fqn].scope == "global" and (facts.views or 1) > 1
-    view = tokens // (facts.views or 1) if several else 0
-    queries_too, keys = facts.config.pin == "reference", facts.config.pin in ("reference", "reference_keys")
-    share = SparseShares.of(facts.config, fqn).of_scores(tokens, view if queries_too else 0, view if keys else 0)
+    views = facts.views or 1 if wanted[fqn].scope == "global" else 1
+    pinned = pinned_tokens(TokenLayout((Views((1, tokens // views), views),)), facts.config.pin)
+    share = SparseShares.of(facts.config, fqn).of_scores(tokens, *pinned)
     return costs.milliseconds(width, tokens, None) - costs.milliseconds(width, tokens, share)
 
 

@@ -20,7 +20,7 @@ from lite3r_plugin.scene.images import to_tensor
 from lite3r_plugin.testbed import Testbed, weights_hash
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-SIZE = 112  # of images, in pixels
+SIZE = 96  # of images, in pixels
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_run(small: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert list(rows) == ["constant", "dense", *(f"{name} 0.25" for name in few[1:])]
     near = {name: sum(scene["teacher.depth_abs_rel"] for scene in row["scenes"]) for name, row in rows.items() if name != "constant"}
     assert near["dense"] == 0
-    assert 0 < near["sparse + means + linear, marginal 0.25"] < near["sparse 0.25"]
+    assert 0 < near["sparse + means + linear, marginal 0.25"] < 0.9 * near["sparse 0.25"]
     assert near["sparse, raster order 0.25"] != near["sparse 0.25"]
     assert rows["sparse 0.25"]["density"] < 1 == rows["dense"]["density"]
     assert "sparse, raster order 0.25" in (tmp_path / "q.md").read_text()

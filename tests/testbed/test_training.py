@@ -197,8 +197,8 @@ def test_a_packed_world_is_read(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not (SHIPPED / WEIGHTS_NAME).is_file(), reason="needs the trained weights")
 def test_the_weights_that_come_with_the_package_keep_to_a_band() -> None:
-    """Two scenes of the second generator, 0.160 and 68.3 when the weights were made; those before had 0.201 and 52.2, a constant 0.656."""
+    """Two scenes of the second generator, 0.160, 5.1 degrees and 68.3 when the weights were made; those before had 0.201, 6.2 and 52.2."""
     measures = evaluate(Testbed.from_pretrained(), gate_scenes([20_000, 20_001], 3, 112, 112))
     assert measures["abs_rel"] < 0.18
-    assert measures["rotation"] < 11
-    assert measures["auc30"] > 60
+    assert measures["rotation"] < 7.5
+    assert measures["auc30"] > 62
