@@ -32,6 +32,9 @@ class Group:
         among: The process group whose processes they are. All of them make it.
         timeout: Seconds after which a process that waits for another gives up.
 
+    Raises:
+        ParallelError: a process does not make the group in time, or they cannot reach each other.
+
     Attributes:
         rank: The place of this process among them.
         size: How many they are.
@@ -45,7 +48,22 @@ class Group:
         self.reason: str | None = None
         self._key = f"lite3r/parallel/{'-'.join(map(str, self.ranks))}/{next(_NUMBERS)}"
         self._agreed: dict[Hashable, Any] = {}
-        self._group: Any = _new_group(self.ranks, datetime.timedelta(seconds=timeout), dist.get_backend(among))
+        self._group: Any = None
+        try:
+            self._group = _new_group(self.ranks, datetime.timedelta(seconds=timeout), dist.get_backend(among))
+            self._wait_for_all(datetime.timedelta(seconds=timeout))
+        except RuntimeError as error:
+            self.close()
+            raise ParallelError(
+                f"the {self.size} processes found no way to each other: all of them call parallelize_views, as often and in the same order "
+                f"(seen by rank {self.rank}: {short(error, 120)})"
+            ) from error
+
+    def _wait_for_all(self, timeout: datetime.timedelta) -> None:
+        """Until all processes have the group: one that closes it sooner would break the connections of those that still make it."""
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"{self._key}/made by {self.rank}", "")
+        store.wait([f"{self._key}/made by {rank}" for rank in range(self.size)], timeout)
 
     # Errors
 

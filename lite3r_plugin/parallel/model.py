@@ -74,7 +74,7 @@ def parallelize_views(
 
     Raises:
         ParallelError: there is no process group, or no attention over views, or the model is spread already, weights differ between
-            processes, or an option is wrong.
+            processes, or an option is wrong, or another process does not call it in time.
         ModelTypeError, UnknownModelError, AdapterError: as of `apply_lite3r`.
     """
     return ViewParallel(model, mesh, inputs, outputs, sites, gather, timeout)

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -530,6 +531,23 @@ def groups_one_after_the_other() -> Any:
 
 
 @case("two")
+def a_group_that_one_makes_late() -> Any:
+    """How long each process takes for a group that rank 0 has half a second after its connections."""
+    start, make = time.monotonic(), dist.new_group
+
+    def late(*args: Any, **kwargs: Any) -> Any:
+        made = make(*args, **kwargs)
+        time.sleep(0.5)
+        return made
+
+    with mock.patch.object(dist, "new_group", late if dist.get_rank() == 0 else make):
+        group = Group(dist.group.WORLD, timeout=60)
+    taken = time.monotonic() - start
+    group.close()
+    return {"seconds": taken}
+
+
+@case("two")
 def undone() -> Any:
     model = testbed(**SPARSE)
     x = images()
@@ -628,7 +646,11 @@ def one_rank_dies(parallel: ViewParallel, model: nn.Module) -> Any:
     with refused() as said, torch.no_grad():
         model(images())
         model(images())
-    return {"said": said, "seconds": time.monotonic() - start}
+    seconds = time.monotonic() - start
+    parallel.remove()
+    with refused() as alone:
+        parallelize_views(model, timeout=1)
+    return {"said": said, "seconds": seconds, "alone": alone}
 
 
 # Processes

@@ -197,6 +197,11 @@ def test_no_group_takes_the_name_of_one_that_is_gone(two: Found) -> None:
         assert len(set(names)) == 6
 
 
+def test_no_process_has_a_group_before_all_have_it(two: Found) -> None:
+    """Else one that closes it at once breaks the connections of another that still makes it."""
+    assert all(one["seconds"] >= 0.5 for one in ranks(two, "two", "a_group_that_one_makes_late"))
+
+
 def test_what_cannot_be_spread_is_refused_everywhere(two: Found) -> None:
     for one in ranks(two, "two", "views_that_meet"):
         assert "views meet outside of the attention sites" in one["mean"][0]
@@ -236,6 +241,7 @@ def test_a_process_that_dies_ends_the_others(found: Found, run: str) -> None:
     (one,) = ranks(found, run, "one_rank_dies")
     assert "died" in one["said"][0]
     assert one["seconds"] < 60
+    assert "all of them call parallelize_views" in one["alone"][0]
 
 
 def test_without_processes_it_says_how_to_start_them() -> None:
