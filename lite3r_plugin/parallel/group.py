@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import itertools
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -22,7 +21,6 @@ from torch.autograd.function import once_differentiable
 from ..errors import ParallelError, short
 
 Value = TypeVar("Value")
-_NUMBERS = itertools.count()  # of groups of this process: the processes of a group make it in the same order
 
 
 class Group:
@@ -46,24 +44,38 @@ class Group:
         self.rank, self.size = dist.get_rank(among), len(self.ranks)
         self.traffic = 0
         self.reason: str | None = None
-        self._key = f"lite3r/parallel/{'-'.join(map(str, self.ranks))}/{next(_NUMBERS)}"
         self._agreed: dict[Hashable, Any] = {}
         self._group: Any = None
+        self._key = f"lite3r/parallel/{'-'.join(map(str, self.ranks))}"
+        limit = datetime.timedelta(seconds=timeout)
+        among_us = f"{self._key}/{self._count('made', 0)}/tried"
         try:
-            self._group = _new_group(self.ranks, datetime.timedelta(seconds=timeout), dist.get_backend(among))
-            self._wait_for_all(datetime.timedelta(seconds=timeout))
+            tried = self._told(among_us, self._count("tried", 1), limit)
+            made = f"{among_us} {'-'.join(tried)}"
+            self._group = _new_group(self.ranks, made, limit, dist.get_backend(among))
+            # One that closed it sooner would break the connections of those that still make it.
+            self._told(f"{made}/had", 1, limit)
         except RuntimeError as error:
             self.close()
+            with contextlib.suppress(Exception):
+                _store().delete_key(f"{among_us}/{self.rank}")
             raise ParallelError(
                 f"the {self.size} processes found no way to each other: all of them call parallelize_views, as often and in the same order "
                 f"(seen by rank {self.rank}: {short(error, 120)})"
             ) from error
+        self._count("made", 1)
+        self._key = made
 
-    def _wait_for_all(self, timeout: datetime.timedelta) -> None:
-        """Until all processes have the group: one that closes it sooner would break the connections of those that still make it."""
-        store = dist.distributed_c10d._get_default_store()
-        store.set(f"{self._key}/made by {self.rank}", "")
-        store.wait([f"{self._key}/made by {rank}" for rank in range(self.size)], timeout)
+    def _count(self, what: str, more: int) -> int:
+        """How often this process has done something with these others, and so many times more."""
+        return _store().add(f"{self._key}/{what} by {self.rank}", more)
+
+    def _told(self, what: str, value: int, limit: datetime.timedelta) -> list[str]:
+        """What all processes say of something, by process, once all have."""
+        keys = [f"{what}/{rank}" for rank in range(self.size)]
+        _store().set(keys[self.rank], str(value))
+        _store().wait(keys, limit)
+        return [_store().get(key).decode() for key in keys]
 
     # Errors
 
@@ -79,7 +91,7 @@ class Group:
             return
         self.reason = f"rank {self.rank} failed: {short(error)}"
         with contextlib.suppress(Exception):  # the store may be gone with the process that holds it
-            dist.distributed_c10d._get_default_store().set(self._key, self.reason)
+            _store().set(self._key, self.reason)
         self.close()
 
     @contextlib.contextmanager
@@ -103,7 +115,7 @@ class Group:
 
     def _left_reason(self) -> str | None:
         try:
-            store = dist.distributed_c10d._get_default_store()
+            store = _store()
             return store.get(self._key).decode() if store.check([self._key]) else None
         except Exception:  # it went with the process that held it
             return None
@@ -178,17 +190,23 @@ class Group:
                 dist.all_reduce(parameter.grad, group=group)
 
 
-def _new_group(ranks: list[int], timeout: datetime.timedelta, backend: str) -> Any:
-    """A process group of a name that none had before: under it the processes leave in the store where they can be reached.
+def _store() -> dist.Store:
+    """What `torch.distributed` was started with."""
+    return dist.distributed_c10d._get_default_store()
 
-    Torch before 2.14 names a group of a part of all processes by its ranks and how many groups there are, so that the name of one that is
-    gone would come again, and with it addresses at which nobody is. A group of this process alone, which stays, makes them one more.
+
+def _new_group(ranks: list[int], name: str, timeout: datetime.timedelta, backend: str) -> Any:
+    """As `torch.distributed.new_group` makes one, of a name of ours: under it the processes leave in the store where they can be reached.
+
+    Torch's own are made of counts of each process by itself. Processes that were in unlike groups would give this one unlike names, and
+    wait for each other; and before 2.14 the name of a group that is gone comes again, and with it addresses at which nobody is.
     """
-    if len(ranks) == dist.get_world_size():
-        return dist.new_group(ranks, timeout=timeout, backend=backend)
-    if torch.__version__ < "2.14":
-        dist.new_group([dist.get_rank()], backend=backend, use_local_synchronization=True)
-    return dist.new_group(ranks, timeout=timeout, backend=backend, use_local_synchronization=True)
+    c10d: Any = dist.distributed_c10d
+    group, _ = c10d._new_process_group_helper(
+        len(ranks), ranks.index(dist.get_rank()), ranks, c10d.Backend(backend), _store(), name, timeout=timeout
+    )
+    c10d._world.pg_group_ranks[group] = {rank: place for place, rank in enumerate(ranks)}
+    return group
 
 
 class _Gather(torch.autograd.Function):

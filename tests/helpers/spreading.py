@@ -530,17 +530,45 @@ def groups_one_after_the_other() -> Any:
     return names
 
 
+@case("two", "three")
+def groups_that_overlap() -> Any:
+    """Of the last process alone, of the first two, of the last two and of all: each process is in as many groups as no other."""
+    rank, last = dist.get_rank(), dist.get_world_size() - 1
+    told = []
+    for ranks in ([last], [0, 1], [last - 1, last], list(range(last + 1))):
+        among = dist.new_group(ranks)
+        if rank in ranks:
+            group = Group(among, timeout=20)
+            told.append([one[0] for one in group.numbers([rank], torch.device("cpu"))] == ranks)
+            group.close()
+    return {"told": told}
+
+
+@case("two")
+def a_group_that_one_makes_too_late() -> Any:
+    """And another by all."""
+    said: list[str] = []
+    if dist.get_rank() == 0:
+        with refused() as said:
+            Group(dist.group.WORLD, timeout=0.5)
+    dist.barrier()
+    group = Group(dist.group.WORLD, timeout=60)
+    numbers = group.numbers([1], torch.device("cpu"))
+    group.close()
+    return {"said": said, "numbers": numbers}
+
+
 @case("two")
 def a_group_that_one_makes_late() -> Any:
     """How long each process takes for a group that rank 0 has half a second after its connections."""
-    start, make = time.monotonic(), dist.new_group
+    start, make = time.monotonic(), dist.distributed_c10d._new_process_group_helper
 
     def late(*args: Any, **kwargs: Any) -> Any:
         made = make(*args, **kwargs)
         time.sleep(0.5)
         return made
 
-    with mock.patch.object(dist, "new_group", late if dist.get_rank() == 0 else make):
+    with mock.patch.object(dist.distributed_c10d, "_new_process_group_helper", late if dist.get_rank() == 0 else make):
         group = Group(dist.group.WORLD, timeout=60)
     taken = time.monotonic() - start
     group.close()

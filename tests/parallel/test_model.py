@@ -197,6 +197,17 @@ def test_no_group_takes_the_name_of_one_that_is_gone(two: Found) -> None:
         assert len(set(names)) == 6
 
 
+@pytest.mark.parametrize("run", ["two", THREE])
+def test_processes_that_were_in_unlike_groups_meet(found: Found, run: str) -> None:
+    assert all(one["told"] and all(one["told"]) for one in ranks(found, run, "groups_that_overlap"))
+
+
+def test_a_process_that_waits_in_vain_says_so_and_may_try_again(two: Found) -> None:
+    first, second = ranks(two, "two", "a_group_that_one_makes_too_late")
+    assert "all of them call parallelize_views" in first["said"][0]
+    assert first["numbers"] == second["numbers"] == [[1], [1]]
+
+
 def test_no_process_has_a_group_before_all_have_it(two: Found) -> None:
     """Else one that closes it at once breaks the connections of another that still makes it."""
     assert all(one["seconds"] >= 0.5 for one in ranks(two, "two", "a_group_that_one_makes_late"))
