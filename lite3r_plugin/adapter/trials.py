@@ -10,6 +10,7 @@ import contextlib
 import contextvars
 import copy
 import math
+import types
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import AdapterError, shown
+from ..errors import AdapterError, short, shown
 from ..wrapper import TABLES
 
 TOLERANCE = 1e-5  # of the largest number of an output: FP32 with room for another order of sums
@@ -103,6 +104,9 @@ class RandomCopies:
 
         Parameters become random numbers; buffers and other attributes keep their values, as far as they have any. Nobody's hooks are in
         it, nor what was laid around a forward.
+
+        Raises:
+            AdapterError: something in it cannot be copied, such as a process group or a lock.
         """
         memo: dict[int, Any] = {id(old): new for old, new in instead.items()}
         kept: list[Any] = []  # whose ids are in `memo`
@@ -116,10 +120,16 @@ class RandomCopies:
                     for parameter in filter(_is_float, value.values()):
                         memo.setdefault(id(parameter), nn.Parameter(self.numbers(parameter.shape), requires_grad=False))
                 elif name not in TABLES or name == "_buffers":
-                    for tensor in filter(_is_tensor, _leaves(value)):
-                        kept.append(tensor)
-                        memo.setdefault(id(tensor), self._of_tensor(tensor))
-        copied = copy.deepcopy(module, memo)
+                    for leaf in _leaves(value):
+                        if isinstance(leaf, Tensor):
+                            kept.append(leaf)
+                            memo.setdefault(id(leaf), self._of_tensor(leaf))
+                        elif isinstance(leaf, types.ModuleType):  # there is one of it
+                            memo[id(leaf)] = leaf
+        try:
+            copied = copy.deepcopy(module, memo)
+        except Exception as error:  # whatever an attribute raises
+            raise AdapterError(f"it cannot be copied to be tried ({short(error)})") from error
         for inside in copied.modules():
             for name in _AROUND:
                 vars(inside).pop(name, None)
@@ -212,10 +222,6 @@ def _frozen(value: Any) -> Hashable:
     if isinstance(value, Tensor) and not value.is_meta and value.numel() <= READ and type(value) in (Tensor, nn.Parameter):
         return tuple(value.shape), value.dtype, tuple(value.detach().flatten().tolist())
     return type(value), id(value)
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
 
 
 def _is_float(value: Any) -> bool:

@@ -378,6 +378,9 @@ def _find_hosts(found: Inventory, adapter: str, sites: Sequence[AttentionSite]) 
 def _find_module(found: Inventory, adapter: str, fqn: str) -> nn.Module:
     if fqn not in found.modules:
         raise AdapterError(f"adapter {adapter!r} names {fqn!r}, but the model has no such module")
+    if "_orig_mod" in found.modules[fqn]._modules:
+        inside = f"{fqn}._orig_mod"
+        raise AdapterError(f"adapter {adapter!r} names {fqn!r}, which is what torch.compile made around {inside!r}: name the latter")
     return found.modules[fqn]
 
 

@@ -64,7 +64,7 @@ class SparseLinearAttention(HostWrapper):
             (absent at sites that stay dense and with ``linear_branch="none"``).
         keep_ratio: The keep ratio of this site; 1 where it stays dense, NaN where it waits for a choice.
         style: How q, k and v are made.
-        argument_names: The arguments of the host's forward.
+        argument_names, argument_defaults: The arguments of the host's forward, as `ProjectionStyle` says.
         enabled: False runs the host's own forward.
         left: As above. A site is left later, too, where its host turns out to attend several times in one forward.
         calls: What ran so far.
@@ -84,7 +84,7 @@ class SparseLinearAttention(HostWrapper):
         self._substitutes: tuple[tuple[Substitute, bool], ...] = ()
         self.calls = CallCounts()
         self.style = style_of(site, host, state.config.fuse)
-        self.argument_names = self.style.argument_names
+        self.argument_names, self.argument_defaults = self.style.argument_names, self.style.argument_defaults
         # Looked up here, lest code that is compiled for one block depend on its name.
         self.keep_ratio, self.shares, self.left = self._ratio_of(state.config, left)
         self.te_projection: Any = None

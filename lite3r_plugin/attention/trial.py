@@ -55,9 +55,12 @@ class Trials:
         sizes = tuple((linear.in_features, linear.out_features, linear.bias is None) for linear in linears)
         key = (structure(host, linears), sizes, site.projections, site.head_dim)
         if key not in self._verdicts:
-            with trial():
-                copied = self._copies.of(host, self._copies.linears(linears))
-                self._verdicts[key] = self._try(site, style, copied)
+            try:
+                with trial():
+                    copied = self._copies.of(host, self._copies.linears(linears))
+                    self._verdicts[key] = self._try(site, style, copied)
+            except AdapterError as error:
+                self._verdicts[key] = Verdict(str(error), None)
         return self._verdicts[key]
 
     def _try(self, site: AttentionSite, style: ProjectedStyle, host: nn.Module) -> Verdict:

@@ -13,7 +13,7 @@ from ..adapter.sites import AttentionSite, PreNormBlock
 from ..errors import AdapterError
 from ..ops.dispatch import require_one_device
 from ..ops.fp8 import Quantized, passes
-from ..wrapper import HostWrapper, argument_names, by_name, has_forward_hooks, may_be_read, must_be_called
+from ..wrapper import HostWrapper, argument_defaults, argument_names, asked_for, by_name, has_forward_hooks, may_be_read, must_be_called
 from .linear import Fp8Linear
 
 
@@ -44,6 +44,7 @@ class Fp8Block(HostWrapper):
         self.attention = site.fqn[len(site.block.fqn) + 1 :]
         self.attention_takes_fp8 = attention_takes_fp8
         self.argument_names: tuple[str, ...] = argument_names(host) or ()
+        self.argument_defaults = argument_defaults(host)
         # Whoever wraps or watches a module inside is to see it called, with tensors.
         self.parts = tuple((parent, name, child) for parent in host.modules() for name, child in parent.named_children())
         self.passed = passed
@@ -53,7 +54,7 @@ class Fp8Block(HostWrapper):
         """As the host's forward."""
         given = by_name(self.argument_names, args) | kwargs
         x = given.pop(self.argument_names[0])
-        given = {name: value for name, value in given.items() if value is not None and value is not False}
+        given = asked_for(given, self.argument_defaults)
         if not isinstance(x, Tensor) or self.training or not given.keys() <= self.passed:
             return self.run_host(*args, **kwargs)
         compiling = torch.compiler.is_compiling()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..adapter.sites import AttentionSite
 from ..adapter.trials import RandomCopies, require_equal, structure, trial
 from ..errors import AdapterError, short
-from ..wrapper import argument_names, by_name, forward_parameters
+from ..wrapper import argument_defaults, argument_names, asked_for, by_name, forward_parameters
 from .block import block_forward
 
 
@@ -45,15 +45,20 @@ class BlockTrials:
         attention = host.get_submodule(site.fqn[len(block.fqn) + 1 :])
         linears: dict[nn.Module, Any] = {linear: linear for linear in (host.get_submodule(block.up), host.get_submodule(block.down))}
         # Of a site the signature says nothing; it remembers its host's.
-        names = tuple(getattr(attention, "argument_names", None) or argument_names(attention) or ())
+        remembered = attention if hasattr(attention, "argument_defaults") else None
+        names = tuple(remembered.argument_names if remembered is not None else argument_names(attention) or ())
+        defaults = remembered.argument_defaults if remembered is not None else argument_defaults(attention)
         sizes = tuple((linear.in_features, linear.out_features, linear.bias is None) for linear in linears.values())
         inside = site.fqn[len(block.fqn) :], block.up, block.down, block.activation, block.norm1, block.norm2, block.gain1, block.gain2
-        key = (structure(host, {attention: attention, **linears}), sizes, inside, names)
+        key = (structure(host, {attention: attention, **linears}), sizes, inside, names, tuple(defaults.items()))
         if key not in self._verdicts:
-            with trial():
-                stand_in = _StandIn(names)
-                copied = self._copies.of(host, {attention: stand_in, **self._copies.linears(linears)})
-                self._verdicts[key] = self._try(site, copied, stand_in)
+            try:
+                with trial():
+                    stand_in = _StandIn(names, defaults)
+                    copied = self._copies.of(host, {attention: stand_in, **self._copies.linears(linears)})
+                    self._verdicts[key] = self._try(site, copied, stand_in)
+            except AdapterError as error:
+                self._verdicts[key] = BlockVerdict(str(error))
         return self._verdicts[key]
 
     def _try(self, site: AttentionSite, host: nn.Module, stand_in: _StandIn) -> BlockVerdict:
@@ -91,13 +96,13 @@ class BlockTrials:
 class _StandIn(nn.Module):
     """An attention in name: it mixes tokens and channels, and remembers what else it was given."""
 
-    def __init__(self, names: tuple[str, ...]) -> None:
+    def __init__(self, names: tuple[str, ...], defaults: Mapping[str, Any]) -> None:
         super().__init__()
-        self.names = names
+        self.names, self.defaults = names, defaults
         self.given: dict[str, Any] = {}
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         given: dict[str, Any] = by_name(self.names[1:], args) | kwargs
         given |= {f"number {i + 2}": value for i, value in enumerate(args) if i + 1 >= len(self.names)}  # of an attention with *args
-        self.given = {name: value for name, value in given.items() if value is not None and value is not False}
+        self.given = asked_for(given, self.defaults)
         return x.flip(-1) * 0.7 + x.roll(1, -2)

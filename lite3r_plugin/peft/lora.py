@@ -22,7 +22,7 @@ from ..fp8.blocks import BlockLinear
 from ..fp8.convert import is_finite, require_plain_weight
 from ..fp8.qat import folded
 from ..ops.options import check_choice, is_int, is_number
-from ..wrapper import Changes, is_lora, is_plain_tensor
+from ..wrapper import Changes, is_lora, is_plain_tensor, put_child
 from .qat_lora import made_around
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -100,7 +100,7 @@ def add_lora(
         for name, module in found.modules.items():
             if module in made:
                 parent, _, child = name.rpartition(".")
-                changes.put(found.modules[parent]._modules, child, made[module])
+                put_child(changes, found.modules[parent], child, made[module])
                 names.append(name)
     return names
 

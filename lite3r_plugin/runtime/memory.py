@@ -272,7 +272,12 @@ class MemoryPlanner(RewrittenMethod):
 
         assert self.places is not None
         memo: dict[int, Any] = {id(x): _no_view(x) for x in _all_tensors(self.module)}
-        twin = copy.deepcopy(self.module, memo)
+        try:
+            twin = copy.deepcopy(self.module, memo)
+        except Exception as error:  # whatever an attribute raises
+            raise InputError(
+                f"max_memory cannot plan this {type(self.module).__name__}: it cannot be copied ({short(error, 200)}). Leave max_memory out"
+            ) from error
         planner: MemoryPlanner = memo[id(self)]
         try:
             with FakeTensorMode(allow_non_fake_inputs=True) as fake:

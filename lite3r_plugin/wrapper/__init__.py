@@ -1,9 +1,11 @@
 """Modules that take the place of a host's, and changes of a model that are all made or none."""
 
 from .changes import Changes
-from .host import TABLES, HostWrapper, host_of, replace_modules, share_hooks
+from .host import TABLES, HostWrapper, host_of, put_child, replace_modules, share_hooks
 from .reading import (
+    argument_defaults,
     argument_names,
+    asked_for,
     by_name,
     calls_are_seen,
     forward_parameters,
@@ -22,8 +24,10 @@ __all__ = [
     "RewrittenMethod",
     "RewrittenModule",
     "active_copy",
+    "argument_defaults",
     "argument_names",
     "around_and_itself",
+    "asked_for",
     "belongs_to_tuner",
     "by_name",
     "calls_are_seen",
@@ -37,6 +41,7 @@ __all__ = [
     "keeps_copies",
     "may_be_read",
     "must_be_called",
+    "put_child",
     "replace_modules",
     "share_hooks",
     "tuner_around",

@@ -103,6 +103,16 @@ def share_hooks(made: nn.Module, host: nn.Module) -> None:
             object.__setattr__(made, table, getattr(host, table))
 
 
+def put_child(changes: Changes, parent: nn.Module, name: str, child: nn.Module) -> None:
+    """Let `parent` have `child` under that name."""
+    anew = getattr(parent, "_initialize", None) if name == "_orig_mod" else None
+    if anew is not None:  # what `torch.compile` gives calls what it was made of, until it is told anew
+        changes.make(lambda: None, anew)
+    changes.put(parent._modules, name, child)
+    if anew is not None:
+        changes.make(anew, lambda: None)
+
+
 def replace_modules(changes: Changes, modules: dict[str, nn.Module], made: Mapping[nn.Module, nn.Module]) -> None:
     """Put each value of `made` where its key is, at every name that it has; wrappers leave and join the tables of their hosts.
 
@@ -123,7 +133,7 @@ def replace_modules(changes: Changes, modules: dict[str, nn.Module], made: Mappi
             old.leave(changes)
         for name in names:
             parent, _, child = name.rpartition(".")
-            changes.put(modules[parent]._modules, child, new)
+            put_child(changes, modules[parent], child, new)
             modules[name] = new
         if isinstance(new, HostWrapper):
             new.join(changes)

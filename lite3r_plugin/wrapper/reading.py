@@ -27,6 +27,36 @@ def argument_names(module: nn.Module) -> tuple[str, ...] | None:
     return None if parameters is None else tuple(parameters)
 
 
+def argument_defaults(module: nn.Module) -> dict[str, Any]:
+    """What `forward_parameters` are where they are not given: those that are something then, which None and False are not.
+
+    Whatever is no bool, number or text is an Ellipsis, so that this may be copied and pickled.
+    """
+    parameters = forward_parameters(module) or {}
+    defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+    return {name: x if type(x) in _PLAIN else ... for name, x in defaults.items() if x is not None and x is not False}
+
+
+_PLAIN = (bool, int, float, str)
+
+
+def asked_for(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments `given` by name with which a forward does something else than without, as far as can be told.
+
+    Not those that are as `argument_defaults` are; where there is none, None, False and a list of None, as of tokens without positions,
+    ask for nothing.
+    """
+    return {name: value for name, value in given.items() if not _says_nothing(value, defaults.get(name))}
+
+
+def _says_nothing(value: Any, default: Any) -> bool:
+    if default is not None:
+        return type(value) is type(default) and type(value) in _PLAIN and value == default
+    if isinstance(value, (list, tuple)):
+        return all(item is None for item in value)
+    return value is None or value is False
+
+
 def by_name(names: Sequence[str], args: Sequence[Any]) -> dict[str, Any]:
     """Positional arguments by the `names` of a forward; what is more of either is left out."""
     return dict(zip(names, args))  # noqa: B905 (the compiler of torch 2.9 takes any value of `strict` for true)

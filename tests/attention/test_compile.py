@@ -13,9 +13,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim, export
 from toys import Attention, Separate, Toy, images, toy_adapter
 
-from lite3r_plugin import apply_lite3r
+from lite3r_plugin import AttentionSite, FusedQKV, apply_lite3r, remove_lite3r
 from lite3r_plugin.costs import attention as costs
 from lite3r_plugin.costs.model import AttentionCosts
+from lite3r_plugin.errors import AdapterError
 from lite3r_plugin.ops import dispatch
 from lite3r_plugin.ops.dispatch import constant_in_graphs
 from lite3r_plugin.ops.qk_norm_rope import HeadNorm
@@ -24,6 +25,7 @@ from lite3r_plugin.ops.sla.signature import INPUTS, Arguments
 from lite3r_plugin.runtime.compile import repeated_blocks
 from lite3r_plugin.testbed.model import Testbed, TestbedConfig
 from lite3r_plugin.testing import TEST_CONFIG
+from lite3r_plugin.wrapper import Changes, put_child
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 __all__ = ["toy_adapter"]  # the fixture
@@ -336,3 +338,27 @@ def test_second_derivatives_are_refused() -> None:
     compiled = torch.compile(lambda *x: sparse_linear_attention(*x, keep_ratio=0.3, block_q=32, block_k=16), backend="eager")
     with pytest.raises(NotImplementedError, match="no second derivatives"):
         torch.autograd.grad(compiled(q, k, v).square().sum(), q, create_graph=True)
+
+
+def test_attention_modules_that_are_compiled_by_themselves() -> None:
+    """`torch.compile(module)` calls the module that it was given, whatever takes its place."""
+    torch.manual_seed(0)
+    plain, x = nn.Sequential(Attention(32, 2), Attention(32, 2)).eval(), torch.randn(1, 96, 32)
+    model = nn.Sequential(*(torch.compile(module, backend="eager") for module in plain))
+    fields: dict[str, Any] = {"keep_ratio": 0.25, "dense_below": 0, "block_q": 16, "block_k": 16, "pin": "none"}
+    with torch.no_grad():
+        dense = model(x)
+        with pytest.raises(AdapterError, match=r"what torch.compile made around '0\._orig_mod': name the latter"):
+            apply_lite3r(model, sites=[AttentionSite("0", "global", 16, FusedQKV(2))], **fields)
+        apply_lite3r(model, sites=[AttentionSite(f"{i}._orig_mod", "global", 16, FusedQKV(2)) for i in range(2)], **fields)
+        found = model(x)
+        remove_lite3r(model)
+        assert torch.equal(model(x), dense)
+        changes = Changes()
+        put_child(changes, model[1], "_orig_mod", nn.Identity())
+        assert not torch.equal(model(x), dense)
+        changes.undo()
+        assert torch.equal(model(x), dense)
+        expected = apply_lite3r(plain, sites=[AttentionSite(f"{i}", "global", 16, FusedQKV(2)) for i in range(2)], **fields)(x)
+    assert not torch.allclose(found, dense, rtol=1e-2)
+    torch.testing.assert_close(found, expected)

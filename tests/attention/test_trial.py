@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import time
 from typing import Any
 
@@ -105,6 +106,18 @@ def test_a_module_that_holds_another_one_as_an_attribute() -> None:
     host, other = gained(1.0), nn.Linear(4, 4)
     vars(host)["parents"] = [other, host]
     assert Trials().of(SITE, host).refused is None
+
+
+@pytest.mark.parametrize(("held", "fused"), [(torch.nn.functional, True), (threading.Lock(), False), ([{"of": threading.Lock()}], False)])
+def test_what_cannot_be_copied_is_not_tried(held: Any, fused: bool) -> None:
+    """Such as a process group: what a forward does with it, nobody else may try."""
+    model = nn.Sequential(Attention(32, 2)).eval()
+    model[0].held = held
+    x = torch.randn(1, 24, 32)
+    expected = model(x)
+    apply_lite3r(model, keep_ratio=1.0, sites=[AttentionSite("0", "global", 16, FusedQKV(2))])
+    assert ("q, k and v of the host's own code: it cannot be copied to be tried" in str(describe(model))) != fused
+    torch.testing.assert_close(model(x), expected)
 
 
 class Pair(nn.Module):

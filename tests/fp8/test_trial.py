@@ -6,6 +6,7 @@ import pytest
 import torch
 from pre_norm_blocks import DIM, Block
 from torch import Tensor, nn
+from toys import Attention
 
 from lite3r_plugin import AttentionSite, FusedQKV, PreNormBlock
 from lite3r_plugin.fp8.trial import BlockTrials
@@ -41,7 +42,23 @@ def test_what_is_passed_on() -> None:
         assert (verdict.refused, verdict.passed) == (None, frozenset())
 
 
+class SwitchedAttention(Attention):
+    def forward(self, x: Tensor, mask: Tensor | None = None, plain: bool = True) -> Tensor:
+        return super().forward(x if plain else 2 * x, mask)
+
+
+class SwitchesOff(Block):
+    def __init__(self) -> None:
+        super().__init__("gelu", True)
+        self.attn = SwitchedAttention(DIM, 2)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x + self.ls1(self.attn(self.norm1(x), mask, False))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
 def test_what_is_refused() -> None:
+    assert "it gives its attention ['plain']" in str(BlockTrials().of(SITE, SwitchesOff()).refused)
     assert "differs from the block's own forward by" in str(BlockTrials().of(SITE, Halves("gelu", True)).refused)
     assert "cannot be tried (ValueError: only on Tuesdays)" in str(BlockTrials().of(SITE, Fails("gelu", True)).refused)
 

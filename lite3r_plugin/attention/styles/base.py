@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...adapter.sites import AttentionSite, KeyValueCache
 from ...errors import AdapterError
-from ...wrapper import argument_names
+from ...wrapper import argument_defaults, argument_names
 from ..inputs import AttentionInputs
 
 
@@ -84,6 +84,7 @@ class ProjectionStyle(abc.ABC):
     Attributes:
         site: The description.
         argument_names: The arguments of the host's forward, in order.
+        argument_defaults: What they are where they are not given, as `wrapper.argument_defaults` says.
         replaces: Whether it runs more than attention itself, and not the host's own forward.
         fuses: Whether it runs the rotary embedding in one kernel with the norms, which sites that stay dense gain by, too.
 
@@ -103,6 +104,7 @@ class ProjectionStyle(abc.ABC):
                 f"{type(host.forward).__name__} in its place: take that out before apply_lite3r"
             )
         self.argument_names = names
+        self.argument_defaults = argument_defaults(host)
 
     def check(self, host: nn.Module) -> None:
         """Raise `AdapterError` unless `host` is as the site says. By default nothing is checked."""

@@ -14,7 +14,7 @@ from ...adapter.sites import AttentionSite, FusedQKV, KeyValueCache, SeparateQKV
 from ...errors import AdapterError
 from ...fp8.linear import Fp8Linear
 from ...ops.qk_norm_rope import HeadNorm
-from ...wrapper import by_name, may_be_read
+from ...wrapper import asked_for, by_name, may_be_read
 from ..inputs import AttentionInputs
 from .base import ProjectionStyle, SiteModule
 from .parts import splits
@@ -206,7 +206,7 @@ class ProjectedStyle(ProjectionStyle):
             past, wanted = given.pop(self.cache.past, None), given.pop(self.cache.wanted or "", None)
             if bool(wanted) if self.cache.wanted is not None else past is not None:
                 cached = Past.of(past)
-        refused = [name for name, value in given.items() if not _is_nothing(value)]
+        refused = list(asked_for(given, self.argument_defaults))
         if cached is not None and named.get("mask") is not None:
             refused.append(f"a cache and {self.names['mask']}")
         key, value = named.get("key"), named.get("value")
@@ -248,13 +248,6 @@ def _norm(module: SiteModule, name: str | None, x: Tensor) -> tuple[Tensor, Head
         return x, None
     known = head_norm(norm, x.shape[-1]) if may_be_read(norm) else None
     return (x, known) if known is not None else (norm(x), None)
-
-
-def _is_nothing(value: Any) -> bool:
-    """Whether an argument says nothing: None, False, or a list of None, as of tokens that have no positions."""
-    if isinstance(value, (list, tuple)):
-        return all(item is None for item in value)
-    return value is None or value is False
 
 
 def _child(host: nn.Module, name: str, fqn: str) -> nn.Module:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from toys import Attention, Separate
 
-from lite3r_plugin import AttentionSite, FusedQKV, Rope2D, SeparateQKV
+from lite3r_plugin import AttentionSite, FusedQKV, Rope2D, SeparateQKV, apply_lite3r
 from lite3r_plugin.attention.styles.projected import head_norm
 from lite3r_plugin.attention.styles.registry import check_projections, style_of
 from lite3r_plugin.errors import AdapterError
+from lite3r_plugin.ops.dispatch import SlowPathWarning
 
 
 def site(projections: Any, head_dim: int = 16) -> AttentionSite:
@@ -59,3 +61,33 @@ def test_the_default_eps_of_an_rms_norm_is_torchs() -> None:
     found = head_norm(nn.RMSNorm(16), 16)
     assert found is not None
     assert found.eps == torch.finfo(torch.float32).eps
+
+
+class Switched(Attention):
+    """Has switches that are on, as forks have."""
+
+    def forward(self, x: Tensor, flipped: bool = False, plain: bool = True, order: str | None = "natural", signs: Any = (1,)) -> Tensor:  # type: ignore[override]
+        return super().forward(x.flip(1) * 2 if flipped or not plain or order != "natural" or signs != (1,) else x)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, None),
+        ({"flipped": False, "plain": True, "order": "natural"}, None),
+        ({"flipped": True}, "flipped"),
+        ({"plain": False}, "plain"),
+        ({"order": None}, "order"),
+        ({"signs": None}, "signs"),
+        ({"plain": None, "order": "other"}, "plain, order"),
+    ],
+)
+def test_what_is_given_beside_the_tokens_counts_unless_it_is_as_by_default(given: dict[str, Any], said: str | None) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Switched(32, 2)), torch.randn(1, 24, 32)
+    expected = model[0](x, **given)
+    apply_lite3r(model, keep_ratio=1.0, sites=[AttentionSite("0", "global", 16, FusedQKV(2))])
+    with contextlib.nullcontext() if said is None else pytest.warns(SlowPathWarning, match=f"it is given {said}$"):
+        got = model[0](x, **given)
+    torch.testing.assert_close(got, expected)
+    assert model[0].calls.dense == (said is None)  # by the site's own code
