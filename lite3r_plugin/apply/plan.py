@@ -230,7 +230,10 @@ def plan_conversion(
     taken = [linear for linear in known if linear.taken_by(config)]
     if not again:
         if not known:
-            raise NoSitesError(f"no transformer block of this {model} has a torch.nn.Linear to convert")
+            others = ", ".join(sorted({linear.unknown for linear in linears if linear.unknown is not None}))
+            raise NoSitesError(
+                f"no transformer block of this {model} has a torch.nn.Linear to convert" + (f": its Linears are {others}" if others else "")
+            )
         if not taken:
             raise _nothing_taken(known, model)
     require_merged(taken)
@@ -256,8 +259,8 @@ def left_linears(linears: Sequence[BlockLinear], config: Lite3RConfig) -> dict[s
     """How many of these Linears FP8 leaves whatever they cost, by reason."""
     reasons = []
     for linear in linears:
-        if not linear.known:
-            reasons.append(f"of class {type(linear.module).__name__}")
+        if linear.unknown is not None:
+            reasons.append(linear.unknown)
         elif not isinstance(linear.module, Fp8Linear) and not linear.taken_by(config):
             reasons.append("not taken by fp8_filter")
     return dict(Counter(reasons))
@@ -332,6 +335,11 @@ def _choose(
                 f'site {site.fqn!r} has head_dim {site.head_dim}; the Triton kernels take {TRITON_HEAD_DIMS}. Use attention_backend="auto"'
             )
         if sparse and config.linear_branch != "none":
+            if hasattr(host, "proj_lin"):
+                raise AdapterError(
+                    f"site {site.fqn!r}: {type(host).__name__} has a proj_lin of its own, under which name Lite3R keeps the linear branch: "
+                    'rename it, or take linear_branch="none"'
+                )
             _check_device(found, site, host)
         chosen.swaps.setdefault(host, Swap(host, site, sparse and left is None, left))
     return chosen

@@ -24,6 +24,9 @@ MOST_TOLD = 3
 Budget = Literal["max_rel_error", "max_pose_loss", "mean_keep_ratio"]
 BUDGETS: tuple[Budget, ...] = ("max_rel_error", "max_pose_loss", "mean_keep_ratio")
 
+SETTINGS = ("pin", "block_means", "block_choice", "linear_branch", "negligible_ratio")
+"""Fields of `Lite3RConfig` by which attention with the same keep ratio and blocks gives something else."""
+
 
 @dataclass(frozen=True)
 class Making:
@@ -38,7 +41,7 @@ class Making:
         checked: Number of others that the choice was checked on.
         tokens: The fewest and the most tokens that a site saw of an input.
         blocks: `block_q` and `block_k`.
-        pin: As in `Lite3RConfig`.
+        settings: Those of `SETTINGS`.
         dtype: In which the model computed.
         density: Share of the scores that is computed, over all sites, each by its size.
         uniform: The keep ratio that computes as much when all sites have it.
@@ -57,7 +60,7 @@ class Making:
     checked: int
     tokens: tuple[int, int]
     blocks: tuple[int, int]
-    pin: str
+    settings: Mapping[str, Any]
     dtype: str
     density: float
     uniform: float
@@ -120,8 +123,8 @@ class KeepRatioProfile(SiteRatios):
         lines = []
         if making.blocks != blocks:
             lines.append("blocks {} x {} instead of {} x {}".format(*blocks, *making.blocks))
-        if making.pin != config.pin:
-            lines.append(f"pin {config.pin!r} instead of {making.pin!r}")
+        differing = {name: x for name, x in settings(config).items() if x != making.settings[name]}
+        lines += [f"{name} {x!r} instead of {making.settings[name]!r}" for name, x in differing.items()]
         return [f"chosen under other conditions, so these numbers may not hold here: {', '.join(lines)}"] if lines else []
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -181,6 +184,11 @@ class KeepRatioProfile(SiteRatios):
         return cls(ratios, made)
 
 
+def settings(config: Lite3RConfig) -> dict[str, Any]:
+    """What `config` says of attention besides keep ratios and blocks: `SETTINGS`, by name."""
+    return {name: getattr(config, name) for name in SETTINGS}
+
+
 def check_sites(ratios: KeepRatioProfile, sites: Sequence[str]) -> None:
     """Raise `ConfigError` where `ratios` are not of the model whose `sites` become sparse."""
     names = {plain_name(fqn) for fqn in sites}
@@ -203,13 +211,18 @@ def _is_line(x: Any) -> bool:
     return isinstance(x, str) and x.isprintable()  # `describe` prints it, and terminals obey what is not
 
 
+def _is_setting(x: Any) -> bool:
+    return _is_line(x) or isinstance(x, bool) or _is_finite(x)
+
+
 def _making(data: Any) -> Making:
     """`Making` of what a file holds. Raises `ConfigError` where it holds anything else."""
     fields = [field.name for field in dataclasses.fields(Making)]
     if not isinstance(data, Mapping) or set(data) != set(fields):
         raise ConfigError(f"a damaged profile of keep ratios: 'making' is to have {fields}")
     checks: dict[str, Any] = {
-        **dict.fromkeys(("model", "adapter", "pin", "dtype"), _is_line),
+        **dict.fromkeys(("model", "adapter", "dtype"), _is_line),
+        "settings": lambda x: isinstance(x, Mapping) and set(x) == set(SETTINGS) and all(map(_is_setting, x.values())),
         "budget": lambda x: x in BUDGETS,
         **dict.fromkeys(("inputs", "checked"), lambda x: is_int(x) and x > 0),
         **dict.fromkeys(("tokens", "blocks"), lambda x: isinstance(x, list) and len(x) == 2 and all(is_int(n) and n > 0 for n in x)),

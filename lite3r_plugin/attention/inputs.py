@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..adapter.layouts import TokenLayout
 from ..ops.qk_norm_rope import HeadNorm
+from ..tokens.layout import Pinned
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class AttentionInputs:
         layout: How the sequence is laid out, which the site adds; None where that is not known.
         crossed: Whether keys and values are of other tokens than queries. Else positions and layout are those of keys, too.
         key_positions, key_layout: Those of keys, where they are of other tokens.
+        pinned: The queries and the keys that are always kept, where the layouts alone do not say, as of the calls of a stream; or None.
         mask: What `scaled_dot_product_attention` takes as ``attn_mask``, ``[..., N, M]``, or None.
         num_heads: How many heads the site has, where these are only some of them; None where they are all.
     """
@@ -40,5 +42,6 @@ class AttentionInputs:
     crossed: bool = False
     key_positions: Tensor | None = None
     key_layout: TokenLayout | None = None
+    pinned: Pinned | None = None
     mask: Tensor | None = None
     num_heads: int | None = None

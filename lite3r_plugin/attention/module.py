@@ -35,7 +35,7 @@ from .branch import branch_weight, make_branch, write_branch
 from .inputs import AttentionInputs
 from .masks import frame_causal, learns
 from .state import CallCounts, ModelState
-from .streams import Stream, Streams, in_a_row, in_calls, norm_as_it_is, of_calls, pinned_keys
+from .streams import Stream, Streams, in_a_row, in_calls, norm_as_it_is, of_calls, pinned_keys, pinned_queries
 from .styles.registry import style_of
 
 KEPT_WHOLE = "keep_ratio 1"
@@ -270,11 +270,11 @@ class SparseLinearAttention(HostWrapper):
         k, v = in_calls(k, cache, tokens), in_calls(v, cache, tokens)
         self._streams.keep(stream, k, v)
         proj, all_tokens = self.projection(inputs.v), stream.keys.tokens
-        pinned = self.pinned(layout).queries if first or layout is None else min(self.pinned(layout).queries, layout.special_tokens)
+        pinned = pinned_queries(layout, config.pin, first)
         prepared = tokens + (all_tokens // MARGINAL_SHARE if proj is not None and config.linear_branch == "marginal" else 0)
         options: dict[str, Any] = dict(scale=inputs.scale, backend=config.attention_backend)
         if self.pays(stream.keys.v, Pinned(pinned, stream.keys.pinned_tokens), tokens, prepared):
-            self.begin_sparse(tokens, Pinned(0, stream.keys.pinned_tokens), all_tokens)
+            self.begin_sparse(tokens, Pinned(0, stream.keys.pinned_tokens), all_tokens, exact=pinned)
             out = stream.keys.attend(
                 queries, keep_ratio=self.keep_ratio, negligible_ratio=config.negligible_ratio, pinned_tokens=pinned, proj=proj,
                 linear="none" if proj is None else config.linear_branch, feature_map=config.feature_map, block_means=config.block_means,
@@ -492,12 +492,14 @@ class SparseLinearAttention(HostWrapper):
         k, v = inputs.k, inputs.v
         if past is not None:
             k, v = (torch.cat((in_a_row(x, cache), new), 2) for x, new in zip(past, (k, v), strict=True))
-        calls = v.shape[2] // tokens
+        calls, pin = v.shape[2] // tokens, self.state.config.pin
         positions = None if inputs.positions is None else inputs.positions.repeat(1, calls, 1)
         whole = of_calls(layout, calls) if calls * tokens == v.shape[2] else None
+        kept = pinned_keys(layout, pin, True) + (calls - 1) * pinned_keys(layout, pin, False)
         everything = dataclasses.replace(
-            inputs, k=k.to(v.dtype), v=v, crossed=True, key_positions=positions, layout=layout, key_layout=whole
-        )
+            inputs, k=k.to(v.dtype), v=v, crossed=True, key_positions=positions, layout=layout, key_layout=whole,
+            pinned=None if whole is None else Pinned(pinned_queries(layout, pin, past is None), kept),
+        )  # fmt: skip
         return everything, k, v
 
     def _attend_masked(self, inputs: AttentionInputs, proj: Tensor | None) -> Tensor:
@@ -551,11 +553,12 @@ class SparseLinearAttention(HostWrapper):
         self.count("dense")
         return self.keep_ratio == 1 and self.state.config.linear_branch == "all"
 
-    def begin_sparse(self, queries: int, pinned: Pinned, keys: int) -> None:
-        """Count a call that runs sparse, of so many queries and keys."""
+    def begin_sparse(self, queries: int, pinned: Pinned, keys: int, exact: int = 0) -> None:
+        """Count a call that runs sparse, of so many queries and keys; `exact` queries attend to all, and not the rest of their block."""
         config = self.state.config
         if not torch.compiler.is_compiling():
-            self.count("sparse", density(queries, keys, self.keep_ratio, *pinned, config.block_q, config.block_k))
+            share = density(queries, keys, self.keep_ratio, *pinned, config.block_q, config.block_k)
+            self.count("sparse", share + (1 - share) * exact / queries)
 
     def trains_in_te(self) -> bool:
         """Whether TransformerEngine runs `proj_lin` in this call."""
@@ -585,6 +588,8 @@ class SparseLinearAttention(HostWrapper):
 
     def pinned_in(self, inputs: AttentionInputs) -> Pinned:
         """The queries and the keys of a call that are always kept, which may be of two sequences."""
+        if inputs.pinned is not None:
+            return inputs.pinned
         return Pinned(self.pinned(inputs.layout).queries, self.pinned(inputs.key_layout if inputs.crossed else inputs.layout).keys)
 
     def order(self, layout: TokenLayout | None, like: Tensor) -> Tensor | None:

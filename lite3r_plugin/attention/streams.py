@@ -153,6 +153,14 @@ def pinned_keys(layout: TokenLayout | None, pin: Pin, first: bool) -> int:
     return pinned_tokens(together, pin).keys - layout.special_tokens if first else layout.special_tokens
 
 
+def pinned_queries(layout: TokenLayout | None, pin: Pin, first: bool) -> int:
+    """How many tokens of a call, the first in order, attend to all tokens so far: the reference view is in the first call alone."""
+    if layout is None:
+        return 0
+    found = pinned_tokens(layout, pin).queries
+    return found if first else min(found, layout.special_tokens)
+
+
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
     if a is None or b is None:
         return a is b

@@ -48,6 +48,7 @@ def calibrate(
     keep_ratios.json for other commands and apply_lite3r.
     """
     import contextlib
+    import tempfile
 
     import torch
 
@@ -76,8 +77,10 @@ def calibrate(
     number = choose_dtype(dtype, where)
     try:
         out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
     except OSError as error:
-        raise InputError(f"the folder {out} cannot be made: {error.strerror}") from error
+        raise InputError(f"the folder {out} cannot be made, or nothing written to it: {error.strerror}") from error
     with progress() as bar:
         task = bar.add_task("Loading images", total=1)
         with within:
@@ -96,11 +99,11 @@ def calibrate(
         with quiet(), autocast:
             profile = choose_keep_ratios(predicting, given, **budgets, outputs=as_outputs, progress=told) if options.waits else None
             result = fit(predicting, given, outputs=as_outputs, progress=told)
+        save_lite3r(net, out)
         if isinstance(ratios := profile or options.keep_ratio, KeepRatioProfile):
             ratios.save(out / RATIOS_NAME)
         else:
             (out / RATIOS_NAME).unlink(missing_ok=True)  # of an earlier run: they are not those of this checkpoint
-        save_lite3r(net, out)
     if weights == RANDOM:
         warn("the weights are random: what was fitted means nothing")
     if left := len(paths) - sum(map(len, inputs)):

@@ -12,6 +12,7 @@ from .options import Config, Device, KeepRatio, Weights, lite3r_config
 if TYPE_CHECKING:
     import torch
 
+    from ..config import Lite3RConfig
     from ..evaluation import Run
     from ..scene.export import Column, Reconstruction
     from ..scene.metrics import DepthMetrics, PoseMetrics
@@ -76,7 +77,7 @@ def demo(
         errors = {
             "depth against truth": {name: depth_error(run.prediction.depth, truth.depth, "scene") for name, run in runs.items()},
         }
-        notes = _notes(runs, options.keep_ratio, on_gpu) if what_ran(list(runs.values())[-1].density, pair.model, where) is None else []
+        notes = _notes(runs, options, on_gpu) if what_ran(list(runs.values())[-1].density, pair.model, where) is None else []
         title = f"testbed: {views} views of {SIZE} x {SIZE} pixels, {where}, float32" + (f", median of {repeats}" if repeats > 1 else "")
         facts = facts_of_runs(title, runs, errors, notes)
         names = tuple(f"view {i + 1}" for i in range(views))
@@ -161,14 +162,11 @@ def _numbers(run: Run, depth: DepthMetrics | None, pose: PoseMetrics) -> list[st
     return [f"{quality}cameras {pose.rotation_median:.1f}° (drawn orange)", f"{scores}, {run.seconds:.2f} s{memory}"]
 
 
-def _notes(runs: dict[str, Run], keep_ratio: object, on_gpu: bool) -> list[str]:
+def _notes(runs: dict[str, Run], config: Lite3RConfig, on_gpu: bool) -> list[str]:
     """What was saved, and what the numbers say and do not say."""
     dense, sparse = runs.values()
     density = sparse.density or 1.0
-    notes = [
-        f"Lite3R computed {density:.0%} of the attention scores between views. The reference view is always kept, so the share falls with "
-        f"more views{_at_length(keep_ratio)}."
-    ]
+    notes = [f"Lite3R computed {density:.0%} of the attention scores between views.{_with_more_views(config)}"]
     if on_gpu:
         notes.append(f"Here that took {dense.seconds / sparse.seconds:.2f} times less time. `lite3r bench` measures larger models.")
     else:
@@ -180,11 +178,14 @@ def _notes(runs: dict[str, Run], keep_ratio: object, on_gpu: bool) -> list[str]:
     return notes
 
 
-def _at_length(keep_ratio: object, views: int = 100) -> str:
-    """The share of the scores at a length at which it pays: all of the reference view, and of the rest what is kept and the block means."""
-    from ..config import Lite3RConfig
-
-    if not isinstance(keep_ratio, float):
+def _with_more_views(config: Lite3RConfig, views: int = 100) -> str:
+    """What becomes of the share of the scores at a length at which it pays: all of the reference view, and of the rest what is kept and
+    the block means."""
+    if config.pin not in ("reference", "reference_keys"):
         return ""
-    kept = min(1.0, keep_ratio + 1 / Lite3RConfig.block_k)
-    return f": to {1 - (1 - 1 / views) ** 2 * (1 - kept):.0%} with {views}"
+    said = " The reference view is always kept, so the share falls with more views"
+    if not isinstance(config.keep_ratio, float):
+        return f"{said}."
+    kept = min(1.0, config.keep_ratio + (1 / config.block_k if config.block_means else 0))
+    rest = (1 - 1 / views) ** (2 if config.pin == "reference" else 1)
+    return f"{said}: to {1 - rest * (1 - kept):.0%} with {views}."

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..adapter.sites import AttentionSite
 from ..config import INNER, Lite3RConfig
-from ..wrapper import around_and_itself, belongs_to_tuner, is_tuner_layer, tuner_around
+from ..wrapper import around_and_itself, belongs_to_tuner, host_of, is_tuner_layer, tuner_around, was_exchanged
 from .linear import Fp8Linear
 from .qat import FakeQuantLinear
 
@@ -39,8 +39,19 @@ class BlockLinear:
 
     @property
     def known(self) -> bool:
-        """Whether FP8 knows its class."""
-        return type(self.module) in (nn.Linear, FakeQuantLinear, Fp8Linear)
+        """Whether FP8 knows what it does."""
+        return self.unknown is None
+
+    @property
+    def unknown(self) -> str | None:
+        """Why FP8 does not know what it does; None where it does."""
+        if type(self.module) not in (nn.Linear, FakeQuantLinear, Fp8Linear):
+            return f"of class {type(self.module).__name__}"
+        weight = self.module._parameters.get("weight")
+        lent = weight is not None and weight.is_meta  # what brings it in for a call is told of where the weight is wanted
+        if not isinstance(self.module, Fp8Linear) and not lent and was_exchanged(host_of(self.module)):
+            return "with a forward that somebody else has exchanged"
+        return None
 
     def taken_by(self, config: Lite3RConfig) -> bool:
         """Whether `config.fp8_filter` takes it, by one of its names at least."""

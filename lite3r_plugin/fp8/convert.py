@@ -13,7 +13,7 @@ from ..adapter.sites import AttentionSite
 from ..config import Fp8Backend
 from ..costs.linear import fp8_pays
 from ..errors import WeightsError
-from ..wrapper import Changes, HostWrapper, host_of, is_plain_tensor, must_be_called, replace_modules, share_hooks
+from ..wrapper import Changes, HostWrapper, host_of, is_plain_tensor, must_be_called, replace_modules, share_hooks, was_exchanged
 from . import backends
 from .block import Fp8Block, why_not_fused
 from .blocks import BlockLinear
@@ -156,6 +156,9 @@ def fuse_blocks(
         if site.block is None or (host := blocks.get(site.block.fqn)) is None:
             continue
         if why_not_fused(host, site.block) is not None:
+            continue
+        if was_exchanged(host):
+            differing[site.block.fqn] = "its forward was exchanged by somebody else"
             continue
         verdict = trials.of(site, host)
         if verdict.refused is None:

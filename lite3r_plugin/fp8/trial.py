@@ -45,7 +45,7 @@ class BlockTrials:
         attention = host.get_submodule(site.fqn[len(block.fqn) + 1 :])
         linears: dict[nn.Module, Any] = {linear: linear for linear in (host.get_submodule(block.up), host.get_submodule(block.down))}
         # Of a site the signature says nothing; it remembers its host's.
-        remembered = attention if hasattr(attention, "argument_defaults") else None
+        remembered: Any = attention if hasattr(attention, "argument_defaults") else None
         names = tuple(remembered.argument_names if remembered is not None else argument_names(attention) or ())
         defaults = remembered.argument_defaults if remembered is not None else argument_defaults(attention)
         sizes = tuple((linear.in_features, linear.out_features, linear.bias is None) for linear in linears.values())

@@ -190,7 +190,7 @@ class Group:
                 dist.all_reduce(parameter.grad, group=group)
 
 
-def _store() -> dist.Store:
+def _store() -> Any:
     """What `torch.distributed` was started with."""
     return dist.distributed_c10d._get_default_store()
 

@@ -300,7 +300,8 @@ def _try(model: nn.Module, inputs: Any, watch: _Watch) -> None:
             apply_lite3r(model, TEST_CONFIG, sites=sites, keep_ratio=1.0, scopes=scopes)
             try:
                 call_model(model, inputs)
-                for fqn, module in lite3r_modules(model).items():
+                modules = lite3r_modules(model)  # by all names that they have
+                for fqn, module in ((fqn, modules[fqn]) for fqn in usable if fqn in modules):
                     if described:  # which does not fit where it takes other arguments, either
                         usable[fqn].routed = fqn in module.state.routed or module.calls.host > 0
                     else:

@@ -554,8 +554,10 @@ class _Views:
         self._stack.close()
 
     def _see(self, site: SparseLinearAttention, inputs: AttentionInputs, out: Tensor) -> None:
-        if inputs.layout is not None:
+        if inputs.layout is not None and not inputs.crossed:
             self.most = max(self.most, inputs.layout.views)
+        elif inputs.layout is not None and inputs.key_layout is not None:  # views that attend to others
+            self.most = max(self.most, inputs.layout.views + inputs.key_layout.views)
 
 
 def total_steps(config: DistillConfig, feed: Feed) -> int | None:

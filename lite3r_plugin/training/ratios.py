@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..adapter.outputs import ModelOutputs, OutputsFunction
 from ..apply.lookup import look_up
-from ..apply.profile import BUDGETS, Budget, KeepRatioProfile, Making
+from ..apply.profile import BUDGETS, Budget, KeepRatioProfile, Making, settings
 from ..apply.ranks import is_sharded
 from ..apply.swap import set_ratios
 from ..attention.branch import branch_weight
@@ -160,8 +160,8 @@ def choose_keep_ratios(
         tokens = [n for fqn in free for call in sizes.calls[fqn] for n in call.tokens]
         making = Making(
             model=found.plain_model, adapter=state.adapter, budget=budget, value=value, inputs=len(measured), checked=len(checked),
-            tokens=(min(tokens), max(tokens)), blocks=(state.config.block_q, state.config.block_k), pin=state.config.pin, dtype=sizes.dtype,
-            density=costs.density(ratios), uniform=uniform, errors=errors, uniform_errors=uniform_errors,
+            tokens=(min(tokens), max(tokens)), blocks=(state.config.block_q, state.config.block_k), settings=settings(state.config),
+            dtype=sizes.dtype, density=costs.density(ratios), uniform=uniform, errors=errors, uniform_errors=uniform_errors,
             harm=_harm(damages), dense=dense,
         )  # fmt: skip
         profile = KeepRatioProfile(ratios | dict.fromkeys(dense, 1.0), making)

@@ -14,7 +14,7 @@ from .reading import (
     may_be_read,
     must_be_called,
 )
-from .rewritten import RewrittenMethod, RewrittenModule
+from .rewritten import RewrittenMethod, RewrittenModule, was_exchanged
 from .tuners import active_copy, around_and_itself, belongs_to_tuner, configs_of_tuners, is_lora, is_tuner_layer, keeps_copies, tuner_around
 
 __all__ = [
@@ -45,4 +45,5 @@ __all__ = [
     "replace_modules",
     "share_hooks",
     "tuner_around",
+    "was_exchanged",
 ]

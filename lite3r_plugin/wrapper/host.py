@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import WeightsError
 from .changes import Changes
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # The host is not set yet while unpickling. The others are accelerate's: it would take the forward that it wrapped of the host for ours.
 _OWN = ("host", "_hf_hook", "_old_forward")
@@ -38,6 +41,7 @@ class HostWrapper(nn.Module):
         for table in TABLES:
             object.__setattr__(self, table, copy.copy(getattr(host, table)))
         object.__setattr__(self, "host", host)
+        self._version = host._version  # of what its class writes into state dicts
         self._added: dict[str, list[str]] = {}
 
     def __getattr__(self, name: str) -> Any:
@@ -72,6 +76,24 @@ class HostWrapper(nn.Module):
                 else:
                     changes.drop(shared, key)
 
+    # What a class may do in its own way, with attributes that are in no table: the host does it, to the tables that both share.
+
+    def train(self, mode: bool = True) -> Self:
+        """As the host does."""
+        self.host.train(mode)
+        self.training = self.host.training
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.host._apply(fn, recurse)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.host._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        self.host._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def run_host(self, *args: Any, **kwargs: Any) -> Any:
         """The host's own forward, with the parameters as they are now."""
         self.host.training = self.training
@@ -80,6 +102,7 @@ class HostWrapper(nn.Module):
     def release(self) -> nn.Module:
         """The host, to be put back (`replace_modules`): trained or evaluated as this module was."""
         self.host.training = self.training
+        self.host._is_full_backward_hook = self._is_full_backward_hook  # of the table of hooks that they share
         return self.host
 
     def _replicate_for_data_parallel(self) -> NoReturn:

@@ -107,3 +107,9 @@ class RewrittenMethod(_Arguments):
             changes.drop(vars(self.module), self.name)
         else:
             changes.put(vars(self), "enabled", False)
+
+
+def was_exchanged(module: nn.Module) -> bool:
+    """Whether somebody else has put a forward of its own into this instance, which may do anything; accelerate's only moves tensors."""
+    own = vars(module).get("forward")
+    return own is not None and not isinstance(own, RewrittenMethod) and "_hf_hook" not in vars(module)

@@ -15,12 +15,12 @@ def is_tuner_layer(module: nn.Module) -> bool:
 
 def is_lora(module: nn.Module) -> bool:
     """Whether `module` adds a product of two small matrices, `lora_B` and `lora_A`, to what its `base_layer` gives."""
-    return is_tuner_layer(module) and {"lora_A", "lora_B"} <= module._modules.keys()
+    return is_tuner_layer(module) and {"lora_A", "lora_B"} <= set(module._modules.keys())
 
 
 def keeps_copies(module: nn.Module) -> bool:
     """Whether `module` stands for its `original_module`, of which each adapter has a copy of its own (`modules_to_save` of PEFT)."""
-    return {"original_module", "modules_to_save"} <= module._modules.keys()
+    return {"original_module", "modules_to_save"} <= set(module._modules.keys())  # no view where it is scripted
 
 
 def active_copy(module: nn.Module) -> nn.Module:

@@ -10,13 +10,14 @@ import pytest
 from toys import Toy, sites
 
 from lite3r_plugin import KeepRatioProfile, Lite3RConfig, apply_lite3r, describe, load_lite3r, save_lite3r
-from lite3r_plugin.apply.profile import Making
+from lite3r_plugin.apply.profile import SETTINGS, Making, settings
 from lite3r_plugin.errors import ConfigError, InputError
 
 FIELDS: dict[str, Any] = {"dense_below": 0, "block_q": 16, "block_k": 16, "pin": "special"}
 MAKING = Making(
-    model="Toy", adapter="toy", budget="max_rel_error", value=0.02, inputs=4, checked=3, tokens=(246, 300), blocks=(16, 16), pin="special",
-    dtype="float32", density=0.3, uniform=0.2, errors={"depth": 0.015}, uniform_errors={"depth": 0.03},
+    model="Toy", adapter="toy", budget="max_rel_error", value=0.02, inputs=4, checked=3, tokens=(246, 300), blocks=(16, 16),
+    settings=settings(Lite3RConfig(pin="special")), dtype="float32", density=0.3, uniform=0.2,
+    errors={"depth": 0.015}, uniform_errors={"depth": 0.03},
     harm={"cross.0": 1.0}, dense={"cross.1": "nobody was there"},
 )  # fmt: skip
 
@@ -61,6 +62,12 @@ def test_other_conditions_are_told() -> None:
         "chosen under other conditions, so these numbers may not hold here: blocks 32 x 32 instead of 16 x 16, pin 'none' instead of "
         "'special'"
     ) in str(describe(model))
+    others: dict[str, Any] = {"block_means": False, "block_choice": "error", "linear_branch": "none", "negligible_ratio": 0.5}
+    assert {*others, "pin"} == set(SETTINGS)
+    for name, value in others.items():
+        model = Toy()
+        apply_lite3r(model, keep_ratio=profile(), sites=sites(model), **FIELDS | {name: value})
+        assert f"may not hold here: {name} {value!r} instead of " in str(describe(model))
 
 
 def test_the_configuration_goes_to_json() -> None:
@@ -98,6 +105,7 @@ def test_what_is_no_profile(change: dict[str, Any], message: str, tmp_path: Path
         ("model", 3), ("budget", "max_cost"), ("value", -1), ("value", "0.02"), ("inputs", 0), ("checked", 1.5), ("tokens", [1]),
         ("tokens", [0, 5]), ("blocks", "16"), ("density", None), ("errors", {}), ("errors", {"depth": -1}), ("errors", {"points": 0.1}),
         ("uniform_errors", [1]), ("dense", {"cross.1": 1}), ("harm", {"cross.0": 2}), ("harm", None),
+        ("settings", {}), ("settings", settings(Lite3RConfig()) | {"pin": None}), ("settings", settings(Lite3RConfig()) | {"more": 1}),
         ("value", 10**400), ("errors", {"depth": 10**400}), ("density", 7), ("uniform", 2), ("model", "a\x1b[2J"), ("adapter", "a\nb"),
         ("dense", {"cross.1": "\x1b[31m"}), ("harm", {}), ("harm", {"another": 0.5}),
         ("dense", {}), ("dense", {"cross.1": "", "another": ""}), ("dense", {"cross.0": "", "cross.1": ""}),

@@ -693,3 +693,78 @@ def test_an_empty_batch_of_images_runs(adapter: Adapter) -> None:
     model = Toy().eval()
     dense = model(images()[:0])
     assert apply_lite3r(model, keep_ratio=0.3, dense_below=0, block_q=16, block_k=16)(images()[:0]).shape == dense.shape
+
+
+class HasOne(Attention):
+    def __init__(self) -> None:
+        super().__init__(32, 2)
+        self.proj_lin = nn.Linear(16, 16)
+
+
+def test_a_branch_does_not_take_the_place_of_what_has_its_name() -> None:
+    model, x = nn.Sequential(HasOne()), torch.randn(1, 24, 32)
+    site = AttentionSite("0", "global", 16, Routed())
+    before = set(model.state_dict())
+    with pytest.raises(AdapterError, match="HasOne has a proj_lin of its own"):
+        apply_lite3r(model, keep_ratio=0.5, sites=[site])
+    expected = model(x)
+    apply_lite3r(model, keep_ratio=1.0, sites=[site], linear_branch="none")
+    torch.testing.assert_close(model(x), expected)
+    remove_lite3r(model)
+    assert set(model.state_dict()) == before
+
+
+class OnItsOwn(Attention):
+    """Does what a class may do of its own: keeps a part frozen, moves a plain tensor along, saves a number, reads old checkpoints."""
+
+    _version = 2
+
+    def __init__(self) -> None:
+        super().__init__(32, 2)
+        self.norm, self.gain, self.steps = nn.BatchNorm1d(32), torch.ones(32), 0
+
+    def train(self, mode: bool = True) -> OnItsOwn:
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> OnItsOwn:
+        super()._apply(fn, recurse)
+        self.gain = fn(self.gain)
+        return self
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.steps)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.steps = int(state)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
+        if f"{prefix}old.weight" in state_dict:
+            state_dict[f"{prefix}qkv.weight"] = state_dict.pop(f"{prefix}old.weight")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().forward(self.norm((x * self.gain).mT).mT, mask)
+
+
+def test_a_host_does_what_its_class_does_of_its_own() -> None:
+    model = nn.Sequential(OnItsOwn())
+    state = model.state_dict()
+    old = {("0.old.weight" if name == "0.qkv.weight" else name): value for name, value in state.items()}
+    apply_lite3r(model, keep_ratio=0.5, sites=[AttentionSite("0", "global", 16, Routed())])
+    site: Any = model[0]
+    assert set(model.state_dict()) == {*state, "0.proj_lin.weight"}
+    assert model.state_dict()._metadata["0"]["version"] == 2  # type: ignore[attr-defined]
+    model.load_state_dict(old | {"0.proj_lin.weight": site.proj_lin.weight, "0._extra_state": torch.tensor(7)})
+    assert site.steps == 7
+    model.train()
+    assert (site.training, site.norm.training, site.proj_lin.training) == (True, False, True)
+    assert model.double()[0].gain.dtype == torch.float64
+    seen: list[int] = []
+    site.register_full_backward_hook(lambda *_: seen.append(1))
+    remove_lite3r(model)
+    host: Any = model[0]
+    assert (host.training, host.norm.training, host.gain.dtype) == (True, False, torch.float64)
+    host(torch.randn(1, 24, 32, dtype=torch.float64, requires_grad=True)).sum().backward()
+    assert seen == [1]

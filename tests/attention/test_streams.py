@@ -19,6 +19,7 @@ from streaming_hosts import FinishedCache, RawCache, frames, make
 
 from lite3r_plugin import apply_lite3r, describe, lite3r_disabled
 from lite3r_plugin.adapter import TokenLayout, Views
+from lite3r_plugin.apply.lookup import lite3r_modules
 from lite3r_plugin.attention import masks
 from lite3r_plugin.attention.masks import Masks, frame_causal
 from lite3r_plugin.ops.dispatch import SlowPathWarning
@@ -502,3 +503,27 @@ def test_another_dtype_begins_anew() -> None:
             one.stream(frames(3)[:, 2:], cache)
     found, wanted = model.stream(frames(4)[:, 3:], past), dense.stream(frames(4)[:, 3:], expected)
     assert (found - wanted).norm() < 0.02 * wanted.norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("pin", ["reference", "reference_keys", "special"])
+def test_what_is_pinned_is_the_same_with_gradients(kind: type[Any], pin: Any) -> None:
+    """Where somebody learns or looks on, a call is computed as a whole: the first frame stays the reference, and no other one is."""
+    x = torch.rand(1, 4, 3, 224, 168, generator=torch.Generator().manual_seed(1))
+    dense, model = make(kind), apply_lite3r(make(kind), TEST_CONFIG, pin=pin, keep_ratio=0.05)
+    site = next(site for site in lite3r_modules(model).values() if site.sparse)
+    expected = dense(x[:, :1], [None] * 2)
+    densities: list[list[float]] = []
+    for learns in (False, True):
+        with torch.set_grad_enabled(learns):
+            past: list[Any] = [None] * 2
+            first = model(x[:, :1], past)
+            assert (relative_error(first.detach(), expected) < 1e-5) == (pin != "special"), learns
+            past = [None] * 2
+            found = []
+            for frames_of_call in (x[:, :2], x[:, 2:]):
+                model(frames_of_call, past)
+                found.append(site.calls.density)
+            densities.append(found)
+    # Of pinned queries a stream computes no more than those; the operator's whole blocks of them are a few more.
+    assert densities[0] == pytest.approx(densities[1], abs=0.04)

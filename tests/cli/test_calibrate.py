@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import fails, lite3r
@@ -34,6 +35,19 @@ def test_errors_before_any_work(photos: Path, tmp_path: Path) -> None:
     assert "no installed adapter" in fails("calibrate", photos, "--out", tmp_path / "x", "--model", "nothing")
     assert not (tmp_path / "x").exists()
     assert "cannot be made" in fails("calibrate", photos, "--out", photos / "0.jpg", "--views", 1, *OPTIONS)
+    assert "nothing written to it" in fails("calibrate", photos, "--out", "/proc", "--views", 1, *OPTIONS)
+
+
+def test_ratios_of_an_earlier_run_stay_with_its_checkpoint(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a run cannot write its own."""
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lite3r_plugin.apply.checkpoint.save_lite3r", full)
+    (tmp_path / "keep_ratios.json").write_text("those")
+    assert "No space left" in fails("calibrate", photos, "--out", tmp_path, "--views", 1, "--keep-ratio", 0.2, *OPTIONS)
+    assert (tmp_path / "keep_ratios.json").read_text() == "those"
 
 
 @pytest.mark.slow

@@ -10,6 +10,8 @@ import trimesh
 from commands import fails, lite3r
 from PIL import Image
 
+from lite3r_plugin import Lite3RConfig
+from lite3r_plugin.cli.demo import _with_more_views
 from lite3r_plugin.testbed.model import SHIPPED, WEIGHTS_NAME
 
 FILES = ["demo.html", "demo.png", "dense.ply", "lite3r.ply", "truth.ply"]
@@ -58,3 +60,14 @@ def test_demo(tmp_path: Path) -> None:
 def test_demo_that_cannot_write(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert "cannot be made" in fails("demo", "--out", tmp_path / "file" / "demo", "--weights", "random")
+
+
+def test_what_it_says_of_more_views_is_true_of_the_configuration() -> None:
+    """With 100 views of equal size, of which one is pinned, in blocks of 64."""
+    every = Lite3RConfig(keep_ratio=0.1)
+    kept = 0.1 + 1 / 64
+    assert f"to {1 - 0.99**2 * (1 - kept):.0%} with 100" in _with_more_views(every.replace(pin="reference"))
+    assert f"to {1 - 0.99 * (1 - kept):.0%} with 100" in _with_more_views(every.replace(pin="reference_keys"))
+    assert f"to {1 - 0.99**2 * 0.9:.0%} with 100" in _with_more_views(every.replace(block_means=False))
+    assert _with_more_views(every.replace(pin="special")) == _with_more_views(every.replace(pin="none")) == ""
+    assert _with_more_views(every.replace(keep_ratio={"*": 0.5})).endswith("with more views.")

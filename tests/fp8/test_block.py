@@ -11,7 +11,7 @@ from pre_norm_blocks import DIM, Block
 from torch import Tensor, nn
 from toys import PATCH, SPECIAL, Adapter, toy_adapter
 
-from lite3r_plugin import AttentionSite, FusedQKV, PreNormBlock, TokenSource, apply_lite3r
+from lite3r_plugin import AttentionSite, FusedQKV, PreNormBlock, TokenSource, apply_lite3r, describe
 from lite3r_plugin.apply.lookup import lite3r_modules
 from lite3r_plugin.fp8.block import Fp8Block
 from lite3r_plugin.fp8.linear import Fp8Linear
@@ -233,3 +233,40 @@ def test_gradients_of_one_parameter_alone(learns: str) -> None:
         parameter.grad = None
     assert grads[0].abs().sum() > 0
     torch.testing.assert_close(grads[0], grads[1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("precision", ["fp8", "fp8_qat"])
+def test_a_forward_that_somebody_put_in_runs(precision: Any) -> None:
+    """As LoRA of some trainers, or tools that scale or skip blocks, do; of a class nothing is seen of it."""
+
+    def patched() -> Model:
+        torch.manual_seed(0)
+        model = Model().eval()
+        block, linear = model.blocks[0], model.blocks[1].mlp[0]
+        own, of_linear = block.forward, linear.forward
+        vars(block)["forward"] = lambda x, **options: x + 0.5 * (own(x, **options) - x)
+        vars(linear)["forward"] = lambda x: of_linear(x) + x.repeat(1, 1, 2)
+        return model
+
+    expected = patched()(images())
+    model = apply_lite3r(patched(), keep_ratio=1.0, precision=precision, fp8_filter=("*",))
+    assert relative_error(model(images()), expected) < 0.1
+    said = str(describe(model))
+    assert "1 Linear left as it is: with a forward that somebody else has exchanged" in said
+    if precision == "fp8":
+        assert "1 block runs its own forward on FP8 Linears: its forward was exchanged by somebody else" in said
+
+
+@torch.no_grad()
+def test_an_argument_that_is_on_by_default(calls: list[str]) -> None:
+    class Switched(Block):
+        def forward(self, x: Tensor, whole: bool = True) -> Tensor:
+            return super().forward(x) if whole else x
+
+    model = apply_lite3r(Model(make=Switched).eval(), **SPARSE, precision="fp8")
+    calls.clear()
+    x = model(images(), whole=False)
+    assert not calls
+    assert not torch.equal(model(images(), whole=True), x)
+    assert calls

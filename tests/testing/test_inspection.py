@@ -111,3 +111,20 @@ def test_a_model_without_attention(toy: Toy) -> None:
 def test_a_model_that_takes_no_images() -> None:
     with pytest.raises(InputError, match=r"Linear does not run on .*\[1, 2, 3, 112, 224\].*Let the factory return a pair"):
         inspect_model(nn.Linear(2, 2))
+
+
+def test_a_block_that_is_in_the_model_twice() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Conv2d(3, 32, 8, 8)
+            self.blocks = nn.ModuleList([Attention(32, 2)] * 2)
+
+        def forward(self, images: Tensor) -> Tensor:
+            x = self.embed(images.flatten(0, 1)).flatten(2).mT.flatten(0, 1)[None]
+            for block in self.blocks:
+                x = x + block(x)
+            return x
+
+    torch.manual_seed(0)
+    assert [site.fqn for site in inspect_model(Shared().eval(), shape=(1, 3, 3, 48, 64)).sites] == ["blocks.0"]

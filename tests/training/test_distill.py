@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import croco_hosts
 import pytest
 import torch
 from distilling import FIELDS, inputs, logged, metrics, sparse_toy, toy
@@ -44,10 +45,12 @@ from lite3r_plugin.errors import (
 )
 from lite3r_plugin.peft import Lite3RPeftConfig, add_lora, merge_lora
 from lite3r_plugin.testbed import Testbed, TestbedConfig
+from lite3r_plugin.testing import TEST_CONFIG
 from lite3r_plugin.training import checkpoint
 from lite3r_plugin.training.data import Sample
 from lite3r_plugin.training.losses import tensor_losses
 from lite3r_plugin.training.teacher import as_teacher
+from lite3r_plugin.wrapper import is_lora, keeps_copies
 
 
 @pytest.fixture(autouse=True)
@@ -755,3 +758,16 @@ def test_metrics_without_a_half_line(tmp_path: Path) -> None:
     distill(sparse_toy(), inputs(), trainable="proj", steps=3, resume=True, **logged(tmp_path))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
+
+
+def test_views_that_attend_to_another_are_several() -> None:
+    """As in DUSt3R: each site has one view of queries and one of keys."""
+    model = apply_lite3r(croco_hosts.make(), TEST_CONFIG, keep_ratio=0.3)
+    data = [(croco_hosts.view(48, 64, i), croco_hosts.view(48, 64, i + 9)) for i in range(2)]
+    assert distill(model, data, steps=1).steps == 1
+
+
+def test_a_model_with_a_scripted_part() -> None:
+    """Whose tables are not those of other modules."""
+    assert not is_lora(torch.jit.script(nn.ReLU()))
+    assert not keeps_copies(torch.jit.script(nn.ReLU()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -67,6 +68,7 @@ class ProjectedStyle(ProjectionStyle):
     Attributes:
         shape: ``(H, D)``.
         names: The arguments of the forward that the site knows, by what they are in `Given`.
+        drops: Names of what drops by chance inside of the host.
         crossed: Whether keys and values are of other tokens than queries.
         cache: How what came before is given and returned, or None.
     """
@@ -81,6 +83,7 @@ class ProjectedStyle(ProjectionStyle):
         self.names = {part: name for part in PARTS if (name := getattr(spec, part, None)) is not None}
         self.crossed = "key" in self.names
         self.cache: KeyValueCache | None = getattr(spec, "cache", None)
+        self.drops = tuple(name for name, module in host.named_modules() if isinstance(module, nn.modules.dropout._DropoutNd))
 
     @property
     @abc.abstractmethod
@@ -127,8 +130,8 @@ class ProjectedStyle(ProjectionStyle):
     def run(self, module: SiteModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         spec = self.spec
         given, refused = self._arguments(args, kwargs)
-        if refused is None and module.training and spec.attn_drop is not None and module.child(spec.attn_drop).p > 0:
-            refused = "it drops attention weights by chance"
+        if refused is None and module.training:
+            refused = self._drops(module)
         if refused is not None:
             if module.sparse:
                 module.note(refused)
@@ -157,6 +160,17 @@ class ProjectedStyle(ProjectionStyle):
         if given.cached is not None and cached is not None:
             return out, given.cached.packed(cached)
         return self.returned(out)
+
+    def _drops(self, module: SiteModule) -> str | None:
+        """What is dropped by chance in training that the site cannot drop, or None."""
+        if self.spec.attn_drop is not None and module.child(self.spec.attn_drop).p > 0:
+            return "it drops attention weights by chance"
+        known = {*self.input_linears, self.spec.out, self.spec.out_drop, self.spec.attn_drop, self.spec.q_norm, self.spec.k_norm}
+        for name in self.drops:
+            outer, *inner = name.split(".")
+            if outer not in known and getattr(functools.reduce(getattr, inner, module.child(outer)), "p", 0) > 0:
+                return f"it has {name!r}, which drops by chance and is not named"
+        return None
 
     def _out(self, module: SiteModule, out: Tensor) -> Tensor:
         """The output ``[B, N, C]`` of the host from that of attention ``[B, H, N, D]``."""

@@ -127,6 +127,8 @@ class RoutedStyle(ProjectionStyle):
 def _as_autocast_has_it(x: Tensor) -> Tensor:
     """What `scaled_dot_product_attention` computes with inside of autocast: tensors in its dtype, but for those in FP64."""
     device = x.device.type
+    if device == "meta":  # torch has no autocast there
+        return x
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) and x.dtype != torch.float64 else x
 
 
@@ -140,9 +142,9 @@ class _SeveralCallsError(Exception):
 def _way_out(module: Any) -> str:
     """How the host is brought to call attention as one function."""
     if hasattr(module, "fused_attn"):
-        return ": set fused_attn=True on it"
+        return ": set fused_attn=True on it before apply_lite3r"
     if hasattr(module, "attn_implementation"):
-        return ': set attn_implementation="flash_attention" on it'
+        return ': set attn_implementation="flash_attention" on it before apply_lite3r'
     if hasattr(getattr(module, "config", None), "_attn_implementation"):
         return ': call model.set_attn_implementation("sdpa")'
     return ""

@@ -25,7 +25,7 @@ from ..options import check_block_choice
 from ..qk_norm_rope import NO_NORM, HeadNorm, Prepared, norm_tensors, prepare_qkv
 from ..qk_norm_rope.naive import block_means as mean_over_blocks
 from . import forward, naive
-from .api import check_blocks, check_options, check_tensors
+from .api import KeyTokens, check_blocks, check_options, check_tensors
 from .signature import Arguments
 
 SPARE = 8  # room is made for one in so many tokens more than there are
@@ -170,6 +170,7 @@ class KeyCache:
         """
         check_options(keep_ratio, negligible_ratio, scale, None, linear, feature_map, backend)
         check_block_choice(block_choice, block_means, negligible_ratio)
+        check_tensors(queries.q, self.k, self.v, queries.order, None, proj, pinned_tokens, KeyTokens(pinned_tokens=self.pinned_tokens))
         proj = naive.needed_proj(linear, proj)
         arguments = Arguments(
             queries.q, self.k, self.v, None, None, None, None, proj, order=None, positions=None, pinned_tokens=0, keep_ratio=keep_ratio,

@@ -91,3 +91,21 @@ def test_what_is_given_beside_the_tokens_counts_unless_it_is_as_by_default(given
         got = model[0](x, **given)
     torch.testing.assert_close(got, expected)
     assert model[0].calls.dense == (said is None)  # by the site's own code
+
+
+class Dropping(Attention):
+    def __init__(self, p: float) -> None:
+        super().__init__(32, 2)
+        self.out = nn.Sequential(nn.Linear(32, 32), nn.Dropout(p))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().forward(self.out[1](x), mask)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_what_drops_by_chance_and_is_not_named_is_not_lost_in_training(p: float) -> None:
+    model, x = nn.Sequential(Dropping(p)), torch.randn(1, 24, 32)
+    apply_lite3r(model, keep_ratio=1.0, sites=[AttentionSite("0", "global", 16, FusedQKV(2))])
+    with pytest.warns(SlowPathWarning, match=r"it has 'out\.1', which drops by chance and is not named") if p else contextlib.nullcontext():
+        assert torch.equal(model.train()(x), model(x)) == (not p)
+    assert torch.equal(model.eval()(x), model(x))

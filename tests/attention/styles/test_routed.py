@@ -154,3 +154,10 @@ def test_autocast_is_honoured_as_the_host_has_it(adapter: Adapter, keep_ratio: f
             site(x)
         site(x)
     assert seen == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32]
+
+
+def test_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        model, x = nn.Sequential(Attention(32, 2)), torch.rand(1, 24, 32)
+    apply_lite3r(model, keep_ratio=0.5, sites=[AttentionSite("0", "global", 16, Routed())])
+    assert model(x).shape == x.shape

@@ -183,3 +183,13 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ConfigError, match="keep_ratio"):
         stream.cache.attend(queries, keep_ratio=0.0)
     assert stream.cache.tokens == 159
+
+
+@pytest.mark.parametrize(
+    "given", [{"pinned_tokens": -1}, {"pinned_tokens": 97}, {"pinned_tokens": 1.5}, {"linear": "all", "proj": torch.eye(31)}], ids=str
+)
+def test_options_that_do_not_fit_are_refused(given: dict[str, Any]) -> None:
+    cache = KeyCache(**BLOCKS)
+    queries = cache.extend(*random_qkv(96, DIM, torch.float32))
+    with pytest.raises(ConfigError, match=next(name for name in ("pinned_tokens", "proj") if name in given)):
+        cache.attend(queries, **{"keep_ratio": 0.1, **given})
