@@ -184,6 +184,8 @@ def calibrate(
             raise InputError(f"calibration needs at least two inputs, one to fit and one to judge by, got {count}")
         reached = {fqn: folds for fqn, recorder in recorders.items() if (folds := {i: f for i, f in recorder.folds.items() if f.count})}
         if not reached:
+            if reasons := sorted({site.calls.reason for site in sites.values() if site.calls.host and site.calls.reason}):
+                raise InputError(f"the sparse sites ran in the host's own code, where there is nothing to fit: {'; '.join(reasons)}")
             raise InputError("the inputs reach no sparse site, or are empty; give what the model's forward takes, outside lite3r_disabled")
         fits = {fqn: fit(fqn, folds) for fqn, folds in reached.items()}
         came = {fqn: _weight(sites[fqn]) for fqn in reached}

@@ -62,7 +62,7 @@ class Judge:
         dense = dict.fromkeys(self._sites, _dense)
         with substituted(self._sites, dense), without_lora(self._model), drawing(index, self._device):
             expected = self._reader.read(run_on(self._model, given))
-        if any(not tensor.numel() for tensor in tensors_in(expected)):
+        if not any(tensor.numel() for tensor in tensors_in(expected)):
             return None
         self._kept.append((index, given, moved(expected, "cpu")))
         return expected

@@ -90,8 +90,8 @@ def prediction_losses(student: ModelOutputs, teacher: ModelOutputs) -> dict[str,
     if student.other or teacher.other:
         if len(student.other) != len(teacher.other):
             raise AdapterError(f"ModelOutputs.other holds {len(student.other)} tensors of the student, {len(teacher.other)} of the teacher")
-        others = [feature_loss(s, t) for s, t in zip(student.other, teacher.other, strict=True)]
-        losses["other"] = torch.stack(others).mean()
+        others = [feature_loss(s, t) for s, t in zip(student.other, teacher.other, strict=True) if s.numel() or t.numel()]
+        losses |= {"other": torch.stack(others).mean()} if others else {}
     if not losses:
         raise AdapterError("the outputs of student and teacher have nothing in common that could be compared")
     return losses
@@ -131,7 +131,8 @@ def label_losses(predicted: ModelOutputs, labels: ModelOutputs) -> dict[str, Ten
 def tensor_losses(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """For outputs of which nobody says what they mean: ``other``, the mean of the normalised errors of all floating-point tensors.
 
-    Tensors whose shape depends on what was found, such as lists of matches, are left out where the two found different things.
+    Tensors whose shape depends on what was found, such as lists of matches, are left out where the two found different things, and
+    those in which nothing is, such as tracks of no points.
 
     Args:
         student, teacher: Tensors by path (`lite3r_plugin.adapter.outputs.tensors_of`).
@@ -144,7 +145,7 @@ def tensor_losses(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) 
             f"the outputs of student and teacher are not made alike: {sorted(student.keys() ^ teacher.keys())[:3]} are in one of the two "
             "only; pass outputs=, a function from the output to ModelOutputs"
         )
-    same = [path for path, tensor in student.items() if tensor.shape == teacher[path].shape]
+    same = [path for path, tensor in student.items() if tensor.shape == teacher[path].shape and tensor.numel()]
     if not same:
         raise AdapterError(
             "the model returns no floating-point tensor that could be compared; pass outputs=, a function from its output to ModelOutputs"

@@ -322,6 +322,37 @@ def test_empty_inputs_are_refused_and_some_of_them_do_no_harm() -> None:
         torch.testing.assert_close(a, b)
 
 
+class Tracks(nn.Module):
+    """Returns tracks of points, of which nobody asked for any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.toy = Toy()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        out = self.toy(x)
+        return {"out": out, "tracks": out[:0]}
+
+
+@pytest.mark.usefixtures("adapter")
+def test_an_output_in_which_nothing_is_does_no_harm() -> None:
+    torch.manual_seed(0)
+    model = Tracks()
+    sparse_toy(model.toy)
+    found = calibrate(model, toy_inputs())
+    assert found.judged > 0
+    assert set(found.before) == {"outputs"}
+
+
+@pytest.mark.usefixtures("adapter")
+def test_where_the_hosts_own_code_runs_it_says_why() -> None:
+    model = sparse_toy(fuse=False)
+    for site in lite3r_modules(model).values():
+        site.left = site.calls.reason = "it is a Tuesday"
+    with pytest.raises(InputError, match="ran in the host's own code, where there is nothing to fit: it is a Tuesday"):
+        calibrate(model, toy_inputs())
+
+
 @pytest.mark.parametrize(
     ("fields", "inputs", "error", "says"),
     [

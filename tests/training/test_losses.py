@@ -236,7 +236,9 @@ def test_outputs_of_which_nobody_says_what_they_mean() -> None:
 
     assert list(tensor_losses(made(0.5), made(0.0))) == ["other"]
     assert tensor_losses(made(0.5), made(0.0))["other"].item() == pytest.approx((0.25 + 0.0625 + 0) / 3)
-    assert tensor_losses(made(0.5, 4), made(0.0))["other"].item() == pytest.approx((0.25 + 0.0625) / 2)
+    for found in (4, 0):
+        assert tensor_losses(made(0.5, found), made(0.0))["other"].item() == pytest.approx((0.25 + 0.0625) / 2)
+    assert tensor_losses(made(0.5, 0), made(0.0, 0))["other"].item() == pytest.approx((0.25 + 0.0625) / 2), "tracks of no points"
     with pytest.raises(AdapterError, match="not made alike"):
         tensor_losses(made(0), {"a": torch.ones(2, 3)})
     with pytest.raises(AdapterError, match="no floating-point tensor"):
