@@ -558,7 +558,7 @@ class SparseLinearAttention(HostWrapper):
         config = self.state.config
         if not torch.compiler.is_compiling():
             share = density(queries, keys, self.keep_ratio, *pinned, config.block_q, config.block_k)
-            self.count("sparse", share + (1 - share) * exact / queries)
+            self.count("sparse", share + (1 - share) * exact / max(queries, 1))
 
     def trains_in_te(self) -> bool:
         """Whether TransformerEngine runs `proj_lin` in this call."""

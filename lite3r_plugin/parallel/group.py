@@ -203,8 +203,9 @@ def _new_group(ranks: list[int], name: str, timeout: datetime.timedelta, backend
     """
     c10d: Any = dist.distributed_c10d
     group, _ = c10d._new_process_group_helper(
-        len(ranks), ranks.index(dist.get_rank()), ranks, c10d.Backend(backend), _store(), name, timeout=timeout
-    )
+        len(ranks), ranks.index(dist.get_rank()), ranks, c10d.Backend(backend), _store(), name, timeout=timeout,
+        device_id=c10d._get_default_group().bound_device_id,
+    )  # fmt: skip
     c10d._world.pg_group_ranks[group] = {rank: place for place, rank in enumerate(ranks)}
     return group
 
