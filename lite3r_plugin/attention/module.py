@@ -498,7 +498,7 @@ class SparseLinearAttention(HostWrapper):
         kept = pinned_keys(layout, pin, True) + (calls - 1) * pinned_keys(layout, pin, False)
         everything = dataclasses.replace(
             inputs, k=k.to(v.dtype), v=v, crossed=True, key_positions=positions, layout=layout, key_layout=whole,
-            pinned=None if whole is None else Pinned(pinned_queries(layout, pin, past is None), kept),
+            pinned=Pinned(pinned_queries(layout, pin, past is None), 0 if whole is None else kept),
         )  # fmt: skip
         return everything, k, v
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..adapter.sites import AttentionSite
 from ..config import INNER, Lite3RConfig
-from ..wrapper import around_and_itself, belongs_to_tuner, host_of, is_tuner_layer, tuner_around, was_exchanged
+from ..wrapper import around_and_itself, belongs_to_tuner, is_tuner_layer, tuner_around, was_exchanged
 from .linear import Fp8Linear
 from .qat import FakeQuantLinear
 
@@ -49,7 +49,7 @@ class BlockLinear:
             return f"of class {type(self.module).__name__}"
         weight = self.module._parameters.get("weight")
         lent = weight is not None and weight.is_meta  # what brings it in for a call is told of where the weight is wanted
-        if not isinstance(self.module, Fp8Linear) and not lent and was_exchanged(host_of(self.module)):
+        if not isinstance(self.module, Fp8Linear) and not lent and was_exchanged(self.module):
             return "with a forward that somebody else has exchanged"
         return None
 

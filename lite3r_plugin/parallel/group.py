@@ -47,35 +47,45 @@ class Group:
         self._agreed: dict[Hashable, Any] = {}
         self._group: Any = None
         self._key = f"lite3r/parallel/{'-'.join(map(str, self.ranks))}"
-        limit = datetime.timedelta(seconds=timeout)
-        among_us = f"{self._key}/{self._count('made', 0)}/tried"
+        self._now, limit = f"{self._key}/now", datetime.timedelta(seconds=timeout)
         try:
-            tried = self._told(among_us, self._count("tried", 1), limit)
-            made = f"{among_us} {'-'.join(tried)}"
-            self._group = _new_group(self.ranks, made, limit, dist.get_backend(among))
-            # One that closed it sooner would break the connections of those that still make it.
-            self._told(f"{made}/had", 1, limit)
+            self._key = self._named(limit)
+            self._group = _new_group(self.ranks, self._key, limit, dist.get_backend(among))
+            self._wait_for_all(limit)
         except RuntimeError as error:
             self.close()
-            with contextlib.suppress(Exception):
-                _store().delete_key(f"{among_us}/{self.rank}")
             raise ParallelError(
                 f"the {self.size} processes found no way to each other: all of them call parallelize_views, as often and in the same order "
                 f"(seen by rank {self.rank}: {short(error, 120)})"
             ) from error
-        self._count("made", 1)
-        self._key = made
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            self._forget_name()
 
-    def _count(self, what: str, more: int) -> int:
-        """How often this process has done something with these others, and so many times more."""
-        return _store().add(f"{self._key}/{what} by {self.rank}", more)
+    def _named(self, limit: datetime.timedelta) -> str:
+        """The name of this group, which no other has had: the first process gives it, the others take the one that it gives now."""
+        if self.rank == 0:
+            _store().set(self._now, f"{self._key}/{_store().add(f'{self._key}/tried', 1)}")
+        else:
+            _store().wait([self._now], limit)
+        return _store().get(self._now).decode()
 
-    def _told(self, what: str, value: int, limit: datetime.timedelta) -> list[str]:
-        """What all processes say of something, by process, once all have."""
-        keys = [f"{what}/{rank}" for rank in range(self.size)]
-        _store().set(keys[self.rank], str(value))
-        _store().wait(keys, limit)
-        return [_store().get(key).decode() for key in keys]
+    def _forget_name(self) -> None:
+        """Let whoever comes from now on wait for the next name."""
+        if self.rank == 0:
+            with contextlib.suppress(Exception):  # the store may be gone with the process that holds it
+                _store().delete_key(self._now)
+
+    def _wait_for_all(self, limit: datetime.timedelta) -> None:
+        """Until all processes have the group: one that closes it sooner would break the connections of those that still make it."""
+        had = [f"{self._key}/had by {rank}" for rank in range(self.size)]
+        if self.rank == 0 and self.size > 1:
+            _store().wait(had[1:], limit)
+            self._forget_name()
+        _store().set(had[self.rank], "")
+        _store().wait(had, limit)
 
     # Errors
 
@@ -83,7 +93,8 @@ class Group:
         """Give the process group up. Whoever waits for this process learns of it."""
         group, self._group = self._group, None  # connections close with the last reference
         if group is not None:
-            dist.destroy_process_group(group)
+            with contextlib.suppress(ValueError):  # gone with all others, by `destroy_process_group`
+                dist.destroy_process_group(group)
 
     def give_up(self, error: BaseException) -> None:
         """Tell the others that this process failed, and why, and leave them."""

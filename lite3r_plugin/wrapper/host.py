@@ -85,7 +85,10 @@ class HostWrapper(nn.Module):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.host._apply(fn, recurse)
+        if recurse:  # which torch leaves out, too, where a class may take one argument alone
+            self.host._apply(fn)
+        else:
+            self.host._apply(fn, recurse=False)
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

@@ -30,11 +30,11 @@ def argument_names(module: nn.Module) -> tuple[str, ...] | None:
 def argument_defaults(module: nn.Module) -> dict[str, Any]:
     """What `forward_parameters` are where they are not given: those that are something then, which None and False are not.
 
-    Whatever is no bool, number or text is an Ellipsis, so that this may be copied and pickled.
+    Whatever is no bool, number or text, nor a tuple of them, is an Ellipsis, so that this may be copied and pickled.
     """
     parameters = forward_parameters(module) or {}
     defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
-    return {name: x if type(x) in _PLAIN else ... for name, x in defaults.items() if x is not None and x is not False}
+    return {name: x if _is_plain(x) else ... for name, x in defaults.items() if not _says_nothing(x, None)}
 
 
 _PLAIN = (bool, int, float, str)
@@ -49,9 +49,13 @@ def asked_for(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str
     return {name: value for name, value in given.items() if not _says_nothing(value, defaults.get(name))}
 
 
+def _is_plain(value: Any) -> bool:
+    return type(value) in _PLAIN or (type(value) is tuple and all(item is None or type(item) in _PLAIN for item in value))
+
+
 def _says_nothing(value: Any, default: Any) -> bool:
     if default is not None:
-        return type(value) is type(default) and type(value) in _PLAIN and value == default
+        return type(value) is type(default) and _is_plain(value) and value == default
     if isinstance(value, (list, tuple)):
         return all(item is None for item in value)
     return value is None or value is False

@@ -110,6 +110,15 @@ class RewrittenMethod(_Arguments):
 
 
 def was_exchanged(module: nn.Module) -> bool:
-    """Whether somebody else has put a forward of its own into this instance, which may do anything; accelerate's only moves tensors."""
-    own = vars(module).get("forward")
-    return own is not None and not isinstance(own, RewrittenMethod) and "_hf_hook" not in vars(module)
+    """Whether somebody else has put a forward of its own into this instance, or into what it stands in for, which may do anything."""
+    return _does_its_own(module, vars(module).get("forward")) or (isinstance(module, HostWrapper) and was_exchanged(module.host))
+
+
+def _does_its_own(module: nn.Module, forward: Any) -> bool:
+    if forward is None or isinstance(forward, RewrittenMethod):
+        return False
+    if getattr(forward, "__self__", None) is module and getattr(forward, "__func__", None) is type(module).forward:
+        return False  # as it is left where somebody has put it back
+    if isinstance(forward, functools.partial) and getattr(forward.func, "__module__", None) == "accelerate.hooks":  # it moves tensors
+        return _does_its_own(module, vars(module).get("_old_forward"))
+    return True

@@ -728,8 +728,8 @@ class OnItsOwn(Attention):
         self.norm.eval()
         return self
 
-    def _apply(self, fn: Any, recurse: bool = True) -> OnItsOwn:
-        super()._apply(fn, recurse)
+    def _apply(self, fn: Any) -> OnItsOwn:  # type: ignore[override]
+        super()._apply(fn)
         self.gain = fn(self.gain)
         return self
 

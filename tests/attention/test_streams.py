@@ -527,3 +527,14 @@ def test_what_is_pinned_is_the_same_with_gradients(kind: type[Any], pin: Any) ->
             densities.append(found)
     # Of pinned queries a stream computes no more than those; the operator's whole blocks of them are a few more.
     assert densities[0] == pytest.approx(densities[1], abs=0.04)
+
+
+def test_no_view_of_a_later_call_is_the_reference() -> None:
+    """Of calls that differ in size, which are computed as a whole."""
+    x = torch.rand(1, 3, 3, 224, 168, generator=torch.Generator().manual_seed(1))
+    model = apply_lite3r(make(FinishedCache), TEST_CONFIG, pin="reference", keep_ratio=0.05)
+    site = next(site for site in lite3r_modules(model).values() if site.sparse)
+    past: list[Any] = [None] * 2
+    model(x[:, :1], past)
+    model(x[:, 1:], past)
+    assert site.calls.density < 0.5

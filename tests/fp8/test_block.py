@@ -6,16 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from numerics import relative_error
 from pre_norm_blocks import DIM, Block
 from torch import Tensor, nn
 from toys import PATCH, SPECIAL, Adapter, toy_adapter
 
-from lite3r_plugin import AttentionSite, FusedQKV, PreNormBlock, TokenSource, apply_lite3r, describe
+from lite3r_plugin import AttentionSite, FusedQKV, PreNormBlock, TokenSource, apply_lite3r, convert, describe
 from lite3r_plugin.apply.lookup import lite3r_modules
 from lite3r_plugin.fp8.block import Fp8Block
 from lite3r_plugin.fp8.linear import Fp8Linear
 from lite3r_plugin.ops.fp8 import naive
+from lite3r_plugin.wrapper import was_exchanged
 
 __all__ = ["toy_adapter"]  # the fixture
 SPARSE = dict(keep_ratio=0.3, dense_below=0, block_q=16, block_k=16)
@@ -270,3 +272,40 @@ def test_an_argument_that_is_on_by_default(calls: list[str]) -> None:
     assert not calls
     assert not torch.equal(model(images(), whole=True), x)
     assert calls
+
+
+@torch.no_grad()
+def test_a_forward_that_was_put_back_is_the_models_own() -> None:
+    """As accelerate leaves it where its hooks were, and whoever takes his own out again."""
+    model = Model().eval()
+    for part in (model.blocks[0], model.blocks[0].mlp[0]):
+        vars(part)["forward"] = part.forward
+    add_hook_to_module(model.blocks[1], ModelHook())
+    remove_hook_from_module(model.blocks[1])
+    add_hook_to_module(model.blocks[1].mlp[2], ModelHook())  # and where they are
+    said = str(describe(apply_lite3r(model, keep_ratio=1.0, precision="fp8", fp8_filter=("*",))))
+    assert "exchanged" not in said
+    assert "Linears: 8 in FP8" in said
+    assert all(isinstance(block, Fp8Block) for block in model.blocks)
+
+
+@pytest.mark.parametrize("hooked_first", [True, False])
+def test_a_forward_with_a_hook_of_accelerate_around_it_or_inside_runs(hooked_first: bool) -> None:
+    linear = nn.Linear(8, 8)
+    if hooked_first:
+        add_hook_to_module(linear, ModelHook())
+    own = linear.forward
+    vars(linear)["forward"] = lambda x: own(x) + 1
+    if not hooked_first:
+        add_hook_to_module(linear, ModelHook())
+    assert was_exchanged(linear)
+
+
+def test_a_forward_that_was_put_into_what_stands_in_for_a_linear_runs() -> None:
+    model = apply_lite3r(Model().eval(), keep_ratio=1.0, precision="fp8_qat", fp8_filter=("*",))
+    rounding = model.blocks[0].mlp[0]
+    own = rounding.forward
+    vars(rounding)["forward"] = lambda x: own(x) + 1
+    convert(model)
+    assert model.blocks[0].mlp[0] is rounding
+    assert "1 Linear left as it is: with a forward that somebody else has exchanged" in str(describe(model))

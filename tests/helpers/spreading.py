@@ -559,6 +559,29 @@ def a_group_that_one_makes_too_late() -> Any:
 
 
 @case("two")
+def a_group_that_one_has_too_late() -> Any:
+    """Then one of them has it alone, one and the other; and then another by all."""
+    make, found = dist.distributed_c10d._new_process_group_helper, []
+
+    def late(*args: Any, **kwargs: Any) -> Any:
+        made = make(*args, **kwargs)
+        time.sleep(1)
+        return made
+
+    for slow in range(2):
+        with (
+            contextlib.suppress(ParallelError),
+            mock.patch.object(dist.distributed_c10d, "_new_process_group_helper", late if dist.get_rank() == slow else make),
+        ):
+            Group(dist.group.WORLD, timeout=0.3).close()
+        dist.barrier()
+        group = Group(dist.group.WORLD, timeout=20)
+        found.append(group.numbers([1], torch.device("cpu")))
+        group.close()
+    return {"numbers": found}
+
+
+@case("two")
 def a_group_that_one_makes_late() -> Any:
     """How long each process takes for a group that rank 0 has half a second after its connections."""
     start, make = time.monotonic(), dist.distributed_c10d._new_process_group_helper

@@ -208,6 +208,11 @@ def test_a_process_that_waits_in_vain_says_so_and_may_try_again(two: Found) -> N
     assert first["numbers"] == second["numbers"] == [[1], [1]]
 
 
+def test_processes_of_which_one_was_too_late_meet_again(two: Found) -> None:
+    for one in ranks(two, "two", "a_group_that_one_has_too_late"):
+        assert one["numbers"] == [[[1], [1]]] * 2
+
+
 def test_no_process_has_a_group_before_all_have_it(two: Found) -> None:
     """Else one that closes it at once breaks the connections of another that still makes it."""
     assert all(one["seconds"] >= 0.5 for one in ranks(two, "two", "a_group_that_one_makes_late"))

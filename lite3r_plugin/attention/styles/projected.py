@@ -168,7 +168,9 @@ class ProjectedStyle(ProjectionStyle):
         known = {*self.input_linears, self.spec.out, self.spec.out_drop, self.spec.attn_drop, self.spec.q_norm, self.spec.k_norm}
         for name in self.drops:
             outer, *inner = name.split(".")
-            if outer not in known and getattr(functools.reduce(getattr, inner, module.child(outer)), "p", 0) > 0:
+            # Whatever came in its place since may have no such part.
+            drop = functools.reduce(lambda x, part: getattr(x, part, None), inner, getattr(module, outer, None))
+            if outer not in known and getattr(drop, "p", 0) > 0:
                 return f"it has {name!r}, which drops by chance and is not named"
         return None
 

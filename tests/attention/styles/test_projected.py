@@ -66,15 +66,26 @@ def test_the_default_eps_of_an_rms_norm_is_torchs() -> None:
 class Switched(Attention):
     """Has switches that are on, as forks have."""
 
-    def forward(self, x: Tensor, flipped: bool = False, plain: bool = True, order: str | None = "natural", signs: Any = (1,)) -> Tensor:  # type: ignore[override]
-        return super().forward(x.flip(1) * 2 if flipped or not plain or order != "natural" or signs != (1,) else x)
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        flipped: bool = False,
+        plain: bool = True,
+        order: str | None = "natural",
+        signs: Any = (1,),
+        rope: Any = (None, None),
+    ) -> Tensor:
+        return super().forward(x.flip(1) * 2 if flipped or not plain or order != "natural" or signs != (1,) or any(rope) else x)
 
 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
         ({}, None),
-        ({"flipped": False, "plain": True, "order": "natural"}, None),
+        ({"flipped": False, "plain": True, "order": "natural", "signs": (1,), "rope": (None, None)}, None),
+        ({"rope": [None]}, None),
+        ({"rope": (1, 2)}, "rope"),
+        ({"signs": (2,)}, "signs"),
         ({"flipped": True}, "flipped"),
         ({"plain": False}, "plain"),
         ({"order": None}, "order"),
@@ -109,3 +120,12 @@ def test_what_drops_by_chance_and_is_not_named_is_not_lost_in_training(p: float)
     with pytest.warns(SlowPathWarning, match=r"it has 'out\.1', which drops by chance and is not named") if p else contextlib.nullcontext():
         assert torch.equal(model.train()(x), model(x)) == (not p)
     assert torch.equal(model.eval()(x), model(x))
+
+
+def test_what_dropped_by_chance_may_be_gone() -> None:
+    """As LoRA that was unloaded, or a part that was exchanged."""
+    model, x = nn.Sequential(Dropping(0.5)), torch.randn(1, 24, 32)
+    apply_lite3r(model, keep_ratio=1.0, sites=[AttentionSite("0", "global", 16, FusedQKV(2))])
+    model[0].out = nn.Linear(32, 32)
+    assert torch.equal(model.train()(x), model(x))
+    assert model[0].calls.dense == 2
