@@ -26,7 +26,7 @@ from ..runtime.half import HalfWeights
 from ..runtime.memory import MemoryPlanner
 from ..runtime.rewrites import take_out as take_out_rewrites
 from ..tokens.tracker import LayoutTracker
-from ..wrapper import Changes, HostWrapper, RewrittenModule, configs_of_tuners, put_child, replace_modules
+from ..wrapper import Changes, HostWrapper, RewrittenModule, configs_of_tuners, put_module, replace_modules
 from .lookup import Inventory
 from .plan import ApplyPlan, ConversionPlan, left_linears
 
@@ -145,8 +145,7 @@ def take_out_lora(changes: Changes, found: Inventory) -> None:
     layers: dict[nn.Module, Any] = {layer: layer.base_layer for state in found.states for layer in state.lora}
     for name, layer in list(found.modules.items()):
         if layer in layers:
-            parent, _, child = name.rpartition(".")
-            put_child(changes, found.modules[parent], child, layers[layer])
+            put_module(changes, found.modules, name, layers[layer])
             for inside in [other for other in found.modules if other.startswith(f"{name}.")]:
                 del found.modules[inside]
             found.modules[name] = layers[layer]

@@ -179,13 +179,15 @@ def _notes(runs: dict[str, Run], config: Lite3RConfig, on_gpu: bool) -> list[str
 
 
 def _with_more_views(config: Lite3RConfig, views: int = 100) -> str:
-    """What becomes of the share of the scores at a length at which it pays: all of the reference view, and of the rest what is kept and
-    the block means."""
-    if config.pin not in ("reference", "reference_keys"):
+    """What becomes of the share of the scores at a length at which it pays."""
+    from ..adapter.layouts import TokenLayout, Views
+    from ..costs.model import SparseShares
+    from ..tokens.layout import pinned_tokens
+
+    pinned = pinned_tokens(TokenLayout((Views((1, 1), views),)), config.pin)  # of views of one size, that of a patch: shares are the same
+    if not pinned.keys:
         return ""
     said = " The reference view is always kept, so the share falls with more views"
     if not isinstance(config.keep_ratio, float):
         return f"{said}."
-    kept = min(1.0, config.keep_ratio + (1 / config.block_k if config.block_means else 0))
-    rest = (1 - 1 / views) ** (2 if config.pin == "reference" else 1)
-    return f"{said}: to {1 - rest * (1 - kept):.0%} with {views}."
+    return f"{said}: to {SparseShares.of(config, '*').of_scores(views, *pinned):.0%} with {views}."

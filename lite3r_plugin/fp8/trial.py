@@ -45,9 +45,8 @@ class BlockTrials:
         attention = host.get_submodule(site.fqn[len(block.fqn) + 1 :])
         linears: dict[nn.Module, Any] = {linear: linear for linear in (host.get_submodule(block.up), host.get_submodule(block.down))}
         # Of a site the signature says nothing; it remembers its host's.
-        remembered: Any = attention if hasattr(attention, "argument_defaults") else None
-        names = tuple(remembered.argument_names if remembered is not None else argument_names(attention) or ())
-        defaults = remembered.argument_defaults if remembered is not None else argument_defaults(attention)
+        names = tuple(getattr(attention, "argument_names", None) or argument_names(attention) or ())
+        defaults: dict[str, Any] = getattr(attention, "argument_defaults", None) or argument_defaults(attention)
         sizes = tuple((linear.in_features, linear.out_features, linear.bias is None) for linear in linears.values())
         inside = site.fqn[len(block.fqn) :], block.up, block.down, block.activation, block.norm1, block.norm2, block.gain1, block.gain2
         key = (structure(host, {attention: attention, **linears}), sizes, inside, names, tuple(defaults.items()))

@@ -22,7 +22,7 @@ from ..fp8.blocks import BlockLinear
 from ..fp8.convert import is_finite, require_plain_weight
 from ..fp8.qat import folded
 from ..ops.options import check_choice, is_int, is_number
-from ..wrapper import Changes, is_lora, is_plain_tensor, put_child
+from ..wrapper import Changes, is_lora, is_plain_tensor, put_module
 from .qat_lora import made_around
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -99,8 +99,7 @@ def add_lora(
         changes.put(vars(state), "lora", tuple(made.values()))  # first: whatever is in then is found and can be taken out
         for name, module in found.modules.items():
             if module in made:
-                parent, _, child = name.rpartition(".")
-                put_child(changes, found.modules[parent], child, made[module])
+                put_module(changes, found.modules, name, made[module])
                 names.append(name)
     return names
 

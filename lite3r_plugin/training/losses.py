@@ -91,7 +91,8 @@ def prediction_losses(student: ModelOutputs, teacher: ModelOutputs) -> dict[str,
         if len(student.other) != len(teacher.other):
             raise AdapterError(f"ModelOutputs.other holds {len(student.other)} tensors of the student, {len(teacher.other)} of the teacher")
         others = [feature_loss(s, t) for s, t in zip(student.other, teacher.other, strict=True) if s.numel() or t.numel()]
-        losses |= {"other": torch.stack(others).mean()} if others else {}
+        if others:
+            losses["other"] = torch.stack(others).mean()
     if not losses:
         raise AdapterError("the outputs of student and teacher have nothing in common that could be compared")
     return losses

@@ -1,7 +1,7 @@
 """Modules that take the place of a host's, and changes of a model that are all made or none."""
 
 from .changes import Changes
-from .host import TABLES, HostWrapper, host_of, put_child, replace_modules, share_hooks
+from .host import TABLES, HostWrapper, host_of, put_module, replace_modules, share_hooks
 from .reading import (
     argument_defaults,
     argument_names,
@@ -41,7 +41,7 @@ __all__ = [
     "keeps_copies",
     "may_be_read",
     "must_be_called",
-    "put_child",
+    "put_module",
     "replace_modules",
     "share_hooks",
     "tuner_around",

@@ -129,12 +129,14 @@ def share_hooks(made: nn.Module, host: nn.Module) -> None:
             object.__setattr__(made, table, getattr(host, table))
 
 
-def put_child(changes: Changes, parent: nn.Module, name: str, child: nn.Module) -> None:
-    """Let `parent` have `child` under that name."""
-    anew = getattr(parent, "_initialize", None) if name == "_orig_mod" else None
+def put_module(changes: Changes, modules: Mapping[str, nn.Module], name: str, module: nn.Module) -> None:
+    """Put `module` where one of `modules`, those of a model by name, is; `modules` themselves stay."""
+    outer, _, child = name.rpartition(".")
+    parent = modules[outer]
+    anew = getattr(parent, "_initialize", None) if child == "_orig_mod" else None
     if anew is not None:  # what `torch.compile` gives calls what it was made of, until it is told anew
         changes.make(lambda: None, anew)
-    changes.put(parent._modules, name, child)
+    changes.put(parent._modules, child, module)
     if anew is not None:
         changes.make(anew, lambda: None)
 
@@ -158,8 +160,7 @@ def replace_modules(changes: Changes, modules: dict[str, nn.Module], made: Mappi
         if isinstance(old, HostWrapper):
             old.leave(changes)
         for name in names:
-            parent, _, child = name.rpartition(".")
-            put_child(changes, modules[parent], child, new)
+            put_module(changes, modules, name, new)
             modules[name] = new
         if isinstance(new, HostWrapper):
             new.join(changes)

@@ -25,7 +25,7 @@ from lite3r_plugin.ops.sla.signature import INPUTS, Arguments
 from lite3r_plugin.runtime.compile import repeated_blocks
 from lite3r_plugin.testbed.model import Testbed, TestbedConfig
 from lite3r_plugin.testing import TEST_CONFIG
-from lite3r_plugin.wrapper import Changes, put_child
+from lite3r_plugin.wrapper import Changes, put_module
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 __all__ = ["toy_adapter"]  # the fixture
@@ -355,7 +355,7 @@ def test_attention_modules_that_are_compiled_by_themselves() -> None:
         remove_lite3r(model)
         assert torch.equal(model(x), dense)
         changes = Changes()
-        put_child(changes, model[1], "_orig_mod", nn.Identity())
+        put_module(changes, dict(model.named_modules()), "1._orig_mod", nn.Identity())
         assert not torch.equal(model(x), dense)
         changes.undo()
         assert torch.equal(model(x), dense)

@@ -127,9 +127,9 @@ class RoutedStyle(ProjectionStyle):
 def _as_autocast_has_it(x: Tensor) -> Tensor:
     """What `scaled_dot_product_attention` computes with inside of autocast: tensors in its dtype, but for those in FP64."""
     device = x.device.type
-    if device == "meta":  # torch has no autocast there
+    if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):  # which knows no meta device
         return x
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) and x.dtype != torch.float64 else x
+    return x.to(torch.get_autocast_dtype(device))
 
 
 _HARMLESS = (Tensor, bool, int, float, str, type(None), torch.dtype, torch.device)
