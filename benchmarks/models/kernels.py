@@ -35,7 +35,7 @@ from lite3r_plugin.runtime.device import release_memory, synchronize
 KINDS: tuple[tuple[str, str], ...] = (
     ("fused by the compiler", r"^triton_(poi|per|red)_"),  # named by what is in it
     ("sparse attention", r"_sparse_linear_kernel|_marginal|_linear_state|_padded_means"),
-    ("choice of blocks", r"_select|_moments|_by_error|_columns_kernel|_starts_kernel|_indices_kernel"),
+    ("choice of blocks", r"_select|_variance|_columns_kernel|_starts_kernel|_indices_kernel"),
     ("norm, rotation and order of q and k", r"_prepare_kernel"),
     ("dense attention", r"sdpa|flash|fmha|mha_"),
     ("convolutions", r"conv|fprop|wgrad|dgrad|im2col|winograd"),

@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lite3r_plugin import TokenLayout, Views
 from lite3r_plugin.ops.block_map import kernels as block_map
 from lite3r_plugin.ops.fp8 import kernels as fp8
 from lite3r_plugin.ops.qk_norm_rope import HeadNorm, naive
@@ -38,6 +39,7 @@ from lite3r_plugin.ops.skinny_linear import naive as definition
 from lite3r_plugin.ops.skinny_linear import parts
 from lite3r_plugin.ops.sla.kernels import linear as states
 from lite3r_plugin.ops.sla.kernels import marginal
+from lite3r_plugin.tokens.layout import token_order
 
 Runs = dict[str, Callable[[], Any]]
 
@@ -153,7 +155,7 @@ def measure_prepare(views: int, across: bool, dtype: torch.dtype, device: str) -
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
     positions = torch.randint(0, 38, (batch, tokens, 2), device=device)
     norm = HeadNorm("layer", torch.randn(dim, device=device), torch.randn(dim, device=device), 1e-5)
-    order = torch.randperm(tokens, device=device) if across else None
+    order = token_order(TokenLayout((Views((37, 37), views, 5),)), device) if across else None
 
     def ours() -> Any:
         if across:
@@ -231,7 +233,13 @@ def measure_selection(views: int, device: str) -> dict[str, Any]:
     def ours() -> Any:
         return block_map.block_map_with_bits(q_mean, k_mean, kept=kept, pinned=22)
 
-    runs: Runs = {"ours, and scores": ours, "scores alone": lambda: q_mean @ k_mean.mT}
+    k = torch.randn(1, heads, tokens, 64, device=device, dtype=torch.bfloat16)
+
+    def by_error() -> Any:
+        spread = block_map.key_spread(k, tokens=tokens, scale=0.125, block_k=64)
+        return block_map.block_map_with_bits(q_mean, k_mean, kept=kept, pinned=22, by_error=spread)
+
+    runs: Runs = {"ours, and scores": ours, "scores alone": lambda: q_mean @ k_mean.mT, "by error, its variances too": by_error}
     for warps in (1, 2, 4, 8, 16):
         runs[f"{warps} warps, and scores"] = _with_options(ours, block_map, "launch_options", {"num_warps": warps})
     return report(f"F. choice of {kept} of {k_mean.shape[2]} blocks at {views} views", times(runs))

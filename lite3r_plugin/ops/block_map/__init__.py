@@ -5,9 +5,9 @@ gives bit sets as well; `transpose_kernels` turns these into what a backward pas
 """
 
 from .mask import Allowed, SegmentMask
-from .naive import PARTS, Moments, block_map, density, kept_blocks, masked_block_map, masked_density, moments, negligible_blocks
+from .naive import KeySpread, block_map, density, kept_blocks, key_spread, masked_block_map, masked_density, negligible_blocks
 
 __all__ = [
-    "PARTS", "Allowed", "Moments", "SegmentMask", "block_map", "density", "kept_blocks", "masked_block_map", "masked_density", "moments",
+    "Allowed", "KeySpread", "SegmentMask", "block_map", "density", "kept_blocks", "key_spread", "masked_block_map", "masked_density",
     "negligible_blocks",
 ]  # fmt: skip

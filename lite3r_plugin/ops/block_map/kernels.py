@@ -21,7 +21,7 @@ from ..launch import launch
 from ..qk_norm_rope.naive import block_sizes
 from ..sizes import power_of_2
 from .kernel_mask import KernelMask
-from .naive import PARTS, Moments, query_sizes
+from .naive import KeySpread
 
 MAX_COLUMNS = 32768  # key blocks that a program can hold
 SLAB_BYTES = 256 << 20
@@ -50,6 +50,17 @@ def _ranks(score, eligible):
     # The order of floats as the order of unsigned integers; 0 is below every float and stands for padding.
     rank = tl.where(bits < 0, ~bits, bits | -2147483648).to(tl.uint32, bitcast=True)
     return tl.where(eligible, rank, 0)
+
+
+@triton.jit
+def _load_scores(Scores, Variances, Sizes, at, column, inside, scale):
+    """A row of scores: products of means, or with Variances (of scores) and Sizes (of key blocks) scores by error, see `naive`."""
+    score = tl.load(Scores + at, mask=inside, other=0.0)
+    if Variances is not None:
+        variance = tl.load(Variances + at, mask=inside, other=1.0)
+        size = tl.load(Sizes + column, mask=inside, other=1.0)
+        score = score * scale + 0.5 * variance + 0.5 * tl.log(variance) + tl.log(size)
+    return score
 
 
 @triton.jit
@@ -82,7 +93,8 @@ def _store_bits(to, chosen, words, WIDTH: tl.constexpr):
 
 @triton.jit(do_not_specialize=["columns", "words", "out_row_offset", "rows", "out_rows"])
 def _select_masked_kernel(
-    Scores, Kinds, Counts, LeftOut, Indices, Bits, Skipped, columns, words, out_row_offset, rows, out_rows, WIDTH: tl.constexpr
+    Scores, Variances, Sizes, Kinds, Counts, LeftOut, Indices, Bits, Skipped, columns, words, out_row_offset, rows, out_rows, scale,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
     """As `_select_kernel` with a mask: of the free blocks of a row the highest, and all that are kept; and what is not marginal.
 
@@ -97,7 +109,7 @@ def _select_masked_kernel(
     column = tl.arange(0, WIDTH)
     inside = column < columns
     of_all = out_row_offset + row
-    score = tl.load(Scores + (head * rows + row) * columns + column, mask=inside, other=0.0)
+    score = _load_scores(Scores, Variances, Sizes, (head * rows + row) * columns + column, column, inside, scale)
     kind = tl.load(Kinds + of_all * columns + column, mask=inside, other=0).to(tl.int32)
     rank = _ranks(score, kind == 1)
     free = tl.sum((kind == 1).to(tl.int32), 0)
@@ -112,7 +124,7 @@ def _select_masked_kernel(
 
 @triton.jit(do_not_specialize=["columns", "count", "pinned", "words", "out_row_offset", "rows", "out_rows"])
 def _select_kernel(
-    Scores, Indices, Bits, Skipped, columns, count, pinned, words, out_row_offset, rows, out_rows,
+    Scores, Variances, Sizes, Indices, Bits, Skipped, columns, count, pinned, words, out_row_offset, rows, out_rows, scale,
     WIDTH: tl.constexpr, BITS: tl.constexpr, SKIPPED: tl.constexpr,
 ):  # fmt: skip
     """Writes the `count` highest of a row, as indices and (BITS) as bits; or (SKIPPED) adds all but them to the bits of before.
@@ -120,6 +132,7 @@ def _select_kernel(
     Programs are [rows of a slab, heads].
 
         Scores            [heads, rows, columns] FP32: a slab of query blocks
+        Variances, Sizes  [heads, rows, columns] and [columns] FP32, to choose by error; else None, and `scale` has no part
         Indices           [heads, out_rows, count] i32: of all query blocks, of which the slab begins at `out_row_offset`
         Bits, Skipped     [heads, out_rows, words] i32
 
@@ -129,7 +142,7 @@ def _select_kernel(
     head = tl.program_id(1).to(tl.int64)
     column = tl.arange(0, WIDTH)
     inside = column < columns
-    score = tl.load(Scores + (head * rows + row) * columns + column, mask=inside, other=0.0)
+    score = _load_scores(Scores, Variances, Sizes, (head * rows + row) * columns + column, column, inside, scale)
     rank = _ranks(score, inside)
     rank = tl.where(column < pinned, 4294967295, rank).to(tl.uint32)
     chosen = _highest(rank, count)
@@ -149,13 +162,11 @@ def _select_kernel(
 
 
 @triton.jit(do_not_specialize=["N", "padded", "blocks"])
-def _moments_kernel(
-    X, Mean, Variance, N, padded, blocks, scale, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, SPREAD: tl.constexpr
-):  # fmt: skip
-    """Mean, times `scale`, or (SPREAD) variance of each BLOCK of rows, by dimension; programs [blocks, heads].
+def _variance_kernel(X, Variance, N, padded, blocks, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr):
+    """Variance of each BLOCK of rows, by dimension; programs [blocks, heads].
 
-        X                 [heads, padded, D], of which N rows count
-        Mean, Variance    [heads, blocks, D] FP32; a block of no rows has zeros
+        X           [heads, padded, D], of which N rows count
+        Variance    [heads, blocks, D] FP32
 
     All are contiguous. DP is D up to a power of two.
     """
@@ -164,81 +175,26 @@ def _moments_kernel(
     row, d = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, DP)
     inside = (row < N)[:, None] & (d < D)[None, :]
     x = tl.load(X + (head * padded + row)[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
-    size = tl.maximum(tl.minimum(N - block * BLOCK, BLOCK), 1).to(tl.float32)
-    mean = tl.sum(x, 0) / size
-    out = (head * blocks + block) * D + d
-    if SPREAD:
-        gap = tl.where(inside, x - mean[None, :], 0.0)
-        tl.store(Variance + out, tl.sum(gap * gap, 0) / size, mask=d < D)
-    else:
-        tl.store(Mean + out, mean * scale, mask=d < D)
+    size = tl.minimum(N - block * BLOCK, BLOCK).to(tl.float32)
+    gap = tl.where(inside, x - (tl.sum(x, 0) / size)[None, :], 0.0)
+    tl.store(Variance + (head * blocks + block) * D + d, tl.sum(gap * gap, 0) / size, mask=d < D)
 
 
-def moments(q: Tensor, k: Tensor, *, queries: int, tokens: int, scale: float, block_q: int, block_k: int) -> Moments:
-    """As `naive.moments`, of the first `queries` of q ``[B, H, padded, D]`` and the first `tokens` of k, contiguous."""
-    batch, heads, _, dim = q.shape
-    columns, parts = -(-tokens // block_k), -(-queries // block_q) * PARTS
-    mean, variance = (torch.empty(batch, heads, n, dim, device=q.device, dtype=torch.float32) for n in (parts, columns))
-    for x, out, rows, block, spread in ((q, mean, queries, block_q // PARTS, False), (k, variance, tokens, block_k, True)):
-        launch(
-            _moments_kernel, (out.shape[2], batch * heads), x, out, out, rows, x.shape[2], out.shape[2], float(scale),
-            D=dim, DP=power_of_2(dim), BLOCK=block, SPREAD=spread, num_warps=4,
-        )  # fmt: skip
-    sizes = block_sizes(tokens, block_k, q.device).float()
-    return Moments(mean.unflatten(2, (-1, PARTS)), query_sizes(queries, block_q, mean), variance, sizes)
-
-
-@triton.jit(do_not_specialize=["columns", "rows", "first_row"])
-def _by_error_kernel(
-    Means, Variances, QuerySizes, KeySizes, Kinds, Scores, columns, rows, first_row, WIDTH: tl.constexpr, PARTS: tl.constexpr
-):  # fmt: skip
-    """Scores by error of a row, from what its parts make of each block; programs [rows of a slab, heads].
-
-        Means, Variances    [heads, rows, PARTS, columns] FP32, of the scores of each part of a query block: of all its keys
-        QuerySizes          [all rows, PARTS] FP32, of which the slab begins at `first_row`
-        KeySizes            [columns] FP32
-        Kinds               [all rows, columns] i8, with a mask, else None: what is not wholly allowed has no say in how much parts count
-        Scores              [heads, rows, columns] FP32
-
-    All are contiguous; WIDTH is `columns` up to a power of two.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1).to(tl.int64)
-    column = tl.arange(0, WIDTH)
-    inside = column < columns
-    size = tl.log(tl.load(KeySizes + column, mask=inside, other=1.0))
-    if Kinds is not None:
-        kind = tl.load(Kinds + (first_row + row) * columns + column, mask=inside, other=0).to(tl.int32)
-        size = tl.where((kind == 1) | (kind == 2), size, float("-inf"))
-    score = tl.zeros([WIDTH], tl.float32)
-    for part in range(PARTS):
-        at = ((head * rows + row) * PARTS + part) * columns + column
-        variance = tl.load(Variances + at, mask=inside, other=0.0)
-        mass = tl.load(Means + at, mask=inside, other=float("-inf")) + 0.5 * variance + size
-        mass = tl.where(mass == mass, mass, float("-inf"))
-        mass = tl.exp(mass - tl.maximum(tl.max(mass, 0), -1e38))  # of a row that may see nothing all are zero
-        score += mass * tl.sqrt(variance) * (tl.load(QuerySizes + (first_row + row) * PARTS + part) / tl.maximum(tl.sum(mass, 0), 1.0))
-    tl.store(Scores + (head * rows + row) * columns + column, score, mask=inside)
-
-
-def scores_by_error(by_error: Moments, k_mean: Tensor, rows: slice, kinds: Tensor | None = None) -> Tensor:
-    """As `naive.scores_by_error`, with the `KernelMask.kinds` of a mask."""
-    parts = by_error.queries[:, :, rows]
-    batch, heads, count, columns = *parts.shape[:3], k_mean.shape[2]
-    means, variances = (x.flatten(2, 3) @ y.mT for x, y in ((parts, k_mean), (parts.square(), by_error.variance)))
-    scores = torch.empty(batch, heads, count, columns, device=k_mean.device, dtype=torch.float32)
-    width = max(32, power_of_2(columns))
+def key_spread(k: Tensor, *, tokens: int, scale: float, block_k: int) -> KeySpread:
+    """As `naive.key_spread`, of the first `tokens` of k ``[B, H, padded, D]``, contiguous."""
+    batch, heads, padded, dim = k.shape
+    columns = -(-tokens // block_k)
+    variance = torch.empty(batch, heads, columns, dim, device=k.device, dtype=torch.float32)
     launch(
-        _by_error_kernel, (count, batch * heads),
-        means, variances, by_error.query_sizes, by_error.key_sizes, kinds, scores, columns, count, rows.start,
-        WIDTH=width, PARTS=PARTS, **launch_options(width),
+        _variance_kernel, (columns, batch * heads), k, variance, tokens, padded, columns,
+        D=dim, DP=power_of_2(dim), BLOCK=block_k, num_warps=4,
     )  # fmt: skip
-    return scores
+    return KeySpread(variance, block_sizes(tokens, block_k, k.device).float(), scale)
 
 
 def block_map_with_bits(
     q_mean: Tensor, k_mean: Tensor, *, kept: int, pinned: int = 0, negligible: int = 0, bits: bool = True,
-    by_error: Moments | None = None,
+    by_error: KeySpread | None = None,
 ) -> BlockMap:  # fmt: skip
     """As `naive.block_map` (SLA, arXiv 2509.24006, Eq. 2, 3), and the same as bit sets where `bits`.
 
@@ -266,19 +222,19 @@ def block_map_with_bits(
     skipped = empty(words) if bits and negligible else chosen
     counts = (kept,) if skipped is chosen else (kept, columns - negligible)
     width = max(32, power_of_2(columns))
-    for start, scores in _slabs(q_mean, k_mean, by_error):
+    for start, scores, *spread in _slabs(q_mean, k_mean, by_error):
         for i, count in enumerate(counts):
             launch(
                 _select_kernel, (scores.shape[-2], batch * heads),
-                scores, indices, *(indices if x is None else x for x in (chosen, skipped)),
-                columns, count, pinned, words, start, scores.shape[-2], rows,
+                scores, *spread, indices, *(indices if x is None else x for x in (chosen, skipped)),
+                columns, count, pinned, words, start, scores.shape[-2], rows, 1.0 if by_error is None else by_error.scale,
                 WIDTH=width, BITS=bits, SKIPPED=i == 1, **launch_options(width),
             )  # fmt: skip
-        del scores  # before the next slab is allocated
+        del scores, spread  # before the next slab is allocated
     return BlockMap(indices, chosen, skipped)
 
 
-def masked_block_map_with_bits(q_mean: Tensor, k_mean: Tensor, mask: KernelMask, by_error: Moments | None = None) -> BlockMap:
+def masked_block_map_with_bits(q_mean: Tensor, k_mean: Tensor, mask: KernelMask, by_error: KeySpread | None = None) -> BlockMap:
     """As `naive.masked_block_map`, with critical blocks of pinned query blocks too, and the same as bit sets.
 
     Args:
@@ -298,13 +254,13 @@ def masked_block_map_with_bits(q_mean: Tensor, k_mean: Tensor, mask: KernelMask,
         torch.empty(batch, heads, rows, size, device=q_mean.device, dtype=torch.int32) for size in (columns, words, words)
     )
     width = max(32, power_of_2(columns))
-    for start, scores in _slabs(q_mean, k_mean, by_error, mask.kinds):
+    for start, scores, *spread in _slabs(q_mean, k_mean, by_error):
         launch(
             _select_masked_kernel, (scores.shape[-2], batch * heads),
-            scores, mask.kinds, mask.chosen, mask.left_out, indices, chosen, skipped, columns, words, start, scores.shape[-2], rows,
-            WIDTH=width, **launch_options(width),
+            scores, *spread, mask.kinds, mask.chosen, mask.left_out, indices, chosen, skipped, columns, words, start, scores.shape[-2],
+            rows, 1.0 if by_error is None else by_error.scale, WIDTH=width, **launch_options(width),
         )  # fmt: skip
-        del scores
+        del scores, spread
     return BlockMap(indices, chosen, skipped)
 
 
@@ -317,15 +273,17 @@ def _columns_of(k_mean: Tensor) -> int:
     return columns
 
 
-def _slabs(q_mean: Tensor, k_mean: Tensor, by_error: Moments | None, kinds: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
-    """Scores of some query blocks at a time, and the first of these."""
+def _slabs(q_mean: Tensor, k_mean: Tensor, by_error: KeySpread | None) -> Iterator[tuple[int, Tensor, Tensor | None, Tensor | None]]:
+    """The first of some query blocks at a time, their products with mean keys, and by error variances of scores and sizes of key blocks."""
     batch, heads, rows, _ = q_mean.shape
-    held = 4 * k_mean.shape[-2] * batch * heads * (1 if by_error is None else 2 * PARTS + 1)
+    held = 4 * k_mean.shape[-2] * batch * heads * (1 if by_error is None else 2)
     slab = max(1, SLAB_BYTES // held, -(-rows // MAX_SLABS))
-    keys = k_mean.transpose(-1, -2)
     for start in range(0, rows, slab):
-        some = slice(start, start + slab)
-        yield start, q_mean[..., some, :] @ keys if by_error is None else scores_by_error(by_error, k_mean, some, kinds)
+        some = q_mean[..., start : start + slab, :]
+        if by_error is None:
+            yield start, some @ k_mean.mT, None, None
+        else:
+            yield start, some @ k_mean.mT, (some * by_error.scale).square() @ by_error.variance.mT, by_error.sizes
 
 
 def launch_options(width: int) -> dict[str, int]:

@@ -2,9 +2,8 @@
 Eq. 2, 3).
 
     score[i, j]   = mean(Q_i) . mean(K_j)          blocks as image tiles
-    or, by error,   sum over the parts a of Q_i of  |a| p_a[j] s_a[j]
-                    s_a[j]^2 = mean(a)^2 . var(K_j), mean(a) times the scale: the variance of scores in block j, dimension by dimension
-                    p_a[j]   = softmax over j of  mean(a) . mean(K_j) * scale + s_a[j]^2 / 2 + log |K_j|
+    or, by error,   mean(Q_i) . mean(K_j) * scale + s^2 / 2 + log s + log |K_j|
+                    s[i, j]^2 = (mean(Q_i) * scale)^2 . var(K_j): the variance of scores in block j, dimension by dimension
     kept(i)       = pinned blocks, and of the others the `kept - pinned` with the highest score (of equals the first;
                     NaN counts as lowest)
     negligible(i) = of those that are left the `negligible` with the lowest score (of equals the last)
@@ -12,9 +11,10 @@ Eq. 2, 3).
 With a mask (`mask.py`) blocks that are partly allowed are kept as well as pinned ones, forbidden ones are neither kept, marginal nor
 negligible, and ratios are of the allowed blocks that are not pinned, for each query block: `masked_block_map`.
 
-By error those blocks are kept whose mean would stand for them worst in the softmax (`sla.naive`). p estimates the attention that a block
-gets, to second order; what its mean makes of that is off by a share that grows with s: where all scores are equal the mean is exact,
-however large they are. Parts of blocks are known from SubBlock (sglang), the softmax over pooled blocks from SpargeAttn (arXiv 2502.18137).
+By error those blocks are kept whose mean would stand for them worst in the softmax (`sla.naive`): p s, in logarithms. p, of which the
+softmax over a row would leave the order as it is, estimates the attention that a block gets, to second order; what its mean makes of that
+is off by a share that grows with s: where all scores are equal the mean is exact, however large they are. The softmax over pooled blocks
+is known from SpargeAttn (arXiv 2502.18137).
 
 SLA subtracts the mean key before pooling and applies a softmax; neither changes the order within a row, so neither
 is done here. Scores are built in slabs of query blocks: memory is O(query blocks x kept), never a full map.
@@ -33,7 +33,6 @@ from ..qk_norm_rope.naive import block_means, block_sizes
 from .mask import FREE, WHOLE, Allowed, AllowedBlocks
 
 SLAB_BYTES = 64 << 20
-PARTS = 4  # of a query block, for choosing by error
 
 
 def kept_blocks(key_blocks: int, keep_ratio: float, pinned: int) -> int:
@@ -82,64 +81,47 @@ def masked_density(mask: Allowed, keep_ratio: float, pinned_queries: int, pinned
     return float(kept.sum() + (kinds >= WHOLE).sum()) / kinds.numel()
 
 
-class Moments(NamedTuple):
-    """What choosing by error reads beside mean keys.
+class KeySpread(NamedTuple):
+    """What choosing by error reads beside means.
 
     Attributes:
-        queries: ``[B, H, query blocks, PARTS, D]``, the mean queries of parts of query blocks, times the scale; zero of no queries.
-        query_sizes: ``[query blocks, PARTS]``, the queries of each part.
         variance: ``[B, H, key blocks, D]``, that of the keys of each block, by dimension.
-        key_sizes: ``[key blocks]``, the keys of each block.
+        sizes: ``[key blocks]``, the keys of each block.
+        scale: Of scores.
     """
 
-    queries: Tensor
-    query_sizes: Tensor
     variance: Tensor
-    key_sizes: Tensor
+    sizes: Tensor
+    scale: float
 
 
-def moments(q: Tensor, k: Tensor, *, scale: float, block_q: int, block_k: int) -> Moments:
-    """Of queries ``[B, H, M, D]`` and keys ``[B, H, N, D]`` in token order, in FP32 (FP64 for FP64 input)."""
-    part = block_q // PARTS
-    parts = _padded(block_means(q, part) * scale, -2)
+def key_spread(k: Tensor, *, scale: float, block_k: int) -> KeySpread:
+    """Of keys ``[B, H, N, D]`` in token order, in FP32 (FP64 for FP64 input)."""
     mean = block_means(k, block_k)
     keys = F.pad(k.to(mean.dtype), (0, 0, 0, -k.shape[-2] % block_k)).unflatten(-2, (-1, block_k))
     sizes = block_sizes(k.shape[-2], block_k, k.device)
     inside = (torch.arange(block_k, device=k.device) < sizes[:, None])[..., None]
     variance = (keys - mean[..., None, :]).square().where(inside, 0).sum(-2) / sizes[:, None]
-    return Moments(parts.unflatten(-2, (-1, PARTS)), query_sizes(q.shape[-2], block_q, mean), variance, sizes.to(mean.dtype))
+    return KeySpread(variance, sizes.to(mean.dtype), scale)
 
 
-def query_sizes(queries: int, block_q: int, like: Tensor) -> Tensor:
-    """`Moments.query_sizes` of so many queries, in the dtype and on the device of `like`."""
-    return _padded(block_sizes(queries, block_q // PARTS, like.device), -1).unflatten(-1, (-1, PARTS)).to(like.dtype)
+def scores_of(q_mean: Tensor, k_mean: Tensor, by_error: KeySpread | None) -> Tensor:
+    """Scores ``[B, H, query blocks, key blocks]``, as the module's docstring has them; NaN counts as lowest."""
+    scores = q_mean @ k_mean.mT
+    if by_error is not None:
+        variance = (q_mean * by_error.scale).square() @ by_error.variance.mT
+        scores = scores * by_error.scale + variance / 2 + variance.log() / 2 + by_error.sizes.log()
+    return scores.masked_fill(scores.isnan(), -math.inf)
 
 
-def _padded(x: Tensor, dim: int) -> Tensor:
-    """`x` with zeros up to whole query blocks along `dim`, -1 or -2, which is of parts."""
-    return F.pad(x, (0, 0) * (-dim - 1) + (0, -x.shape[dim] % PARTS))
-
-
-def scores_by_error(by_error: Moments, k_mean: Tensor, rows: slice, allowed: Tensor | None = None) -> Tensor:
-    """Scores of `rows`, ``[B, H, rows, key blocks]``; where ``allowed [rows, key blocks]`` is not set they mean nothing."""
-    parts = by_error.queries[:, :, rows]
-    means, variances = (x.unsqueeze(2) for x in (k_mean.mT, by_error.variance.mT))
-    variance = parts.square() @ variances  # [B, H, rows, PARTS, key blocks]
-    mass = parts @ means + variance / 2 + by_error.key_sizes.log()
-    mass = mass.masked_fill(mass.isnan(), -math.inf)
-    if allowed is not None:  # what may not be seen has no say in how much the parts count
-        mass = mass.masked_fill(~allowed[:, None], -math.inf)
-    return (mass.softmax(-1) * variance.sqrt() * by_error.query_sizes[rows, :, None]).sum(-2)
-
-
-def _slab(q_mean: Tensor, k_mean: Tensor, by_error: Moments | None) -> int:
+def _slab(q_mean: Tensor, k_mean: Tensor) -> int:
     """Query blocks whose scores are held at once."""
-    held = 4 * k_mean.shape[-2] * q_mean.shape[0] * q_mean.shape[1] * (1 if by_error is None else 3 * PARTS)
+    held = 4 * k_mean.shape[-2] * q_mean.shape[0] * q_mean.shape[1]
     return max(1, SLAB_BYTES // held)
 
 
 def block_map(
-    q_mean: Tensor, k_mean: Tensor, *, kept: int, pinned: int = 0, negligible: int = 0, by_error: Moments | None = None
+    q_mean: Tensor, k_mean: Tensor, *, kept: int, pinned: int = 0, negligible: int = 0, by_error: KeySpread | None = None
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Indices of the kept and of the negligible key blocks of each query block, ascending.
 
@@ -154,12 +136,11 @@ def block_map(
     Returns:
         ``[B, H, query blocks, kept]`` and ``[B, H, query blocks, negligible]`` int32.
     """
-    rows, slab = q_mean.shape[-2], _slab(q_mean, k_mean, by_error)
+    rows, slab = q_mean.shape[-2], _slab(q_mean, k_mean)
     critical, left_out = [], []
     for start in range(0, rows, slab):
         some = slice(start, start + slab)
-        scores = q_mean[..., some, :] @ k_mean.mT if by_error is None else scores_by_error(by_error, k_mean, some)
-        scores = scores.masked_fill(scores.isnan(), -math.inf)
+        scores = scores_of(q_mean[..., some, :], k_mean, by_error)
         ranked = scores[..., pinned:].sort(dim=-1, descending=True, stable=True).indices + pinned
         always = torch.arange(pinned, device=scores.device).expand(*scores.shape[:-1], pinned)
         chosen = torch.cat((always, ranked[..., : kept - pinned]), -1)
@@ -170,7 +151,7 @@ def block_map(
 
 def masked_block_map(
     q_mean: Tensor, k_mean: Tensor, *, keep_ratio: float, mask: AllowedBlocks, pinned: int = 0, negligible_ratio: float = 0.0,
-    by_error: Moments | None = None,
+    by_error: KeySpread | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `block_map`, of the blocks that a mask allows.
 
@@ -183,14 +164,13 @@ def masked_block_map(
     Returns:
         ``[B, H, query blocks, most kept]`` and ``[B, H, query blocks, most left out]`` int32, ascending, then -1 where there are fewer.
     """
-    rows, slab = q_mean.shape[-2], _slab(q_mean, k_mean, by_error)
+    rows, slab = q_mean.shape[-2], _slab(q_mean, k_mean)
     critical, left_out = [], []
     for start in range(0, rows, slab):
         some = slice(start, start + slab)
         kinds = mask.kinds(some, pinned)
         free = kinds == FREE
-        scores = q_mean[..., some, :] @ k_mean.mT if by_error is None else scores_by_error(by_error, k_mean, some, free | (kinds == WHOLE))
-        scores = scores.masked_fill(scores.isnan(), -math.inf)
+        scores = scores_of(q_mean[..., some, :], k_mean, by_error)
         count = free.sum(-1, keepdim=True)
         kept, negligible = masked_counts(count, keep_ratio, negligible_ratio)
         ranked = scores.sort(dim=-1, descending=True, stable=True).indices

@@ -114,7 +114,9 @@ def _prepare_kernel(
     Q_NORM: tl.constexpr, K_NORM: tl.constexpr, ROPE: tl.constexpr, ORDERED: tl.constexpr, POOL: tl.constexpr, PART: tl.constexpr,
     HEADS: tl.constexpr,
 ):  # fmt: skip
-    """Norm, rotate, reorder and pool ROWS tokens of HEADS heads of q, k and v; programs [token blocks, groups of heads, B].
+    """Norm, rotate, reorder and pool ROWS tokens of HEADS heads of q, k and v; programs [token blocks x groups of heads, B].
+
+    Groups of heads come first, so that those of a token, which lie side by side in the host's tensors, are read at about the same time.
 
         Q, K, V                 [B, H, N, D] in host order, of strides q_stride_b, q_stride_h, q_stride_n and 1, and so on
         Order                   [N]: the host row of each token (ORDERED)
@@ -127,8 +129,9 @@ def _prepare_kernel(
     PART: 0 all, 1 Q alone, 2 K and V alone, where those are other tokens. Without POOL, V is left alone. `log2_base` is log2 of the base
     of the rotary frequencies; HALF is D / 2 up to a power of two.
     """
-    first_row = tl.program_id(0) * ROWS
-    batch = tl.program_id(2).to(tl.int64)
+    groups = H // HEADS
+    first_row = tl.program_id(0) // groups * ROWS
+    batch = tl.program_id(1).to(tl.int64)
     rows = first_row + tl.arange(0, ROWS)
     live = rows < N
     source = rows
@@ -146,7 +149,7 @@ def _prepare_kernel(
     if ROPE:
         cos, sin = rotation(Positions + batch * p_stride_b + source * p_stride_n, p_stride_c, live, lane, log2_base, D)
     for i in tl.static_range(HEADS):
-        head = tl.program_id(1).to(tl.int64) * HEADS + i
+        head = (tl.program_id(0) % groups).to(tl.int64) * HEADS + i
         base = batch * H + head
         to = (base * out_rows + rows)[:, None] * D
         if PART != 2:
@@ -222,7 +225,7 @@ def _launch(q, k, v, order, q_norm, k_norm, positions, rope_base, out, means, ro
     weights = [w for norm in (q_norm, k_norm) for w in norm_affine(norm, dim, q.device)]
     options = launch_options(rows, dim, heads, rope, pool)
     launch(
-        _prepare_kernel, (blocks, heads // options["HEADS"], batch),
+        _prepare_kernel, (blocks * (heads // options["HEADS"]), batch),
         q, k, v, nothing if order is None else order, positions if rope else nothing,
         *(nothing if w is None else w for w in weights), out[0], out[1], v_out, *(means if pool else (nothing,) * 3),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...errors import BackendError, ConfigError, shown
-from ..block_map import PARTS, SegmentMask
+from ..block_map import SegmentMask
 from ..dispatch import require_one_device, under_trace, use_triton, without_autocast
 from ..options import (
     Backend,
@@ -152,10 +152,6 @@ def sparse_linear_attention(
     check_options(keep_ratio, negligible_ratio, scale, rope_base, linear, feature_map, backend)
     check_block_choice(block_choice, block_means, negligible_ratio)
     check_blocks(block_q, block_k)
-    if block_choice == "error" and block_q % PARTS:
-        raise ConfigError(
-            f'block_choice="error" looks at {PARTS} parts of a query block: block_q must be a multiple of {PARTS}, got {block_q}'
-        )
     check_tensors(q, k, v, order, positions, proj, pinned_tokens, keys, pinned_keys)
     cross, keys = keys is not None, keys or NO_KEYS
     if mask is not None:

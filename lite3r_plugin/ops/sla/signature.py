@@ -12,7 +12,7 @@ from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_
 
 from torch import Tensor
 
-from ..block_map import Moments, SegmentMask, kept_blocks, moments, negligible_blocks
+from ..block_map import KeySpread, SegmentMask, kept_blocks, key_spread, negligible_blocks
 from ..block_map.kernel_mask import KernelMask
 from ..qk_norm_rope import HeadNorm, Prepared, Tokens, prepare_qkv
 
@@ -174,16 +174,16 @@ class Arguments(NamedTuple):
         """Of the scores."""
         return self.v.shape[-1] ** -0.5 if self.scale is None else self.scale
 
-    def by_error(self, prepared: Prepared, triton: bool) -> Moments | None:
-        """What choosing by error reads of prepared q and k; None where blocks are chosen by means."""
+    def by_error(self, prepared: Prepared, triton: bool) -> KeySpread | None:
+        """What choosing by error reads of prepared k; None where blocks are chosen by means."""
         if self.block_choice == "mean":
             return None
-        q, k, queries = prepared.q.detach(), prepared.k.detach(), self.q.shape[-2]
+        k = prepared.k.detach()
         if triton:
             from ..block_map import kernels
 
-            return kernels.moments(q, k, queries=queries, tokens=self.tokens, scale=self.factor, block_q=self.block_q, block_k=self.block_k)
-        return moments(q[:, :, :queries], k[:, :, : self.tokens], scale=self.factor, block_q=self.block_q, block_k=self.block_k)
+            return kernels.key_spread(k, tokens=self.tokens, scale=self.factor, block_k=self.block_k)
+        return key_spread(k[:, :, : self.tokens], scale=self.factor, block_k=self.block_k)
 
     def block_counts(self) -> BlockCounts:
         """How many blocks the map is to choose."""

@@ -12,7 +12,6 @@ from sla_cases import DEVICE, DTYPES
 from lite3r_plugin.errors import BackendError
 from lite3r_plugin.ops.block_map import SegmentMask, masked_block_map, naive
 from lite3r_plugin.ops.block_map.kernel_mask import KernelMask
-from lite3r_plugin.ops.block_map.mask import FREE, WHOLE
 
 kernels = pytest.importorskip("lite3r_plugin.ops.block_map.kernels")
 transpose_kernels = pytest.importorskip("lite3r_plugin.ops.block_map.transpose_kernels")
@@ -163,34 +162,19 @@ def test_the_map_by_key_block(sizes: tuple[int, int, int, int], at_once: int, mo
         assert early_columns[head].tolist() == slots + [columns] * (early_columns.shape[-1] - len(slots))
 
 
-@pytest.mark.parametrize(("queries", "tokens", "blocks", "dtype"), grid((1, 31, 70), (1, 16, 75), ((32, 16), (64, 64)), DTYPES), ids=str)
-def test_moments(queries: int, tokens: int, blocks: tuple[int, int], dtype: torch.dtype) -> None:
-    """Of what is padded with anything, whose last blocks are short and whose last parts may be empty."""
-    q, k = torch.randn(2, 1, 2, 128, 32, device=DEVICE).to(dtype).unbind(0)
-    options = dict(scale=0.3, block_q=blocks[0], block_k=blocks[1])
-    expected = naive.moments(q[:, :, :queries], k[:, :, :tokens], **options)
-    torch.testing.assert_close(kernels.moments(q, k, queries=queries, tokens=tokens, **options), expected)
-
-
-@pytest.mark.parametrize(("columns", "masked"), grid((1, 40, 70), (False, True)))
-def test_scores_by_error(columns: int, masked: bool) -> None:
-    """With a mask, what may not be wholly seen has no say, whatever stands there."""
-    q, k = 3 * torch.randn(2, 2, 75, 32, device=DEVICE), torch.randn(2, 2, 16 * columns - 5, 32, device=DEVICE)
-    by_error = naive.moments(q, k, scale=0.5, block_q=16, block_k=16)
-    k_mean = torch.randn(2, 2, columns, 32, device=DEVICE)
-    kinds = torch.randint(0, 4, (5, columns), dtype=torch.int8, device=DEVICE) if masked else None
-    for rows in (slice(0, 3), slice(3, 9)):
-        allowed = None if kinds is None else (kinds[rows] == FREE) | (kinds[rows] == WHOLE)
-        pair = kernels.scores_by_error(by_error, k_mean, rows, kinds), naive.scores_by_error(by_error, k_mean, rows, allowed)
-        found, expected = pair if allowed is None else (x.where(allowed, 0) for x in pair)
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+@pytest.mark.parametrize(("tokens", "block", "dtype"), grid((1, 16, 75), (16, 64), DTYPES), ids=str)
+def test_the_spread_of_keys(tokens: int, block: int, dtype: torch.dtype) -> None:
+    """Of what is padded with anything, whose last block is short."""
+    k = torch.randn(1, 2, 128, 32, device=DEVICE).to(dtype)
+    expected = naive.key_spread(k[:, :, :tokens], scale=0.3, block_k=block)
+    torch.testing.assert_close(kernels.key_spread(k, tokens=tokens, scale=0.3, block_k=block), expected)
 
 
 def test_the_map_by_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """In slabs. Scores are far enough from each other for both to choose the same."""
     q, k = 3 * torch.randn(2, 2, 160, 32, device=DEVICE), torch.randn(2, 2, 256, 32, device=DEVICE)
     means = [x.unflatten(2, (-1, size)).mean(3) for x, size in ((q, 32), (k, 16))]
-    by_error = naive.moments(q, k, scale=0.3, block_q=32, block_k=16)
+    by_error = naive.key_spread(k, scale=0.3, block_k=16)
     monkeypatch.setattr(kernels, "SLAB_BYTES", 1)
     monkeypatch.setattr(kernels, "MAX_SLABS", 2)
     found = kernels.block_map_with_bits(*means, kept=6, pinned=1, by_error=by_error)
@@ -204,7 +188,7 @@ def test_the_map_by_error_with_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k = 3 * torch.randn(2, 2, 256, 32, device=DEVICE), torch.randn(2, 2, 256, 32, device=DEVICE)
     k[:, :, frames > 3] *= 20
     means = [x.unflatten(2, (-1, size)).mean(3) for x, size in ((q, 32), (k, 16))]
-    by_error, mask = naive.moments(q, k, scale=0.3, block_q=32, block_k=16), SegmentMask(frames).ordered(None, None)
+    by_error, mask = naive.key_spread(k, scale=0.3, block_k=16), SegmentMask(frames).ordered(None, None)
     monkeypatch.setattr(kernels, "SLAB_BYTES", 1)
     monkeypatch.setattr(kernels, "MAX_SLABS", 3)
     kernel_mask = KernelMask.of(

@@ -88,16 +88,15 @@ def variants() -> list[tuple[str, Any, str, dict[str, Any], dict[str, int]]]:
                 constants |= {name: options.pop(name) for name in ("TILE_OUT", "TILE_IN", "TILE")}
                 found.append(("marginal_sums", marginal._marginal_sums_kernel, dtype, constants, options))
     for width in (32, 1024, 32768):
-        constants = dict(WIDTH=width)
-        found.append(("select_masked", block_map._select_masked_kernel, "fp32", constants, block_map.launch_options(width)))
-        for skipped in (False, True):
-            constants = dict(WIDTH=width, BITS=True, SKIPPED=skipped)
-            found.append(("select", block_map._select_kernel, "fp32", constants, block_map.launch_options(width)))
-        constants = dict(WIDTH=width, PARTS=block_map.PARTS)
-        found.append(("by_error", block_map._by_error_kernel, "fp32", constants, block_map.launch_options(width)))
-    for dim, block, spread in ((64, 32, False), (80, 64, True), (128, 128, True), (64, 4, False)):
-        constants = dict(D=dim, DP=triton.next_power_of_2(dim), BLOCK=block, SPREAD=spread)
-        found.append(("moments", block_map._moments_kernel, "bf16", constants, dict(num_warps=4)))
+        for spread in ({}, dict(Variances=None, Sizes=None)):  # by error and by means
+            constants = dict(WIDTH=width) | spread
+            found.append(("select_masked", block_map._select_masked_kernel, "fp32", constants, block_map.launch_options(width)))
+            for skipped in (False, True):
+                constants = dict(WIDTH=width, BITS=True, SKIPPED=skipped) | spread
+                found.append(("select", block_map._select_kernel, "fp32", constants, block_map.launch_options(width)))
+    for dim, block in ((64, 32), (80, 64), (128, 128)):
+        constants = dict(D=dim, DP=triton.next_power_of_2(dim), BLOCK=block)
+        found.append(("variance", block_map._variance_kernel, "bf16", constants, dict(num_warps=4)))
     return found
 
 
