@@ -130,6 +130,7 @@ class TokenSource:
         special_tokens: Number of camera, register or class tokens in front of the patches of each view.
         trailing_tokens: Number of those behind them.
         sequence_tokens: Number of special tokens at the end of the whole sequence, whatever the number of views.
+        reference: As of `TokenLayout`: 0, the first view, or None, where all views are alike and their order does not matter (Pi3).
         changes: Whether images of several sizes may come in one forward, because each site has the tokens of the images that
             `image_module` was given last: an encoder that is run for one image, or one batch of images, after the other.
         strict: Whether a sequence that is not of such views is a mistake and raises `LayoutError`. False, for adapters of many models:
@@ -149,6 +150,7 @@ class TokenSource:
     special_tokens: int = 0
     trailing_tokens: int = 0
     sequence_tokens: int = 0
+    reference: int | None = 0
     changes: bool = False
     strict: bool = True
 
@@ -161,6 +163,8 @@ class TokenSource:
         for name in ("special_tokens", "trailing_tokens", "sequence_tokens"):
             if not _is_count(value := getattr(self, name), 0):
                 raise AdapterError(f"{name} of a TokenSource is a number of tokens, got {value!r}")
+        if not (self.reference is None or (_is_count(self.reference, 0) and self.reference == 0)):
+            raise AdapterError(f"reference of a TokenSource is 0, the first view, or None, got {shown(self.reference)}")
         for name in ("changes", "strict"):
             if not isinstance(value := getattr(self, name), bool):
                 raise AdapterError(f"{name} of a TokenSource is True or False, got {value!r}")
@@ -182,7 +186,7 @@ class TokenSource:
         if views < 1 or views * view + self.sequence_tokens != tokens:
             return None
         alike = Views(grid, views, self.special_tokens, self.trailing_tokens)
-        return TokenLayout((alike, self.sequence_tokens) if self.sequence_tokens else (alike,))
+        return TokenLayout((alike, self.sequence_tokens) if self.sequence_tokens else (alike,), self.reference)
 
 
 @dataclass(frozen=True)

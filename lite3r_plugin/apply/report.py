@@ -276,7 +276,8 @@ def _pinned(module: SparseLinearAttention) -> tuple[str, ...]:
         return ()
     special = ("special tokens",) if isinstance(tokens, LayoutFunction) or tokens.has_special_tokens else ()
     reference = {"reference": ("reference view",), "reference_keys": ("reference view as keys",)}.get(pin, ())
-    return special + (reference if module.site.scope == "global" else ())
+    has_reference = module.site.scope == "global" and (isinstance(tokens, LayoutFunction) or tokens.reference is not None)
+    return special + (reference if has_reference else ())
 
 
 def _interrupted(found: Inventory, state: ModelState) -> Iterator[str]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hosts
 import pytest
 import torch
+from numerics import relative_error
 from properties import assert_bf16_is_as_exact_as_dense, assert_compiled_equals_eager, assert_threads_do_not_mix, enlarge_layer_scales
 from real_models import small_pi3
 from torch import nn
 
-from lite3r_plugin import FusedQKV, Rope2D
+from lite3r_plugin import FusedQKV, Rope2D, apply_lite3r, describe, remove_lite3r
 from lite3r_plugin.adapter.plugins import find_sites
-from lite3r_plugin.testing import check_adapter
+from lite3r_plugin.apply.lookup import lite3r_modules
+from lite3r_plugin.testing import TEST_CONFIG, check_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda':UserWarning")
 IMAGES = (1, 3, 3, 70, 98)
@@ -35,7 +37,7 @@ def test_sites(model: nn.Module) -> None:
     assert isinstance(decoder.projections, FusedQKV)
     assert decoder.projections.rope == Rope2D(100.0)
     assert decoder.projections.positions == "xpos"
-    assert (decoder.tokens.image_module, decoder.tokens.special_tokens) == ("encoder", 5)
+    assert (decoder.tokens.image_module, decoder.tokens.special_tokens, decoder.tokens.reference) == ("encoder", 5, None)
 
 
 def test_conformance(model: nn.Module) -> None:
@@ -47,6 +49,22 @@ def test_conformance(model: nn.Module) -> None:
 def test_conformance_of_all_scopes(model: nn.Module) -> None:
     report = check_adapter(model, (torch.rand(IMAGES),), scopes=("global", "frame", "encoder"))
     assert set(report.scopes) == {"global", "frame", "encoder"}
+
+
+def test_no_view_is_the_reference() -> None:
+    """Images may come in any order: what is computed of each is the same, but for how blocks end."""
+    model, images, order = hosts.Pi3().eval(), torch.rand(1, 8, 3, 112, 112), torch.tensor([3, 1, 2, 0, 4, 5, 6, 7])
+    apply_lite3r(model, TEST_CONFIG, keep_ratio=0.1)
+    assert "always kept: special tokens;" in str(describe(model))
+    site = next(site for site in lite3r_modules(model).values() if site.sparse)
+    with torch.no_grad():
+        one, other = (model(x)["points"].unflatten(0, (1, 8))[0] for x in (images, images[:, order]))
+    assert relative_error(other, one[order]) < 0.01
+    apply_lite3r(remove_lite3r(model), TEST_CONFIG, keep_ratio=0.1, pin="special")
+    density = site.calls.density
+    with torch.no_grad():
+        model(images)
+    assert density == next(site for site in lite3r_modules(model).values() if site.sparse).calls.density
 
 
 def test_bf16() -> None:

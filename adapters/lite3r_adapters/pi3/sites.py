@@ -33,7 +33,7 @@ def is_pi3(module: Any) -> bool:
 
 
 def _pi3_sites(prefix: str, model: Any) -> list[AttentionSite]:
-    tokens = TokenSource(f"{prefix}encoder", _blocks.patch_size(model), model.patch_start_idx)
+    tokens = TokenSource(f"{prefix}encoder", _blocks.patch_size(model), model.patch_start_idx, reference=None)
     global_sites = {f"decoder.{i}.attn" for i in range(1, len(model.decoder), 2)}
     sites = []
     for name, attn in model.named_modules():
