@@ -12,7 +12,18 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 from .errors import ConfigError, shown
-from .ops.options import Backend, BlockChoice, FeatureMap, LinearBranch, check_block_choice, check_choice, check_ratio, check_share, is_int
+from .ops.options import (
+    Backend,
+    BlockChoice,
+    ConfigBlockChoice,
+    FeatureMap,
+    LinearBranch,
+    check_block_choice,
+    check_choice,
+    check_ratio,
+    check_share,
+    is_int,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -84,7 +95,7 @@ class Lite3RFields(WholeModelFields, total=False):
     linear_branch: LinearBranch
     feature_map: FeatureMap
     block_means: bool
-    block_choice: BlockChoice
+    block_choice: ConfigBlockChoice
     pin: Pin
     dense_below: int | None
     fuse: bool
@@ -143,8 +154,8 @@ class Lite3RConfig:
         block_means: Each block that is neither critical nor negligible enters the softmax as one key: its mean key and value, weighted
             by its size. Needs no training; takes about half off the change of depth on the testbed (benchmarks/quality.md).
         block_choice: By which score key blocks are kept. ``"mean"``: that of mean query and mean key (SLA). ``"error"``: by how far
-            off the block's mean would be in its place, which takes about 3 % more time by arithmetic; needs ``block_means`` and no
-            ``negligible_ratio``.
+            off the block's mean would be in its place; needs ``block_means`` and no ``negligible_ratio``. ``"auto"``: by error where it can
+            be.
         pin: Which tokens attend to all tokens while all attend to them, whatever ``keep_ratio`` says. ``"special"``: camera, register
             and class tokens; ``"reference"``: those, and the patches of the first view, which defines the coordinate frame;
             ``"reference_keys"``: the same, but these patches do not attend to all tokens themselves; ``"none"``.
@@ -204,8 +215,8 @@ class Lite3RConfig:
     linear_branch: LinearBranch = "marginal"
     feature_map: FeatureMap = "softmax"
     block_means: bool = True
-    block_choice: BlockChoice = "mean"
-    pin: Pin = "reference"
+    block_choice: ConfigBlockChoice = "auto"
+    pin: Pin = "reference_keys"
     dense_below: int | None = None
     fuse: bool = True
     exact_rewrites: bool = True
@@ -263,7 +274,8 @@ class Lite3RConfig:
         for name in ("block_means", "fuse", "exact_rewrites", "keep_originals"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is True or False, got {shown(getattr(self, name))}")
-        check_block_choice(self.block_choice, self.block_means, self.negligible_ratio)
+        check_choice("block_choice", self.block_choice, get_args(ConfigBlockChoice))
+        check_block_choice(self.chosen_by, self.block_means, self.negligible_ratio)
         for name in ("compile_blocks", "cuda_graphs"):
             if not isinstance(getattr(self, name), (bool, type(None))):
                 raise ConfigError(f"{name} is True, False or None (as the preset has it), got {shown(getattr(self, name))}")
@@ -318,6 +330,13 @@ class Lite3RConfig:
         preset = WholeModel() if self.preset is None else PRESETS[self.preset]
         names = [field.name for field in dataclasses.fields(preset)]
         return dataclasses.replace(preset, **{name: getattr(self, name) for name in names if getattr(self, name) is not None})
+
+    @property
+    def chosen_by(self) -> BlockChoice:
+        """By which score key blocks are kept: `block_choice`, or what ``"auto"`` comes to."""
+        if self.block_choice != "auto":
+            return self.block_choice
+        return "error" if self.block_means and not self.negligible_ratio else "mean"
 
     @property
     def plans_memory(self) -> bool:

@@ -149,7 +149,7 @@ class Description:
                 + (f"negligible_ratio {config.negligible_ratio:g}, " if config.negligible_ratio else "")
                 + f"blocks {config.block_q} x {config.block_k}, "
                 f"linear branch {config.linear_branch} ({config.feature_map}), block means {_on(config.block_means)}"
-                + (f", blocks chosen by {config.block_choice}" if config.block_choice != "mean" else "")
+                + (f", blocks chosen by {config.chosen_by}" if config.block_means else "")
             )
         if config.waits and sparse:
             yield f"{plural(len(sparse), 'site waits', 'sites wait')} for a keep ratio: choose_keep_ratios(model, inputs); a forward raises"

@@ -278,7 +278,7 @@ class SparseLinearAttention(HostWrapper):
             out = stream.keys.attend(
                 queries, keep_ratio=self.keep_ratio, negligible_ratio=config.negligible_ratio, pinned_tokens=pinned, proj=proj,
                 linear="none" if proj is None else config.linear_branch, feature_map=config.feature_map, block_means=config.block_means,
-                block_choice=config.block_choice, **options,
+                block_choice=config.chosen_by, **options,
             )  # fmt: skip
         elif self.begin_dense():
             out = stream.keys.attend(queries, keep_ratio=1.0, linear="all", feature_map=config.feature_map, proj=proj, **options)
@@ -372,7 +372,7 @@ class SparseLinearAttention(HostWrapper):
             keep_ratio=keep_ratio, negligible_ratio=config.negligible_ratio, order=self.order(layout, inputs.v),
             pinned_tokens=pinned.queries, pinned_keys=None if inputs.crossed else pinned.keys, keys=keys, mask=mask,
             linear="none" if proj is None else config.linear_branch, proj=proj,
-            feature_map=config.feature_map, block_means=config.block_means, block_choice=config.block_choice,
+            feature_map=config.feature_map, block_means=config.block_means, block_choice=config.chosen_by,
             block_q=config.block_q, block_k=config.block_k, backend=config.attention_backend,
         )  # fmt: skip
 
@@ -403,7 +403,7 @@ class SparseLinearAttention(HostWrapper):
         return (
             f"scope={self.site.scope}, keep_ratio={self.keep_ratio}, negligible_ratio={config.negligible_ratio}, "
             f"blocks={config.block_q}x{config.block_k}, linear_branch={config.linear_branch}, block_means={config.block_means}, "
-            f"block_choice={config.block_choice}, backend={config.attention_backend}"
+            f"block_choice={config.chosen_by}, backend={config.attention_backend}"
         )
 
     def pays(self, v: Tensor, pinned: Pinned, queries: int | None = None, prepared: int | None = None) -> bool:

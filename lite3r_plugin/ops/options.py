@@ -10,6 +10,7 @@ from ..errors import ConfigError, shown
 Backend = Literal["auto", "triton", "naive"]
 FeatureMap = Literal["softmax", "elu"]
 BlockChoice = Literal["mean", "error"]
+ConfigBlockChoice = Literal["auto", "mean", "error"]
 LinearBranch = Literal["all", "marginal", "none"]
 
 

@@ -168,7 +168,7 @@ class SpreadAttention:
                 queries, keys, values, order=rows.arranged, pinned_tokens=rows.pinned, keys=KeyTokens(rows.order, rows.pinned_keys),
                 scale=inputs.scale, keep_ratio=module.keep_ratio, negligible_ratio=config.negligible_ratio,
                 linear="none" if proj is None else config.linear_branch, proj=proj, feature_map=config.feature_map,
-                block_means=config.block_means, block_choice=config.block_choice, block_q=config.block_q, block_k=config.block_k,
+                block_means=config.block_means, block_choice=config.chosen_by, block_q=config.block_q, block_k=config.block_k,
                 backend=config.attention_backend,
             )  # fmt: skip
             outs.append(out.permute(2, 0, 1, 3))

@@ -15,7 +15,7 @@ from torch import nn
 from ..apply.lookup import look_up
 from ..config import CONFIG_VERSION, DenseAttention, Fp8Backend, Fp8Filter, Lite3RConfig, Pin, Precision, Preset, Scope, Weights
 from ..errors import ConfigError, shown
-from ..ops.options import Backend, BlockChoice, FeatureMap, LinearBranch, check_choice
+from ..ops.options import Backend, ConfigBlockChoice, FeatureMap, LinearBranch, check_choice
 
 NAME = "LITE3R"
 BRANCH = "proj_lin"
@@ -57,7 +57,7 @@ class Lite3RPeftConfig(LoraConfig):
     linear_branch: LinearBranch = Lite3RConfig.linear_branch
     feature_map: FeatureMap = Lite3RConfig.feature_map
     block_means: bool = Lite3RConfig.block_means
-    block_choice: BlockChoice = Lite3RConfig.block_choice
+    block_choice: ConfigBlockChoice = Lite3RConfig.block_choice
     pin: Pin = Lite3RConfig.pin
     dense_below: int | None = Lite3RConfig.dense_below
     fuse: bool = Lite3RConfig.fuse

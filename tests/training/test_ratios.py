@@ -143,7 +143,7 @@ class Fickle(Toy):
 @pytest.mark.filterwarnings("ignore::lite3r_plugin.ops.dispatch.SlowPathWarning")
 def test_a_choice_that_is_worse_on_other_inputs_is_not_taken() -> None:
     model = Fickle()
-    apply_lite3r(model, keep_ratio="auto", sites=sites(model), **FIELDS)
+    apply_lite3r(model, keep_ratio="auto", sites=sites(model), **FIELDS, block_choice="mean")
     given = [x + (1 if i % 2 == 0 else -1) for i, x in enumerate(inputs())]
     choose_keep_ratios(model, given, mean_keep_ratio=0.25, progress=False)
     assert ratios(model) == [0.25] * 3
