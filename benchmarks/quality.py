@@ -41,6 +41,7 @@ from lite3r_plugin.tokens.layout import token_order
 from lite3r_plugin.training.calibrate import calibrate
 
 HERE = Path(__file__).parent
+BOTH = (("block_choice", "mean"), ("pin", "reference"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +80,10 @@ def variants(keep_ratios: Sequence[float], order_ratio: float) -> list[Variant]:
             Variant("sparse + means", keep, means),
             Variant("sparse + means + linear, all", keep, (("linear_branch", "all"), ("block_means", True)), calibrated=True),
             Variant("sparse + means + linear, marginal", keep, (("linear_branch", "marginal"), ("block_means", True)), calibrated=True),
+            Variant("sparse + means, blocks by mean", keep, (*means, ("block_choice", "mean"))),
+            Variant("sparse + means, reference view attends to all", keep, (*means, ("pin", "reference"))),
+            Variant("sparse + means, blocks by mean, reference view attends to all", keep, (*means, *BOTH)),
+            Variant("sparse + means + linear, marginal, blocks by mean, reference view attends to all", keep, BOTH, calibrated=True),
         ]
         if keep == order_ratio:
             rows += [
@@ -192,7 +197,7 @@ def evaluate(bench: Bench, store: dict[str, Any], data: str, views: int, rows: S
     group["sets"] = len(samples)
     if samples:
         group["size"] = list(inputs[0].shape[-2:])
-    with ThreadPoolExecutor(bench.args.workers) as pool:
+    with ThreadPoolExecutor(bench.args.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for row in rows:
             if row.key in group["rows"] and row.keep_ratio != 1:
                 continue
@@ -223,7 +228,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--small", action="store_true", help="few procedural scenes, one number of views, one keep ratio")
     parser.add_argument("--model", default="testbed")
     parser.add_argument("--weights", help="a file or a Hub id; by default the model's own")
-    parser.add_argument("--data", action="append", default=[], help="LAYOUT:PATH, beside procedural scenes; may be repeated")
+    parser.add_argument(
+        "--data", action="append", default=[], help="LAYOUT:PATH, at the middle keep ratio, beside procedural scenes; may be repeated"
+    )
     parser.add_argument("--scenes", type=int, default=4 if small else 24, help="procedural scenes")
     parser.add_argument("--calibration", type=int, default=2 if small else 16, help="procedural scenes that the linear branch is fitted to")
     parser.add_argument("--draws", type=int, default=6, help="sets of views from each real scene")
@@ -259,10 +266,12 @@ def main() -> None:
     def save() -> None:
         write_atomically(args.json, json.dumps(store, indent=None, separators=(",", ":"), allow_nan=False) + "\n")
 
-    rows = variants(args.keep_ratios, args.keep_ratios[len(args.keep_ratios) // 2])
+    middle = args.keep_ratios[len(args.keep_ratios) // 2]
+    rows = variants(args.keep_ratios, middle)
     for views in args.views:
-        for data in (f"procedural:scenes={args.scenes},seed=1,{bench.rendering}", *args.data):
-            evaluate(bench, store, data, views, rows, save)
+        evaluate(bench, store, f"procedural:scenes={args.scenes},seed=1,{bench.rendering}", views, rows, save)
+        for data in args.data:
+            evaluate(bench, store, data, views, [row for row in rows if row.keep_ratio in (1, middle)], save)
     save()
     write_atomically(args.markdown, quality_report.markdown(store, f"results/{args.json.name}"))
     say(f"wrote {args.json} and {args.markdown}")

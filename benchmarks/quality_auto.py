@@ -1,18 +1,21 @@
 """What ratios chosen for each site are worth: `choose_keep_ratios` beside one ratio for all, as they are and calibrated, computing as much.
 
-And what a choice of key blocks is worth, with `--block-choices`.
+And what a choice of key blocks is worth, with `--block-choices`, and the defaults beside those that they took the place of, with `--plain`.
 
     python benchmarks/quality_auto.py --views 16 --seconds 80 --json benchmarks/results/NAME.json
     python benchmarks/quality_auto.py --device cpu --views 8 --keep-ratios 0.25 --scenes 8 --size 112 --block-q 32 --block-k 16 \\
         --calibration 4 --judged 4 --batch 2 --seconds 1200
     python benchmarks/quality_auto.py --views 16 --uniform-only --block-choices mean error --seconds 80
+    python benchmarks/quality_auto.py --views 16 --plain --seconds 80
 
 For each number of views and each keep ratio there are four models with the weights of the testbed: `uniform`, `uniform + calibrate`, `auto`
 (``mean_keep_ratio`` of that ratio) and `auto + calibrate`; `--uniform-only` leaves the last two out, `--calibration 0` what is calibrated.
-With several `--block-choices` there are those for each. They see the scenes that `dense` sees, which is a model with Lite3R and
-``keep_ratio=1``, so that all its other kernels are theirs. Scenes that choose and calibrate have other seeds and textures than those that
-judge. Scenes follow in batches until `--scenes` or `--seconds` are reached, each number of views with its share of the time; what is
-printed has paired 95 % intervals, scenes drawn with replacement.
+With several `--block-choices` there are those for each. With `--plain` there is `plain + calibrate` besides: one ratio for all, blocks by
+their means, the reference view attending to all; all others get the ratio at which they compute as much.
+
+They see the scenes that `dense` sees, which is a model with Lite3R and ``keep_ratio=1``, so that all its other kernels are theirs. Scenes
+that choose and calibrate have other seeds and textures than those that judge. Scenes follow in batches until `--scenes` or `--seconds` are
+reached, each number of views with its share of the time; what is printed has paired 95 % intervals, scenes drawn with replacement.
 """
 
 from __future__ import annotations
@@ -56,7 +59,7 @@ def rendered(views: int, size: int, device: torch.device, textures: int, batch: 
 
 def named(way: str, choice: str, ratio: float) -> str:
     """What an arm is called."""
-    return f"{way}{'' if choice == 'mean' else f' by {choice}'} {ratio:g}"
+    return f"{way}{f' by {choice}' if choice == 'error' else ''} {ratio:g}"
 
 
 def arms(args: argparse.Namespace, views: int, device: torch.device) -> tuple[dict[str, nn.Module], dict[str, KeepRatioProfile]]:
@@ -67,29 +70,49 @@ def arms(args: argparse.Namespace, views: int, device: torch.device) -> tuple[di
         inputs += next(scenes)["rgb"].split(1)
     inputs = inputs[: args.calibration]
 
-    def made(keep_ratio: Any, choice: Any = "mean") -> nn.Module:
-        fields: Any = dict(dense_below=0, block_q=args.block_q, block_k=args.block_k, block_choice=choice)
+    def made(keep_ratio: Any, choice: Any = "auto", **more: Any) -> nn.Module:
+        fields: Any = dict(dense_below=0, block_q=args.block_q, block_k=args.block_k, block_choice=choice) | more
         return apply_lite3r(Testbed.from_pretrained(device=device), keep_ratio=keep_ratio, **fields)
 
+    def computed(model: nn.Module) -> float:
+        with torch.no_grad(), autocast(device):
+            model(inputs[0] if inputs else next(scenes)["rgb"])
+        return density(model)
+
+    def calibrated(name: str, model: nn.Module) -> None:
+        start = time.monotonic()
+        with autocast(device):
+            report = calibrate(model, inputs, judged=min(args.judged, 8), progress=False)
+        say(f"{name}: {str(report).split('relative error of attention')[0]}{time.monotonic() - start:.0f} s to calibrate")
+        models[name] = model
+
     models, profiles = {"dense": made(1.0)}, {}
-    for ratio, choice in itertools.product(args.keep_ratios, args.block_choices):
+    given = dict.fromkeys(args.keep_ratios)
+    for label in given if args.plain else ():
+        calibrated(named("plain + calibrate", "mean", label), plain := made(label, "mean", pin="reference"))
+        given[label] = as_much(label, computed(made(label)), computed(plain))
+    for label, choice in itertools.product(given, args.block_choices):
+        ratio = given[label] or label
         keep_ratios: dict[str, Any] = {"uniform": ratio}
-        models[named("uniform", choice, ratio)] = made(ratio, choice)
+        models[named("uniform", choice, label)] = made(ratio, choice)
         if not args.uniform_only:
             start, chosen = time.monotonic(), made("auto", choice)
             with autocast(device):
                 profile = choose_keep_ratios(chosen, inputs, mean_keep_ratio=ratio, judged=min(args.judged, len(inputs)), progress=False)
             say(f"{profile}\n{time.monotonic() - start:.0f} s to choose")
-            models[named("auto", choice, ratio)] = chosen
-            keep_ratios["auto"] = profiles[named("", choice, ratio).strip()] = profile
+            models[named("auto", choice, label)] = chosen
+            keep_ratios["auto"] = profiles[named("", choice, label).strip()] = profile
         for way, keep_ratio in keep_ratios.items() if inputs else ():
-            start, fitted = time.monotonic(), made(keep_ratio, choice)
-            with autocast(device):
-                report = calibrate(fitted, inputs, judged=min(args.judged, 8), progress=False)
-            name = named(f"{way} + calibrate", choice, ratio)
-            say(f"{name}: {str(report).split('relative error of attention')[0]}{time.monotonic() - start:.0f} s to calibrate")
-            models[name] = fitted
+            calibrated(named(f"{way} + calibrate", choice, label), made(keep_ratio, choice))
     return models, profiles
+
+
+def as_much(ratio: float, density: float, wanted: float) -> float:
+    """The ratio at which a model computes the share `wanted` of the scores that computes `density` of them at `ratio`.
+
+    What is pinned is computed at any ratio, of the rest the ratio: 1 - density = (1 - ratio) (1 - pinned).
+    """
+    return 1 - (1 - ratio) * (1 - wanted) / (1 - density)
 
 
 def pairs(args: argparse.Namespace) -> list[tuple[str, str]]:
@@ -97,6 +120,8 @@ def pairs(args: argparse.Namespace) -> list[tuple[str, str]]:
     found = []
     for ratio, end in itertools.product(args.keep_ratios, ("", " + calibrate") if args.calibration else ("",)):
         uniform, auto = ([named(way + end, choice, ratio) for choice in args.block_choices] for way in ("uniform", "auto"))
+        plain = [named("plain" + end, "mean", ratio)] if args.plain and end else []
+        found += [(arm, other) for arm in plain for other in (uniform if args.uniform_only else uniform + auto)]
         found += [] if args.uniform_only else list(zip(uniform, auto, strict=True))
         for arm, *others in (uniform,) if args.uniform_only else (uniform, auto):
             found += [(arm, other) for other in others]
@@ -179,7 +204,8 @@ def main() -> None:
     parser.add_argument("--views", type=int, nargs="+", default=[16])
     parser.add_argument("--keep-ratios", type=float, nargs="+", default=[0.25, 0.125])
     parser.add_argument("--uniform-only", action="store_true", help="choose no ratios")
-    parser.add_argument("--block-choices", nargs="+", choices=get_args(BlockChoice), default=["mean"], help="compared with the first")
+    parser.add_argument("--block-choices", nargs="+", choices=get_args(BlockChoice), default=["auto"], help="compared with the first")
+    parser.add_argument("--plain", action="store_true", help="`plain + calibrate` besides, and for all others the ratio to compute as much")
     parser.add_argument("--scenes", type=int, default=480, help="for each number of views, at most")
     parser.add_argument("--seconds", type=float, default=80, help="begin no batch after so many")
     parser.add_argument("--calibration", type=int, default=8, help="scenes that are calibrated on; 0: leave that out")
@@ -192,13 +218,13 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    if not (args.calibration or args.uniform_only):
-        parser.error("ratios are chosen on the scenes of --calibration: give --uniform-only with --calibration 0")
+    if not args.calibration and not (args.uniform_only and not args.plain):
+        parser.error("--calibration 0 goes with --uniform-only and without --plain, which need its scenes")
     device, start = choose_device(args.device), time.monotonic()
     result: dict[str, Any] = {
         "conditions": dict(
             model="testbed", views=args.views, size=args.size, blocks=[args.block_q, args.block_k], calibration=args.calibration,
-            judged=args.judged, seed=args.seed, batch=args.batch, torch=torch.__version__, lite3r_plugin=__version__,
+            judged=args.judged, seed=args.seed, batch=args.batch, plain=args.plain, torch=torch.__version__, lite3r_plugin=__version__,
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             dtype="bfloat16 autocast" if device.type == "cuda" else "float32", date=datetime.date.today().isoformat(),
             weights_sha256=weights_hash(Testbed.from_pretrained()),

@@ -88,7 +88,7 @@ class Calibration:
     after: Errors
 
     def __str__(self) -> str:
-        fitted = sum(bool(site.share) for site in self.sites)
+        fitted = sum(bool(site.share) and site.ridge is not None for site in self.sites)
         few = f"; {plural(self.judged, 'is', 'are')} few to judge by, give {FEW} or more" if self.judged < FEW else ""
         lines = [f"calibrated {fitted} of {plural(len(self.sites), 'site')} on {plural(self.inputs, 'input')}{few}"]
         if self.after == self.before:

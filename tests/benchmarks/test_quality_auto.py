@@ -54,11 +54,34 @@ def test_choices_of_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
         script.main()
 
 
+@pytest.mark.slow
+def test_beside_what_the_defaults_took_the_place_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It pins the reference view's queries, too, so that all others get a greater ratio and compute as much."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    script = importlib.import_module("quality_auto")
+    options = f"{OPTIONS} --plain --json {tmp_path / 'plain.json'}".replace("--size 48", "--size 112")
+    monkeypatch.setattr(sys, "argv", ["quality_auto.py", *options.split()])
+    script.main()
+    group = json.loads((tmp_path / "plain.json").read_text())["groups"]["3"]
+    density = {name: row["density"] for name, row in group["rows"].items()}
+    assert list(density)[:3] == ["dense", "plain + calibrate 0.3", "uniform 0.3"]
+    assert density["uniform 0.3"] == pytest.approx(density["plain + calibrate 0.3"], abs=0.02)
+    assert {"auto + calibrate 0.3 - plain + calibrate 0.3", "uniform + calibrate 0.3 - plain + calibrate 0.3"} <= set(group["gains"])
+
+
+def test_the_ratio_that_computes_as_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tenth pinned, and a quarter of the rest: 0.325. For 0.55 half of the rest is needed."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    script = importlib.import_module("quality_auto")
+    assert script.as_much(0.25, 0.325, 0.55) == pytest.approx(0.5)
+    assert script.as_much(0.25, 0.325, 0.325) == pytest.approx(0.25)
+
+
 def test_arms_that_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every choice of blocks has its auto beside its uniform, and beside the first choice."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     script = importlib.import_module("quality_auto")
-    args = argparse.Namespace(keep_ratios=[0.5], block_choices=["mean", "error"], uniform_only=False, calibration=2)
+    args = argparse.Namespace(keep_ratios=[0.5], block_choices=["mean", "error"], uniform_only=False, calibration=2, plain=False)
     found = script.pairs(args)
     plain = {
         ("uniform 0.5", "auto 0.5"),
