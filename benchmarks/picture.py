@@ -257,7 +257,9 @@ def precision(stored: Stored) -> str:
     for name, alone in stored.read(FP8_FILE):
         changes = ", ".join(f"{label} {in_percent(alone[measure])}" for label, measure in (("AUC@30", "auc30"), ("AbsRel", "abs_rel")))
         views = alone["conditions"]["views"]
-        return text + f"FP8 alone, without sparsity, changed {changes} of dense with {views} views (`{name}`)."
+        other = alone["conditions"].get("weights_sha256")
+        weights = f" in the testbed's {generation(alone['conditions'])}" if other not in (None, stored.weights) else ""
+        return text + f"FP8 alone, without sparsity, changed {changes} of dense with {views} views{weights} (`{name}`)."
     return text + "What FP8 alone costs is not stored."
 
 

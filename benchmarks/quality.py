@@ -41,7 +41,7 @@ from lite3r_plugin.tokens.layout import token_order
 from lite3r_plugin.training.calibrate import calibrate
 
 HERE = Path(__file__).parent
-BOTH = (("block_choice", "mean"), ("pin", "reference"))
+BY_MEAN, AS_KEYS = (("block_choice", "mean"),), (("pin", "reference_keys"),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,10 +80,10 @@ def variants(keep_ratios: Sequence[float], order_ratio: float) -> list[Variant]:
             Variant("sparse + means", keep, means),
             Variant("sparse + means + linear, all", keep, (("linear_branch", "all"), ("block_means", True)), calibrated=True),
             Variant("sparse + means + linear, marginal", keep, (("linear_branch", "marginal"), ("block_means", True)), calibrated=True),
-            Variant("sparse + means, blocks by mean", keep, (*means, ("block_choice", "mean"))),
-            Variant("sparse + means, reference view attends to all", keep, (*means, ("pin", "reference"))),
-            Variant("sparse + means, blocks by mean, reference view attends to all", keep, (*means, *BOTH)),
-            Variant("sparse + means + linear, marginal, blocks by mean, reference view attends to all", keep, BOTH, calibrated=True),
+            Variant("sparse + means, blocks by mean", keep, (*means, *BY_MEAN)),
+            Variant("sparse + means + linear, marginal, blocks by mean", keep, BY_MEAN, calibrated=True),
+            Variant("sparse + means, reference view as keys", keep, (*means, *AS_KEYS)),
+            Variant("sparse + means + linear, marginal, reference view as keys", keep, AS_KEYS, calibrated=True),
         ]
         if keep == order_ratio:
             rows += [

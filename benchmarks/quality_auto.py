@@ -1,17 +1,17 @@
 """What ratios chosen for each site are worth: `choose_keep_ratios` beside one ratio for all, as they are and calibrated, computing as much.
 
-And what a choice of key blocks is worth, with `--block-choices`, and the defaults beside those that they took the place of, with `--plain`.
+And what a choice of key blocks is worth, with `--block-choices`, and all that with another `--pin`, at equal density, with `--plain`.
 
     python benchmarks/quality_auto.py --views 16 --seconds 80 --json benchmarks/results/NAME.json
     python benchmarks/quality_auto.py --device cpu --views 8 --keep-ratios 0.25 --scenes 8 --size 112 --block-q 32 --block-k 16 \\
         --calibration 4 --judged 4 --batch 2 --seconds 1200
     python benchmarks/quality_auto.py --views 16 --uniform-only --block-choices mean error --seconds 80
-    python benchmarks/quality_auto.py --views 16 --plain --seconds 80
+    python benchmarks/quality_auto.py --views 16 --pin reference_keys --plain --seconds 80
 
 For each number of views and each keep ratio there are four models with the weights of the testbed: `uniform`, `uniform + calibrate`, `auto`
 (``mean_keep_ratio`` of that ratio) and `auto + calibrate`; `--uniform-only` leaves the last two out, `--calibration 0` what is calibrated.
 With several `--block-choices` there are those for each. With `--plain` there is `plain + calibrate` besides: one ratio for all, blocks by
-their means, the reference view attending to all; all others get the ratio at which they compute as much.
+their means, `pin="reference"`; all others get the ratio at which they compute as much.
 
 They see the scenes that `dense` sees, which is a model with Lite3R and ``keep_ratio=1``, so that all its other kernels are theirs. Scenes
 that choose and calibrate have other seeds and textures than those that judge. Scenes follow in batches until `--scenes` or `--seconds` are
@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from lite3r_plugin import KeepRatioProfile, apply_lite3r, calibrate, choose_keep_ratios
 from lite3r_plugin.apply.lookup import lite3r_modules
+from lite3r_plugin.config import Pin
 from lite3r_plugin.evaluation import choose_device
 from lite3r_plugin.files import to_json, write_atomically
 from lite3r_plugin.ops.options import BlockChoice
@@ -71,7 +72,7 @@ def arms(args: argparse.Namespace, views: int, device: torch.device) -> tuple[di
     inputs = inputs[: args.calibration]
 
     def made(keep_ratio: Any, choice: Any = "auto", **more: Any) -> nn.Module:
-        fields: Any = dict(dense_below=0, block_q=args.block_q, block_k=args.block_k, block_choice=choice) | more
+        fields: Any = dict(dense_below=0, block_q=args.block_q, block_k=args.block_k, block_choice=choice, pin=args.pin) | more
         return apply_lite3r(Testbed.from_pretrained(device=device), keep_ratio=keep_ratio, **fields)
 
     def computed(model: nn.Module) -> float:
@@ -205,6 +206,7 @@ def main() -> None:
     parser.add_argument("--keep-ratios", type=float, nargs="+", default=[0.25, 0.125])
     parser.add_argument("--uniform-only", action="store_true", help="choose no ratios")
     parser.add_argument("--block-choices", nargs="+", choices=get_args(BlockChoice), default=["auto"], help="compared with the first")
+    parser.add_argument("--pin", choices=get_args(Pin), default="reference")
     parser.add_argument("--plain", action="store_true", help="`plain + calibrate` besides, and for all others the ratio to compute as much")
     parser.add_argument("--scenes", type=int, default=480, help="for each number of views, at most")
     parser.add_argument("--seconds", type=float, default=80, help="begin no batch after so many")
@@ -223,8 +225,9 @@ def main() -> None:
     device, start = choose_device(args.device), time.monotonic()
     result: dict[str, Any] = {
         "conditions": dict(
-            model="testbed", views=args.views, size=args.size, blocks=[args.block_q, args.block_k], calibration=args.calibration,
-            judged=args.judged, seed=args.seed, batch=args.batch, plain=args.plain, torch=torch.__version__, lite3r_plugin=__version__,
+            model="testbed", views=args.views, size=args.size, blocks=[args.block_q, args.block_k], pin=args.pin, plain=args.plain,
+            calibration=args.calibration, judged=args.judged, seed=args.seed, batch=args.batch, torch=torch.__version__,
+            lite3r_plugin=__version__,
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             dtype="bfloat16 autocast" if device.type == "cuda" else "float32", date=datetime.date.today().isoformat(),
             weights_sha256=weights_hash(Testbed.from_pretrained()),

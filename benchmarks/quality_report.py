@@ -21,7 +21,7 @@ from lite3r_plugin.scene.metrics import Interval, paired_bootstrap
 HERE = Path(__file__).parent
 STORED = HERE / "results" / "quality.json"
 PAGE = HERE / "quality.md"
-CHOICE = sorted((HERE / "results").glob("quality_choice_*.json"))
+PINS = HERE / "results" / "quality_pins.json"
 BLOCKS, BLOCKS_PAGE = HERE / "results" / "quality_blocks.json", HERE / "quality_blocks.md"
 WIDTH = 130
 
@@ -45,6 +45,7 @@ APPLIED, CALIBRATED = "sparse + means", "sparse + means + linear, marginal"
 DEFAULT_KEEP = 0.25
 
 JUDGED = ((ABS_REL, 4), (AUC30, 1), ("pose.auc5", 2))
+PINNED = (("AbsRel", ABS_REL, 4), ("AUC@30", AUC30, 1), ("AUC@5", "pose.auc5", 1))
 NEAR = (("teacher.depth_abs_rel", 4), ("teacher.rotation_mean", 2))
 TRIED_WAYS = {
     "oracle_mass": "oracle mass", "oracle_error": "oracle error", "lse": "lse, keys in 4", "full": "variance, full",
@@ -56,11 +57,11 @@ TRIED_LINK = """## What was tried
 
 Other ways of choosing key blocks at the same density, by attention and by what the model returns: [Choices of key
 blocks](quality_blocks.md). Some bring attention nearer to dense attention by a tenth to a seventh; one of them, `block_choice="error"`,
-makes cameras better too.
+is the default now, and makes depth and cameras better. The tables here are from before, with `block_choice="mean"`.
 """
 TRIED = """# Choices of key blocks
 
-This page is written by `python benchmarks/quality_report.py` from `results/quality_blocks.json`.
+This page is written by `python benchmarks/quality_report.py` from `results/quality_blocks.json` and `results/quality_pins.json`.
 
 By `python benchmarks/quality_blocks.py`, which describes every way in its first lines, with the testbed's {weights}: at every
 global site of the dense model, how far sparse attention with block means is from dense attention, relative to that, and what
@@ -84,11 +85,27 @@ TRIED_FINDINGS = """Read off it, for {views} views and the keep ratios {ratios}:
 * Whole frames, diverse ones beside the neighbours (GoToHunt, arXiv 2605.23892), have {frames} more error, half frames and half blocks
   {half}. At so few views one or two frames are all that the density allows; at hundreds it may be otherwise.
 
-The estimate of the error with queries in 4 parts is in the operator, as `block_choice="error"`. Uncalibrated, at keep 0.125 and 16 views of
-112 px, AUC@30 is {choice} points higher with it than with means in two sets of {scenes} scenes, AbsRel and AUC@5 as
-high (`results/quality_choice_*.json`, by `quality_auto.py --block-choices mean error --uniform-only --calibration 0` on a CPU). It is not
-the default: what it takes was not measured on a GPU, nor what calibration leaves of the gain. The rest is not in it. What the model
-returns, of too few scenes to tell more:
+In the operator is the simplest estimate of the error, `block_choice="error"`: one mean query, variances of the keys by dimension, no parts
+and no softmax. It is the default, since it costs no time that can be told from none
+([recipes](../docs/recipes.md#what-each-wins-back)). The rest is not in it.
+"""
+PINS_HEAD = """## The operator's choices, and what is pinned
+
+Changes against the dense model on the same rendered scenes, {size} x {size} pixels, on {device} in {dtype}, with the testbed's {weights}
+(`results/quality_pins.json`, rows of `quality.py`). `mean` and `error` are `block_choice`; `as keys` is `pin="reference_keys"`, by error.
+A star marks changes whose paired 95 % interval leaves out 0. {sizes}.
+"""
+PINS_TAIL = """Read off it: by error depth and cameras are better than by mean in every row, at the same density. With the reference view as keys
+alone fewer scores are computed, cameras are nearer to the dense model's, the more views the more, and depth is further away.
+"""
+PIN_WAYS = {
+    "mean": "sparse + means, blocks by mean", "error": "sparse + means", "error, as keys": "sparse + means, reference view as keys",
+    "mean, calibrated": "sparse + means + linear, marginal, blocks by mean", "error, calibrated": "sparse + means + linear, marginal",
+    "error, as keys, calibrated": "sparse + means + linear, marginal, reference view as keys",
+}  # fmt: skip
+TRIED_JUDGED = """## What the model returns
+
+Of ways that are tried above, of too few scenes to tell more.
 """
 
 HEAD = """# What quality costs
@@ -124,15 +141,27 @@ def markdown(store: dict[str, Any], source: str = "results/quality.json") -> str
     return "\n".join(_wrapped(part) for part in parts if part)
 
 
-def _choice() -> dict[str, str]:
-    """What choosing by error gains over choosing by means, in words."""
-    found = [json.loads(path.read_text())["groups"]["16"]["gains"]["uniform by error 0.125 - uniform 0.125"]["AUC@30"] for path in CHOICE]
-    gains = (f"{x['difference']:.1f} [{x['low']:.1f}, {x['high']:.1f}]" for x in found)
-    return {"choice": " and ".join(gains), "scenes": " and ".join(str(x["scenes"]) for x in found)}
+def pins(store: dict[str, Any]) -> str:
+    """What the operator's choices of blocks and what is pinned cost, from rows that `quality.py` stored."""
+    by_views, conditions = {group["views"]: group for group in store["groups"].values()}, store["conditions"]
+    group = next(iter(by_views.values()))
+    sizes = ", ".join(f"{group['sets']} scenes of {views} views" for views, group in by_views.items())
+    shown = {name: conditions[name] for name in ("device", "dtype")} | {"weights": generation(conditions), "size": group["size"][0]}
+    heads = ["", "views", "density", *(name for name, _, _ in PINNED)]
+    lines = [PINS_HEAD.format(sizes=sizes, **shown), *_head(heads)]
+    dense = {v: ", ".join(f"{mean(g, 'dense', m):.{digits}f} {name}" for name, m, digits in PINNED) for v, g in by_views.items()}
+    for keep in (DEFAULT_KEEP, DEFAULT_KEEP / 2):
+        for way, row in PIN_WAYS.items():
+            for views, group in by_views.items():
+                if (key := f"{row} {keep}") in group["rows"]:
+                    cells = [_cell(group, key, measure, digits) for _, measure, digits in PINNED]
+                    lines.append(_line([f"{keep}, {way}", str(views), f"{group['rows'][key]['density']:.2f}", *cells]))
+    dense_line = "The dense model has " + "; ".join(f"{told} with {views} views" for views, told in dense.items()) + "."
+    return "\n".join([*lines, "", dense_line, "", PINS_TAIL])
 
 
-def tried(store: dict[str, Any]) -> str:
-    """What other choices of key blocks gave, from what `quality_blocks.py` stored."""
+def tried(store: dict[str, Any], found: dict[str, Any] | None = None) -> str:
+    """What other choices of key blocks gave, from what `quality_blocks.py` stored, and those of the operator, `pins` of `found`."""
     sites = {(views, keep): rows for views, of in store["sites"].items() for keep, rows in of["rows"].items()}
     first = next(iter(sites.values()))
     heads = ["", *(f"{views} views, {keep}" for views, keep in sites)]
@@ -145,7 +174,7 @@ def tried(store: dict[str, Any]) -> str:
     for word, way in TRIED_WAYS.items():
         ratios = (rows[way]["error"] / rows["mean"]["error"] for rows in of["rows"].values())
         words[word] = _listed([f"{abs(100 * (ratio - 1)):.0f}" for ratio in ratios]) + " %"
-    lines += ["", TRIED_FINDINGS.format(**words, **_choice())]
+    lines += ["", TRIED_FINDINGS.format(**words), *([] if found is None else [pins(found)]), TRIED_JUDGED]
     for views, of in store.get("judged", {}).items():
         dense = of["rows"]["dense"]
         lines += [f"{of['scenes']} scenes of {views} views; changes against `dense`:", ""]
@@ -401,7 +430,7 @@ def main() -> None:
         print(full(json.loads(args.full.read_text())))
     else:
         PAGE.write_text(markdown(json.loads(STORED.read_text())))
-        BLOCKS_PAGE.write_text(tried(json.loads(BLOCKS.read_text())))
+        BLOCKS_PAGE.write_text(tried(json.loads(BLOCKS.read_text()), json.loads(PINS.read_text())))
         print(f"wrote {PAGE} and {BLOCKS_PAGE}")
 
 

@@ -197,12 +197,12 @@ def test_ratios_that_were_chosen_are_compared_on_the_same_scenes(picture: Module
     chosen(tmp_path)
     speed(tmp_path, 0.25, 100.0)
     alone = {name: {"percent": [x, x - 0.1, x + 0.1], "dense": 50.0} for name, x in (("auc30", -0.2), ("abs_rel", 0.3))}
-    store(tmp_path, "h200_testbed_fp8.json", alone | {"conditions": {"views": 8}})
+    store(tmp_path, "h200_testbed_fp8.json", alone | {"conditions": {"views": 8, "weights_sha256": "other"}})
     words = " ".join(picture.section(picture.Stored(tmp_path)).split())
     assert "its gain is that of the same ratio at all sites" in words
     assert "higher than with one ratio for all by 2.50 [2.30, 2.70] points (keep_ratio 0.25, 16 views)." in words
     assert '| `keep_ratio="auto"`, calibrated | 1.50 [1.30, 1.70] | 2.00 | BF16 |' in words
-    costs = "AUC@30 -0.20 % [-0.30, -0.10], AbsRel +0.30 % [+0.20, +0.40] of dense with 8 views"
+    costs = "AUC@30 -0.20 % [-0.30, -0.10], AbsRel +0.30 % [+0.20, +0.40] of dense with 8 views in the testbed's weights other"
     assert f"FP8 alone, without sparsity, changed {costs}" in words
     assert "`keep_ratio=0.25`, the default: 2.00 × for 4.0 points" in words
 

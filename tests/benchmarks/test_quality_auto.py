@@ -55,11 +55,11 @@ def test_choices_of_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
 
 
 @pytest.mark.slow
-def test_beside_what_the_defaults_took_the_place_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It pins the reference view's queries, too, so that all others get a greater ratio and compute as much."""
+def test_another_pin_at_equal_density(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With fewer queries pinned, all others get a greater ratio and compute as much."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     script = importlib.import_module("quality_auto")
-    options = f"{OPTIONS} --plain --json {tmp_path / 'plain.json'}".replace("--size 48", "--size 112")
+    options = f"{OPTIONS} --pin reference_keys --plain --json {tmp_path / 'plain.json'}".replace("--size 48", "--size 112")
     monkeypatch.setattr(sys, "argv", ["quality_auto.py", *options.split()])
     script.main()
     group = json.loads((tmp_path / "plain.json").read_text())["groups"]["3"]

@@ -68,6 +68,6 @@ def test_what_it_says_of_more_views_is_true_of_the_configuration() -> None:
     kept = 0.1 + 1 / 64
     assert f"to {1 - 0.99**2 * (1 - kept):.0%} with 100" in _with_more_views(every.replace(pin="reference"))
     assert f"to {1 - 0.99 * (1 - kept):.0%} with 100" in _with_more_views(every.replace(pin="reference_keys"))
-    assert f"to {1 - 0.99 * 0.9:.0%} with 100" in _with_more_views(every.replace(block_means=False))
+    assert f"to {1 - 0.99**2 * 0.9:.0%} with 100" in _with_more_views(every.replace(block_means=False))
     assert _with_more_views(every.replace(pin="special")) == _with_more_views(every.replace(pin="none")) == ""
     assert _with_more_views(every.replace(keep_ratio={"*": 0.5})).endswith("with more views.")

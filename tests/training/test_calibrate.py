@@ -266,15 +266,18 @@ def test_keeps_what_it_came_with_where_outputs_get_no_better(came: float) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(5, 9))
-def test_few_small_inputs_do_no_harm_to_depth(seed: int) -> None:
-    """Three inputs; all of what was fitted to their attention could take the depth of unseen views a tenth further away than without."""
-    scenes = list(ProcScenes(TextureBank.procedural(24, 32, seed=seed), seed=seed)(9, 3, 64, 64)["rgb"][:, None])
-    model = sparse_testbed(keep_ratio=0.25, block_q=16, block_k=16, pin="reference_keys")
-    before = distance(model, scenes[3:])
-    report = calibrate(model, scenes[:3])
-    assert all(report.after[kind] <= error for kind, error in report.before.items())
-    assert distance(model, scenes[3:]) <= 1.005 * before
+@pytest.mark.parametrize("pin", ["reference", "reference_keys"])
+def test_few_small_inputs_do_no_harm_to_depth(pin: str) -> None:
+    """Three inputs a time; all of what was fitted to their attention could take depth of unseen views a tenth further away than without."""
+    before = after = 0.0
+    for seed in range(5, 11):
+        scenes = list(ProcScenes(TextureBank.procedural(24, 32, seed=seed), seed=seed)(9, 3, 64, 64)["rgb"][:, None])
+        model = sparse_testbed(keep_ratio=0.25, block_q=16, block_k=16, pin=pin)
+        before += distance(model, scenes[3:])
+        report = calibrate(model, scenes[:3])
+        assert all(report.after[kind] <= error for kind, error in report.before.items())
+        after += distance(model, scenes[3:])
+    assert after <= before
 
 
 @pytest.mark.usefixtures("adapter")
