@@ -95,8 +95,8 @@ Changes against the dense model on the same rendered scenes, {size} x {size} pix
 (`results/quality_pins.json`, rows of `quality.py`). `mean` and `error` are `block_choice`; `as keys` is `pin="reference_keys"`, by error.
 A star marks changes whose paired 95 % interval leaves out 0. {sizes}.
 """
-PINS_TAIL = """Read off it: by error depth and cameras are better than by mean in every row, at the same density. With the reference view as keys
-alone fewer scores are computed, cameras are nearer to the dense model's, the more views the more, and depth is further away.
+PINS_TAIL = """Read off it: by error depth and cameras are better than by mean in every row, at the same density. With the reference view as
+keys alone fewer scores are computed, cameras are nearer to the dense model's, the more views the more, and depth is further away.
 """
 PIN_WAYS = {
     "mean": "sparse + means, blocks by mean", "error": "sparse + means", "error, as keys": "sparse + means, reference view as keys",

@@ -338,6 +338,9 @@ def parallel(report: dict[str, Any]) -> str:
 AIMS = {0.25: (0.5, "full"), 0.125: (1.0, "fp8")}  # by keep_ratio: the most that may be lost, in points and in percent, and of what
 
 
+BY = "block_choice"  # of conditions: of all rows; where it is missing, rows with ratios by site alone keep blocks by error
+BY_ERROR = '; blocks by error is `block_choice="error"`, the default now, where other rows keep them by `"mean"`'
+IN_README = ' The first two have `block_choice="mean"`.'
 RECIPES = {
     "rate 2e-3": "twice the rate", "192 views": "twice the rate", "rate 5e-4": "half the rate", "labels": "labels besides",
     "outputs last": "outputs weighted more towards the end",
@@ -351,13 +354,12 @@ def distillation(report: dict[str, Any]) -> str:
     done = list(report["rows"].values())
     levels = {views: found for row in done for views, found in row["against_dense"].items()}
     rows = [("dense", views, *(_level(name, found[name]["dense"]) for name in names), "", "") for views, found in levels.items()]
-    usual = report["conditions"]["views_a_step"]
     for row in done:
         steps = re.search(r"([\d,]+) steps", row.get("distillation", ""))
         minutes = row.get("calibration_seconds", 0) / 60 + minutes_of_training(row)
         ends = (steps[1] if steps else "", f"{minutes:.1f}" if minutes else "")
         rows += [
-            (_way_to_train(row["row"], usual), views, *(_change(name, found[name]) for name in names), *ends)
+            (_way_to_train(row["row"], report["conditions"]), views, *(_change(name, found[name]) for name in names), *ends)
             for views, found in row["against_dense"].items()
         ]
     c, keep_ratio = report["conditions"], done[0]["keep_ratio"]
@@ -372,10 +374,35 @@ def distillation(report: dict[str, Any]) -> str:
     )
     if any(row["row"].get("chosen") for row in done):
         note += (
-            f" Ratios by site are those that `choose_keep_ratios` found, their mean {keep_ratio:g} weighted by what is computed; blocks by "
-            'error is `block_choice="error"`.'
+            f" Ratios by site are those that `choose_keep_ratios` found, their mean {keep_ratio:g} weighted by what is computed"
+            f"{BY_ERROR * (BY not in c)}."
         )
     return _table(heads, rows) + _note(note) + _note(_aim(report, done, keep_ratio))
+
+
+def density(report: dict[str, Any]) -> str:
+    """What another pin and ratios by site lose at the density of one ratio, from what `quality_auto.py --plain` stored."""
+    ways = {"plain + calibrate": "plain", "uniform + calibrate": "one ratio", "auto + calibrate": "ratios by site"}
+    rows = []
+    for views, group in report["groups"].items():
+        dense = group["rows"]["dense"]["AbsRel"]["mean"]
+        for keep in dict.fromkeys(name.rpartition(" ")[2] for name in group["rows"] if name != "dense"):
+            found = [group["rows"][f"{way} {keep}"] for way in ways]
+            cells = [_short(row[name]["change"], unit) for name, unit in (("AUC@30", 1.0), ("AbsRel", 100 / dense)) for row in found]
+            rows.append((views, str(group["scenes"]), keep, f"{found[0]['density']:.2f}", *cells))
+    changes = [f"{name}: {way}" for name in ("AUC@30", "AbsRel") for way in ways.values()]
+    c = report["conditions"]
+    return _table(["views", "scenes", "plain `keep_ratio`", "density", *changes], rows) + _note(
+        "Changes against dense, AUC@30 in points, AbsRel in percent, with paired 95 % intervals. All three are calibrated, on "
+        f'{c["calibration"]} inputs. `plain`: one ratio, `pin="reference"`, blocks by mean; the others have `pin="{c["pin"]}"`, blocks by '
+        f"error, and the ratio at which they compute as much. The testbed's {generation(c)}, rendered scenes of {c['size']} × {c['size']} "
+        f"pixels, {c['dtype']}, one {c['device']}, torch {c['torch']}."
+    )
+
+
+def _short(change: dict[str, float], unit: float) -> str:
+    difference, low, high = (unit * change[name] for name in ("difference", "low", "high"))
+    return f"{difference:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def quality(*reports: dict[str, Any]) -> str:
@@ -395,7 +422,7 @@ def quality(*reports: dict[str, Any]) -> str:
     minutes = " and ".join(dict.fromkeys(f"{minutes_of_training(row):g}" for row in longest))
     return _table(heads, rows) + _note(
         f"Changes: applied, calibrated, ratios by site and calibrated, these and distilled for {minutes} minutes"
-        f"{', which at ' + ', '.join(in_fp8) + ' is in FP8' if in_fp8 else ''}. The testbed's {generation(c)}, {c['scenes']} scenes of "
+        f"{', which at ' + ', '.join(in_fp8) + ' is in FP8' if in_fp8 else ''}.{IN_README * (BY not in c)} The testbed's {generation(c)}, {c['scenes']} scenes of "
         f"{c['size']} × {c['size']} pixels, {c['dtype']}, on one {c['device']}; 95 % intervals of AUC@30 are ± {widest:.1f} or less."
     )
 
@@ -417,7 +444,7 @@ def _half_width(row: dict[str, Any]) -> float:
 def _aim(report: dict[str, Any], done: Sequence[dict[str, Any]], keep_ratio: float) -> str:
     most, precision = AIMS[keep_ratio]
     inside = [
-        _way_to_train(row["row"], report["conditions"]["views_a_step"])
+        _way_to_train(row["row"], report["conditions"])
         for row in done
         if row["row"]["precision"] == precision
         and all(
@@ -433,9 +460,9 @@ def _aim(report: dict[str, Any], done: Sequence[dict[str, Any]], keep_ratio: flo
     )
 
 
-def _way_to_train(row: dict[str, Any], usual_views: int) -> str:
-    training = row["training"]
-    chosen = "ratios by site, blocks by error, " if row.get("chosen") else ""
+def _way_to_train(row: dict[str, Any], conditions: dict[str, Any]) -> str:
+    training, usual_views = row["training"], conditions["views_a_step"]
+    chosen = f"ratios by site, {'' if BY in conditions else 'blocks by error, '}" if row.get("chosen") else ""
     if training is None:
         return f"{chosen}calibrated" if row["calibrated"] else "applied"
     parts = [f"`{training['trainable']}`"]
@@ -495,6 +522,7 @@ TABLES: dict[str, Callable[..., str]] = {
         mlp,
         fp8_memory,
         fp8_quality,
+        density,
         distillation,
         fp8_groups,
         parallel,

@@ -28,7 +28,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from queue import Empty
-from typing import Any
+from typing import Any, get_args
 
 import recipes
 import torch
@@ -37,8 +37,19 @@ from rendered import MEASURES, PART, Renderer, Scenes, measure, part_file
 from torch import nn
 
 import lite3r_plugin
-from lite3r_plugin import DistillConfig, apply_lite3r, calibrate, choose_keep_ratios, convert, distill, load_lite3r, save_lite3r
+from lite3r_plugin import (
+    DistillConfig,
+    Lite3RConfig,
+    apply_lite3r,
+    calibrate,
+    choose_keep_ratios,
+    convert,
+    distill,
+    load_lite3r,
+    save_lite3r,
+)
 from lite3r_plugin.adapter.plugins import find_model
+from lite3r_plugin.config import Pin
 from lite3r_plugin.files import write_atomically
 from lite3r_plugin.peft import merge_lora
 from lite3r_plugin.runtime.sdpa import sdpa_backend
@@ -256,10 +267,8 @@ class Worker:
 
     def _applied(self, keep: float, row: Row) -> nn.Module:
         blocks = {"block_q": 32, "block_k": 16} if self.args.small else {}  # of so few tokens blocks of the usual size leave none out
-        ways: dict[str, Any] = {"keep_ratio": "auto", "block_choice": "error"} if row.chosen else {"keep_ratio": keep}
-        return apply_lite3r(
-            build(self.args, self.device), **ways, dense_below=0, precision=row.trains_in, fp8_filter=row.fp8_filter, **blocks
-        )
+        ways: dict[str, Any] = dict(precision=row.trains_in, fp8_filter=row.fp8_filter, pin=self.args.pin) | blocks
+        return apply_lite3r(build(self.args, self.device), keep_ratio="auto" if row.chosen else keep, dense_below=0, **ways)
 
     def _measured(self, model: nn.Module, kind: str) -> dict[str, dict[str, list[float]]]:
         args = self.args
@@ -467,7 +476,7 @@ def conditions(args: argparse.Namespace) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if cuda else "cpu", "torch": torch.__version__, "lite3r_plugin": lite3r_plugin.__version__,
         "dtype": "bfloat16" if cuda else "float32", "size": args.size, "scenes": args.scenes, "pool": args.pool, "views": args.views,
         "subsets": args.subsets, "views_a_step": args.views_a_step or 96, "calibration": args.calibration,
-        "dense_kernel": args.dense_kernel, "selection": args.selection,
+        "dense_kernel": args.dense_kernel, "selection": args.selection, "pin": args.pin, "block_choice": Lite3RConfig().chosen_by,
         "weights_sha256": weights_hash(build(args, torch.device("cpu"))),
     }  # fmt: skip
 
@@ -495,6 +504,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", choices=names, default=names)
     parser.add_argument("--fp8-rows", nargs="+", choices=names, default=few, help="at keep ratios whose best row is in FP8")
     parser.add_argument("--keep-ratio", type=float, nargs="+", default=[0.25, 0.125])
+    parser.add_argument("--pin", choices=get_args(Pin), default=Lite3RConfig.pin)
     parser.add_argument("--recipe", choices=list(recipes.candidates(1, "full")), help="train this one for longer instead of searching")
     parser.add_argument("--tried", nargs="+", choices=list(recipes.candidates(1, "full")), default=list(recipes.candidates(1, "full")))
     parser.add_argument("--search", type=float, default=1.0, help="minutes of training of a recipe that is tried")
