@@ -160,8 +160,8 @@ def pins(store: dict[str, Any]) -> str:
     return "\n".join([*lines, "", dense_line, "", PINS_TAIL])
 
 
-def tried(store: dict[str, Any], found: dict[str, Any] | None = None) -> str:
-    """What other choices of key blocks gave, from what `quality_blocks.py` stored, and those of the operator, `pins` of `found`."""
+def tried(store: dict[str, Any], chosen: dict[str, Any]) -> str:
+    """What other choices of key blocks gave, as `quality_blocks.py` stored it, and those of the operator, as `quality.py` did."""
     sites = {(views, keep): rows for views, of in store["sites"].items() for keep, rows in of["rows"].items()}
     first = next(iter(sites.values()))
     heads = ["", *(f"{views} views, {keep}" for views, keep in sites)]
@@ -174,7 +174,7 @@ def tried(store: dict[str, Any], found: dict[str, Any] | None = None) -> str:
     for word, way in TRIED_WAYS.items():
         ratios = (rows[way]["error"] / rows["mean"]["error"] for rows in of["rows"].values())
         words[word] = _listed([f"{abs(100 * (ratio - 1)):.0f}" for ratio in ratios]) + " %"
-    lines += ["", TRIED_FINDINGS.format(**words), *([] if found is None else [pins(found)]), TRIED_JUDGED]
+    lines += ["", TRIED_FINDINGS.format(**words), pins(chosen), TRIED_JUDGED]
     for views, of in store.get("judged", {}).items():
         dense = of["rows"]["dense"]
         lines += [f"{of['scenes']} scenes of {views} views; changes against `dense`:", ""]

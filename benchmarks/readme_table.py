@@ -422,7 +422,8 @@ def quality(*reports: dict[str, Any]) -> str:
     minutes = " and ".join(dict.fromkeys(f"{minutes_of_training(row):g}" for row in longest))
     return _table(heads, rows) + _note(
         f"Changes: applied, calibrated, ratios by site and calibrated, these and distilled for {minutes} minutes"
-        f"{', which at ' + ', '.join(in_fp8) + ' is in FP8' if in_fp8 else ''}.{IN_README * (BY not in c)} The testbed's {generation(c)}, {c['scenes']} scenes of "
+        f"{', which at ' + ', '.join(in_fp8) + ' is in FP8' if in_fp8 else ''}."
+        f"{IN_README * (BY not in c)} The testbed's {generation(c)}, {c['scenes']} scenes of "
         f"{c['size']} × {c['size']} pixels, {c['dtype']}, on one {c['device']}; 95 % intervals of AUC@30 are ± {widest:.1f} or less."
     )
 
