@@ -36,7 +36,7 @@ from lite3r_plugin.apply.lookup import lite3r_modules
 from lite3r_plugin.config import Pin
 from lite3r_plugin.evaluation import choose_device
 from lite3r_plugin.files import to_json, write_atomically
-from lite3r_plugin.ops.options import BlockChoice
+from lite3r_plugin.ops.options import ConfigBlockChoice
 from lite3r_plugin.scene.metrics import Interval, depth_metrics, paired_bootstrap, pose_metrics
 from lite3r_plugin.scene.procedural import ProcScenes, TextureBank
 from lite3r_plugin.testbed import Testbed, weights_hash
@@ -60,7 +60,7 @@ def rendered(views: int, size: int, device: torch.device, textures: int, batch: 
 
 def named(way: str, choice: str, ratio: float) -> str:
     """What an arm is called."""
-    return f"{way}{f' by {choice}' if choice == 'error' else ''} {ratio:g}"
+    return f"{way}{'' if choice == 'auto' else f' by {choice}'} {ratio:g}"
 
 
 def arms(args: argparse.Namespace, views: int, device: torch.device) -> tuple[dict[str, nn.Module], dict[str, KeepRatioProfile]]:
@@ -90,7 +90,7 @@ def arms(args: argparse.Namespace, views: int, device: torch.device) -> tuple[di
     models, profiles = {"dense": made(1.0)}, {}
     given = dict.fromkeys(args.keep_ratios)
     for label in given if args.plain else ():
-        calibrated(named("plain + calibrate", "mean", label), plain := made(label, "mean", pin="reference"))
+        calibrated(named("plain + calibrate", "auto", label), plain := made(label, "mean", pin="reference"))
         given[label] = as_much(label, computed(made(label)), computed(plain))
     for label, choice in itertools.product(given, args.block_choices):
         ratio = given[label] or label
@@ -113,7 +113,7 @@ def as_much(ratio: float, density: float, wanted: float) -> float:
 
     What is pinned is computed at any ratio, of the rest the ratio: 1 - density = (1 - ratio) (1 - pinned).
     """
-    return 1 - (1 - ratio) * (1 - wanted) / (1 - density)
+    return 1.0 if density == 1 else 1 - (1 - ratio) * (1 - wanted) / (1 - density)
 
 
 def pairs(args: argparse.Namespace) -> list[tuple[str, str]]:
@@ -121,7 +121,7 @@ def pairs(args: argparse.Namespace) -> list[tuple[str, str]]:
     found = []
     for ratio, end in itertools.product(args.keep_ratios, ("", " + calibrate") if args.calibration else ("",)):
         uniform, auto = ([named(way + end, choice, ratio) for choice in args.block_choices] for way in ("uniform", "auto"))
-        plain = [named("plain" + end, "mean", ratio)] if args.plain and end else []
+        plain = [named("plain" + end, "auto", ratio)] if args.plain and end else []
         found += [(arm, other) for arm in plain for other in (uniform if args.uniform_only else uniform + auto)]
         found += [] if args.uniform_only else list(zip(uniform, auto, strict=True))
         for arm, *others in (uniform,) if args.uniform_only else (uniform, auto):
@@ -205,7 +205,7 @@ def main() -> None:
     parser.add_argument("--views", type=int, nargs="+", default=[16])
     parser.add_argument("--keep-ratios", type=float, nargs="+", default=[0.25, 0.125])
     parser.add_argument("--uniform-only", action="store_true", help="choose no ratios")
-    parser.add_argument("--block-choices", nargs="+", choices=get_args(BlockChoice), default=["auto"], help="compared with the first")
+    parser.add_argument("--block-choices", nargs="+", choices=get_args(ConfigBlockChoice), default=["auto"], help="compared with the first")
     parser.add_argument("--pin", choices=get_args(Pin), default="reference")
     parser.add_argument("--plain", action="store_true", help="`plain + calibrate` besides, and for all others the ratio to compute as much")
     parser.add_argument("--scenes", type=int, default=480, help="for each number of views, at most")
@@ -225,9 +225,9 @@ def main() -> None:
     device, start = choose_device(args.device), time.monotonic()
     result: dict[str, Any] = {
         "conditions": dict(
-            model="testbed", views=args.views, size=args.size, blocks=[args.block_q, args.block_k], pin=args.pin, plain=args.plain,
-            calibration=args.calibration, judged=args.judged, seed=args.seed, batch=args.batch, torch=torch.__version__,
-            lite3r_plugin=__version__,
+            model="testbed", views=args.views, size=args.size, blocks=[args.block_q, args.block_k], block_choices=args.block_choices,
+            pin=args.pin, plain=args.plain, calibration=args.calibration, judged=args.judged, seed=args.seed, batch=args.batch,
+            torch=torch.__version__, lite3r_plugin=__version__,
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             dtype="bfloat16 autocast" if device.type == "cuda" else "float32", date=datetime.date.today().isoformat(),
             weights_sha256=weights_hash(Testbed.from_pretrained()),

@@ -7,10 +7,12 @@ python benchmarks/quality_report.py --full RESULTS.json         # prints every m
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import re
 import textwrap
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +59,7 @@ TRIED_LINK = """## What was tried
 
 Other ways of choosing key blocks at the same density, by attention and by what the model returns: [Choices of key
 blocks](quality_blocks.md). Some bring attention nearer to dense attention by a tenth to a seventh; one of them, `block_choice="error"`,
-is the default now, and makes depth and cameras better. The tables here are from before, with `block_choice="mean"`.
+is the default now, and makes depth and cameras better.{before}
 """
 TRIED = """# Choices of key blocks
 
@@ -95,11 +97,13 @@ Changes against the dense model on the same rendered scenes, {size} x {size} pix
 (`results/quality_pins.json`, rows of `quality.py`). `mean` and `error` are `block_choice`; `as keys` is `pin="reference_keys"`, by error.
 A star marks changes whose paired 95 % interval leaves out 0. {sizes}.
 """
-PINS_TAIL = """Read off it: by error depth and cameras are better than by mean in every row, at the same density. With the reference view as
-keys alone fewer scores are computed, cameras are nearer to the dense model's, the more views the more, and depth is further away.
+PINS_TAIL = """Read off it: by error the means of depth and cameras are better than by mean in every row, at the same density; of these
+{pairs} differences {clear} leave out 0 in their own paired intervals. With the reference view as keys alone fewer scores are computed,
+cameras are nearer to the dense model's, the more views the more, and depth is further away.
 """
+MEAN_ROW = "sparse + means, blocks by mean"
 PIN_WAYS = {
-    "mean": "sparse + means, blocks by mean", "error": "sparse + means", "error, as keys": "sparse + means, reference view as keys",
+    "mean": MEAN_ROW, "error": "sparse + means", "error, as keys": "sparse + means, reference view as keys",
     "mean, calibrated": "sparse + means + linear, marginal, blocks by mean", "error, calibrated": "sparse + means + linear, marginal",
     "error, as keys, calibrated": "sparse + means + linear, marginal, reference view as keys",
 }  # fmt: skip
@@ -137,27 +141,42 @@ def markdown(store: dict[str, Any], source: str = "results/quality.json") -> str
         parts.append(findings(store))
     parts += [rendered(store), photographs(store)]
     if is_complete(store):
-        parts.append(TRIED_LINK)
+        by_error = any(MEAN_ROW in key for group in store["groups"].values() for key in group["rows"])
+        parts.append(TRIED_LINK.format(before="" if by_error else ' The tables here are from before, with `block_choice="mean"`.'))
     return "\n".join(_wrapped(part) for part in parts if part)
 
 
 def pins(store: dict[str, Any]) -> str:
     """What the operator's choices of blocks and what is pinned cost, from rows that `quality.py` stored."""
     by_views, conditions = {group["views"]: group for group in store["groups"].values()}, store["conditions"]
-    group = next(iter(by_views.values()))
     sizes = ", ".join(f"{group['sets']} scenes of {views} views" for views, group in by_views.items())
-    shown = {name: conditions[name] for name in ("device", "dtype")} | {"weights": generation(conditions), "size": group["size"][0]}
-    heads = ["", "views", "density", *(name for name, _, _ in PINNED)]
-    lines = [PINS_HEAD.format(sizes=sizes, **shown), *_head(heads)]
-    dense = {v: ", ".join(f"{mean(g, 'dense', m):.{digits}f} {name}" for name, m, digits in PINNED) for v, g in by_views.items()}
-    for keep in (DEFAULT_KEEP, DEFAULT_KEEP / 2):
-        for way, row in PIN_WAYS.items():
-            for views, group in by_views.items():
-                if (key := f"{row} {keep}") in group["rows"]:
-                    cells = [_cell(group, key, measure, digits) for _, measure, digits in PINNED]
-                    lines.append(_line([f"{keep}, {way}", str(views), f"{group['rows'][key]['density']:.2f}", *cells]))
-    dense_line = "The dense model has " + "; ".join(f"{told} with {views} views" for views, told in dense.items()) + "."
-    return "\n".join([*lines, "", dense_line, "", PINS_TAIL])
+    shown = {name: conditions[name] for name in ("device", "dtype")} | {"weights": generation(conditions), "sizes": sizes}
+    lines = [PINS_HEAD.format(size=next(iter(by_views.values()))["size"][0], **shown)]
+    lines += _head(["", "views", "density", *(name for name, _, _ in PINNED)])
+    absent = []
+    for keep, (way, row), (views, group) in itertools.product((DEFAULT_KEEP, DEFAULT_KEEP / 2), PIN_WAYS.items(), by_views.items()):
+        if (key := f"{row} {keep}") in group["rows"]:
+            cells = [_cell(group, key, measure, digits) for _, measure, digits in PINNED]
+            lines.append(_line([f"{keep}, {way}", str(views), f"{group['rows'][key]['density']:.2f}", *cells]))
+        else:
+            absent.append(f"{keep}, {way}, with {views} views")
+    dense = (
+        ", ".join(f"{mean(group, 'dense', measure):.{digits}f} {name}" for name, measure, digits in PINNED) + f" with {views} views"
+        for views, group in by_views.items()
+    )
+    lines += ["", f"The dense model has {'; '.join(dense)}." + (f" Not measured: {'; '.join(absent)}." if absent else "")]
+    found = [
+        interval(mine["scenes"], other["scenes"], measure) for mine, other in _by_choice(by_views.values()) for _, measure, _ in PINNED
+    ]
+    return "\n".join([*lines, "", PINS_TAIL.format(pairs=len(found), clear=sum(change.clear for change in found))])
+
+
+def _by_choice(groups: Iterable[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Pairs of rows of `pins`, by mean and by error, the rest alike."""
+    for group, keep, end in itertools.product(groups, (DEFAULT_KEEP, DEFAULT_KEEP / 2), ("", ", calibrated")):
+        pair = [f"{PIN_WAYS[choice + end]} {keep}" for choice in ("mean", "error")]
+        if all(key in group["rows"] for key in pair):
+            yield group["rows"][pair[0]], group["rows"][pair[1]]
 
 
 def tried(store: dict[str, Any], chosen: dict[str, Any]) -> str:

@@ -155,7 +155,7 @@ class Lite3RConfig:
             by its size. Needs no training; takes about half off the change of depth on the testbed (benchmarks/quality.md).
         block_choice: By which score key blocks are kept. ``"mean"``: that of mean query and mean key (SLA). ``"error"``: by how far
             off the block's mean would be in its place; needs ``block_means`` and no ``negligible_ratio``. ``"auto"``: by error where it can
-            be, which brings depth and cameras nearer in the same time (benchmarks/quality_blocks.md).
+            be, which brings depth and cameras nearer (benchmarks/quality_blocks.md) in the same time (docs/recipes.md).
         pin: Which tokens attend to all tokens while all attend to them, whatever ``keep_ratio`` says. ``"special"``: camera, register
             and class tokens; ``"reference"``: those, and the patches of the first view, which defines the coordinate frame;
             ``"reference_keys"``: the same, but these patches do not attend to all tokens themselves; ``"none"``.
@@ -337,6 +337,11 @@ class Lite3RConfig:
         if self.block_choice != "auto":
             return self.block_choice
         return "error" if self.block_means and not self.negligible_ratio else "mean"
+
+    @property
+    def settled(self) -> Lite3RConfig:
+        """The same with what ``"auto"`` comes to in place of it: two that are equal so choose blocks alike."""
+        return self.replace(block_choice=self.chosen_by)
 
     @property
     def plans_memory(self) -> bool:

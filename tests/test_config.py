@@ -113,6 +113,15 @@ def test_fields_come_on_top_of_a_preset() -> None:
     assert Lite3RConfig.from_dict(fast.to_dict()) == fast
 
 
+def test_blocks_are_chosen_by_error_where_they_can_be() -> None:
+    assert Lite3RConfig().chosen_by == Lite3RConfig(block_choice="error").chosen_by == "error"
+    for other in (Lite3RConfig(block_means=False), Lite3RConfig(negligible_ratio=0.1), Lite3RConfig(block_choice="mean")):
+        assert other.chosen_by == "mean"
+        assert other.settled == other.replace(block_choice="mean")
+    assert Lite3RConfig().settled == Lite3RConfig(block_choice="error") != Lite3RConfig()
+    assert Lite3RConfig.from_dict(Lite3RConfig().to_dict()).block_choice == "auto"
+
+
 def test_a_config_error_is_a_value_error_too() -> None:
     assert issubclass(ConfigError, ValueError)
     assert issubclass(ConfigError, Lite3RError)

@@ -130,11 +130,11 @@ class TokenSource:
         special_tokens: Number of camera, register or class tokens in front of the patches of each view.
         trailing_tokens: Number of those behind them.
         sequence_tokens: Number of special tokens at the end of the whole sequence, whatever the number of views.
-        reference: As of `TokenLayout`: 0, the first view, or None, where all views are alike and their order does not matter (Pi3).
         changes: Whether images of several sizes may come in one forward, because each site has the tokens of the images that
             `image_module` was given last: an encoder that is run for one image, or one batch of images, after the other.
         strict: Whether a sequence that is not of such views is a mistake and raises `LayoutError`. False, for adapters of many models:
             it may be a window, or miss patches, and that call runs dense in the host's own code.
+        reference: As of `TokenLayout`: 0, the first view, or None, where all views are alike and their order does not matter (Pi3).
 
     Raises:
         AdapterError: `patch_size` is no pair of positive integers, or a number of tokens is none.
@@ -150,9 +150,9 @@ class TokenSource:
     special_tokens: int = 0
     trailing_tokens: int = 0
     sequence_tokens: int = 0
-    reference: int | None = 0
     changes: bool = False
     strict: bool = True
+    reference: int | None = 0
 
     def __post_init__(self) -> None:
         size = self.patch_size

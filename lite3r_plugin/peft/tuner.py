@@ -113,7 +113,7 @@ def _check(config: Lite3RPeftConfig, found: Inventory) -> None:
         raise ConvertedError("weights are in FP8, beside which no adapter can be switched: use adapters before convert(model)")
     if state.lora:
         raise AlreadyAppliedError("this model has LoRA of add_lora: fold it in by merge_lora(model) before get_peft_model")
-    own, wanted = state.config, config.lite3r()
+    own, wanted = state.config.settled, config.lite3r().settled
     if differing := [f.name for f in dataclasses.fields(own) if getattr(own, f.name) != getattr(wanted, f.name)]:
         raise ConfigError(
             f"the model carries Lite3R with {', '.join(f'{name}={getattr(own, name)!r}' for name in differing)}, which all of its adapters "

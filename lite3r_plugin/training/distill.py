@@ -308,7 +308,11 @@ def _check_folder(config: DistillConfig, accelerator: Accelerator) -> None:
 
 def _about(found: Inventory) -> dict[str, Any]:
     state = found.states[0]
-    return {"adapter": state.adapter, "configuration": state.config.replace(fp8_backend="auto").to_dict(), "weights": _fingerprint(found)}
+    return {
+        "adapter": state.adapter,
+        "configuration": state.config.settled.replace(fp8_backend="auto").to_dict(),
+        "weights": _fingerprint(found),
+    }
 
 
 def _fingerprint(found: Inventory) -> int | None:

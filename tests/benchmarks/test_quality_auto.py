@@ -42,13 +42,13 @@ def test_choices_of_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setattr(sys, "argv", ["quality_auto.py", *options.split()])
     script.main()
     group = json.loads((tmp_path / "choices.json").read_text())["groups"]["3"]
-    assert list(group["rows"]) == ["dense", "uniform 0.3", "uniform by error 0.3"]
-    by_mean, by_error = (group["rows"][name] for name in ("uniform 0.3", "uniform by error 0.3"))
+    assert list(group["rows"]) == ["dense", "uniform by mean 0.3", "uniform by error 0.3"]
+    by_mean, by_error = (group["rows"][name] for name in ("uniform by mean 0.3", "uniform by error 0.3"))
     assert by_mean["density"] == by_error["density"] < 1
     assert by_mean["AbsRel"]["mean"] != by_error["AbsRel"]["mean"]
-    gain = group["gains"]["uniform by error 0.3 - uniform 0.3"]
+    gain = group["gains"]["uniform by error 0.3 - uniform by mean 0.3"]
     assert gain["AbsRel"]["difference"] == pytest.approx(by_error["AbsRel"]["mean"] - by_mean["AbsRel"]["mean"])
-    assert "uniform by error 0.3 - uniform 0.3: AUC@30" in capsys.readouterr().out
+    assert "uniform by error 0.3 - uniform by mean 0.3: AUC@30" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["quality_auto.py", *OPTIONS.split(), "--calibration", "0"])
     with pytest.raises(SystemExit):
         script.main()
@@ -75,6 +75,7 @@ def test_the_ratio_that_computes_as_much(monkeypatch: pytest.MonkeyPatch) -> Non
     script = importlib.import_module("quality_auto")
     assert script.as_much(0.25, 0.325, 0.55) == pytest.approx(0.5)
     assert script.as_much(0.25, 0.325, 0.325) == pytest.approx(0.25)
+    assert script.as_much(1.0, 1.0, 1.0) == 1
 
 
 def test_arms_that_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,11 +85,11 @@ def test_arms_that_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     args = argparse.Namespace(keep_ratios=[0.5], block_choices=["mean", "error"], uniform_only=False, calibration=2, plain=False)
     found = script.pairs(args)
     plain = {
-        ("uniform 0.5", "auto 0.5"),
+        ("uniform by mean 0.5", "auto by mean 0.5"),
         ("uniform by error 0.5", "auto by error 0.5"),
-        ("uniform 0.5", "uniform by error 0.5"),
-        ("auto 0.5", "auto by error 0.5"),
+        ("uniform by mean 0.5", "uniform by error 0.5"),
+        ("auto by mean 0.5", "auto by error 0.5"),
     }
     assert len(found) == 8
     assert {pair for pair in found if "calibrate" not in pair[0]} == plain
-    assert ("uniform + calibrate 0.5", "uniform + calibrate by error 0.5") in found
+    assert ("uniform + calibrate by mean 0.5", "uniform + calibrate by error 0.5") in found

@@ -219,7 +219,11 @@ def test_adapters_of_one_model_share_the_configuration() -> None:
     model = adapted()
     with pytest.raises(ConfigError, match=r"carries Lite3R with keep_ratio=0\.3, which all of its adapters share"):
         model.add_adapter("two", config(keep_ratio=0.5))
+    with pytest.raises(ConfigError, match=r"carries Lite3R with block_choice='error'"):
+        model.add_adapter("two", config(block_choice="mean"))
     assert list(model.peft_config) == ["default"]
+    model.add_adapter("two", config(block_choice="error"))  # what "auto" comes to
+    assert list(model.peft_config) == ["default", "two"]
 
 
 # Files.

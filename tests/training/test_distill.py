@@ -684,6 +684,12 @@ def test_resuming_without_a_state_starts_and_says_so(tmp_path: Path, capsys: pyt
     assert "going on from step 1" in capsys.readouterr().err
 
 
+def test_resuming_with_what_auto_comes_to(tmp_path: Path) -> None:
+    distill(sparse_toy(), inputs(), trainable="proj", steps=1, output_dir=tmp_path)
+    model = sparse_toy(block_choice=describe(sparse_toy()).config.chosen_by)
+    assert distill(model, inputs(), trainable="proj", steps=2, output_dir=tmp_path, resume=True).steps == 2
+
+
 @pytest.mark.parametrize(
     ("fields", "lite3r", "says"),
     [

@@ -2,8 +2,7 @@
 
 A program holds one row of scores. It finds the kept-th largest value by building its bits from the top (a count over the row for
 each, until as many are kept as are to be), keeps what is above it and the first of what equals it, and writes the kept indices in
-ascending order. A
-second run with another count finds what is negligible: all but the highest that are not to be left out.
+ascending order. A second run with another count finds what is negligible: all but the highest that are not to be left out.
 """
 
 from __future__ import annotations

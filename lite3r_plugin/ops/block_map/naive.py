@@ -13,7 +13,7 @@ negligible, and ratios are of the allowed blocks that are not pinned, for each q
 
 By error those blocks are kept whose mean would stand for them worst in the softmax (`sla.naive`): p s, in logarithms. p, of which the
 softmax over a row would leave the order as it is, estimates the attention that a block gets, to second order; what its mean makes of that
-is off by a share that grows with s: where all scores are equal the mean is exact, however large they are. The softmax over pooled blocks
+is off by a share that grows with s: where all scores are equal the mean is exact, however large they are. An estimate from pooled blocks
 is known from SpargeAttn (arXiv 2502.18137).
 
 SLA subtracts the mean key before pooling and applies a softmax; neither changes the order within a row, so neither
