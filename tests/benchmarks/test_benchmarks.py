@@ -273,7 +273,7 @@ def test_what_training_wins_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     lines = readme_table.distillation(report).splitlines()
     assert lines[3].startswith("| applied | 4 |")
     assert lines[4].startswith("| calibrated, distilled: `proj+lora`, FP8 only afterwards | 4 |")
-    assert lines[5].startswith("| ratios by site, blocks by error, calibrated, distilled: `proj+lora`, rank 32, FP8 | 4 |")
+    assert lines[5].startswith("| ratios by site, calibrated, distilled: `proj+lora`, rank 32, FP8 | 4 |")
     assert distillation.main([*command, "--fp8-rows", "applied", "--resume"]) == 0  # nothing is done twice
     assert "row applied" not in capsys.readouterr().err
 
