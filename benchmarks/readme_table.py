@@ -339,7 +339,7 @@ AIMS = {0.25: (0.5, "full"), 0.125: (1.0, "fp8")}  # by keep_ratio: the most tha
 
 
 BY = "block_choice"  # of conditions: of all rows; where it is missing, rows with ratios by site alone keep blocks by error
-BY_ERROR = '; blocks by error is `block_choice="error"`, the default now, where other rows keep them by `"mean"`'
+BY_ERROR = '; blocks by error is the default now, `block_choice="error"`, in an earlier form, of parts of query blocks; others are by mean'
 IN_README = ' The first two have `block_choice="mean"`.'
 RECIPES = {
     "rate 2e-3": "twice the rate", "192 views": "twice the rate", "rate 5e-4": "half the rate", "labels": "labels besides",
