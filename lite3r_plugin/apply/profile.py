@@ -186,7 +186,8 @@ class KeepRatioProfile(SiteRatios):
 
 def settings(config: Lite3RConfig) -> dict[str, Any]:
     """What `config` says of attention besides keep ratios and blocks: `SETTINGS`, by name."""
-    return {name: getattr(config, name) for name in SETTINGS} | {"block_choice": config.chosen_by}
+    settled = config.settled
+    return {name: getattr(settled, name) for name in SETTINGS}
 
 
 def check_sites(ratios: KeepRatioProfile, sites: Sequence[str]) -> None:

@@ -68,6 +68,9 @@ def test_other_conditions_are_told() -> None:
         model = Toy()
         apply_lite3r(model, keep_ratio=profile(), sites=sites(model), **FIELDS | {name: value})
         assert f" {name} {value!r} instead of " in str(describe(model))
+    model = Toy()
+    apply_lite3r(model, keep_ratio=profile(), sites=sites(model), **FIELDS | {"block_choice": "error"})
+    assert "other conditions" not in str(describe(model))  # "auto" came to it
 
 
 def test_the_configuration_goes_to_json() -> None:

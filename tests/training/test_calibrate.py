@@ -21,7 +21,7 @@ from lite3r_plugin.apply.lookup import lite3r_modules
 from lite3r_plugin.errors import ConfigError, InputError, NotAppliedError
 from lite3r_plugin.scene.procedural import ProcScenes, TextureBank
 from lite3r_plugin.testbed import Testbed
-from lite3r_plugin.training.calibrate import RIDGES, Calibration, fit
+from lite3r_plugin.training.calibrate import RIDGES, Calibration, SiteCalibration, fit
 from lite3r_plugin.training.judge import Judge
 from lite3r_plugin.training.outputs import OutputReader
 from lite3r_plugin.training.record import AttentionSums, record
@@ -278,6 +278,14 @@ def test_few_small_inputs_do_no_harm_to_depth(pin: str) -> None:
         assert all(report.after[kind] <= error for kind, error in report.before.items())
         after += distance(model, scenes[3:])
     assert after <= before
+
+
+def test_sites_whose_branch_stays_zero_are_not_counted() -> None:
+    """A share of a fit that helps no held-out input is nothing."""
+    found = [("fitted", 0.1, 0.5), ("nothing to fit", None, 1.0), ("zero", 0.1, 0.0), ("as it came", 0.1, None)]
+    sites = tuple(SiteCalibration(name, 0.2, 0.1, ridge, share) for name, ridge, share in found)
+    told = str(Calibration(sites, inputs=4, judged=4, before={"depth": 0.2}, after={"depth": 0.1}))
+    assert told.startswith("calibrated 1 of 4 sites on 4 inputs\n")
 
 
 @pytest.mark.usefixtures("adapter")
