@@ -275,7 +275,10 @@ def auto(stored: Stored) -> str:
     distilled = {name: report["conditions"] for name, report in stored.read(DISTILLATION_FILES)}
     by_error = " and ".join(f"`{name}`" for name in sorted({quality.file for quality in drawn}) if BY not in distilled.get(name, {BY: ""}))
     if by_error:
-        text += f' In {by_error} blocks are kept by `block_choice="error"`, too, the default now; other rows, and times, are of `"mean"`.'
+        text += (
+            f' In {by_error} blocks are kept by `block_choice="error"`, the default now, in an earlier form; other rows, and times, are of '
+            '`"mean"`.'
+        )
     groups: dict[str, Any] = {}
     for _, report in stored.read(AUTO_FILE):
         groups |= report["groups"]

@@ -12,7 +12,7 @@ With `--judge` the ways that are named run in the model at all global sites, and
 
 Ways, s(i, j) being the score of a query block i and a key block j, all scores times the scale of attention:
 
-    mean                    mean(Q_i) . mean(K_j), what the operator does (SLA, arXiv 2509.24006)
+    mean                    mean(Q_i) . mean(K_j) (SLA, arXiv 2509.24006), `block_choice="mean"`
     lse, keys in n          log of the sum over n parts of block j of size * exp(mean(Q_i) . mean(part))
     lse, queries in m ...   the same over all pairs of parts
     mass, ...               for each part of the queries a softmax over all parts of keys, summed: an estimate of the attention mass

@@ -88,14 +88,15 @@ TRIED_FINDINGS = """Read off it, for {views} views and the keep ratios {ratios}:
   {half}. At so few views one or two frames are all that the density allows; at hundreds it may be otherwise.
 
 In the operator is the simplest estimate of the error, `block_choice="error"`: one mean query, variances of the keys by dimension, no parts
-and no softmax. It is the default, since it costs no time that can be told from none
+and no softmax. It is the default, since it takes as long as `mean` within 2 %
 ([recipes](../docs/recipes.md#what-each-wins-back)). The rest is not in it.
 """
 PINS_HEAD = """## The operator's choices, and what is pinned
 
 Changes against the dense model on the same rendered scenes, {size} x {size} pixels, on {device} in {dtype}, with the testbed's {weights}
 (`results/quality_pins.json`, rows of `quality.py`). `mean` and `error` are `block_choice`; `as keys` is `pin="reference_keys"`, by error.
-A star marks changes whose paired 95 % interval leaves out 0. {sizes}.
+A star marks changes whose paired 95 % interval leaves out 0. {sizes}. The file has 0.5 besides, where one of nine differences
+of error from mean is clear.
 """
 PINS_TAIL = """Read off it: by error the means of depth and cameras are better than by mean in every row, at the same density; of these
 {pairs} differences {clear} leave out 0 in their own paired intervals. With the reference view as keys alone fewer scores are computed,

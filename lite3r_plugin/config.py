@@ -155,7 +155,7 @@ class Lite3RConfig:
             by its size. Needs no training; takes about half off the change of depth on the testbed (benchmarks/quality.md).
         block_choice: By which score key blocks are kept. ``"mean"``: that of mean query and mean key (SLA). ``"error"``: by how far
             off the block's mean would be in its place; needs ``block_means`` and no ``negligible_ratio``. ``"auto"``: by error where it can
-            be, which brings depth and cameras nearer (benchmarks/quality_blocks.md) in the same time (docs/recipes.md).
+            be, which brings depth and cameras nearer (benchmarks/quality_blocks.md) in the same time within 2 % (docs/recipes.md).
         pin: Which tokens attend to all tokens while all attend to them, whatever ``keep_ratio`` says. ``"special"``: camera, register
             and class tokens; ``"reference"``: those, and the patches of the first view, which defines the coordinate frame;
             ``"reference_keys"``: the same, but these patches do not attend to all tokens themselves; ``"none"``.
