@@ -95,11 +95,11 @@ PINS_HEAD = """## The operator's choices, and what is pinned
 
 Changes against the dense model on the same rendered scenes, {size} x {size} pixels, on {device} in {dtype}, with the testbed's {weights}
 (`results/quality_pins.json`, rows of `quality.py`). `mean` and `error` are `block_choice`; `as keys` is `pin="reference_keys"`, by error.
-A star marks changes whose paired 95 % interval leaves out 0. {sizes}. The file has 0.5 besides, where one of nine differences
-of error from mean is clear.
+A star marks changes whose paired 95 % interval leaves out 0. {sizes}.
 """
 PINS_TAIL = """Read off it: by error the means of depth and cameras are better than by mean in every row, at the same density; of these
-{pairs} differences {clear} leave out 0 in their own paired intervals. With the reference view as keys alone fewer scores are computed,
+{pairs} differences {clear} leave out 0 in their own paired intervals, and {clear_half} of {pairs_half} at 0.5, which is stored besides.
+With the reference view as keys alone fewer scores are computed,
 cameras are nearer to the dense model's, the more views the more, and depth is further away.
 """
 MEAN_ROW = "sparse + means, blocks by mean"
@@ -166,15 +166,17 @@ def pins(store: dict[str, Any]) -> str:
         for views, group in by_views.items()
     )
     lines += ["", f"The dense model has {'; '.join(dense)}." + (f" Not measured: {'; '.join(absent)}." if absent else "")]
-    found = [
-        interval(mine["scenes"], other["scenes"], measure) for mine, other in _by_choice(by_views.values()) for _, measure, _ in PINNED
-    ]
-    return "\n".join([*lines, "", PINS_TAIL.format(pairs=len(found), clear=sum(change.clear for change in found))])
+    counts = {}
+    for end, keeps in {"": (DEFAULT_KEEP, DEFAULT_KEEP / 2), "_half": (0.5,)}.items():
+        pairs = _by_choice(by_views.values(), keeps)
+        found = [interval(first["scenes"], second["scenes"], measure) for first, second in pairs for _, measure, _ in PINNED]
+        counts |= {f"pairs{end}": len(found), f"clear{end}": sum(change.clear for change in found)}
+    return "\n".join([*lines, "", PINS_TAIL.format(**counts)])
 
 
-def _by_choice(groups: Iterable[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+def _by_choice(groups: Iterable[dict[str, Any]], keeps: tuple[float, ...]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Pairs of rows of `pins`, by mean and by error, the rest alike."""
-    for group, keep, end in itertools.product(groups, (DEFAULT_KEEP, DEFAULT_KEEP / 2), ("", ", calibrated")):
+    for group, keep, end in itertools.product(groups, keeps, ("", ", calibrated")):
         pair = [f"{PIN_WAYS[choice + end]} {keep}" for choice in ("mean", "error")]
         if all(key in group["rows"] for key in pair):
             yield group["rows"][pair[0]], group["rows"][pair[1]]
