@@ -272,9 +272,8 @@ def auto(stored: Stored) -> str:
         '`keep_ratio="auto"` has a ratio for each site whose mean is the one told; its gain is that of the same ratio at all sites, which '
         "computes as much."
     )
-    distilled = {name: report["conditions"] for name, report in stored.read(DISTILLATION_FILES)}
-    by_error = " and ".join(f"`{name}`" for name in sorted({quality.file for quality in drawn}) if BY not in distilled.get(name, {BY: ""}))
-    if by_error:
+    older = {name for name, report in stored.read(DISTILLATION_FILES) if BY not in report["conditions"]}
+    if by_error := " and ".join(f"`{name}`" for name in sorted({quality.file for quality in drawn} & older)):
         text += (
             f' In {by_error} blocks are kept by `block_choice="error"`, the default now, in an earlier form; other rows, and times, are of '
             '`"mean"`.'

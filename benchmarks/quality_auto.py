@@ -88,12 +88,11 @@ def arms(args: argparse.Namespace, views: int, device: torch.device) -> tuple[di
         models[name] = model
 
     models, profiles = {"dense": made(1.0)}, {}
-    given = dict.fromkeys(args.keep_ratios)
+    given = {label: label for label in args.keep_ratios}
     for label in given if args.plain else ():
         calibrated(named("plain + calibrate", "auto", label), plain := made(label, "mean", pin="reference"))
         given[label] = as_much(label, computed(made(label)), computed(plain))
-    for label, choice in itertools.product(given, args.block_choices):
-        ratio = given[label] or label
+    for (label, ratio), choice in itertools.product(given.items(), args.block_choices):
         keep_ratios: dict[str, Any] = {"uniform": ratio}
         models[named("uniform", choice, label)] = made(ratio, choice)
         if not args.uniform_only:

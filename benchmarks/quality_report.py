@@ -99,8 +99,8 @@ A star marks changes whose paired 95 % interval leaves out 0. {sizes}.
 """
 PINS_TAIL = """Read off it: by error the means of depth and cameras are better than by mean in every row, at the same density; of these
 {pairs} differences {clear} leave out 0 in their own paired intervals, and {clear_half} of {pairs_half} at 0.5, which is stored besides.
-With the reference view as keys alone fewer scores are computed,
-cameras are nearer to the dense model's, the more views the more, and depth is further away.
+With the reference view as keys alone fewer scores are computed, cameras are nearer to the dense model's, the more views the more, and
+depth is further away.
 """
 MEAN_ROW = "sparse + means, blocks by mean"
 PIN_WAYS = {

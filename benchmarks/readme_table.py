@@ -383,26 +383,24 @@ def distillation(report: dict[str, Any]) -> str:
 def density(report: dict[str, Any]) -> str:
     """What another pin and ratios by site lose at the density of one ratio, from what `quality_auto.py --plain` stored."""
     ways = {"plain + calibrate": "plain", "uniform + calibrate": "one ratio", "auto + calibrate": "ratios by site"}
-    rows = []
+    names, rows = {"AUC@30": "auc30", "AbsRel": "abs_rel"}, []
     for views, group in report["groups"].items():
         dense = group["rows"]["dense"]["AbsRel"]["mean"]
         for keep in dict.fromkeys(name.rpartition(" ")[2] for name in group["rows"] if name != "dense"):
             found = [group["rows"][f"{way} {keep}"] for way in ways]
-            cells = [_short(row[name]["change"], unit) for name, unit in (("AUC@30", 1.0), ("AbsRel", 100 / dense)) for row in found]
+            cells = [
+                _change(name, {key: x * (100 / dense if name == "abs_rel" else 1) for key, x in row[measure]["change"].items()})
+                for measure, name in names.items() for row in found
+            ]  # fmt: skip
             rows.append((views, str(group["scenes"]), keep, f"{found[0]['density']:.2f}", *cells))
-    changes = [f"{name}: {way}" for name in ("AUC@30", "AbsRel") for way in ways.values()]
+    changes = [f"{measure}: {way}" for measure in names for way in ways.values()]
     c = report["conditions"]
     return _table(["views", "scenes", "plain `keep_ratio`", "density", *changes], rows) + _note(
-        "Changes against dense, AUC@30 in points, AbsRel in percent, with paired 95 % intervals. All three are calibrated, on "
+        "Changes against dense, AUC@30 in points, AbsRel in percent of dense, with paired 95 % intervals. All three are calibrated, on "
         f'{c["calibration"]} inputs. `plain`: one ratio, `pin="reference"`, blocks by mean; the others have `pin="{c["pin"]}"`, blocks by '
         f"error, and the ratio at which they compute as much. The testbed's {generation(c)}, rendered scenes of {c['size']} × {c['size']} "
         f"pixels, {c['dtype']}, one {c['device']}, torch {c['torch']}."
     )
-
-
-def _short(change: dict[str, float], unit: float) -> str:
-    difference, low, high = (unit * change[name] for name in ("difference", "low", "high"))
-    return f"{difference:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def quality(*reports: dict[str, Any]) -> str:
