@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import quality_report
-from readme_table import BY, in_percent, longest_trained
+from readme_table import in_percent, longest_trained
 from weights import generation
 
 from lite3r_plugin.bench.plots import Tradeoff, quality_over_gain, save_figure
@@ -272,12 +272,6 @@ def auto(stored: Stored) -> str:
         '`keep_ratio="auto"` has a ratio for each site whose mean is the one told; its gain is that of the same ratio at all sites, which '
         "computes as much."
     )
-    older = {name for name, report in stored.read(DISTILLATION_FILES) if BY not in report["conditions"]}
-    if by_error := " and ".join(f"`{name}`" for name in sorted({quality.file for quality in drawn} & older)):
-        text += (
-            f' In {by_error} blocks are kept by `block_choice="error"`, the default now, in an earlier form; other rows, and times, are of '
-            '`"mean"`.'
-        )
     groups: dict[str, Any] = {}
     for _, report in stored.read(AUTO_FILE):
         groups |= report["groups"]

@@ -161,7 +161,7 @@ class Bench:
 
 
 def measures(predicted: Geometry, reference: Geometry, teacher: Geometry | None) -> dict[str, float | None]:
-    """One scene, flat: the measures that `quality_report` prints, and more."""
+    """One scene, flat, to six digits: the measures that `quality_report` prints, and more."""
     scores = scene_metrics(predicted, reference, points=False)
     row = {f"pose.{name}": value for name, value in dataclasses.asdict(scores.pose).items()}
     if scores.depth is not None:
@@ -169,7 +169,7 @@ def measures(predicted: Geometry, reference: Geometry, teacher: Geometry | None)
     if teacher is not None:
         near = fidelity(predicted, teacher)
         row |= {f"teacher.{name}": value for name, value in dataclasses.asdict(near).items()}
-    return {name: value if math.isfinite(value) else None for name, value in row.items()}
+    return {name: float(f"{value:.6g}") if math.isfinite(value) else None for name, value in row.items()}
 
 
 def scenes_of(spec: str, views: int, draws: int) -> list[tuple[Scene, list[int]]]:

@@ -34,6 +34,7 @@ from lite3r_plugin.testbed import Testbed, TestbedConfig, weights_hash
 BF16, FP8 = "bf16", "fp8"
 CAMERA, ROUNDED = "camera head in FP32", "weights of the camera head's Linears in BF16"
 TEXTURES = 77_777  # their seed; training saw others
+INNER = f"*_blocks.[1-{TestbedConfig().depth - 2}]"
 GROUPS: dict[str, Fp8Filter] = {
     "all Linears of the blocks": ("*",),
     "qkv": ("*.attn.qkv",),
@@ -42,6 +43,11 @@ GROUPS: dict[str, Fp8Filter] = {
     "MLP down": ("*.mlp.2",),
     "first pair of blocks": ("*_blocks.0.*",),
     "last pair of blocks": (f"*_blocks.{TestbedConfig().depth - 1}.*",),
+    "inner blocks but qkv": (f"{INNER}.attn.proj", f"{INNER}.mlp.*"),
+    "inner blocks but output projection": (f"{INNER}.attn.qkv", f"{INNER}.mlp.*"),
+    "inner blocks but MLP up": (f"{INNER}.attn.*", f"{INNER}.mlp.2"),
+    "inner blocks but MLP down": (f"{INNER}.attn.*", f"{INNER}.mlp.0"),
+    "two pairs in the middle": ("*_blocks.[23].*",),
 }
 POSES = ("rotation_mean", "translation_mean", "auc5", "auc15", "auc30")
 

@@ -23,7 +23,6 @@ from lite3r_plugin.scene.metrics import Interval, paired_bootstrap
 HERE = Path(__file__).parent
 STORED = HERE / "results" / "quality.json"
 PAGE = HERE / "quality.md"
-PINS = HERE / "results" / "quality_pins.json"
 BLOCKS, BLOCKS_PAGE = HERE / "results" / "quality_blocks.json", HERE / "quality_blocks.md"
 WIDTH = 130
 
@@ -44,6 +43,7 @@ DIFFERENCES = {"AbsRel − dense": (ABS_REL, 4), "AUC@30 − dense": (AUC30, 1)}
 RENDERED = "procedural"
 # Rows of `quality.py`: what `apply_lite3r` gives by default, before and after `calibrate`.
 APPLIED, CALIBRATED = "sparse + means", "sparse + means + linear, marginal"
+MEAN_ROW, AS_KEYS = "sparse + means, blocks by mean", "sparse + means, reference view as keys"
 DEFAULT_KEEP = 0.25
 
 JUDGED = ((ABS_REL, 4), (AUC30, 1), ("pose.auc5", 2))
@@ -59,11 +59,11 @@ TRIED_LINK = """## What was tried
 
 Other ways of choosing key blocks at the same density, by attention and by what the model returns: [Choices of key
 blocks](quality_blocks.md). Some bring attention nearer to dense attention by a tenth to a seventh; one of them, `block_choice="error"`,
-is the default now, and makes depth and cameras better.{before}
+is the default, and makes depth and cameras better.
 """
 TRIED = """# Choices of key blocks
 
-This page is written by `python benchmarks/quality_report.py` from `results/quality_blocks.json` and `results/quality_pins.json`.
+This page is written by `python benchmarks/quality_report.py` from `results/quality_blocks.json` and `results/quality.json`.
 
 By `python benchmarks/quality_blocks.py`, which describes every way in its first lines, with the testbed's {weights}: at every
 global site of the dense model, how far sparse attention with block means is from dense attention, relative to that, and what
@@ -94,7 +94,7 @@ and no softmax. It is the default, since it takes as long as `mean` within 2 %
 PINS_HEAD = """## The operator's choices, and what is pinned
 
 Changes against the dense model on the same rendered scenes, {size} x {size} pixels, on {device} in {dtype}, with the testbed's {weights}
-(`results/quality_pins.json`, rows of `quality.py`). `mean` and `error` are `block_choice`; `as keys` is `pin="reference_keys"`, by error.
+(`results/quality.json`). `mean` and `error` are `block_choice`; `as keys` is `pin="reference_keys"`, by error.
 A star marks changes whose paired 95 % interval leaves out 0. {sizes}.
 """
 PINS_TAIL = """Read off it: by error the means of depth and cameras are better than by mean in every row, at the same density; of these
@@ -102,9 +102,8 @@ PINS_TAIL = """Read off it: by error the means of depth and cameras are better t
 With the reference view as keys alone fewer scores are computed, cameras are nearer to the dense model's, the more views the more, and
 depth is further away.
 """
-MEAN_ROW = "sparse + means, blocks by mean"
 PIN_WAYS = {
-    "mean": MEAN_ROW, "error": "sparse + means", "error, as keys": "sparse + means, reference view as keys",
+    "mean": MEAN_ROW, "error": "sparse + means", "error, as keys": AS_KEYS,
     "mean, calibrated": "sparse + means + linear, marginal, blocks by mean", "error, calibrated": "sparse + means + linear, marginal",
     "error, as keys, calibrated": "sparse + means + linear, marginal, reference view as keys",
 }  # fmt: skip
@@ -142,14 +141,13 @@ def markdown(store: dict[str, Any], source: str = "results/quality.json") -> str
         parts.append(findings(store))
     parts += [rendered(store), photographs(store)]
     if is_complete(store):
-        by_error = any(MEAN_ROW in key for group in store["groups"].values() for key in group["rows"])
-        parts.append(TRIED_LINK.format(before="" if by_error else ' The tables here are from before, with `block_choice="mean"`.'))
+        parts.append(TRIED_LINK)
     return "\n".join(_wrapped(part) for part in parts if part)
 
 
 def pins(store: dict[str, Any]) -> str:
     """What the operator's choices of blocks and what is pinned cost, from rows that `quality.py` stored."""
-    by_views, conditions = {group["views"]: group for group in store["groups"].values()}, store["conditions"]
+    by_views, conditions = groups(store, RENDERED), store["conditions"]
     sizes = ", ".join(f"{group['sets']} scenes of {views} views" for views, group in by_views.items())
     shown = {name: conditions[name] for name in ("device", "dtype")} | {"weights": generation(conditions), "sizes": sizes}
     lines = [PINS_HEAD.format(size=next(iter(by_views.values()))["size"][0], **shown)]
@@ -238,11 +236,13 @@ def rendered(store: dict[str, Any]) -> str:
     lines = [
         "## Rendered scenes\n",
         f"{sizes}, {height} × {width} pixels. The first two rows are values, the others changes against `dense`. "
-        "Density is for each number of views.\n",
+        "Density is for each number of views. Blocks by mean, and the reference view as keys, are in [Choices of key blocks]"
+        "(quality_blocks.md#the-operators-choices-and-what-is-pinned).\n",
         *_head(heads),
     ]
+    elsewhere = {f"{row} {keep}" for row in PIN_WAYS.values() if row not in (APPLIED, CALIBRATED) for keep in (0.5, 0.25, 0.125)}
     for key in next(iter(by_views.values()))["rows"]:
-        if not all(key in group["rows"] for group in by_views.values()):
+        if key in elsewhere or not all(key in group["rows"] for group in by_views.values()):
             continue
         rows = [group["rows"][key] for group in by_views.values()]
         cells = [key, "" if rows[0]["density"] in (None, 1) else ", ".join(f"{row['density']:.2f}" for row in rows)]
@@ -288,7 +288,11 @@ def is_complete(store: dict[str, Any]) -> bool:
     """Whether `store` has all rows that `findings` speaks of."""
     by_views = groups(store, RENDERED)
     needed = {
-        *(f"{row} {keep}" for row in ("sparse", APPLIED, CALIBRATED, "sparse + means + linear, all") for keep in (0.5, 0.25, 0.125)),
+        *(
+            f"{row} {keep}"
+            for row in ("sparse", MEAN_ROW, APPLIED, CALIBRATED, AS_KEYS, "sparse + means + linear, all")
+            for keep in (0.5, 0.25, 0.125)
+        ),
         *(f"{row} 0.25" for row in ("sparse + means, raster order", "sparse, nothing pinned")),
         *(f"{row}, reference view not pinned 0.25" for row in ("sparse", APPLIED)),
     }
@@ -308,6 +312,10 @@ def findings(store: dict[str, Any]) -> str:
     def lost(views: int, row: str, keep: float = DEFAULT_KEEP) -> str:
         return f"{-mean_change(by_views[views], f'{row} {keep}', AUC30):.1f}"
 
+    def strict(views: int) -> str:
+        group, measure = by_views[views], "pose.auc5"
+        return f"{-mean_change(group, f'{CALIBRATED} {DEFAULT_KEEP}', measure):.1f} of {mean(group, 'dense', measure):.1f}"
+
     def abs_rel(views: int, key: str) -> str:
         return f"{mean_change(by_views[views], key, ABS_REL):.3f} of AbsRel at density {density[views][key]:.2f}"
 
@@ -317,10 +325,17 @@ def findings(store: dict[str, Any]) -> str:
     def between(values: list[float], digits: int) -> str:
         return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
 
-    cells = [(group, keep) for group in by_views.values() for keep in (0.5, 0.25, 0.125)]
-    taken = [100 * (1 - mean(g, f"{APPLIED} {keep}", near) / mean(g, f"sparse {keep}", near)) for g, keep in cells]
-    cameras = max(abs(mean(g, f"{APPLIED} {keep}", AUC30) - mean(g, f"sparse {keep}", AUC30)) for g, keep in cells)
+    def off(first: str, second: str) -> str:
+        """What the second row takes off the change of depth that the first has, in percent, and adds to its AUC@30."""
+        cells = [(group, keep) for group in by_views.values() for keep in (0.5, 0.25, 0.125)]
+        depths = [100 * (1 - mean(g, f"{second} {keep}", near) / mean(g, f"{first} {keep}", near)) for g, keep in cells]
+        cameras = [mean(g, f"{second} {keep}", AUC30) - mean(g, f"{first} {keep}", AUC30) for g, keep in cells]
+        return (
+            f"{between(depths, 0)} % off the change of depth against the dense model, and lose {between(cameras, 1)} points of AUC@30 less"
+        )
+
     loose, free = "sparse, reference view not pinned 0.25", "sparse, nothing pinned 0.25"
+    raster = [mean(g, f"{APPLIED} 0.25", AUC30) - mean(g, "sparse + means, raster order 0.25", AUC30) for g in by_views.values()]
     special = [mean(g, loose, AUC30) - mean(g, free, AUC30) for g in by_views.values()]
     cost = [density[views][loose] - density[views][free] for views in by_views]
     unpinned = f"{APPLIED}, reference view not pinned 0.25"
@@ -329,27 +344,30 @@ def findings(store: dict[str, Any]) -> str:
     worse = [mean_change(by_views[many], f"{row} 0.125", ABS_REL) for row in (CALIBRATED, APPLIED)]
     return f"""## Findings
 
-* **Block means pay for depth** (`block_means=True`). On rendered scenes they take {between(taken, 0)} % off the change of depth against
-  the dense model, untrained, over all keep ratios and numbers of views: at 0.25 {depth(few, "sparse 0.25", f"{APPLIED} 0.25")} with
-  {few} views and {depth(many, "sparse 0.25", f"{APPLIED} 0.25")} with {many}. By themselves they do nothing for cameras: AUC@30 with and
-  without them differs by at most {cameras:.1f} points.
+* **Block means pay** (`block_means=True`). Untrained, with the same choice of blocks, by mean, they take
+  {off("sparse", MEAN_ROW)}, over all keep ratios and numbers of views: at 0.25 the change of depth
+  goes from {depth(few, "sparse 0.25", f"{MEAN_ROW} 0.25")} with {few} views
+  and from {depth(many, "sparse 0.25", f"{MEAN_ROW} 0.25")} with {many}.
+* **Blocks by error pay on top** (`block_choice="auto"`). At the same density they take another {off(MEAN_ROW, APPLIED)}.
 * **The linear branch pays over marginal blocks, calibrated** (`linear_branch="marginal"`), for cameras. With means it takes the loss of
   AUC@30, in points, at 0.25 {fitted(0.25)}; at 0.125 {fitted(0.125)}. AbsRel is no better by it: with {many} views at 0.125 worse than
   dense by {worse[0]:.4f} with it, by {worse[1]:.4f} without. Over all tokens it gains less.
 * **Pinning the reference view pays for depth** (`pin="reference"`). It costs density, so a fair comparison is with a smaller keep
   ratio. With {many} views and means, 0.125 pinned loses {abs_rel(many, f"{APPLIED} 0.125")}, 0.25 not pinned {abs_rel(many, unpinned)}.
   For cameras it is the other way round: {lost(many, APPLIED, 0.125)} points of AUC@30 against
-  {lost(many, f"{APPLIED}, reference view not pinned")}.
+  {lost(many, f"{APPLIED}, reference view not pinned")}. With `pin="reference_keys"`, 0.25 loses
+  {abs_rel(many, f"{AS_KEYS} 0.25")}, between the two, and {lost(many, AS_KEYS)} points, less than both
+  ([at equal density](../docs/recipes.md#for-cameras-the-reference-view-as-keys)).
 * **Pinning camera and register tokens pays for cameras**: without it {between(special, 1)} points of AUC@30 more are lost. It costs
   {between(cost, 2)} of density.
-* **Tile order beats raster order for depth**: with means the change against the dense model goes from
+* **Tile order beats raster order**: with means the change of depth against the dense model goes from
   {depth(few, "sparse + means, raster order 0.25", f"{APPLIED} 0.25")} with {few} views and from
-  {depth(many, "sparse + means, raster order 0.25", f"{APPLIED} 0.25")} with {many}. Cameras do not tell the two apart.
+  {depth(many, "sparse + means, raster order 0.25", f"{APPLIED} 0.25")} with {many}. AUC@30 gains {between(raster, 1)} points.
 * **`keep_ratio=0.25` is the default and is not free for cameras.** On this small model, whose blocks are large beside its images
   (196 patches), 0.25 costs {lost(few, APPLIED)} and {lost(many, APPLIED)} points of AUC@30 with {few} and {many} views, calibrated
-  {lost(few, CALIBRATED)} and {lost(many, CALIBRATED)}, and even 0.5, calibrated, {between(half, 1)}. Its AUC@3 is too small to tell
-  anything apart.
-* **Photographs say little.** On 7-Scenes and DTU the dense testbed itself is hardly better than `constant`. On Strecha it sees much
+  {lost(few, CALIBRATED)} and {lost(many, CALIBRATED)}, and 0.5, calibrated, {max(half):.1f} at most. At 5° it
+  costs more: of AUC@5 {strict(few)} and {strict(many)}, calibrated.
+* **Photographs say little.** On 7-Scenes and DTU the dense testbed itself is little better than `constant`. On Strecha it sees much
   (AUC@30 {mean(strecha, "dense", AUC30):.1f}), but there are two scenes. The photographs were recompressed (JPEG, 640 pixels of detail)
   and thinned out: every 24th frame of 7-Scenes kitchen, DTU scan24, Strecha fountain-P11 and Herz-Jesus-P8, which has too few views for
   rows of 16.
@@ -452,7 +470,7 @@ def main() -> None:
         print(full(json.loads(args.full.read_text())))
     else:
         PAGE.write_text(markdown(json.loads(STORED.read_text())))
-        BLOCKS_PAGE.write_text(tried(json.loads(BLOCKS.read_text()), json.loads(PINS.read_text())))
+        BLOCKS_PAGE.write_text(tried(json.loads(BLOCKS.read_text()), json.loads(STORED.read_text())))
         print(f"wrote {PAGE} and {BLOCKS_PAGE}")
 
 

@@ -6,6 +6,7 @@ several with commas between them.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import textwrap
@@ -15,6 +16,8 @@ from typing import Any
 
 import quality_report
 from weights import generation
+
+from lite3r_plugin.scene.metrics import paired_bootstrap
 
 ROOT = Path(__file__).parent.parent
 TABLE = re.compile(r"(<!-- table: (\w+) (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
@@ -308,7 +311,8 @@ def fp8_groups(report: dict[str, Any]) -> str:
     rows = []
     for name, found in (("all but the first and last blocks: the default", report), *report["groups"].items()):
         rows.append((name, *(in_percent(found[measure]) for measure in names)))
-    note = f"Each group alone in FP8, on {report['auc5']['scenes']:,} of the same scenes, AbsRel on {report['abs_rel']['scenes']:,}."
+    scenes = f"{report['auc5']['scenes']:,} rendered scenes, AbsRel on {report['abs_rel']['scenes']:,}"
+    note = f"Each row is what is in FP8 alone, on {scenes}, of the testbed's {generation(report['conditions'])}."
     return _table(("in FP8", *names.values()), rows) + _note(note)
 
 
@@ -338,9 +342,6 @@ def parallel(report: dict[str, Any]) -> str:
 AIMS = {0.25: (0.5, "full"), 0.125: (1.0, "fp8")}  # by keep_ratio: the most that may be lost, in points and in percent, and of what
 
 
-BY = "block_choice"  # of conditions: of all rows; where it is missing, rows with ratios by site alone keep blocks by error
-BY_ERROR = '; blocks by error is the default now, `block_choice="error"`, in an earlier form, of parts of query blocks; others are by mean'
-IN_README = ' The first two have `block_choice="mean"`.'
 RECIPES = {
     "rate 2e-3": "twice the rate", "192 views": "twice the rate", "rate 5e-4": "half the rate", "labels": "labels besides",
     "outputs last": "outputs weighted more towards the end",
@@ -369,38 +370,40 @@ def distillation(report: dict[str, Any]) -> str:
         f"The testbed's {generation(c)}, {c['scenes']} held-out rendered scenes of {c['size']} × {c['size']} pixels, {c['dtype']}, "
         f"one {c['device']}, torch {c['torch']}, one run a row. AUC changes in points, AbsRel in percent of dense; paired 95 % "
         f"intervals. Trained without labels{labels} on {c['pool']} scenes of other seeds and textures, {c['views_a_step']} views a step; "
-        f"calibrated on {c['calibration']} inputs. Minutes are of calibration and training together, without those of compiling."
+        f"calibrated on {c['calibration']} inputs. Minutes are of calibration and training together, of training without compiling."
         f"{''.join(f' Means over {choice}.' for choice in choices)}"
     )
     if any(row["row"].get("chosen") for row in done):
-        note += (
-            f" Ratios by site are those that `choose_keep_ratios` found, their mean {keep_ratio:g} weighted by what is computed"
-            f"{BY_ERROR * (BY not in c)}."
-        )
+        note += f" Ratios by site are those that `choose_keep_ratios` found, their mean {keep_ratio:g} weighted by what is computed."
     return _table(heads, rows) + _note(note) + _note(_aim(report, done, keep_ratio))
 
 
-def density(report: dict[str, Any]) -> str:
-    """What another pin and ratios by site lose at the density of one ratio, from what `quality_auto.py --plain` stored."""
-    ways = {"plain + calibrate": "plain", "uniform + calibrate": "one ratio", "auto + calibrate": "ratios by site"}
-    names, rows = {"AUC@30": "auc30", "AbsRel": "abs_rel"}, []
-    for views, group in report["groups"].items():
-        dense = group["rows"]["dense"]["AbsRel"]["mean"]
-        for keep in dict.fromkeys(name.rpartition(" ")[2] for name in group["rows"] if name != "dense"):
-            found = [group["rows"][f"{way} {keep}"] for way in ways]
-            cells = [
-                _change(name, {key: x * (100 / dense if name == "abs_rel" else 1) for key, x in row[measure]["change"].items()})
-                for measure, name in names.items() for row in found
-            ]  # fmt: skip
-            rows.append((views, str(group["scenes"]), keep, f"{found[0]['density']:.2f}", *cells))
-    changes = [f"{measure}: {way}" for measure in names for way in ways.values()]
-    c = report["conditions"]
-    return _table(["views", "scenes", "plain `keep_ratio`", "density", *changes], rows) + _note(
-        "Changes against dense, AUC@30 in points, AbsRel in percent of dense, with paired 95 % intervals. All three are calibrated, on "
-        f'{c["calibration"]} inputs. `plain`: one ratio, `pin="reference"`, blocks by mean; the others have `pin="{c["pin"]}"`, blocks by '
-        f"error, and the ratio at which they compute as much. The testbed's {generation(c)}, rendered scenes of {c['size']} × {c['size']} "
-        f"pixels, {c['dtype']}, one {c['device']}, torch {c['torch']}."
+def density(*reports: dict[str, Any]) -> str:
+    """What pins and ratios by site lose at the density of one ratio, from what `quality_auto.py --plain` stored of each pin."""
+    measures, rows, first = {"AUC@30": "auc30", "AUC@5": "auc5", "AbsRel": "abs_rel"}, [], reports[0]["groups"]
+    for views, keep in ((views, keep) for views, group in first.items() for keep in _ratios(group)):
+        arms = [("plain", first[views], f"plain + calibrate {keep}")]
+        for report, (way, arm) in itertools.product(reports, {"one ratio": "uniform", "ratios by site": "auto"}.items()):
+            arms.append((f'`"{report["conditions"]["pin"]}"`, {way}', report["groups"][views], f"{arm} + calibrate {keep}"))
+        common = min(group["scenes"] for _, group, _ in arms)
+        for way, group, arm in arms:
+            cells = []
+            for measure, name in measures.items():
+                dense, mine = (group["values"][which][measure][:common] for which in ("dense", arm))
+                share = 100 * common / sum(dense) if name == "abs_rel" else 1
+                cells.append(_change(name, {key: x * share for key, x in paired_bootstrap(dense, mine).to_dict().items()}))
+            rows.append((views, str(common), keep, way, f"{group['rows'][arm]['density']:.2f}", *cells))
+    c = reports[0]["conditions"]
+    return _table(["views", "scenes", "plain `keep_ratio`", "", "density", *measures], rows) + _note(
+        "Changes against dense, AUC in points, AbsRel in percent of dense, with paired 95 % intervals. All are calibrated, on "
+        f'{c["calibration"]} inputs. `plain`: one ratio, `pin="reference"`, blocks by mean; the others have the pin that is named, blocks '
+        f"by error, and the ratio at which they compute as much. The testbed's {generation(c)}, rendered scenes of {c['size']} × "
+        f"{c['size']} pixels, {c['dtype']}, one {c['device']}, torch {c['torch']}."
     )
+
+
+def _ratios(group: dict[str, Any]) -> list[str]:
+    return [name.rpartition(" ")[2] for name in group["rows"] if name.startswith("plain")]
 
 
 def quality(*reports: dict[str, Any]) -> str:
@@ -421,7 +424,7 @@ def quality(*reports: dict[str, Any]) -> str:
     return _table(heads, rows) + _note(
         f"Changes: applied, calibrated, ratios by site and calibrated, these and distilled for {minutes} minutes"
         f"{', which at ' + ', '.join(in_fp8) + ' is in FP8' if in_fp8 else ''}."
-        f"{IN_README * (BY not in c)} The testbed's {generation(c)}, {c['scenes']} scenes of "
+        f" The testbed's {generation(c)}, {c['scenes']} scenes of "
         f"{c['size']} × {c['size']} pixels, {c['dtype']}, on one {c['device']}; 95 % intervals of AUC@30 are ± {widest:.1f} or less."
     )
 
@@ -461,7 +464,7 @@ def _aim(report: dict[str, Any], done: Sequence[dict[str, Any]], keep_ratio: flo
 
 def _way_to_train(row: dict[str, Any], conditions: dict[str, Any]) -> str:
     training, usual_views = row["training"], conditions["views_a_step"]
-    chosen = f"ratios by site, {'' if BY in conditions else 'blocks by error, '}" if row.get("chosen") else ""
+    chosen = "ratios by site, " if row.get("chosen") else ""
     if training is None:
         return f"{chosen}calibrated" if row["calibrated"] else "applied"
     parts = [f"`{training['trainable']}`"]
@@ -474,8 +477,7 @@ def _way_to_train(row: dict[str, Any], conditions: dict[str, Any]) -> str:
         parts.append(RECIPES[row["recipe"]])
     if row.get("views_a_step", usual_views) != usual_views:
         parts.append(f"{row['views_a_step']} views a step")
-    inside = " of all blocks" * ("fp8_filter" not in row)
-    parts += [f"FP8{inside}{'' if row.get('rounds', True) else ' only afterwards'}"] * (row["precision"] == "fp8")
+    parts += [f"FP8{'' if row.get('rounds', True) else ' only afterwards'}"] * (row["precision"] == "fp8")
     return chosen + ("calibrated, " if row["calibrated"] else "") + "distilled: " + ", ".join(parts)
 
 

@@ -21,10 +21,9 @@ class Row:
         rounds: It trains with fake quantisation; without, an FP8 model is converted from one that was trained in full precision.
         views_a_step: Of all its scenes together.
         labels: It is given labels.
-        chosen: Each site has a keep ratio of its own, of the same mean (`choose_keep_ratios`). In stored results without ``block_choice``
-            it keeps blocks by their error besides.
+        chosen: Each site has a keep ratio of its own, of the same mean (`choose_keep_ratios`).
         recipe: Which of the `candidates` it is, of the best one.
-        fp8_filter: As in `Lite3RConfig`. Stored rows without it had all blocks in FP8.
+        fp8_filter: As in `Lite3RConfig`.
     """
 
     name: str

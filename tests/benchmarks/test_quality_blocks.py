@@ -71,5 +71,5 @@ def test_errors_are_those_of_the_operator(study: ModuleType, blocks: Any) -> Non
 
 def test_the_stored_page_is_the_one_of_what_is_stored(study: ModuleType) -> None:
     report = importlib.import_module("quality_report")
-    page = report.tried(json.loads(report.BLOCKS.read_text()), json.loads(report.PINS.read_text()))
+    page = report.tried(json.loads(report.BLOCKS.read_text()), json.loads(report.STORED.read_text()))
     assert page == report.BLOCKS_PAGE.read_text(), "run: python benchmarks/quality_report.py"
