@@ -276,7 +276,8 @@ def auto(stored: Stored) -> str:
     for _, report in stored.read(AUTO_FILE):
         groups |= report["groups"]
     parts = []
-    for quality in drawn:
+    besides = {quality.key for quality, _ in stored.points if (quality.series, quality.file) == (CALIBRATED, AUTO_FILE)}
+    for quality in (quality for quality in drawn if quality.file == AUTO_FILE and quality.key in besides):
         keep, views = quality.key
         gain = groups.get(str(views), {}).get("gains", {}).get(f"auto + calibrate {keep:g} - uniform + calibrate {keep:g}")
         if gain is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 import textwrap
 from collections.abc import Callable, Sequence
@@ -389,6 +390,8 @@ def density(*reports: dict[str, Any]) -> str:
         for way, group, arm in arms:
             cells = []
             for measure, name in measures.items():
+                if group["values"]["dense"][measure][:common] != first[views]["values"]["dense"][measure][:common]:
+                    raise ValueError(f"{views} views: these results are of other scenes")
                 dense, mine = (group["values"][which][measure][:common] for which in ("dense", arm))
                 share = 100 * common / sum(dense) if name == "abs_rel" else 1
                 cells.append(_change(name, {key: x * share for key, x in paired_bootstrap(dense, mine).to_dict().items()}))
@@ -418,7 +421,8 @@ def quality(*reports: dict[str, Any]) -> str:
             dense = (f"{found[0]['auc30']['dense']:.1f}", points, f"{found[0]['abs_rel']['dense']:.3f}", percent)
             rows.append((f"{trained['keep_ratio']:g}", views, *dense))
     heads = ("`keep_ratio`", "views", "AUC@30 ↑ dense", "change, points", "AbsRel ↓ dense", "change, %")
-    c, widest = reports[0]["conditions"], max(_half_width(way) for report in reports for way in report["rows"].values())
+    c, widths = reports[0]["conditions"], [_half_width(way) for report in reports for way in report["rows"].values()]
+    widest = math.ceil(10 * max(widths)) / 10
     in_fp8 = [f"{row['keep_ratio']:g}" for row in longest if row["row"]["precision"] == "fp8"]
     minutes = " and ".join(dict.fromkeys(f"{minutes_of_training(row):g}" for row in longest))
     return _table(heads, rows) + _note(

@@ -299,6 +299,14 @@ def test_whether_training_reaches_its_aim_is_as_measured(readme_table: ModuleTyp
     assert "is not reached with 1.5 minutes" in " ".join(readme_table.distillation(report).split())
 
 
+def test_pins_are_compared_on_the_same_scenes(readme_table: ModuleType) -> None:
+    first, second = (json.loads((BENCHMARKS / "results" / f"quality_auto{end}.json").read_text()) for end in ("", "_keys"))
+    assert len(readme_table.density(first, second).split("\n|")) == 1 + 1 + 6 * 5
+    second["groups"]["32"]["values"]["dense"]["AUC@5"][0] += 1
+    with pytest.raises(ValueError, match="32 views: these results are of other scenes"):
+        readme_table.density(first, second)
+
+
 def test_a_variant_that_was_not_measured_has_no_column_and_a_lost_cell_is_empty(readme_table: ModuleType, report: dict) -> None:
     report["cells"] = [cell for cell in report["cells"] if "fp8" not in cell["variant"] or cell["views"] == 2]
     lines = readme_table.speed(report).splitlines()[2:8]

@@ -115,6 +115,7 @@ def quality_over_gain(points: Sequence[Tradeoff], series: Sequence[str], dense: 
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(measures), len(columns), sharex=True, sharey="row", squeeze=False)
     shown = [name for name in series if any(point.series == name for point in points)]
+    widest = max(point.gain for point in points) - 1
     for row, measure in zip(panels, measures, strict=True):
         for axes, views in zip(row, columns, strict=True):
             here = [point for point in points if point.views == views]
@@ -123,10 +124,12 @@ def quality_over_gain(points: Sequence[Tradeoff], series: Sequence[str], dense: 
             axes.annotate(dense, (1, 0), (6, 5), textcoords="offset points", fontsize=8)
             for name in shown:
                 _bars(figure, axes, [point for point in here if point.series == name], measure, series.index(name), len(series), timed_in)
-            for gain, ratio in sorted({(point.gain, point.keep_ratio) for point in here}):
+            marks = sorted({(point.gain, point.keep_ratio) for point in here})
+            for (before, _), (gain, ratio), (after, _) in zip([(-math.inf, 0), *marks], marks, [*marks[1:], (math.inf, 0)], strict=False):
                 axes.axvline(gain, color="0.85", linewidth=0.8, zorder=0)
                 at, box = ("data", "axes fraction"), {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
-                axes.annotate(f"{ratio:g}", (gain, 0.02), xycoords=at, fontsize=7, ha="center", bbox=box)
+                side = "right" if after - gain < 0.1 * widest else "left" if gain - before < 0.1 * widest else "center"
+                axes.annotate(f"{ratio:g}", (gain, 0.02), xycoords=at, fontsize=7, ha=side, bbox=box)
             axes.annotate("keep_ratio", (0.02, 0.02), xycoords="axes fraction", fontsize=7)
             axes.grid(axis="y", alpha=0.35)
         row[0].set_ylabel(measure)
@@ -138,7 +141,7 @@ def quality_over_gain(points: Sequence[Tradeoff], series: Sequence[str], dense: 
         axes.annotate("better ↗", (0.98, 0.97), xycoords="axes fraction", fontsize=8, color="0.4", ha="right", va="top")
     for axes in panels[-1]:
         axes.set_xlabel(f"times faster than {dense}")
-    panels[0, 0].set_xlim(0.9, 1 + 1.12 * (max(point.gain for point in points) - 1) + 0.05)
+    panels[0, 0].set_xlim(0.9, 1 + 1.12 * widest + 0.05)
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     _legend(figure, shown, series, sorted({point.precision for point in points}), timed_in)
     return figure

@@ -205,6 +205,8 @@ def test_ratios_that_were_chosen_are_compared_on_the_same_scenes(picture: Module
     costs = "AUC@30 -0.20 % [-0.30, -0.10], AbsRel +0.30 % [+0.20, +0.40] of dense with 8 views in the testbed's weights other"
     assert f"FP8 alone, without sparsity, changed {costs}" in words
     assert "`keep_ratio=0.25`, the default: 2.00 × for 4.0 points" in words
+    distillation(tmp_path, 0.25)  # of other scenes, and drawn in their place
+    assert "than with one ratio for all" not in " ".join(picture.section(picture.Stored(tmp_path)).split())
 
 
 def test_picture_and_page_are_those_of_the_results(picture: ModuleType) -> None:
