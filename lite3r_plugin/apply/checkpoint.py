@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..adapter.sites import AttentionSite
 from ..attention.branch import BranchLinear
 from ..config import WHOLE_MODEL_FIELDS, Lite3RConfig, plain_name
-from ..errors import BackendError, CheckpointError, ConfigError, NoSitesError, UnknownModelError, short
+from ..errors import BackendError, CheckpointError, ConfigError, NoSitesError, UnknownModelError, short, shown
 from ..files import locked, replacing
 from ..fp8.checkpoint import check_fp8_tensors, fp8_linears, fp8_tensors, install_fp8_tensors, other_tensors
 from ..fp8.convert import require_plain_weight
@@ -63,21 +63,19 @@ def save_lite3r(model: nn.Module, directory: str | os.PathLike[str], *, whole: b
         WeightsError: the model, on the meta device, has no values to write, a parameter has infinities or NaN, or a
             conversion to FP8 did not finish.
         CheckpointError: an adapter is around a linear branch, there is LoRA of `lite3r_plugin.peft.add_lora`, or it was merged and is in
-            nothing that would be written; `directory` is a file, two modules have one name without their wrappers,
+            nothing that would be written; `directory` is a file or cannot be made, two modules have one name without their wrappers,
             a tensor is of a kind that no file holds, `FullyShardedDataParallel` has flattened the weights, or another process failed.
 
     Examples:
         >>> model = apply_lite3r(model, keep_ratio=0.1)
         >>> save_lite3r(model, "checkpoint")
     """
-    found, directory = look_up(model), Path(directory)
+    found, directory = look_up(model), _target(directory)
     sharded = ranks.is_sharded(model)
     writer = ranks.writes(sharded)
     with ranks.together(sharded):
         found.require_finished(found.require_one_state("save_lite3r"), "save_lite3r")
         found.require_ratios("save_lite3r")
-        if directory.exists() and not directory.is_dir():
-            raise CheckpointError(f"{directory} is a file; save_lite3r takes a directory")
         _check_savable(found, whole)
         record = _record(found, whole)
         linears = by_plain_name(fp8_linears(found.modules))
@@ -232,8 +230,7 @@ def _check_savable(found: Inventory, whole: bool) -> None:
             raise CheckpointError(
                 f"{fqn}.proj_lin has an adapter around it ({type(module.proj_lin).__name__}): merge it before save_lite3r"
             )
-    modules = set(found.modules.values())
-    if not whole and any(module in modules for state in found.states for module in state.changed):
+    if not whole and any(map(found.changed, found.states)):
         raise CheckpointError(
             "weights of the model itself were trained, or had LoRA merged into them, and this checkpoint would not hold them: "
             "save_lite3r(model, directory, whole=True). Of merged LoRA alone it holds what convert(model) makes FP8 weights of, the "
@@ -264,7 +261,7 @@ def _record(found: Inventory, whole: bool) -> dict[str, Any]:
     attention = by_plain_name(found.attention)
     linears = by_plain_name(fp8_linears(found.modules))
     state, config = found.states[0], plain_config(found)
-    changed = set(state.changed)
+    changed = set(found.changed(state))
     # What runs attention and FP8 depends on the machine that loads.
     if config.attention_backend == "triton":
         config = config.replace(attention_backend="auto")
@@ -283,8 +280,24 @@ def _record(found: Inventory, whole: bool) -> dict[str, Any]:
     }
 
 
+def _target(directory: Any) -> Path:
+    """The directory to save into. Raises `CheckpointError` where it cannot be one."""
+    if not isinstance(directory, (str, os.PathLike)) or os.fspath(directory) in ("", b"") or "\0" in str(directory):
+        raise CheckpointError(f"save_lite3r takes the name of a directory, got {shown(directory)}")
+    try:
+        path = Path(directory)
+        if path.exists() and not path.is_dir():
+            raise CheckpointError(f"{path} is a file; save_lite3r takes a directory")
+    except (OSError, TypeError, ValueError) as error:  # a name in bytes, too long, with a null character, below a file
+        raise CheckpointError(f"{shown(directory)} cannot be a directory: {short(error)}") from error
+    return path
+
+
 def _write(directory: Path, record: dict[str, Any], weights: dict[str, Tensor]) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot be made: {short(error)}") from error
     with locked(directory):  # who saves at the same time writes both files before or after
         with replacing(directory / WEIGHTS_NAME) as path:
             try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..attention.module import SparseLinearAttention
 from ..attention.state import ModelState
@@ -13,8 +13,9 @@ from ..config import plain_name
 from ..errors import ConfigError, ModelTypeError, NotAppliedError, WeightsError
 from ..fp8.blocks import BlockLinear, find_linears
 from ..fp8.linear import Fp8Linear
+from ..fp8.qat import FakeQuantLinear
 from ..runtime.rewrites import lies_outside
-from ..wrapper import host_of
+from ..wrapper import host_of, is_plain_tensor, is_tuner_layer
 
 
 @dataclass(frozen=True, repr=False)
@@ -112,6 +113,21 @@ class Inventory:
         if any(state.config.waits for state in self.states):
             raise ConfigError(f"keep_ratio is 'auto', and no ratios were chosen yet: call choose_keep_ratios(model, inputs) before {verb}")
 
+    def require_enabled(self, verb: str) -> None:
+        """Raise `ConfigError` inside of `lite3r_disabled`, or where adapters of PEFT are switched off."""
+        if any(not module.enabled for module in self.modules.values() if isinstance(module, (SparseLinearAttention, FakeQuantLinear))):
+            raise ConfigError(f"Lite3R is disabled, in some modules at least: call {verb} outside lite3r_disabled")
+
+    def changed(self, state: ModelState) -> list[nn.Module]:
+        """Modules in this model whose weights are no longer those that the host had: they learned, or LoRA was merged into them.
+
+        Where `distill` trained LoRA that PEFT had put around a Linear, that is seen by the weight, once the LoRA is gone.
+        """
+        inside = set(self.modules.values())
+        adapted = {module.base_layer for module in inside if is_tuner_layer(module)}
+        merged = [module for module, before in state.adapted if module not in adapted and sums(module) != before]
+        return [module for module in dict.fromkeys((*state.changed, *merged)) if module in inside]
+
     def require_finished(self, state: ModelState, verb: str) -> None:
         """Raise `WeightsError` if a conversion to FP8 was begun and not finished."""
         if (unfinished := self.unfinished(state)) is not None:
@@ -154,6 +170,15 @@ def lite3r_modules(model: nn.Module) -> dict[str, SparseLinearAttention]:
 def require_lite3r(model: nn.Module) -> dict[str, SparseLinearAttention]:
     """`lite3r_modules`; raises `NotAppliedError` when there are none."""
     return look_up(model).require_applied()
+
+
+def sums(module: Any) -> tuple[float, float] | None:
+    """By what it is told whether the weight of `module` has changed: two sums of it. None where it is in parts, or without values."""
+    weight = module.weight
+    if not isinstance(weight, Tensor) or not is_plain_tensor(weight) or weight.is_meta:
+        return None
+    values = weight.detach().double()
+    return float(values.sum()), float(values.square().sum())
 
 
 def block_linears(model: nn.Module) -> list[Any]:

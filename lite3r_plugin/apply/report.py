@@ -173,7 +173,7 @@ class Description:
         densities = [s.calls.density for s in sparse if s.calls.density is not None]
         calls = sum(s.calls.sparse for s in sparse), sum(s.calls.dense for s in sparse)
         ran = f"calls so far: {calls[0]} sparse, {calls[1]} dense" + (" (where sparse does not pay)" if shortened else "")
-        yield ran + (f", density of the last {max(densities):.3f}" if densities else "")
+        yield ran + (f", density of the last {_on_average(densities)}" if densities else "")
         at_host = (s for s in self.sites if s.left is None and s.calls.host)
         yield from _counted(at_host, lambda s: f"{s.scope} site* ran calls dense in the host's own code: {s.calls.reason}")
         never = [s for s in self.sites if not _ran(s)]
@@ -289,10 +289,15 @@ def _interrupted(found: Inventory, state: ModelState) -> Iterator[str]:
         yield f"{are} those of the dense model, since something was interrupted; remove_lite3r takes out the rest"
 
 
+def _on_average(densities: list[float]) -> str:
+    """Their mean, with the least and the greatest where sites differ."""
+    mean, least, greatest = (f"{x:.3f}" for x in (sum(densities) / len(densities), min(densities), max(densities)))
+    return mean if least == greatest else f"{mean} on average, {least} to {greatest}"
+
+
 def _changed(found: Inventory, state: ModelState) -> Iterator[str]:
     """Weights that are no longer those of the host."""
-    modules = set(found.modules.values())
-    if count := sum(module in modules for module in dict.fromkeys(state.changed)):
+    if count := len(found.changed(state)):
         yield (
             f"the weights of {plural(count, 'module')} were trained, or had LoRA merged into them: without Lite3R the model is no longer "
             "the one that it was applied to"

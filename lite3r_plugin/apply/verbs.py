@@ -20,7 +20,7 @@ from ..config import Fp8Backend, Lite3RConfig
 from ..errors import ConfigError, ConvertedError, WeightsError
 from ..fp8.qat import FakeQuantLinear
 from ..ops.dispatch import SlowPathWarning
-from ..wrapper import Changes
+from ..wrapper import Changes, hold, switch_off
 from .lookup import Inventory, look_up
 from .plan import check_branches, plan_application, plan_conversion
 from .swap import as_it_came, fast_of, put_in, run_fast, take_out, to_fp8
@@ -125,6 +125,7 @@ def convert(model: Model, *, fp8_backend: Fp8Backend | None = None, tokens: int 
     found = look_up(model)
     state = found.require_one_state("convert")
     found.require_whole(state, "convert")
+    found.require_enabled("convert")
     config = state.config.replace(fp8_backend=fp8_backend or state.config.fp8_backend)
     check_branches(found)
     plan = plan_conversion(found.linears(state), state.sites, config, tokens, again=found.converted, model=found.name)
@@ -194,13 +195,13 @@ def run_dense(modules: Iterable[nn.Module]) -> Iterator[None]:
     ours: dict[Any, None] = {m: None for m in modules if isinstance(m, (SparseLinearAttention, FakeQuantLinear))}
     states = {id(m.state): m.state for m in ours if isinstance(m, SparseLinearAttention)}
     ours |= {rewrite: None for state in states.values() for rewrite in state.rewrites}
-    changes = Changes()
+    changes, holder = Changes(), object()
     try:
         try:
             for module in ours:
-                changes.put(vars(module), "enabled", False)
+                switch_off(module, holder, changes)
             for state in states.values():
-                _put_weights_back(state, changes)
+                _put_weights_back(state, holder, changes)
             yield
         finally:
             changes.undo()
@@ -208,12 +209,17 @@ def run_dense(modules: Iterable[nn.Module]) -> Iterator[None]:
         changes.undo()  # an interruption may come before the first, too
 
 
-def _put_weights_back(state: ModelState, changes: Changes) -> None:
+def _put_weights_back(state: ModelState, holder: object, changes: Changes) -> None:
     """Let the host have the weights that it came with; undone unless Lite3R is taken out meanwhile."""
     fast = fast_of(state)
-    if fast is not None and (half := fast.half) is not None:
+    if fast is None or (half := fast.half) is None:
+        return
+
+    def put_back(outer: Changes) -> None:
         inner = Changes()
-        changes.make(lambda: half.put_back(inner), lambda: inner.undo() if state.fast is fast else None)
+        outer.make(lambda: half.put_back(inner), lambda: inner.undo() if state.fast is fast else None)
+
+    hold(half, holder, put_back, changes)
 
 
 def _require_original_weights(found: Inventory, verb: str) -> None:

@@ -29,6 +29,7 @@ from ..ops.fp8 import fake_quantize
 from ..ops.qk_norm_rope import norm_rope
 from ..ops.sla import KeyCache, KeyTokens, SegmentMask, linear_attention, sparse_linear_attention
 from ..tokens.layout import NOTHING, Pinned, pinned_tokens
+from ..tokens.pending import RecomputedError
 from ..tokens.tracker import LayoutTracker, Source, call, checked
 from ..wrapper import Changes, HostWrapper, may_be_read
 from .branch import branch_weight, make_branch, write_branch
@@ -178,8 +179,8 @@ class SparseLinearAttention(HostWrapper):
         try:
             layout = self._tokens.layout(self.site.fqn, inputs.q.shape[-2], args, kwargs)
             keys = self._keys.layout(self.site.fqn, inputs.v.shape[-2], args, kwargs) if inputs.key_layout is None else inputs.key_layout
-        except LayoutError:
-            if getattr(self.site.tokens, "strict", True):
+        except LayoutError as error:
+            if isinstance(error, RecomputedError) or getattr(self.site.tokens, "strict", True):
                 raise
             self.note("its tokens are not those of whole images")
             return self.dense(inputs)
@@ -248,8 +249,8 @@ class SparseLinearAttention(HostWrapper):
         tokens, config = inputs.v.shape[2], self.state.config
         try:
             layout = self.layout(tokens, args, kwargs)
-        except LayoutError:
-            if getattr(self.site.tokens, "strict", True):
+        except LayoutError as error:
+            if isinstance(error, RecomputedError) or getattr(self.site.tokens, "strict", True):
                 raise
             return self._attend_to_all_of(inputs, past, cache, None, args, kwargs)
         if self._substitutes or _is_recorded(inputs.v) or not _without_gradients(inputs, past):  # a recording is replayed with other caches

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -63,6 +64,7 @@ class ModelState:
         fast: What lies over the forward of the model, where the whole of it runs in another way (`lite3r_plugin.runtime.fast`).
         planner: What plans the memory of its forwards, where there is a limit (`lite3r_plugin.runtime.memory`).
         changed: Modules whose own weights were trained, or had LoRA merged into them: they are no longer those of the host.
+        adapted: Modules inside of LoRA of PEFT that `distill` trained, each with what tells whether its weight has changed since.
         model: What Lite3R was applied to.
     """
 
@@ -87,4 +89,5 @@ class ModelState:
     fast: RewrittenMethod | None = None
     planner: RewrittenMethod | None = None
     changed: tuple[nn.Module, ...] = ()
+    adapted: tuple[tuple[nn.Module, Any], ...] = ()
     model: nn.Module | None = None

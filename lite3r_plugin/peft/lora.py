@@ -22,7 +22,7 @@ from ..fp8.blocks import BlockLinear
 from ..fp8.convert import is_finite, require_plain_weight
 from ..fp8.qat import folded
 from ..ops.options import check_choice, is_int, is_number
-from ..wrapper import Changes, is_lora, is_plain_tensor, put_module
+from ..wrapper import Changes, is_lora, is_plain_tensor, put_module, switch_off
 from .qat_lora import made_around
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -114,11 +114,11 @@ def lora_disabled(model: nn.Module) -> Iterator[None]:
         ModelTypeError: `model` is no `torch.nn.Module`.
     """
     layers = [m for m in set(look_up(model).modules.values()) if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
-    changes = Changes()
+    changes, holder = Changes(), object()
     try:
         try:
             for layer in layers:
-                changes.put(vars(layer), "_disable_adapters", True)
+                switch_off(layer, holder, changes, "_disable_adapters", off=True)
             yield
         finally:
             changes.undo()

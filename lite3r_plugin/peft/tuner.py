@@ -93,6 +93,14 @@ class Lite3RTuner(LoraModel):
         state.changed = (*state.changed, *folded)
         return merged
 
+    def unload(self) -> Any:
+        """Take adapters out, with what they learned, but for LoRA that `merge_adapter` has folded into the weights."""
+        state = look_up(self.model).require_one_state("unload")
+        folded = [module.get_base_layer() for module in self.model.modules() if isinstance(module, BaseTunerLayer) and module.merged]
+        bare = super().unload()
+        state.changed = (*state.changed, *folded)
+        return bare
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter. Where it was the only active one, the first of the others is activated, as PEFT does where there is LoRA."""
         left = [name for name in self.active_adapters if name != adapter_name]

@@ -35,6 +35,10 @@ NO_BACKWARD = -1
 Seen = Any  # what can be hashed and compared, and read in a message
 
 
+class RecomputedError(LayoutError):
+    """It cannot be told which of several forwards is recomputed: nothing else can stand in for the layout, as where tokens have none."""
+
+
 def backward_pass() -> int:
     """A number of the backward pass that runs now, in this thread, or `NO_BACKWARD`."""
     return torch._C._current_graph_task_id()
@@ -97,7 +101,7 @@ class PendingForwards:
             fqn: Name of the site.
 
         Raises:
-            LayoutError: it could be one of several.
+            RecomputedError: it could be one of several.
         """
         if self._here.images_in == backward_pass():
             return last
@@ -105,7 +109,7 @@ class PendingForwards:
         fitting = {forward.seen for forward in list(self._forwards) if fits(forward.seen)}
         if len(fitting) > 1:
             self._forwards.clear()
-            raise LayoutError(
+            raise RecomputedError(
                 f"site {fqn!r} is recomputed by gradient checkpointing, but forwards on {', '.join(sorted(map(_words, fitting)))} came "
                 "before this backward pass, and it cannot be told which is meant: call backward() after each forward, run those that "
                 "need no gradients under torch.no_grad(), or switch checkpointing off"

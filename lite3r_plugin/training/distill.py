@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..adapter.outputs import OutputsFunction
 from ..apply import ranks
-from ..apply.lookup import Inventory, look_up
+from ..apply.lookup import Inventory, look_up, sums
 from ..errors import ConfigError, ConvertedError, InputError, NoSitesError, WeightsError, plural, shown
 from ..wrapper import Changes, host_of, is_lora, is_tuner_layer, keeps_copies
 from .checkpoint import check_folder
@@ -185,6 +185,10 @@ def distill(
         progress.say(_first_line(found, trainable, run, objective, device, precision))
         # First: a checkpoint without these must not be taken for whole, whatever interrupts.
         lasting.put(vars(found.states[0]), "changed", (*found.states[0].changed, *shared))
+        adapted: list[Any] = [
+            module.base_layer for module in found.modules.values() if is_lora(module) and module not in found.states[0].lora
+        ]
+        lasting.put(vars(found.states[0]), "adapted", (*found.states[0].adapted, *((linear, sums(linear)) for linear in adapted)))
         try:
             run.train()
         except BaseException as error:
@@ -209,6 +213,7 @@ def distill(
 def _check_model(found: Inventory, config: DistillConfig) -> None:
     state = found.require_one_state("distill")
     found.require_ratios("distill")
+    found.require_enabled("distill")
     if found.converted or state.phase == "fp8":
         raise ConvertedError(
             "weights are in FP8, so there is no teacher, and nothing that could learn: distill before convert(model), with "

@@ -122,8 +122,7 @@ def choose_keep_ratios(
     sites = {plain_name(fqn): m for m, fqn in first.items() if m.sparse and m.left in (None, KEPT_WHOLE)}
     if not sites:
         raise ConfigError("no site is sparse, so there is no keep ratio to choose")
-    if any(not site.enabled for site in sites.values()):
-        raise ConfigError("Lite3R is disabled, at some sites at least, so no ratios can be tried: choose them outside lite3r_disabled")
+    found.require_enabled("choose_keep_ratios")
     if any(p.is_meta for p in model.parameters()) and not any(map(must_be_called, model.modules())):
         raise WeightsError("choose_keep_ratios runs the model, which has weights on the meta device, without values: load them first")
     budget, value = check_budget(max_rel_error=max_rel_error, max_pose_loss=max_pose_loss, mean_keep_ratio=mean_keep_ratio)

@@ -1,6 +1,7 @@
 """Modules that take the place of a host's, and changes of a model that are all made or none."""
 
 from .changes import Changes
+from .holding import hold, switch_off
 from .host import TABLES, HostWrapper, host_of, put_module, replace_modules, share_hooks
 from .reading import (
     argument_defaults,
@@ -34,6 +35,7 @@ __all__ = [
     "configs_of_tuners",
     "forward_parameters",
     "has_forward_hooks",
+    "hold",
     "host_of",
     "is_lora",
     "is_plain_tensor",
@@ -44,6 +46,7 @@ __all__ = [
     "put_module",
     "replace_modules",
     "share_hooks",
+    "switch_off",
     "tuner_around",
     "was_exchanged",
 ]

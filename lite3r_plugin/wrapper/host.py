@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import WeightsError
 from .changes import Changes
+from .holding import outside
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -51,6 +52,9 @@ class HostWrapper(nn.Module):
             if name in _OWN:
                 raise
             return getattr(self.host, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return outside(self)
 
     def join(self, changes: Changes) -> None:
         """Share the host's tables from now on, and add to them what this module has of its own."""

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from .changes import Changes
+from .holding import outside
 from .host import HostWrapper
 
 
@@ -96,6 +97,9 @@ class RewrittenMethod(_Arguments):
     def run_host(self, *args: Any, **kwargs: Any) -> Any:
         """The method of the class."""
         return getattr(type(self.module), self.name)(self.module, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return outside(self)
 
     def put_in(self, changes: Changes) -> None:
         """Lie on the module."""

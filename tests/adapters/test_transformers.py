@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from properties import assert_bf16_is_as_exact_as_dense, assert_compiled_equals_eager, assert_threads_do_not_mix, enlarge_layer_scales
@@ -9,7 +11,7 @@ from torch import nn
 
 from lite3r_plugin import Routed, apply_lite3r
 from lite3r_plugin.adapter.plugins import find_sites
-from lite3r_plugin.errors import UnknownModelError
+from lite3r_plugin.errors import LayoutError, UnknownModelError
 from lite3r_plugin.ops.dispatch import SlowPathWarning
 from lite3r_plugin.testing import TEST_CONFIG, check_adapter
 
@@ -135,3 +137,18 @@ def test_found_inside_a_wrapper() -> None:
     model = nn.ModuleDict({"net": build("Dinov2WithRegisters")}).eval()
     images = torch.rand(1, 3, 98, 126)
     check_adapter(model, lambda m: m["net"](images))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_forward_that_cannot_be_told_from_another_is_not_recomputed_as_dense(reentrant: bool) -> None:
+    """Two grids of as many tokens before one backward pass: gradients would be those of another model."""
+    model = hf.Dinov2Model(hf.Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=64, patch_size=8)).train()
+    apply_lite3r(model, TEST_CONFIG)
+    with warnings.catch_warnings():  # of its name, which others are to have from v6 on
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    square, wide = (torch.rand(1, 3, height, 4096 // height, requires_grad=True) for height in (64, 32))
+    loss = model(square).last_hidden_state.sum() + model(wide).last_hidden_state.sum()
+    with pytest.raises(LayoutError, match=r"forwards on 4 x 16 patches, 8 x 8 patches came before this backward pass"):
+        loss.backward()
+    model(wide).last_hidden_state.sum().backward()

@@ -34,6 +34,15 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path / "checkpoint"
 
 
+@pytest.mark.parametrize("name", ["", "\0", "a" * 300, None, 3, b"abc", "file/below"], ids=repr)
+def test_where_nothing_can_be_saved(name: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    with pytest.raises(CheckpointError, match=r"takes the name of a directory|cannot be"):
+        save_lite3r(apply_lite3r(Toy(), CONFIG), name)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_round_trip(tmp_path: Path) -> None:
     dense = Toy().eval()
     model = Toy().eval()

@@ -25,6 +25,7 @@ from lite3r_plugin import (
     calibrate,
     convert,
     describe,
+    distill,
     lite3r_disabled,
     load_lite3r,
     remove_lite3r,
@@ -447,6 +448,47 @@ def test_disabled_ends_also_after_an_error_and_nests(toy: Toy) -> None:
     with pytest.raises(KeyError), lite3r_disabled(model), lite3r_disabled(model):
         raise KeyError
     assert all(m.enabled for m in model.modules() if isinstance(m, SparseLinearAttention))
+
+
+@torch.no_grad()
+def test_disabled_contexts_end_in_any_order(toy: Toy) -> None:
+    """As those of several threads do: the model is dense as long as one is open, and what it was afterwards."""
+    dense = toy(images())
+    model = apply_lite3r(toy, SPARSE)
+    sparse = model(images())
+    assert not torch.equal(sparse, dense)
+    first, second = lite3r_disabled(model), lite3r_disabled(model)
+    first.__enter__()
+    second.__enter__()
+    assert torch.equal(model(images()), dense)
+    first.__exit__(None, None, None)
+    assert torch.equal(model(images()), dense)
+    second.__exit__(None, None, None)
+    assert torch.equal(model(images()), sparse)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copied", "pickled"])
+def test_a_copy_that_is_made_while_disabled_is_not(toy: Toy, copied: Any) -> None:
+    """Nobody would ever enable it."""
+    model = apply_lite3r(toy, SPARSE, precision="fp8_qat")
+    sparse = model(images())
+    with lite3r_disabled(model):
+        other = copied(model)
+        dense = model(images())
+        assert torch.equal(other(images()), sparse)
+    assert not torch.equal(dense, sparse)
+    assert torch.equal(model(images()), sparse)
+
+
+def test_what_needs_lite3r_is_refused_while_disabled(toy: Toy) -> None:
+    model = apply_lite3r(toy, SPARSE)
+    with lite3r_disabled(model):
+        with pytest.raises(ConfigError, match=r"is disabled.*call convert outside lite3r_disabled"):
+            convert(model)
+        with pytest.raises(ConfigError, match=r"is disabled.*call distill outside lite3r_disabled"):
+            distill(model, [images()], steps=1)
+    assert describe(model).phase == "full"
 
 
 def test_only_global_sites_change_and_only_this_model() -> None:

@@ -24,6 +24,7 @@ from lite3r_plugin import (
     choose_keep_ratios,
     convert,
     describe,
+    distill,
     lite3r_disabled,
     load_lite3r,
     remove_lite3r,
@@ -314,6 +315,31 @@ def test_merging(form: str, precision: Any, tmp_path: Path) -> None:
             save_lite3r(merged, tmp_path)
     save_lite3r(merged, tmp_path, whole=form != "branches")
     assert torch.equal(load_lite3r(dense, tmp_path)(images()), merged(images()))
+
+
+def test_merging_in_two_steps_is_remembered(tmp_path: Path) -> None:
+    toy = Toy().eval()
+    dense, model = copy.deepcopy(toy), adapted(toy=toy)
+    model.merge_adapter()
+    bare = model.unload()
+    with pytest.raises(CheckpointError, match="weights of the model itself were trained, or had LoRA merged"):
+        save_lite3r(bare, tmp_path)
+    save_lite3r(bare, tmp_path, whole=True)
+    assert torch.equal(load_lite3r(dense, tmp_path)(images()), bare(images()))
+    save_lite3r(adapted().unload(), tmp_path)  # whose weights are those of the host
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_lora_of_peft_that_distill_trained_is_remembered_once_it_is_merged(merged: bool, tmp_path: Path) -> None:
+    model: Any = get_peft_model(Toy().eval(), peft.LoraConfig(r=2, target_modules=["qkv"]))
+    apply_lite3r(model, **SPARSE)
+    distill(model, [images()], trainable="proj+lora", steps=2, learning_rate=1e-2)
+    save_lite3r(model, tmp_path)  # PEFT saves the LoRA
+    bare = model.merge_and_unload() if merged else model.unload()
+    if merged:
+        with pytest.raises(CheckpointError, match="weights of the model itself were trained, or had LoRA merged"):
+            save_lite3r(bare, tmp_path)
+    save_lite3r(bare, tmp_path, whole=merged)
 
 
 @precisions

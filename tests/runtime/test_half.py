@@ -150,6 +150,20 @@ def test_the_way_back_is_bit_for_bit() -> None:
     assert all(torch.equal(x, dense[name]) for name, x in run(model).items())
 
 
+def test_the_weights_that_came_are_there_while_anybody_has_it_disabled() -> None:
+    dense = run(small())
+    model = apply_lite3r(small(), **HALF)
+    before = run(model)
+    first, second = lite3r_disabled(model), lite3r_disabled(model)
+    first.__enter__()
+    second.__enter__()
+    for open_ in (first, second):
+        assert all(torch.equal(x, dense[name]) for name, x in run(model).items())
+        open_.__exit__(None, None, None)
+    assert all(torch.equal(x, before[name]) for name, x in run(model).items())
+    assert not all(torch.equal(x, dense[name]) for name, x in before.items())
+
+
 @pytest.mark.filterwarnings("ignore:Lite3R. weights become BF16, and keep_originals=False:UserWarning")
 def test_without_originals_they_are_bf16_all_the_same() -> None:
     model = apply_lite3r(small(), **HALF, keep_originals=False)

@@ -311,7 +311,7 @@ def test_sites_that_run_in_the_hosts_own_code_say_why() -> None:
 
 def test_nothing_is_chosen_while_lite3r_is_disabled() -> None:
     model = toy()
-    with lite3r_disabled(model), pytest.raises(ConfigError, match="choose them outside lite3r_disabled"):
+    with lite3r_disabled(model), pytest.raises(ConfigError, match="call choose_keep_ratios outside lite3r_disabled"):
         choose_keep_ratios(model, inputs(), progress=False)
 
 
