@@ -17,7 +17,7 @@ from ..errors import plural
 from ..wrapper import Changes, RewrittenMethod, calls_are_seen
 from .compile import NONE_THERE, CompiledBlocks, is_of_compiler, why_not_compiled
 from .graphs import IN_TURN, Graphs
-from .half import HalfWeights, weight_dtype, why_not_half
+from .half import HALF, HalfWeights, weight_dtype, why_not_half
 from .modes import functions_are_seen
 from .sdpa import LargestDense, fastest_sdpa, sdpa_backend
 from .values import exchanged, tensors_in
@@ -193,7 +193,9 @@ class FastForward(RewrittenMethod):
             gone = "no originals are kept: remove_lite3r is refused"
             changed = f"; {self.half.changed} were changed since, and stay so" if self.half.changed else ""
             wide = f", {self.half.narrow} of which are computed with in FP32" if self.half.narrow else ""
-            lines.append(f"weights in BF16: {len(self.half)} of them{wide}; {kept if self.half.kept else gone}{changed}")
+            dtype = str(self.half.dtype).removeprefix("torch.")
+            half = "weights in BF16" if self.half.dtype == HALF else f"weights that became BF16, and are in {dtype} now"
+            lines.append(f"{half}: {len(self.half)} of them{wide}; {kept if self.half.kept else gone}{changed}")
         if self.blocks is not None:
             count = plural(len(self.blocks), "block") if self.blocks else "transformer blocks"
             why = NONE_THERE if self.blocks.has_none else self.not_compiled

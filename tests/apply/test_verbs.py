@@ -185,6 +185,7 @@ def test_an_error_at_the_last_site_leaves_the_first_ones_unchanged(adapter: Adap
     [
         ("causal", "its attention is causal"),
         ("dropout", "it drops attention weights by chance"),
+        ("negative", "the scale of its scores is negative"),
         ("cross", "cross-attention, of queries to another number of keys"),
         ("eager", "its forward does not call scaled_dot_product_attention"),
         ("twice", "its forward calls scaled_dot_product_attention several times"),

@@ -33,6 +33,7 @@ class Attention(nn.Module):
             "plain": {},
             "causal": {"is_causal": True},
             "dropout": {"dropout_p": 0.5},
+            "negative": {"scale": -0.25},
         }.get(self.variant, {})
         if self.variant == "cross":
             k, v = k[:, :, 1:], v[:, :, 1:]

@@ -150,6 +150,12 @@ def test_the_way_back_is_bit_for_bit() -> None:
     assert all(torch.equal(x, dense[name]) for name, x in run(model).items())
 
 
+def test_what_somebody_has_made_of_them_since_is_said() -> None:
+    model = apply_lite3r(small(), **HALF)
+    assert "weights in BF16: " in str(describe(model))
+    assert "weights that became BF16, and are in float32 now: " in str(describe(model.float()))
+
+
 def test_the_weights_that_came_are_there_while_anybody_has_it_disabled() -> None:
     dense = run(small())
     model = apply_lite3r(small(), **HALF)

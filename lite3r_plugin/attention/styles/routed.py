@@ -61,6 +61,8 @@ class RoutedStyle(ProjectionStyle):
                 refused = "its attention is causal"
             elif dropout_p:
                 refused = "it drops attention weights by chance"
+            elif scale is not None and not scale >= 0:  # of which the blocks with the highest scores are others
+                refused = "the scale of its scores is negative"
             else:
                 refused = self._wrong_heads(query, key, value)
             if refused is None and learns and not torch.is_grad_enabled():
