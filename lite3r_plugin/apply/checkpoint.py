@@ -70,12 +70,13 @@ def save_lite3r(model: nn.Module, directory: str | os.PathLike[str], *, whole: b
         >>> model = apply_lite3r(model, keep_ratio=0.1)
         >>> save_lite3r(model, "checkpoint")
     """
-    found, directory = look_up(model), _target(directory)
+    found = look_up(model)
     sharded = ranks.is_sharded(model)
     writer = ranks.writes(sharded)
     with ranks.together(sharded):
         found.require_finished(found.require_one_state("save_lite3r"), "save_lite3r")
         found.require_ratios("save_lite3r")
+        target = _target(directory)
         _check_savable(found, whole)
         record = _record(found, whole)
         linears = by_plain_name(fp8_linears(found.modules))
@@ -88,7 +89,7 @@ def save_lite3r(model: nn.Module, directory: str | os.PathLike[str], *, whole: b
     with ranks.together(sharded):
         if writer:
             weights = writable(weights, {plain_name(name) for name in learned})
-            _write(directory, {**record, "tensors": seals(weights)}, weights)
+            _write(target, {**record, "tensors": seals(weights)}, weights)
 
 
 @torch.inference_mode(False)  # what is made here must serve outside of it
