@@ -45,6 +45,7 @@ RENDERED = "procedural"
 APPLIED, CALIBRATED = "sparse + means", "sparse + means + linear, marginal"
 MEAN_ROW, AS_KEYS = "sparse + means, blocks by mean", "sparse + means, reference view as keys"
 DEFAULT_KEEP = 0.25
+KEEPS = (0.5, DEFAULT_KEEP, 0.125)
 
 JUDGED = ((ABS_REL, 4), (AUC30, 1), ("pose.auc5", 2))
 PINNED = (("AbsRel", ABS_REL, 4), ("AUC@30", AUC30, 1), ("AUC@5", "pose.auc5", 1))
@@ -242,7 +243,7 @@ def rendered(store: dict[str, Any]) -> str:
         "(quality_blocks.md#the-operators-choices-and-what-is-pinned).\n",
         *_head(heads),
     ]
-    elsewhere = {f"{row} {keep}" for row in PIN_WAYS.values() if row not in (APPLIED, CALIBRATED) for keep in (0.5, 0.25, 0.125)}
+    elsewhere = {f"{row} {keep}" for row in PIN_WAYS.values() if row not in (APPLIED, CALIBRATED) for keep in KEEPS}
     for key in next(iter(by_views.values()))["rows"]:
         if key in elsewhere or not all(key in group["rows"] for group in by_views.values()):
             continue
@@ -290,11 +291,7 @@ def is_complete(store: dict[str, Any]) -> bool:
     """Whether `store` has all rows that `findings` speaks of."""
     by_views = groups(store, RENDERED)
     needed = {
-        *(
-            f"{row} {keep}"
-            for row in ("sparse", MEAN_ROW, APPLIED, CALIBRATED, AS_KEYS, "sparse + means + linear, all")
-            for keep in (0.5, 0.25, 0.125)
-        ),
+        *(f"{row} {keep}" for row in ("sparse", MEAN_ROW, APPLIED, CALIBRATED, AS_KEYS, "sparse + means + linear, all") for keep in KEEPS),
         *(f"{row} 0.25" for row in ("sparse + means, raster order", "sparse, nothing pinned")),
         *(f"{row}, reference view not pinned 0.25" for row in ("sparse", APPLIED)),
     }
@@ -329,7 +326,7 @@ def findings(store: dict[str, Any]) -> str:
 
     def off(first: str, second: str) -> str:
         """What the second row takes off the change of depth that the first has, in percent, and adds to its AUC@30."""
-        cells = [(group, keep) for group in by_views.values() for keep in (0.5, 0.25, 0.125)]
+        cells = [(group, keep) for group in by_views.values() for keep in KEEPS]
         depths = [100 * (1 - mean(g, f"{second} {keep}", near) / mean(g, f"{first} {keep}", near)) for g, keep in cells]
         cameras = [mean(g, f"{second} {keep}", AUC30) - mean(g, f"{first} {keep}", AUC30) for g, keep in cells]
         return (

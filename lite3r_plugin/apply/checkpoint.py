@@ -283,14 +283,16 @@ def _record(found: Inventory, whole: bool) -> dict[str, Any]:
 
 def _target(directory: Any) -> Path:
     """The directory to save into. Raises `CheckpointError` where it cannot be one."""
-    if not isinstance(directory, (str, os.PathLike)) or os.fspath(directory) in ("", b"") or "\0" in str(directory):
+    name = os.fspath(directory) if isinstance(directory, (str, os.PathLike)) else None
+    if not isinstance(name, str) or not name or "\0" in name:
         raise CheckpointError(f"save_lite3r takes the name of a directory, got {shown(directory)}")
+    path = Path(name)
     try:
-        path = Path(directory)
-        if path.exists() and not path.is_dir():
-            raise CheckpointError(f"{path} is a file; save_lite3r takes a directory")
-    except (OSError, TypeError, ValueError) as error:  # a name in bytes, too long, with a null character, below a file
+        is_file = path.exists() and not path.is_dir()
+    except OSError as error:  # a name that is too long
         raise CheckpointError(f"{shown(directory)} cannot be a directory: {short(error)}") from error
+    if is_file:
+        raise CheckpointError(f"{path} is a file; save_lite3r takes a directory")
     return path
 
 

@@ -180,7 +180,7 @@ class SparseLinearAttention(HostWrapper):
             layout = self._tokens.layout(self.site.fqn, inputs.q.shape[-2], args, kwargs)
             keys = self._keys.layout(self.site.fqn, inputs.v.shape[-2], args, kwargs) if inputs.key_layout is None else inputs.key_layout
         except LayoutError as error:
-            if isinstance(error, RecomputedError) or getattr(self.site.tokens, "strict", True):
+            if not self._may_lack_layout(error):
                 raise
             self.note("its tokens are not those of whole images")
             return self.dense(inputs)
@@ -192,6 +192,10 @@ class SparseLinearAttention(HostWrapper):
         for (observer,) in self._observers:
             observer(self, inputs, out)
         return out
+
+    def _may_lack_layout(self, error: LayoutError) -> bool:
+        """Whether the tokens of a call may be others than the adapter says, so that it runs dense."""
+        return not isinstance(error, RecomputedError) and not getattr(self.site.tokens, "strict", True)
 
     def attend_by_heads(self, parts: Iterator[AttentionInputs], num_heads: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """As `attend`, of inputs that hold some of the heads each. Each is dropped before the next one is made; it counts as one call.
@@ -250,7 +254,7 @@ class SparseLinearAttention(HostWrapper):
         try:
             layout = self.layout(tokens, args, kwargs)
         except LayoutError as error:
-            if isinstance(error, RecomputedError) or getattr(self.site.tokens, "strict", True):
+            if not self._may_lack_layout(error):
                 raise
             return self._attend_to_all_of(inputs, past, cache, None, args, kwargs)
         if self._substitutes or _is_recorded(inputs.v) or not _without_gradients(inputs, past):  # a recording is replayed with other caches

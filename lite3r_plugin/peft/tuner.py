@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import re
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -87,17 +88,18 @@ class Lite3RTuner(LoraModel):
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> Any:
         """Fold LoRA into the weights and take adapters out. The linear branches of the active adapter stay, in a model with Lite3R."""
-        state = look_up(self.model).require_one_state("merge_and_unload")
-        folded = [module.get_base_layer() for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
-        merged = super().merge_and_unload(*args, **kwargs)
-        state.changed = (*state.changed, *folded)
-        return merged
+        take_out = functools.partial(super().merge_and_unload, *args, **kwargs)
+        return self._take_out("merge_and_unload", take_out, lambda layer: True)
 
     def unload(self) -> Any:
         """Take adapters out, with what they learned, but for LoRA that `merge_adapter` has folded into the weights."""
-        state = look_up(self.model).require_one_state("unload")
-        folded = [module.get_base_layer() for module in self.model.modules() if isinstance(module, BaseTunerLayer) and module.merged]
-        bare = super().unload()
+        return self._take_out("unload", super().unload, lambda layer: layer.merged)
+
+    def _take_out(self, verb: str, take_out: Callable[[], Any], folds: Callable[[BaseTunerLayer], bool]) -> Any:
+        """What `take_out` gives, remembering the weights of the layers of which `folds` says that they are others from then on."""
+        state = look_up(self.model).require_one_state(verb)
+        folded = [module.get_base_layer() for module in self.model.modules() if isinstance(module, BaseTunerLayer) and folds(module)]
+        bare = take_out()
         state.changed = (*state.changed, *folded)
         return bare
 

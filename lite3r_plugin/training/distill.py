@@ -184,11 +184,10 @@ def distill(
         run.resume()
         progress.say(_first_line(found, trainable, run, objective, device, precision))
         # First: a checkpoint without these must not be taken for whole, whatever interrupts.
-        lasting.put(vars(found.states[0]), "changed", (*found.states[0].changed, *shared))
-        adapted: list[Any] = [
-            module.base_layer for module in found.modules.values() if is_lora(module) and module not in found.states[0].lora
-        ]
-        lasting.put(vars(found.states[0]), "adapted", (*found.states[0].adapted, *((linear, sums(linear)) for linear in adapted)))
+        (state,) = found.states
+        lasting.put(vars(state), "changed", (*state.changed, *shared))
+        adapted: list[Any] = [module.base_layer for module in found.modules.values() if is_lora(module) and module not in state.lora]
+        lasting.put(vars(state), "adapted", (*state.adapted, *((linear, sums(linear)) for linear in adapted)))
         try:
             run.train()
         except BaseException as error:
