@@ -4,10 +4,10 @@
     python benchmarks/quality_fp8.py --groups --seconds 100 --json benchmarks/results/NAME.json
     python benchmarks/quality_fp8.py --camera --seconds 150 --json benchmarks/results/NAME.json
 
-Both models are dense and see the same images: one in BF16 (autocast, as in `lite3r eval`), one as `precision="fp8"` has it, which leaves
-the first and the last blocks as they are. With `--groups` there is one more for each group of Linears, that group alone in FP8, on the
-same scenes; ``--groups NAME ...`` takes some. With `--camera` there are two more, both as `weights="bf16"` has it, with a camera head that
-computes in FP32: one with all of its weights in FP32, and, compared with that, one in which those of its Linears are rounded to BF16.
+All models are dense and see the same images: one in BF16 (autocast, as in `lite3r eval`), one as `precision="fp8"` has it; with
+`--groups` one for each group of Linears, that group alone in FP8; ``--groups NAME ...`` takes some. With `--camera` there are two, both
+as `weights="bf16"` has it, with a camera head that computes in FP32: one with all of its weights in FP32, and, compared with that, one
+in which those of its Linears are rounded to BF16.
 AUC@5 of a model whose poses are some 9 degrees off rests on few pairs of views: `lite3r eval` on 40 scenes leaves an interval
 of 15 %. It takes 2,000 to 5,000 scenes for one of 2 %, so scenes are rendered and run in batches here. AbsRel needs some
 tens. Scenes follow until `--scenes` or `--seconds` are reached; intervals are of 95 %, scenes drawn with replacement.
@@ -31,11 +31,13 @@ from lite3r_plugin.scene.metrics import depth_metrics, paired_bootstrap, pose_me
 from lite3r_plugin.scene.procedural import ProcScenes, TextureBank
 from lite3r_plugin.testbed import Testbed, TestbedConfig, weights_hash
 
-BF16, FP8 = "bf16", "fp8"
+BF16, DEFAULT = "bf16", "the default"
 CAMERA, ROUNDED = "camera head in FP32", "weights of the camera head's Linears in BF16"
 TEXTURES = 77_777  # their seed; training saw others
 INNER = f"*_blocks.[1-{TestbedConfig().depth - 2}]"
 GROUPS: dict[str, Fp8Filter] = {
+    DEFAULT: "inner",
+    "inner blocks": (f"{INNER}.*",),
     "all Linears of the blocks": ("*",),
     "qkv": ("*.attn.qkv",),
     "output projection": ("*.attn.proj",),
@@ -49,7 +51,7 @@ GROUPS: dict[str, Fp8Filter] = {
     "inner blocks but MLP down": (f"{INNER}.attn.*", f"{INNER}.mlp.0"),
     "two pairs in the middle": ("*_blocks.[23].*",),
 }
-ONE_BY_ONE = list(GROUPS)[:7]  # of each group what it costs; the others are filters that leave more of the inner blocks
+ONE_BY_ONE = list(GROUPS)[:9]  # of each group what it costs; the others are filters that leave more of the inner blocks
 POSES = ("rotation_mean", "translation_mean", "auc5", "auc15", "auc30")
 
 
@@ -71,7 +73,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, V
             linear.weight.copy_(linear.weight.bfloat16())  # it stays in FP32, and so does what is computed with it
         return model
 
-    models: dict[str, Any] = {BF16: Testbed.from_pretrained(device=device), FP8: in_fp8("inner")}
+    models: dict[str, Any] = {BF16: Testbed.from_pretrained(device=device)}
     models |= {name: in_fp8(GROUPS[name]) for name in args.groups}
     models |= {CAMERA: in_half(rounded=False), ROUNDED: in_half(rounded=True)} if args.camera else {}
     scenes = ProcScenes(TextureBank.procedural(64, 64, str(device), seed=TEXTURES + args.seed), str(device), 1_000_003 * (args.seed + 1))
@@ -120,12 +122,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--backend", default="auto", help="as fp8_backend")
     parser.add_argument(
-        "--groups", nargs="*", choices=GROUPS, help="measure these in FP8 by themselves, too; without names all that are no filters"
+        "--groups", nargs="*", choices=GROUPS, help="measure these in FP8 by themselves; without names all that are no filters"
     )
     parser.add_argument("--camera", action="store_true", help="measure weights of the camera head in BF16, too")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    args.groups = [] if args.groups is None else args.groups or ONE_BY_ONE
+    usual = [] if args.camera else [DEFAULT]
+    args.groups = usual if args.groups is None else args.groups or ONE_BY_ONE
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     values, runs = measure(args, device)
     references = {name: values[CAMERA if name == ROUNDED else BF16] for name in runs}
@@ -136,18 +139,15 @@ def main() -> None:
             change, low, high = row["percent"]
             told = f"{change:+.2f} % [{low:+.2f}, {high:+.2f}] over {row['scenes']} scenes"
             print(f"  {name:17} {row['dense']:8.4f} -> {row['fp8']:8.4f}: {told}")
-    result: dict[str, Any] = found.pop(FP8)
-    if args.camera:
-        result["camera"] = found.pop(ROUNDED)
-    if found:
-        result["groups"] = found
+    result: dict[str, Any] = {"camera": found.pop(ROUNDED)} if args.camera else {}
+    result |= {"groups": found} if found else {}
     result["conditions"] = dict(
-        linears=runs[FP8], views=args.views, size=args.size, seed=args.seed, batch=args.batch, torch=torch.__version__,
+        linears=runs, views=args.views, size=args.size, seed=args.seed, batch=args.batch, torch=torch.__version__,
         device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         dtype="bfloat16 autocast" if device.type == "cuda" else "float32", date=datetime.date.today().isoformat(),
         weights_sha256=weights_hash(Testbed.from_pretrained()),
     )  # fmt: skip
-    result["values"] = {name: [[round(x, 5) for x in values[side][name]] for side in (BF16, FP8)] for name in ("abs_rel", "auc5")}
+    result["values"] = {model: {name: [round(x, 5) for x in of[name]] for name in ("abs_rel", "auc5")} for model, of in values.items()}
     if args.json:
         args.json.write_text(json.dumps(result) + "\n")
 

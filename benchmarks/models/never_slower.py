@@ -4,8 +4,8 @@
 
 For each number of views and keep ratio the two models of a pair run alternately on the same images, after a warm-up of each, and the
 ratio of each run to its neighbour's counts: clocks and temperature are the same for both. Pairs: the default line against the stock model,
-the preset against the variant `strong` of `lite3r bench`; and with ``--pairs filter`` what FP8 takes with its first and last blocks in full
-precision, as by default, against FP8 in all blocks. The GPU bounds where it needs longer than Python takes to launch, measured on
+the preset against the variant `strong` of `lite3r bench`; and with ``--pairs filter`` what FP8 takes with what it leaves in full precision
+by default against FP8 of all Linears of the blocks. The GPU bounds where it needs longer than Python takes to launch, measured on
 the model that is the baseline. The file is written anew after every row. Exits with 1 where a median ratio is worse than what is allowed.
 """
 

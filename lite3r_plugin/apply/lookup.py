@@ -148,7 +148,7 @@ class Inventory:
         for name in state.blocks:
             names.setdefault(state.blocks[name], []).append(name)
         found = {place: names[host] for place, module in self.modules.items() if (host := host_of(module)) in names}
-        return find_linears(self.modules, found, [f"{fqn}.proj_lin" for fqn in self.attention])
+        return find_linears(self.modules, found, state.sites, [f"{fqn}.proj_lin" for fqn in self.attention])
 
 
 def look_up(model: Any) -> Inventory:

@@ -153,7 +153,7 @@ def plan_application(
                 sources.setdefault(source, []).append(swap.site.fqn)
     watched = _find_watched(found, adapter, sources)
     blocks = find_blocks(found.modules, [site for site in sites if site.scope != "camera" or "camera" in scopes])
-    linears = find_linears(found.modules, {name: [name] for name in blocks})
+    linears = find_linears(found.modules, {name: [name] for name in blocks}, sites)
     config = _resolve_filter(config, linears, found.name)
     training = plan_training(linears, config) if config.precision == "fp8_qat" else None
     conversion = None

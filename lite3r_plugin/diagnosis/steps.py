@@ -178,7 +178,7 @@ def _fp8(facts: Facts) -> Step:
     blocks = find_blocks(facts.found.modules, [site for site in facts.sites if site.scope != "camera"])
     described = [site.block.fqn for site in facts.sites if site.block is not None]
     saved, size, count = 0.0, 0, 0
-    for linear in find_linears(facts.found.modules, {name: [name] for name in blocks}):
+    for linear in find_linears(facts.found.modules, {name: [name] for name in blocks}, facts.sites):
         module, rows = linear.module, next((facts.trace.rows[name] for name in linear.names if name in facts.trace.rows), 0)
         if not isinstance(module, nn.Linear) or not linear.known or not rows or not linear.taken_by(facts.config):
             continue

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..adapter.sites import AttentionSite
+from ..adapter.sites import AttentionSite, Routed
 from ..config import INNER, Lite3RConfig
 from ..wrapper import around_and_itself, belongs_to_tuner, is_tuner_layer, tuner_around, was_exchanged
 from .linear import Fp8Linear
@@ -29,7 +29,7 @@ class BlockLinear:
         names: Its fully qualified names in the model that Lite3R was applied to. Inside an adapter (PEFT) also that of the adapter,
             which has the name that the Linear had before.
         tuner: What adapts it, or keeps copies of it (PEFT); None where nothing does.
-        inner: Whether a block that it is in is one of the `inner_blocks`.
+        inner: Whether it is inside of one of the `inner_blocks`, and no output projection of attention in a list of `LEAST` or more.
     """
 
     module: nn.Module
@@ -80,33 +80,41 @@ def find_blocks(modules: Mapping[str, nn.Module], sites: Sequence[AttentionSite]
     return {name: modules[name] for name in found}
 
 
-def inner_blocks(blocks: Iterable[str]) -> list[str]:
-    """Of blocks all but the first and the last of each list, by their numbers. Lists of fewer than `LEAST` and single blocks stay whole."""
+def inner_blocks(blocks: Iterable[str]) -> dict[str, bool]:
+    """Of blocks all but the first and the last of each list, by their numbers, and whether they are of a list of `LEAST` or more.
+
+    Shorter lists and single blocks stay whole.
+    """
     lists: dict[str, dict[int, list[str]]] = {}
-    inner: list[str] = []
+    inner: dict[str, bool] = {}
     for name in blocks:
         parts = name.split(".")
         place = next((i for i in reversed(range(len(parts))) if parts[i].isdecimal()), None)
         if place is None:
-            inner.append(name)
+            inner[name] = False
         else:
             lists.setdefault(".".join(parts[:place]), {}).setdefault(int(parts[place]), []).append(name)
     for numbered in lists.values():
-        kept = sorted(numbered)[1:-1] if len(numbered) >= LEAST else numbered
-        inner += [name for number in kept for name in numbered[number]]
+        long = len(numbered) >= LEAST
+        kept = sorted(numbered)[1:-1] if long else numbered
+        inner |= {name: long for number in kept for name in numbered[number]}
     return inner
 
 
-def find_linears(modules: Mapping[str, nn.Module], blocks: Mapping[str, Sequence[str]], branches: Iterable[str] = ()) -> list[BlockLinear]:
+def find_linears(
+    modules: Mapping[str, nn.Module], blocks: Mapping[str, Sequence[str]], sites: Iterable[AttentionSite], branches: Iterable[str] = ()
+) -> list[BlockLinear]:
     """The Linears inside transformer blocks, each once, in the order of the model. Those that adapters consist of are none.
 
     Args:
         modules: All modules of the model by all their names.
         blocks: Names of the blocks in `modules`, of all there are, and for each the names that it had when Lite3R was applied.
+        sites: The attention inside of them, by the names from then.
         branches: Names of modules whose insides are no part of a block: the linear branches.
     """
-    skipped, inner = frozenset(branches), frozenset(inner_blocks(own for names in blocks.values() for own in names))
+    skipped, inner = frozenset(branches), inner_blocks(own for names in blocks.values() for own in names)
     found: dict[nn.Module, list[str]] = {}
+    whole: set[nn.Module] = set()
     innermost: set[nn.Module] = set()
     tuners: dict[nn.Module, nn.Module | None] = {}
     for name, module in modules.items():
@@ -124,8 +132,20 @@ def find_linears(modules: Mapping[str, nn.Module], blocks: Mapping[str, Sequence
             for own in blocks.get(block, ()):
                 found.setdefault(module, []).extend(f"{own}.{inside}".strip(".") for inside in insides)
                 if own in inner:
-                    innermost.add(module)
-    return [BlockLinear(module, tuple(dict.fromkeys(names)), tuners[module], module in innermost) for module, names in found.items()]
+                    (innermost if inner[own] else whole).add(module)
+    taken = whole | innermost - _output_projections(found, sites)
+    return [BlockLinear(module, tuple(dict.fromkeys(names)), tuners[module], module in taken) for module, names in found.items()]
+
+
+def _output_projections(found: Mapping[nn.Module, Sequence[str]], sites: Iterable[AttentionSite]) -> set[nn.Module]:
+    """Of Linears by their names the one that ends each attention: that which the adapter names, else, of several inside, the last."""
+    named = {site.fqn: None if isinstance(site.projections, Routed) else f"{site.fqn}.{site.projections.out}" for site in sites}
+    inside: dict[str, dict[nn.Module, Sequence[str]]] = {}
+    for module, names in found.items():
+        for fqn in {outer for name in names for outer in around_and_itself(name) if outer in named}:
+            inside.setdefault(fqn, {})[module] = names
+    outputs = {module for fqn, linears in inside.items() for module, names in linears.items() if named[fqn] in names}
+    return outputs | {list(linears)[-1] for linears in inside.values() if len(linears) > 1 and outputs.isdisjoint(linears)}
 
 
 def _around(modules: Mapping[str, nn.Module], fqn: str, single: Callable[[str], bool]) -> str:

@@ -83,12 +83,12 @@ def test_the_adapter_has_the_last_word() -> None:
 
 def linears_of(model: nn.Module, *blocks: str, branches: tuple[str, ...] = ()) -> dict[tuple[str, ...], nn.Module]:
     modules = dict(model.named_modules(remove_duplicate=False))
-    return {linear.names: linear.module for linear in find_linears(modules, {block: [block] for block in blocks}, branches)}
+    return {linear.names: linear.module for linear in find_linears(modules, {block: [block] for block in blocks}, (), branches)}
 
 
 def test_subclasses_of_linear_are_found_but_not_known() -> None:
     other, plain = nn.modules.linear.NonDynamicallyQuantizableLinear(4, 4), nn.Linear(4, 4)
-    found = find_linears(dict(nn.Sequential(other, plain).named_modules()), {"": ["block"]})
+    found = find_linears(dict(nn.Sequential(other, plain).named_modules()), {"": ["block"]}, ())
     assert [(linear.module, linear.known) for linear in found] == [(other, False), (plain, True)]
 
 
@@ -113,7 +113,7 @@ def test_what_adapters_consist_of_is_no_part_of_a_block() -> None:
 def test_the_adapter_around_a_linear() -> None:
     copied = Named(original_module=nn.Linear(4, 4), modules_to_save=nn.ModuleDict(dict(default=nn.Linear(4, 4))))
     model = Named(qkv=Named(base_layer=nn.Linear(4, 4)), proj=nn.Linear(4, 4), up=copied)
-    found = find_linears(dict(model.named_modules()), {"": [""]})
+    found = find_linears(dict(model.named_modules()), {"": [""]}, ())
     assert [(linear.names[0], linear.tuner) for linear in found] == [
         ("qkv.base_layer", model.qkv),
         ("proj", None),
