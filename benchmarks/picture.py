@@ -42,7 +42,7 @@ PICTURE = ROOT / "docs" / "images" / "quality_over_speed.png"
 PAGE = ROOT / "docs" / "quality.md"
 MARKED = re.compile(r"(<!-- picture -->\n).*?(<!-- end of picture -->)", re.DOTALL)
 SPEED_FILES, DISTILLATION_FILES = "h200_vggt_518_keep*.json", "testbed_distillation_keep*.json"
-AUTO_FILE, QUALITY_FILE, FP8_FILE = "quality_auto.json", "quality.json", "h200_testbed_fp8.json"
+AUTO_FILE, QUALITY_FILE, FP8_FILE = "quality_auto.json", "quality.json", "h200_testbed_fp8_filters.json"
 WIDTH = 130
 SIZE = 224  # pixels of the testbed's images
 
@@ -255,7 +255,8 @@ def precision(stored: Stored) -> str:
         return f"Times and quality are of {TIMED_IN}."
     text = f"Times are of {TIMED_IN}. So is the quality of filled points; that of hollow ones is of {' and '.join(others)}. "
     for name, alone in stored.read(FP8_FILE):
-        changes = ", ".join(f"{label} {in_percent(alone[measure])}" for label, measure in (("AUC@30", "auc30"), ("AbsRel", "abs_rel")))
+        default = alone["groups"]["the default"]
+        changes = ", ".join(f"{label} {in_percent(default[measure])}" for label, measure in (("AUC@30", "auc30"), ("AbsRel", "abs_rel")))
         views = alone["conditions"]["views"]
         other = alone["conditions"].get("weights_sha256")
         weights = f" in the testbed's {generation(alone['conditions'])}" if other not in (None, stored.weights) else ""

@@ -89,10 +89,11 @@ def kernels(report: dict[str, Any]) -> str:
     lines = [(kind, *(f"{row['kinds'].get(kind, 0.0):.1f}" for row in rows)) for kind in kinds]
     lines.append(("between kernels", *(f"{max(0.0, row['whole_ms'] - row['kernels_ms']):.1f}" for row in rows)))
     size = f"{report['resolution']} × {report['resolution']} pixels"
+    others = sorted({f", {names[row['variant']]} {row['commit']}" for row in rows if "commit" in row})  # of another run
     return _table(("ms", *(f"{names[row['variant']]}, {row['views']} views" for row in rows)), lines) + _note(
         f"{report['model']}, {size}, `keep_ratio=0.1`, on one {report['device']}, torch {report['torch']}, triton {report['triton']}, "
-        f"{report['date'][:10]}, commit {report['commit'][:7]}; one forward under `torch.profiler`, what is between kernels from the "
-        "median without it. Weights: random."
+        f"{report['date'][:10]}, commit {report['commit'][:7]}{''.join(others)}; one forward under `torch.profiler`, what is between "
+        "kernels from the median without it. Weights: random."
     )
 
 
@@ -289,7 +290,7 @@ def fp8_quality(report: dict[str, Any]) -> str:
     names = {"abs_rel": "AbsRel", "auc5": "AUC@5", "auc15": "AUC@15", "auc30": "AUC@30", "rotation_mean": "rotation, degrees"}
     rows = []
     for name, title in names.items():
-        measure = report[name]
+        measure = report["groups"]["the default"][name]
         values = (f"{measure[kind]:.4g}" for kind in ("dense", "fp8"))
         rows.append((title, f"{measure['scenes']:,}", *values, in_percent(measure)))
     c = report["conditions"]
@@ -309,10 +310,12 @@ def in_percent(measure: dict[str, Any]) -> str:
 def fp8_groups(report: dict[str, Any]) -> str:
     """What FP8 costs the trained testbed, all of it and by groups of Linears."""
     names = {"auc5": "AUC@5", "auc30": "AUC@30", "abs_rel": "AbsRel"}
+    explained = {"inner blocks": "all but the first and last blocks", "the default": "the default: inner blocks but output projection"}
     rows = []
-    for name, found in (("all but the first and last blocks: the default", report), *report["groups"].items()):
-        rows.append((name, *(in_percent(found[measure]) for measure in names)))
-    scenes = f"{report['auc5']['scenes']:,} rendered scenes, AbsRel on {report['abs_rel']['scenes']:,}"
+    for name, found in report["groups"].items():
+        rows.append((explained.get(name, name), *(in_percent(found[measure]) for measure in names)))
+    one = next(iter(report["groups"].values()))
+    scenes = f"{one['auc5']['scenes']:,} rendered scenes, AbsRel on {one['abs_rel']['scenes']:,}"
     note = f"Each row is what is in FP8 alone, on {scenes}, of the testbed's {generation(report['conditions'])}."
     return _table(("in FP8", *names.values()), rows) + _note(note)
 

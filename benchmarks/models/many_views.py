@@ -31,12 +31,16 @@ from lite3r_plugin.runtime.device import memory_of, peak, release_memory, synchr
 
 
 def fit(rows: list[dict[str, Any]], memory: int | None) -> int | None:
-    """The number of views whose peak would be `memory`, by a line through the first and the last of `rows`."""
+    """The number of views whose peak would be `memory`, by a line through the first and the last of `rows`.
+
+    None where that is known to be wrong, as memory ran out with no more views.
+    """
     done = sorted((row["views"], row["peak_bytes"]) for row in rows if row.get("peak_bytes"))
     if memory is None or len(done) < 2:
         return None
     (few, low), (many, high) = done[0], done[-1]
-    return int(few + (memory - low) * (many - few) / (high - low))
+    found = int(few + (memory - low) * (many - few) / (high - low))
+    return None if any("error" in row and row["views"] <= found for row in rows) else found
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:

@@ -6,7 +6,8 @@ For each number of views and keep ratio the two models of a pair run alternately
 ratio of each run to its neighbour's counts: clocks and temperature are the same for both. Pairs: the default line against the stock model,
 the preset against the variant `strong` of `lite3r bench`; and with ``--pairs filter`` what FP8 takes with what it leaves in full precision
 by default against FP8 of all Linears of the blocks. The GPU bounds where it needs longer than Python takes to launch, measured on
-the model that is the baseline. The file is written anew after every row. Exits with 1 where a median ratio is worse than what is allowed.
+the model that is the baseline. The file is written anew after every row. Exits with 1 where a median ratio is worse than what is allowed,
+or where one of a pair did not run compiled that was to: `ran` and `ran_against` say how both did.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ import torch
 from torch import nn
 
 from lite3r_plugin.adapter.plugins import find_model
+from lite3r_plugin.apply.lookup import lite3r_modules
+from lite3r_plugin.apply.swap import fast_of
 from lite3r_plugin.bench import VARIANTS, BenchModel
 from lite3r_plugin.bench.models import build, make_images
 from lite3r_plugin.bench.records import machine
@@ -62,6 +65,12 @@ class Side:
                 return model.run(self.module, images)
 
         return call
+
+    def how(self) -> tuple[str, bool]:
+        """How it ran, in the words of `lite3r bench`, and whether blocks were compiled if they were to be."""
+        site = next(iter(lite3r_modules(self.module).values()), None)
+        fast = None if site is None else fast_of(site.state)
+        return ("eager", True) if fast is None else (fast.ran, fast.not_compiled is None)
 
 
 def made(name: str, model: BenchModel, options: dict[str, Any], device: torch.device) -> Side:
@@ -106,10 +115,12 @@ def row(pair: str, ours: Side, theirs: Side, model: BenchModel, images: torch.Te
     mine, others = in_turns(calls[0], calls[1], device, runs)
     ratios = [a / b for a, b in zip(mine, others, strict=True)]
     ratio = statistics.median(ratios)
+    (ran, as_told), (ran_against, against_as_told) = ours.how(), theirs.how()
     return {
         "pair": pair, "against": theirs.variant.name, "line": ours.line, "line_against": theirs.line, "ms": statistics.median(mine),
         "ms_against": statistics.median(others), "ratio": ratio, "ratio_min": min(ratios), "ratio_max": max(ratios), "runs": runs,
-        "bound_by": bound, "allowed": ALLOWED[bound], "ok": ratio <= ALLOWED[bound],
+        "bound_by": bound, "allowed": ALLOWED[bound], "ran": ran, "ran_against": ran_against,
+        "ok": as_told and against_as_told and ratio <= ALLOWED[bound],
     }  # fmt: skip
 
 

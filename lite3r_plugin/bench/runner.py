@@ -221,8 +221,7 @@ class Bench:
             candidate.peak_bytes, candidate.reserved_bytes = peaks
         candidate.prepare_s = seconds
         candidate.notes = {"difference_to_eager": difference, "whole_model": fast.report()}
-        compiled = bool(fast.blocks) and fast.not_compiled is None
-        return " ".join(["compiled"] * compiled + ["graph"] * recorded) or "eager", candidate
+        return fast.ran, candidate
 
     def _options_of(self, variant: Variant) -> dict[str, Any]:
         """The options, and where the preset is what is to be left out of it."""

@@ -185,6 +185,12 @@ class FastForward(RewrittenMethod):
 
     # What it says of itself
 
+    @property
+    def ran(self) -> str:
+        """How forwards ran: ``"compiled graph"``, of which either may be missing, or ``"eager"``."""
+        compiled = bool(self.blocks) and self.not_compiled is None
+        return " ".join(["compiled"] * compiled + ["graph"] * bool(self.graphs)) or "eager"
+
     def report(self) -> list[str]:
         """What each part does, and why something is left out, in lines."""
         lines = []

@@ -423,6 +423,7 @@ def test_pairs_run_in_turns_and_are_judged(tmp_path: Path) -> None:
     for row in report["rows"]:
         assert row["ratio_min"] <= row["ratio"] <= row["ratio_max"]
         assert row["ok"] == (row["ratio"] <= 1.03)
+        assert (row["ran"], row["ran_against"]) == ("eager", "eager")
     assert report["rows"][0]["line"] == "apply_lite3r(model, compile_blocks=False, keep_ratio=0.3)"
     assert report["rows"][0]["line_against"] is None
 
@@ -448,7 +449,8 @@ def test_the_benchmark_of_many_views(tmp_path: Path) -> None:
     assert report["fit"] is None  # of a CPU no memory is told
     assert "precision='fp8'" in report["line"]
     peaks = [{"views": views, "peak_bytes": 100 + 10 * views} for views in (4, 2)]
-    assert many_views.fit([*peaks, {"views": 9, "error": "out of memory"}], 200) == 10
+    assert many_views.fit([*peaks, {"views": 11, "error": "out of memory"}], 200) == 10
+    assert many_views.fit([*peaks, {"views": 9, "error": "out of memory"}], 200) is None
 
 
 def test_the_benchmark_of_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -197,7 +197,7 @@ def test_ratios_that_were_chosen_are_compared_on_the_same_scenes(picture: Module
     chosen(tmp_path)
     speed(tmp_path, 0.25, 100.0)
     alone = {name: {"percent": [x, x - 0.1, x + 0.1], "dense": 50.0} for name, x in (("auc30", -0.2), ("abs_rel", 0.3))}
-    store(tmp_path, "h200_testbed_fp8.json", alone | {"conditions": {"views": 8, "weights_sha256": "other"}})
+    store(tmp_path, picture.FP8_FILE, {"groups": {"the default": alone}, "conditions": {"views": 8, "weights_sha256": "other"}})
     words = " ".join(picture.section(picture.Stored(tmp_path)).split())
     assert "its gain is that of the same ratio at all sites" in words
     assert "higher than with one ratio for all by 2.50 [2.30, 2.70] points (keep_ratio 0.25, 16 views)." in words
