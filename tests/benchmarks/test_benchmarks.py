@@ -428,6 +428,26 @@ def test_pairs_run_in_turns_and_are_judged(tmp_path: Path) -> None:
     assert report["rows"][0]["line_against"] is None
 
 
+@pytest.mark.slow
+def test_a_pair_of_which_one_did_not_run_compiled_that_was_to_is_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    import never_slower
+
+    from lite3r_plugin.adapter.plugins import find_model
+    from lite3r_plugin.apply.lookup import lite3r_modules
+    from lite3r_plugin.apply.swap import fast_of
+    from lite3r_plugin.bench.models import BenchModel, make_images
+
+    monkeypatch.setattr(never_slower, "ALLOWED", {"gpu": 1e9})
+    model, device, options = BenchModel.of(find_model("testbed")), torch.device("cpu"), {"keep_ratio": 0.3, "compile_blocks": False}
+    ours, theirs = (never_slower.made(name, model, options, device) for name in never_slower.PAIRS["preset"])
+    images = make_images(1, 16, device, seed=0)
+    assert never_slower.row("preset", ours, theirs, model, images, 1)["ok"]
+    fast = fast_of(next(iter(lite3r_modules(theirs.module).values())).state)
+    assert fast is not None
+    fast.not_compiled = "blocks of one class are more than 32 cases to the compiler"
+    assert not never_slower.row("preset", ours, theirs, model, images, 1)["ok"]
+
+
 def test_the_two_of_a_pair_run_alternately() -> None:
     import never_slower
 
