@@ -3,7 +3,7 @@
     python benchmarks/memory_fp8.py --model vggt --views 2,8,32 --json benchmarks/results/h100_fp8_memory.json
 
 What is compared are variants of `lite3r bench`, run eagerly with ``weights="bf16_everywhere"``: `strong` and
-`lite3r-strong`, and `lite3r-fp8` with all blocks in FP8, those at the ends too. The weights are random, which changes
+`lite3r-strong`, and `lite3r-fp8` with all Linears of the blocks in FP8. The weights are random, which changes
 no size. The model that is loaded has no weights before (it is on the meta device), so what loading allocates is the
 weights and whatever is made on the way. The file is written anew after every number. Exits with 1 when the blocks take
 more than 0.52 of their BF16 bytes, loading takes more than 1.05 of what the model then holds, `describe` tells another

@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument(
         "--groups", nargs="*", choices=GROUPS, help="measure these in FP8 by themselves; without names all that are no filters"
     )
-    parser.add_argument("--camera", action="store_true", help="measure weights of the camera head in BF16, too")
+    parser.add_argument("--camera", action="store_true", help="measure weights of the camera head in BF16")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     usual = [] if args.camera else [DEFAULT]

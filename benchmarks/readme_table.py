@@ -89,7 +89,7 @@ def kernels(report: dict[str, Any]) -> str:
     lines = [(kind, *(f"{row['kinds'].get(kind, 0.0):.1f}" for row in rows)) for kind in kinds]
     lines.append(("between kernels", *(f"{max(0.0, row['whole_ms'] - row['kernels_ms']):.1f}" for row in rows)))
     size = f"{report['resolution']} × {report['resolution']} pixels"
-    others = sorted({f", {names[row['variant']]} {row['commit']}" for row in rows if "commit" in row})  # of another run
+    others = sorted({f" (*{names[row['variant']]}*: {row['commit']})" for row in rows if "commit" in row})  # of another run
     return _table(("ms", *(f"{names[row['variant']]}, {row['views']} views" for row in rows)), lines) + _note(
         f"{report['model']}, {size}, `keep_ratio=0.1`, on one {report['device']}, torch {report['torch']}, triton {report['triton']}, "
         f"{report['date'][:10]}, commit {report['commit'][:7]}{''.join(others)}; one forward under `torch.profiler`, what is between "
@@ -291,7 +291,7 @@ def fp8_quality(report: dict[str, Any]) -> str:
     rows = []
     for name, title in names.items():
         measure = report["groups"]["the default"][name]
-        values = (f"{measure[kind]:.4g}" for kind in ("dense", "fp8"))
+        values = (f"{measure[kind]:#.4g}" for kind in ("dense", "fp8"))
         rows.append((title, f"{measure['scenes']:,}", *values, in_percent(measure)))
     c = report["conditions"]
     note = (

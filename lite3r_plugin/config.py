@@ -177,10 +177,10 @@ class Lite3RConfig:
             speed), ``"emulated"`` (anywhere, slow), or ``"auto"``: the fastest that can run. With ``"fp8_qat"`` and
             ``"te"``, `proj_lin` trains in TransformerEngine where that can run.
         fp8_filter: Which of those Linears FP8 takes: patterns of fully qualified names in the model that is given to `apply_lite3r`,
-            one of which must match; ``"inner"``: of each list of four or more blocks all but those of the first and the last block and
-            but the output projections of attention, which cost most of the quality; or a function ``(module, fqn) -> bool``, as torchao's
-            ``module_filter_fn``, which chooses once, in `apply_lite3r`: the configuration of the model holds the names that it chose. Of
-            a Linear with several names, one is enough.
+            one of which must match; ``"inner"``: of lists of four or more blocks all but those of the first and the last block and the
+            output projections of attention, which together cost most of the quality, and shorter lists whole; or a function
+            ``(module, fqn) -> bool``, as torchao's ``module_filter_fn``, which chooses once, in `apply_lite3r`: the configuration of the
+            model holds the names that it chose. Of a Linear with several names, one is enough.
         preset: ``"fast"``: the fields below as they make a model fastest; each may be set besides. ``"small"``: for cards of 8 to 12 GB:
             weights in BF16, no recorded forward beside the running one, and memory planned for what the device has, if ``max_memory``
             says nothing else. None: none of them.

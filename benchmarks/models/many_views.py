@@ -33,7 +33,7 @@ from lite3r_plugin.runtime.device import memory_of, peak, release_memory, synchr
 def fit(rows: list[dict[str, Any]], memory: int | None) -> int | None:
     """The number of views whose peak would be `memory`, by a line through the first and the last of `rows`.
 
-    None where that is known to be wrong, as memory ran out with no more views.
+    None where that is known to be wrong, since memory ran out with as many views or fewer.
     """
     done = sorted((row["views"], row["peak_bytes"]) for row in rows if row.get("peak_bytes"))
     if memory is None or len(done) < 2:

@@ -7,7 +7,7 @@ ratio of each run to its neighbour's counts: clocks and temperature are the same
 the preset against the variant `strong` of `lite3r bench`; and with ``--pairs filter`` what FP8 takes with what it leaves in full precision
 by default against FP8 of all Linears of the blocks. The GPU bounds where it needs longer than Python takes to launch, measured on
 the model that is the baseline. The file is written anew after every row. Exits with 1 where a median ratio is worse than what is allowed,
-or where one of a pair did not run compiled that was to: `ran` and `ran_against` say how both did.
+or where one that was to run compiled did not: `ran` and `ran_against` say how both did.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from .linear import Fp8Linear
 from .qat import FakeQuantLinear
 
 LEAST = 4
-"""Blocks of a list of which the first and the last are told apart from the others."""
+"""Blocks of a list of which the first and the last, and output projections, are told apart from the others."""
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 

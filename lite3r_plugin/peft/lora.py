@@ -133,7 +133,7 @@ def merge_lora(model: Model) -> Model:
 
     From then on the dense model, that of `lite3r_disabled` too, is another one.
     Linears that round to FP8 in training compute the same as before, bit for bit; the others, by default those of the first and last
-    blocks, up to rounding. An error or an interruption leaves the model as it was.
+    blocks and output projections, up to rounding. An error or an interruption leaves the model as it was.
 
     Returns:
         The same model.

@@ -16,7 +16,7 @@ from ..errors import short
 from ..fp8.block import Fp8Block
 from ..wrapper import Changes, host_of
 
-RECOMPILE_LIMIT = 32  # for a class, over all models of the process: a teacher beside its student was more than 16
+RECOMPILE_LIMIT = 32  # for a class, over all models of the process: a teacher beside its student needed more than 16
 NONE_THERE = "the model has no list of blocks that are all of one class"
 
 
