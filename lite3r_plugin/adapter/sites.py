@@ -158,6 +158,7 @@ class Routed:
         num_heads: H, which may be found out only from a forward: then None.
         same_tokens: The queries are of the same tokens as the keys and values, although they come from different
             arguments of the host's forward. Where that is not said, such a call is taken for cross-attention and runs dense.
+        out: The output Linear, a descendant of the attention module, which FP8 leaves by default; None: it is found by its name.
 
     Examples:
         >>> site = AttentionSite("blocks.0.attn", "global", head_dim=64, projections=Routed())
@@ -165,6 +166,7 @@ class Routed:
 
     num_heads: int | None = None
     same_tokens: bool = False
+    out: str | None = None
 
 
 Projections = FusedQKV | SeparateQKV | Routed

@@ -346,7 +346,7 @@ def _choose(
 
 
 def _routed(site: AttentionSite) -> AttentionSite:
-    return dataclasses.replace(site, projections=Routed(site.projections.num_heads))
+    return dataclasses.replace(site, projections=Routed(site.projections.num_heads, out=site.projections.out))
 
 
 def _why_nothing(found: Inventory, chosen: _Choice) -> str:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from torch import nn
 
-from ..adapter.sites import AttentionSite, Routed
-from ..config import INNER, Lite3RConfig
+from ..adapter.sites import AttentionSite
+from ..config import INNER, Lite3RConfig, plain_name
 from ..wrapper import around_and_itself, belongs_to_tuner, is_tuner_layer, tuner_around, was_exchanged
 from .linear import Fp8Linear
 from .qat import FakeQuantLinear
 
 LEAST = 4
 """Blocks of a list of which the first and the last, and output projections, are told apart from the others."""
+
+_OUTPUT = re.compile(r"(attn_)?(o|out|output)(_proj|_lin|_linear)?|proj(ection|_out)?|to_out|c_proj|dense|wo")
+"""What attention calls its output projection, or what that is in, where its adapter does not say."""
+
+_INPUT = re.compile(r"(q|k|v|kv|qkv|in)(_proj|_lin|_linear)?|(to_|w)(q|k|v|kv|qkv)|query|key|value|query_key_value|c_attn")
+"""And what makes queries, keys and values."""
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
@@ -133,19 +140,39 @@ def find_linears(
                 found.setdefault(module, []).extend(f"{own}.{inside}".strip(".") for inside in insides)
                 if own in inner:
                     (innermost if inner[own] else whole).add(module)
-    taken = whole | innermost - _output_projections(found, sites)
+    taken = whole | innermost - _output_projections(found, sites, {plain_name(own) for names in blocks.values() for own in names})
     return [BlockLinear(module, tuple(dict.fromkeys(names)), tuners[module], module in taken) for module, names in found.items()]
 
 
-def _output_projections(found: Mapping[nn.Module, Sequence[str]], sites: Iterable[AttentionSite]) -> set[nn.Module]:
-    """Of Linears by their names the one that ends each attention: that which the adapter names, else, of several inside, the last."""
-    named = {site.fqn: None if isinstance(site.projections, Routed) else f"{site.fqn}.{site.projections.out}" for site in sites}
-    inside: dict[str, dict[nn.Module, Sequence[str]]] = {}
-    for module, names in found.items():
-        for fqn in {outer for name in names for outer in around_and_itself(name) if outer in named}:
-            inside.setdefault(fqn, {})[module] = names
-    outputs = {module for fqn, linears in inside.items() for module, names in linears.items() if named[fqn] in names}
-    return outputs | {list(linears)[-1] for linears in inside.values() if len(linears) > 1 and outputs.isdisjoint(linears)}
+def _output_projections(found: Mapping[nn.Module, Sequence[str]], sites: Iterable[AttentionSite], blocks: Set[str]) -> set[nn.Module]:
+    """Of Linears by their names those that end the attention of a site.
+
+    They are what the adapter says; else what has the name of one in the attention module, or beside it in a module inside of the block;
+    else the last of several in the attention module, if that is not the block and it is none of those that make q, k and v.
+    """
+    places = {plain_name(name): module for module, names in found.items() for name in names}
+    outputs: set[nn.Module] = set()
+    for site in sites:
+        fqn, out = plain_name(site.fqn), site.projections.out
+        inside = _below(places, fqn)
+        if out is not None:
+            outputs |= {module for place, module in inside.items() if _inside(place, out)}
+            continue
+        named = [module for place, module in inside.items() if _OUTPUT.fullmatch(place.split(".")[0])]
+        around = _parent(fqn)
+        if not named and any(_inside(around, block) and around != block for block in blocks):
+            beside = _below(places, around).items()
+            named = [x for place, x in beside if not _inside(f"{around}.{place}", fqn) and _OUTPUT.fullmatch(place.split(".")[0])]
+        if not named and fqn not in blocks and len(inside) > 1:
+            place, last = list(inside.items())[-1]
+            named = [] if _INPUT.fullmatch(place.split(".")[0]) else [last]
+        outputs.update(named[-1:])
+    return outputs
+
+
+def _below(places: Mapping[str, nn.Module], fqn: str) -> dict[str, nn.Module]:
+    """What is inside of the module `fqn`, by its place there."""
+    return {place[len(fqn) + 1 :]: module for place, module in places.items() if place.startswith(f"{fqn}.")}
 
 
 def _around(modules: Mapping[str, nn.Module], fqn: str, single: Callable[[str], bool]) -> str:

@@ -152,6 +152,19 @@ def test_output_projections_are_found() -> None:
     assert taken(Attention, lambda model: peft.get_peft_model(model, lora)) == ["qkv.base_layer"]
 
 
+def test_which_projections_are_left_does_not_change_with_what_is_put_around_them(tmp_path: Path) -> None:
+    """Also where it is not the last Linear, and where a trial of projections failed."""
+    for options in ({}, {"fuse": False}):
+        model = apply_lite3r(Toy(depth=4, make=ProjectionFirst).eval(), **SPARSE, precision="fp8_qat", **options)
+        for block in (*model.frame, *model.cross):
+            block.proj = torch.compile(block.proj, backend="eager")
+        trained = names_of(model, FakeQuantLinear)
+        assert trained == [f"{name}.{i}.qkv" for name in ("frame", "cross") for i in (1, 2)]
+        assert names_of(convert(model), Fp8Linear) == trained
+        save_lite3r(model, tmp_path / str(len(options)))
+        assert names_of(load_lite3r(Toy(depth=4, make=ProjectionFirst).eval(), tmp_path / str(len(options))), Fp8Linear) == trained
+
+
 def test_inner_takes_short_lists_and_single_blocks_whole() -> None:
     model = apply_lite3r(Toy(), **SPARSE, precision="fp8")
     assert describe(model).linears == {"in FP8 (emulated)": 8}

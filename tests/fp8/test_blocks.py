@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from torch import nn
 from toys import Adapter, Attention, Toy, toy_adapter
@@ -149,3 +151,44 @@ def test_a_block_that_is_not_as_described(adapter: Adapter, block: PreNormBlock,
     with pytest.raises(AdapterError, match=f"site 'cross.0.attn': the block .* is not as described: .*{reason}"):
         apply_lite3r(model)
     assert not lite3r_modules(model)
+
+
+def linear() -> nn.Linear:
+    return nn.Linear(4, 4)
+
+
+def qkv(*more: str) -> Named:
+    return Named(**{name: linear() for name in ("query", "key", "value", *more)})
+
+
+@pytest.mark.parametrize(
+    ("make", "site", "out", "left"),
+    [
+        (lambda: Named(attn=qkv("dense")), "attn", None, ["attn.dense"]),
+        (lambda: Named(attn=Named(proj=linear(), qkv=linear())), "attn", None, ["attn.proj"]),
+        (lambda: Named(attn=Named(qkv=linear(), proj=linear(), gate=linear())), "attn", None, ["attn.proj"]),
+        (lambda: Named(attn=Named(qkv=linear(), to_out=nn.Sequential(linear(), nn.Dropout()))), "attn", None, ["attn.to_out.0"]),
+        (lambda: Named(attn=Named(out_proj=linear())), "attn", None, ["attn.out_proj"]),
+        (lambda: Named(a=Named(attention=qkv(), output=Named(dense=linear()))), "a.attention", None, ["a.output.dense"]),
+        (lambda: Named(attention=qkv(), output=Named(dense=linear())), "attention", None, []),  # that of the MLP
+        (lambda: Named(attn=Named(mix=linear(), back=linear())), "attn", None, ["attn.back"]),
+        (lambda: Named(attn=Named(mix=linear())), "attn", None, []),
+        (lambda: Named(attn=Named(back=linear(), mix=linear(), proj=linear())), "attn", "back", ["attn.back"]),
+        (lambda: Named(a=Named(_orig_mod=Named(back=linear(), mix=linear()))), "a", "back", ["a._orig_mod.back"]),
+        (lambda: Named(in_proj=linear(), attn_out_proj=linear(), mlp_out_proj=linear()), "", None, ["attn_out_proj"]),
+        (lambda: Named(mix=linear(), last=linear()), "", None, []),
+    ],
+)  # fmt: skip
+def test_inner_leaves_output_projections(make: Callable[[], nn.Module], site: str, out: str | None, left: list[str]) -> None:
+    model = Named(blocks=nn.ModuleList(make() for _ in range(4)))
+    sites = [AttentionSite(f"blocks.{i}.{site}".strip("."), "global", 4, Routed(out=out)) for i in range(4)]
+    linears = find_linears(dict(model.named_modules()), {f"blocks.{i}": [f"blocks.{i}"] for i in range(4)}, sites)
+    inner = [x for x in linears if x.names[0].startswith(("blocks.1.", "blocks.2."))]
+    assert [x.names[0] for x in inner if not x.inner] == [f"blocks.{i}.{name}" for i in (1, 2) for name in left]
+    assert not any(x.inner for x in linears if x not in inner)
+
+
+def test_an_output_projection_that_is_not_there(adapter: Adapter) -> None:
+    adapter.answer = lambda model: [AttentionSite("cross.0", "global", 16, Routed(2, out="output"))]
+    with pytest.raises(AdapterError, match=r"site 'cross\.0': Attention has no module 'output'; correct the adapter's projections"):
+        apply_lite3r(Toy())

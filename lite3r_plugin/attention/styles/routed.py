@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ...adapter.sites import AttentionSite, Routed
-from ...errors import UnsupportedAttentionError
+from ...errors import AdapterError, UnsupportedAttentionError
 from ..inputs import AttentionInputs
 from .base import ProjectionStyle, SiteModule
 
@@ -20,7 +20,7 @@ class RoutedStyle(ProjectionStyle):
     """The style of `Routed`.
 
     Attributes:
-        same_tokens: As in `Routed`.
+        out, same_tokens: As in `Routed`.
         crossed: Whether keys and values are of other tokens than queries, which the site knows.
         sees_views: Whether a sequence may be of several views, so that a mask may be frame-causal.
         attended_to_itself: Whether a call with several arguments was seen to be no cross-attention, which a compiler cannot see.
@@ -28,10 +28,16 @@ class RoutedStyle(ProjectionStyle):
 
     def __init__(self, site: AttentionSite, host: nn.Module, spec: Routed) -> None:
         super().__init__(site, host)
+        self.out = spec.out
         self.same_tokens = spec.same_tokens
         self.crossed = site.keys is not None
         self.sees_views = site.scope == "global" and site.tokens is not None
         self.attended_to_itself = False
+
+    def check(self, host: nn.Module) -> None:
+        if self.out is not None and not any(name == self.out for name, _ in host.named_modules()):
+            name = type(host).__name__
+            raise AdapterError(f"site {self.site.fqn!r}: {name} has no module {self.out!r}; correct the adapter's projections")
 
     def run(self, module: SiteModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The host's forward with sparse-linear attention.
