@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,13 @@ from typing import Any
 import peft
 import pytest
 import torch
+import torch.nn.functional as F
 from checkpoints import edit
 from interruptions import Full, full_after
-from torch import nn
-from toys import Adapter, Attention, Separate, Toy, images, toy_adapter
+from torch import Tensor, nn
+from toys import Adapter, Attention, Separate, Toy, images, sites, toy_adapter
 
-from lite3r_plugin import Lite3RConfig, apply_lite3r, convert, describe, load_lite3r, remove_lite3r, save_lite3r
+from lite3r_plugin import Lite3RConfig, SeparateQKV, apply_lite3r, convert, describe, load_lite3r, remove_lite3r, save_lite3r
 from lite3r_plugin.apply.lookup import lite3r_modules
 from lite3r_plugin.errors import CheckpointError, ConfigError, NoSitesError, WeightsError
 from lite3r_plugin.fp8.blocks import inner_blocks
@@ -150,6 +152,26 @@ def test_output_projections_are_found() -> None:
     assert taken(Separate) == ["q_proj", "k_proj", "v_proj"]
     lora = peft.LoraConfig(target_modules=["qkv", "proj"], r=2)
     assert taken(Attention, lambda model: peft.get_peft_model(model, lora)) == ["qkv.base_layer"]
+
+
+class Mixed(Separate):
+    """Does more than what is said of it, so that its own forward runs."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__(dim, num_heads)
+        self.mix, self.last = self._modules.pop("out_proj"), nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
+        return self.last(self.mix(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)))
+
+
+def test_a_projection_that_an_adapter_names_is_left_where_the_trial_failed(adapter: Adapter) -> None:
+    adapter.answer = lambda model: [dataclasses.replace(site, projections=SeparateQKV(2, out="mix")) for site in sites(model)]
+    model = apply_lite3r(Toy(depth=4, make=Mixed).eval(), **SPARSE, precision="fp8_qat")
+    assert list(next(iter(lite3r_modules(model).values())).state.routed) == ["cross.0", "cross.1", "cross.2", "cross.3"]
+    taken = [name.removeprefix("cross.1.") for name in names_of(model, FakeQuantLinear) if name.startswith("cross.1.")]
+    assert taken == ["q_proj", "k_proj", "v_proj", "last"]
 
 
 def test_which_projections_are_left_does_not_change_with_what_is_put_around_them(tmp_path: Path) -> None:
