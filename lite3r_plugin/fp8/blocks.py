@@ -158,16 +158,20 @@ def _output_projections(found: Mapping[nn.Module, Sequence[str]], sites: Iterabl
         if out is not None:
             outputs |= {module for place, module in inside.items() if _inside(place, out)}
             continue
-        named = [module for place, module in inside.items() if _OUTPUT.fullmatch(place.split(".")[0])]
+        candidates = {place: module for place, module in inside.items() if _OUTPUT.fullmatch(_child(place))}
         around = _parent(fqn)
-        if not named and any(_inside(around, block) and around != block for block in blocks):
+        if not candidates and any(_inside(around, block) and around != block for block in blocks):
             beside = _below(places, around).items()
-            named = [x for place, x in beside if not _inside(f"{around}.{place}", fqn) and _OUTPUT.fullmatch(place.split(".")[0])]
-        if not named and fqn not in blocks and len(inside) > 1:
-            place, last = list(inside.items())[-1]
-            named = [] if _INPUT.fullmatch(place.split(".")[0]) else [last]
-        outputs.update(named[-1:])
+            candidates = {place: x for place, x in beside if not _inside(f"{around}.{place}", fqn) and _OUTPUT.fullmatch(_child(place))}
+        if not candidates and fqn not in blocks and len(inside) > 1 and not _INPUT.fullmatch(_child(list(inside)[-1])):
+            candidates = inside
+        last = _child(list(candidates)[-1]) if candidates else None
+        outputs |= {module for place, module in candidates.items() if _child(place) == last}  # an adapter may hold copies of it
     return outputs
+
+
+def _child(place: str) -> str:
+    return place.partition(".")[0]
 
 
 def _below(places: Mapping[str, nn.Module], fqn: str) -> dict[str, nn.Module]:

@@ -169,6 +169,8 @@ def qkv(*more: str) -> Named:
         (lambda: Named(attn=Named(qkv=linear(), proj=linear(), gate=linear())), "attn", None, ["attn.proj"]),
         (lambda: Named(attn=Named(qkv=linear(), to_out=nn.Sequential(linear(), nn.Dropout()))), "attn", None, ["attn.to_out.0"]),
         (lambda: Named(attn=Named(out_proj=linear())), "attn", None, ["attn.out_proj"]),
+        (lambda: Named(attn=Named(qkv=linear(), proj=Named(a=linear(), b=linear()))), "attn", None, ["attn.proj.a", "attn.proj.b"]),
+        (lambda: Named(attn=Named(mix=linear(), v_proj=linear())), "attn", None, []),
         (lambda: Named(a=Named(attention=qkv(), output=Named(dense=linear()))), "a.attention", None, ["a.output.dense"]),
         (lambda: Named(attention=qkv(), output=Named(dense=linear())), "attention", None, []),  # that of the MLP
         (lambda: Named(attn=Named(mix=linear(), back=linear())), "attn", None, ["attn.back"]),
