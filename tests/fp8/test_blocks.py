@@ -192,5 +192,5 @@ def test_inner_leaves_output_projections(make: Callable[[], nn.Module], site: st
 
 def test_an_output_projection_that_is_not_there(adapter: Adapter) -> None:
     adapter.answer = lambda model: [AttentionSite("cross.0", "global", 16, Routed(2, out="output"))]
-    with pytest.raises(AdapterError, match=r"site 'cross\.0': Attention has no module 'output'; correct the adapter's projections"):
+    with pytest.raises(AdapterError, match=r"site 'cross\.0': Attention has no child 'output'; correct the adapter's projections"):
         apply_lite3r(Toy())

@@ -120,3 +120,13 @@ class ProjectionStyle(abc.ABC):
     def takes_fp8(self, child: Callable[[str], Any]) -> bool:
         """Whether the site's input may be in FP8 already: nothing but FP8 Linears reads it. `child` as in `SiteModule`."""
         return False
+
+
+def child_of(host: nn.Module, name: str, fqn: str) -> nn.Module:
+    """The child, or descendant, `name` of the attention module `host` of the site `fqn`. Raises `AdapterError` where there is none."""
+    child: Any = host
+    for part in name.split("."):
+        child = getattr(child, part, None)
+    if not isinstance(child, nn.Module):
+        raise AdapterError(f"site {fqn!r}: {type(host).__name__} has no child {name!r}; correct the adapter's projections")
+    return child

@@ -17,7 +17,7 @@ from ...fp8.linear import Fp8Linear
 from ...ops.qk_norm_rope import HeadNorm
 from ...wrapper import asked_for, by_name, may_be_read
 from ..inputs import AttentionInputs
-from .base import ProjectionStyle, SiteModule
+from .base import ProjectionStyle, SiteModule, child_of
 from .parts import splits
 
 PARTS = ("positions", "mask", "key", "value", "key_positions")
@@ -114,7 +114,7 @@ class ProjectedStyle(ProjectionStyle):
         self._check_size(host, spec.out, "in_features", width)
         for name in (spec.q_norm, spec.k_norm, spec.out_drop, spec.attn_drop):
             if name is not None:
-                _child(host, name, fqn)
+                child_of(host, name, fqn)
         names = [*self.names.values(), *([] if self.cache is None else (self.cache.past, self.cache.wanted))]
         if unknown := [name for name in names if name is not None and name not in self.argument_names]:
             raise AdapterError(f"site {fqn!r}: the host's forward has no argument {unknown[0]!r}")
@@ -240,7 +240,7 @@ class ProjectedStyle(ProjectionStyle):
         return result, f"it is given {', '.join(refused)}" if refused else None
 
     def _check_size(self, host: nn.Module, name: str, what: str, expected: int) -> None:
-        found = getattr(_child(host, name, self.site.fqn), what, None)
+        found = getattr(child_of(host, name, self.site.fqn), what, None)
         if found is not None and found != expected:
             raise AdapterError(
                 f"site {self.site.fqn!r}: {name}.{what} is {found}, but {self.shape[0]} heads of {self.shape[1]} need {expected}; "
@@ -264,10 +264,3 @@ def _norm(module: SiteModule, name: str | None, x: Tensor) -> tuple[Tensor, Head
         return x, None
     known = head_norm(norm, x.shape[-1]) if may_be_read(norm) else None
     return (x, known) if known is not None else (norm(x), None)
-
-
-def _child(host: nn.Module, name: str, fqn: str) -> nn.Module:
-    child = getattr(host, name, None)
-    if not isinstance(child, nn.Module):
-        raise AdapterError(f"site {fqn!r}: {type(host).__name__} has no child {name!r}; correct the adapter's projections")
-    return child

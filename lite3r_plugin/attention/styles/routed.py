@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ...adapter.sites import AttentionSite, Routed
-from ...errors import AdapterError, UnsupportedAttentionError
+from ...errors import UnsupportedAttentionError
 from ..inputs import AttentionInputs
-from .base import ProjectionStyle, SiteModule
+from .base import ProjectionStyle, SiteModule, child_of
 
 
 class RoutedStyle(ProjectionStyle):
@@ -35,9 +35,8 @@ class RoutedStyle(ProjectionStyle):
         self.attended_to_itself = False
 
     def check(self, host: nn.Module) -> None:
-        if self.out is not None and not any(name == self.out for name, _ in host.named_modules()):
-            name = type(host).__name__
-            raise AdapterError(f"site {self.site.fqn!r}: {name} has no module {self.out!r}; correct the adapter's projections")
+        if self.out is not None:
+            child_of(host, self.out, self.site.fqn)
 
     def run(self, module: SiteModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The host's forward with sparse-linear attention.
