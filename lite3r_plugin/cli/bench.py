@@ -46,6 +46,9 @@ def bench(
     device: Device = "auto",
     compile_: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the blocks where the preset is.")] = True,
     graphs: Annotated[bool, typer.Option(help="Record CUDA graphs where the preset is.")] = True,
+    fill_branch: Annotated[
+        bool, typer.Option("--fill-branch", help="Measure the linear branch as after calibration; before, it is zero and takes no time.")
+    ] = False,
     repeats: Repeats = 5,
     time_budget: Annotated[float | None, typer.Option(help="Seconds after which no further cell is started.", show_default=False)] = None,
     commit: Annotated[
@@ -74,6 +77,7 @@ def bench(
         device=choose_device(device),
         compile=compile_,
         graphs=graphs,
+        fill_branch=fill_branch,
         repeats=repeats,
         time_budget=time_budget,
         peers={} if peers is None else chosen(peers, entry.name),

@@ -98,7 +98,7 @@ def _on_triton(arguments: Arguments, prepared: Prepared) -> tuple[Tensor, Tensor
     from .kernels.forward import forward
 
     operands = _operands(arguments, prepared, bits=arguments.block_means or arguments.linear == "marginal")
-    out, made = forward(operands, save_lse=arguments.return_lse)
+    out, made = forward(operands, save_lse=arguments.return_lse, infers=True)
     return out, natural_lse(arguments, made.lse) if arguments.return_lse else None
 
 

@@ -21,7 +21,7 @@ from lite3r_plugin.ops.sla.kernels import forward, linear, marginal, softmax
 INDEX_POINTERS = {
     "Order": "*i32", "Indices": "*i32", "AllIndices": "*i32", "Bits": "*i32", "Skipped": "*i32", "Failed": "*i32", "Positions": "*i64",
 }  # fmt: skip
-INDEX_POINTERS |= {"Kinds": "*i8", "Counts": "*i32", "LeftOut": "*i32"}
+INDEX_POINTERS |= {"Kinds": "*i8", "Counts": "*i32", "LeftOut": "*i32", "Used": "*i32"}
 FP32_POINTERS = {
     "QMean", "KMean", "VMean", "Scores", "State", "Total", "Totals", "OutTotals", "Mu", "Lse", "QW", "QB", "KW", "KB", "Proj",
 }  # fmt: skip
@@ -71,6 +71,7 @@ def variants() -> list[tuple[str, Any, str, dict[str, Any], dict[str, int]]]:
                     CENTRED=not save and not means, MEANS=means, ORDERED=True, SAVE_LSE=save, SAVE_LINEAR=save, FIXED=True, RETRY=False,
                     PRECISION=precision,
                 )  # fmt: skip
+                constants |= dict(Used=None) if save or constants["CENTRED"] else {}
                 options = forward.launch_options(128, 64, dim, torch_dtype)
                 constants |= {name: options.pop(name) for name in ("TILE_Q", "TILE_K")}
                 found.append(("sparse_linear", forward._sparse_linear_kernel, dtype, constants, options))
@@ -81,10 +82,12 @@ def variants() -> list[tuple[str, Any, str, dict[str, Any], dict[str, int]]]:
             ):  # fmt: skip
                 options = linear.state_options(torch_dtype, tiles)
                 constants = dict(D=dim, DP=padded, TILE=64, SOFTMAX=True, CENTRED=centred, FOLDED=folded, PRECISION=precision)
+                constants |= dict(Used=None) if centred else {}
                 found.append((label, linear._linear_state_kernel, dtype, constants, options))
+            found.append(("is_used", linear._is_used_kernel, dtype, dict(D=dim, DP=padded), dict(num_warps=4)))
             for transposed in (False, True):
                 options = marginal.sums_options(torch_dtype)
-                constants = dict(D=dim, TRANSPOSED=transposed, PRECISION=precision)
+                constants = dict(D=dim, TRANSPOSED=transposed, PRECISION=precision) | (dict(Used=None) if transposed else {})
                 constants |= {name: options.pop(name) for name in ("TILE_OUT", "TILE_IN", "TILE")}
                 found.append(("marginal_sums", marginal._marginal_sums_kernel, dtype, constants, options))
     for width in (32, 1024, 32768):

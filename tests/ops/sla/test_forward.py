@@ -114,6 +114,26 @@ def test_scores_far_above_the_reference(dtype: torch.dtype, bits: float) -> None
         assert_as_accurate(*run_both(q, k, v, order, 0, 0.5, branch, torch.eye(32, device=DEVICE)))
 
 
+@pytest.mark.parametrize(("linear", "dtype"), costly(("marginal", "all"), DTYPES), ids=str)
+def test_a_branch_is_not_computed_while_its_projection_is_zero(linear: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its states hold what was in their memory, NaNs in tests, and the output is that without a branch, to the bit."""
+    q, k, v = random_qkv(LENGTHS[-1], 32, dtype, batch=FEW)
+    order, proj = random_order(q.shape[-2]), torch.zeros(32, 32, device=DEVICE)
+    made = []
+    for module, name in ((forward, "linear_state"), (forward, "marginal_states")):
+        monkeypatch.setattr(module, name, lambda *args, own=getattr(module, name), **more: made.append(own(*args, **more)) or made[-1])
+
+    def run(linear: str) -> Tensor:
+        return run_both(q, k, v, order, 5, 0.2, (linear, "softmax", True), proj)[0]
+
+    assert torch.equal(run(linear), run("none"))
+    assert all(x.isnan().all() for x in made.pop())
+    for value in (1e-20, torch.nan):  # one number that is not zero will do
+        proj[31, 0] = value
+        run(linear)
+        assert not made.pop()[1].isnan().any()
+
+
 @pytest.mark.parametrize(
     ("sizes", "dtype", "transposed"),
     costly([(1, 1, 32), (3, 33, 80), (130, 31, 32), (37, 170 if GPU else 70, 64)], DTYPES, (False, True)),

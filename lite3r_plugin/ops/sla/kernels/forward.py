@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...launch import launch
 from ...sizes import power_of_2
-from .linear import LINEAR, LOG2_E, linear_state, phi, precision
+from .linear import LINEAR, LOG2_E, is_used, linear_state, phi, precision
 from .linear_pairs import pairs_of
 from .marginal import marginal_states
 from .operands import Operands
@@ -48,7 +48,7 @@ class Residuals(NamedTuple):
 # Sizes must not specialise the kernel: any number of views and any image size run the same binary.
 @triton.jit(do_not_specialize=["M", "N", "rows", "columns", "kept", "mean_rows", "words", "pinned"])
 def _sparse_linear_kernel(
-    Q, K, V, Indices, AllIndices, Bits, KMeans, VMeans, State, Total, Mu, Proj, Order, Out, Lse, Linear, Failed, Mask, Pairs,
+    Q, K, V, Indices, AllIndices, Bits, KMeans, VMeans, State, Total, Mu, Proj, Order, Out, Lse, Linear, Failed, Mask, Pairs, Used,
     M, N, padded, heads, rows, columns, kept, mean_rows, words, pinned, scale_log2,
     D: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
     LINEAR: tl.constexpr, SOFTMAX: tl.constexpr, CENTRED: tl.constexpr, MEANS: tl.constexpr, ORDERED: tl.constexpr,
@@ -75,6 +75,7 @@ def _sparse_linear_kernel(
         Failed                  [programs] i32: FIXED writes which tiles are to be retried, RETRY reads it
         Mask                    a `KernelMask`, or None: then Indices holds those of all query blocks, with kept for a stride alone
         Pairs                   `Pairs` of LINEAR == 1 with a Mask, centred if CENTRED; or None
+        Used                    [1] i32: where it is zero there is no branch; or None: there is one
 
     Sizes: M queries; N keys, `padded` with padding; `rows` query blocks, the first `pinned` of which attend to all of `columns` key
     blocks and the others to `kept`; `words` of 32 bits. Scores are multiplied by `scale_log2`, the scale times log2(e). DP is D up to a
@@ -134,7 +135,10 @@ def _sparse_linear_kernel(
         tl.store(Lse + head * rows * BLOCK_Q + n, top + tl.log2(weight))
     to = host_rows(places(Order, n, M, ORDERED), head, heads, M)
     inside = (n < M)[:, None] & live[None, :]
-    if LINEAR == 1 or (LINEAR == 2 and row >= pinned):
+    used = row >= pinned if LINEAR == 2 else LINEAR == 1
+    if LINEAR != 0 and Used is not None:
+        used &= tl.load(Used) != 0
+    if used:
         # Loaded again: kept in registers through the loops, it would push others out.
         features = phi(load_rows(queries, n, d, D).to(tl.float32), live[None, :], SOFTMAX, 1)
         both = live[:, None] & live[None, :]
@@ -208,10 +212,12 @@ def sparse_linear_attention(
         queries=tokens if queries is None else queries, tokens=tokens, pinned=pinned, scale=scale, linear=linear, feature_map=feature_map,
         block_q=block_q, block_k=block_k, mask=None,
     )  # fmt: skip
-    return forward(operands)[0]
+    return forward(operands, infers=True)[0]
 
 
-def forward(operands: Operands, *, save_lse: bool = False, save_linear: bool = False, mu: Tensor | None = None) -> tuple[Tensor, Residuals]:
+def forward(
+    operands: Operands, *, save_lse: bool = False, save_linear: bool = False, mu: Tensor | None = None, infers: bool = False
+) -> tuple[Tensor, Residuals]:
     """The output in host order, and what a backward pass needs.
 
     Args:
@@ -219,6 +225,7 @@ def forward(operands: Operands, *, save_lse: bool = False, save_linear: bool = F
         save_lse, save_linear: Which residuals to store.
         mu: ``[B * H, D]`` FP32, about the mean value of each head: states of query blocks are to be made of values less this, and
             returned. Only for the branch over marginal blocks.
+        infers: Of the residuals `lse` alone is wanted. A branch whose Proj is zero then takes no time.
 
     Returns:
         ``[B, H, M, D]`` in v's dtype, a view of ``[B, M, H, D]``, and the residuals.
@@ -239,15 +246,16 @@ def forward(operands: Operands, *, save_lse: bool = False, save_linear: bool = F
     state = total = None
     source: tuple[Tensor, Tensor] = nothing, nothing
     folded = None if save_linear or mu is not None else proj
+    used = is_used(proj) if infers and proj is not None and linear != "none" else None
     if linear == "all" and mask is None:
         assert proj is not None
-        state, total = linear_state(k, v, tokens, operands.feature_map, block_k)
+        state, total = linear_state(k, v, tokens, operands.feature_map, block_k, used)
         source = (state if folded is None else state @ folded.to(state.dtype).mT), total
     elif linear == "all" or (linear == "marginal" and marginal):
         source = marginal_states(
             k, v, operands.state_bits(), tokens=tokens, marginal=marginal, feature_map=operands.feature_map, block_k=block_k, mu=mu,
             proj=None if linear == "all" else folded,
-            scales=None if mask is None else mask.scales,
+            scales=None if mask is None else mask.scales, used=used,
         )  # fmt: skip
         if mu is not None:
             state, total = source
@@ -263,7 +271,7 @@ def forward(operands: Operands, *, save_lse: bool = False, save_linear: bool = F
     failed = torch.empty(programs, device=q.device, dtype=torch.int32) if fixed else nothing
     arguments = (
         q, k, v, operands.kv_indices, everything, nothing if means is None else bits, *(padded_mean or (nothing, nothing)), *source,
-        *(nothing if x is None else x for x in (mu, proj, order, out, lse, branch, failed)), mask, pairs,
+        *(nothing if x is None else x for x in (mu, proj, order, out, lse, branch, failed)), mask, pairs, used,
         queries, tokens, k.shape[2], heads, rows, columns, kept, mean_rows, words, pinned, operands.scale * LOG2_E.value,
     )  # fmt: skip
     constants = dict(

@@ -1,4 +1,8 @@
-"""The linear branch in Triton: its feature map, and its state over all tokens of a head or of each key block."""
+"""The linear branch in Triton: its feature map, and its state over all tokens of a head or of each key block.
+
+Proj is zero until it is calibrated or trained, and so is the branch then. Whether it is, is looked up on the GPU in every call: nothing
+waits for the answer, and a recorded graph sees weights that were changed since.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +29,27 @@ def phi(x, live, SOFTMAX: tl.constexpr, AXIS: tl.constexpr):
     return tl.where(live, tl.where(x > 0, x + 1.0, tl.exp2(tl.minimum(x, 0.0) * LOG2_E)), 0.0)
 
 
+@triton.jit
+def _is_used_kernel(Proj, Used, D: tl.constexpr, DP: tl.constexpr):
+    """Whether any number of Proj [D, D] is not zero, as 1 or 0 into Used [1] i32; one program."""
+    d = tl.arange(0, DP)
+    both = (d < D)[:, None] & (d < D)[None, :]
+    proj = tl.load(Proj + d[:, None] * D + d[None, :], mask=both, other=0.0)
+    tl.store(Used, tl.max(tl.max(tl.where(proj == 0, 0, 1), 1), 0))
+
+
+def is_used(proj: Tensor) -> Tensor:
+    """Whether a branch through `proj` ``[D, D]``, contiguous, can be other than zero: 1 or 0, ``[1]`` int32."""
+    used = torch.empty(1, device=proj.device, dtype=torch.int32)
+    dim = proj.shape[-1]
+    launch(_is_used_kernel, (1,), proj, used, D=dim, DP=power_of_2(dim), num_warps=4)
+    return used
+
+
 # Sizes must not specialise the kernels: any number of views and any image size run the same binary.
 @triton.jit(do_not_specialize=["N", "tiles_per_split"])
 def _linear_state_kernel(
-    K, V, Mu, Proj, State, Total, N, padded, tiles_per_split, scale,
+    K, V, Mu, Proj, State, Total, Used, N, padded, tiles_per_split, scale,
     D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr, SOFTMAX: tl.constexpr, CENTRED: tl.constexpr, FOLDED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -38,9 +59,13 @@ def _linear_state_kernel(
         Mu              [heads, D] FP32: the state is that of v - mu (CENTRED)
         Proj            [D, D]: the state goes through it (FOLDED)
         State, Total    [heads, splits, D, D] in any dtype and [heads, splits, D] FP32
+        Used            [1] i32: where it is zero nothing is written; or None
 
     All are contiguous. DP is D up to a power of two; SOFTMAX: the feature map is softmax, not elu + 1.
     """
+    if Used is not None:  # noqa: SIM102 (decided when it is compiled; what follows, on the GPU)
+        if tl.load(Used) == 0:
+            return
     split = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     d = tl.arange(0, DP)
@@ -69,8 +94,13 @@ def _linear_state_kernel(
     tl.store(Total + out * D + d, total, mask=live)
 
 
-def linear_state(k: Tensor, v: Tensor, tokens: int, feature_map: str, block_k: int = 64) -> tuple[Tensor, Tensor]:
-    """As `naive.linear_state` over the first `tokens` tokens of k, v ``[B, H, padded, D]``, both divided by `tokens`."""
+def linear_state(
+    k: Tensor, v: Tensor, tokens: int, feature_map: str, block_k: int = 64, used: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `naive.linear_state` over the first `tokens` tokens of k, v ``[B, H, padded, D]``, both divided by `tokens`.
+
+    Where `used` is zero, of `is_used`, what comes back is anything.
+    """
     batch, heads, _, dim = k.shape
     blocks = -(-tokens // block_k)
     splits = min(blocks, max(1, 1024 // (batch * heads)))
@@ -78,13 +108,14 @@ def linear_state(k: Tensor, v: Tensor, tokens: int, feature_map: str, block_k: i
     splits = -(-blocks // per_split)
     state = torch.empty(batch, heads, splits, dim, dim, device=k.device, dtype=torch.float32)
     total = torch.empty(batch, heads, splits, dim, device=k.device, dtype=torch.float32)
-    _launch(k, v, state, total, tokens, feature_map, block_k, per_split, 1 / tokens)
+    _launch(k, v, state, total, tokens, feature_map, block_k, per_split, 1 / tokens, used=used)
     return state.sum(2), total.sum(2)
 
 
 def block_states(
-    k: Tensor, v: Tensor, tokens: int, feature_map: str, block_k: int, *, mu: Tensor | None = None, proj: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    k: Tensor, v: Tensor, tokens: int, feature_map: str, block_k: int, *, mu: Tensor | None = None, proj: Tensor | None = None,
+    used: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The state of each key block, a sum over its tokens divided by `block_k`: that keeps it in the range of FP16.
 
     Args:
@@ -93,6 +124,7 @@ def block_states(
         feature_map, block_k: As in the naive twin.
         mu: ``[heads, D]`` FP32: the state is that of v - mu.
         proj: ``[D, D]``: the state goes through it.
+        used: Of `is_used`: where it is zero, what comes back is anything.
 
     Returns:
         ``[heads, blocks, D, D]`` in v's dtype and ``[heads, blocks, D]`` FP32.
@@ -101,20 +133,20 @@ def block_states(
     blocks = -(-tokens // block_k)
     state = torch.empty(heads, blocks, dim, dim, device=k.device, dtype=v.dtype)
     total = torch.empty(heads, blocks, dim, device=k.device, dtype=torch.float32)
-    _launch(k, v, state, total, tokens, feature_map, block_k, 1, 1 / block_k, mu, proj)
+    _launch(k, v, state, total, tokens, feature_map, block_k, 1, 1 / block_k, mu, proj, used)
     return state, total
 
 
 def _launch(
     k: Tensor, v: Tensor, state: Tensor, total: Tensor, tokens: int, feature_map: str, block_k: int, per_split: int, scale: float,
-    mu: Tensor | None = None, proj: Tensor | None = None,
+    mu: Tensor | None = None, proj: Tensor | None = None, used: Tensor | None = None,
 ) -> None:  # fmt: skip
     padded, dim = k.shape[-2:]
     tile = min(block_k, LARGEST_TILE)
     tiles = per_split * block_k // tile
     launch(
         _linear_state_kernel, (total.shape[-2], k.numel() // (padded * dim)),
-        k, v, k if mu is None else mu, k if proj is None else proj, state, total, tokens, padded, tiles, scale,
+        k, v, k if mu is None else mu, k if proj is None else proj, state, total, used, tokens, padded, tiles, scale,
         D=dim, DP=power_of_2(dim), TILE=tile, SOFTMAX=feature_map == "softmax",
         CENTRED=mu is not None, FOLDED=proj is not None, PRECISION=precision(k), **state_options(k.dtype, tiles),
     )  # fmt: skip

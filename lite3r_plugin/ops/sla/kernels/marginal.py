@@ -75,7 +75,7 @@ def _sum_tile(
 
 @triton.jit(do_not_specialize=["rows", "columns", "words"], do_not_specialize_on_alignment=["Bits"])
 def _marginal_sums_kernel(
-    Bits, States, Totals, OutStates, OutTotals, Scales, rows, columns, words, scale,
+    Bits, States, Totals, OutStates, OutTotals, Scales, Used, rows, columns, words, scale,
     D: tl.constexpr, TILE_OUT: tl.constexpr, TILE_IN: tl.constexpr, TILE: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sums of states and totals over marginal pairs, times `scale`; programs that share a slice of the states run side by side.
@@ -84,9 +84,13 @@ def _marginal_sums_kernel(
         States, Totals           [heads, columns, D, D] and [heads, columns, D] FP32; with TRANSPOSED, `rows` in place of `columns`
         OutStates, OutTotals     the same for `rows`; with TRANSPOSED, for `columns`
         Scales                   [rows] FP32: further factors of what is of a query block; or None
+        Used                     [1] i32: where it is zero nothing is written; or None
 
     All are contiguous. Programs are [tiles of TILE_OUT results, slices of TILE numbers of a state and of 32 of a total, heads].
     """
+    if Used is not None:  # noqa: SIM102 (decided when it is compiled; what follows, on the GPU)
+        if tl.load(Used) == 0:
+            return
     head = tl.program_id(2).to(tl.int64)
     tile = tl.program_id(1)
     tiles: tl.constexpr = (D * D + TILE - 1) // TILE
@@ -102,7 +106,7 @@ def _marginal_sums_kernel(
 
 def marginal_sums(
     bits: Tensor, states: Tensor, totals: Tensor, into: tuple[Tensor, Tensor], *, columns: int, scale: float, transposed: bool,
-    scales: Tensor | None = None,
+    scales: Tensor | None = None, used: Tensor | None = None,
 ) -> None:  # fmt: skip
     """`naive.over_marginal` of states and totals times `scale`, or with `transposed` the sums the other way round.
 
@@ -115,6 +119,7 @@ def marginal_sums(
         scale: Factor of all results.
         transposed: From states of query blocks to results for key blocks.
         scales: ``[query blocks]`` FP32, further factors of what is of a query block, powers of two; or None.
+        used: Of `linear.is_used`: where it is zero, nothing is written.
     """
     heads, rows, words = bits.shape
     dim = states.shape[-1]
@@ -122,14 +127,14 @@ def marginal_sums(
     grid = (-(-into[0].shape[1] // options["TILE_OUT"]), -(-dim * dim // options["TILE"]) + -(-dim // 32), heads)
     launch(
         _marginal_sums_kernel, grid,
-        bits, states, totals, *into, scales, rows, columns, words, scale,
+        bits, states, totals, *into, scales, used, rows, columns, words, scale,
         D=dim, TRANSPOSED=transposed, PRECISION=precision(states), **options,
     )  # fmt: skip
 
 
 def marginal_states(
     k: Tensor, v: Tensor, bits: Tensor, *, tokens: int, marginal: int, feature_map: str, block_k: int,
-    mu: Tensor | None = None, proj: Tensor | None = None, scales: Tensor | None = None,
+    mu: Tensor | None = None, proj: Tensor | None = None, scales: Tensor | None = None, used: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The states of all query blocks, divided by the number of tokens they are over (as if the last block were full).
 
@@ -138,7 +143,7 @@ def marginal_states(
         bits: ``[B, H, query blocks, words]`` int32, a bit for each key block that is not marginal.
         tokens: Of which the first are tokens.
         marginal: Key blocks that are marginal for a query block that is not pinned.
-        feature_map, block_k, mu, proj: See `block_states`.
+        feature_map, block_k, mu, proj, used: See `block_states`.
         scales: Factors of the states of each query block, see `marginal_sums`, in place of one over `marginal`.
 
     Returns:
@@ -150,10 +155,10 @@ def marginal_states(
     states = torch.empty(heads, rows, dim, dim, device=v.device, dtype=v.dtype)
     totals = torch.empty(heads, rows, dim, device=v.device, dtype=torch.float32)
     for some in head_groups(heads, columns, v):
-        of_blocks = block_states(k[some], v[some], tokens, feature_map, block_k, mu=None if mu is None else mu[some], proj=proj)
+        of_blocks = block_states(k[some], v[some], tokens, feature_map, block_k, mu=None if mu is None else mu[some], proj=proj, used=used)
         marginal_sums(
             bits[some], *of_blocks, (states[some], totals[some]), columns=columns, scale=1 / marginal if scales is None else 1.0,
-            transposed=False, scales=scales,
+            transposed=False, scales=scales, used=used,
         )  # fmt: skip
         del of_blocks  # before those of the next group are allocated
     return states, totals
