@@ -119,9 +119,9 @@ def test_a_branch_is_not_computed_while_its_projection_is_zero(linear: str, dtyp
     """Its states hold what was in their memory, NaNs in tests, and the output is that without a branch, to the bit."""
     q, k, v = random_qkv(LENGTHS[-1], 32, dtype, batch=FEW)
     order, proj = random_order(q.shape[-2]), torch.zeros(32, 32, device=DEVICE)
-    made = []
-    for module, name in ((forward, "linear_state"), (forward, "marginal_states")):
-        monkeypatch.setattr(module, name, lambda *args, own=getattr(module, name), **more: made.append(own(*args, **more)) or made[-1])
+    made: list[tuple[Tensor, Tensor]] = []
+    own = {"marginal": forward.marginal_states, "all": forward.linear_state}[linear]
+    monkeypatch.setattr(forward, own.__name__, lambda *args, **more: made.append(own(*args, **more)) or made[-1])
 
     def run(linear: str) -> Tensor:
         return run_both(q, k, v, order, 5, 0.2, (linear, "softmax", True), proj)[0]
