@@ -42,7 +42,7 @@ PICTURE = ROOT / "docs" / "images" / "quality_over_speed.png"
 PAGE = ROOT / "docs" / "quality.md"
 MARKED = re.compile(r"(<!-- picture -->\n).*?(<!-- end of picture -->)", re.DOTALL)
 SPEED_FILES, DISTILLATION_FILES = "h200_vggt_518_keep*.json", "testbed_distillation_keep*.json"
-AUTO_FILE, QUALITY_FILE, FP8_FILE = "quality_auto.json", "quality.json", "h200_testbed_fp8_filters.json"
+AUTO_FILE, QUALITY_FILE, FP8_FILE = "quality_auto.json", "quality.json", "h200_testbed_fp8_default.json"
 WIDTH = 130
 SIZE = 224  # pixels of the testbed's images
 
@@ -136,6 +136,8 @@ class Stored:
                 self.missing.append(f"{name}: measured with more options than keep_ratio, so it is not that of the testbed's rows")
                 continue
             source = f"`{name}` ({conditions['device']}, {conditions['date'][:10]}, commit {conditions['commit'][:7]})"
+            if conditions.get("linear_branch", "").startswith("filled"):
+                source = f"{source[:-1]}, linear branches as after calibration)"
             for views in sorted({views for views, _ in times}):
                 ours, strong, exact = (times.get((views, variant)) for variant in ("lite3r-fp8", "strong", "strong-exact"))
                 if ours is None or strong is None:

@@ -77,7 +77,7 @@ def never_slower(report: dict[str, Any]) -> str:
     return _table(("views", *(f"{pairs[pair]}, keep {keep}" for pair, keep in columns)), rows) + _note(
         f"{report['model']}, {size}, on one {report['device']}, torch {report['torch']}, triton {report['triton']}, "
         f"{report['date'][:10]}, commit {report['commit'][:7]}; median of {report['rows'][0]['runs']} pairs of runs{others}. "
-        f"Below 1 Lite3R is faster. Weights: {report['weights']}."
+        f"Below 1 Lite3R is faster. {branch(report)}Weights: {report['weights']}."
     )
 
 
@@ -93,7 +93,7 @@ def kernels(report: dict[str, Any]) -> str:
     return _table(("ms", *(f"{names[row['variant']]}, {row['views']} views" for row in rows)), lines) + _note(
         f"{report['model']}, {size}, `keep_ratio=0.1`, on one {report['device']}, torch {report['torch']}, triton {report['triton']}, "
         f"{report['date'][:10]}, commit {report['commit'][:7]}{''.join(others)}; one forward under `torch.profiler`, what is between "
-        "kernels from the median without it. Weights: random."
+        f"kernels from the median without it. {branch(report)}Weights: random."
     )
 
 
@@ -170,8 +170,14 @@ def _conditions(report: dict[str, Any]) -> str:
     return (
         f"{c['summary'].partition(' (')[0]}, {c['resolution']} × {c['resolution']} pixels, {options}, on one {c['device']}, "
         f"torch {c['torch']}, triton {c['triton']}, {c['date'][:10]}, "
-        f"commit {c['commit'][:7]}. Median milliseconds of a whole forward. {c.get('beside', '')}Weights: {c['weights'].partition(',')[0]}."
+        f"commit {c['commit'][:7]}. Median milliseconds of a whole forward. {c.get('beside', '')}{branch(c)}"
+        f"Weights: {c['weights'].partition(',')[0]}."
     )
+
+
+def branch(report: dict[str, Any]) -> str:
+    """That linear branches were measured as they are once they are calibrated; nothing where they took no time."""
+    return "Linear branches as after calibration. " if report.get("linear_branch", "").startswith("filled") else ""
 
 
 def _measured(cell: Cell | None) -> Cell | None:

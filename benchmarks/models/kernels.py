@@ -25,7 +25,7 @@ from lite3r_plugin.adapter.plugins import find_model
 from lite3r_plugin.bench.measure import measure
 from lite3r_plugin.bench.models import BenchModel, build, make_images
 from lite3r_plugin.bench.records import machine
-from lite3r_plugin.bench.variants import VARIANTS, prepare
+from lite3r_plugin.bench.variants import BRANCH, VARIANTS, prepare
 from lite3r_plugin.cli.options import config_fields, numbers
 from lite3r_plugin.files import to_json, write_atomically
 from lite3r_plugin.runtime.device import release_memory, synchronize
@@ -34,7 +34,7 @@ from lite3r_plugin.runtime.device import release_memory, synchronize
 # q is FP8, h and t are half precision, s is FP32.
 KINDS: tuple[tuple[str, str], ...] = (
     ("fused by the compiler", r"^triton_(poi|per|red)_"),  # named by what is in it
-    ("sparse attention", r"_sparse_linear_kernel|_marginal|_linear_state|_padded_means"),
+    ("sparse attention", r"_sparse_linear_kernel|_marginal|_linear_state|_is_used|_padded_means"),
     ("choice of blocks", r"_select|_variance|_columns_kernel|_starts_kernel|_indices_kernel"),
     ("norm, rotation and order of q and k", r"_prepare_kernel"),
     ("dense attention", r"sdpa|flash|fmha|mha_"),
@@ -94,7 +94,10 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     options = parser.parse_args(arguments)
     device, model = torch.device(options.device), BenchModel.of(find_model(options.model))
     fields = {**config_fields(options.config), "keep_ratio": options.keep_ratio}
-    report: dict[str, Any] = {"model": model.name, "resolution": options.resolution, **machine(device, options.commit), "rows": []}
+    report: dict[str, Any] = {
+        "model": model.name, "resolution": options.resolution, "linear_branch": BRANCH[False],
+        **machine(device, options.commit), "rows": [],
+    }  # fmt: skip
     for name in options.variants.split(","):
         module = build(model, device, seed=0)
         prepare(module, VARIANTS[name], fields)

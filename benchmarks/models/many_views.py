@@ -22,6 +22,7 @@ from lite3r_plugin import apply_lite3r
 from lite3r_plugin.adapter.plugins import find_model
 from lite3r_plugin.bench.models import BenchModel, build, make_images
 from lite3r_plugin.bench.records import machine
+from lite3r_plugin.bench.variants import BRANCH
 from lite3r_plugin.cli.options import config_fields, numbers
 from lite3r_plugin.errors import short
 from lite3r_plugin.files import to_json, write_atomically
@@ -64,7 +65,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     report: dict[str, Any] = {
         "model": model.name, "weights": "random: time and memory alone", "size": [options.height, options.width],
         "line": f"apply_lite3r(model, {', '.join(f'{name}={value!r}' for name, value in fields.items())})",
-        "memory_bytes": memory, "fit": None, "rows": [], **machine(device, options.commit),
+        "linear_branch": BRANCH[False], "memory_bytes": memory, "fit": None, "rows": [], **machine(device, options.commit),
     }  # fmt: skip
     warnings.simplefilter("ignore", SlowPathWarning)  # what is not recorded is part of what is measured
     for views in numbers(options.views, "--views"):

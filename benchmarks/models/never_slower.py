@@ -33,12 +33,13 @@ from lite3r_plugin.apply.swap import fast_of
 from lite3r_plugin.bench import VARIANTS, BenchModel
 from lite3r_plugin.bench.models import build, make_images
 from lite3r_plugin.bench.records import machine
-from lite3r_plugin.bench.variants import Variant, fill_projections, prepare
+from lite3r_plugin.bench.variants import BRANCH, Variant, fill_projections, prepare
 from lite3r_plugin.cli.options import config_fields, numbers
 from lite3r_plugin.errors import short
 from lite3r_plugin.files import to_json, write_atomically
 from lite3r_plugin.ops.dispatch import SlowPathWarning
 from lite3r_plugin.runtime.device import release_memory, synchronize, timed
+from lite3r_plugin.runtime.fast import FastForward
 
 ALLOWED = {"gpu": 1.03, "host": 1.08}
 PAIRS = {  # ours, and what it must not be slower than
@@ -71,9 +72,13 @@ class Side:
 
     def how(self) -> tuple[str, bool]:
         """How it ran, in the words of `lite3r bench`, and whether blocks were compiled if they were to be."""
+        return ("eager", True) if self.fast is None else (self.fast.ran, self.fast.not_compiled is None)
+
+    @property
+    def fast(self) -> FastForward | None:
+        """What runs the whole model, where there is a preset."""
         site = next(iter(lite3r_modules(self.module).values()), None)
-        fast = None if site is None else fast_of(site.state)
-        return ("eager", True) if fast is None else (fast.ran, fast.not_compiled is None)
+        return None if site is None else fast_of(site.state)
 
 
 def made(name: str, model: BenchModel, options: dict[str, Any], device: torch.device) -> Side:
@@ -110,6 +115,9 @@ def in_turns(ours: Callable[[], Any], theirs: Callable[[], Any], device: torch.d
 def row(pair: str, ours: Side, theirs: Side, model: BenchModel, images: torch.Tensor, runs: int) -> dict[str, Any]:
     """A row of the report."""
     device = images.device
+    for side in (ours, theirs):  # how it ran is told of this number of views
+        if side.fast is not None:
+            side.fast.forget()
     calls = [side.forward(model, images) for side in (ours, theirs)]
     for call in calls:
         for _ in range(3):  # compiles, records, and replays once
@@ -157,7 +165,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                 fill_projections(ours.module)
             for views in numbers(options.views, "--views"):
                 images = make_images(views, options.resolution, device, seed=0)
-                found: dict[str, Any] = {"views": views, "keep_ratio": keep}
+                found: dict[str, Any] = {"views": views, "keep_ratio": keep, "linear_branch": BRANCH[pair in FILLED]}
                 try:
                     found |= row(pair, ours, theirs, model, images, options.runs)
                 except torch.cuda.OutOfMemoryError as error:

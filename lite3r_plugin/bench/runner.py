@@ -28,9 +28,7 @@ from .models import BenchModel, build, make_images, output_differences, referenc
 from .peer_process import run as run_peer
 from .peers import PEERS, Task
 from .records import BenchReport, Candidate, Cell, checkout_commit, machine, weight_bytes
-from .variants import VARIANTS, Variant, fill_projections, observe, prepare, why_not
-
-BRANCH = {False: "zero, as before calibration: no time", True: "filled with random numbers, as after calibration"}
+from .variants import BRANCH, VARIANTS, Variant, fill_projections, observe, prepare, why_not
 
 
 @dataclasses.dataclass

@@ -21,6 +21,8 @@ from ..fp8.linear import Fp8Linear
 from ..ops.dispatch import SlowPathWarning
 
 PROJ_STD = 0.02
+BRANCH = {False: "zero, as before calibration: no time", True: "filled with random numbers, as after calibration"}
+"""What reports say of the linear branches, by whether `fill_projections` was called."""
 FP8 = {"precision": "fp8"}
 FAST: dict[str, Any] = {"preset": "fast"}
 # Dense attention at all sites.

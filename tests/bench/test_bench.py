@@ -18,6 +18,7 @@ from rich.console import Console
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from lite3r_plugin.apply.lookup import lite3r_modules
 from lite3r_plugin.bench import VARIANTS, Bench, BenchModel
 from lite3r_plugin.bench.table import table
 from lite3r_plugin.bench.variants import Observed, observe, prepare
@@ -52,6 +53,22 @@ def test_stock_runs_first_whatever_the_order() -> None:
     ).run()
     assert [cell.variant for cell in report.cells] == ["stock", "lite3r"]
     assert report.find("lite3r", 1).fidelity["depth_rel_l2"] >= 0
+
+
+@pytest.mark.parametrize("filled", [False, True])
+def test_linear_branches_are_as_the_line_leaves_them_unless_they_are_to_be_filled(filled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zero takes no time of a GPU: a report says which was measured."""
+    found: list[bool] = []
+
+    def run(module: nn.Module, images: torch.Tensor) -> Any:
+        found.append(any(bool(site.proj_lin.weight.any()) for site in lite3r_modules(module).values() if site.sparse))
+        return module(images)
+
+    model = BenchModel("small", small_testbed, run=run)
+    report = Bench(model, [1], ["lite3r"], resolution=56, options=OPTIONS, device="cpu", repeats=1, fill_branch=filled).run()
+    assert report.cells[0].status == "ok", report.cells[0].error
+    assert set(found) == {filled}
+    assert report.conditions["linear_branch"].startswith("filled" if filled else "zero")
 
 
 @pytest.fixture(scope="module")

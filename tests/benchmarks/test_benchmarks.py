@@ -424,6 +424,10 @@ def test_pairs_run_in_turns_and_are_judged(tmp_path: Path) -> None:
         assert row["ratio_min"] <= row["ratio"] <= row["ratio_max"]
         assert row["ok"] == (row["ratio"] <= 1.03)
         assert (row["ran"], row["ran_against"]) == ("eager", "eager")
+        assert row["linear_branch"].startswith("zero")
+    emulated = ["--config", 'fp8_backend="emulated"', "--config", "compile_blocks=false"]
+    filled = never_slower.main([*options, *emulated, "--pairs", "branch", "--views", "1"])["rows"]
+    assert [row["linear_branch"].partition(" ")[0] for row in filled] == ["filled"]
     assert report["rows"][0]["line"] == "apply_lite3r(model, compile_blocks=False, keep_ratio=0.3)"
     assert report["rows"][0]["line_against"] is None
 
@@ -468,6 +472,8 @@ def test_the_benchmark_of_many_views(tmp_path: Path) -> None:
     assert [(row["views"], len(row["times"])) for row in report["rows"]] == [(1, 2), (2, 2)]
     assert report["fit"] is None  # of a CPU no memory is told
     assert "precision='fp8'" in report["line"]
+    once = many_views.main([*options, *fields, "--views", "1", "--repeats", "0"])
+    assert [row.keys() & {"first_s", "seconds"} for row in once["rows"]] == [{"first_s"}]
     peaks = [{"views": views, "peak_bytes": 100 + 10 * views} for views in (4, 2)]
     assert many_views.fit([*peaks, {"views": 11, "error": "out of memory"}], 200) == 10
     assert many_views.fit([*peaks, {"views": 9, "error": "out of memory"}], 200) is None
