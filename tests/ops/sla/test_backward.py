@@ -367,6 +367,30 @@ def test_gradients_through_a_rotary_embedding_alone(branch: Branch) -> None:
     assert_gradients(some_arguments(LONG, 32, torch.float32, branch, rotated=True))
 
 
+@pytest.mark.parametrize("linear", ["marginal", "all"])
+def test_a_projection_of_zero_learns_and_is_passed_by_where_nothing_does(linear: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As every branch starts. Where nothing learns its states are left unwritten, NaNs in tests, but for a projection that is not zero."""
+    arguments = some_arguments(LONG, 32, torch.float32, (linear, "softmax", True))
+    assert arguments.proj is not None
+    zero = arguments._replace(proj=torch.zeros_like(arguments.proj))
+    assert_gradients(zero)
+    assert_gradients(zero, Needed(*(name == "proj" for name in INPUTS)))
+    states: list[Tensor] = []
+    make = {"marginal": forward_kernels.marginal_states, "all": forward_kernels.linear_state}[linear]
+
+    def made(*args: Any, **more: Any) -> tuple[Tensor, Tensor]:
+        states.extend(found := make(*args, **more))
+        return found
+
+    monkeypatch.setattr(forward_kernels, make.__name__, made)
+    assert_same_bits([forward.run(zero)[0]], [forward.run(zero._replace(proj=None, linear="none"))[0]])
+    assert all(x.isnan().all() for x in states)
+    states.clear()
+    forward.run(arguments)
+    assert states
+    assert not any(x.isnan().any() for x in states)
+
+
 @pytest.mark.parametrize(("edge", "branch"), costly([(0, 0.01), (10**6, 0.3), (5, 1.0)], BRANCHES), ids=str)
 def test_gradients_at_the_edges(edge: tuple[int, float], branch: Branch) -> None:
     """One block kept and none pinned; a third of all pinned; all kept; and no order."""
