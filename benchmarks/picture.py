@@ -9,7 +9,7 @@ Quality is that of the testbed, each row against its own dense form on the same 
 other weights of the testbed than the first of these files, are left out.
 Speed is that of `lite3r-fp8` in `h200_vggt_518_keep*.json`, written by
 
-    lite3r bench --model vggt --views 16,32 --keep-ratio K --variants strong,strong-exact,lite3r-fp8 --json FILE
+    lite3r bench --model vggt --views 16,32 --keep-ratio K --fill-branch --variants strong,strong-exact,lite3r-fp8 --json FILE
 
 A point is drawn where both are stored at one keep ratio and number of views. Nothing is interpolated; what is missing is printed.
 """
@@ -104,7 +104,7 @@ class Stored:
         for keep, views in _by_ratio(measured.keys() - speeds.keys()):
             self.missing.append(
                 f"keep_ratio {keep:g}, {_listed(views)} views: quality is stored, speed is not; lite3r bench --model vggt --views "
-                f"{','.join(map(str, views))} --keep-ratio {keep:g} --variants strong,strong-exact,lite3r-fp8 --json FILE"
+                f"{','.join(map(str, views))} --keep-ratio {keep:g} --fill-branch --variants strong,strong-exact,lite3r-fp8 --json FILE"
             )
         for keep, views in _by_ratio(speeds.keys() - measured.keys()):
             self.missing.append(f"keep_ratio {keep:g}, {_listed(views)} views: speed is stored, quality is not")

@@ -427,7 +427,7 @@ def test_pairs_run_in_turns_and_are_judged(tmp_path: Path) -> None:
         assert row["linear_branch"].startswith("zero")
     emulated = ["--config", 'fp8_backend="emulated"', "--config", "compile_blocks=false"]
     filled = never_slower.main([*options, *emulated, "--pairs", "branch", "--views", "1"])["rows"]
-    assert [row["linear_branch"].partition(" ")[0] for row in filled] == ["filled"]
+    assert [(row["linear_branch"].partition(" ")[0], row["allowed"], row["ok"]) for row in filled] == [("filled", None, True)]
     assert report["rows"][0]["line"] == "apply_lite3r(model, compile_blocks=False, keep_ratio=0.3)"
     assert report["rows"][0]["line_against"] is None
 

@@ -108,8 +108,8 @@ def test_points_are_what_is_stored_at_one_keep_ratio_and_number_of_views(picture
         "(BF16, 480 scenes) is",
         "keep_ratio 0.25, 16 views: calibrated of quality_auto.json (BF16, 90 scenes), because that of testbed_distillation_keep0.25.json "
         "(BF16, 480 scenes) is",
-        "keep_ratio 0.125, 16 views: quality is stored, speed is not; lite3r bench --model vggt --views 16 --keep-ratio 0.125 --variants "
-        "strong,strong-exact,lite3r-fp8 --json FILE",
+        "keep_ratio 0.125, 16 views: quality is stored, speed is not; lite3r bench --model vggt --views 16 --keep-ratio 0.125 "
+        "--fill-branch --variants strong,strong-exact,lite3r-fp8 --json FILE",
         "keep_ratio 0.25, 32 views: speed is stored, quality is not",
         "keep_ratio 0.1, 16 views: speed is stored, quality is not",
     ]

@@ -225,7 +225,7 @@ def forward(
         save_lse, save_linear: Which residuals to store.
         mu: ``[B * H, D]`` FP32, about the mean value of each head: states of query blocks are to be made of values less this, and
             returned. Only for the branch over marginal blocks.
-        infers: Of the residuals `lse` alone is wanted. A branch whose Proj is zero then takes no time.
+        infers: Of the residuals `lse` alone is wanted. A branch whose Proj is zero is not computed then, but for its pairs with a mask.
 
     Returns:
         ``[B, H, M, D]`` in v's dtype, a view of ``[B, M, H, D]``, and the residuals.
