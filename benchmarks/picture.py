@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import quality_report
-from readme_table import in_percent, longest_trained
+from readme_table import branch_is_filled, in_percent, longest_trained
 from weights import generation
 
 from lite3r_plugin.bench.plots import Tradeoff, quality_over_gain, save_figure
@@ -135,9 +135,8 @@ class Stored:
             if set(conditions["lite3r_options"]) != {"keep_ratio"}:
                 self.missing.append(f"{name}: measured with more options than keep_ratio, so it is not that of the testbed's rows")
                 continue
-            source = f"`{name}` ({conditions['device']}, {conditions['date'][:10]}, commit {conditions['commit'][:7]})"
-            if conditions.get("linear_branch", "").startswith("filled"):
-                source = f"{source[:-1]}, linear branches as after calibration)"
+            also = ", linear branches as after calibration" if branch_is_filled(conditions) else ""
+            source = f"`{name}` ({conditions['device']}, {conditions['date'][:10]}, commit {conditions['commit'][:7]}{also})"
             for views in sorted({views for views, _ in times}):
                 ours, strong, exact = (times.get((views, variant)) for variant in ("lite3r-fp8", "strong", "strong-exact"))
                 if ours is None or strong is None:

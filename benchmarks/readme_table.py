@@ -175,9 +175,14 @@ def _conditions(report: dict[str, Any]) -> str:
     )
 
 
+def branch_is_filled(report: dict[str, Any]) -> bool:
+    """Whether linear branches were measured as they are once they are calibrated, of a file that says it."""
+    return report.get("linear_branch", "").startswith("filled")
+
+
 def branch(report: dict[str, Any]) -> str:
-    """That linear branches were measured as they are once they are calibrated; nothing where they took no time."""
-    return "Linear branches as after calibration. " if report.get("linear_branch", "").startswith("filled") else ""
+    """That linear branches are filled, as a sentence; nothing where they are not."""
+    return "Linear branches as after calibration. " if branch_is_filled(report) else ""
 
 
 def _measured(cell: Cell | None) -> Cell | None:

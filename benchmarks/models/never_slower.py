@@ -72,7 +72,8 @@ class Side:
 
     def how(self) -> tuple[str, bool]:
         """How it ran, in the words of `lite3r bench`, and whether blocks were compiled if they were to be."""
-        return ("eager", True) if self.fast is None else (self.fast.ran, self.fast.not_compiled is None)
+        fast = self.fast
+        return ("eager", True) if fast is None else (fast.ran, fast.not_compiled is None)
 
     @property
     def fast(self) -> FastForward | None:
@@ -116,8 +117,8 @@ def row(pair: str, ours: Side, theirs: Side, model: BenchModel, images: torch.Te
     """A row of the report."""
     device = images.device
     for side in (ours, theirs):  # how it ran is told of this number of views
-        if side.fast is not None:
-            side.fast.forget()
+        if (fast := side.fast) is not None:
+            fast.forget()
     calls = [side.forward(model, images) for side in (ours, theirs)]
     for call in calls:
         for _ in range(3):  # compiles, records, and replays once

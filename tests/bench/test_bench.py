@@ -56,7 +56,7 @@ def test_stock_runs_first_whatever_the_order() -> None:
 
 
 @pytest.mark.parametrize("filled", [False, True])
-def test_linear_branches_are_as_the_line_leaves_them_unless_they_are_to_be_filled(filled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_linear_branches_are_as_the_line_leaves_them_unless_they_are_to_be_filled(filled: bool) -> None:
     """Zero takes no time of a GPU: a report says which was measured."""
     found: list[bool] = []
 

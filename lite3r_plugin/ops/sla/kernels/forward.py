@@ -246,12 +246,14 @@ def forward(
     state = total = None
     source: tuple[Tensor, Tensor] = nothing, nothing
     folded = None if save_linear or mu is not None else proj
+    if linear == "marginal" and not marginal:
+        linear = "none"
     used = is_used(proj) if infers and proj is not None and linear != "none" else None
     if linear == "all" and mask is None:
         assert proj is not None
         state, total = linear_state(k, v, tokens, operands.feature_map, block_k, used)
         source = (state if folded is None else state @ folded.to(state.dtype).mT), total
-    elif linear == "all" or (linear == "marginal" and marginal):
+    elif linear != "none":
         source = marginal_states(
             k, v, operands.state_bits(), tokens=tokens, marginal=marginal, feature_map=operands.feature_map, block_k=block_k, mu=mu,
             proj=None if linear == "all" else folded,
@@ -259,8 +261,6 @@ def forward(
         )  # fmt: skip
         if mu is not None:
             state, total = source
-    else:
-        linear = "none"
     pairs = pairs_of(operands, mu) if linear == "all" and mask is not None else None
     everything = torch.arange(columns, device=q.device, dtype=torch.int32) if pinned else operands.kv_indices
     options = launch_options(block_q, block_k, dim, q.dtype)
